@@ -1,0 +1,173 @@
+"""`renee-ray`: parses, calls the service, prints, and returns an exit status."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from renee_ray.config import (
+    Config,
+    ConvertConfig,
+    ReneeError,
+    RunConfig,
+    ScoreConfig,
+    keys_of,
+    make_config,
+    parse_overrides,
+    read_yaml,
+)
+
+progress = Console(stderr=True)
+
+
+class _Command(click.Command):
+    """A command whose help lists the keys of its configuration."""
+
+    def __init__(self, *args: Any, keys: type[Config] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keys = keys
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.keys is None:
+            return
+        with formatter.section("Keys (key=value, after the positional arguments)"):
+            formatter.write_dl(
+                [
+                    (f"{key}: {kind} = {default}" if default != "required" else f"{key}: {kind}",
+                     meaning)
+                    for key, kind, default, meaning in keys_of(self.keys)
+                ],
+                col_max=44,
+            )  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Distributed training of extreme multi-label text classifiers on Ray."""
+
+
+def _json_option(function: Any) -> Any:
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Write one JSON object to standard output."
+    )(function)
+
+
+@cli.command(cls=_Command, keys=ConvertConfig)
+@click.argument("src")
+@click.argument("dst")
+@click.argument("overrides", nargs=-1)
+@_json_option
+def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Turn an XML-repository folder SRC into a dataset directory DST."""
+    config = make_config(ConvertConfig, parse_overrides(overrides), where="convert")
+    from renee_ray.service.convert import convert as run
+
+    manifest = run(src, dst, config, progress.print)
+    facts = {
+        "dataset": dst,
+        "labels": manifest.num_labels,
+        **{split: manifest.num_points(split) for split in ("train", "validation", "test")},
+        "statistics": manifest.statistics,
+    }
+    _print(facts, as_json, f"dataset {dst}")
+
+
+@cli.command(cls=_Command, keys=RunConfig)
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+@_json_option
+def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train as the YAML file CONFIG and the overrides say; resumes a run that is at `output`."""
+    made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
+    from renee_ray.service.train import train as run
+
+    _print(run(made, progress.print), as_json, f"run {made.output}")
+
+
+@cli.command(cls=_Command, keys=ScoreConfig)
+@click.argument("run")
+@click.argument("dataset")
+@click.argument("overrides", nargs=-1)
+@_json_option
+def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Score the run at RUN on a split of DATASET: P, nDCG, PSP, PSnDCG and recall at k."""
+    config = make_config(ScoreConfig, parse_overrides(overrides), where="evaluate")
+    from renee_ray.service.predict import evaluate_run
+
+    found = evaluate_run(run, dataset, config)
+    _print(found, as_json, f"{found['split']} split, step {found['step']}")
+
+
+@cli.command(cls=_Command, keys=ScoreConfig)
+@click.argument("run")
+@click.argument("dataset")
+@click.argument("dst")
+@click.argument("overrides", nargs=-1)
+@_json_option
+def predict(run: str, dataset: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Write the k best labels of every point of DATASET to Parquet files in DST."""
+    config = make_config(ScoreConfig, parse_overrides(overrides), where="predict")
+    from renee_ray.service.predict import predict_run
+
+    found = predict_run(run, dataset, dst, config)
+    _print({**found, "predictions": dst}, as_json, f"predictions {dst}")
+
+
+def _print(content: dict[str, Any], as_json: bool, title: str) -> None:
+    if as_json:
+        click.echo(json.dumps(content))
+        return
+    flat = dict(_flatten(content))
+    metrics = {k: v for k, v in flat.items() if "@" in k}
+    if metrics:
+        Console().print(_metric_table(metrics, title))
+    rest = {k: v for k, v in flat.items() if k not in metrics}
+    for key, value in rest.items():
+        click.echo(f"{key:28} {value}")
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, "" if key in ("metrics",) else f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _metric_table(metrics: dict[str, float], title: str) -> Table:
+    families = list(dict.fromkeys(name.partition("@")[0] for name in metrics))
+    ks = sorted({int(name.partition("@")[2]) for name in metrics})
+    table = Table(title=title)
+    table.add_column("")
+    for k in ks:
+        table.add_column(f"@{k}", justify="right")
+    for family in families:
+        cells = (metrics.get(f"{family}@{k}") for k in ks)
+        table.add_row(family, *("" if v is None else f"{v:.2f}" for v in cells))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 for a user's error, 2 for wrong usage."""
+    try:
+        cli.main(args=argv, prog_name="renee-ray", standalone_mode=False)
+    except ReneeError as error:
+        progress.print(f"renee-ray: {error}", style="red", highlight=False, markup=False)
+        return 1
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        progress.print("renee-ray: interrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

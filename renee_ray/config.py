@@ -1,0 +1,313 @@
+"""Run configuration: frozen, validated where it is made, one grammar for files and overrides.
+
+A configuration is a YAML mapping; `key=value` arguments override it, dotted for
+nested keys, each value read as YAML. Anything wrong raises `ConfigError` with one
+sentence that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ReneeError(Exception):
+    """A user's error: its text is one sentence, shown without a traceback."""
+
+
+class ConfigError(ReneeError):
+    """A configuration that cannot be run."""
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, unknown keys refused, docs below each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ConvertConfig(Config):
+    """`renee-ray convert SRC DST`"""
+
+    tokenizer: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hugging Face name or directory of the tokenizer (a fast one)."""
+    max_length: int = Field(128, ge=4)
+    """Tokens kept of each text, special tokens included; training may cut further."""
+    validation: float = Field(0.02, ge=0, lt=1)
+    """Share of the training points held out for choosing a model, by a seeded hash of the id."""
+    seed: int = Field(0, ge=0)
+    """Seed of the global shuffle and of the validation split."""
+    part_rows: int = Field(2048, ge=1)
+    """Rows of a part file: a few seconds of training."""
+    propensity_a: float = Field(0.55, gt=0)
+    """A of the propensity model (Jain et al., KDD 2016)."""
+    propensity_b: float = Field(1.5, ge=0)
+    """B of the propensity model."""
+    overwrite: bool = False
+    """Replace a dataset that is already at DST."""
+
+
+class EncoderConfig(Config):
+    """The text encoder, trained data-parallel."""
+
+    name: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hugging Face name or directory of the encoder."""
+    weights: str = ""
+    """File of initial weights (safetensors, or a torch state_dict such as NGAME's M1); empty: none."""
+    max_length: int = Field(32, ge=4)
+    """Tokens of a text that the encoder reads; longer rows are cut."""
+    bottleneck: int = Field(0, ge=0)
+    """Width of a bias-free linear layer after pooling; 0: none."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the embedding; its mask depends on seed, step and place in the global batch."""
+    internal_dropout: float | None = Field(0.0, ge=0, lt=1)
+    """Dropout inside the encoder; null: as the model's own configuration says."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation; on CPU `sdpa` trains through its math kernel, the faster one there."""
+    autocast: Literal["auto", "bf16", "off"] = "auto"
+    """bf16 autocast of the encoder; auto: where the device multiplies bf16 natively."""
+    compile: bool = False
+    """Runs the encoder through torch.compile; rows are then padded to a multiple of 8 tokens."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward: less memory, a third more time."""
+    learning_rate: float = Field(2e-4, ge=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay of AdamW; never on biases and normalisation weights."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Largest norm of the encoder's gradient (of the loss summed over the batch); 0: no clipping."""
+    gradient: Literal["sum", "mean"] = "sum"
+    """Across workers: `sum` keeps the trajectory when num_workers changes; `mean` divides by
+    num_workers as the released reference does."""
+
+
+class ClassifierConfig(Config):
+    """The fully connected classifier (XFC), one shard of labels per worker."""
+
+    precision: Literal["fp32", "bf16_split"] = "bf16_split"
+    """Storage of the weights: fp32; or bf16_split, the same fp32 in two halves, computing in bf16."""
+    init: Literal["normal", "label_text"] = "label_text"
+    """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
+    init_std: float = Field(0.02, ge=0)
+    """Standard deviation of `normal`."""
+    init_scale: float = Field(20.0, gt=0)
+    """`label_text`: logit of a point whose embedding equals a label's, above the prior."""
+    init_centroid: float = Field(1.0, ge=0)
+    """`label_text`: weight of the mean of the label's training points beside its text; 0: the
+    text alone, and no pass over the points."""
+    learning_rate: float = Field(0.05, ge=0)
+    """Peak learning rate of SGD, on the gradient summed over the global batch."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD; 0 needs no buffer."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Coupled weight decay of SGD."""
+    chunk: int = Field(0, ge=0)
+    """Labels worked on at once; 0: chosen so that a chunk stays in the cache."""
+
+
+class FeedConfig(Config):
+    """The order of points and how they are read."""
+
+    augment: float = Field(0.0, ge=0, le=1)
+    """Share of the label texts that an epoch streams as extra points, each with its own label
+    as the only positive; successive epochs take successive shares."""
+    streams: int = Field(8, ge=1)
+    """Pieces of a global batch; a worker reads whole streams, so num_workers may not exceed it."""
+    window: int = Field(64, ge=1)
+    """Batches inside which rows are ordered by length."""
+    prefetch: int = Field(2, ge=0)
+    """Windows that are read ahead."""
+
+
+class EvalConfig(Config):
+    """Evaluation on the validation split while training."""
+
+    every: float = Field(1.0, ge=0)
+    """Epochs between evaluations (and checkpoints); 0: only at the end."""
+    metric: str = "P@1"
+    """The metric that the best checkpoint is chosen by."""
+    batch_size: int = Field(512, ge=1)
+    """Points of a global batch when scoring."""
+
+
+class CheckpointConfig(Config):
+    """Checkpoints of a run."""
+
+    keep: int = Field(2, ge=1)
+    """Best checkpoints kept; the newest is always kept besides."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints inside an epoch; 0: only after evaluations."""
+    max_failures: int = Field(3, ge=-1)
+    """Lost workers that a run survives; -1: any number."""
+
+
+class RunConfig(Config):
+    """`renee-ray train CONFIG`"""
+
+    data: str
+    """Dataset directory, made by `renee-ray convert`."""
+    output: str
+    """Run directory; a run that is already there is resumed."""
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, order and dropout."""
+    num_workers: int = Field(2, ge=1)
+    """Ray Train workers: data-parallel replicas of the encoder and shards of the classifier."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """One GPU for each worker; auto: where the cluster has that many."""
+    threads: int = Field(0, ge=0)
+    """Torch threads of a worker on CPU; 0: the machine's cores divided among its workers."""
+    batch_size: int = Field(256, ge=1)
+    """Points of a global batch."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training points."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of all steps in which both learning rates rise linearly; then they follow a cosine to 0."""
+    loss_every: int = Field(20, ge=0)
+    """Steps between two computations of the loss; 0: never."""
+    timeout_s: int = Field(120, ge=5)
+    """Seconds after which a collective that some worker did not join fails."""
+    encoder: EncoderConfig = EncoderConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    feed: FeedConfig = FeedConfig()
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _streams_fit(self) -> RunConfig:
+        if self.batch_size % self.feed.streams:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of feed.streams "
+                f"{self.feed.streams}; change one of them"
+            )
+        if self.num_workers > self.feed.streams:
+            raise ValueError(
+                f"num_workers {self.num_workers} exceeds feed.streams {self.feed.streams}; "
+                f"raise feed.streams"
+            )
+        return self
+
+
+class ScoreConfig(Config):
+    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN DATASET DST`"""
+
+    split: Literal["test", "validation", "train"] = "test"
+    """Points that are scored."""
+    k: int = Field(100, ge=1)
+    """Labels predicted for each point."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint of the run: the best on the validation split, or the newest."""
+    num_workers: int = Field(0, ge=0)
+    """Ray Train workers; 0: as many as trained the run."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """One GPU for each worker; auto: where the cluster has that many."""
+    batch_size: int = Field(512, ge=1)
+    """Points of a global batch."""
+    texts: bool = False
+    """predict: add the labels' texts as column `label_texts`."""
+    overwrite: bool = False
+    """predict: replace predictions that are already at DST."""
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`; each value is read as YAML.
+
+    Raises:
+        ConfigError: an argument without `=`, or a value that is no YAML.
+    """
+    tree: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"argument {argument!r} is not of the form key=value")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {argument!r} is not YAML; quote it") from error
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key!r} is set below {parent!r}, which has a value already")
+        node[leaf] = value
+    return tree
+
+
+def make_config(
+    model: type[C], *layers: dict[str, Any], where: str = "the configuration"
+) -> C:
+    """`model` from mappings, later ones winning key by key.
+
+    Raises:
+        ConfigError: one sentence with the key, the value and the remedy.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_sentence(model, error, where)) from None
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line} is not valid YAML") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no mapping of keys to values")
+    return content
+
+
+def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key, nested ones dotted."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            yield from keys_of(kind, f"{prefix}{name}.")
+            continue
+        text = getattr(kind, "__name__", "")
+        if text in ("", "Literal", "Optional", "Union", "UnionType"):
+            text = str(kind).replace("typing.", "")
+        default = "required" if field.is_required() else repr(field.default)
+        yield prefix + name, text, default, " ".join((field.description or "").split())
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _sentence(model: type[Config], error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        names = [name for name, *_ in keys_of(model)]
+        near = difflib.get_close_matches(key, names, 1, 0.0)
+        return f"{where} has no key {key!r}; did you mean {near[0]!r}?"
+    if first["type"] == "missing":
+        return f"{where} lacks {key!r}; add {key}=VALUE"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key}={first['input']!r} in {where} is wrong: {message[0].lower()}{message[1:]}"

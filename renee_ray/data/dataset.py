@@ -1,0 +1,401 @@
+"""A dataset directory: its schemas, its manifest, and reading rows by position.
+
+    dataset.json            the manifest; written last, so a directory without it is no dataset
+    train/part-*.parquet    POINTS, in the order of a seeded hash of point_id
+    validation/, test/      POINTS, ascending point_id
+    labels/part-*.parquet   LABELS, ascending label_id, so that a row's position is its label_id
+
+A part is one Parquet file: a few seconds of training, and the unit of shuffling, of
+assignment to workers and of resuming. Nothing here holds more than the rows asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from renee_ray.config import ReneeError
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+SPLITS = ("train", "validation", "test", "labels")
+ROW_GROUP_ROWS = 1024
+
+POINTS = pa.schema(
+    {
+        "point_id": pa.int64(),
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int64()),
+        "filter_labels": pa.list_(pa.int64()),
+    }
+)
+"""A row of train, validation or test. point_id: row number in the source file of its split,
+from 0 (validation: in the training file). input_ids: unpadded, special tokens included.
+labels, filter_labels: ascending, unique."""
+
+LABELS = pa.schema(
+    {
+        "label_id": pa.int64(),
+        "text": pa.string(),
+        "input_ids": pa.list_(pa.int32()),
+        "train_count": pa.int64(),
+    }
+)
+"""A row of labels. train_count: points of the source's training file that carry the label
+(train and validation together, no augmentation)."""
+
+
+class DatasetError(ReneeError):
+    """A directory that is no dataset, or a damaged one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet file of a split."""
+
+    path: str
+    """Relative to the dataset's directory."""
+    rows: int
+    first: int
+    """Position of its first row in the split: for labels, the first label_id."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What dataset.json says."""
+
+    format_version: int
+    tokenizer: str
+    """Name or directory, as given at conversion."""
+    vocabulary_hash: str
+    """SHA-256 of the vocabulary, so that an encoder with another one can be refused."""
+    max_length: int
+    """Tokens kept of each text, special tokens included."""
+    pad_id: int
+    num_labels: int
+    has_label_texts: bool
+    propensity_a: float
+    propensity_b: float
+    splits: dict[str, tuple[Part, ...]]
+    """Keys SPLITS; a split without rows has no parts."""
+    statistics: dict[str, Any]
+    """Counts of the conversion, for people."""
+
+    def num_points(self, split: str) -> int:
+        """Rows of `split` ("labels" too)."""
+        parts = self.splits[split]
+        return parts[-1].first + parts[-1].rows if parts else 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """The manifest in `text`, read from `where` (named in errors).
+
+        Raises:
+            DatasetError: not JSON, another format version, a wrong type, a part whose path
+                leaves the directory, or parts that do not follow one another.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise _damaged(where, f"is not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise _damaged(where, f"holds a {type(raw).__name__} instead of an object")
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DatasetError(
+                f"{where} has format version {version!r} and this renee_ray reads version "
+                f"{FORMAT_VERSION}; convert the source again"
+            )
+        for name, kind in _SCALARS.items():
+            if not _is(raw.get(name), kind):
+                raise _damaged(where, f"has {name}={raw.get(name)!r} instead of a {kind.__name__}")
+        if raw["num_labels"] < 0:
+            raise _damaged(where, f"has num_labels={raw['num_labels']}")
+        splits = {name: _parts(raw["splits"].get(name), name, where) for name in SPLITS}
+        known = {field.name for field in fields(cls)}
+        manifest = cls(**{**{k: v for k, v in raw.items() if k in known}, "splits": splits})
+        if manifest.num_points("labels") != manifest.num_labels:
+            raise _damaged(
+                where,
+                f"has num_labels={manifest.num_labels} but {manifest.num_points('labels')} rows "
+                f"in its labels parts",
+            )
+        return manifest
+
+
+_SCALARS: dict[str, type] = {
+    "tokenizer": str,
+    "vocabulary_hash": str,
+    "max_length": int,
+    "pad_id": int,
+    "num_labels": int,
+    "has_label_texts": bool,
+    "propensity_a": float,
+    "propensity_b": float,
+    "splits": dict,
+    "statistics": dict,
+}
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _damaged(where: str, what: str) -> DatasetError:
+    return DatasetError(f"{where} {what}; convert the source again")
+
+
+def _parts(raw: object, split: str, where: str) -> tuple[Part, ...]:
+    if not isinstance(raw, list):
+        raise _damaged(where, f"has splits.{split}={raw!r} instead of a list of parts")
+    parts: list[Part] = []
+    expected_first = 0
+    for item in raw:
+        part = _part(item, split, where)
+        if part.first != expected_first:
+            raise _damaged(
+                where, f"has part {part.path} at row {part.first} instead of {expected_first}"
+            )
+        expected_first += part.rows
+        parts.append(part)
+    return tuple(parts)
+
+
+def _part(item: object, split: str, where: str) -> Part:
+    if (
+        not isinstance(item, dict)
+        or not _is(item.get("path"), str)
+        or not _is(item.get("rows"), int)
+        or not _is(item.get("first"), int)
+        or item["rows"] < 0
+        or item["first"] < 0
+    ):
+        raise _damaged(where, f"has the part {item!r} in splits.{split}")
+    path = PurePosixPath(item["path"])
+    if path.is_absolute() or ".." in path.parts or "\\" in item["path"] or ":" in item["path"]:
+        raise _damaged(where, f"has a part outside the dataset's directory, {item['path']!r}")
+    return Part(item["path"], item["rows"], item["first"])
+
+
+class Dataset:
+    """A converted dataset. Cheap to make from (path, manifest) anywhere, and picklable."""
+
+    def __init__(self, path: str, manifest: Manifest) -> None:
+        self.path = absolute(path)
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str) -> Dataset:
+        """The dataset at `path`, a local directory or the URL of one.
+
+        Raises:
+            DatasetError: there is no dataset.json, or it cannot be used.
+        """
+        filesystem, root = filesystem_of(path)
+        name = f"{root}/{MANIFEST}"
+        if filesystem.get_file_info(name).type != pafs.FileType.File:
+            raise DatasetError(
+                f"{path} is not a renee_ray dataset: no {MANIFEST}; "
+                f"run `renee-ray convert SRC {path}` first"
+            )
+        with filesystem.open_input_file(name) as file:
+            text = file.read().decode("utf-8", errors="replace")
+        return cls(path, Manifest.from_json(text, f"{path.rstrip('/')}/{MANIFEST}"))
+
+    def __reduce__(self) -> tuple[type[Dataset], tuple[str, Manifest]]:
+        # Not the cached filesystem: a remote one holds connections.
+        return type(self), (self.path, self.manifest)
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.path!r})"
+
+    @cached_property
+    def _located(self) -> tuple[pafs.FileSystem, str]:
+        return filesystem_of(self.path)
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        return self._located[0]
+
+    @property
+    def root(self) -> str:
+        """The dataset's directory as `filesystem` names it."""
+        return self._located[1]
+
+    def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of `part`; `columns` None means every column.
+
+        Raises:
+            DatasetError: the file is missing, is no Parquet, or has another number of rows.
+        """
+        return self._read(part, 0, part.rows, columns)
+
+    def read_rows(
+        self, split: str, start: int, stop: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Rows [start, stop) of `split` in stored order; for "labels", of those label ids.
+
+        Only the row groups concerned are read.
+
+        Raises:
+            IndexError: [start, stop) is not within the split.
+            DatasetError: as in read_part.
+        """
+        parts = self.manifest.splits[split]
+        if not 0 <= start <= stop <= self.manifest.num_points(split):
+            raise IndexError(
+                f"rows [{start}, {stop}) of {split}, which has {self.manifest.num_points(split)}"
+            )
+        tables = [
+            self._read(part, max(start - part.first, 0), min(stop - part.first, part.rows), columns)
+            for part in _overlapping(parts, start, stop)
+        ]
+        return pa.concat_tables(tables) if tables else _empty(split, columns)
+
+    def _read(self, part: Part, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
+        where = f"{self.path.rstrip('/')}/{part.path}"
+        try:
+            with self.filesystem.open_input_file(f"{self.root}/{part.path}") as source:
+                file = pq.ParquetFile(source)
+                if file.metadata.num_rows != part.rows:
+                    raise DatasetError(
+                        f"{where} has {file.metadata.num_rows} rows and {MANIFEST} says "
+                        f"{part.rows}; convert the source again"
+                    )
+                groups, skip = _row_groups(file.metadata, start, stop)
+                names = None if columns is None else list(columns)
+                table = file.read_row_groups(groups, columns=names, use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DatasetError(
+                f"{where} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"convert the source again"
+            ) from error
+        return table.slice(skip, stop - start)
+
+
+def _overlapping(parts: Sequence[Part], start: int, stop: int) -> Iterator[Part]:
+    if start == stop:
+        return
+    index = bisect_right(parts, start, key=lambda part: part.first) - 1
+    for part in parts[index:]:
+        if part.first >= stop:
+            return
+        if part.first + part.rows > start:
+            yield part
+
+
+def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+    """Row groups that hold rows [start, stop), and the rows before `start` in the first one."""
+    groups: list[int] = []
+    skip = 0
+    first = 0
+    for index in range(metadata.num_row_groups):
+        rows = metadata.row_group(index).num_rows
+        if first < stop and first + rows > start:
+            if not groups:
+                skip = start - first
+            groups.append(index)
+        first += rows
+    return groups, skip
+
+
+def _empty(split: str, columns: Sequence[str] | None) -> pa.Table:
+    table = schema_of(split).empty_table()
+    return table if columns is None else table.select(list(columns))
+
+
+def schema_of(split: str) -> pa.Schema:
+    return LABELS if split == "labels" else POINTS
+
+
+def part_path(split: str, index: int) -> str:
+    return f"{split}/part-{index:05d}.parquet"
+
+
+def absolute(path: str) -> str:
+    """`path` so that a process with another working directory finds it too."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URL, and the path on it.
+
+    pyarrow's own filesystem where there is one (local, s3://, gs://, hdfs://, abfs://),
+    otherwise fsspec's.
+
+    Raises:
+        ReneeError: nothing installed knows the URL's scheme.
+    """
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return pafs.LocalFileSystem(), absolute(path)
+    if scheme == "file":
+        return pafs.LocalFileSystem(), absolute(rest)
+    try:
+        filesystem, root = pafs.FileSystem.from_uri(path)
+        return filesystem, root.rstrip("/")
+    except pa.ArrowInvalid:
+        pass
+    import fsspec
+
+    try:
+        remote, root = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise ReneeError(
+            f"no filesystem is installed for {path!r} ({error}); use a local path, or install the "
+            f"fsspec package of {scheme}://"
+        ) from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
+
+
+def write_part(path: str, relative: str, tables: pa.Table | Iterable[pa.Table]) -> int:
+    """Writes one part file under the dataset directory `path`; returns its number of rows."""
+    filesystem, root = filesystem_of(path)
+    table = tables if isinstance(tables, pa.Table) else pa.concat_tables(tables)
+    with filesystem.open_output_stream(f"{root}/{relative}") as sink:
+        pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+    return table.num_rows
+
+
+def write_manifest(path: str, manifest: Manifest) -> None:
+    """Publishes `manifest` at `path`: readers see all of dataset.json or none."""
+    filesystem, root = filesystem_of(path)
+    filesystem.create_dir(root, recursive=True)
+    temporary = f"{root}/{MANIFEST}.tmp"
+    with filesystem.open_output_stream(temporary) as sink:
+        sink.write(manifest.to_json().encode())
+    filesystem.move(temporary, f"{root}/{MANIFEST}")
+
+
+def has_manifest(path: str) -> bool:
+    filesystem, root = filesystem_of(path)
+    return filesystem.get_file_info(f"{root}/{MANIFEST}").type == pafs.FileType.File
+
+
+def clear(path: str) -> None:
+    """Removes the dataset at `path`, manifest first: its part files and nothing else."""
+    filesystem, root = filesystem_of(path)
+    for name in (MANIFEST, f"{MANIFEST}.tmp"):
+        if filesystem.get_file_info(f"{root}/{name}").type == pafs.FileType.File:
+            filesystem.delete_file(f"{root}/{name}")
+    for split in SPLITS:
+        filesystem.create_dir(f"{root}/{split}", recursive=True)
+        for info in filesystem.get_file_info(pafs.FileSelector(f"{root}/{split}")):
+            if re.fullmatch(r"part-\d+\.parquet", info.base_name):
+                filesystem.delete_file(info.path)

@@ -1,0 +1,95 @@
+"""A fast Hugging Face tokenizer that travels as text: tasks need no model files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from renee_ray.config import ReneeError
+from renee_ray.data.models import resolve_model
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and what a dataset must remember of it."""
+
+    name: str
+    serialised: str
+    """tokenizer.json: what `encode` takes."""
+    hash: str
+    """vocabulary_hash of it."""
+    pad_id: int
+
+
+def load(name: str) -> Vocabulary:
+    """The tokenizer of model `name`, a directory or a hub name.
+
+    Raises:
+        ReneeError: it is nowhere to be had, or has no fast version.
+    """
+    directory = Path(resolve_model(name))
+    try:
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        else:
+            tokenizer = _converted(directory)
+    except Exception as error:  # the libraries raise a dozen kinds for files that do not fit
+        raise ReneeError(
+            f"no fast tokenizer can be loaded from {directory} ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]:.200}); give a model that has a tokenizer.json"
+        ) from error
+    return Vocabulary(
+        name, tokenizer.to_str(), vocabulary_hash(tokenizer), _pad_id(tokenizer, directory)
+    )
+
+
+def vocabulary_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokens in the order of their ids."""
+    tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens, ensure_ascii=False).encode()).hexdigest()
+
+
+def encode(serialised: str, texts: list[str], max_length: int) -> pa.Array:
+    """list<int32> [len(texts)]: unpadded ids with special tokens, cut to `max_length`."""
+    encodings = _tokenizer(serialised, max_length).encode_batch_fast(texts)
+    ids = [encoding.ids for encoding in encodings]
+    offsets = np.zeros(len(ids) + 1, dtype=np.int32)
+    np.cumsum([len(row) for row in ids], out=offsets[1:])
+    flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(serialised: str, max_length: int) -> Tokenizer:
+    # Several tasks share a machine: threads of one would only take the cores of another.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_str(serialised)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+def _converted(directory: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), use_fast=True).backend_tokenizer
+
+
+def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
+    """The padding token's id; 0 where a model has none, since padded places are masked anyway."""
+    if tokenizer.padding:
+        return int(tokenizer.padding["pad_id"])
+    settings = directory / "tokenizer_config.json"
+    token = json.loads(settings.read_text()).get("pad_token") if settings.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(token) if token else None
+    return 0 if found is None else found

@@ -1,0 +1,37 @@
+"""Joining a Ray cluster, or starting a local one."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+
+from renee_ray.config import ReneeError
+
+
+def ensure_ray(min_cpus: int = 3) -> None:
+    """Connects to the cluster of the environment (a submitted job, RAY_ADDRESS), else starts Ray here.
+
+    Locally, Ray's CPUs are slots for processes, not cores: at least `min_cpus` are
+    declared, so that training workers never take the slot that Ray Data reads with.
+
+    Raises:
+        ReneeError: the cluster has fewer than `min_cpus` CPUs.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False)
+        else:
+            ray.init(
+                num_cpus=max(min_cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+            )
+    have = ray.cluster_resources().get("CPU", 0)
+    if have < min_cpus:
+        raise ReneeError(
+            f"the Ray cluster has {have:.0f} CPUs and this run needs {min_cpus}: one for each "
+            f"worker and one for reading data; add a node or lower num_workers"
+        )

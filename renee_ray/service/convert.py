@@ -1,0 +1,458 @@
+"""From raw text to a dataset directory, as Ray Data tasks.
+
+    index    driver     one pass over each file: where its lines begin; gzip is unpacked
+    scan     tasks      every label line once: bad input shows before anything is written, and
+                        train_count, the one array over labels, is summed in the driver
+    write    tasks      a task a part: the part's rows are read by their offsets wherever they
+                        lie in the source, tokenised and written; nothing is shuffled between
+    publish  driver     dataset.json, last
+
+Texts and label lines never pass through the driver or the object store: tasks are given row
+numbers and return counts. A user's error inside a task comes back as a value, so that Ray logs
+no traceback for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import ray
+import ray.data
+
+from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.data import dataset as layout
+from renee_ray.data import tokenizer, xmlrepo
+from renee_ray.data.dataset import Manifest, Part
+from renee_ray.data.raw import Raw, index_source, pieces
+from renee_ray.data.split import split_rows
+from renee_ray.data.xmlrepo import Int64s, Pairs, SourceError
+
+SCRATCH = "_scratch"
+SECONDS_BETWEEN_MESSAGES = 1.0
+
+
+def silent(message: str) -> None:
+    """Progress nobody listens to."""
+
+
+def convert(
+    src: str, dst: str, config: ConvertConfig, on_progress: Callable[[str], None] = silent
+) -> Manifest:
+    """Converts the raw data in folder `src` to a dataset at `dst`; both local or URLs.
+
+    Deterministic: the same source and configuration give the same parts.
+
+    Raises:
+        ReneeError: bad input (the sentence names file, line and value), a `dst` that is taken,
+            no such tokenizer. Nothing that opens as a dataset is left at `dst` then, unless the
+            source was refused before a dataset to be overwritten was touched.
+    """
+    src, dst = layout.absolute(src), layout.absolute(dst)
+    _check_destination(dst, config.overwrite)
+    found = xmlrepo.find(src)
+    vocabulary = tokenizer.load(config.tokenizer)
+    try:
+        with _scratch(dst) as scratch:
+            on_progress(f"reading {src}")
+            raw = index_source(found, scratch)
+            _start_ray()
+            counts, scanned = _scan(raw, on_progress)
+            raw = replace(raw, num_labels=len(counts))
+            layout.clear(dst)
+            plan = _plan(raw, dst, counts, vocabulary, config)
+            splits, written = _write(plan, on_progress)
+    except OSError as error:
+        raise ReneeError(
+            f"cannot convert {src} to {dst}: {error}; check that both can be reached and written"
+        ) from error
+    manifest = Manifest(
+        format_version=layout.FORMAT_VERSION,
+        tokenizer=config.tokenizer,
+        vocabulary_hash=vocabulary.hash,
+        max_length=config.max_length,
+        pad_id=vocabulary.pad_id,
+        num_labels=len(counts),
+        has_label_texts=raw.label_texts is not None,
+        propensity_a=config.propensity_a,
+        propensity_b=config.propensity_b,
+        splits=splits,
+        statistics=_statistics(scanned, written, counts),
+    )
+    layout.write_manifest(dst, manifest)
+    return manifest
+
+
+# -------------------------------------------------------------------------------- destination
+
+
+def _check_destination(dst: str, overwrite: bool) -> None:
+    filesystem, root = layout.filesystem_of(dst)
+    kind = filesystem.get_file_info(root).type
+    if kind == pafs.FileType.NotFound:
+        return
+    if kind == pafs.FileType.File:
+        raise ReneeError(f"{dst} is a file; give a directory for the dataset")
+    if overwrite:
+        return
+    if layout.has_manifest(dst):
+        raise ReneeError(f"{dst} already holds a dataset; give another directory or overwrite=true")
+    ours = {*layout.SPLITS, SCRATCH, f"{layout.MANIFEST}.tmp"}
+    names = {info.base_name for info in filesystem.get_file_info(pafs.FileSelector(root))}
+    if others := sorted(names - ours):
+        raise ReneeError(
+            f"{dst} exists already and holds other things ({others[0]!r}); give another "
+            f"directory or overwrite=true, which leaves them alone"
+        )
+
+
+@contextmanager
+def _scratch(dst: str) -> Iterator[str]:
+    """A directory for unpacked files, beside the parts: every node that writes can read it."""
+    path = f"{dst.rstrip('/')}/{SCRATCH}"
+    filesystem, root = layout.filesystem_of(path)
+    _remove(filesystem, root)
+    try:
+        yield path
+    finally:
+        _remove(filesystem, root)
+
+
+def _remove(filesystem: pafs.FileSystem, root: str) -> None:
+    if filesystem.get_file_info(root).type == pafs.FileType.Directory:
+        filesystem.delete_dir(root)
+
+
+# --------------------------------------------------------------------------------------- tasks
+
+
+def _start_ray() -> None:
+    from renee_ray.service.cluster import ensure_ray
+
+    ensure_ray()
+
+
+def _stream(work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int) -> Iterator[Any]:
+    """The results of work(plan, i) for i in [0, tasks), as Ray Data tasks finish, in any order.
+
+    Raises:
+        ReneeError: the sentence of the first task that failed.
+    """
+    if tasks == 0:
+        return
+    reference = ray.put(plan)
+
+    def run(batch: pa.Table) -> pa.Table:
+        shared = ray.get(reference)
+        results = [_attempt(work, shared, i) for i in batch.column("id").to_pylist()]
+        return pa.table({"result": pa.array(results, pa.large_string())})
+
+    with _quiet():
+        results = ray.data.range(tasks, override_num_blocks=tasks).map_batches(
+            run, batch_size=None, batch_format="pyarrow", num_cpus=1
+        )
+        try:
+            batch: pa.Table
+            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for text in batch.column("result").to_pylist():
+                    result = json.loads(text)
+                    if "error" in result:
+                        raise ReneeError(result["error"])
+                    yield result
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise ReneeError(
+                f"a task of the conversion died ({type(cause).__name__}: "
+                f"{str(cause).strip().splitlines()[0]}); see Ray's logs, then convert again"
+            ) from error
+
+
+def _attempt(work: Callable[[Any, int], dict[str, Any]], plan: Any, i: int) -> str:
+    try:
+        return json.dumps(work(plan, i))
+    except (ReneeError, OSError) as error:
+        return json.dumps({"error": str(error)})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Data without bars and without its account of the plan: the caller reports progress."""
+    context = ray.data.DataContext.get_current()
+    logger = logging.getLogger("ray.data")
+    before = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before[0]
+        logger.setLevel(before[1])
+
+
+class _Reporter:
+    """Says how many of `total` are done, not more than once in a while."""
+
+    def __init__(self, what: str, total: int, on_progress: Callable[[str], None]) -> None:
+        self.what, self.total, self.on_progress = what, total, on_progress
+        self.done, self.last = 0, time.monotonic()
+
+    def one_more(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if self.done == self.total or now - self.last >= SECONDS_BETWEEN_MESSAGES:
+            self.last = now
+            self.on_progress(f"{self.what}: {self.done} of {self.total}")
+
+
+# ---------------------------------------------------------------------------------------- scan
+
+
+@dataclass(frozen=True)
+class _ScanPlan:
+    raw: Raw
+    blocks: list[tuple[str, int, int]]
+    """(split, first row, end row) of each task."""
+
+
+def _scan(raw: Raw, on_progress: Callable[[str], None]) -> tuple[Int64s, dict[str, Counter[str]]]:
+    """(train_count int64 [num_labels], counts of each split's label lines)."""
+    blocks = [
+        (name, start, stop)
+        for name in ("train", "test")
+        if name == "train" or raw.test is not None
+        for start, stop in pieces(raw.split(name).labelled)
+    ]
+    counts = np.zeros(raw.num_labels or 0, dtype=np.int64)
+    totals: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+    reporter = _Reporter("label lines checked, blocks", len(blocks), on_progress)
+    for result in _stream(_scan_piece, _ScanPlan(raw, blocks), len(blocks)):
+        reporter.one_more()
+        totals[result["split"]].update(result["totals"])
+        if raw.num_labels is None:
+            missing = result["greatest"] + 1 - len(counts)
+            counts = np.pad(counts, (0, max(missing, 0)))
+        counts[np.array(result["labels"], dtype=np.int64)] += np.array(
+            result["counts"], dtype=np.int64
+        )
+    if not counts.any():
+        raise SourceError(
+            f"{raw.train.labelled.path} gives no training point a label; there is nothing to learn"
+        )
+    if raw.num_labels is None:
+        greatest = max(
+            int(split.filters.labels.max(initial=-1)) for split in (raw.train, raw.test) if split
+        )
+        counts = np.pad(counts, (0, max(greatest + 1 - len(counts), 0)))
+    return counts, totals
+
+
+def _scan_piece(plan: _ScanPlan, i: int) -> dict[str, Any]:
+    """Checks the label lines of one piece; of training pieces, counts the points of labels."""
+    name, start, stop = plan.blocks[i]
+    block = xmlrepo.read(plan.raw.split(name).labelled, np.arange(start, stop))
+    if plan.raw.is_json:
+        found = xmlrepo.parse_objects(block, plan.raw.num_labels)[1]
+    else:
+        found = xmlrepo.parse_pairs(block, plan.raw.num_labels)
+    labels, counts = np.unique(found.labels, return_counts=True)
+    return {
+        "split": name,
+        "totals": {"duplicate_pairs": found.duplicates, "zero_values": found.zeros},
+        "greatest": int(labels.max(initial=-1)),
+        "labels": labels.tolist() if name == "train" else [],
+        "counts": counts.tolist() if name == "train" else [],
+    }
+
+
+# --------------------------------------------------------------------------------------- write
+
+
+@dataclass(frozen=True)
+class _WritePlan:
+    """What every task that writes a part needs: arrays are shared, not copied, on a node."""
+
+    raw: Raw
+    dst: str
+    vocabulary: str
+    max_length: int
+    order: dict[str, Int64s]
+    """Row numbers in the source in the order to write them; the other splits are in its order."""
+    train_counts: Int64s
+    parts: list[tuple[str, int, int, int]]
+    """(split, index of the part, start, stop within the split) of each task."""
+
+
+def _plan(
+    raw: Raw,
+    dst: str,
+    train_counts: Int64s,
+    vocabulary: tokenizer.Vocabulary,
+    config: ConvertConfig,
+) -> _WritePlan:
+    train, validation = split_rows(raw.train.rows, config.validation, config.seed)
+    if len(train) == 0:
+        raise ReneeError(
+            f"validation={config.validation} holds out all {raw.train.rows} training points of "
+            f"{raw.train.texts.path}; lower validation"
+        )
+    sizes = {
+        "train": len(train),
+        "validation": len(validation),
+        "test": raw.test.rows if raw.test else 0,
+        "labels": len(train_counts),
+    }
+    order = {"train": train, "validation": validation}
+    parts = [
+        (split, index, start, min(start + config.part_rows, sizes[split]))
+        for split in layout.SPLITS
+        for index, start in enumerate(range(0, sizes[split], config.part_rows))
+    ]
+    return _WritePlan(
+        raw, dst, vocabulary.serialised, config.max_length, order, train_counts, parts
+    )
+
+
+def _write(
+    plan: _WritePlan, on_progress: Callable[[str], None]
+) -> tuple[dict[str, tuple[Part, ...]], dict[str, Counter[str]]]:
+    """Writes every part; returns the manifest's splits and the sums of the parts' counts."""
+    reporter = _Reporter("parts written", len(plan.parts), on_progress)
+    totals: dict[str, Counter[str]] = {split: Counter() for split in layout.SPLITS}
+    for result in _stream(_write_part, plan, len(plan.parts)):
+        reporter.one_more()
+        total = totals[result["split"]]
+        for name, value in result["totals"].items():
+            total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value
+    splits: dict[str, list[Part]] = {split: [] for split in layout.SPLITS}
+    for split, index, start, stop in plan.parts:
+        splits[split].append(Part(layout.part_path(split, index), stop - start, start))
+    return {split: tuple(parts) for split, parts in splits.items()}, totals
+
+
+def _write_part(plan: _WritePlan, i: int) -> dict[str, Any]:
+    split, index, start, stop = plan.parts[i]
+    order = plan.order.get(split)
+    rows = np.arange(start, stop) if order is None else order[start:stop]
+    make = _label_table if split == "labels" else _point_table
+    table, totals = make(plan, split, rows)
+    layout.write_part(plan.dst, layout.part_path(split, index), table)
+    return {"split": split, "totals": totals}
+
+
+def _point_table(plan: _WritePlan, split: str, rows: Int64s) -> tuple[pa.Table, dict[str, int]]:
+    source = plan.raw.split(split)
+    block = xmlrepo.read(source.texts, rows)
+    if source.labels is None:
+        texts, found = xmlrepo.parse_objects(block, plan.raw.num_labels)
+    else:
+        texts = xmlrepo.texts_of(block)
+        found = xmlrepo.parse_pairs(xmlrepo.read(source.labels, rows), plan.raw.num_labels)
+    ids = tokenizer.encode(plan.vocabulary, texts.texts, plan.max_length)
+    offsets = found.offsets(len(rows))
+    filters, filter_offsets = _filters_of(source.filters, rows)
+    columns = {
+        "point_id": pa.array(rows),
+        "input_ids": ids,
+        "labels": _lists(offsets, found.labels),
+        "filter_labels": _lists(filter_offsets, filters),
+    }
+    sizes = np.diff(offsets)
+    totals = {
+        **_text_totals(texts, ids, plan.max_length),
+        "label_pairs": len(found.labels),
+        "labels_max": int(sizes.max(initial=0)),
+        "without_labels": int((sizes == 0).sum()),
+        "filter_pairs": len(filters),
+    }
+    return pa.table(columns, schema=layout.POINTS), totals
+
+
+def _label_table(plan: _WritePlan, split: str, rows: Int64s) -> tuple[pa.Table, dict[str, int]]:
+    if plan.raw.label_texts is None:
+        texts = xmlrepo.Texts([""] * len(rows), 0, 0)
+    else:
+        block = xmlrepo.read(plan.raw.label_texts, rows)
+        if plan.raw.is_json:
+            texts = xmlrepo.parse_objects(block, None, with_labels=False)[0]
+        else:
+            texts = xmlrepo.texts_of(block)
+    ids = tokenizer.encode(plan.vocabulary, texts.texts, plan.max_length)
+    columns = {
+        "label_id": pa.array(rows),
+        "text": pa.array(texts.texts, pa.string()),
+        "input_ids": ids,
+        "train_count": pa.array(plan.train_counts[rows]),
+    }
+    totals = _text_totals(texts, ids, plan.max_length)
+    return pa.table(columns, schema=layout.LABELS), totals
+
+
+def _text_totals(texts: xmlrepo.Texts, ids: pa.ListArray, max_length: int) -> dict[str, int]:
+    sizes = np.diff(ids.offsets.to_numpy())
+    return {
+        "rows": len(sizes),
+        "tokens": int(sizes.sum()),
+        "tokens_max": int(sizes.max(initial=0)),
+        "at_max_length": int((sizes == max_length).sum()),
+        "empty_texts": sum(not text.strip() for text in texts.texts),
+        "replaced_lines": texts.replaced_lines,
+        "replaced_bytes": texts.replaced_bytes,
+    }
+
+
+def _filters_of(filters: Pairs, rows: Int64s) -> tuple[Int64s, Int64s]:
+    """(labels, offsets): row i of `rows` has the filter labels labels[offsets[i]:offsets[i+1]]."""
+    firsts = np.searchsorted(filters.rows, rows, side="left")
+    sizes = np.searchsorted(filters.rows, rows, side="right") - firsts
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    places = np.arange(offsets[-1]) + np.repeat(firsts - offsets[:-1], sizes)
+    return filters.labels[places], offsets
+
+
+def _lists(offsets: Int64s, values: Int64s) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+_COUNT_BANDS = {"0": 0, "1": 1, "2-5": 5, "6-20": 20, "21-100": 100}
+
+
+def _statistics(
+    scanned: dict[str, Counter[str]], written: dict[str, Counter[str]], counts: Int64s
+) -> dict[str, Any]:
+    """Counts for people. duplicate_pairs and zero_values of train are of its whole source file,
+    the points held out for validation included."""
+    statistics: dict[str, Any] = {}
+    for split, totals in written.items():
+        one: dict[str, float] = dict(totals)
+        one["points"] = one.pop("rows", 0)
+        rows = max(totals["rows"], 1)
+        one["tokens_mean"] = round(one.pop("tokens", 0) / rows, 2)
+        if split != "labels":
+            one["labels_mean"] = round(one.get("label_pairs", 0) / rows, 3)
+        statistics[split] = {**one, **scanned.get(split, {})}
+    statistics["labels"].update(_bands(counts))
+    return statistics
+
+
+def _bands(counts: Int64s) -> dict[str, dict[str, float]]:
+    """Shares of the labels, and of the training pairs, by the label's number of points."""
+    band = np.searchsorted(np.array(list(_COUNT_BANDS.values())), counts)
+    names = [*_COUNT_BANDS, ">100"]
+    labels = np.bincount(band, minlength=len(names)) / max(len(counts), 1)
+    weighted = np.bincount(band, weights=counts, minlength=len(names)) / max(counts.sum(), 1)
+    return {
+        "share_of_labels_by_train_count": dict(zip(names, labels.round(4).tolist(), strict=True)),
+        "share_of_pairs_by_train_count": dict(zip(names, weighted.round(4).tolist(), strict=True)),
+    }

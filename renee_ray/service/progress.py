@@ -1,0 +1,161 @@
+"""From the workers to the driver's terminal: records of progress, and warnings."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray.util.queue import Empty, Queue
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 30
+"""Where there is no terminal, a line is written this often instead of a bar."""
+SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
+
+
+class Channel:
+    """The workers' end: rank 0 sends records, every rank its warnings."""
+
+    def __init__(self, queue: Queue | None, rank: int) -> None:
+        self._queue, self._rank = queue, rank
+
+    def record(self, record: dict[str, Any]) -> None:
+        if self._rank == 0:
+            self._send(record)
+
+    def say(self, text: str) -> None:
+        self._send({"text": text})
+
+    def forward_warnings(self) -> None:
+        """Warnings of this package in this worker reach the driver."""
+        logging.getLogger("renee_ray").addHandler(_Forward(self))
+
+    def _send(self, record: dict[str, Any]) -> None:
+        if self._queue is not None:
+            self._queue.actor.put_nowait.remote(record)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(logging.WARNING)
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.say(record.getMessage())
+
+
+class Display:
+    """The driver's end, a thread that draws what arrives while a job runs."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self.queue = Queue(actor_options={"num_cpus": 0})
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Display:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self.queue.shutdown(force=True)
+
+    def _run(self) -> None:
+        show = _bar if self._console.is_terminal else _lines
+        with show(self._console) as shown:
+            while True:
+                try:
+                    record = self.queue.get(timeout=0.5)
+                except Empty:
+                    if self._stop.is_set():
+                        return
+                    continue
+                except Exception:  # the queue's actor went away with the cluster: nothing to show
+                    return
+                shown(record)
+
+
+class _bar:
+    """A rich progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} rows/s  "
+                       "lr {task.fields[lr]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self._task: Any = None
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._progress.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if "text" in record:
+            self._progress.console.print(record["text"], markup=False)
+            return
+        fields = {
+            "epoch": record["epoch"],
+            "loss": record["loss"],
+            "rate": record["rows_per_second"],
+            "lr": f"{record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}",
+        }
+        if self._task is None:
+            self._task = self._progress.add_task("", total=record["total_steps"], **fields)
+        self._progress.update(self._task, completed=record["step"], **fields)
+
+
+class _lines:
+    """A line now and then, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, -float(LINE_SECONDS)
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if "text" in record:
+            self._write(record["text"])
+        elif (
+            time.monotonic() - self._last >= LINE_SECONDS
+            or record["step"] == record["total_steps"]
+        ):
+            self._last = time.monotonic()
+            self._write(line(record))
+
+    def _write(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A progress record as one line."""
+    left = record["seconds_left"]
+    return (
+        f"epoch {record['epoch']:.2f}  step {record['step']}/{record['total_steps']}  "
+        f"loss {record['loss']:.3f}  {record['rows_per_second']:.0f} rows/s  "
+        f"lr {record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}  "
+        f"{int(left // 60)}:{int(left % 60):02d} left"
+    )
+
+
+def evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    """The figures of an evaluation as one line."""
+    shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics)
+    return f"validation after step {step}:  {shown}"

@@ -1,0 +1,180 @@
+"""A rank's rows of one global batch, as arrays that the step consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from renee_ray.data.dataset import POINTS
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: row i is values[offsets[i]:offsets[i + 1]].
+
+    values: int64 [m]; offsets: int64 [n + 1], starting at 0.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of_lists(cls, rows: list[list[int]]) -> Ragged:
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+        flat = [value for row in rows for value in row]
+        return cls(np.array(flat, dtype=np.int64), offsets.astype(np.int64))
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The rows of these numbers, in this order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return Ragged(self.values[places], offsets)
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(row, value) of every value."""
+        return np.repeat(np.arange(len(self)), self.lengths), self.values
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the run: batches of `epoch` before `batch` are done."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of the global batch at `position`; possibly none.
+
+    points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
+    of each row; filtered: labels never to be predicted for a row.
+    """
+
+    position: Position
+    points: np.ndarray
+    input_ids: Ragged
+    labels: Ragged
+    filtered: Ragged
+    pad_id: int
+    pad_multiple: int = 1
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def pairs(self, first: int) -> tuple[Tensor, Tensor]:
+        """(row of the global batch, label) of every positive; this rank's rows start at `first`."""
+        rows, labels = self.labels.pairs()
+        return torch.from_numpy(rows + first), torch.from_numpy(labels)
+
+    def filter_pairs(self, first: int) -> tuple[Tensor, Tensor]:
+        """(row of the global batch, label) of everything that must not be predicted."""
+        rows, labels = self.filtered.pairs()
+        return torch.from_numpy(rows + first), torch.from_numpy(labels)
+
+    def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row."""
+        padded, mask = pad(self.input_ids, self.pad_id, self.pad_multiple)
+        return (
+            torch.from_numpy(padded).to(device, non_blocking=True),
+            torch.from_numpy(mask).to(device, non_blocking=True),
+        )
+
+    def padding(self) -> tuple[int, int]:
+        """(tokens, cells of the padded matrix)."""
+        width = _width(self.input_ids, self.pad_multiple)
+        return int(len(self.input_ids.values)), len(self) * width
+
+
+def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
+    """A column of lists as int64 arrays."""
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(lists, pa.ChunkedArray):  # a column without chunks stays chunked
+        return Ragged(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return Ragged(lists.flatten().to_numpy().astype(np.int64), offsets - offsets[0])
+
+
+def truncate(rows: Ragged, limit: int) -> Ragged:
+    """Rows of at most `limit` tokens that keep their last one, the end-of-text token."""
+    kept = np.minimum(rows.lengths, limit)
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - rows.offsets[:-1], kept)
+    cut = (kept > 0) & (kept < rows.lengths)
+    places[offsets[1:][cut] - 1] = rows.offsets[1:][cut] - 1
+    return Ragged(rows.values[places], offsets)
+
+
+def cut_batches(
+    tables: Iterable[pa.Table], positions: Iterable[Position], pad_id: int, max_length: int,
+    pad_multiple: int = 1,
+) -> Iterator[Batch]:
+    """Batches at exactly these positions, from tables whose rows come in that order.
+
+    Args:
+        tables: as `data.rows.read_window` makes them, with a column `epoch`; a batch may
+            begin in one table and end in a later one, and may have no row at all.
+    """
+    source = iter(tables)
+    rest: pa.Table | None = None
+    for position in positions:
+        pieces = []
+        while True:
+            rest = next(source, None) if rest is None or not len(rest) else rest
+            if rest is None:
+                break
+            same = (rest["batch"].to_numpy() == position.batch) & (
+                rest["epoch"].to_numpy() == position.epoch
+            )
+            n = len(same) if same.all() else int(same.argmin())
+            pieces.append(rest.slice(0, n))
+            if n < len(same):
+                rest = rest.slice(n)
+                break
+            rest = None
+        yield _batch(position, pieces, pad_id, max_length, pad_multiple)
+
+
+def _batch(
+    position: Position, pieces: list[pa.Table], pad_id: int, max_length: int, pad_multiple: int
+) -> Batch:
+    table = pa.concat_tables(pieces) if pieces else POINTS.empty_table()
+    return Batch(
+        position,
+        table["point_id"].to_numpy(),
+        truncate(ragged(table["input_ids"]), max_length),
+        ragged(table["labels"]),
+        ragged(table["filter_labels"]),
+        pad_id,
+        pad_multiple,
+    )
+
+
+def pad(rows: Ragged, pad_id: int, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask) int64 [max(n, 1), T]; T is the longest row, rounded up to `multiple`."""
+    width = _width(rows, multiple)
+    ids = np.full((max(len(rows), 1), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    mask[: len(rows)] = np.arange(width) < rows.lengths[:, None]
+    ids[mask == 1] = rows.values
+    # Attention over nothing is NaN, and NaN times a zero gradient is NaN still.
+    mask[:, 0] = 1
+    return ids, mask
+
+
+def _width(rows: Ragged, multiple: int) -> int:
+    longest = max(1, int(rows.lengths.max(initial=1)))
+    return -(-longest // multiple) * multiple

@@ -1,0 +1,195 @@
+"""What crosses the workers in a step: each collective beside its adjoint.
+
+Ledger, for a global batch of B rows of which rank r of R holds b_r (they may differ, or be
+0), padded to b = max b_r on the wire because uneven all-gathers are not to be had:
+
+    embeddings   [b_r, D] on each rank  --gather_rows-->   E  [B, D] on all, rank-major
+    gradient     dE [B, D] on each rank --scatter_rows-->  sum over ranks of dE's rows of r
+    pairs        (row, label) of rank r's rows  --route--> those whose label a rank owns
+    ids          of labels, any  --look_up--> a number of each, answered by its owner
+
+The gradient of `gather_rows` summed over all ranks' losses is `scatter_rows`, so the two
+stand together. Sums across ranks are taken in fp32.
+
+`tensors` is the group that embeddings travel on (NCCL on GPUs); `host` is a gloo group for
+pairs and counts, which originate on the host: no device synchronisation for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from renee_ray.xfc.labels import owners
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the workers; `num_ranks` 1 needs no process group."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    tensors: dist.ProcessGroup | None = None
+    host: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_process_group(cls) -> Ranks:
+        """Own groups beside the default one, so that DDP's buckets cannot interleave with ours."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls()
+        return cls(
+            dist.get_rank(),
+            dist.get_world_size(),
+            dist.new_group(),
+            dist.new_group(backend="gloo"),
+        )
+
+
+def row_counts(ranks: Ranks, rows: int) -> list[int]:
+    """Rows that each rank holds of the coming global batch."""
+    if ranks.num_ranks == 1:
+        return [rows]
+    counts = torch.empty(ranks.num_ranks, dtype=torch.int64)
+    dist.all_gather_single(counts, torch.tensor([rows]), group=ranks.host)
+    return counts.tolist()
+
+
+def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
+    """Rows of all ranks, in rank order: own [b_r, D] -> [B, D]."""
+    if ranks.num_ranks == 1:
+        return own
+    padded = own.new_zeros(max(counts), own.shape[1])
+    padded[: len(own)] = own
+    everyone = own.new_empty(ranks.num_ranks * max(counts), own.shape[1])
+    dist.all_gather_single(everyone, padded, group=ranks.tensors)
+    return torch.cat(
+        [rows[:n] for rows, n in zip(everyone.chunk(ranks.num_ranks), counts, strict=True)]
+    )
+
+
+class scatter_rows:
+    """Adjoint of `gather_rows`: [B, D] float32 on each rank -> own rows of the sum, [b_r, D].
+
+    Starts on construction and runs beside whatever follows; `wait()` gives the result.
+    """
+
+    def __init__(self, ranks: Ranks, everyone: Tensor, counts: list[int]) -> None:
+        self._own = everyone
+        self._count = counts[ranks.rank]
+        self._work = None
+        if ranks.num_ranks == 1:
+            return
+        padded = everyone.new_zeros(ranks.num_ranks, max(counts), everyone.shape[1])
+        for rank, rows in enumerate(everyone.split(counts)):
+            padded[rank, : len(rows)] = rows
+        self._own = everyone.new_empty(max(counts), everyone.shape[1])
+        self._work = dist.reduce_scatter_single(
+            self._own, padded.flatten(0, 1), group=ranks.tensors, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._own[: self._count]
+
+
+def route(ranks: Ranks, rows: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """(row, label) pairs to the owners of the labels.
+
+    Args:
+        rows, labels: int64 [m], host memory; rows counted in the global batch.
+
+    Returns:
+        the pairs, of all ranks, whose labels this rank owns.
+    """
+    if ranks.num_ranks == 1:
+        return rows, labels
+    pairs, sizes, _ = _to_owners(ranks, torch.stack([rows, labels], 1), labels, num_labels)
+    received = _all_to_all(ranks, pairs, *_exchange_sizes(ranks, sizes))
+    return received[:, 0], received[:, 1]
+
+
+def look_up(
+    ranks: Ranks, labels: Tensor, own_values: Tensor, first: int, num_labels: int
+) -> Tensor:
+    """A number of each label, from the rank that owns the label.
+
+    Args:
+        labels: int64 [m], any global ids, host memory.
+        own_values: [n] numbers of the labels from `first` on that this rank owns.
+
+    Returns:
+        [m], of the dtype of `own_values`.
+    """
+    if ranks.num_ranks == 1:
+        return own_values[labels - first]
+    questions, sizes, order = _to_owners(ranks, labels, labels, num_labels)
+    sent, received = _exchange_sizes(ranks, sizes)
+    asked = _all_to_all(ranks, questions, sent, received)
+    answers = _all_to_all(ranks, own_values[asked - first], received, sent)
+    values = torch.empty_like(answers)
+    values[order] = answers
+    return values
+
+
+def return_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> list[Tensor]:
+    """Each rank's rows back to it: [B, k] of any rank -> own [b_r, k] from every rank."""
+    if ranks.num_ranks == 1:
+        return [everyone]
+    own = counts[ranks.rank]
+    received = _all_to_all(ranks, everyone, counts, [own] * ranks.num_ranks, ranks.tensors)
+    return list(received.split(own)) if own else [received] * ranks.num_ranks
+
+
+def all_sum(ranks: Ranks, values: Tensor) -> Tensor:
+    """Sum over the ranks, in place."""
+    if ranks.num_ranks > 1:
+        dist.all_reduce(values, group=ranks.host if values.device.type == "cpu" else ranks.tensors)
+    return values
+
+
+def sum_gradients(encoder: DistributedDataParallel, ranks: Ranks) -> None:
+    """Makes DDP sum the encoder's gradient over the ranks, where it would take the mean.
+
+    A rank's backward starts from the rows of dE that belong to it, summed over all labels:
+    the gradient of the whole loss is then the sum over ranks. DDP's mean would divide it by
+    num_ranks and so change the trajectory with the number of workers.
+    """
+
+    def hook(_, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations as objects
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    encoder.register_comm_hook(None, hook)
+
+
+def _to_owners(
+    ranks: Ranks, items: Tensor, labels: Tensor, num_labels: int
+) -> tuple[Tensor, list[int], Tensor]:
+    owner = owners(labels, num_labels, ranks.num_ranks)
+    order = torch.argsort(owner, stable=True)
+    return items[order], torch.bincount(owner, minlength=ranks.num_ranks).tolist(), order
+
+
+def _exchange_sizes(ranks: Ranks, sizes: list[int]) -> tuple[list[int], list[int]]:
+    sent, received = torch.tensor(sizes), torch.empty(ranks.num_ranks, dtype=torch.int64)
+    dist.all_to_all_single(received, sent, group=ranks.host)
+    return sizes, received.tolist()
+
+
+def _all_to_all(
+    ranks: Ranks,
+    items: Tensor,
+    sent: list[int],
+    received: list[int],
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    out = items.new_empty(sum(received), *items.shape[1:])
+    dist.all_to_all_single(
+        out, items.contiguous(), received, sent, group=group if group is not None else ranks.host
+    )
+    return out

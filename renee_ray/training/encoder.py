@@ -1,0 +1,195 @@
+"""The text encoder: tokens -> embedding, its optimizer, and its data-parallel wrapper."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from renee_ray.config import EncoderConfig, ReneeError
+from renee_ray.data.models import resolve_model
+from renee_ray.training.collectives import Ranks, sum_gradients
+
+log = logging.getLogger(__name__)
+
+class Encoder(nn.Module):
+    """Transformer, masked mean pooling in fp32, and an optional bias-free fp32 bottleneck.
+
+    What it equals: `bottleneck((h * mask).sum(1) / mask.sum(1))` for h [b, T, H] the last
+    hidden states (Renée, section 3.1).
+    """
+
+    def __init__(self, config: EncoderConfig, device: torch.device) -> None:
+        super().__init__()
+        self.backbone = _backbone(config)
+        hidden = int(self.backbone.config.hidden_size)
+        self.bottleneck = nn.Linear(hidden, config.bottleneck, bias=False) if config.bottleneck else None
+        self.dim = config.bottleneck or hidden
+        self.autocast = autocast_dtype(config.autocast, device)
+        if config.weights:
+            load_initial_weights(self, config.weights)
+        self.to(device)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask: int64 [b, T] -> float32 [b, D]."""
+        device = input_ids.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+        with torch.autocast(device, enabled=False):
+            mask = attention_mask.unsqueeze(-1).float()
+            pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+            return pooled if self.bottleneck is None else self.bottleneck(pooled)
+
+
+def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Encoder:
+    """The encoder of a configuration, the same on every rank.
+
+    Raises:
+        ReneeError: the model or the initial weights cannot be loaded.
+    """
+    torch.manual_seed(seed)
+    encoder = Encoder(config, device)
+    if config.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        encoder.backbone.compile(dynamic=True)
+    return encoder
+
+
+def data_parallel(encoder: Encoder, ranks: Ranks, gradient: str) -> nn.Module:
+    """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks."""
+    if ranks.num_ranks == 1:
+        return encoder
+    on_gpu = next(encoder.parameters()).is_cuda
+    wrapped = DistributedDataParallel(
+        encoder, device_ids=None if not on_gpu else [torch.cuda.current_device()],
+        gradient_as_bucket_view=True,
+    )
+    if gradient == "sum":
+        sum_gradients(wrapped, ranks)
+    return wrapped
+
+
+def adamw(encoder: Encoder, config: EncoderConfig) -> torch.optim.AdamW:
+    """AdamW, eps 1e-6; vectors (biases, every normalisation's weights) are not decayed."""
+    matrices = [p for p in encoder.parameters() if p.ndim > 1]
+    vectors = [p for p in encoder.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        eps=1e-6,
+        fused=True,
+    )
+
+
+@contextlib.contextmanager
+def training_attention(device: torch.device) -> Iterator[None]:
+    """On CPU, attention by matmuls: the fused kernel's backward takes twice as long there."""
+    if device.type == "cpu":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16, or None for no autocast, for `auto`, `bf16` and `off`."""
+    if choice == "off":
+        return None
+    if choice == "bf16" or native_bf16(device):
+        return torch.bfloat16
+    return None
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
+
+
+def load_initial_weights(encoder: Encoder, path: str) -> None:
+    """Initial weights of the encoder from a `state_dict` file, prefixes mapped.
+
+    Raises:
+        ReneeError: no such file, not a plain state_dict, or no tensor of it fits.
+    """
+    if not Path(path).is_file():
+        raise ReneeError(f"encoder.weights={path!r} is not a file; give a state_dict of the encoder")
+    state = _read_state_dict(path)
+    own = encoder.backbone.state_dict()
+    mapped = {_own_name(name, own): tensor for name, tensor in state.items()}
+    fitting = {n: t for n, t in mapped.items() if n in own and own[n].shape == t.shape}
+    if not fitting:
+        raise ReneeError(
+            f"none of the {len(state)} tensors in {path} fits encoder.name; the first is "
+            f"{next(iter(state), 'none')!r}, expected is e.g. {next(iter(own))!r}"
+        )
+    encoder.backbone.load_state_dict(fitting, strict=False)
+    missing = sorted(set(own) - set(fitting))
+    if missing:
+        log.warning("%s lacks %d tensors, kept as they were: %s", path, len(missing), missing[:5])
+
+
+def _backbone(config: EncoderConfig) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    directory = resolve_model(config.name)
+    try:
+        settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if config.internal_dropout is not None:
+            for key in _dropout_keys(settings):
+                setattr(settings, key, config.internal_dropout)
+        model = AutoModel.from_pretrained(
+            directory,
+            config=settings,
+            attn_implementation=config.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ReneeError(f"encoder.name={config.name!r} cannot be loaded: {reason}") from error
+    # DDP waits for the gradient of every parameter, and mean pooling never calls the pooler.
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+def _dropout_keys(settings: object) -> list[str]:
+    numbers = (
+        key
+        for key, value in vars(settings).items()
+        if "dropout" in key and isinstance(value, (int, float))
+    )
+    return [key for key in numbers if "classif" not in key]
+
+
+def _read_state_dict(path: str) -> dict[str, Tensor]:
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its unpickler happens to raise
+        raise ReneeError(f"{path} is not a plain state_dict ({type(error).__name__})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    return {name: t for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def _own_name(name: str, own: Collection[str]) -> str:
+    """`name` without the leading modules that another program wrapped the encoder in."""
+    parts = name.split(".")
+    suffixes = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((suffix for suffix in suffixes if suffix in own), name)

@@ -1,0 +1,206 @@
+"""One worker's life: steps over any iterator of batches, validation, checkpoints, progress.
+
+Runs under plain torch.distributed; what surrounds it (Ray Train, or a test) passes in the
+batches and two callbacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from renee_ray.config import RunConfig
+from renee_ray.training.batch import Batch, Position
+from renee_ray.training.checkpoint import State
+from renee_ray.training.collectives import Ranks, all_sum
+from renee_ray.training.encoder import adamw, data_parallel
+from renee_ray.training.model import Model
+from renee_ray.training.schedule import warmup_cosine
+from renee_ray.training.scoring import Propensities, Scorer, evaluate
+from renee_ray.training.step import Step, StepResult
+from renee_ray.xfc.storage import SGD
+
+log = logging.getLogger(__name__)
+
+RESHUFFLE_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, known before the first step.
+
+    batches: number of batches of each epoch.
+    """
+
+    batches: tuple[int, ...]
+    evaluate_every: float
+    checkpoint_every: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.batches)
+
+    def evaluation_steps(self) -> set[int]:
+        """Numbers of done steps after which the validation split is scored; the end among them."""
+        if not self.evaluate_every:
+            return {self.total}
+        count = int(len(self.batches) / self.evaluate_every)
+        marks = {self._steps_at((i + 1) * self.evaluate_every) for i in range(count)}
+        return marks | {self.total}
+
+    def epochs_done(self, step: int) -> float:
+        """Epochs, with their fraction, after `step` steps."""
+        for epoch, batches in enumerate(self.batches):
+            if step < batches:
+                return epoch + step / batches
+            step -= batches
+        return float(len(self.batches))
+
+    def _steps_at(self, epochs: float) -> int:
+        whole = int(epochs)
+        part = epochs - whole
+        steps = sum(self.batches[:whole])
+        return steps + (round(part * self.batches[whole]) if part else 0)
+
+
+@dataclass
+class Meter:
+    """Sums since the last sample of the loss."""
+
+    rows: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    cells: int = 0
+
+    def rate(self) -> float:
+        return self.rows / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Trainer:
+    """A rank's model with its optimizers, at some state of a run.
+
+    on_progress(record): at every sampled loss, on every rank.
+    on_checkpoint(metrics, new_best): after each evaluation and every `checkpoint_every` steps;
+        must save `state`, on every rank alike.
+    validation(): the batches of the validation split; empty: there is no such split.
+    """
+
+    config: RunConfig
+    model: Model
+    ranks: Ranks
+    device: torch.device
+    plan: Plan
+    validation: Callable[[], Iterable[Batch]]
+    propensities: Propensities | None
+    on_progress: Callable[[dict[str, Any]], None]
+    on_checkpoint: Callable[[dict[str, float]], None]
+    state: State = field(default_factory=State)
+
+    def __post_init__(self) -> None:
+        settings = self.config.encoder
+        self.optimizer = adamw(self.model.encoder, settings)
+        self._step = Step(
+            data_parallel(self.model.encoder, self.ranks, settings.gradient),
+            self.model.shard,
+            self.optimizer,
+            self.ranks,
+            self.device,
+            settings.dropout,
+            self.config.seed,
+            settings.clip_norm,
+        )
+
+    def run(self, batches: Iterator[Batch]) -> None:
+        """Trains on the remaining batches, which begin at `state.position`."""
+        evaluations = self.plan.evaluation_steps()
+        every = self.plan.checkpoint_every
+        if self.state.step == 0:
+            self.on_checkpoint(self._evaluate())
+        meter, started = Meter(), time.perf_counter()
+        while self.state.step < self.plan.total:
+            batch = next(batches)
+            result, sampled = self._train_on(batch)
+            meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
+            tokens, cells = batch.padding()
+            meter.tokens, meter.cells = meter.tokens + tokens, meter.cells + cells
+            if sampled:
+                meter.seconds = time.perf_counter() - started
+                self._sample(result, meter)
+                meter, started = Meter(), time.perf_counter()
+            if self.state.step in evaluations:
+                pause = time.perf_counter()
+                self.on_checkpoint(self._evaluate())
+                started += time.perf_counter() - pause
+            elif every and self.state.step % every == 0:
+                pause = time.perf_counter()
+                self.on_checkpoint({})
+                started += time.perf_counter() - pause
+
+    def _train_on(self, batch: Batch) -> tuple[StepResult, bool]:
+        config, state = self.config, self.state
+        factor = warmup_cosine(state.step, self.plan.total, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.encoder.learning_rate * factor
+        settings = config.classifier
+        sgd = SGD(settings.learning_rate * factor, settings.momentum, settings.weight_decay)
+        # Dropout inside the encoder differs between ranks and steps, and needs no saved state.
+        torch.manual_seed(RESHUFFLE_SEED * config.seed + state.step * self.ranks.num_ranks + self.ranks.rank)
+        sampled = bool(config.loss_every) and state.step % config.loss_every == 0
+        result = self._step(batch, state.step, sgd, with_loss=sampled)
+        self._count(batch.position, result)
+        return result, sampled
+
+    def _count(self, done: Position, result: StepResult) -> None:
+        state = self.state
+        state.step += 1
+        state.skipped += result.skipped
+        state.encoder_skipped += result.encoder_skipped
+        if result.skipped or result.encoder_skipped:
+            side = "both sides" if result.skipped else "the encoder"
+            log.warning("step %d: a value was not finite; skipped on %s", state.step, side)
+        last = done.batch + 1 == self.plan.batches[done.epoch]
+        state.position = (
+            Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
+        )
+
+    def _sample(self, result: StepResult, meter: Meter) -> None:
+        loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
+        sgd_factor = warmup_cosine(self.state.step - 1, self.plan.total, self.config.warmup)
+        record = {
+            "step": self.state.step,
+            "total_steps": self.plan.total,
+            "epoch": self.plan.epochs_done(self.state.step),
+            "loss": loss,
+            "rows_per_second": meter.rate(),
+            "padding": 1 - meter.tokens / meter.cells if meter.cells else 0.0,
+            "encoder_lr": self.config.encoder.learning_rate * sgd_factor,
+            "classifier_lr": self.config.classifier.learning_rate * sgd_factor,
+            "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "skipped": self.state.skipped,
+            "seconds_left": (self.plan.total - self.state.step)
+            * (meter.seconds / meter.steps if meter.steps else 0.0),
+            "time_s": time.time(),
+        }
+        self.state.history["steps"].append(record)
+        self.on_progress(record)
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.propensities is None:
+            return {}
+        scorer = Scorer(self.model.encoder, self.model.shard, self.ranks, self.device)
+        metrics = evaluate(scorer, self.validation(), self.propensities)
+        epoch = self.plan.epochs_done(self.state.step)
+        self.state.history["evals"].append(
+            {"step": self.state.step, "epoch": epoch, "metrics": metrics}
+        )
+        score = metrics[self.config.evaluation.metric]
+        self.state.best = score if self.state.best is None else max(score, self.state.best)
+        return metrics

@@ -1,0 +1,33 @@
+"""The two halves of the model on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from renee_ray.config import RunConfig
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.encoder import Encoder, build_encoder
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.storage import Weights
+
+
+@dataclass(frozen=True)
+class Model:
+    """The encoder, a replica on every rank, and this rank's shard of the classifier."""
+
+    encoder: Encoder
+    shard: Shard
+
+
+def build_model(
+    config: RunConfig, num_labels: int, ranks: Ranks, device: torch.device, *, training: bool
+) -> Model:
+    """Encoder and an all-zero shard; without `training`, no momentum is allocated."""
+    encoder = build_encoder(config.encoder, device, config.seed)
+    owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
+    momentum = training and config.classifier.momentum > 0
+    weights = Weights(config.classifier.precision, len(owned), encoder.dim, momentum, device)
+    return Model(encoder, Shard(owned, weights, config.classifier.chunk))

@@ -1,0 +1,116 @@
+"""Predicting and evaluating across label shards: every rank ends with its own rows' results.
+
+For a global batch: embeddings of all rows to every rank, a streaming top-k of each shard,
+each rank's rows of it back to that rank (all-to-all), a merge of R lists there. Nothing of
+[rows, labels] exists, and no rank holds what is another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from renee_ray.data.dataset import Dataset
+from renee_ray.metrics import KS, MetricSums, inverse_propensity
+from renee_ray.training.batch import Batch
+from renee_ray.training.collectives import (
+    Ranks,
+    all_sum,
+    gather_rows,
+    look_up,
+    return_rows,
+    route,
+    row_counts,
+)
+from renee_ray.training.encoder import Encoder
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.topk import merge_topk, shard_topk
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The trained model on one of R ranks."""
+
+    encoder: Encoder
+    shard: Shard
+    ranks: Ranks
+    device: torch.device
+
+    @torch.inference_mode()
+    def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        """The k best labels of this rank's rows, filter labels left out before the cut.
+
+        Returns:
+            (scores float32 [b, k] descending, labels int64 [b, k]) in host memory; label -1
+            where fewer than k labels remain.
+        """
+        counts = row_counts(self.ranks, len(batch))
+        first = sum(counts[: self.ranks.rank])
+        owned = self.shard.owned
+        pairs = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
+        own = self.encoder(*batch.tokens(self.device))[: len(batch)]
+        everyone = gather_rows(self.ranks, own, counts)
+        scores, labels = shard_topk(self.shard, everyone, k, Pairs(*pairs, owned, self.device))
+        best = merge_topk(
+            return_rows(self.ranks, scores, counts), return_rows(self.ranks, labels, counts), k
+        )
+        return best[0].cpu(), best[1].cpu()
+
+    def predict(self, batches: Iterable[Batch], k: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """(batch, scores, labels) of each batch. All ranks must draw equally many."""
+        training = self.encoder.training
+        self.encoder.eval()
+        try:
+            for batch in batches:
+                yield batch, *self.topk(batch, k)
+        finally:
+            self.encoder.train(training)
+
+
+@dataclass(frozen=True)
+class Propensities:
+    """Inverse propensities of a rank's own labels, float64; those of others are asked for."""
+
+    own: Tensor
+    owned: LabelRange
+    ranks: Ranks
+
+    @classmethod
+    def read(cls, dataset: Dataset, owned: LabelRange, ranks: Ranks) -> Propensities:
+        """From the counts of the labels [start, stop), which no augmentation has touched."""
+        manifest = dataset.manifest
+        counts = dataset.read_rows("labels", owned.start, owned.stop, ["train_count"])
+        points = manifest.num_points("train") + manifest.num_points("validation")
+        own = inverse_propensity(
+            counts["train_count"].to_numpy(), points, manifest.propensity_a, manifest.propensity_b
+        )
+        return cls(torch.from_numpy(own), owned, ranks)
+
+    def of(self, labels: np.ndarray) -> np.ndarray:
+        """float64 [m] of any labels int64 [m]; every rank must ask at the same time."""
+        asked = torch.from_numpy(labels)
+        answer = look_up(
+            self.ranks, asked, self.own, self.owned.start, self.owned.num_labels
+        )
+        return answer.numpy()
+
+
+def evaluate(
+    scorer: Scorer,
+    batches: Iterable[Batch],
+    propensities: Propensities,
+    ks: tuple[int, ...] = KS,
+    recall_ks: tuple[int, ...] = (10, 100),
+) -> dict[str, float]:
+    """Metrics in percent of all ranks' rows together."""
+    sums = MetricSums.zeros(ks, recall_ks)
+    for batch, _, labels in scorer.predict(batches, max(*ks, *recall_ks)):
+        true = batch.labels
+        sums.add(labels.numpy(), true.values, true.offsets, None, propensities.of(true.values))
+    vector = all_sum(scorer.ranks, torch.from_numpy(sums.vector()))
+    return MetricSums.from_vector(vector.numpy(), ks, recall_ks).metrics()

@@ -1,0 +1,116 @@
+"""One training step of the whole model, on one of R ranks (Renée, section 3; docs/design.md).
+
+    e  = dropout(encoder(tokens))            own rows [b_r, D], autograd, data-parallel
+    E  = gather_rows(e)                      [B, D], detached
+    dE = shard.step(E, positives)            own labels: sigmoid(E W') - Y, dE, update of W
+    e.backward(scatter_rows(dE))             runs beside the update of the last chunk of labels
+    AdamW on the encoder, its gradient summed over ranks
+
+A step whose embeddings are not finite is skipped by every rank on both sides: all of them see
+the same E, so they decide alike without another message, before any weight has changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from renee_ray.training.batch import Batch
+from renee_ray.training.collectives import Ranks, gather_rows, route, row_counts, scatter_rows
+from renee_ray.training.encoder import training_attention
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.storage import SGD
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    loss: this rank's labels' part of the batch's summed BCE, float64 scalar.
+    rows: points of the global batch.
+    skipped: the embeddings were not finite and nothing was changed.
+    encoder_skipped: only the encoder's gradient was not finite; only its step was left out.
+    """
+
+    loss: Tensor
+    rows: int
+    skipped: bool = False
+    encoder_skipped: bool = False
+
+
+@dataclass
+class Step:
+    """The parts that a step works on.
+
+    encoder: [b, T] tokens -> [b, D] float32, wrapped in DDP when there are several ranks.
+    dropout: probability on the embedding; seed: of its masks.
+    clip_norm: largest norm of the encoder's gradient; 0: none.
+    """
+
+    encoder: nn.Module
+    shard: Shard
+    optimizer: torch.optim.Optimizer
+    ranks: Ranks
+    device: torch.device
+    dropout: float = 0.0
+    seed: int = 0
+    clip_norm: float = 0.0
+
+    def __call__(self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False) -> StepResult:
+        """Trains on this rank's rows `batch` (possibly none) of the global batch number `step`."""
+        counts = row_counts(self.ranks, len(batch))
+        first = sum(counts[: self.ranks.rank])
+        total = sum(counts)
+        owned = self.shard.owned
+        rows, labels = route(self.ranks, *batch.pairs(first), owned.num_labels)
+        positives = Pairs(rows, labels, owned, self.device)
+
+        with training_attention(self.device):
+            own = self._embed(batch)
+            own = own * dropout_mask(own, self.dropout, self.seed, step, total, first)
+            everyone = gather_rows(self.ranks, own.detach(), counts)
+            if not bool(torch.isfinite(everyone).all()):
+                own.backward(gradient=torch.zeros_like(own))
+                self.optimizer.zero_grad(set_to_none=True)
+                zero = torch.zeros((), dtype=torch.float64, device=self.device)
+                return StepResult(zero, total, skipped=True)
+
+            pending: list[scatter_rows] = []
+            loss = self.shard.step(
+                everyone,
+                positives,
+                sgd,
+                with_loss=with_loss,
+                on_gradient=lambda dE: pending.append(scatter_rows(self.ranks, dE, counts)),
+            )
+            own.backward(gradient=pending[0].wait())
+        finite = self._clip()
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, total, encoder_skipped=not finite)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        # A rank without rows still joins DDP's reduction: with one blank row, cut off again.
+        tokens, mask = batch.tokens(self.device)
+        return self.encoder(tokens, mask)[: len(batch)]
+
+    def _clip(self) -> bool:
+        parameters = [p for p in self.encoder.parameters() if p.grad is not None]
+        limit = self.clip_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        return bool(torch.isfinite(norm))
+
+
+def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first: int) -> Tensor:
+    """Factors 0 or 1/(1-p) for rows [first, first + b_r) of a global batch of `total` rows.
+
+    They depend on (seed, step, place in the global batch), so not on who holds a row.
+    """
+    if p == 0:
+        return own.new_ones(())
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    kept = torch.rand(total, own.shape[1], generator=generator)[first : first + len(own)] >= p
+    return (kept.float() / (1 - p)).to(own.device)

@@ -1,0 +1,141 @@
+"""Forward, backward and update of one label shard, chunk by chunk, without autograd.
+
+What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3):
+
+    loss = binary_cross_entropy_with_logits(E @ W.T, Y, reduction="sum")
+    dE   = (sigmoid(E @ W.T) - Y) @ W            # summed over the shard's labels
+    dW   = (sigmoid(E @ W.T) - Y).T @ E          # then one SGD step
+
+Neither logits nor dW ever exist for more than one chunk of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.storage import SGD, Weights
+
+CACHE_BYTES = 1 << 20
+"""What a chunk's logits, weights and gradient should fit: half of a Zen 4 or Sapphire Rapids L2."""
+INIT_BLOCK = 1024
+"""Labels whose first weights come from one random stream, whoever owns them."""
+
+
+class Pairs:
+    """The distinct (row, label) pairs of a global batch that fall into a shard, by label.
+
+    Args:
+        rows: int64 [m], rows of the global batch, in host memory.
+        labels: int64 [m], global ids inside `owned`, in host memory.
+        device: where the shard computes.
+    """
+
+    def __init__(
+        self, rows: Tensor, labels: Tensor, owned: LabelRange, device: torch.device | None = None
+    ) -> None:
+        width = int(rows.max()) + 1 if len(rows) else 1
+        key = torch.unique((labels - owned.start) * width + rows)
+        # The host keeps a copy: where a chunk's pairs begin is then known without a device sync.
+        self._host_labels = key // width
+        self._labels = self._host_labels.to(device, non_blocking=True)
+        self._rows = (key % width).to(device, non_blocking=True)
+
+    def by_chunk(self, chunks: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """(rows, columns inside the chunk) of each chunk of local labels [start, stop)."""
+        starts = torch.tensor([start for start, _ in chunks], dtype=torch.int64)
+        bounds = [*torch.searchsorted(self._host_labels, starts).tolist(), len(self._host_labels)]
+        return [
+            (self._rows[lo:hi], self._labels[lo:hi] - start)
+            for (start, _), lo, hi in zip(chunks, bounds, bounds[1:], strict=False)
+        ]
+
+
+class Shard:
+    """The labels `owned` of the classifier, with their weights.
+
+    Args:
+        chunk: labels worked on at once; 0: as many as keep a chunk in the cache.
+    """
+
+    def __init__(self, owned: LabelRange, weights: Weights, chunk: int = 0) -> None:
+        self.owned, self.weights, self.chunk = owned, weights, chunk
+
+    def chunks(self, batch: int) -> list[tuple[int, int]]:
+        """Local [start, stop) of each chunk for a global batch of `batch` rows."""
+        size = self.chunk or default_chunk(batch, self.weights.dim)
+        n = len(self.owned)
+        return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def step(
+        self,
+        embeddings: Tensor,
+        positives: Pairs,
+        sgd: SGD,
+        *,
+        with_loss: bool = False,
+        on_gradient: Callable[[Tensor], None] = lambda gradient: None,
+    ) -> Tensor:
+        """Trains the shard on one global batch.
+
+        Args:
+            embeddings: [B, D] float32, finite.
+            on_gradient: called with dE [B, D] float32 once it is complete, before the last
+                chunk is updated: what it starts (a reduce-scatter) overlaps that update.
+
+        Returns:
+            this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
+        """
+        inputs = embeddings.to(self.weights.compute_dtype)
+        gradient = torch.zeros_like(embeddings, dtype=torch.float32)
+        loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
+        chunks = self.chunks(len(embeddings))
+        for (start, stop), (rows, columns) in zip(
+            chunks, positives.by_chunk(chunks), strict=True
+        ):
+            weight = self.weights.weight.operand(start, stop)
+            logits = (inputs @ weight.T).float()
+            if with_loss:
+                loss += bce_sum(logits, rows, columns)
+            residual = logits.sigmoid_()
+            residual[rows, columns] -= 1
+            residual = residual.to(inputs.dtype)
+            gradient += residual @ weight
+            if stop == len(self.owned):
+                on_gradient(gradient)
+            self.weights.update(start, stop, (residual.T @ inputs).float(), sgd)
+        if not chunks:
+            on_gradient(gradient)
+        return loss
+
+    def initialise_normal(self, std: float, seed: int) -> None:
+        """W ~ N(0, std); the row of a label depends on (seed, label) only, not on the shards."""
+        for block in range(self.owned.start // INIT_BLOCK, -(-self.owned.stop // INIT_BLOCK)):
+            generator = torch.Generator().manual_seed((seed << 32) + block)
+            rows = torch.randn(INIT_BLOCK, self.weights.dim, generator=generator) * std
+            first = max(block * INIT_BLOCK, self.owned.start)
+            last = min((block + 1) * INIT_BLOCK, self.owned.stop)
+            if first < last:
+                inside = rows[first - block * INIT_BLOCK : last - block * INIT_BLOCK]
+                self.write(first, inside)
+
+    def write(self, first: int, rows: Tensor) -> None:
+        """Sets the weights of labels [first, first + len(rows)), given as float32."""
+        start = first - self.owned.start
+        self.weights.weight.write(start, start + len(rows), rows.to(self.weights.device))
+
+
+def bce_sum(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Sum of BCE-with-logits over a chunk whose positives are (rows, columns)."""
+    return torch.nn.functional.softplus(logits).sum(dtype=torch.float64) - logits[
+        rows, columns
+    ].sum(dtype=torch.float64)
+
+
+def default_chunk(batch: int, dim: int) -> int:
+    """Labels for which fp32 logits, their residual and a row's gradient fit the cache."""
+    size = CACHE_BYTES // (6 * max(batch, 1) + 10 * dim)
+    return max(64, size // 64 * 64)

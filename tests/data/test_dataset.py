@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+
+from renee_ray.data import dataset as layout
+from renee_ray.data.dataset import Dataset, DatasetError, Manifest, Part
+from renee_ray.data.split import split_rows, splitmix64
+
+
+def manifest(**splits: tuple[Part, ...]) -> Manifest:
+    all_splits = {split: splits.get(split, ()) for split in layout.SPLITS}
+    labels = all_splits["labels"]
+    return Manifest(
+        format_version=layout.FORMAT_VERSION,
+        tokenizer="a/b",
+        vocabulary_hash="00",
+        max_length=128,
+        pad_id=0,
+        num_labels=sum(part.rows for part in labels),
+        has_label_texts=True,
+        propensity_a=0.55,
+        propensity_b=1.5,
+        splits=all_splits,
+        statistics={"train": {"tokens_max": 3}},
+    )
+
+
+def label_table(start: int, stop: int) -> pa.Table:
+    ids = np.arange(start, stop)
+    columns = {
+        "label_id": ids,
+        "text": [f"label {i}" for i in ids],
+        "input_ids": [[int(i)] * int(i % 3) for i in ids],
+        "train_count": ids * 2,
+    }
+    return pa.table(columns, schema=layout.LABELS)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Dataset:
+    """2,500 labels in parts of 2000 (two row groups), 0 and 500."""
+    path = str(tmp_path / "set")
+    layout.clear(path)
+    parts = []
+    for index, (start, stop) in enumerate([(0, 2000), (2000, 2000), (2000, 2500)]):
+        relative = layout.part_path("labels", index)
+        assert layout.write_part(path, relative, label_table(start, stop)) == stop - start
+        parts.append(Part(relative, stop - start, start))
+    layout.write_manifest(path, manifest(labels=tuple(parts)))
+    return Dataset.open(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [
+        (0, 2500),
+        (0, 0),
+        (2500, 2500),
+        (3, 5),
+        (1023, 1025),
+        (1999, 2001),
+        (2000, 2500),
+        (1500, 1500),
+    ],
+)
+def test_rows_by_position(written: Dataset, start: int, stop: int) -> None:
+    assert written.read_rows("labels", start, stop).equals(label_table(start, stop))
+    ids = written.read_rows("labels", start, stop, ["label_id"])
+    assert ids.column_names == ["label_id"]
+    assert ids["label_id"].to_pylist() == list(range(start, stop))
+
+
+def test_whole_part(written: Dataset) -> None:
+    part = written.manifest.splits["labels"][2]
+    assert written.read_part(part).equals(label_table(2000, 2500))
+    assert written.read_part(part, ["text"])["text"][0].as_py() == "label 2000"
+
+
+def test_rows_outside(written: Dataset) -> None:
+    with pytest.raises(IndexError, match="2500"):
+        written.read_rows("labels", 0, 2501)
+    assert written.read_rows("train", 0, 0).schema == layout.POINTS
+
+
+def test_pickles_with_its_filesystem_opened(written: Dataset) -> None:
+    written.read_rows("labels", 0, 1)
+    other = pickle.loads(pickle.dumps(written))
+    assert other.manifest == written.manifest
+    assert other.read_rows("labels", 7, 9).equals(label_table(7, 9))
+
+
+def test_a_relative_path_is_the_same_elsewhere(
+    written: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = Dataset.open("set")
+    monkeypatch.chdir("/")
+    assert relative.read_rows("labels", 0, 3).num_rows == 3
+
+
+def test_manifest_survives_its_json() -> None:
+    before = manifest(train=(Part("train/part-00000.parquet", 3, 0),))
+    assert Manifest.from_json(before.to_json(), "x") == before
+    assert before.num_points("train") == 3 and before.num_points("test") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2 and this renee_ray reads version 1; convert"),
+        ({"format_version": None}, "format version None"),
+        ({"max_length": "128"}, "max_length='128' instead of a int"),
+        ({"max_length": True}, "max_length=True"),
+        ({"tokenizer": None}, "tokenizer=None instead of a str"),
+        ({"num_labels": -1}, "num_labels=-1"),
+        ({"num_labels": 5}, "num_labels=5 but 0 rows in its labels parts"),
+        ({"splits": []}, r"splits=\[\]"),
+        ({"splits": {}}, r"splits\.train=None"),
+        ({"path": "/etc/part.parquet"}, "outside the dataset's directory, '/etc/part.parquet'"),
+        ({"path": "train/../../x"}, "outside the dataset's directory, 'train/../../x'"),
+        ({"path": "s3://bucket/x"}, "outside the dataset's directory"),
+        ({"rows": -3}, "has the part"),
+        ({"rows": 1.5}, "has the part"),
+        ({"first": 2}, "at row 2 instead of 0"),
+    ],
+)
+def test_bad_manifests(change: dict[str, Any], message: str) -> None:
+    raw = json.loads(manifest(train=(Part("train/part-00000.parquet", 3, 0),)).to_json())
+    part = raw["splits"]["train"][0]
+    for name, value in change.items():
+        (part if name in part else raw)[name] = value
+    with pytest.raises(DatasetError, match=message) as caught:
+        Manifest.from_json(json.dumps(raw), "/d/dataset.json")
+    assert str(caught.value).startswith("/d/dataset.json ")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_a_manifest_that_is_no_object(text: str) -> None:
+    with pytest.raises(DatasetError, match=r"^/d/dataset\.json (is not JSON|holds a)"):
+        Manifest.from_json(text, "/d/dataset.json")
+
+
+def test_no_dataset(tmp_path: Path) -> None:
+    message = r"is not a renee_ray dataset: no dataset\.json; run `renee-ray convert SRC"
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DatasetError, match=message):
+            Dataset.open(str(path))
+
+
+def test_damaged_parts(written: Dataset) -> None:
+    first, _, last = written.manifest.splits["labels"]
+    Path(written.path, last.path).unlink()
+    with pytest.raises(DatasetError, match=r"part-00002\.parquet cannot be read.*convert"):
+        written.read_rows("labels", 2400, 2401)
+    Path(written.path, last.path).write_bytes(b"PAR1")
+    with pytest.raises(DatasetError, match=r"part-00002\.parquet cannot be read"):
+        written.read_part(last)
+    layout.write_part(written.path, first.path, label_table(0, 10))
+    with pytest.raises(DatasetError, match=r"has 10 rows and dataset\.json says 2000"):
+        written.read_part(first)
+
+
+def test_clear_removes_parts_only(written: Dataset) -> None:
+    keep = Path(written.path, "train", "mine.txt")
+    keep.write_text("x")
+    layout.clear(written.path)
+    assert [path for path in Path(written.path).rglob("*") if path.is_file()] == [keep]
+
+
+def test_filesystems(tmp_path: Path) -> None:
+    for path in (str(tmp_path), f"file://{tmp_path}"):
+        filesystem, root = layout.filesystem_of(path)
+        assert isinstance(filesystem, pafs.LocalFileSystem) and root == str(tmp_path)
+    with pytest.raises(layout.ReneeError, match="no filesystem is installed for 'nosuch://x'"):
+        layout.filesystem_of("nosuch://x")
+
+
+def test_any_fsspec_filesystem() -> None:
+    path = "memory://bucket/set"
+    layout.clear(path)
+    layout.write_part(path, layout.part_path("labels", 0), label_table(0, 5))
+    parts = (Part(layout.part_path("labels", 0), 5, 0),)
+    layout.write_manifest(path, manifest(labels=parts))
+    assert Dataset.open(path).read_rows("labels", 1, 3).equals(label_table(1, 3))
+
+
+def test_splitmix64_is_the_published_one() -> None:
+    """First outputs of the reference generator from state 1234567."""
+    step = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + i * step) % 2**64 for i in range(3)], dtype=np.uint64)
+    assert splitmix64(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
+
+
+def test_split_rows() -> None:
+    train, validation = split_rows(20_000, 0.1, seed=3)
+    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(20_000))
+    assert validation.tolist() == sorted(validation.tolist())
+    assert abs(len(validation) - 2000) < 4 * np.sqrt(20_000 * 0.1 * 0.9)
+    assert abs(np.corrcoef(np.arange(len(train)), train)[0, 1]) < 0.05
+    again, other = split_rows(20_000, 0.1, seed=3)[0], split_rows(20_000, 0.1, seed=4)[0]
+    assert np.array_equal(train, again) and not np.array_equal(train, other)
+    assert np.array_equal(validation[validation < 900], split_rows(900, 0.1, seed=3)[1])
+    assert len(split_rows(100, 0.0, seed=3)[1]) == 0

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from renee_ray.data import xmlrepo
+from renee_ray.data.raw import Raw, index_source, pieces
+from renee_ray.data.xmlrepo import Block, SourceError
+
+
+def block_of(tmp_path: Path, data: bytes, name: str = "trn_X_Y.txt") -> Block:
+    path = tmp_path / name
+    path.write_bytes(data)
+    lines = xmlrepo.index(str(path))
+    return xmlrepo.read(lines, np.arange(lines.rows))
+
+
+def rows_of(block: Block, found: xmlrepo.Pairs) -> list[list[int]]:
+    offsets = found.offsets(len(block))
+    return [found.labels[offsets[i] : offsets[i + 1]].tolist() for i in range(len(block))]
+
+
+def source(tmp_path: Path, **files: str | bytes | None) -> str:
+    """A small good repository in which `files` replace or (None) remove files."""
+    good: dict[str, str | bytes | None] = {
+        "trn_X": "a\nb\nc\n",
+        "trn_X_Y": "3 4\n0:1\n1:1 3:1\n2:1\n",
+        "tst_X": "d\n",
+        "tst_X_Y": "1 4\n1:1\n",
+        "Y": "w\nx\ny\nz\n",
+        **files,
+    }
+    for name, text in good.items():
+        if text is not None:
+            data = text.encode() if isinstance(text, str) else text
+            (tmp_path / f"{name}.txt").write_bytes(data)
+    return str(tmp_path)
+
+
+def indexed(path: str) -> Raw:
+    return index_source(xmlrepo.find(path), f"{path}/scratch")
+
+
+# ------------------------------------------------------------------------------ lines and reads
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"", []),
+        (b"\n", [b""]),
+        (b"a", [b"a"]),
+        (b"a\nb", [b"a", b"b"]),
+        (b"a\r\n\r\nb\r\n", [b"a", b"", b"b"]),
+        (b"\xef\xbb\xbfa\nb\n", [b"a", b"b"]),
+        (b"\xef\xbb\xbf", []),
+        ("a\u2028b\x0bc\x85d\re\n".encode(), ["a\u2028b\x0bc\x85d\re".encode()]),
+    ],
+)
+def test_lines_end_at_newlines_only(tmp_path: Path, data: bytes, lines: list[bytes]) -> None:
+    assert list(block_of(tmp_path, data)) == lines
+
+
+def test_lines_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xmlrepo, "CHUNK_BYTES", 3)
+    lines = [b"x" * (i % 7) for i in range(50)]
+    assert list(block_of(tmp_path, b"\n".join(lines) + b"\n")) == lines
+
+
+@pytest.mark.parametrize("near", [0, 1 << 20])
+def test_rows_in_any_order(tmp_path: Path, near: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last line, without its end, in the middle of a block."""
+    monkeypatch.setattr(xmlrepo, "NEAR_BYTES", near)
+    path = tmp_path / "trn_X_Y.txt"
+    path.write_bytes(b"\n".join(b"%d:1" % i for i in range(100)))
+    lines = xmlrepo.index(str(path))
+    rows = np.random.default_rng(0).permutation(100)
+    block = xmlrepo.read(lines, rows)
+    assert list(block) == [b"%d:1" % i for i in rows]
+    assert xmlrepo.parse_pairs(block, 100).labels.tolist() == rows.tolist()
+
+
+def test_pieces_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("renee_ray.data.raw.PIECE_BYTES", 10)
+    path = tmp_path / "f"
+    path.write_bytes(b"".join(b"y" * (i * 5 % 31) + b"\n" for i in range(40)))
+    bounds = pieces(xmlrepo.index(str(path)))
+    assert len(bounds) > 10
+    assert [row for start, stop in bounds for row in range(start, stop)] == list(range(40))
+
+
+def test_file_that_shrinks(tmp_path: Path) -> None:
+    path = tmp_path / "trn_X.txt"
+    path.write_bytes(b"a\nb\n")
+    lines = xmlrepo.index(str(path))
+    path.write_bytes(b"a\n")
+    with pytest.raises(SourceError, match=r"trn_X\.txt became shorter .*no byte 2; convert again"):
+        xmlrepo.read(lines, np.arange(2))
+
+
+def test_gzip_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "trn_X.txt.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbfa\nb") + gzip.compress(b"c\n"))
+    lines = xmlrepo.index(str(path), str(tmp_path / "plain"))
+    assert list(xmlrepo.read(lines, np.arange(2))) == [b"a", b"bc"]
+    assert lines.where(1) == f"{path}:2"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not gzip", "flipped"])
+def test_damaged_gzip(tmp_path: Path, damage: str) -> None:
+    packed = gzip.compress(np.random.default_rng(0).bytes(5000))
+    path = tmp_path / "trn_X.txt.gz"
+    flipped = packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:]
+    path.write_bytes({"truncated": packed[:-9], "not gzip": b"abc\n", "flipped": flipped}[damage])
+    with pytest.raises(SourceError, match=r"trn_X\.txt\.gz is not a complete gzip file .*again"):
+        xmlrepo.index(str(path), str(tmp_path / "plain"))
+
+
+def test_utf16(tmp_path: Path) -> None:
+    path = tmp_path / "trn_X.txt"
+    path.write_text("a\n", encoding="utf-16")
+    with pytest.raises(SourceError, match=r"trn_X\.txt:1: the file is in UTF-16; save it as UTF-8"):
+        xmlrepo.index(str(path))
+
+
+def test_replaced_bytes_are_counted(tmp_path: Path) -> None:
+    texts = xmlrepo.texts_of(
+        block_of(tmp_path, b"ok \xef\xbf\xbd\n\xff\xfea\xe9\nna\xc3\xafve\n\xc3\n")
+    )
+    assert texts.texts == ["ok \ufffd", "\ufffd\ufffda\ufffd", "na\u00efve", "\ufffd"]
+    assert (texts.replaced_lines, texts.replaced_bytes) == (2, 4)
+
+
+# ------------------------------------------------------------------------------------- labels
+
+
+def test_odd_label_lines(tmp_path: Path) -> None:
+    data = b"3:1.00000 1:1.00000\r\n\n 5\t2:1 \n4:0.0 4:1 7:0 6:0.00000\n1:1 1:2 1\n0:1e-3 2:0e5\n9"
+    block = block_of(tmp_path, data)
+    found = xmlrepo.parse_pairs(block, 10)
+    assert rows_of(block, found) == [[1, 3], [], [2, 5], [4], [1], [0], [9]]
+    assert (found.duplicates, found.zeros) == (2, 4)
+
+
+def test_label_ids_stay_integers(tmp_path: Path) -> None:
+    """Float32 would make 2**24 of the first, float64 2**53 of the second."""
+    ids = [2**24 + 1, 2**53 + 1, 10**18 - 1]
+    block = block_of(tmp_path, b"\n".join(b"%d:1.0" % i for i in ids))
+    assert xmlrepo.parse_pairs(block, 10**18).labels.tolist() == ids
+
+
+def test_parse_equals_naive_python(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    values = [":1.00000", "", ":1", ":0", ":0.00", ":0.5", ":2e-1", ":.5", ":3.", ":+1"]
+    lines = [
+        " ".join(f"{i}{values[rng.integers(len(values))]}" for i in rng.integers(0, 300, n))
+        for n in rng.integers(0, 12, 500)
+    ]
+    block = block_of(tmp_path, "\n".join(lines).encode() + b"\n")
+    found = xmlrepo.parse_pairs(block, 300)
+    split = [[(*token.split(":"), "1")[:2] for token in line.split()] for line in lines]
+    kept = [[int(i) for i, value in line if float(value) != 0] for line in split]
+    assert rows_of(block, found) == [sorted(set(line)) for line in kept]
+    assert found.duplicates == sum(len(line) - len(set(line)) for line in kept)
+    assert found.zeros == sum(len(a) - len(b) for a, b in zip(split, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("-3:1.0", "label id -3 is negative; ids count from 0"),
+        ("-3", "label id -3 is negative"),
+        ("10:1.0", "label id 10 is out of range, there are 10 labels"),
+        ("9" * 30 + ":1", "label id " + "9" * 30 + " is out of range"),
+        ("9223372036854775808:1", "label id 9223372036854775808 is out of range"),
+        ("a:1", "malformed pair 'a:1'; write id:value"),
+        (":1", "malformed pair ':1'"),
+        ("3:", "malformed pair '3:'"),
+        ("3:x", "malformed pair '3:x'"),
+        ("3:1:1", "malformed pair '3:1:1'"),
+        ("3.0:1", r"malformed pair '3\.0:1'"),
+        ("3:nan", "malformed pair '3:nan'"),
+        ("3:inf", "malformed pair '3:inf'"),
+        ("3:-1", "malformed pair '3:-1'"),
+        ("3:1_0", "malformed pair '3:1_0'"),
+        ("3:1.0.0", r"malformed pair '3:1\.0\.0'"),
+        ("1,2:1", "malformed pair '1,2:1'"),
+        ("\u00e9:1", "malformed pair '\u00e9:1'"),
+        ("--3:1", "malformed pair '--3:1'"),
+        ("\u0663:1", "malformed pair '\u0663:1'"),
+    ],
+)
+@pytest.mark.parametrize("same", [True, False])
+def test_bad_pairs(tmp_path: Path, token: str, message: str, same: bool) -> None:
+    """The first bad one is named, its line too; alone and among others."""
+    others = "" if same else "1:1.0 2:0.5 "
+    data = f"{others}\n{others}\n{others}{token}\n-7:1\n".encode()
+    with pytest.raises(SourceError, match=rf"/trn_X_Y\.txt:3: {message}"):
+        xmlrepo.parse_pairs(block_of(tmp_path, data), 10)
+
+
+def test_an_id_far_above_any_label_when_their_number_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r":1: label id 100000000 is implausibly large; add"):
+        xmlrepo.parse_pairs(block_of(tmp_path, b"100000000:1\n"), None)
+
+
+@pytest.mark.parametrize(
+    ("data", "texts", "header"),
+    [
+        (b"2 5\n0:1\n1:1\n", 2, (2, 5)),
+        (b"2 5\r\n0\n1\n", 2, (2, 5)),
+        (b"0:1\n1:1\n", 2, None),
+        (b"3 5\n0\n1 4\n", 3, (3, 5)),
+        (b"2 5\n0\n1 4\n", 3, None),
+        (b"7 5\n0:1\n1:1\n", 3, (7, 5)),
+        (b"7 5 3\n1\n", 2, None),
+        (b"5\n1\n", 2, None),
+        (b"\n1\n", 2, None),
+        (b"", 0, None),
+    ],
+)
+def test_header(tmp_path: Path, data: bytes, texts: int, header: tuple[int, int] | None) -> None:
+    assert xmlrepo.header_of(block_of(tmp_path, data).lines, texts) == header
+
+
+def test_filter_lines(tmp_path: Path) -> None:
+    block = block_of(tmp_path, b"\xef\xbb\xbf4 1\r\n\n 0\t3 \n4 1", "trn_filter_labels.txt")
+    rows, labels = xmlrepo.parse_filters(block, 5, 4)
+    assert (rows.tolist(), labels.tolist()) == ([4, 0, 4], [1, 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1", "malformed filter line '1'; write two integers, row and label"),
+        ("1 2 3", "malformed filter line '1 2 3'"),
+        ("-1 2", "malformed filter line '-1 2'"),
+        ("1 -2", "malformed filter line '1 -2'"),
+        ("1 2:1.0", r"malformed filter line '1 2:1\.0'"),
+        ("a b", "malformed filter line 'a b'"),
+        ("5 2", "row 5 is out of range, the split has 5 points"),
+        ("9" * 25 + " 2", "row " + "9" * 25 + " is out of range"),
+        ("1 4", "label id 4 is out of range, there are 4 labels"),
+    ],
+)
+def test_bad_filter_lines(tmp_path: Path, line: str, message: str) -> None:
+    block = block_of(tmp_path, f"0 1\n\n{line}\n9 9\n".encode(), "trn_filter_labels.txt")
+    with pytest.raises(SourceError, match=rf"/trn_filter_labels\.txt:3: {message}"):
+        xmlrepo.parse_filters(block, 5, 4)
+
+
+# --------------------------------------------------------------------------------------- JSON
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    records = [
+        {"uid": "x", "title": "T", "content": "C c", "target_ind": [3, 1, 3]},
+        {"title": "only", "target_ind": [2, 0], "target_rel": [1.0, 0.0]},
+        {"content": None, "target_ind": []},
+        {"title": "\ud800!", "target_ind": [0]},
+    ]
+    data = "\r\n".join(json.dumps(record) for record in records).encode()
+    block = block_of(tmp_path, data + b'\n{"title": "\xff\xff", "target_ind": []}', "trn.json")
+    texts, found = xmlrepo.parse_objects(block, 4)
+    assert texts.texts == ["T C c", "only", "", "\ufffd!", "\ufffd\ufffd"]
+    assert (texts.replaced_lines, texts.replaced_bytes) == (2, 3)
+    assert rows_of(block, found) == [[1, 3], [2], [], [0], []]
+    assert (found.duplicates, found.zeros) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{bad", r"bad JSON \(.*\) in '\{bad'; write one JSON object a line"),
+        ("", "bad JSON"),
+        ("[1]", r"'\[1\]' is no JSON object"),
+        ('{"title": 5, "target_ind": []}', "title is 5; write a string"),
+        ('{"content": ["x"], "target_ind": []}', r"content is \['x'\]; write a string"),
+        ('{"title": "x"}', "target_ind is None; write a list of integer ids"),
+        ('{"target_ind": 3}', "target_ind is 3"),
+        ('{"target_ind": [1.0]}', r"target_ind is \[1\.0\]"),
+        ('{"target_ind": ["1"]}', r"target_ind is \['1'\]"),
+        ('{"target_ind": [true]}', r"target_ind is \[True\]"),
+        ('{"target_ind": [-1]}', "label id -1 is negative"),
+        ('{"target_ind": [4]}', "label id 4 is out of range, there are 4 labels"),
+        ('{"target_ind": [1], "target_rel": []}', r"target_rel is \[\]; write a number"),
+        ('{"target_ind": [1], "target_rel": ["a"]}', r"target_rel is \['a'\]"),
+        ('{"target_ind": [1], "target_rel": [NaN]}', r"target_rel is \[nan\]"),
+    ],
+)
+def test_bad_json_lines(tmp_path: Path, line: str, message: str) -> None:
+    data = f'{{"target_ind": []}}\n{line}\n{{worse\n'.encode()
+    with pytest.raises(SourceError, match=rf"/trn\.json:2: {message}"):
+        xmlrepo.parse_objects(block_of(tmp_path, data, "trn.json"), 4)
+
+
+# ------------------------------------------------------------------------------------- folders
+
+
+def test_a_good_folder(tmp_path: Path) -> None:
+    raw = indexed(source(tmp_path))
+    assert raw.num_labels == 4 and raw.train.rows == 3 and raw.test is not None
+    assert raw.train.labelled.where(0).endswith("trn_X_Y.txt:2")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"trn_X": "a\nb\nc\n\n\n"},
+        {"trn_X_Y": "3 4\n0:1\n1:1 3:1\n2:1\n\n\r\n"},
+        {"Y": "w\nx\ny\nz\n\n"},
+        {"trn_X_Y": "0:1\n1:1 3:1\n2:1\n", "tst_X_Y": "1:1\n"},
+        {"Y": None},
+        {"trn_X_Y": "0:1\n1:1 3:1\n2:1\n", "Y": None},
+    ],
+)
+def test_blank_ends_and_missing_headers(tmp_path: Path, files: dict[str, str | None]) -> None:
+    raw = indexed(source(tmp_path, **files))
+    assert raw.num_labels == 4 and raw.train.rows == 3
+
+
+def test_no_header_and_no_label_texts(tmp_path: Path) -> None:
+    files = {"trn_X_Y": "0:1\n1:1 3:1\n2:1\n", "tst_X_Y": "1:1\n", "Y": None}
+    assert indexed(source(tmp_path, **files)).num_labels is None
+
+
+def test_no_test_split(tmp_path: Path) -> None:
+    assert indexed(source(tmp_path, tst_X=None, tst_X_Y=None)).test is None
+
+
+def test_filters_are_sorted_by_row(tmp_path: Path) -> None:
+    filters = indexed(source(tmp_path, trn_filter_labels="2 1\n0 3\n2 0\n2 1\n")).train.filters
+    assert (filters.rows.tolist(), filters.labels.tolist()) == ([0, 2, 2], [3, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"trn_X_Y": "4 4\n0:1\n1:1 3:1\n2:1\n"},
+            r"/trn_X_Y\.txt:1: the header says 4 rows and 3 follow; correct the header",
+        ),
+        ({"trn_X_Y": "2 4\n0:1\n1:1\n2:1\n"}, r"/trn_X_Y\.txt:1: the header says 2 rows and 3"),
+        (
+            {"trn_X": "a\nb\n"},
+            r"/trn_X\.txt has 2 lines and .*/trn_X_Y\.txt has labels for 3 rows; make one line",
+        ),
+        ({"tst_X": "d\ne\n"}, r"/tst_X\.txt has 2 lines and .*/tst_X_Y\.txt has labels for 1"),
+        ({"trn_X_Y": "0:1\n1:1\n"}, r"/trn_X\.txt has 3 lines and .*/trn_X_Y\.txt has .* 2 rows"),
+        ({"Y": "w\nx\ny\n"}, r"/Y\.txt has 3 lines and .*/trn_X_Y\.txt:1 says 4 labels; correct"),
+        ({"tst_X_Y": "1 5\n1:1\n"}, r"/Y\.txt has 4 lines and .*/tst_X_Y\.txt:1 says 5 labels"),
+        (
+            {"tst_X_Y": "1 5\n1:1\n", "Y": None},
+            r"/tst_X_Y\.txt:1: the header says 5 labels and .*/trn_X_Y\.txt:1 says 4; correct one",
+        ),
+        (
+            {"trn_X": "", "trn_X_Y": "0 4\n"},
+            r"/trn_X\.txt holds no training point; give a training set of at least one",
+        ),
+        (
+            {"trn_X_Y": "3 99999999999999999999\n0:1\n1:1\n2:1\n"},
+            r"/trn_X_Y\.txt:1: the header says 99999999999999999999 labels, above the limit",
+        ),
+        ({"trn_X": None}, r"/trn_X_Y\.txt is there but .*/trn_X\.txt is missing; add it"),
+        ({"trn_X_Y": None}, r"/trn_X\.txt is there but .*/trn_X_Y\.txt is missing; add it"),
+        ({"tst_X_Y": None}, r"/tst_X\.txt is there but .*/tst_X_Y\.txt is missing; add it"),
+        ({"trn_X": None, "trn_X_Y": None}, r"has no training set: neither trn_X\.txt with"),
+        ({"trn_filter_labels": "0 1\n3 1\n"}, r"/trn_filter_labels\.txt:2: row 3 is out of range"),
+        ({"tst_filter_labels": "0 4\n"}, r"/tst_filter_labels\.txt:1: label id 4 is out of range"),
+        ({"tst_filter_labels": "0\n"}, r"/tst_filter_labels\.txt:1: malformed filter line '0'"),
+    ],
+)
+def test_folders_that_disagree(tmp_path: Path, files: dict[str, str | None], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        indexed(source(tmp_path, **files))
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nowhere is not a directory; give the folder"):
+        xmlrepo.find(str(tmp_path / "nowhere"))

@@ -1,0 +1,86 @@
+"""Baselines against pure Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from renee_ray.service import baselines
+from renee_ray.service.baselines import most_frequent, nearest_label_text
+
+NUM_LABELS, POINTS = 23, 40
+
+
+def random_filters(seed: int) -> tuple[list[set[int]], np.ndarray, np.ndarray]:
+    """Filters of each point: none, some, and all labels but three."""
+    rng = np.random.default_rng(seed)
+    filters = [set(map(int, rng.permutation(NUM_LABELS)[: i % 5])) for i in range(POINTS - 1)]
+    filters.append(set(range(NUM_LABELS)) - {2, 7, 20})
+    values = [label for labels in filters for label in sorted(labels)]
+    offsets = np.cumsum([0, *map(len, filters)], dtype=np.int64)
+    return filters, offsets, np.array(values, dtype=np.int64)
+
+
+def best_first(scores: list[float], banned: set[int], k: int) -> list[int]:
+    allowed = [label for label in range(len(scores)) if label not in banned]
+    best = sorted(allowed, key=lambda label: (-scores[label], label))[:k]
+    return best + [-1] * (k - len(best))
+
+
+@pytest.fixture(params=[1, 100, 2**22])
+def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(baselines, "BLOCK_ELEMENTS", request.param)
+    return int(request.param)
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("k", [1, 5, NUM_LABELS + 2])
+def test_most_frequent_equals_brute_force(k: int) -> None:
+    count = np.random.default_rng(1).integers(0, 6, NUM_LABELS)
+    filters, offsets, values = random_filters(0)
+    expected = [best_first(count.tolist(), banned, k) for banned in filters]
+    found = most_frequent(count, offsets, values, POINTS, k)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, expected)
+    # Filtering after the cut is the mistake that this must not make.
+    late = [[i for i in best_first(count.tolist(), set(), k) if i not in f] for f in filters]
+    assert any(len(row) < k for row in late) and (found[:-1, : min(k, 18)] >= 0).all()
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("k", [1, 5, NUM_LABELS + 2])
+def test_nearest_label_text_equals_brute_force(k: int) -> None:
+    rng = np.random.default_rng(2)
+    points = rng.normal(size=(POINTS, 6)).astype(np.float32)
+    labels = (rng.normal(size=(NUM_LABELS, 6)) * rng.uniform(0.1, 9, (NUM_LABELS, 1))).astype(
+        np.float32
+    )
+    filters, offsets, values = random_filters(3)
+    expected = []
+    for point, banned in zip(points.tolist(), filters, strict=True):
+        cosine = [
+            sum(a * b for a, b in zip(point, label, strict=True)) / math.hypot(*label)
+            for label in labels.tolist()
+        ]
+        expected.append(best_first(cosine, banned, k))
+    found = nearest_label_text(points, labels, offsets, values, k)
+    np.testing.assert_array_equal(found, expected)
+    product = points @ labels.T
+    cosine_best = (product / np.linalg.norm(labels, axis=1)).argmax(axis=1)
+    assert (product.argmax(axis=1) != cosine_best).any()  # normalising matters on this data
+
+
+def test_zero_embedding_and_no_points() -> None:
+    offsets = np.zeros(2, dtype=np.int64)
+    none = np.zeros(0, dtype=np.int64)
+    zero, units = np.zeros((1, 3), np.float32), np.eye(3, dtype=np.float32)
+    found = nearest_label_text(zero, units, offsets, none, 2)
+    np.testing.assert_array_equal(found, [[0, 1]])
+    assert most_frequent(np.ones(3, np.int64), offsets[:1], none, 0, 2).shape == (0, 2)
+
+
+def test_offsets_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="among 2 points"):
+        most_frequent(np.ones(3, np.int64), np.array([0, 1]), np.array([0]), 2, 1)

@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.data.dataset import Dataset, DatasetError
+from renee_ray.data.split import split_rows
+from renee_ray.service.convert import convert
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "caf\u00e9", "\ufffd"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_local() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=3, include_dashboard=False, logging_level=logging.WARNING)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a small word tokenizer whose padding token is not 0."""
+    directory = tmp_path_factory.mktemp("model")
+    vocabulary = {w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.enable_padding(pad_id=1, pad_token="[PAD]", length=9)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return str(directory)
+
+
+def config_of(model: str, **changes: Any) -> ConvertConfig:
+    return ConvertConfig(**{"tokenizer": model, "max_length": 6, "part_rows": 16, **changes})
+
+
+def write(folder: Path, files: Mapping[str, str | bytes]) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        data = text.encode() if isinstance(text, str) else text
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return str(folder)
+
+
+def random_repository(points: int = 100, tests: int = 33, labels: int = 40) -> dict[str, Any]:
+    """The naive records of a repository, and its text files, odd in every accepted way."""
+    rng = np.random.default_rng(5)
+
+    def text() -> str:
+        return " ".join(rng.choice(WORDS[:7], rng.integers(0, 8)))
+
+    def lines(n: int) -> list[list[int]]:
+        return [rng.integers(0, labels, rng.integers(0, 6)).tolist() for _ in range(n)]
+
+    def sparse(rows: list[list[int]]) -> str:
+        body = [" ".join(f"{i}:1.00000" for i in row) for row in rows]
+        return "\r\n".join([f"{len(rows)} {labels}", *body]) + "\r\n"
+
+    texts = {"trn": [text() for _ in range(points)], "tst": [text() for _ in range(tests)]}
+    pairs = {"trn": lines(points), "tst": lines(tests)}
+    label_texts = [text() for _ in range(labels)]
+    filters = [(int(rng.integers(points)), int(rng.integers(labels))) for _ in range(80)]
+    files = {f"{s}_X.txt": "\ufeff" + "\r\n".join(texts[s]) + "\r\n" for s in texts}
+    files |= {f"{s}_X_Y.txt": sparse(pairs[s]) for s in pairs}
+    files["Y.txt"] = "\n".join(label_texts)
+    files["trn_filter_labels.txt"] = "".join(f"{row} {label}\n" for row, label in filters)
+    return {
+        "texts": texts,
+        "pairs": pairs,
+        "labels": label_texts,
+        "filters": filters,
+        "files": files,
+    }
+
+
+def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> None:
+    """Rereads every row and compares it with the naive records, whichever files they came from."""
+    dataset = Dataset.open(path)
+    tokenizer = Tokenizer.from_file(f"{config.tokenizer}/tokenizer.json")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(config.max_length)
+    rows = split_rows(len(naive["texts"]["trn"]), config.validation, config.seed)
+    order = {
+        "train": rows[0].tolist(),
+        "validation": rows[1].tolist(),
+        "test": list(range(len(naive["texts"].get("tst", [])))),
+    }
+    for split, ids in order.items():
+        source = "tst" if split == "test" else "trn"
+        filters = naive["filters"] if source == "trn" else []
+        expected = [
+            {
+                "point_id": i,
+                "input_ids": tokenizer.encode(naive["texts"][source][i]).ids,
+                "labels": sorted(set(naive["pairs"][source][i])),
+                "filter_labels": sorted({label for row, label in filters if row == i}),
+            }
+            for i in ids
+        ]
+        assert dataset.manifest.num_points(split) == len(ids)
+        assert dataset.read_rows(split, 0, len(ids)).to_pylist() == expected
+        assert [part.rows for part in dataset.manifest.splits[split]] == [
+            min(config.part_rows, len(ids) - start)
+            for start in range(0, len(ids), config.part_rows)
+        ]
+    counts = [sum(i in row for row in naive["pairs"]["trn"]) for i in range(len(naive["labels"]))]
+    labels = dataset.read_rows("labels", 0, dataset.manifest.num_labels).to_pylist()
+    assert labels == [
+        {
+            "label_id": i,
+            "text": text,
+            "input_ids": tokenizer.encode(text).ids,
+            "train_count": counts[i],
+        }
+        for i, text in enumerate(naive["labels"])
+    ]
+    assert sum(counts) == sum(
+        dataset.manifest.statistics[split]["label_pairs"] for split in ("train", "validation")
+    )
+    assert not Path(path, "_scratch").exists()
+
+
+def test_texts_against_naive_python(tmp_path: Path, model: str) -> None:
+    naive = random_repository()
+    config = config_of(model, validation=0.2)
+    messages: list[str] = []
+    manifest = convert(
+        write(tmp_path / "src", naive["files"]), str(tmp_path / "dst"), config, messages.append
+    )
+    check_against(naive, str(tmp_path / "dst"), config)
+    parts = sum(len(of_split) for of_split in manifest.splits.values())
+    assert parts > 10 and messages[-1] == f"parts written: {parts} of {parts}"
+    assert Dataset.open(str(tmp_path / "dst")).manifest == manifest
+    assert manifest.pad_id == 1 and manifest.has_label_texts and manifest.tokenizer == model
+    duplicates = sum(len(row) - len(set(row)) for row in naive["pairs"]["trn"])
+    assert duplicates > 0
+    assert manifest.statistics["train"]["duplicate_pairs"] == duplicates
+    assert manifest.statistics["train"]["tokens_max"] == 6
+    shares = manifest.statistics["labels"]["share_of_pairs_by_train_count"]
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_gzip_gives_the_same_parts(tmp_path: Path, model: str) -> None:
+    naive = random_repository()
+    config = config_of(model, validation=0.2)
+    files = {f"{name}.gz": data for name, data in naive["files"].items()}
+    convert(write(tmp_path / "src", files), str(tmp_path / "dst"), config)
+    check_against(naive, str(tmp_path / "dst"), config)
+
+
+def test_json_lines_give_the_same_parts(tmp_path: Path, model: str) -> None:
+    naive = random_repository()
+    config = config_of(model, validation=0.2)
+
+    def records(texts: list[str], pairs: list[list[int]] | None) -> str:
+        split = [text.split(" ", 1) for text in texts]
+        rows = [{"title": words[0], "content": " ".join(words[1:])} for words in split]
+        if pairs is not None:
+            rows = [{**row, "target_ind": ids} for row, ids in zip(rows, pairs, strict=True)]  # type: ignore[dict-item]
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    files: dict[str, str | bytes] = {
+        f"{s}.json.gz": records(naive["texts"][s], naive["pairs"][s]) for s in ("trn", "tst")
+    }
+    files["lbl.json"] = records(naive["labels"], None)
+    files["filter_labels_train.txt"] = naive["files"]["trn_filter_labels.txt"]
+    convert(write(tmp_path / "src", files), str(tmp_path / "dst"), config)
+    check_against(naive, str(tmp_path / "dst"), config)
+
+
+def test_odd_but_good(tmp_path: Path, model: str) -> None:
+    """Bare ids, zero values, no header, no Y.txt, no test split, no filters, odd characters."""
+    files: dict[str, str | bytes] = {
+        "trn_X.txt": b"red\xff one\ngreen\xe2\x80\xa8two\n\ncaf\xc3\xa9",
+        "trn_X_Y.txt": "4 2:0.0 4\n\n1:1 3:0\n0",
+    }
+    path = str(tmp_path / "dst")
+    manifest = convert(
+        write(tmp_path / "src", files), path, config_of(model, validation=0.0, part_rows=1)
+    )
+    rows = sorted(
+        Dataset.open(path).read_rows("train", 0, 4).to_pylist(), key=lambda row: row["point_id"]
+    )
+    assert [row["labels"] for row in rows] == [[4], [], [1], [0]]
+    assert [len(row["input_ids"]) for row in rows] == [4, 4, 2, 3]
+    assert all(row["filter_labels"] == [] for row in rows)
+    assert manifest.num_labels == 5 and not manifest.has_label_texts
+    assert manifest.splits["test"] == () and manifest.splits["validation"] == ()
+    labels = Dataset.open(path).read_rows("labels", 0, 5)
+    assert labels["text"].to_pylist() == [""] * 5
+    assert labels["train_count"].to_pylist() == [1, 1, 0, 0, 1]
+    counts = manifest.statistics["train"]
+    expected = {
+        "duplicate_pairs": 1,
+        "zero_values": 2,
+        "replaced_lines": 1,
+        "replaced_bytes": 1,
+        "empty_texts": 1,
+        "without_labels": 1,
+        "label_pairs": 3,
+        "points": 4,
+    }
+    assert {name: counts[name] for name in expected} == expected
+
+
+def test_same_seed_same_files(tmp_path: Path, model: str) -> None:
+    src = write(tmp_path / "src", random_repository()["files"])
+
+    def files(name: str, seed: int) -> dict[str, bytes]:
+        path = tmp_path / name
+        convert(src, str(path), config_of(model, validation=0.1, seed=seed))
+        return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+    first = files("a", seed=1)
+    assert first == files("b", seed=1)
+    other = files("c", seed=2)
+    part = "train/part-00000.parquet"
+    assert first[part] != other[part]
+    assert first["test/part-00000.parquet"] == other["test/part-00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("trn_X_Y.txt", "3 4\n0:1\n1:1 x:1\n2:1\n", r"/src/trn_X_Y\.txt:3: malformed pair 'x:1'"),
+        ("trn_X_Y.txt", "3 4\n0:1\n1:1\n4:1\n", r"/src/trn_X_Y\.txt:4: label id 4 is out of range"),
+        ("tst_X_Y.txt", "1 4\n-1:1\n", r"/src/tst_X_Y\.txt:2: label id -1 is negative"),
+        ("trn_X_Y.txt", "3 4\n\n\n1:0\n", r"/src/trn_X_Y\.txt gives no training point a label"),
+        ("trn_X_Y.txt", "5 4\n0:1\n1:1\n2:1\n", r"/src/trn_X_Y\.txt:1: the header says 5 rows"),
+        ("trn_filter_labels.txt", "0 1\n7 1\n", r"/src/trn_filter_labels\.txt:2: row 7 is out of"),
+    ],
+)
+def test_refused(tmp_path: Path, model: str, name: str, text: str, message: str) -> None:
+    """The sentence itself comes out of the task, and neither a dataset nor its parts remain."""
+    good = {
+        "trn_X.txt": "a\nb\nc\n",
+        "trn_X_Y.txt": "3 4\n0:1\n1:1\n2:1\n",
+        "tst_X.txt": "d\n",
+        "tst_X_Y.txt": "1 4\n1:1\n",
+        "Y.txt": "w\nx\ny\nz\n",
+    }
+    src = write(tmp_path / "src", {**good, name: text})
+    with pytest.raises(ReneeError, match=message) as caught:
+        convert(src, str(tmp_path / "dst"), config_of(model))
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    with pytest.raises(DatasetError, match="is not a renee_ray dataset"):
+        Dataset.open(str(tmp_path / "dst"))
+    assert not list(tmp_path.glob("dst/**/*.parquet"))
+
+
+def test_bad_json_and_bad_gzip(tmp_path: Path, model: str) -> None:
+    good = '{"title": "red", "target_ind": [0]}\n'
+    src = write(tmp_path / "src", {"trn.json": good * 9 + '{"title": "red"}\n'})
+    with pytest.raises(ReneeError, match=r"/src/trn\.json:10: target_ind is None; write a list"):
+        convert(src, str(tmp_path / "dst"), config_of(model))
+    write(tmp_path / "src", {"lbl.json.gz": '{"title": "blue"}\n' * 500})
+    packed = tmp_path / "src" / "lbl.json.gz"
+    packed.write_bytes(packed.read_bytes()[:-10])
+    with pytest.raises(ReneeError, match=r"/src/lbl\.json\.gz is not a complete gzip file"):
+        convert(src, str(tmp_path / "dst"), config_of(model))
+    assert not (tmp_path / "dst" / "_scratch").exists()
+
+
+def test_bad_label_texts_are_found_while_writing(tmp_path: Path, model: str) -> None:
+    files: dict[str, str | bytes] = {
+        "trn.json": '{"title": "red", "target_ind": [0]}\n' * 9,
+        "lbl.json": '{"title": "blue"}\n' * 40 + "{oh\n" + '{"title": "blue"}\n' * 2,
+    }
+    src, dst = write(tmp_path / "src", files), str(tmp_path / "dst")
+    with pytest.raises(ReneeError, match=r"/src/lbl\.json:41: bad JSON"):
+        convert(src, dst, config_of(model))
+    assert list(tmp_path.glob("dst/**/*.parquet"))
+    with pytest.raises(DatasetError, match="is not a renee_ray dataset"):
+        Dataset.open(dst)
+
+
+def test_a_conversion_that_dies_and_the_next_one(tmp_path: Path, model: str) -> None:
+    """The source vanishes under the tasks that write; what they leave does not matter later."""
+    naive = random_repository()
+    src, dst = write(tmp_path / "src", naive["files"]), str(tmp_path / "dst")
+    texts = tmp_path / "src" / "tst_X.txt"
+
+    def shorten(message: str) -> None:
+        if message.startswith("label lines"):
+            os.truncate(texts, texts.stat().st_size - 9)
+
+    with pytest.raises(ReneeError, match=r"/src/tst_X\.txt became shorter while it was being read"):
+        convert(src, dst, config_of(model, part_rows=4), shorten)
+    assert list(tmp_path.glob("dst/**/*.parquet"))
+    with pytest.raises(DatasetError, match="is not a renee_ray dataset"):
+        Dataset.open(dst)
+    write(tmp_path / "src", naive["files"])
+    config = config_of(model)
+    manifest = convert(src, dst, config)
+    check_against(naive, dst, config)
+    names = {str(f.relative_to(dst)) for f in Path(dst).rglob("*.parquet")}
+    assert names == {part.path for parts in manifest.splits.values() for part in parts}
+
+
+def test_a_destination_that_is_taken(tmp_path: Path, model: str) -> None:
+    naive = random_repository()
+    src, dst = write(tmp_path / "src", naive["files"]), tmp_path / "dst"
+    config = config_of(model)
+    for taken in (src, str(tmp_path)):
+        with pytest.raises(ReneeError, match="exists already and holds other things"):
+            convert(src, taken, config)
+    with pytest.raises(ReneeError, match=r"Y\.txt is a file; give a directory"):
+        convert(src, f"{src}/Y.txt", config)
+    convert(src, str(dst), config)
+    with pytest.raises(ReneeError, match="dst already holds a dataset; give another directory or"):
+        convert(src, str(dst), config)
+
+    other = config_of(model, overwrite=True, part_rows=1000)
+    Path(src, "trn_X_Y.txt").write_text("100 40\n" + "50:1\n" * 100)
+    with pytest.raises(ReneeError, match=r"/trn_X_Y\.txt:2: label id 50 is out of range"):
+        convert(src, str(dst), other)
+    check_against(naive, str(dst), config)
+    write(tmp_path / "src", naive["files"])
+    convert(src, str(dst), other)
+    check_against(naive, str(dst), other)
+    assert len(list(dst.rglob("train/*.parquet"))) == 1
+
+
+def test_nothing_left_to_train_on(tmp_path: Path, model: str) -> None:
+    src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
+    with pytest.raises(ReneeError, match=r"validation=0\.999999 holds out all 1 training points"):
+        convert(src, str(tmp_path / "dst"), config_of(model, validation=0.999999))
+
+
+def test_no_such_tokenizer(tmp_path: Path) -> None:
+    src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
+    broken: list[dict[str, str]] = [{}, {"tokenizer.json": "{"}]
+    for files in broken:
+        config = config_of(write(tmp_path / "model", files))
+        with pytest.raises(ReneeError, match=r"^no fast tokenizer .*/model .*tokenizer\.json$"):
+            convert(src, str(tmp_path / "dst"), config)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_destination_that_cannot_be_written(tmp_path: Path, model: str) -> None:
+    src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
+    with pytest.raises(ReneeError, match=r"^cannot convert .* to .*Y/dst: .*; check that both"):
+        write(tmp_path, {"Y": "a file"})
+        convert(src, str(tmp_path / "Y" / "dst"), config_of(model))

@@ -1,0 +1,42 @@
+"""Runs a function on R spawned gloo processes, as Ray Train would, and collects what they return."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from renee_ray.training.collectives import Ranks
+
+
+def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """[function(ranks, *args) of each rank]; what it returns must be tensors in containers."""
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(_worker, (num_ranks, directory, function, args), nprocs=num_ranks, join=True)
+        return [
+            torch.load(Path(directory, f"{rank}.pt"), weights_only=True)
+            for rank in range(num_ranks)
+        ]
+
+
+def _worker(
+    rank: int, num_ranks: int, directory: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if num_ranks > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=num_ranks
+        )
+    try:
+        result = function(Ranks.of_process_group(), *args)
+        torch.save(result, Path(directory, f"{rank}.pt"))
+    finally:
+        if num_ranks > 1:
+            dist.destroy_process_group()

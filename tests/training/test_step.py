@@ -1,0 +1,218 @@
+"""The distributed step against dense autograd in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from renee_ray.config import EncoderConfig
+from renee_ray.training.batch import Batch, Position, Ragged
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.encoder import adamw, data_parallel
+from renee_ray.training.step import Step, dropout_mask
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.storage import SGD, Weights
+from tests.training.gloo import on_ranks
+
+WORLD_SIZES = (1, 2, 3)
+LABELS, DIM, VOCABULARY, STEPS, BATCH = 11, 6, 20, 20, 7
+CLIP = 3.0  # of the norms here, some are above and some below
+RULE = SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
+ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1, dropout=0.2)
+
+
+class Bag(nn.Module):
+    """A small encoder: mean of token vectors, a normalisation, a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.tokens = nn.Embedding(VOCABULARY, DIM)
+        self.norm = nn.LayerNorm(DIM)
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = mask.unsqueeze(-1).to(self.out.weight.dtype)
+        return self.out(self.norm((self.tokens(ids) * mask).sum(1) / mask.sum(1)))
+
+
+def global_batches() -> list[tuple[list[list[int]], list[list[int]]]]:
+    """(tokens, labels) of each step: repeated positives, rows without any, a ragged last batch;
+    labels 3..6 are never positive, so that the middle shard of three has none."""
+    rng = np.random.default_rng(1)
+    labels = np.array([0, 1, 2, 7, 8, 9, 10])
+    out = []
+    for step in range(STEPS):
+        rows = BATCH if step < STEPS - 1 else 2
+        tokens = [rng.integers(0, VOCABULARY, rng.integers(1, 6)).tolist() for _ in range(rows)]
+        positives = [rng.choice(labels, rng.integers(0, 4)).tolist() for _ in range(rows)]
+        positives[0] = positives[0] * 2
+        out.append((tokens, positives))
+    return out
+
+
+def first_weights() -> torch.Tensor:
+    return torch.randn(LABELS, DIM, generator=torch.Generator().manual_seed(2)) * 0.3
+
+
+def distributed(
+    ranks: Ranks, precision: str, gradient: str = "sum", poisoned: int = -1
+) -> dict[str, torch.Tensor]:
+    """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses."""
+    owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
+    weights = Weights(precision, len(owned), DIM, RULE.momentum > 0, torch.device("cpu"))
+    shard = Shard(owned, weights, chunk=3)
+    shard.write(owned.start, first_weights()[owned.start : owned.stop])
+    encoder = Bag()
+    step = Step(
+        data_parallel(encoder, ranks, gradient),  # type: ignore[arg-type]
+        shard,
+        adamw(encoder, ENCODER),  # type: ignore[arg-type]
+        ranks,
+        torch.device("cpu"),
+        ENCODER.dropout,
+        seed=3,
+        clip_norm=CLIP,
+    )
+    losses, skipped = [], 0
+    for number, (tokens, labels) in enumerate(global_batches()):
+        mine = slice(*split_range(len(tokens), ranks.num_ranks, ranks.rank))
+        rows = len(tokens[mine])
+        batch = Batch(
+            Position(0, number),
+            np.arange(rows),
+            Ragged.of_lists(tokens[mine]),
+            Ragged.of_lists(labels[mine]),
+            Ragged.of_lists([[]] * rows),
+            pad_id=0,
+        )
+        if number == poisoned and ranks.rank == 0:
+            hook = encoder.out.register_forward_hook(lambda *call: call[-1] * torch.nan)
+        result = step(batch, number, RULE, with_loss=True)
+        if number == poisoned and ranks.rank == 0:
+            hook.remove()
+        losses.append(result.loss)
+        skipped += result.skipped
+    state = {f"encoder.{name}": p.detach().clone() for name, p in encoder.named_parameters()}
+    weight = weights.weight.read(0, len(owned)).clone()
+    return {"weight": weight, "loss": torch.stack(losses), "skipped": torch.tensor(skipped), **state}
+
+
+def oracle(without: int = -1) -> dict[str, torch.Tensor]:
+    """The same 20 steps, dense, by autograd in float64."""
+    encoder = Bag().double()
+    weight = first_weights().double().requires_grad_()
+    classifier = torch.optim.SGD(
+        [weight], RULE.lr, momentum=RULE.momentum, weight_decay=RULE.weight_decay
+    )
+    decayed = [p for p in encoder.parameters() if p.ndim > 1]
+    others = [p for p in encoder.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": ENCODER.weight_decay},
+         {"params": others, "weight_decay": 0.0}],
+        lr=ENCODER.learning_rate, eps=1e-6,
+    )  # fmt: skip
+    losses = []
+    for number, (tokens, labels) in enumerate(global_batches()):
+        if number == without:
+            continue
+        width = max(map(len, tokens))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens])
+        target = torch.zeros(len(tokens), LABELS, dtype=torch.float64)
+        for row, positives in enumerate(labels):
+            target[row, positives] = 1
+        embedded = encoder(ids, mask)
+        embedded = embedded * dropout_mask(embedded, ENCODER.dropout, 3, number, len(tokens), 0)
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            embedded @ weight.T, target, reduction="sum"
+        )
+        loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), CLIP)
+        for each in (classifier, optimizer):
+            each.step()
+            each.zero_grad()
+        losses.append(loss.detach())
+    state = {f"encoder.{name}": p.detach() for name, p in encoder.named_parameters()}
+    return {"weight": weight.detach(), "loss": torch.stack(losses), **state}
+
+
+def whole(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Shards put together, losses summed; the encoder must be the same everywhere."""
+    for other in results[1:]:
+        for name in other:
+            if name.startswith("encoder"):
+                assert torch.equal(other[name], results[0][name]), name
+    return {
+        **results[0],
+        "weight": torch.cat([r["weight"] for r in results]),
+        "loss": torch.stack([r["loss"] for r in results]).sum(0),
+    }
+
+
+def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Largest relative error (by norm) of any tensor."""
+    return max(
+        float((found[name].double() - tensor).norm() / tensor.norm())
+        for name, tensor in wanted.items()
+    )
+
+
+Trajectory = dict[str, torch.Tensor]
+
+
+def variants(ranks: Ranks) -> dict[str, Trajectory]:
+    """Everything that is asked of one world size, in one start of its processes."""
+    return {
+        "fp32": distributed(ranks, "fp32"),
+        "bf16_split": distributed(ranks, "bf16_split"),
+        "mean": distributed(ranks, "fp32", "mean"),
+        "poisoned": distributed(ranks, "fp32", "sum", 4),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[int, list[dict[str, Trajectory]]]:
+    return {num_ranks: on_ranks(num_ranks, variants) for num_ranks in WORLD_SIZES}
+
+
+Runs = dict[int, list[dict[str, Trajectory]]]
+
+
+def of(runs: Runs, num_ranks: int, variant: str) -> Trajectory:
+    return whole([result[variant] for result in runs[num_ranks]])
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_fp32_equals_float64_autograd(runs: Runs, num_ranks: int) -> None:
+    assert difference(of(runs, num_ranks, "fp32"), oracle()) < 1e-5
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_bf16_split_equals_it_to_the_rounding_of_the_operands(runs: Runs, num_ranks: int) -> None:
+    # Operands and products carry 8 bits; twenty steps of SGD and AdamW add their errors up.
+    assert 1e-5 < difference(of(runs, num_ranks, "bf16_split"), oracle()) < 4 * 2**-8
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_world_sizes_agree(runs: Runs, num_ranks: int) -> None:
+    one = {name: t.double() for name, t in of(runs, 1, "fp32").items() if name != "skipped"}
+    assert difference(of(runs, num_ranks, "fp32"), one) < 1e-5
+
+
+def test_the_mean_of_gradients_is_another_trajectory(runs: Runs) -> None:
+    """The tolerance can fail: the reference's mean over workers is far outside it."""
+    assert difference(of(runs, 2, "mean"), oracle()) > 1e-3
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
+    runs: Runs, num_ranks: int
+) -> None:
+    assert [int(result["poisoned"]["skipped"]) for result in runs[num_ranks]] == [1] * num_ranks
+    found = of(runs, num_ranks, "poisoned")
+    found["loss"] = found["loss"][torch.arange(STEPS) != 4]
+    assert difference(found, oracle(without=4)) < 1e-5
