@@ -56,7 +56,7 @@ class EncoderConfig(Config):
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Hugging Face name or directory of the encoder."""
     weights: str = ""
-    """File of initial weights (safetensors, or a torch state_dict such as NGAME's M1); empty: none."""
+    """File of initial weights: safetensors, or a torch state_dict such as NGAME's M1; empty: none."""
     max_length: int = Field(32, ge=4)
     """Tokens of a text that the encoder reads; longer rows are cut."""
     bottleneck: int = Field(0, ge=0)
@@ -66,19 +66,19 @@ class EncoderConfig(Config):
     internal_dropout: float | None = Field(0.0, ge=0, lt=1)
     """Dropout inside the encoder; null: as the model's own configuration says."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation; on CPU `sdpa` trains through its math kernel, the faster one there."""
+    """Attention implementation; on CPU `sdpa` trains through its math kernel, faster there."""
     autocast: Literal["auto", "bf16", "off"] = "auto"
     """bf16 autocast of the encoder; auto: where the device multiplies bf16 natively."""
     compile: bool = False
     """Runs the encoder through torch.compile; rows are then padded to a multiple of 8 tokens."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward: less memory, a third more time."""
-    learning_rate: float = Field(2e-4, ge=0)
+    learning_rate: float = Field(1e-4, ge=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled decay of AdamW; never on biases and normalisation weights."""
     clip_norm: float = Field(0.0, ge=0)
-    """Largest norm of the encoder's gradient (of the loss summed over the batch); 0: no clipping."""
+    """Largest norm of the encoder's gradient, of the loss summed over the batch; 0: no clipping."""
     gradient: Literal["sum", "mean"] = "sum"
     """Across workers: `sum` keeps the trajectory when num_workers changes; `mean` divides by
     num_workers as the released reference does."""
@@ -88,17 +88,19 @@ class ClassifierConfig(Config):
     """The fully connected classifier (XFC), one shard of labels per worker."""
 
     precision: Literal["fp32", "bf16_split"] = "bf16_split"
-    """Storage of the weights: fp32; or bf16_split, the same fp32 in two halves, computing in bf16."""
+    """Storage of the weights: fp32; or bf16_split, the same in two halves, computing in bf16."""
     init: Literal["normal", "label_text"] = "label_text"
     """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
     init_std: float = Field(0.02, ge=0)
     """Standard deviation of `normal`."""
-    init_scale: float = Field(20.0, gt=0)
-    """`label_text`: logit of a point whose embedding equals a label's, above the prior."""
+    init_scale: float = Field(30.0, gt=0)
+    """`label_text`: logit of a point whose embedding equals a label's, above the label's prior."""
     init_centroid: float = Field(1.0, ge=0)
     """`label_text`: weight of the mean of the label's training points beside its text; 0: the
-    text alone, and no pass over the points."""
-    learning_rate: float = Field(0.05, ge=0)
+    text alone, and no pass over all points."""
+    init_constant: float = Field(5.0, ge=0)
+    """`label_text`: norm of the constant added to every embedding, which stands in for a bias."""
+    learning_rate: float = Field(2e-3, ge=0)
     """Peak learning rate of SGD, on the gradient summed over the global batch."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD; 0 needs no buffer."""
@@ -127,6 +129,9 @@ class EvalConfig(Config):
 
     every: float = Field(1.0, ge=0)
     """Epochs between evaluations (and checkpoints); 0: only at the end."""
+    tail: float = Field(0.0, ge=0)
+    """tau of the logit adjustment: every score, in validation, evaluation and prediction, loses
+    tau * log(training points of the label), which favours rare labels (Menon et al., ICLR 2021)."""
     metric: str = "P@1"
     """The metric that the best checkpoint is chosen by."""
     batch_size: int = Field(512, ge=1)
@@ -164,7 +169,7 @@ class RunConfig(Config):
     epochs: int = Field(10, ge=1)
     """Passes over the training points."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps in which both learning rates rise linearly; then they follow a cosine to 0."""
+    """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
     loss_every: int = Field(20, ge=0)
     """Steps between two computations of the loss; 0: never."""
     timeout_s: int = Field(120, ge=5)
@@ -239,9 +244,7 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def make_config(
-    model: type[C], *layers: dict[str, Any], where: str = "the configuration"
-) -> C:
+def make_config(model: type[C], *layers: dict[str, Any], where: str = "the configuration") -> C:
     """`model` from mappings, later ones winning key by key.
 
     Raises:

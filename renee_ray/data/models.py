@@ -1,4 +1,4 @@
-"""Where an encoder's or a tokenizer's files are: a directory, the hub's cache, or a package that ships them."""
+"""Where a model's files are: a directory, the hub's cache, or a package that ships them."""
 
 from __future__ import annotations
 

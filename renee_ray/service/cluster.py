@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import ray
@@ -10,7 +11,7 @@ from renee_ray.config import ReneeError
 
 
 def ensure_ray(min_cpus: int = 3) -> None:
-    """Connects to the cluster of the environment (a submitted job, RAY_ADDRESS), else starts Ray here.
+    """Connects to the environment's cluster (a submitted job, RAY_ADDRESS), else starts Ray here.
 
     Locally, Ray's CPUs are slots for processes, not cores: at least `min_cpus` are
     declared, so that training workers never take the slot that Ray Data reads with.
@@ -27,7 +28,7 @@ def ensure_ray(min_cpus: int = 3) -> None:
                 num_cpus=max(min_cpus, os.cpu_count() or 1),
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="warning",
+                logging_level=logging.WARNING,
             )
     have = ray.cluster_resources().get("CPU", 0)
     if have < min_cpus:

@@ -28,7 +28,13 @@ from renee_ray.service.train import (
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.model import build_model
-from renee_ray.training.scoring import Propensities, Scorer, evaluate
+from renee_ray.training.scoring import (
+    Propensities,
+    Scorer,
+    evaluate,
+    prior_offset,
+    read_counts,
+)
 from renee_ray.xfc.topk import NONE
 
 PART_ROWS = 16384
@@ -94,9 +100,7 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     directory = RunDirectory(arguments["run"])
     checkpoint, _ = directory.checkpoint(score.checkpoint, config.evaluation.metric)
     scorer = _load(config, dataset, checkpoint, ranks, device)
-    batches = scoring_feed(
-        dataset, score.split, score.batch_size, config.encoder.max_length, ranks
-    )
+    batches = scoring_feed(dataset, score.split, score.batch_size, config.encoder.max_length, ranks)
     points = {"points": dataset.manifest.num_points(score.split)}
     if arguments["destination"] is None:
         propensities = Propensities.read(dataset, scorer.shard.owned, ranks)
@@ -114,7 +118,9 @@ def _load(
     model = build_model(config, dataset.manifest.num_labels, ranks, device, training=False)
     checkpoint.load_encoder(model.encoder)
     checkpoint.load_shard(model.shard, momentum=False)
-    return Scorer(model.encoder, model.shard, ranks, device)
+    tail = config.evaluation.tail
+    offset = prior_offset(read_counts(dataset, model.shard.owned), tail, device)
+    return Scorer(model.encoder, model.shard, ranks, device, offset)
 
 
 class _Writer:

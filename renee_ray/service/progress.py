@@ -36,7 +36,7 @@ class Channel:
 
     def _send(self, record: dict[str, Any]) -> None:
         if self._queue is not None:
-            self._queue.actor.put_nowait.remote(record)
+            self._queue.actor.put_nowait.remote(record)  # type: ignore[attr-defined]
 
 
 class _Forward(logging.Handler):
@@ -134,8 +134,7 @@ class _lines:
         if "text" in record:
             self._write(record["text"])
         elif (
-            time.monotonic() - self._last >= LINE_SECONDS
-            or record["step"] == record["total_steps"]
+            time.monotonic() - self._last >= LINE_SECONDS or record["step"] == record["total_steps"]
         ):
             self._last = time.monotonic()
             self._write(line(record))

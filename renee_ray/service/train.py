@@ -27,10 +27,10 @@ from renee_ray.service.progress import Channel, Display, evaluation_line
 from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import Checkpoint, State, save
 from renee_ray.training.collectives import Ranks
-from renee_ray.training.loop import Plan, Trainer
 from renee_ray.training.initialise import initialise_classifier
+from renee_ray.training.loop import Plan, Trainer
 from renee_ray.training.model import build_model
-from renee_ray.training.scoring import Propensities
+from renee_ray.training.scoring import Propensities, prior_offset, read_counts
 from renee_ray.xfc.labels import split_range
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ class RunDirectory:
         return root, filesystem
 
 
-def train(config: RunConfig, on_progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def train(
+    config: RunConfig, on_progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Trains, or resumes what is at `config.output`.
 
     Returns:
@@ -160,7 +162,7 @@ def launch(
             use_gpu=use_gpu,
             resources_per_worker=None if use_gpu else {"CPU": 1},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
             name=name,
             storage_path=parent,
             failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
@@ -283,6 +285,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         Propensities.read(dataset, model.shard.owned, ranks)
         if dataset.manifest.num_points("validation")
         else None,
+        prior_offset(read_counts(dataset, model.shard.owned), config.evaluation.tail, device),
         channel.record,
         lambda metrics: _report(trainer, config, metrics, channel),
         checkpoint.state if checkpoint else State(facts=_facts(dataset, model)),

@@ -96,7 +96,7 @@ class Batch:
     def padding(self) -> tuple[int, int]:
         """(tokens, cells of the padded matrix)."""
         width = _width(self.input_ids, self.pad_multiple)
-        return int(len(self.input_ids.values)), len(self) * width
+        return len(self.input_ids.values), len(self) * width
 
 
 def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
@@ -119,7 +119,10 @@ def truncate(rows: Ragged, limit: int) -> Ragged:
 
 
 def cut_batches(
-    tables: Iterable[pa.Table], positions: Iterable[Position], pad_id: int, max_length: int,
+    tables: Iterable[pa.Table],
+    positions: Iterable[Position],
+    pad_id: int,
+    max_length: int,
     pad_multiple: int = 1,
 ) -> Iterator[Batch]:
     """Batches at exactly these positions, from tables whose rows come in that order.

@@ -106,8 +106,8 @@ def save(
         name = shard_name(shard.owned.start, shard.owned.stop)
         save_file(shard.weights.tensors(), f"{directory}/{name}")
     if rank == 0:
-        parameters = {n: p.detach().contiguous() for n, p in encoder.named_parameters()}
-        save_file(parameters, f"{directory}/{ENCODER}")
+        tensors = {name: t.detach().contiguous() for name, t in encoder.state_dict().items()}
+        save_file(tensors, f"{directory}/{ENCODER}")
         save_file(_moments(encoder, optimizer), f"{directory}/{OPTIMIZER}")
         Path(directory, STATE).write_text(state.to_json(names), encoding="utf-8")
 
@@ -130,7 +130,9 @@ class Checkpoint:
             encoder.load_state_dict(load_bytes(self._bytes(ENCODER)), strict=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{self.path}/{ENCODER} is of another encoder: {reason}") from None
+            raise CheckpointError(
+                f"{self.path}/{ENCODER} is of another encoder: {reason}"
+            ) from None
 
     def load_optimizer(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> None:
         moments = load_bytes(self._bytes(OPTIMIZER))
@@ -185,7 +187,10 @@ class Checkpoint:
                 for tensor_name, tensor in wanted.items():
                     entry = header[tensor_name]
                     width = tensor.shape[1] * tensor.element_size()
-                    if DTYPES.get(entry["dtype"]) != tensor.dtype or entry["shape"][1] != tensor.shape[1]:
+                    if (
+                        DTYPES.get(entry["dtype"]) != tensor.dtype
+                        or entry["shape"][1] != tensor.shape[1]
+                    ):
                         raise KeyError(tensor_name)
                     begin = 8 + length + entry["data_offsets"][0] + start * width
                     raw = file.read_at((stop - start) * width, begin)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from renee_ray.config import EncoderConfig, ReneeError
 from renee_ray.data.models import resolve_model
@@ -18,19 +19,25 @@ from renee_ray.training.collectives import Ranks, sum_gradients
 
 log = logging.getLogger(__name__)
 
+
 class Encoder(nn.Module):
     """Transformer, masked mean pooling in fp32, and an optional bias-free fp32 bottleneck.
 
-    What it equals: `bottleneck((h * mask).sum(1) / mask.sum(1))` for h [b, T, H] the last
-    hidden states (Renée, section 3.1).
+    What it equals: `bottleneck((h * mask).sum(1) / mask.sum(1)) + constant` for h [b, T, H] the
+    last hidden states (Renée, section 3.1). `constant` [D] is 0, as in the paper, unless
+    `classifier.init=label_text` sets it (training/initialise); it is not trained.
     """
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         super().__init__()
-        self.backbone = _backbone(config)
-        hidden = int(self.backbone.config.hidden_size)
-        self.bottleneck = nn.Linear(hidden, config.bottleneck, bias=False) if config.bottleneck else None
+        self.backbone: PreTrainedModel = _backbone(config)
+        hidden: int = self.backbone.config.hidden_size
+        self.bottleneck = (
+            nn.Linear(hidden, config.bottleneck, bias=False) if config.bottleneck else None
+        )
         self.dim = config.bottleneck or hidden
+        self.constant: Tensor
+        self.register_buffer("constant", torch.zeros(self.dim))
         self.autocast = autocast_dtype(config.autocast, device)
         if config.weights:
             load_initial_weights(self, config.weights)
@@ -44,7 +51,8 @@ class Encoder(nn.Module):
         with torch.autocast(device, enabled=False):
             mask = attention_mask.unsqueeze(-1).float()
             pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-            return pooled if self.bottleneck is None else self.bottleneck(pooled)
+            reduced = pooled if self.bottleneck is None else self.bottleneck(pooled)
+            return reduced + self.constant
 
 
 def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Encoder:
@@ -68,8 +76,10 @@ def data_parallel(encoder: Encoder, ranks: Ranks, gradient: str) -> nn.Module:
         return encoder
     on_gpu = next(encoder.parameters()).is_cuda
     wrapped = DistributedDataParallel(
-        encoder, device_ids=None if not on_gpu else [torch.cuda.current_device()],
+        encoder,
+        device_ids=None if not on_gpu else [torch.cuda.current_device()],
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,
     )
     if gradient == "sum":
         sum_gradients(wrapped, ranks)
@@ -124,7 +134,9 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
         ReneeError: no such file, not a plain state_dict, or no tensor of it fits.
     """
     if not Path(path).is_file():
-        raise ReneeError(f"encoder.weights={path!r} is not a file; give a state_dict of the encoder")
+        raise ReneeError(
+            f"encoder.weights={path!r} is not a file; give a state_dict of the encoder"
+        )
     state = _read_state_dict(path)
     own = encoder.backbone.state_dict()
     mapped = {_own_name(name, own): tensor for name, tensor in state.items()}
@@ -140,9 +152,7 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
         log.warning("%s lacks %d tensors, kept as they were: %s", path, len(missing), missing[:5])
 
 
-def _backbone(config: EncoderConfig) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
-
+def _backbone(config: EncoderConfig) -> PreTrainedModel:
     directory = resolve_model(config.name)
     try:
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)

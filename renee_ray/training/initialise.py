@@ -1,16 +1,18 @@
 """First weights of the classifier, the same whatever the number of ranks.
 
-`label_text` starts where nearest-neighbour search would stop. With e the embeddings of the
-training points, for every label l that occurs n_l times in N points:
+`label_text` starts where a nearest-neighbour search would stop. With e the embeddings of the
+training points (mean mu, mean norm rho), for every label l that n_l of N points have:
 
-    u_l   = normalise(normalise(e(text of l)) + c * normalise(sum of normalise(e_i), i has l))
-    b     = (E'E / N + 1e-4 mean-square I)^-1 mean(e)     least squares for  e . b = 1
-    w_l   = s/rho * u_l  -  (s/rho * u_l . mean(e)) b  +  log(n_l / N) b
+    b    = (E'E/N + 1e-4 mean-square I)^-1 mu      least squares for  e . b = 1;  u = b / |b|
+    e   <- e + init_constant * u                   the encoder's `constant`;  mu with it
+    v_l  = unit(unit(e(text of l)) + init_centroid * unit(sum of unit(e_i) over its points))
+    w_l  = s v_l + (log(n_l / N) + delta - s v_l . mu) u / (mu . u)        s = init_scale / rho
 
-for rho the mean norm of e, s = init_scale and c = init_centroid. There is no bias term, so b
-stands in for one: the second term takes out what a label scores on the average point, the
-third puts the log-odds of the label's prior there. Without them every logit starts near 0,
-every sigmoid near 1/2, and the first steps are spent, violently, on L negatives a row.
+There is no bias term, so the direction u stands in for one. The last term takes out what a
+label scores on the average point and puts its prior there; delta is chosen so that the
+median point expects as many labels as the average point has. Without it every sigmoid is
+near 1/2 and the first steps, on L negatives a row, undo what the texts gave. Without the
+constant the prior needs weights of a norm that drowns the rest in dE = G W.
 """
 
 from __future__ import annotations
@@ -25,15 +27,19 @@ from torch import Tensor
 
 from renee_ray.config import ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.split import splitmix64
 from renee_ray.training.batch import Batch, Ragged, pad, ragged, truncate
 from renee_ray.training.collectives import Ranks, all_sum, gather_rows, route, row_counts
 from renee_ray.training.encoder import Encoder
 from renee_ray.training.model import Model
 from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
 
 TEXT_BLOCK = 16384
 """Labels whose texts are read and embedded at a time."""
 TEXT_BATCH = 256
+SAMPLE = 512
+"""Points that the prior is calibrated on."""
 MOMENT_BATCHES = 64
 """Global batches that mean and second moment are taken from when no centroid is wanted."""
 
@@ -66,80 +72,142 @@ def initialise_classifier(
     training = model.encoder.training
     model.encoder.eval()
     with torch.inference_mode():
-        moments, centroids = _over_points(
-            model, points(), settings.init_centroid > 0, ranks, device
-        )
-        _write_rows(model, config, dataset, moments, centroids, device)
+        survey = _over_points(model, points(), config, dataset, ranks, device)
+        bias = _add_constant(model.encoder, survey, settings.init_constant)
+        _write_rows(model, config, dataset, survey, bias, device)
+        wanted = survey.labels_per_point
+        _add_to_rows(model.shard, _calibrated(model.shard, survey, bias, wanted, ranks) * bias)
     model.encoder.train(training)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Of the points' embeddings e: mean [D], second moment E'E/N [D, D], mean norm; float64."""
+@dataclass
+class Survey:
+    """What one pass over the training points gives.
+
+    mean: float64 [D]; second: E'E/N float64 [D, D]; norm: mean of |e|; labels_per_point: mean;
+    sample: float32 [~SAMPLE, D] embeddings, the same on every rank; centroids: float32 [n, D]
+    sums of the unit embeddings of each own label's points, or None.
+    """
 
     mean: Tensor
     second: Tensor
     norm: float
+    labels_per_point: float
+    sample: Tensor
+    centroids: Tensor | None
 
     def bias_direction(self) -> Tensor:
-        """b [D] float64 with e . b = 1 in the least-squares sense."""
+        """u [D] float32, of norm 1: e . u varies little over the points."""
         dim = len(self.mean)
         ridge = 1e-4 * float(self.second.trace()) / dim
-        return torch.linalg.solve(
-            self.second + ridge * torch.eye(dim, dtype=torch.float64), self.mean
-        )
+        regular = self.second + ridge * torch.eye(dim, dtype=torch.float64)
+        solution = torch.linalg.solve(regular, self.mean)
+        return (solution / solution.norm()).float()
 
 
 def _over_points(
-    model: Model, points: Iterable[Batch], wanted: bool, ranks: Ranks, device: torch.device
-) -> tuple[Moments, Tensor | None]:
-    """Moments of the embeddings and, if `wanted`, sums of each own label's points [n, D]."""
+    model: Model,
+    points: Iterable[Batch],
+    config: RunConfig,
+    dataset: Dataset,
+    ranks: Ranks,
+    device: torch.device,
+) -> Survey:
     encoder, owned = model.encoder, model.shard.owned
-    dim = encoder.dim
-    sums = torch.zeros(dim + 2, dim, dtype=torch.float64)  # E'E, then E'1, then (count, norms, ..)
+    dim, wanted = encoder.dim, config.classifier.init_centroid > 0
     centroids = torch.zeros(len(owned), dim, device=device) if wanted else None
+    second = torch.zeros(dim, dim, dtype=torch.float64)
+    total = torch.zeros(dim, dtype=torch.float64)
+    scalars = torch.zeros(3, dtype=torch.float64)  # points, norms, labels
+    sampled = [torch.zeros(0, dim)]
+    limit = min(1.0, SAMPLE / dataset.manifest.num_points("train")) * 2.0**64
     for batch in points if wanted else islice(points, MOMENT_BATCHES):
         own = encoder(*batch.tokens(device))[: len(batch)]
-        sums[:dim] += (own.T @ own).double().cpu()
-        sums[dim] += own.sum(0, dtype=torch.float64).cpu()
-        sums[dim + 1, 0] += len(own)
-        sums[dim + 1, 1] += float(own.norm(dim=1).sum())
+        host = own.cpu()
+        second += (own.T @ own).double().cpu()
+        total += host.sum(0, dtype=torch.float64)
+        norms = host.norm(dim=1).sum(dtype=torch.float64)
+        scalars += torch.tensor([len(own), float(norms), len(batch.labels.values)])
+        sampled.append(host[torch.from_numpy(splitmix64(batch.points.astype(np.uint64)) < limit)])
         if centroids is not None:
-            counts = row_counts(ranks, len(batch))
-            first = sum(counts[: ranks.rank])
-            rows, labels = route(ranks, *batch.pairs(first), owned.num_labels)
-            everyone = gather_rows(ranks, _unit(own), counts)
-            centroids.index_add_(
-                0, (labels - owned.start).to(device), everyone[rows.to(device)]
-            )
-    total = all_sum(ranks, sums)
-    count, norms = float(total[dim + 1, 0]), float(total[dim + 1, 1])
-    return Moments(total[dim] / count, total[:dim] / count, norms / count), centroids
+            _add_to_centroids(centroids, batch, own, owned, ranks, device)
+    mine = torch.cat(sampled)
+    sample = gather_rows(ranks, mine.to(device), row_counts(ranks, len(mine)))
+    for sums in (second, total, scalars):
+        all_sum(ranks, sums)
+    count, norm, labels = (float(value) for value in scalars)
+    return Survey(total / count, second / count, norm / count, labels / count, sample, centroids)
+
+
+def _add_to_centroids(
+    centroids: Tensor,
+    batch: Batch,
+    own: Tensor,
+    owned: LabelRange,
+    ranks: Ranks,
+    device: torch.device,
+) -> None:
+    counts = row_counts(ranks, len(batch))
+    pairs = batch.pairs(sum(counts[: ranks.rank]))
+    rows, labels = route(ranks, *pairs, owned.num_labels)
+    everyone = gather_rows(ranks, _unit(own), counts)
+    centroids.index_add_(0, (labels - owned.start).to(device), everyone[rows.to(device)])
+
+
+def _add_constant(encoder: Encoder, survey: Survey, norm: float) -> Tensor:
+    """Sets the encoder's constant; returns the direction [D] whose mean score is 1."""
+    unit = survey.bias_direction()
+    encoder.constant.copy_(norm * unit)
+    survey.mean = survey.mean + norm * unit.double()
+    survey.sample = survey.sample + norm * unit.to(survey.sample)
+    return (unit / float(survey.mean.float() @ unit)).to(survey.sample)
 
 
 def _write_rows(
     model: Model,
     config: RunConfig,
     dataset: Dataset,
-    moments: Moments,
-    centroids: Tensor | None,
+    survey: Survey,
+    bias: Tensor,
     device: torch.device,
 ) -> None:
     settings, shard = config.classifier, model.shard
     manifest = dataset.manifest
     points = manifest.num_points("train") + manifest.num_points("validation")
-    bias = moments.bias_direction()
-    mean, direction = moments.mean.float().to(device), bias.float().to(device)
-    scale = settings.init_scale / moments.norm
+    mean = survey.mean.float().to(device)
+    scale = settings.init_scale / survey.norm
     for first, texts, counts in _embed_labels(model.encoder, config, dataset, shard.owned, device):
-        rows = _unit(texts)
-        if centroids is not None:
+        rows = _unit(texts - model.encoder.constant)
+        if survey.centroids is not None:
             start = first - shard.owned.start
-            near = _unit(centroids[start : start + len(rows)])
+            near = _unit(survey.centroids[start : start + len(rows)])
             rows = _unit(rows + settings.init_centroid * near)
         prior = torch.from_numpy(np.log(np.maximum(counts, 0.5) / points)).float().to(device)
         shift = prior - scale * (rows @ mean)
-        shard.write(first, scale * rows + shift[:, None] * direction)
+        shard.write(first, scale * rows + shift[:, None] * bias)
+
+
+def _calibrated(shard: Shard, survey: Survey, bias: Tensor, wanted: float, ranks: Ranks) -> float:
+    """delta with which the median point of the sample expects `wanted` labels, by bisection."""
+    share = (survey.sample @ bias)[:, None]
+    low, high = -20.0, 20.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        expected = torch.zeros(len(survey.sample), dtype=torch.float64, device=bias.device)
+        for start, stop in shard.chunks(len(survey.sample)):
+            logits = survey.sample @ shard.weights.weight.read(start, stop).T
+            expected += (logits + middle * share).sigmoid_().sum(1, dtype=torch.float64)
+        if float(all_sum(ranks, expected.cpu()).median()) > wanted:
+            high = middle
+        else:
+            low = middle
+    return (low + high) / 2
+
+
+def _add_to_rows(shard: Shard, row: Tensor) -> None:
+    for start in range(0, len(shard.owned), TEXT_BLOCK):
+        stop = min(start + TEXT_BLOCK, len(shard.owned))
+        shard.weights.weight.write(start, stop, shard.weights.weight.read(start, stop) + row)
 
 
 def _embed_labels(

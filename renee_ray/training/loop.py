@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from renee_ray.config import RunConfig
 from renee_ray.training.batch import Batch, Position
@@ -90,6 +91,7 @@ class Trainer:
     on_progress(record): at every sampled loss, on every rank.
     on_checkpoint(metrics, new_best): after each evaluation and every `checkpoint_every` steps;
         must save `state`, on every rank alike.
+    offset: added to the scores of own labels when validating, float32 [n], or None.
     validation(): the batches of the validation split; empty: there is no such split.
     """
 
@@ -100,6 +102,7 @@ class Trainer:
     plan: Plan
     validation: Callable[[], Iterable[Batch]]
     propensities: Propensities | None
+    offset: Tensor | None
     on_progress: Callable[[dict[str, Any]], None]
     on_checkpoint: Callable[[dict[str, float]], None]
     state: State = field(default_factory=State)
@@ -152,7 +155,9 @@ class Trainer:
         settings = config.classifier
         sgd = SGD(settings.learning_rate * factor, settings.momentum, settings.weight_decay)
         # Dropout inside the encoder differs between ranks and steps, and needs no saved state.
-        torch.manual_seed(RESHUFFLE_SEED * config.seed + state.step * self.ranks.num_ranks + self.ranks.rank)
+        torch.manual_seed(
+            RESHUFFLE_SEED * config.seed + state.step * self.ranks.num_ranks + self.ranks.rank
+        )
         sampled = bool(config.loss_every) and state.step % config.loss_every == 0
         result = self._step(batch, state.step, sgd, with_loss=sampled)
         self._count(batch.position, result)
@@ -195,7 +200,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         if self.propensities is None:
             return {}
-        scorer = Scorer(self.model.encoder, self.model.shard, self.ranks, self.device)
+        scorer = Scorer(self.model.encoder, self.model.shard, self.ranks, self.device, self.offset)
         metrics = evaluate(scorer, self.validation(), self.propensities)
         epoch = self.plan.epochs_done(self.state.step)
         self.state.history["evals"].append(

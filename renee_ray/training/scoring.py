@@ -34,12 +34,16 @@ from renee_ray.xfc.topk import merge_topk, shard_topk
 
 @dataclass(frozen=True)
 class Scorer:
-    """The trained model on one of R ranks."""
+    """The trained model on one of R ranks.
+
+    offset: float32 [n], added to the scores of the rank's own labels, or None.
+    """
 
     encoder: Encoder
     shard: Shard
     ranks: Ranks
     device: torch.device
+    offset: Tensor | None = None
 
     @torch.inference_mode()
     def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +59,8 @@ class Scorer:
         pairs = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
         own = self.encoder(*batch.tokens(self.device))[: len(batch)]
         everyone = gather_rows(self.ranks, own, counts)
-        scores, labels = shard_topk(self.shard, everyone, k, Pairs(*pairs, owned, self.device))
+        excluded = Pairs(*pairs, owned, self.device)
+        scores, labels = shard_topk(self.shard, everyone, k, excluded, self.offset)
         best = merge_topk(
             return_rows(self.ranks, scores, counts), return_rows(self.ranks, labels, counts), k
         )
@@ -72,6 +77,22 @@ class Scorer:
             self.encoder.train(training)
 
 
+def read_counts(dataset: Dataset, owned: LabelRange) -> np.ndarray:
+    """Training points int64 [n] of a range of labels; no augmentation has touched them."""
+    table = dataset.read_rows("labels", owned.start, owned.stop, ["train_count"])
+    return table["train_count"].to_numpy()
+
+
+def prior_offset(counts: np.ndarray, tau: float, device: torch.device) -> Tensor | None:
+    """-tau * log n_l, the logit adjustment of Menon et al. (ICLR 2021), float32 [n].
+
+    Scores then rank labels as if rare ones were more frequent; None for tau 0.
+    """
+    if not tau:
+        return None
+    return torch.from_numpy(-tau * np.log(np.maximum(counts, 1))).float().to(device)
+
+
 @dataclass(frozen=True)
 class Propensities:
     """Inverse propensities of a rank's own labels, float64; those of others are asked for."""
@@ -82,21 +103,18 @@ class Propensities:
 
     @classmethod
     def read(cls, dataset: Dataset, owned: LabelRange, ranks: Ranks) -> Propensities:
-        """From the counts of the labels [start, stop), which no augmentation has touched."""
+        """From the counts of the labels that this rank owns."""
         manifest = dataset.manifest
-        counts = dataset.read_rows("labels", owned.start, owned.stop, ["train_count"])
         points = manifest.num_points("train") + manifest.num_points("validation")
         own = inverse_propensity(
-            counts["train_count"].to_numpy(), points, manifest.propensity_a, manifest.propensity_b
+            read_counts(dataset, owned), points, manifest.propensity_a, manifest.propensity_b
         )
         return cls(torch.from_numpy(own), owned, ranks)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """float64 [m] of any labels int64 [m]; every rank must ask at the same time."""
         asked = torch.from_numpy(labels)
-        answer = look_up(
-            self.ranks, asked, self.own, self.owned.start, self.owned.num_labels
-        )
+        answer = look_up(self.ranks, asked, self.own, self.owned.start, self.owned.num_labels)
         return answer.numpy()
 
 

@@ -32,9 +32,7 @@ class LabelRange:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.num_labels:
-            raise ValueError(
-                f"[{self.start}, {self.stop}) is not within [0, {self.num_labels})"
-            )
+            raise ValueError(f"[{self.start}, {self.stop}) is not within [0, {self.num_labels})")
 
     @classmethod
     def of_rank(cls, num_labels: int, num_ranks: int, rank: int) -> LabelRange:

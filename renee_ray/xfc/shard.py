@@ -93,9 +93,7 @@ class Shard:
         gradient = torch.zeros_like(embeddings, dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
         chunks = self.chunks(len(embeddings))
-        for (start, stop), (rows, columns) in zip(
-            chunks, positives.by_chunk(chunks), strict=True
-        ):
+        for (start, stop), (rows, columns) in zip(chunks, positives.by_chunk(chunks), strict=True):
             weight = self.weights.weight.operand(start, stop)
             logits = (inputs @ weight.T).float()
             if with_loss:

@@ -38,6 +38,9 @@ class Buffer(ABC):
     """[n, D] numbers that are fp32 for whoever reads or writes them, however they are stored."""
 
     @abstractmethod
+    def __init__(self, rows: int, dim: int, device: torch.device) -> None: ...
+
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, each [n, D], by suffix of their name in a checkpoint."""
 

@@ -18,13 +18,18 @@ NONE = -1
 
 
 def shard_topk(
-    shard: Shard, embeddings: Tensor, k: int, excluded: Pairs | None = None
+    shard: Shard,
+    embeddings: Tensor,
+    k: int,
+    excluded: Pairs | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best labels of a shard for each row.
 
     Args:
         embeddings: [B, D] float32.
         excluded: pairs that must not be predicted (filter labels).
+        offset: float32 [n], added to the score of each of the shard's labels.
 
     Returns:
         (scores float32 [B, k] descending, labels int64 [B, k], global ids)
@@ -36,6 +41,8 @@ def shard_topk(
     banned = excluded.by_chunk(chunks) if excluded is not None else []
     for i, (start, stop) in enumerate(chunks):
         logits = embeddings @ shard.weights.weight.read(start, stop).T
+        if offset is not None:
+            logits += offset[start:stop]
         if excluded is not None:
             logits[banned[i]] = -torch.inf
         _keep_best(scores, labels, logits, shard.owned.start + start)

@@ -1,4 +1,4 @@
-"""Runs a function on R spawned gloo processes, as Ray Train would, and collects what they return."""
+"""Runs a function on R spawned gloo processes, as Ray Train would, and collects the results."""
 
 from __future__ import annotations
 
