@@ -56,7 +56,7 @@ class EncoderConfig(Config):
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Hugging Face name or directory of the encoder."""
     weights: str = ""
-    """File of initial weights: safetensors, or a torch state_dict such as NGAME's M1; empty: none."""
+    """File of initial weights: safetensors or a torch state_dict, as NGAME's M1; empty: none."""
     max_length: int = Field(32, ge=4)
     """Tokens of a text that the encoder reads; longer rows are cut."""
     bottleneck: int = Field(0, ge=0)
@@ -210,6 +210,8 @@ class ScoreConfig(Config):
     """One GPU for each worker; auto: where the cluster has that many."""
     batch_size: int = Field(512, ge=1)
     """Points of a global batch."""
+    tail: float | None = Field(None, ge=0)
+    """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
     overwrite: bool = False

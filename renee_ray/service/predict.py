@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import torch
 
 from renee_ray.config import ReneeError, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset, absolute, filesystem_of
@@ -99,7 +100,8 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     ranks, device = Ranks.of_process_group(), worker_device()
     directory = RunDirectory(arguments["run"])
     checkpoint, _ = directory.checkpoint(score.checkpoint, config.evaluation.metric)
-    scorer = _load(config, dataset, checkpoint, ranks, device)
+    tail = config.evaluation.tail if score.tail is None else score.tail
+    scorer = _load(config, dataset, checkpoint, tail, ranks, device)
     batches = scoring_feed(dataset, score.split, score.batch_size, config.encoder.max_length, ranks)
     points = {"points": dataset.manifest.num_points(score.split)}
     if arguments["destination"] is None:
@@ -113,12 +115,16 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(
-    config: RunConfig, dataset: Dataset, checkpoint: Checkpoint, ranks: Ranks, device: Any
+    config: RunConfig,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    tail: float,
+    ranks: Ranks,
+    device: torch.device,
 ) -> Scorer:
     model = build_model(config, dataset.manifest.num_labels, ranks, device, training=False)
     checkpoint.load_encoder(model.encoder)
     checkpoint.load_shard(model.shard, momentum=False)
-    tail = config.evaluation.tail
     offset = prior_offset(read_counts(dataset, model.shard.owned), tail, device)
     return Scorer(model.encoder, model.shard, ranks, device, offset)
 
