@@ -26,6 +26,11 @@ from renee_ray.config import (
 progress = Console(stderr=True)
 
 
+def _say(text: str, style: str | None = None) -> None:
+    """A sentence for people, to standard error, on one line however narrow the terminal."""
+    progress.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 class _Command(click.Command):
     """A command whose help lists the keys of its configuration."""
 
@@ -58,6 +63,30 @@ def _json_option(function: Any) -> Any:
     )(function)
 
 
+@cli.command(cls=_Command, keys=RunConfig)
+@click.argument("overrides", nargs=-1)
+@_json_option
+def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
+    """Convert, train and evaluate the small dataset of examples/, in a few minutes on two cores.
+
+    Everything goes to `output` (by default ./quickstart), the report to report.html in it. The
+    recipe is recipes/quickstart.yaml; `data` cannot be set.
+    """
+    from renee_ray.report import comparison_table, examples_text
+    from renee_ray.service.quickstart import quickstart as run
+
+    found = run(parse_overrides(overrides), _say)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    console = Console()
+    console.print()
+    console.print(comparison_table(found["comparison"]))
+    console.print("\nTest points and their five best labels, right ones ticked:\n", highlight=False)
+    console.print(examples_text(found["examples"]))
+    click.echo(f"report: {found['report']}")
+
+
 @cli.command(cls=_Command, keys=ConvertConfig)
 @click.argument("src")
 @click.argument("dst")
@@ -68,7 +97,7 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
     config = make_config(ConvertConfig, parse_overrides(overrides), where="convert")
     from renee_ray.service.convert import convert as run
 
-    manifest = run(src, dst, config, progress.print)
+    manifest = run(src, dst, config, _say)
     facts = {
         "dataset": dst,
         "labels": manifest.num_labels,
@@ -87,7 +116,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
     from renee_ray.service.train import train as run
 
-    _print(run(made, progress.print), as_json, f"run {made.output}")
+    _print(run(made, _say), as_json, f"run {made.output}")
 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
@@ -157,16 +186,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for a user's error, 2 for wrong usage."""
     try:
         cli.main(args=argv, prog_name="renee-ray", standalone_mode=False)
-    except ReneeError as error:
-        progress.print(f"renee-ray: {error}", style="red", highlight=False, markup=False)
-        return 1
     except click.ClickException as error:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
-        progress.print("renee-ray: interrupted")
+        _say("renee-ray: interrupted")
         return 130
+    except Exception as error:
+        found = _user_error(error)
+        if found is None:
+            raise
+        _say(f"renee-ray: {found}", style="red")
+        return 1
     return 0
+
+
+def _user_error(error: Exception) -> ReneeError | None:
+    """`error` if it is a user's, or the user's error that Ray wrapped in it."""
+    if isinstance(error, ReneeError):
+        return error
+    if "ray" not in sys.modules:
+        return None
+    from renee_ray.service.train import user_error
+
+    return user_error(error)
 
 
 if __name__ == "__main__":

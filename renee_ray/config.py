@@ -120,8 +120,8 @@ class FeedConfig(Config):
     """Pieces of a global batch; a worker reads whole streams, so num_workers may not exceed it."""
     window: int = Field(64, ge=1)
     """Batches inside which rows are ordered by length."""
-    prefetch: int = Field(2, ge=0)
-    """Windows that are read ahead."""
+    prefetch: int = Field(4, ge=1)
+    """Windows that are read in one go, while as many before them are trained on."""
 
 
 class EvalConfig(Config):
@@ -132,7 +132,7 @@ class EvalConfig(Config):
     tail: float = Field(0.0, ge=0)
     """tau of the logit adjustment: every score, in validation, evaluation and prediction, loses
     tau * log(training points of the label), which favours rare labels (Menon et al., ICLR 2021)."""
-    metric: str = "P@1"
+    metric: str = Field("P@1", pattern=r"^((P|nDCG|PSP|PSnDCG)@[135]|recall@(10|100))$")
     """The metric that the best checkpoint is chosen by."""
     batch_size: int = Field(512, ge=1)
     """Points of a global batch when scoring."""

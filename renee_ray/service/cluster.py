@@ -25,6 +25,7 @@ def ensure_ray(min_cpus: int = 3) -> None:
             ray.init(log_to_driver=False)
         else:
             ray.init(
+                address="local",
                 num_cpus=max(min_cpus, os.cpu_count() or 1),
                 include_dashboard=False,
                 log_to_driver=False,

@@ -1,14 +1,18 @@
 """Ray Data feeding one worker: windows of rows, read ahead in tasks, in exactly the given order.
 
 Ray Data has no seekable position and its splits give no order, so the order is not asked of
-it: the Ray dataset is the list of windows still to come, each task reads one window of this
-worker's streams with `data.rows.read_window`, and `preserve_order` keeps them in sequence.
-One execution spans all remaining epochs, so no epoch waits for a pipeline to start.
+it: a Ray dataset is a list of windows to come, each task reads one window of this worker's
+streams with `data.rows.read_window`, and `preserve_order` keeps them in sequence.
+
+A Ray dataset here is `prefetch` windows long and read whole while the ones before it are
+consumed. One endless execution would be simpler, but Ray Data 2.60 polls without a pause as
+long as its consumer holds it back: half a core a worker, taken from training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +23,8 @@ from renee_ray.data.order import Order
 from renee_ray.data.rows import BATCH, read_window
 from renee_ray.training.batch import Batch, Position, cut_batches
 
+Window = tuple[int, int]
+"""(epoch, number of the window in it)."""
 READ_CPUS = 0.25
 """CPUs of a reading task: several share the one that the workers leave free."""
 
@@ -52,27 +58,41 @@ def feed(
         for epoch in range(start.epoch, len(orders))
         for batch in range(start.batch if epoch == start.epoch else 0, orders[epoch].num_batches)
     )
-    tables = _tables(dataset, orders, windows, rank, num_ranks, start, prefetch)
+    tables = _read_ahead(
+        lambda group: _tables(dataset, orders, group, rank, num_ranks, start),
+        [tuple(windows[i : i + prefetch]) for i in range(0, len(windows), prefetch)],
+    )
     return cut_batches(tables, positions, dataset.manifest.pad_id, max_length, pad_multiple)
+
+
+def _read_ahead(
+    read: Callable[[Sequence[Window]], list[pa.Table]], groups: list[tuple[Window, ...]]
+) -> Iterator[pa.Table]:
+    """Tables of all groups in order; one group is read while the one before it is consumed."""
+    with ThreadPoolExecutor(1, "feed") as executor:
+        pending = executor.submit(read, groups[0])
+        for following in [*groups[1:], None]:
+            tables = pending.result()
+            if following is not None:
+                pending = executor.submit(read, following)
+            yield from tables
 
 
 def _tables(
     dataset: Dataset,
     orders: Sequence[Order],
-    windows: list[tuple[int, int]],
+    windows: Sequence[Window],
     rank: int,
     num_ranks: int,
     start: Position,
-    prefetch: int,
-) -> Iterator[pa.Table]:
-    shared = ray.put((dataset, list(orders), windows))
+) -> list[pa.Table]:
+    epochs = {epoch: orders[epoch] for epoch, _ in windows}
 
     def read(ids: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        source, epochs, todo = ray.get(shared)
         for index in ids["id"]:
-            epoch, window = todo[index]
+            epoch, window = windows[index]
             order = epochs[epoch]
-            table = read_window(source, order, order.streams_of(rank, num_ranks), window)
+            table = read_window(dataset, order, order.streams_of(rank, num_ranks), window)
             if epoch == start.epoch:
                 first = int(np.searchsorted(table[BATCH].to_numpy(), start.batch))
                 table = table.slice(first)
@@ -82,8 +102,6 @@ def _tables(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     rows = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
-        read, batch_size=None, num_cpus=READ_CPUS, concurrency=1
+        read, batch_size=None, num_cpus=READ_CPUS
     )
-    return iter(
-        rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch)
-    )
+    return list(rows.iter_batches(batch_size=None, batch_format="pyarrow"))

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -21,6 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset, absolute, filesystem_of
 from renee_ray.data.order import Order, scoring_order, training_order
+from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed
 from renee_ray.service.progress import Channel, Display, evaluation_line
@@ -393,6 +395,16 @@ def _check(config: RunConfig, dataset: Dataset) -> None:
         raise ReneeError(
             f"{dataset.path} has no label texts; set feed.augment=0 and classifier.init=normal"
         )
+    if not manifest.num_points("train"):
+        raise ReneeError(f"{dataset.path} has no training points; convert one that has")
+    if load_tokenizer(config.encoder.name).hash != manifest.vocabulary_hash:
+        raise ReneeError(
+            f"{dataset.path} was tokenised with {manifest.tokenizer!r}, whose vocabulary is not "
+            f"that of encoder.name={config.encoder.name!r}; convert it with "
+            f"tokenizer={config.encoder.name}"
+        )
+    if config.encoder.weights and not Path(config.encoder.weights).is_file():
+        raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")
 
 
 def _check_resumable(config: RunConfig, directory: RunDirectory, dataset: Dataset) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,6 @@ from renee_ray.training.step import Step, StepResult
 from renee_ray.xfc.storage import SGD
 
 log = logging.getLogger(__name__)
-
-RESHUFFLE_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Trainer:
     """A rank's model with its optimizers, at some state of a run.
 
     on_progress(record): at every sampled loss, on every rank.
-    on_checkpoint(metrics, new_best): after each evaluation and every `checkpoint_every` steps;
+    on_checkpoint(metrics): after each evaluation and every `checkpoint_every` steps;
         must save `state`, on every rank alike.
     offset: added to the scores of own labels when validating, float32 [n], or None.
     validation(): the batches of the validation split; empty: there is no such split.
@@ -125,7 +124,7 @@ class Trainer:
         """Trains on the remaining batches, which begin at `state.position`."""
         evaluations = self.plan.evaluation_steps()
         every = self.plan.checkpoint_every
-        if self.state.step == 0:
+        if self.state.step == 0 and not self.state.history["evals"]:
             self.on_checkpoint(self._evaluate())
         meter, started = Meter(), time.perf_counter()
         while self.state.step < self.plan.total:
@@ -154,10 +153,8 @@ class Trainer:
             group["lr"] = config.encoder.learning_rate * factor
         settings = config.classifier
         sgd = SGD(settings.learning_rate * factor, settings.momentum, settings.weight_decay)
-        # Dropout inside the encoder differs between ranks and steps, and needs no saved state.
-        torch.manual_seed(
-            RESHUFFLE_SEED * config.seed + state.step * self.ranks.num_ranks + self.ranks.rank
-        )
+        # Dropout inside the encoder then differs between ranks and steps, and needs no saved state.
+        torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
         sampled = bool(config.loss_every) and state.step % config.loss_every == 0
         result = self._step(batch, state.step, sgd, with_loss=sampled)
         self._count(batch.position, result)
@@ -178,7 +175,7 @@ class Trainer:
 
     def _sample(self, result: StepResult, meter: Meter) -> None:
         loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
-        sgd_factor = warmup_cosine(self.state.step - 1, self.plan.total, self.config.warmup)
+        factor = warmup_cosine(self.state.step - 1, self.plan.total, self.config.warmup)
         record = {
             "step": self.state.step,
             "total_steps": self.plan.total,
@@ -186,8 +183,8 @@ class Trainer:
             "loss": loss,
             "rows_per_second": meter.rate(),
             "padding": 1 - meter.tokens / meter.cells if meter.cells else 0.0,
-            "encoder_lr": self.config.encoder.learning_rate * sgd_factor,
-            "classifier_lr": self.config.classifier.learning_rate * sgd_factor,
+            "encoder_lr": self.config.encoder.learning_rate * factor,
+            "classifier_lr": self.config.classifier.learning_rate * factor,
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "skipped": self.state.skipped,
             "seconds_left": (self.plan.total - self.state.step)
@@ -209,3 +206,8 @@ class Trainer:
         score = metrics[self.config.evaluation.metric]
         self.state.best = score if self.state.best is None else max(score, self.state.best)
         return metrics
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

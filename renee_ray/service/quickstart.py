@@ -1,0 +1,341 @@
+"""The whole path on a small real dataset that ships with the repository, and what came of it.
+
+    OUTPUT/raw           the archive of examples/, unpacked
+    OUTPUT/dataset       converted, 5% of the training points held out
+    OUTPUT/run           trained by recipes/quickstart.yaml
+    OUTPUT/predictions   of the test points
+    OUTPUT/report.html   figures beside two baselines, curves, examples
+
+All figures of the comparison come from predictions by the same code, metrics.py. A second call
+on the same OUTPUT does again only what is missing.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+
+from renee_ray.config import (
+    ConfigError,
+    ConvertConfig,
+    ReneeError,
+    RunConfig,
+    ScoreConfig,
+    make_config,
+    read_yaml,
+)
+from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
+from renee_ray.report import write_report
+from renee_ray.service.baselines import most_frequent, nearest_label_text
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.convert import convert
+from renee_ray.service.predict import predict_run
+from renee_ray.service.train import HISTORY_FILE, RunDirectory, quiet, train
+from renee_ray.training.batch import Ragged, ragged, truncate
+from renee_ray.training.encoder import build_encoder
+from renee_ray.training.initialise import embed_texts
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAME = "LF-DebianPerl-2K"
+ARCHIVE = REPOSITORY / "examples" / f"{NAME}.tar.gz"
+RECIPE = REPOSITORY / "recipes" / "quickstart.yaml"
+
+VALIDATION = 0.05
+K = max(*KS, *RECALL_KS)
+COMPARED = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5", "recall@100")
+EXAMPLES, EXAMPLE_LABELS = 10, 5
+
+
+def quickstart(
+    overrides: Mapping[str, Any], on_progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Converts, trains, predicts, compares and reports.
+
+    Args:
+        overrides: of the recipe; `output` is the directory for everything.
+
+    Returns:
+        "comparison" and "examples" as report.py takes them, "report" (a path), "output", and
+        "seconds" of each stage.
+
+    Raises:
+        ReneeError: a wrong key or value, no shipped files, or a directory that cannot be used.
+    """
+    output, config = configuration(overrides)
+    clock = _Clock()
+    raw = unpack(ARCHIVE, output / "raw")
+    ensure_ray(config.num_workers + 1)
+    dataset = _dataset(raw, config, on_progress)
+    clock.lap("convert")
+    train(config, on_progress)
+    clock.lap("train")
+    on_progress(f"predicting {dataset.manifest.num_points('test'):,} test points")
+    score = ScoreConfig(k=K, overwrite=True)
+    predict_run(config.output, dataset.path, str(output / "predictions"), score)
+    predicted = read_predictions(output / "predictions", K)
+    clock.lap("predict")
+    on_progress("computing the two baselines")
+    truth = Truth.read(dataset)
+    comparison = [
+        _row("renee_ray", truth, predicted.labels),
+        _row("zero-shot: nearest label text", truth, _zero_shot(dataset, truth, config)),
+        _row("most frequent labels", truth, _most_frequent(truth)),
+    ]
+    clock.lap("baselines")
+    examples = pick_examples(raw, truth, predicted)
+    report = output / "report.html"
+    write_report(
+        str(report),
+        title=f"renee_ray on {NAME}",
+        facts=_facts(dataset, config, clock.seconds),
+        history=RunDirectory(config.output).read(HISTORY_FILE) or {},
+        comparison=comparison,
+        examples=examples,
+    )
+    return {
+        "output": str(output),
+        "report": str(report),
+        "comparison": comparison,
+        "examples": examples,
+        "seconds": clock.seconds,
+    }
+
+
+def configuration(overrides: Mapping[str, Any]) -> tuple[Path, RunConfig]:
+    """(directory for everything, configuration of the run in it).
+
+    Raises:
+        ConfigError: a wrong key or value.
+        ReneeError: the recipe is missing.
+    """
+    if "data" in overrides:
+        raise ConfigError(
+            "quickstart trains on the dataset that it ships; for another one use "
+            "`renee-ray train recipes/quickstart.yaml data=DATASET output=RUN`"
+        )
+    output = str(overrides.get("output", "quickstart"))
+    if "://" in output or not output:
+        raise ConfigError(f"output={output!r} is no local directory; quickstart writes to one")
+    _shipped(RECIPE)
+    root = Path(output).expanduser().resolve()
+    layers = (
+        read_yaml(str(RECIPE)),
+        dict(overrides),
+        {"data": str(root / "dataset"), "output": str(root / "run")},
+    )
+    return root, make_config(RunConfig, *layers, where="quickstart")
+
+
+def unpack(archive: Path, destination: Path) -> Path:
+    """The folder of the unpacked archive, `destination`/NAME.
+
+    Raises:
+        ReneeError: no archive, a damaged one, or a destination that cannot be written.
+    """
+    _shipped(archive)
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            tar.extractall(destination, filter="data")
+    except (tarfile.TarError, EOFError) as error:
+        raise ReneeError(f"{archive} is damaged ({error}); check it out again") from error
+    except OSError as error:
+        raise ReneeError(
+            f"cannot unpack {archive} to {destination} ({error.strerror or error}); "
+            f"give a directory that can be written as output=DIR"
+        ) from error
+    return destination / NAME
+
+
+def _shipped(path: Path) -> None:
+    if not path.is_file():
+        raise ReneeError(
+            f"{path} is missing; quickstart needs a clone of the repository, "
+            f"installed from there with pip install -e '.[quickstart]'"
+        )
+
+
+def _dataset(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -> Dataset:
+    """The converted dataset at config.data, made if it is missing or of another tokenizer."""
+    tokenizer = config.encoder.name
+    if has_manifest(config.data):
+        dataset = Dataset.open(config.data)
+        if dataset.manifest.tokenizer == tokenizer:
+            return dataset
+    settings = ConvertConfig(tokenizer=tokenizer, validation=VALIDATION, overwrite=True)
+    manifest = convert(str(raw), config.data, settings, on_progress)
+    return Dataset(config.data, manifest)
+
+
+# ------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The test points, in ascending order of their ids, and what scoring them needs.
+
+    tokens, labels, filters: a row a point; inverse_propensity: float64 [L]; train_count: int64
+    [L]. L is small here: a run on real data never holds a column over all labels.
+    """
+
+    points: Ints
+    tokens: Ragged
+    labels: Ragged
+    filters: Ragged
+    train_count: Ints
+    inverse_propensity: npt.NDArray[np.float64]
+    label_texts: list[str]
+    label_tokens: Ragged
+
+    @classmethod
+    def read(cls, dataset: Dataset) -> Truth:
+        manifest = dataset.manifest
+        test = dataset.read_rows("test", 0, manifest.num_points("test"))
+        labels = dataset.read_rows("labels", 0, manifest.num_labels)
+        count = labels["train_count"].to_numpy()
+        points = manifest.num_points("train") + manifest.num_points("validation")
+        return cls(
+            points=test["point_id"].to_numpy(),
+            tokens=ragged(test["input_ids"]),
+            labels=ragged(test["labels"]),
+            filters=ragged(test["filter_labels"]),
+            train_count=count,
+            inverse_propensity=inverse_propensity(
+                count, points, manifest.propensity_a, manifest.propensity_b
+            ),
+            label_texts=labels["text"].to_pylist(),
+            label_tokens=ragged(labels["input_ids"]),
+        )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """points int64 [n], ascending; labels int64 [n, k], best first, -1 none; scores [n, k]."""
+
+    points: Ints
+    labels: Ints
+    scores: Floats
+
+
+def read_predictions(directory: Path, k: int) -> Predictions:
+    """What `predict_run` wrote to a local directory, rows cut or filled up to k."""
+    table = pq.read_table(sorted(directory.glob("part-*.parquet"))).sort_by("point_id")
+    rows = table["label_ids"].to_pylist()
+    labels = np.full((len(rows), k), -1, dtype=np.int64)
+    scores = np.full((len(rows), k), -np.inf, dtype=np.float32)
+    for i, (ids, values) in enumerate(zip(rows, table["scores"].to_pylist(), strict=True)):
+        labels[i, : len(ids)] = ids[:k]
+        scores[i, : len(ids)] = values[:k]
+    return Predictions(table["point_id"].to_numpy(), labels, scores)
+
+
+def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
+    """All metrics, in percent, of labels int64 [n, K] for the test points in order."""
+    sums = MetricSums.zeros()
+    true = truth.labels
+    weights = truth.inverse_propensity[true.values]
+    sums.add(predicted, true.values, true.offsets, None, weights)
+    return sums.metrics()
+
+
+def _row(model: str, truth: Truth, predicted: Ints) -> dict[str, Any]:
+    metrics = metrics_of(truth, predicted)
+    return {"model": model, **{name: metrics[name] for name in COMPARED}}
+
+
+def _most_frequent(truth: Truth) -> Ints:
+    filters = truth.filters
+    n = len(truth.points)
+    return most_frequent(truth.train_count, filters.offsets, filters.values, n, K)
+
+
+def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
+    """Nearest label texts by the encoder as it was before training."""
+    quiet()
+    settings = config.encoder.model_copy(update={"bottleneck": 0, "compile": False})
+    device = torch.device("cpu")
+    encoder = build_encoder(settings, device, config.seed).eval()
+
+    def embed(tokens: Ragged) -> Floats:
+        cut = truncate(tokens, settings.max_length)
+        return embed_texts(encoder, cut, dataset.manifest.pad_id, device).numpy()
+
+    with torch.inference_mode():
+        points, labels = embed(truth.tokens), embed(truth.label_tokens)
+    return nearest_label_text(points, labels, truth.filters.offsets, truth.filters.values, K)
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[str, Any]]:
+    """Test points evenly spaced in the file, so not picked for their looks.
+
+    Scores are sigmoids of the logits: the model's probability of each label.
+    """
+    lines = (raw / "tst_X.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    count = min(EXAMPLES, len(truth.points))
+    chosen = np.linspace(0, len(truth.points) - 1, count).astype(np.int64)
+    found = []
+    for i in chosen:
+        start, stop = truth.labels.offsets[i : i + 2]
+        true = set(truth.labels.values[start:stop].tolist())
+        best = zip(predicted.labels[i], predicted.scores[i], strict=True)
+        found.append(
+            {
+                "text": lines[truth.points[i]].strip(),
+                "true": [truth.label_texts[label] for label in sorted(true)],
+                "predicted": [
+                    {
+                        "label": truth.label_texts[label],
+                        "score": float(1 / (1 + np.exp(-np.float64(score)))),
+                        "right": int(label) in true,
+                    }
+                    for label, score in list(best)[:EXAMPLE_LABELS]
+                    if label >= 0
+                ],
+            }
+        )
+    return found
+
+
+def _facts(dataset: Dataset, config: RunConfig, seconds: Mapping[str, float]) -> dict[str, str]:
+    manifest = dataset.manifest
+    return {
+        **{
+            f"{split} points": f"{manifest.num_points(split):,}"
+            for split in ("train", "validation", "test")
+        },
+        "labels": f"{manifest.num_labels:,}",
+        "encoder": config.encoder.name.rpartition("/")[2],
+        "workers": str(config.num_workers),
+        "epochs": str(config.epochs),
+        "batch": f"{config.batch_size:,} points",
+        **{f"time to {stage}": f"{value:.0f} s" for stage, value in seconds.items()
+           if stage in ("convert", "train", "predict")},
+    }  # fmt: skip
+
+
+class _Clock:
+    """Seconds between calls of `lap`, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 1), now
