@@ -207,7 +207,7 @@ def _user_error(error: Exception) -> ReneeError | None:
         return error
     if "ray" not in sys.modules:
         return None
-    from renee_ray.service.train import user_error
+    from renee_ray.service.job import user_error
 
     return user_error(error)
 

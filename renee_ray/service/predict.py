@@ -7,6 +7,7 @@ whatever number of workers wrote it, and scores its own rows.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,9 @@ import torch
 from renee_ray.config import ReneeError, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset, absolute, filesystem_of
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.train import (
-    RunDirectory,
-    decide_gpu,
-    launch,
-    quiet,
-    scoring_feed,
-    worker_device,
-)
+from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
+from renee_ray.service.run import RUN_FILE, RunDirectory
+from renee_ray.service.train import scoring_feed
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.model import build_model
@@ -40,6 +36,7 @@ from renee_ray.xfc.topk import NONE
 
 PART_ROWS = 16384
 MANIFEST = "predictions.json"
+OURS = re.compile(r"predictions\.json|part-\d+-\d+\.parquet")
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
@@ -61,7 +58,6 @@ def predict_run(run: str, data: str, destination: str, score: ScoreConfig) -> di
     Raises:
         ReneeError: as `evaluate_run`, or there are predictions at `destination` already.
     """
-    _clear(destination, score.overwrite)
     found = _score(run, data, score, absolute(destination))
     filesystem, root = filesystem_of(destination)
     with filesystem.open_output_stream(f"{root}/{MANIFEST}") as sink:
@@ -77,7 +73,11 @@ def _score(run: str, data: str, score: ScoreConfig, destination: str | None) -> 
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
     config = config.model_copy(update={"num_workers": workers})
+    if destination is not None:
+        _check_destination(destination, score.overwrite)
     checkpoint, _ = directory.checkpoint(score.checkpoint, config.evaluation.metric)
+    if destination is not None:
+        _clear(destination)
     arguments = {
         "config": config.model_dump(),
         "score": score.model_dump(),
@@ -179,7 +179,7 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
 
 
 def _check(directory: RunDirectory, dataset: Dataset, score: ScoreConfig) -> None:
-    saved = directory.read("run.json") or {}
+    saved = directory.read(RUN_FILE) or {}
     trained = saved.get("dataset", {})
     for key in ("num_labels", "vocabulary_hash"):
         have = getattr(dataset.manifest, key)
@@ -192,20 +192,22 @@ def _check(directory: RunDirectory, dataset: Dataset, score: ScoreConfig) -> Non
         raise ReneeError(f"{dataset.path} has no points in split={score.split}; choose another")
 
 
-def _clear(destination: str, overwrite: bool) -> None:
+def _check_destination(destination: str, overwrite: bool) -> None:
+    names = [info.base_name for info in _listing(destination)]
+    if MANIFEST in names and not overwrite:
+        raise ReneeError(f"{destination} holds predictions already; add overwrite=true")
+    if not all(OURS.fullmatch(name) for name in names):
+        raise ReneeError(f"{destination} holds other files; give an empty directory")
+
+
+def _clear(destination: str) -> None:
+    """Removes earlier predictions, the file that declares them complete first."""
     filesystem, root = filesystem_of(destination)
     filesystem.create_dir(root, recursive=True)
-    listed = filesystem.get_file_info(pafs.FileSelector(root))
-    ours = [
-        info.path
-        for info in listed
-        if info.base_name == MANIFEST
-        or (info.base_name.startswith("part-") and info.base_name.endswith(".parquet"))
-    ]
-    complete = any(path.endswith(MANIFEST) for path in ours)
-    if complete and not overwrite:
-        raise ReneeError(f"{destination} holds predictions already; add overwrite=true")
-    if len(ours) != len(listed):
-        raise ReneeError(f"{destination} holds other files; give an empty directory")
-    for path in sorted(ours, key=lambda path: not path.endswith(MANIFEST)):
-        filesystem.delete_file(path)
+    for info in sorted(_listing(destination), key=lambda info: info.base_name != MANIFEST):
+        filesystem.delete_file(info.path)
+
+
+def _listing(destination: str) -> list[pafs.FileInfo]:
+    filesystem, root = filesystem_of(destination)
+    return filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))

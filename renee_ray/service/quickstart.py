@@ -39,8 +39,10 @@ from renee_ray.report import write_report
 from renee_ray.service.baselines import most_frequent, nearest_label_text
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert import convert
+from renee_ray.service.job import quiet
 from renee_ray.service.predict import predict_run
-from renee_ray.service.train import HISTORY_FILE, RunDirectory, quiet, train
+from renee_ray.service.run import HISTORY_FILE, RunDirectory
+from renee_ray.service.train import train
 from renee_ray.training.batch import Ragged, ragged, truncate
 from renee_ray.training.encoder import build_encoder
 from renee_ray.training.initialise import embed_texts

@@ -1,0 +1,140 @@
+"""Running a worker function as a Ray Train job, and what every such worker does first."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from renee_ray.config import ReneeError, RunConfig
+
+
+def launch(
+    function: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    config: RunConfig,
+    use_gpu: bool,
+    *,
+    stored: bool = True,
+) -> Any:
+    """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
+
+    stored: its checkpoints go to `config.output`; otherwise it has none.
+    """
+    with _storage(config.output if stored else None) as (parent, name):
+        trainer = _trainer(function, arguments, config, use_gpu, parent, name)
+        return _unwrapped(trainer.fit).return_value
+
+
+@contextlib.contextmanager
+def _storage(output: str | None) -> Iterator[tuple[str, str]]:
+    """(storage path, name) of a run; without an output, of one that leaves nothing behind."""
+    if output is not None:
+        parent, name = os.path.split(output.rstrip("/"))
+        yield parent, name
+        return
+    with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
+        yield scratch, "scoring"
+
+
+def _trainer(
+    function: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    config: RunConfig,
+    use_gpu: bool,
+    parent: str,
+    name: str,
+) -> TorchTrainer:
+    return TorchTrainer(
+        function,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(timeout_s=config.timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=None if use_gpu else {"CPU": 1},
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+            name=name,
+            storage_path=parent,
+            failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.checkpoint.keep,
+                checkpoint_score_attribute=config.evaluation.metric,
+            ),
+            worker_runtime_env={"env_vars": worker_environment(config, use_gpu)},
+        ),
+    )
+
+
+def _unwrapped(fit: Callable[[], Any]) -> Any:
+    """Calls; a ReneeError that a worker raised comes out as itself."""
+    try:
+        return fit()
+    except Exception as error:
+        raise user_error(error) or error from error
+
+
+def user_error(error: BaseException | None) -> ReneeError | None:
+    """The ReneeError at the root of what Ray wrapped, if there is one."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        current = queue.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, ReneeError):
+            return ReneeError(str(current).splitlines()[-1].removeprefix("renee_ray.config."))
+        failures = getattr(current, "worker_failures", None) or {}
+        queue += [current.__cause__, getattr(current, "cause", None), *failures.values()]
+    return None
+
+
+def worker_environment(config: RunConfig, use_gpu: bool) -> dict[str, str]:
+    """Threads must be set before torch loads: cores are shared by the workers of a machine."""
+    cores = len(os.sched_getaffinity(0))
+    threads = config.threads or (4 if use_gpu else max(1, cores // config.num_workers))
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+
+
+def decide_gpu(choice: str, num_workers: int) -> bool:
+    """Whether workers get a GPU each.
+
+    Raises:
+        ReneeError: GPUs are demanded and the cluster has too few.
+    """
+    have = ray.cluster_resources().get("GPU", 0)
+    if choice == "yes" and have < num_workers:
+        raise ReneeError(
+            f"use_gpu=yes needs {num_workers} GPUs and the Ray cluster has {have:.0f}; "
+            f"lower num_workers or set use_gpu=no"
+        )
+    return choice != "no" and have >= num_workers
+
+
+def worker_device() -> torch.device:
+    """The device that Ray Train gave this worker."""
+    return ray.train.torch.get_device()
+
+
+def quiet() -> None:
+    """Keeps a worker's libraries from writing bars and notices into the driver's terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
