@@ -9,6 +9,10 @@ import ray
 
 from renee_ray.config import ReneeError
 
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+
 
 def ensure_ray(min_cpus: int = 3) -> None:
     """Connects to the environment's cluster (a submitted job, RAY_ADDRESS), else starts Ray here.
@@ -22,18 +26,41 @@ def ensure_ray(min_cpus: int = 3) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False)
+            _connect()
         else:
-            ray.init(
-                address="local",
-                num_cpus=max(min_cpus, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            _start_local(min_cpus)
     have = ray.cluster_resources().get("CPU", 0)
     if have < min_cpus:
         raise ReneeError(
             f"the Ray cluster has {have:.0f} CPUs and this run needs {min_cpus}: one for each "
             f"worker and one for reading data; add a node or lower num_workers"
         )
+
+
+def _connect() -> None:
+    try:
+        ray.init(log_to_driver=False)
+    except ConnectionError as error:
+        raise ReneeError(
+            f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}; start it, or "
+            f"unset RAY_ADDRESS to run on this machine"
+        ) from error
+
+
+def _start_local(num_cpus: int) -> None:
+    """Ray gives a node a fixed time to start, which a busy machine may exceed: tried thrice."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(num_cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
+                raise
+            log.warning("Ray did not start in time (attempt %d of %d)", attempt, ATTEMPTS)

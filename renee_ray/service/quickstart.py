@@ -93,7 +93,7 @@ def quickstart(
     truth = Truth.read(dataset)
     comparison = [
         _row("renee_ray", truth, predicted.labels),
-        _row("zero-shot: nearest label text", truth, _zero_shot(dataset, truth, config)),
+        _row("zero-shot label text", truth, _zero_shot(dataset, truth, config)),
         _row("most frequent labels", truth, _most_frequent(truth)),
     ]
     clock.lap("baselines")

@@ -55,6 +55,11 @@ def train(
     ensure_ray(config.num_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.num_workers)
     directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": _identity(dataset)})
+    if not dataset.manifest.has_label_texts:
+        on_progress(
+            f"{dataset.path} has no label texts: feed.augment has no effect, and "
+            f"classifier.init=label_text starts from the labels' training points alone"
+        )
     on_progress(
         f"training on {dataset.manifest.num_points('train'):,} points and "
         f"{dataset.manifest.num_labels:,} labels with {config.num_workers} "
@@ -75,7 +80,7 @@ def orders(config: RunConfig, dataset: Dataset) -> list[Order]:
     return [
         training_order(
             [part.rows for part in splits["train"]],
-            [part.rows for part in splits["labels"]],
+            [part.rows for part in splits["labels"]] if dataset.manifest.has_label_texts else [],
             augment=config.feed.augment,
             seed=config.seed,
             epoch=epoch,
@@ -216,11 +221,6 @@ def _identity(dataset: Dataset) -> dict[str, Any]:
 
 def _check(config: RunConfig, dataset: Dataset) -> None:
     manifest = dataset.manifest
-    texts = config.feed.augment > 0 or config.classifier.init == "label_text"
-    if texts and not manifest.has_label_texts:
-        raise ReneeError(
-            f"{dataset.path} has no label texts; set feed.augment=0 and classifier.init=normal"
-        )
     if not manifest.num_points("train"):
         raise ReneeError(f"{dataset.path} has no training points; convert one that has")
     if load_tokenizer(config.encoder.name).hash != manifest.vocabulary_hash:

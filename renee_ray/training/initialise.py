@@ -57,17 +57,19 @@ def initialise_classifier(
     Args:
         points: this rank's training points, once; every rank draws equally many batches.
 
+    A dataset without label texts leaves `label_text` with the labels' points alone.
+
     Raises:
-        ReneeError: `label_text` on a dataset without label texts.
+        ReneeError: `label_text` without label texts and with init_centroid 0.
     """
     settings = config.classifier
     if settings.init == "normal":
         model.shard.initialise_normal(settings.init_std, config.seed)
         return
-    if not dataset.manifest.has_label_texts:
+    if not dataset.manifest.has_label_texts and not settings.init_centroid:
         raise ReneeError(
             f"{dataset.path} has no label texts for classifier.init=label_text; "
-            f"set classifier.init=normal"
+            f"set classifier.init=normal or classifier.init_centroid=1"
         )
     training = model.encoder.training
     model.encoder.eval()
@@ -177,7 +179,8 @@ def _write_rows(
     mean = survey.mean.float().to(device)
     scale = settings.init_scale / survey.norm
     for first, texts, counts in _embed_labels(model.encoder, config, dataset, shard.owned, device):
-        rows = _unit(texts - model.encoder.constant)
+        # Without texts every label has the same empty one: no information, so no part in it.
+        rows = _unit(texts - model.encoder.constant) * manifest.has_label_texts
         if survey.centroids is not None:
             start = first - shard.owned.start
             near = _unit(survey.centroids[start : start + len(rows)])

@@ -1,0 +1,180 @@
+"""A small real dataset and one trained run, made once a session by the real command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+SOURCE = Path(__file__).parents[2] / "examples" / "LF-DebianPerl-2K.tar.gz"
+POINTS, TESTS = 400, 150
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+
+RECIPE: dict[str, Any] = {
+    "num_workers": 2,
+    "batch_size": 32,
+    "epochs": 2,
+    "loss_every": 1,
+    "timeout_s": 60,
+    "threads": 1,
+    "encoder": {"max_length": 12, "autocast": "off", "learning_rate": 5e-5},
+    "classifier": {"precision": "fp32"},
+    "feed": {"streams": 4, "window": 4},
+    "checkpoint": {"every_steps": 5},
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A `renee-ray` process that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Starts `renee-ray arguments`, which starts its own Ray."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "renee_ray.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | ENVIRONMENT | (env or {}),
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 500) -> Command:
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except BaseException:
+        end(process)
+        raise
+    return Command(process.returncode, stdout, stderr)
+
+
+def renee_ray(*arguments: str) -> Command:
+    """Runs `renee-ray arguments` to its end."""
+    return finish(start(*arguments))
+
+
+def descendants(root: int) -> dict[int, str]:
+    """The command line of each process below `root`, by process id."""
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()]
+    found: dict[int, str] = {}
+    parents = {root}
+    while parents:
+        children = {int(r[0]): r[2] for r in rows if len(r) == 3 and int(r[1]) in parents}
+        found |= children
+        parents = set(children)
+    return found
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """`kill -9` of the process, and of its Ray as far as that survives it."""
+    family = descendants(process.pid)
+    process.kill()
+    process.communicate()
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def local_ray(environment: None) -> Iterator[None]:
+    """Ray in this process, for a module that calls the service's functions themselves."""
+    ray.init(
+        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first POINTS training and TESTS test points of LF-DebianPerl-2K, as a repository."""
+    folder = tmp_path_factory.mktemp("source")
+    with tarfile.open(SOURCE) as archive:
+        for member in archive.getmembers():
+            name = Path(member.name).name
+            file = archive.extractfile(member) if member.isfile() else None
+            if file is not None and name.endswith(".txt") and ".names" not in name:
+                (folder / name).write_text(_head(name, file.read().decode()))
+    return folder
+
+
+def _head(name: str, text: str) -> str:
+    limit = TESTS if name.startswith("tst") else POINTS
+    lines = text.splitlines(keepends=True)
+    if name.endswith("_X_Y.txt"):
+        columns = lines[0].split()[1]
+        return "".join([f"{limit} {columns}\n", *lines[1 : limit + 1]])
+    if name.endswith("filter_labels.txt"):
+        return "".join(line for line in lines if int(line.split()[0]) < limit)
+    return text if name == "Y.txt" else "".join(lines[:limit])
+
+
+@pytest.fixture(scope="session")
+def dataset(source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("data") / "dataset")
+    done = renee_ray("convert", str(source), path, "validation=0.1", "part_rows=64")
+    assert done.status == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A configuration file that lacks `data` and `output`."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return str(path)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, what training it printed, and its history."""
+
+    path: str
+    command: Command
+    result: dict[str, Any]
+    history: dict[str, list[dict[str, Any]]]
+
+
+def run_of(path: str, command: Command) -> Run:
+    assert command.status == 0, command.stderr
+    history = json.loads(Path(path, "history.json").read_text())
+    return Run(path, command, json.loads(command.stdout), history)
+
+
+@pytest.fixture(scope="session")
+def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An undisturbed run of RECIPE with two workers."""
+    path = str(tmp_path_factory.mktemp("runs") / "undisturbed")
+    return run_of(path, renee_ray("train", recipe, f"data={dataset}", f"output={path}", "--json"))

@@ -1,0 +1,164 @@
+"""The quickstart: its pieces, and the whole of it with a small random encoder."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from renee_ray.config import ReneeError
+from renee_ray.data.models import resolve_model
+from renee_ray.service import quickstart
+from renee_ray.training.batch import Ragged
+from tests.service.conftest import Command, renee_ray
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_everything_goes_below_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root, config = quickstart.configuration({"epochs": 7, "encoder": {"dropout": 0.5}})
+    assert root == tmp_path / "quickstart"
+    assert (config.data, config.output) == (str(root / "dataset"), str(root / "run"))
+    assert (config.epochs, config.encoder.dropout, config.encoder.name) == (7, 0.5, MINILM)
+    assert quickstart.configuration({"output": "here"})[0] == tmp_path / "here"
+
+
+def test_what_is_not_shipped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ReneeError, match=r"none\.tar\.gz is missing; quickstart needs a clone"):
+        quickstart.unpack(tmp_path / "none.tar.gz", tmp_path / "raw")
+    monkeypatch.setattr(quickstart, "RECIPE", tmp_path / "none.yaml")
+    with pytest.raises(ReneeError, match=r"none\.yaml is missing"):
+        quickstart.configuration({})
+
+
+def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.tar.gz"
+    damaged.write_bytes(quickstart.ARCHIVE.read_bytes()[:5000])
+    with pytest.raises(ReneeError, match="is damaged"):
+        quickstart.unpack(damaged, tmp_path / "raw")
+    leaving = tmp_path / "leaving.tar.gz"
+    with tarfile.open(leaving, "w:gz") as tar:
+        tar.add(damaged, arcname="../escaped")
+    with pytest.raises(ReneeError, match="is damaged"):
+        quickstart.unpack(leaving, tmp_path / "deep" / "raw")
+    assert not (tmp_path / "deep" / "escaped").exists()
+    with pytest.raises(ReneeError, match="give a directory that can be written"):
+        quickstart.unpack(quickstart.ARCHIVE, damaged / "raw")
+
+
+def test_unpacking_twice_is_fine(tmp_path: Path) -> None:
+    assert quickstart.unpack(quickstart.ARCHIVE, tmp_path) == tmp_path / quickstart.NAME
+    folder = quickstart.unpack(quickstart.ARCHIVE, tmp_path)
+    assert len((folder / "tst_X.txt").read_bytes().splitlines()) == 769
+
+
+def test_predictions_are_read_in_order_of_the_points(tmp_path: Path) -> None:
+    def write(name: str, points: list[int], ids: list[list[int]]) -> None:
+        scores = [[float(-i) for i in range(len(row))] for row in ids]
+        columns = {
+            "point_id": pa.array(points, pa.int64()),
+            "label_ids": pa.array(ids, pa.list_(pa.int64())),
+            "scores": pa.array(scores, pa.list_(pa.float32())),
+        }
+        pq.write_table(pa.table(columns), tmp_path / name)
+
+    write("part-00000-00000.parquet", [2, 0], [[5, 6, 7, 8], []])
+    write("part-00001-00000.parquet", [1], [[2**40, 1]])
+    found = quickstart.read_predictions(tmp_path, 3)
+    np.testing.assert_array_equal(found.points, [0, 1, 2])
+    np.testing.assert_array_equal(found.labels, [[-1] * 3, [2**40, 1, -1], [5, 6, 7]])
+    assert found.scores[1].tolist() == [0.0, -1.0, -np.inf]
+
+
+def test_examples_show_what_is_right(tmp_path: Path) -> None:
+    (tmp_path / "tst_X.txt").write_text("first\nsecond\nthird\n")
+    none = Ragged.of_lists([[], []])
+    truth = quickstart.Truth(
+        points=np.array([0, 2]),
+        tokens=none,
+        labels=Ragged.of_lists([[1], []]),
+        filters=none,
+        train_count=np.ones(3, dtype=np.int64),
+        inverse_propensity=np.ones(3),
+        label_texts=["a", "b", "c"],
+        label_tokens=none,
+    )
+    labels = np.array([[2, 1], [0, -1]])
+    scores = np.array([[0.0, -2.0], [9.0, -np.inf]], dtype=np.float32)
+    found = quickstart.pick_examples(
+        tmp_path, truth, quickstart.Predictions(truth.points, labels, scores)
+    )
+    assert [(e["text"], e["true"]) for e in found] == [("first", ["b"]), ("third", [])]
+    assert found[0]["predicted"][0] == {"label": "c", "score": 0.5, "right": False}
+    assert found[0]["predicted"][1]["right"] and len(found[1]["predicted"]) == 1
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random one-layer encoder with MiniLM's vocabulary, as a directory."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    path = str(tmp_path_factory.mktemp("encoder"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MINILM))
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart") / "out"
+
+
+@pytest.fixture(scope="module")
+def first(encoder: str, output: Path) -> Command:
+    done = renee_ray("quickstart", f"output={output}", f"encoder.name={encoder}", "epochs=1")
+    assert done.status == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_it_prints_figures_and_examples_and_writes_a_report(first: Command, output: Path) -> None:
+    for text in ("renee_ray", "zero-shot", "most frequent labels", "P@1", "recall@100", "✓"):
+        assert text in first.stdout
+    assert f"report: {output}/report.html" in first.stdout
+    assert "Traceback" not in first.stderr and "validation after step 0" in first.stderr
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == quickstart.EXAMPLES
+    for title in ("Training loss", "Precision on validation", "Throughput", "Peak memory"):
+        assert title in page
+    assert "<script" not in page and 'src="http' not in page
+
+
+@pytest.mark.slow
+def test_a_second_call_gives_the_same_figures(first: Command, encoder: str, output: Path) -> None:
+    again = renee_ray(
+        "quickstart", f"output={output}", f"encoder.name={encoder}", "epochs=1", "--json"
+    )
+    assert again.status == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert "parts written" not in again.stderr  # the dataset was there already
+    shown = {row["model"]: row for row in found["comparison"]}
+    assert f"{shown['renee_ray']['P@1']:.1f}" in first.stdout
+    assert len(found["examples"]) == quickstart.EXAMPLES
+    evaluated = renee_ray("evaluate", f"{output}/run", f"{output}/dataset", "--json")
+    assert evaluated.status == 0, evaluated.stderr
+    metrics = json.loads(evaluated.stdout)["metrics"]
+    for name in quickstart.COMPARED:
+        assert shown["renee_ray"][name] == pytest.approx(metrics[name], abs=1e-6)

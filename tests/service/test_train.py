@@ -1,0 +1,248 @@
+"""Training through the real command: killed workers, killed drivers, other numbers of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from renee_ray.cli import main
+from renee_ray.config import RunConfig, make_config
+from renee_ray.data.dataset import Dataset
+from renee_ray.service.run import RunDirectory
+from renee_ray.service.train import orders
+
+from .conftest import (
+    RECIPE,
+    Run,
+    descendants,
+    end,
+    finish,
+    renee_ray,
+    run_of,
+    start,
+)
+
+slow = pytest.mark.slow
+
+
+def planned_steps(dataset: str) -> int:
+    config = make_config(RunConfig, RECIPE, {"data": dataset, "output": "unused"})
+    return sum(order.num_batches for order in orders(config, Dataset.open(dataset)))
+
+
+def workers(process: subprocess.Popen[str]) -> set[int]:
+    return {
+        pid
+        for pid, line in descendants(process.pid).items()
+        if line.startswith("ray::RayTrainWorker")
+    }
+
+
+def newest_commit(run: str) -> int:
+    """The step of the newest checkpoint that Ray Train has committed; -1: none."""
+    try:
+        text = Path(run, "checkpoint_manager_snapshot.json").read_text()
+    except FileNotFoundError:
+        return -1
+    return max((int(step) for step in re.findall(r"step-(\d+)", text)), default=-1)
+
+
+def wait_for_commit(process: subprocess.Popen[str], run: str, step: int) -> None:
+    """Returns when a checkpoint of `step` or later is committed and the run has not ended."""
+    limit = time.monotonic() + 300
+    while newest_commit(run) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, f"no checkpoint of step {step} in {run}"
+        time.sleep(0.02)
+
+
+def assert_continuous(run: Run, dataset: str) -> None:
+    """Every step is in the history once: no batch was left out or trained twice."""
+    total = planned_steps(dataset)
+    assert [record["step"] for record in run.history["steps"]] == list(range(1, total + 1))
+    steps = [record["step"] for record in run.history["evals"]]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0 and steps[-1] == total
+    assert run.result["step"] == total
+    assert run.result["skipped"] == run.result["encoder_skipped"] == 0
+
+
+def losses(run: Run) -> np.ndarray:
+    return np.array([record["loss"] for record in run.history["steps"]])
+
+
+def assert_same_outcome(run: Run, reference: Run, points: float) -> None:
+    """Equal losses step by step, and final metrics that differ by `points` percent at most."""
+    np.testing.assert_allclose(losses(run), losses(reference), rtol=1e-3)
+    expected = reference.result["validation"]
+    found = run.result["validation"]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert abs(found[name] - value) <= points, name
+
+
+@slow
+def test_undisturbed(trained: Run, dataset: str) -> None:
+    assert_continuous(trained, dataset)
+    loss = losses(trained)
+    assert np.isfinite(loss).all()
+    assert loss[-5:].mean() < 0.9 * loss[:5].mean()
+    first, last = trained.history["evals"][0], trained.history["evals"][-1]
+    assert trained.result["validation"] == last["metrics"]
+    assert last["metrics"]["P@1"] > first["metrics"]["P@1"] * 0.9
+    assert last["metrics"]["P@1"] > 5
+    assert trained.result["best"] == max(e["metrics"]["P@1"] for e in trained.history["evals"])
+    record = trained.history["steps"][-1]
+    assert record["epoch"] == RECIPE["epochs"]
+    assert 0 <= record["padding"] < 1
+    assert record["rows_per_second"] > 0
+
+
+@slow
+def test_output_is_for_machines_and_progress_for_people(trained: Run) -> None:
+    assert trained.command.stdout.count("\n") == 1
+    assert set(json.loads(trained.command.stdout)) >= {"step", "best", "validation"}
+    assert "training on" in trained.command.stderr
+    assert "rows/s" in trained.command.stderr
+    assert "validation after step" in trained.command.stderr
+    assert "Traceback" not in trained.command.stderr
+
+
+@slow
+def test_a_killed_worker_is_replaced(
+    trained: Run, dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "run")
+    process = start("train", recipe, f"data={dataset}", f"output={path}", "--json")
+    try:
+        wait_for_commit(process, path, 5)
+        before = workers(process)
+        assert len(before) == RECIPE["num_workers"]
+        victim = max(before)
+        os.kill(victim, signal.SIGKILL)
+        after: set[int] = set()
+        while process.poll() is None:
+            after |= workers(process) - before
+            time.sleep(0.2)
+        run = run_of(path, finish(process))
+    finally:
+        end(process)
+
+    assert after and victim not in after, "no worker took the place of the killed one"
+    assert_continuous(run, dataset)
+    assert_same_outcome(run, trained, points=1e-3)
+
+
+@slow
+def test_a_killed_run_resumes_with_other_numbers_of_workers(
+    trained: Run, dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "run")
+    arguments = ["train", recipe, f"data={dataset}", f"output={path}", "--json"]
+    for num_workers, until in (2, 5), (3, 15):
+        process = start(*arguments, f"num_workers={num_workers}")
+        try:
+            wait_for_commit(process, path, until)
+        finally:
+            end(process)
+        assert until <= newest_commit(path) < planned_steps(dataset)
+
+    run = run_of(path, renee_ray(*arguments, "num_workers=1"))
+    assert_continuous(run, dataset)
+    assert_same_outcome(run, trained, points=3.0)
+    assert RunDirectory(path).config().num_workers == 1
+
+
+@slow
+def test_a_finished_run_stays_as_it_is(trained: Run, dataset: str, recipe: str) -> None:
+    again = run_of(
+        trained.path,
+        renee_ray("train", recipe, f"data={dataset}", f"output={trained.path}", "--json"),
+    )
+    assert again.result == trained.result
+    assert again.history == trained.history
+
+
+@slow
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("batch_size=64", ["batch_size=32", "64"]),
+        ("seed=3", ["seed=0", "3"]),
+        ("encoder.max_length=16", ["max_length", "12", "16"]),
+    ],
+)
+def test_another_configuration_does_not_resume(
+    trained: Run,
+    dataset: str,
+    recipe: str,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    words: list[str],
+) -> None:
+    status = main(["train", recipe, f"data={dataset}", f"output={trained.path}", change])
+    sentence = one_line(status, capsys)
+    assert all(word in sentence for word in [*words, trained.path])
+
+
+@slow
+def test_another_dataset_does_not_resume(
+    trained: Run, dataset: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even one with as many points and labels, whose parts are cut in other places."""
+    other = tmp_path / "other"
+    (other / "train").mkdir(parents=True)
+    manifest = json.loads(Path(dataset, "dataset.json").read_text())
+    parts = manifest["splits"]["train"]
+    parts[0]["rows"] -= 1
+    parts[1]["rows"] += 1
+    parts[1]["first"] -= 1
+    (other / "dataset.json").write_text(json.dumps(manifest))
+    status = main(["train", recipe, f"data={other}", f"output={trained.path}"])
+    assert "dataset" in one_line(status, capsys)
+
+
+def one_line(status: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a user's error writes."""
+    out, err = capsys.readouterr()
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1 and err.startswith("renee-ray: "), err
+    return err
+
+
+@slow
+def test_normal_initialisation_learns(dataset: str, recipe: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "run")
+    done = renee_ray(
+        "train", recipe, f"data={dataset}", f"output={path}", "--json", "epochs=1",
+        "num_workers=1", "classifier.init=normal", "classifier.learning_rate=0.01",
+        "evaluation.every=0", "checkpoint.every_steps=0",
+    )  # fmt: skip
+    run = run_of(path, done)
+    assert losses(run)[-3:].mean() < 0.9 * losses(run)[0]
+
+
+def test_errors_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("batch_size: 32\n")
+    data, output = f"data={tmp_path}/none", f"output={tmp_path}/run"
+    cases = [
+        ([str(recipe), data, output], "renee-ray convert"),
+        ([str(recipe), data, output, "batchsize=3"], "'batch_size'"),
+        ([str(recipe), data, output, "num_workers=9"], "feed.streams"),
+        ([str(recipe), data, output, "batch_size=many"], "batch_size='many'"),
+        ([str(recipe), data, output, "evaluation.metric=P@2"], "evaluation.metric"),
+        ([str(recipe), output], "data=VALUE"),
+        ([f"{tmp_path}/no.yaml", data, output], "no.yaml"),
+    ]
+    for arguments, words in cases:
+        assert words in one_line(main(["train", *arguments]), capsys)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from renee_ray.training.batch import Batch, Position, Ragged, pad, ragged, truncate
+
+CPU = torch.device("cpu")
+ROWS = [[1, 2, 3, 4, 5], [], [6], [7, 8], [9, 10, 11]]
+
+
+def lists(rows: Ragged) -> list[list[int]]:
+    assert rows.values.dtype == np.int64
+    assert rows.offsets.dtype == np.int64
+    assert rows.offsets[0] == 0
+    return [rows.values[a:b].tolist() for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
+
+
+def batch_of(ids: list[list[int]], labels: list[list[int]], multiple: int = 1) -> Batch:
+    return Batch(
+        Position(), np.arange(len(ids)), Ragged.of_lists(ids), Ragged.of_lists(labels),
+        Ragged.of_lists([[]] * len(ids)), 99, multiple,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [ROWS, [], [[]], [[], []], [[2**40]]])
+def test_ragged_and_back(rows: list[list[int]]) -> None:
+    made = Ragged.of_lists(rows)
+    assert lists(made) == rows
+    assert len(made) == len(rows)
+    assert made.lengths.tolist() == [len(row) for row in rows]
+    pairs = [(i, value) for i, row in enumerate(rows) for value in row]
+    assert list(zip(*(part.tolist() for part in made.pairs()), strict=True)) == pairs
+
+
+@pytest.mark.parametrize("order", [[4, 0, 1], [], [2, 2, 2], [1], [4, 3, 2, 1, 0]])
+def test_take(order: list[int]) -> None:
+    taken = Ragged.of_lists(ROWS).take(np.array(order, dtype=np.int64))
+    assert lists(taken) == [ROWS[i] for i in order]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6])
+def test_truncate_keeps_the_last_token(limit: int) -> None:
+    wanted = [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in ROWS]
+    assert lists(truncate(Ragged.of_lists(ROWS), limit)) == wanted
+
+
+def test_truncate_nothing() -> None:
+    assert lists(truncate(Ragged.of_lists([]), 3)) == []
+    assert lists(truncate(Ragged.of_lists([[]]), 3)) == [[]]
+
+
+@pytest.mark.parametrize("slice_of", [slice(0, 5), slice(1, 4), slice(2, 2), slice(4, 5)])
+def test_columns_of_lists(slice_of: slice) -> None:
+    """Slices too: their offsets do not start at 0."""
+    array = pa.array(ROWS, pa.list_(pa.int32()))[slice_of]
+    assert lists(ragged(array)) == ROWS[slice_of]
+    chunked = pa.chunked_array([array, array])
+    assert lists(ragged(chunked)) == ROWS[slice_of] * 2
+    assert lists(ragged(pa.chunked_array([], pa.list_(pa.int32())))) == []
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8), (5, 5), (8, 8)])
+def test_pad(multiple: int, width: int) -> None:
+    ids, mask = pad(Ragged.of_lists(ROWS), 99, multiple)
+    assert ids.shape == mask.shape == (5, width)
+    for i, row in enumerate(ROWS):
+        assert ids[i].tolist() == row + [99] * (width - len(row))
+        length = max(1, len(row))  # attention over nothing would be NaN
+        assert mask[i].tolist() == [1] * length + [0] * (width - length)
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[], []]])
+def test_pad_without_tokens(rows: list[list[int]]) -> None:
+    ids, mask = pad(Ragged.of_lists(rows), 99)
+    assert ids.tolist() == [[99]] * max(1, len(rows))
+    assert mask.tolist() == [[1]] * max(1, len(rows))
+
+
+def test_a_batch() -> None:
+    made = batch_of(ROWS, [[3], [2, 2**40], [], [], [0]], multiple=4)
+    rows, labels = made.pairs(first=10)
+    assert rows.tolist() == [10, 11, 11, 14]
+    assert labels.tolist() == [3, 2, 2**40, 0]
+    assert made.padding() == (11, 40)
+    ids, mask = made.tokens(CPU)
+    assert ids.dtype == mask.dtype == torch.int64
+    assert ids.shape == (5, 8)
+    assert made.filter_pairs(10)[0].shape == (0,)
+
+
+def test_an_empty_batch_gives_one_blank_row_of_tokens() -> None:
+    made = batch_of([], [])
+    assert len(made) == 0
+    assert made.tokens(CPU)[0].shape == (1, 1)
+    assert [part.dtype for part in made.pairs(3)] == [torch.int64] * 2
+    assert made.padding() == (0, 0)

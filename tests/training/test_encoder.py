@@ -1,0 +1,243 @@
+"""Pooling, dropout, initial weights and optimizer groups of the encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+from renee_ray.config import EncoderConfig, ReneeError
+from renee_ray.data.models import resolve_model
+from renee_ray.training.encoder import Encoder, adamw, autocast_dtype, build_encoder
+from renee_ray.training.step import dropout_mask
+
+CPU = torch.device("cpu")
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 3, 0, 0], [2, 3, 0, 0, 0]])
+MASK = (IDS > 0).long()
+SMALL = {"vocab_size": 30, "max_position_embeddings": 16}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small models of two architectures, with random weights, as directories."""
+    torch.manual_seed(0)
+    made = {
+        "bert": BertModel(
+            BertConfig(
+                hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                **SMALL,
+            )
+        ),
+        "distilbert": DistilBertModel(
+            DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, **SMALL)
+        ),
+    }  # fmt: skip
+    paths = {}
+    for name, model in made.items():
+        paths[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(paths[name])
+    return paths
+
+
+def settings(name: str, **changes: Any) -> EncoderConfig:
+    return EncoderConfig(name=name, **{"autocast": "off", **changes})
+
+
+def make(name: str, seed: int = 0, **changes: Any) -> Encoder:
+    return build_encoder(settings(name, **changes), CPU, seed)
+
+
+def test_minilm_pools_the_mean_of_its_tokens() -> None:
+    encoder = make(MINILM).eval()
+    with torch.inference_mode():
+        found = encoder(IDS + 1000 * MASK, MASK)
+        backbone = AutoModel.from_pretrained(resolve_model(MINILM), dtype=torch.float64).eval()
+        hidden = backbone(input_ids=IDS + 1000 * MASK, attention_mask=MASK)[0]
+        mask = MASK.unsqueeze(-1).double()
+        wanted = (hidden * mask).sum(1) / mask.sum(1)
+    assert encoder.dim == found.shape[1] == 384
+    assert found.dtype == torch.float32
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-5
+    over_padding = hidden.mean(1)
+    assert float((over_padding - wanted).norm() / wanted.norm()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_padding_changes_nothing(directories: dict[str, str], kind: str) -> None:
+    encoder = make(directories[kind]).eval()
+    alone = torch.cat([encoder(IDS[i : i + 1, :n], MASK[i : i + 1, :n]) for i, n in
+                       enumerate(MASK.sum(1).tolist())])  # fmt: skip
+    torch.testing.assert_close(encoder(IDS, MASK), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bottleneck_has_no_bias_and_computes_in_fp32(directories: dict[str, str]) -> None:
+    wide = make(directories["bert"]).eval()
+    encoder = make(directories["bert"], bottleneck=5).eval()
+    assert encoder.bottleneck is not None
+    assert encoder.bottleneck.bias is None
+    assert encoder.dim == 5
+    wanted = wide(IDS, MASK).double() @ encoder.bottleneck.weight.double().T
+    torch.testing.assert_close(encoder(IDS, MASK).double(), wanted, rtol=1e-5, atol=1e-6)
+    low = make(directories["bert"], bottleneck=5, autocast="bf16").eval()
+    assert low(IDS, MASK).dtype == torch.float32
+
+
+def test_the_constant_is_zero_at_first_and_added_last(directories: dict[str, str]) -> None:
+    encoder = make(directories["bert"], bottleneck=5).eval()
+    assert not encoder.constant.any()
+    before = encoder(IDS, MASK)
+    encoder.constant.copy_(torch.arange(5.0))
+    torch.testing.assert_close(encoder(IDS, MASK), before + torch.arange(5.0))
+    assert "constant" in encoder.state_dict()
+    assert "constant" not in dict(encoder.named_parameters())
+
+
+def test_the_seed_decides_the_bottleneck(directories: dict[str, str]) -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        layer = make(directories["bert"], seed, bottleneck=5).bottleneck
+        assert layer is not None
+        return layer.weight
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_vectors_are_not_decayed(directories: dict[str, str], kind: str) -> None:
+    encoder = make(directories[kind], bottleneck=5)
+    optimizer = adamw(encoder, settings(directories[kind], weight_decay=0.1))
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert len(decay) == len(list(encoder.parameters()))
+    norms = 0
+    for name, parameter in encoder.named_parameters():
+        vector = name.endswith("bias") or "norm" in name.lower()
+        norms += "norm" in name.lower()
+        assert decay[id(parameter)] == (0.0 if vector else 0.1), name
+    assert norms >= 10
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize(("p", "expected"), [(0.0, 0.0), (None, 0.1), (0.3, 0.3)])
+def test_internal_dropout(
+    directories: dict[str, str], kind: str, p: float | None, expected: float
+) -> None:
+    encoder = make(directories[kind], internal_dropout=p)
+    found = {module.p for module in encoder.modules() if isinstance(module, nn.Dropout)}
+    assert found == {expected}
+    encoder.train()
+    same = torch.equal(encoder(IDS, MASK), encoder(IDS, MASK))
+    assert same == (expected == 0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_every_parameter_has_a_gradient(directories: dict[str, str], kind: str) -> None:
+    """DDP waits for each of them."""
+    encoder = make(directories[kind], bottleneck=5)
+    encoder(IDS, MASK).square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_gradient_checkpointing_gives_the_same_gradient(
+    directories: dict[str, str], kind: str
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        encoder = make(directories[kind], gradient_checkpointing=checkpointing).train()
+        assert encoder.backbone.is_gradient_checkpointing == checkpointing
+        encoder(IDS, MASK).square().sum().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def scrambled(directory: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    state = make(directory).backbone.state_dict()
+    return {n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
+            for n, t in state.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder.transformer.", "a.b.c.0.auto_model."])
+def test_initial_weights_with_prefixes(
+    directories: dict[str, str], tmp_path: Path, kind: str, suffix: str, prefix: str
+) -> None:
+    wanted = scrambled(directories[kind])
+    state = {prefix + name: tensor.clone() for name, tensor in wanted.items()}
+    state["classifier.weight"] = torch.zeros(3, 3)
+    path = str(tmp_path / f"weights.{suffix}")
+    if suffix == "pt":
+        torch.save({"state_dict": state} if prefix else state, path)
+    else:
+        save_file(state, path)
+    found = make(directories[kind], weights=path).backbone.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert not torch.equal(found[next(iter(found))], make(directories[kind]).backbone.state_dict()[
+        next(iter(found))])  # fmt: skip
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("kind", ["code", "missing", "empty", "text", "misfit", "list"])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_that_cannot_be_used(
+    directories: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str,
+    suffix: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"weights.{suffix}"
+    if kind == "code":
+        torch.save({"a": Code()}, path)
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("no weights\n" * 100)
+    elif kind == "list":
+        torch.save([torch.zeros(3)], path)
+    elif kind == "misfit":
+        state = {"x.weight": torch.zeros(2, 2)}
+        torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    with pytest.raises(ReneeError) as caught:
+        make(directories["bert"], weights=str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ReneeError, match=r"encoder.name='.*' cannot be loaded") as caught:
+        make(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_autocast_dtype() -> None:
+    assert autocast_dtype("off", CPU) is None
+    assert autocast_dtype("bf16", CPU) == torch.bfloat16
+
+
+def mask_of(seed: int = 1, step: int = 4, first: int = 0, rows: int = 40) -> torch.Tensor:
+    return dropout_mask(torch.zeros(rows, 50), 0.25, seed, step, 40, first)
+
+
+def test_dropout_depends_on_seed_step_and_place_only() -> None:
+    whole = mask_of()
+    assert torch.equal(mask_of(first=13, rows=9), whole[13:22])
+    assert whole.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert float((whole == 0).float().mean()) == pytest.approx(0.25, abs=0.04)
+    assert not torch.equal(whole, mask_of(step=5))
+    assert not torch.equal(whole, mask_of(seed=2)), "the seed is ignored"
+    assert dropout_mask(torch.zeros(3, 2), 0.0, 1, 1, 3, 0) == 1

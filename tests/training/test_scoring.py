@@ -1,0 +1,135 @@
+"""Distributed evaluation against metrics computed densely, by brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from renee_ray.metrics import inverse_propensity
+from renee_ray.training.batch import Batch, Position, Ragged
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.scoring import Propensities, Scorer, evaluate
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.storage import Weights
+from tests.test_metrics import KS, RECALL_KS, brute_force
+from tests.training.gloo import on_ranks
+
+CPU = torch.device("cpu")
+WORLD_SIZES = (1, 2, 3)
+LABELS, DIM, VOCABULARY = 23, 5, 15
+SIZES = (7, 1, 2, 6)  # of the global batches; some leave a rank without rows
+
+
+class Sum(nn.Module):
+    dim = DIM
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, DIM)
+        with torch.no_grad():
+            self.tokens.weight.copy_(
+                torch.randn(VOCABULARY, DIM, generator=torch.Generator().manual_seed(0))
+            )
+        self.noise = nn.Dropout(0.5)  # scoring must switch it off
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.noise((self.tokens(ids) * mask.unsqueeze(-1)).sum(1))
+
+
+Point = tuple[list[int], list[int], list[int]]
+
+
+def points() -> list[list[Point]]:
+    """(tokens, labels, filter labels) of each global batch."""
+    rng = np.random.default_rng(3)
+    out = []
+    for size in SIZES:
+        batch = []
+        for _ in range(size):
+            ids = rng.permutation(LABELS)
+            true, filtered = ids[: rng.integers(0, 6)], ids[8 : 8 + rng.integers(0, 14)]
+            tokens = rng.integers(0, VOCABULARY, rng.integers(1, 5))
+            batch.append((tokens.tolist(), sorted(true.tolist()), sorted(filtered.tolist())))
+        out.append(batch)
+    return out
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(LABELS, DIM, generator=torch.Generator().manual_seed(1))
+
+
+def inverse() -> np.ndarray:
+    return inverse_propensity(np.arange(LABELS) ** 2, 500, 0.55, 1.5)
+
+
+def score(ranks: Ranks) -> dict[str, torch.Tensor]:
+    owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
+    shard = Shard(owned, Weights("bf16_split", len(owned), DIM, False, CPU), chunk=4)
+    shard.write(owned.start, weight()[owned.start : owned.stop])
+    encoder = Sum()
+    scorer = Scorer(encoder, shard, ranks, CPU)  # type: ignore[arg-type]
+    batches = []
+    for number, listed in enumerate(points()):
+        mine = listed[slice(*split_range(len(listed), ranks.num_ranks, ranks.rank))]
+        columns = [Ragged.of_lists([point[i] for point in mine]) for i in range(3)]
+        batches.append(Batch(Position(0, number), np.arange(len(mine)), *columns, pad_id=0))
+    own = torch.from_numpy(inverse()[owned.start : owned.stop])
+    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
+    assert encoder.training, "the mode is put back"
+    found = {f"labels {i}": labels for i, (_, _, labels) in enumerate(scorer.predict(batches, 30))}
+    return {
+        **found,
+        **{name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[int, list[dict[str, torch.Tensor]]]:
+    return {n: [score(Ranks())] if n == 1 else on_ranks(n, score) for n in WORLD_SIZES}
+
+
+def dense(*, filtered: bool = True) -> list[list[int]]:
+    """All labels of each point, best first, filter labels gone, filled with -1 up to 30."""
+    encoder = Sum().eval()
+    rows = []
+    for tokens, _, gone in [point for batch in points() for point in batch]:
+        ids = torch.tensor([tokens])
+        logits = (encoder(ids, torch.ones_like(ids)) @ weight().T)[0]
+        best = [
+            i for i in logits.argsort(descending=True).tolist() if not filtered or i not in gone
+        ]
+        rows.append(best + [-1] * (30 - len(best)))
+    return rows
+
+
+def expected(rows: list[list[int]]) -> dict[str, float]:
+    true = [set(labels) for batch in points() for _, labels, _ in batch]
+    return brute_force(rows, true, dict(enumerate(inverse().tolist())))
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_metrics_equal_brute_force_on_every_rank(
+    runs: dict[int, list[dict[str, torch.Tensor]]], num_ranks: int
+) -> None:
+    wanted = expected(dense())
+    for result in runs[num_ranks]:
+        found = {name: float(v) for name, v in result.items() if "labels" not in name}
+        assert found == pytest.approx(wanted, abs=1e-9)
+    unfiltered = expected(dense(filtered=False))
+    assert abs(unfiltered["P@1"] - wanted["P@1"]) > 1, "the filter makes a difference"
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_every_rank_predicts_its_own_rows(
+    runs: dict[int, list[dict[str, torch.Tensor]]], num_ranks: int
+) -> None:
+    found = [
+        row
+        for batch in range(len(SIZES))
+        for result in runs[num_ranks]
+        for row in result[f"labels {batch}"].tolist()
+    ]
+    assert found == dense()

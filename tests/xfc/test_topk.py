@@ -1,0 +1,166 @@
+"""The streaming top-k against torch.topk on dense logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.topk import NONE, merge_topk, shard_topk
+from tests.xfc.memory import Largest
+
+CPU = torch.device("cpu")
+NUM_LABELS, DIM, BATCH = 53, 8, 12
+
+
+def weight_of(n: int = NUM_LABELS, dim: int = DIM) -> torch.Tensor:
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(0))
+
+
+def inputs_of(batch: int = BATCH, dim: int = DIM) -> torch.Tensor:
+    return torch.randn(batch, dim, generator=torch.Generator().manual_seed(1))
+
+
+def shard_of(owned: LabelRange, weight: torch.Tensor, chunk: int, precision: str = "fp32") -> Shard:
+    shard = Shard(owned, Weights(precision, len(owned), weight.shape[1], False, CPU), chunk)
+    shard.write(owned.start, weight[owned.start : owned.stop])
+    return shard
+
+
+def excluded_pairs() -> torch.Tensor:
+    """[m, 2]: rows 0..7 lose a few labels, row 8 all but two, row 9 all."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(0, 8, (60,), generator=generator)
+    labels = torch.randint(0, NUM_LABELS, (60,), generator=generator)
+    best = (inputs_of() @ weight_of().T).argmax(1)
+    many = [[8, label] for label in range(2, NUM_LABELS)] + [[9, i] for i in range(NUM_LABELS)]
+    return torch.cat(
+        [
+            torch.stack([rows, labels], 1),
+            torch.stack([torch.arange(8), best[:8]], 1),
+            torch.tensor(many),
+        ]
+    )
+
+
+def owned_pairs(pairs: torch.Tensor, owned: LabelRange) -> Pairs:
+    mine = pairs[(pairs[:, 1] >= owned.start) & (pairs[:, 1] < owned.stop)]
+    return Pairs(mine[:, 0], mine[:, 1], owned)
+
+
+def dense(k: int, excluded: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = inputs_of() @ weight_of().T
+    if excluded is not None:
+        logits[excluded[:, 0], excluded[:, 1]] = -torch.inf
+    width = max(k, NUM_LABELS)
+    padded = torch.full((BATCH, width), -torch.inf)
+    padded[:, :NUM_LABELS] = logits
+    scores, labels = padded.topk(k, dim=1)
+    return scores, torch.where(scores > -torch.inf, labels, NONE)
+
+
+@pytest.mark.parametrize("k", [1, 5, 53, 70])
+@pytest.mark.parametrize("chunk", [1, 7, 53, 0])
+@pytest.mark.parametrize("with_excluded", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_split"])
+def test_one_shard_equals_dense(k: int, chunk: int, with_excluded: bool, precision: str) -> None:
+    """bf16_split too: scores are products of the fp32 weights."""
+    owned = LabelRange(0, NUM_LABELS, NUM_LABELS)
+    excluded = excluded_pairs() if with_excluded else None
+    wanted = dense(k, excluded)
+    pairs = None if excluded is None else owned_pairs(excluded, owned)
+    scores, labels = shard_topk(
+        shard_of(owned, weight_of(), chunk, precision), inputs_of(), k, pairs
+    )
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels, wanted[1])
+    torch.testing.assert_close(scores, wanted[0], rtol=1e-5, atol=1e-6)
+    if with_excluded and k >= 5:
+        assert labels[8].tolist()[2:] == [NONE] * (k - 2)
+        assert labels[9].tolist() == [NONE] * k
+        assert scores[9].tolist() == [-torch.inf] * k
+
+
+def test_filtering_after_the_cut_would_be_noticed() -> None:
+    _, labels = dense(5, None)
+    pairs = {tuple(pair) for pair in excluded_pairs().tolist()}
+    kept = [
+        [label for label in row if (i, label) not in pairs] for i, row in enumerate(labels.tolist())
+    ]
+    assert min(map(len, kept[:8])) < 5
+    assert (dense(5, excluded_pairs())[1][:8] != NONE).all()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5, 60])
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_merged_shards_equal_the_whole(num_ranks: int, k: int) -> None:
+    """60 ranks: most shards have one label, some none."""
+    excluded = excluded_pairs()
+    scores, labels = [], []
+    for rank in range(num_ranks):
+        owned = LabelRange(*split_range(NUM_LABELS, num_ranks, rank), NUM_LABELS)
+        shard = shard_of(owned, weight_of(), chunk=4)
+        found = shard_topk(shard, inputs_of(), k, owned_pairs(excluded, owned))
+        scores.append(found[0])
+        labels.append(found[1])
+    merged = merge_topk(scores, labels, k)
+    wanted = dense(k, excluded)
+    assert torch.equal(merged[1], wanted[1])
+    torch.testing.assert_close(merged[0], wanted[0], rtol=1e-5, atol=1e-6)
+
+
+def test_ties_go_to_the_smaller_id_when_merging() -> None:
+    scores = [torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([[2.0, 1.0, -torch.inf]])]
+    labels = [torch.tensor([[9, 8, 3]]), torch.tensor([[4, 5, NONE]])]
+    assert merge_topk(scores, labels, 4)[1].tolist() == [[4, 9, 3, 5]]
+    assert merge_topk(scores[::-1], labels[::-1], 4)[1].tolist() == [[4, 9, 3, 5]]
+    assert merge_topk(scores, labels, 6)[1].tolist() == [[4, 9, 3, 5, 8, NONE]]
+
+
+def test_large_ids_survive_a_merge() -> None:
+    base = 2**53
+    scores = [torch.tensor([[1.0]]), torch.tensor([[1.0]])]
+    labels = [torch.tensor([[base + 1]]), torch.tensor([[base]])]
+    assert merge_topk(scores, labels, 2)[1].tolist() == [[base, base + 1]]
+
+
+@pytest.mark.parametrize("chunk", [3, 10, 40])
+def test_equal_scores_are_ordered_by_id(chunk: int) -> None:
+    weight = torch.randint(-1, 2, (40, 3), generator=torch.Generator().manual_seed(5)).float()
+    inputs = torch.randint(-1, 2, (20, 3), generator=torch.Generator().manual_seed(6)).float()
+    scores, labels = shard_topk(shard_of(LabelRange(0, 40, 40), weight, chunk), inputs, 40)
+    for row, (score, label) in enumerate(zip(scores.tolist(), labels.tolist(), strict=True)):
+        pairs = [(-s, i) for s, i in zip(score, label, strict=True)]
+        assert pairs == sorted(pairs), row
+        assert sorted(label) == list(range(40))
+
+
+@pytest.mark.parametrize("chunk", [3, 10, 40])
+def test_equal_scores_at_the_cut_go_to_the_smaller_id(chunk: int) -> None:
+    """Otherwise the result depends on chunks and on the number of ranks."""
+    weight = torch.randint(-1, 2, (40, 3), generator=torch.Generator().manual_seed(5)).float()
+    inputs = torch.randint(-1, 2, (20, 3), generator=torch.Generator().manual_seed(6)).float()
+    found = shard_topk(shard_of(LabelRange(0, 40, 40), weight, chunk), inputs, 7)
+    order = (inputs @ weight.T).argsort(dim=1, descending=True, stable=True)[:, :7]
+    assert torch.equal(found[1], order)
+
+
+def test_no_rows_and_no_labels() -> None:
+    shard = shard_of(LabelRange(0, NUM_LABELS, NUM_LABELS), weight_of(), 7)
+    assert shard_topk(shard, torch.zeros(0, DIM), 5)[1].shape == (0, 5)
+    empty = shard_of(LabelRange(3, 3, NUM_LABELS), weight_of(), 7)
+    scores, labels = shard_topk(empty, inputs_of(), 5, owned_pairs(excluded_pairs(), empty.owned))
+    assert (labels == NONE).all()
+    assert (scores == -torch.inf).all()
+
+
+def test_nothing_of_batch_by_labels_is_ever_made() -> None:
+    batch, n, chunk, k = 32, 2000, 64, 10
+    shard = shard_of(LabelRange(0, n, n), weight_of(n), chunk)
+    rows = torch.arange(batch).repeat_interleave(2)
+    excluded = Pairs(rows, (rows * 31) % n, shard.owned)
+    with Largest() as largest:
+        shard_topk(shard, inputs_of(batch), k, excluded)
+    assert largest.numel <= batch * (chunk + k)
