@@ -38,7 +38,7 @@ class ConvertConfig(Config):
     """Tokens kept of each text, special tokens included; training may cut further."""
     validation: float = Field(0.02, ge=0, lt=1)
     """Share of the training points held out for choosing a model, by a seeded hash of the id."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the global shuffle and of the validation split."""
     part_rows: int = Field(2048, ge=1)
     """Rows of a part file: a few seconds of training."""
@@ -156,7 +156,7 @@ class RunConfig(Config):
     """Dataset directory, made by `renee-ray convert`."""
     output: str
     """Run directory; a run that is already there is resumed."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initial weights, order and dropout."""
     num_workers: int = Field(2, ge=1)
     """Ray Train workers: data-parallel replicas of the encoder and shards of the classifier."""

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.fs as pafs
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +35,7 @@ from renee_ray.xfc.shard import Shard
 
 FORMAT_VERSION = 1
 STATE, ENCODER, OPTIMIZER = "state.json", "encoder.safetensors", "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 HEADER_LIMIT = 1 << 20
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I16": torch.int16}
 SHARD_NAME = re.compile(r"classifier-(\d+)-(\d+)\.safetensors")
@@ -121,13 +123,13 @@ class Checkpoint:
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self.filesystem, self.path = filesystem, path.rstrip("/")
-        text = self._bytes(STATE).decode()
+        text = self._bytes(STATE).decode(errors="replace")
         self.state, self._shards = State.from_json(text, f"{self.path}/{STATE}")
 
     def load_encoder(self, encoder: Encoder) -> None:
         """Raises CheckpointError where the parameters are not those of this encoder."""
         try:
-            encoder.load_state_dict(load_bytes(self._bytes(ENCODER)), strict=True)
+            encoder.load_state_dict(self._tensors(ENCODER), strict=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
@@ -135,13 +137,17 @@ class Checkpoint:
             ) from None
 
     def load_optimizer(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> None:
-        moments = load_bytes(self._bytes(OPTIMIZER))
+        """Raises CheckpointError where the file is damaged or of another encoder."""
+        moments = self._tensors(OPTIMIZER)
         for name, parameter in encoder.named_parameters():
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device)
-                for key in ("exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in moments
-            } | {"step": moments["step"].clone()}
+            names = [f"{name}.{key}" for key in MOMENTS]
+            # Before its first step AdamW has no state, and must not find a part of one.
+            if not all(each in moments for each in names):
+                continue
+            values = (moments[each].to(parameter.device) for each in names)
+            optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True)) | {
+                "step": moments["step"].clone()
+            }
 
     def load_shard(self, shard: Shard, *, momentum: bool = True) -> None:
         """Fills a shard with the rows of the labels it owns, whoever wrote them.
@@ -157,6 +163,8 @@ class Checkpoint:
         filled = 0
         for file, start, stop in self._overlapping(shard.owned.start, shard.owned.stop):
             first, last = max(start, shard.owned.start), min(stop, shard.owned.stop)
+            if first != shard.owned.start + filled:
+                break
             rows = slice(first - shard.owned.start, last - shard.owned.start)
             self._read_rows(file, first - start, last - start, wanted, rows)
             filled += last - first
@@ -171,7 +179,7 @@ class Checkpoint:
             match = SHARD_NAME.fullmatch(name)
             assert match is not None  # State.from_json has checked the names
             first, last = int(match[1]), int(match[2])
-            if first < stop and last > start:
+            if max(first, start) < min(last, stop):
                 yield name, first, last
 
     def _read_rows(
@@ -203,8 +211,14 @@ class Checkpoint:
                 f"{where} lacks {error.args[0]!r} as {list(wanted)} expects it; it was written "
                 f"with another precision, momentum or dimension"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{where} cannot be read ({error}); use another one") from error
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_bytes(self._bytes(name))
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}/{name} is damaged ({error})") from None
 
     def _bytes(self, name: str) -> bytes:
         try:
@@ -222,7 +236,7 @@ def _moments(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Te
     tensors: dict[str, Tensor] = {"step": torch.zeros(())}
     for name, parameter in encoder.named_parameters():
         state = optimizer.state.get(parameter, {})
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in MOMENTS:
             if key in state:
                 tensors[f"{name}.{key}"] = state[key].contiguous()
         if "step" in state:

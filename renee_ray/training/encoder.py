@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -186,11 +187,9 @@ def _dropout_keys(settings: object) -> list[str]:
 
 
 def _read_state_dict(path: str) -> dict[str, Tensor]:
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its unpickler happens to raise
         raise ReneeError(f"{path} is not a plain state_dict ({type(error).__name__})") from error

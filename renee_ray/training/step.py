@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -111,6 +112,6 @@ def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first:
     """
     if p == 0:
         return own.new_ones(())
-    generator = torch.Generator().manual_seed((seed << 32) + step)
-    kept = torch.rand(total, own.shape[1], generator=generator)[first : first + len(own)] >= p
+    drawn = np.random.default_rng([seed, step]).random((total, own.shape[1]), dtype=np.float32)
+    kept = torch.from_numpy(drawn[first : first + len(own)] >= p)
     return (kept.float() / (1 - p)).to(own.device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +113,10 @@ class Shard:
     def initialise_normal(self, std: float, seed: int) -> None:
         """W ~ N(0, std); the row of a label depends on (seed, label) only, not on the shards."""
         for block in range(self.owned.start // INIT_BLOCK, -(-self.owned.stop // INIT_BLOCK)):
-            generator = torch.Generator().manual_seed((seed << 32) + block)
-            rows = torch.randn(INIT_BLOCK, self.weights.dim, generator=generator) * std
+            # torch's CPU generator reads 32 bits of its seed: some blocks of many would be twins.
+            stream = np.random.default_rng([seed, block])
+            drawn = stream.standard_normal((INIT_BLOCK, self.weights.dim), dtype=np.float32)
+            rows = torch.from_numpy(drawn) * std
             first = max(block * INIT_BLOCK, self.owned.start)
             last = min((block + 1) * INIT_BLOCK, self.owned.stop)
             if first < last:

@@ -2,7 +2,8 @@
 
 What it equals: `torch.topk(E @ W.T, k)` after the excluded pairs were set to -inf,
 without ever holding [rows, labels]. Scores are fp32 products of the fp32 weights, since
-bf16 logits tie by the dozen; labels of equal score are ordered by id.
+bf16 logits tie by the dozen; of labels with equal scores the one with the smaller id comes
+first, at the cut too, so that the result depends neither on chunks nor on shards.
 Rows that have fewer than k labels left are filled with label -1 and score -inf.
 """
 
@@ -56,10 +57,21 @@ def _keep_best(scores: Tensor, labels: Tensor, logits: Tensor, first: int) -> No
     rows = (logits.amax(dim=1) > scores[:, -1]).nonzero().squeeze(1)
     if not len(rows):
         return
-    best, where = logits[rows].topk(min(k, logits.shape[1]), dim=1, sorted=False)
+    best, where = _chunk_topk(logits[rows], min(k, logits.shape[1]))
     ids = torch.where(best > -torch.inf, where + first, NONE)
     merged = merge_topk([scores[rows], best], [labels[rows], ids], k)
     scores[rows], labels[rows] = merged
+
+
+def _chunk_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, columns) [b, k] of the k largest of each row, in no order; ties to the left."""
+    best, where = logits.topk(k, dim=1, sorted=False)
+    # torch.topk takes any of the equal values at its cut: such rows are sorted instead.
+    tied = (logits >= best.amin(dim=1, keepdim=True)).sum(dim=1) > k
+    if bool(tied.any()):
+        order = logits[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+        best[tied], where[tied] = logits[tied].gather(1, order), order
+    return best, where
 
 
 def merge_topk(scores: list[Tensor], labels: list[Tensor], k: int) -> tuple[Tensor, Tensor]:

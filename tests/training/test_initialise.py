@@ -200,11 +200,11 @@ def test_normal_needs_neither_texts_nor_points(tmp_path: Path, dataset: Dataset)
     assert 0.3 < float(shard.weights.weight.read(0, 11).std()) < 0.7
 
 
-def test_a_dataset_without_texts_is_refused(dataset: Dataset) -> None:
+def test_neither_texts_nor_centroids_is_refused(dataset: Dataset) -> None:
     from dataclasses import replace
 
     bare = Dataset(dataset.path, replace(dataset.manifest, has_label_texts=False))
     shard = Shard(LabelRange(0, 11, 11), Weights("fp32", 11, DIM, False, CPU))
     model = Model(Bag(), shard)  # type: ignore[arg-type]
     with pytest.raises(ReneeError, match=r"set classifier\.init=normal"):
-        initialise_classifier(model, config_of(), bare, lambda: [], Ranks(), CPU)
+        initialise_classifier(model, config_of(init_centroid=0), bare, lambda: [], Ranks(), CPU)
