@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -29,6 +30,9 @@ progress = Console(stderr=True)
 def _say(text: str, style: str | None = None) -> None:
     """A sentence for people, to standard error, on one line however narrow the terminal."""
     progress.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+T = TypeVar("T")
 
 
 class _Command(click.Command):
@@ -75,7 +79,7 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
     from renee_ray.report import comparison_table, examples_text
     from renee_ray.service.quickstart import quickstart as run
 
-    found = run(parse_overrides(overrides), _say)
+    found = _call(run, parse_overrides(overrides), _say)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -97,7 +101,7 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
     config = make_config(ConvertConfig, parse_overrides(overrides), where="convert")
     from renee_ray.service.convert import convert as run
 
-    manifest = run(src, dst, config, _say)
+    manifest = _call(run, src, dst, config, _say)
     facts = {
         "dataset": dst,
         "labels": manifest.num_labels,
@@ -116,7 +120,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
     from renee_ray.service.train import train as run
 
-    _print(run(made, _say), as_json, f"run {made.output}")
+    _print(_call(run, made, _say), as_json, f"run {made.output}")
 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
@@ -129,7 +133,7 @@ def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) 
     config = make_config(ScoreConfig, parse_overrides(overrides), where="evaluate")
     from renee_ray.service.predict import evaluate_run
 
-    found = evaluate_run(run, dataset, config)
+    found = _call(evaluate_run, run, dataset, config)
     _print(found, as_json, f"{found['split']} split, step {found['step']}")
 
 
@@ -144,8 +148,14 @@ def predict(run: str, dataset: str, dst: str, overrides: tuple[str, ...], as_jso
     config = make_config(ScoreConfig, parse_overrides(overrides), where="predict")
     from renee_ray.service.predict import predict_run
 
-    found = predict_run(run, dataset, dst, config)
+    found = _call(predict_run, run, dataset, dst, config)
     _print({**found, "predictions": dst}, as_json, f"predictions {dst}")
+
+
+def _call(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls; Ray's own notices, which it writes to standard output, go to standard error."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return function(*arguments)
 
 
 def _print(content: dict[str, Any], as_json: bool, title: str) -> None:

@@ -70,11 +70,11 @@ def _score(run: str, data: str, score: ScoreConfig, destination: str | None) -> 
     config = directory.config()
     dataset = Dataset.open(data)
     _check(directory, dataset, score)
+    if destination is not None:
+        _check_destination(destination, score.overwrite)
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
     config = config.model_copy(update={"num_workers": workers})
-    if destination is not None:
-        _check_destination(destination, score.overwrite)
     checkpoint, _ = directory.checkpoint(score.checkpoint, config.evaluation.metric)
     if destination is not None:
         _clear(destination)
