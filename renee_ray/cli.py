@@ -24,15 +24,14 @@ from renee_ray.config import (
     read_yaml,
 )
 
+T = TypeVar("T")
+
 progress = Console(stderr=True)
 
 
 def _say(text: str, style: str | None = None) -> None:
     """A sentence for people, to standard error, on one line however narrow the terminal."""
     progress.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-T = TypeVar("T")
 
 
 class _Command(click.Command):

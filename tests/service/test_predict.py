@@ -70,12 +70,9 @@ def test_each_point_once_and_best_first(
         assert not set(labels) & set(rows[row["point_id"]]["filter_labels"])
 
 
-def test_filters_matter(
+def test_most_points_find_a_true_label(
     predicted: dict[int, pa.Table], rows: dict[int, dict[str, list[int]]]
 ) -> None:
-    """A filter label is the point's own name as a rule: a model that ignored filters would fail."""
-    true = sum(bool(set(row["labels"]) & set(row["filter_labels"])) for row in rows.values())
-    assert true == 0 or true < len(rows)
     hits = sum(
         bool(set(row["label_ids"]) & set(rows[row["point_id"]]["labels"]))
         for row in predicted[3].to_pylist()

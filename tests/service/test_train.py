@@ -126,7 +126,7 @@ def test_a_killed_worker_is_replaced(
         wait_for_commit(process, path, 5)
         before = workers(process)
         assert len(before) == RECIPE["num_workers"]
-        victim = max(before)
+        victim, killed = max(before), time.time()
         os.kill(victim, signal.SIGKILL)
         after: set[int] = set()
         while process.poll() is None:
@@ -137,6 +137,8 @@ def test_a_killed_worker_is_replaced(
         end(process)
 
     assert after and victim not in after, "no worker took the place of the killed one"
+    times = [record["time_s"] for record in run.history["steps"]]
+    assert times[4] < killed < times[-1], "the run began again, or ended before the kill"
     assert_continuous(run, dataset)
     assert_same_outcome(run, trained, points=1e-3)
 
@@ -147,15 +149,20 @@ def test_a_killed_run_resumes_with_other_numbers_of_workers(
 ) -> None:
     path = str(tmp_path / "run")
     arguments = ["train", recipe, f"data={dataset}", f"output={path}", "--json"]
+    stops = []
     for num_workers, until in (2, 5), (3, 15):
         process = start(*arguments, f"num_workers={num_workers}")
         try:
             wait_for_commit(process, path, until)
         finally:
             end(process)
-        assert until <= newest_commit(path) < planned_steps(dataset)
+        stops.append((newest_commit(path), time.time()))
+        assert until <= stops[-1][0] < planned_steps(dataset)
 
     run = run_of(path, renee_ray(*arguments, "num_workers=1"))
+    times = [record["time_s"] for record in run.history["steps"]]
+    for step, stopped in stops:
+        assert times[step - 1] < stopped < times[step], f"did not go on after step {step}"
     assert_continuous(run, dataset)
     assert_same_outcome(run, trained, points=3.0)
     assert RunDirectory(path).config().num_workers == 1
