@@ -64,6 +64,8 @@ class Plan:
 
     def _steps_at(self, epochs: float) -> int:
         whole = int(epochs)
+        if whole >= len(self.batches):  # a multiple of the share may round to just above the end
+            return self.total
         part = epochs - whole
         steps = sum(self.batches[:whole])
         return steps + (round(part * self.batches[whole]) if part else 0)

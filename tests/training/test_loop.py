@@ -42,3 +42,9 @@ def test_epochs_done() -> None:
     assert [made.epochs_done(step) for step in (0, 5, 10, 15, 29, 30)] == [
         0.0, 0.5, 1.0, 1.25, 1.95, 2.0,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.085, 0.68])
+def test_a_share_that_rounds_to_above_the_last_epoch_ends_with_the_end(share: float) -> None:
+    plan = Plan((37,) * 51, share, 0)
+    assert max(plan.evaluation_steps()) == plan.total
