@@ -138,16 +138,20 @@ def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
 @click.argument("run")
-@click.argument("dataset")
+@click.argument("src")
 @click.argument("dst")
 @click.argument("overrides", nargs=-1)
 @_json_option
-def predict(run: str, dataset: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Write the k best labels of every point of DATASET to Parquet files in DST."""
+def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Write the k best labels of every point of SRC to Parquet files in DST.
+
+    SRC is a dataset directory, or raw texts: a .txt or .txt.gz file with a text a line, or
+    Parquet, a file or a directory, with a column `text` (and `point_id`, else the row number).
+    """
     config = make_config(ScoreConfig, parse_overrides(overrides), where="predict")
     from renee_ray.service.predict import predict_run
 
-    found = _call(predict_run, run, dataset, dst, config)
+    found = _call(predict_run, run, src, dst, config)
     _print({**found, "predictions": dst}, as_json, f"predictions {dst}")
 
 

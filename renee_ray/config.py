@@ -116,6 +116,11 @@ class FeedConfig(Config):
     augment: float = Field(0.0, ge=0, le=1)
     """Share of the label texts that an epoch streams as extra points, each with its own label
     as the only positive; successive epochs take successive shares."""
+    filter_labels: Literal["positive", "negative"] = "positive"
+    """How a point trains with its filter labels, which are never predicted: in these datasets they
+    are the point itself as a label, so `positive` is what `augment` teaches, at no cost."""
+    token_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a training point's tokens left out, others in every epoch; never first or last."""
     streams: int = Field(8, ge=1)
     """Pieces of a global batch; a worker reads whole streams, so num_workers may not exceed it."""
     window: int = Field(64, ge=1)
@@ -142,7 +147,7 @@ class CheckpointConfig(Config):
     """Checkpoints of a run."""
 
     keep: int = Field(2, ge=1)
-    """Best checkpoints kept; the newest is always kept besides."""
+    """Newest checkpoints kept; the best on the validation split is kept besides."""
     every_steps: int = Field(0, ge=0)
     """Steps between checkpoints inside an epoch; 0: only after evaluations."""
     max_failures: int = Field(3, ge=-1)
@@ -196,10 +201,10 @@ class RunConfig(Config):
 
 
 class ScoreConfig(Config):
-    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN DATASET DST`"""
+    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN SRC DST`"""
 
     split: Literal["test", "validation", "train"] = "test"
-    """Points that are scored."""
+    """Points of the dataset that are scored; of raw texts, all are."""
     k: int = Field(100, ge=1)
     """Labels predicted for each point."""
     checkpoint: Literal["best", "last"] = "best"

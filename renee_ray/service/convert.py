@@ -8,15 +8,11 @@
     publish  driver     dataset.json, last
 
 Texts and label lines never pass through the driver or the object store: tasks are given row
-numbers and return counts. A user's error inside a task comes back as a value, so that Ray logs
-no traceback for it.
+numbers and return counts.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +22,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import ray
-import ray.data
 
 from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data import dataset as layout
@@ -36,9 +30,10 @@ from renee_ray.data.dataset import Manifest, Part
 from renee_ray.data.raw import Raw, index_source, pieces
 from renee_ray.data.split import split_rows
 from renee_ray.data.xmlrepo import Int64s, Pairs, SourceError
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.tasks import Reporter, stream
 
 SCRATCH = "_scratch"
-SECONDS_BETWEEN_MESSAGES = 1.0
 
 
 def silent(message: str) -> None:
@@ -65,7 +60,7 @@ def convert(
         with _scratch(dst) as scratch:
             on_progress(f"reading {src}")
             raw = index_source(found, scratch)
-            _start_ray()
+            ensure_ray()
             counts, scanned = _scan(raw, on_progress)
             raw = replace(raw, num_labels=len(counts))
             layout.clear(dst)
@@ -132,87 +127,6 @@ def _remove(filesystem: pafs.FileSystem, root: str) -> None:
         filesystem.delete_dir(root)
 
 
-# --------------------------------------------------------------------------------------- tasks
-
-
-def _start_ray() -> None:
-    from renee_ray.service.cluster import ensure_ray
-
-    ensure_ray()
-
-
-def _stream(work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int) -> Iterator[Any]:
-    """The results of work(plan, i) for i in [0, tasks), as Ray Data tasks finish, in any order.
-
-    Raises:
-        ReneeError: the sentence of the first task that failed.
-    """
-    if tasks == 0:
-        return
-    reference = ray.put(plan)
-
-    def run(batch: pa.Table) -> pa.Table:
-        shared = ray.get(reference)
-        results = [_attempt(work, shared, i) for i in batch.column("id").to_pylist()]
-        return pa.table({"result": pa.array(results, pa.large_string())})
-
-    with _quiet():
-        results = ray.data.range(tasks, override_num_blocks=tasks).map_batches(
-            run, batch_size=None, batch_format="pyarrow", num_cpus=1
-        )
-        try:
-            batch: pa.Table
-            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-                for text in batch.column("result").to_pylist():
-                    result = json.loads(text)
-                    if "error" in result:
-                        raise ReneeError(result["error"])
-                    yield result
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise ReneeError(
-                f"a task of the conversion died ({type(cause).__name__}: "
-                f"{str(cause).strip().splitlines()[0]}); see Ray's logs, then convert again"
-            ) from error
-
-
-def _attempt(work: Callable[[Any, int], dict[str, Any]], plan: Any, i: int) -> str:
-    try:
-        return json.dumps(work(plan, i))
-    except (ReneeError, OSError) as error:
-        return json.dumps({"error": str(error)})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray Data without bars and without its account of the plan: the caller reports progress."""
-    context = ray.data.DataContext.get_current()
-    logger = logging.getLogger("ray.data")
-    before = context.enable_progress_bars, logger.level
-    context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = before[0]
-        logger.setLevel(before[1])
-
-
-class _Reporter:
-    """Says how many of `total` are done, not more than once in a while."""
-
-    def __init__(self, what: str, total: int, on_progress: Callable[[str], None]) -> None:
-        self.what, self.total, self.on_progress = what, total, on_progress
-        self.done, self.last = 0, time.monotonic()
-
-    def one_more(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if self.done == self.total or now - self.last >= SECONDS_BETWEEN_MESSAGES:
-            self.last = now
-            self.on_progress(f"{self.what}: {self.done} of {self.total}")
-
-
 # ---------------------------------------------------------------------------------------- scan
 
 
@@ -233,8 +147,8 @@ def _scan(raw: Raw, on_progress: Callable[[str], None]) -> tuple[Int64s, dict[st
     ]
     counts = np.zeros(raw.num_labels or 0, dtype=np.int64)
     totals: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
-    reporter = _Reporter("label lines checked, blocks", len(blocks), on_progress)
-    for result in _stream(_scan_piece, _ScanPlan(raw, blocks), len(blocks)):
+    reporter = Reporter("label lines checked, blocks", len(blocks), on_progress)
+    for result in stream(_scan_piece, _ScanPlan(raw, blocks), len(blocks)):
         reporter.one_more()
         totals[result["split"]].update(result["totals"])
         if raw.num_labels is None:
@@ -325,9 +239,9 @@ def _write(
     plan: _WritePlan, on_progress: Callable[[str], None]
 ) -> tuple[dict[str, tuple[Part, ...]], dict[str, Counter[str]]]:
     """Writes every part; returns the manifest's splits and the sums of the parts' counts."""
-    reporter = _Reporter("parts written", len(plan.parts), on_progress)
+    reporter = Reporter("parts written", len(plan.parts), on_progress)
     totals: dict[str, Counter[str]] = {split: Counter() for split in layout.SPLITS}
-    for result in _stream(_write_part, plan, len(plan.parts)):
+    for result in stream(_write_part, plan, len(plan.parts)):
         reporter.one_more()
         total = totals[result["split"]]
         for name, value in result["totals"].items():

@@ -67,10 +67,7 @@ def _trainer(
             name=name,
             storage_path=parent,
             failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.checkpoint.keep,
-                checkpoint_score_attribute=config.evaluation.metric,
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             worker_runtime_env={"env_vars": worker_environment(config, use_gpu)},
         ),
     )

@@ -6,8 +6,10 @@ whatever number of workers wrote it, and scores its own rows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,12 @@ import pyarrow.parquet as pq
 import torch
 
 from renee_ray.config import ReneeError, RunConfig, ScoreConfig
-from renee_ray.data.dataset import Dataset, absolute, filesystem_of
+from renee_ray.data.dataset import Dataset, absolute, filesystem_of, has_manifest
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.run import RUN_FILE, RunDirectory
+from renee_ray.service.texts import SPLIT as TEXTS
+from renee_ray.service.texts import tokenise_texts
 from renee_ray.service.train import scoring_feed
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.collectives import Ranks
@@ -36,7 +40,8 @@ from renee_ray.xfc.topk import NONE
 
 PART_ROWS = 16384
 MANIFEST = "predictions.json"
-OURS = re.compile(r"predictions\.json|part-\d+-\d+\.parquet")
+SCRATCH = "_texts"
+OURS = re.compile(rf"predictions\.json|part-\d+-\d+\.parquet|{SCRATCH}")
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
@@ -48,47 +53,64 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
     return _score(run, data, score, None)
 
 
-def predict_run(run: str, data: str, destination: str, score: ScoreConfig) -> dict[str, Any]:
+def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dict[str, Any]:
     """Writes the k best labels of every point of a split to `destination`/part-*.parquet.
 
     Columns: point_id int64, label_ids list<int64> (best first), scores list<float>, with
     `texts` also label_texts list<string>. Filter labels are left out before the cut; a row is
     shorter than k where fewer labels remain. `predictions.json` is written last.
 
+    Args:
+        src: a dataset directory, or raw texts as service/texts.py reads them (then the
+            labels are those of the dataset that the run was trained on).
+
     Raises:
-        ReneeError: as `evaluate_run`, or there are predictions at `destination` already.
+        ReneeError: as `evaluate_run`, `src` is neither, or there are predictions at
+            `destination` already.
     """
-    found = _score(run, data, score, absolute(destination))
+    destination = absolute(destination)
+    found = _score(run, src, score, destination)
     filesystem, root = filesystem_of(destination)
     with filesystem.open_output_stream(f"{root}/{MANIFEST}") as sink:
         sink.write(json.dumps(found, indent=1).encode())
     return found
 
 
-def _score(run: str, data: str, score: ScoreConfig, destination: str | None) -> dict[str, Any]:
+def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> dict[str, Any]:
     directory = RunDirectory(absolute(run))
     config = directory.config()
-    dataset = Dataset.open(data)
-    _check(directory, dataset, score)
+    raw = destination is not None and not has_manifest(src)
+    labels = Dataset.open(_trained_on(directory) if raw else src)
+    _check(directory, labels)
     if destination is not None:
         _check_destination(destination, score.overwrite)
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
     config = config.model_copy(update={"num_workers": workers})
-    checkpoint, _ = directory.checkpoint(score.checkpoint, config.evaluation.metric)
-    if destination is not None:
-        _clear(destination)
-    arguments = {
-        "config": config.model_dump(),
-        "score": score.model_dump(),
-        "dataset": dataset,
-        "run": directory.path,
-        "destination": destination,
-    }
-    found = launch(
-        score_worker, arguments, config, decide_gpu(score.use_gpu, workers), stored=False
-    )
-    return {"split": score.split, "step": checkpoint.state.step, **found}
+    checkpoint, _ = directory.checkpoint(score.checkpoint)
+    with contextlib.ExitStack() as stack:
+        points, split, facts = labels, score.split, {"split": score.split}
+        if raw:
+            assert destination is not None
+            scratch = stack.enter_context(_scratch(f"{destination}/{SCRATCH}"))
+            points, replaced = tokenise_texts(src, scratch, labels, config.encoder.max_length)
+            split, facts = TEXTS, {"source": src, "replaced_lines": replaced}
+        if not points.manifest.num_points(split):
+            raise ReneeError(f"{points.path} has no points in split={split}; choose another")
+        if destination is not None:
+            _clear(destination)
+        arguments = {
+            "config": config.model_dump(),
+            "score": score.model_dump(),
+            "points": points,
+            "split": split,
+            "labels": labels,
+            "run": directory.path,
+            "destination": destination,
+        }
+        use_gpu = decide_gpu(score.use_gpu, workers)
+        found = launch(score_worker, arguments, config, use_gpu, stored=False)
+    return {**facts, "step": checkpoint.state.step, **found}
 
 
 def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -96,22 +118,24 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     quiet()
     config = RunConfig.model_validate(arguments["config"])
     score = ScoreConfig.model_validate(arguments["score"])
-    dataset: Dataset = arguments["dataset"]
+    points: Dataset = arguments["points"]
+    labels: Dataset = arguments["labels"]
     ranks, device = Ranks.of_process_group(), worker_device()
     directory = RunDirectory(arguments["run"])
-    checkpoint, _ = directory.checkpoint(score.checkpoint, config.evaluation.metric)
+    checkpoint, _ = directory.checkpoint(score.checkpoint)
     tail = config.evaluation.tail if score.tail is None else score.tail
-    scorer = _load(config, dataset, checkpoint, tail, ranks, device)
-    batches = scoring_feed(dataset, score.split, score.batch_size, config.encoder.max_length, ranks)
-    points = {"points": dataset.manifest.num_points(score.split)}
+    scorer = _load(config, labels, checkpoint, tail, ranks, device)
+    split, length = arguments["split"], config.encoder.max_length
+    batches = scoring_feed(points, split, score.batch_size, length, ranks)
+    facts = {"points": points.manifest.num_points(split)}
     if arguments["destination"] is None:
-        propensities = Propensities.read(dataset, scorer.shard.owned, ranks)
-        return {**points, "metrics": evaluate(scorer, batches, propensities)}
-    writer = _Writer(arguments["destination"], ranks.rank, dataset if score.texts else None)
-    for batch, scores, labels in scorer.predict(batches, score.k):
-        writer.add(batch.points, labels.numpy(), scores.numpy())
+        propensities = Propensities.read(labels, scorer.shard.owned, ranks)
+        return {**facts, "metrics": evaluate(scorer, batches, propensities)}
+    writer = _Writer(arguments["destination"], ranks.rank, labels if score.texts else None)
+    for batch, scores, best in scorer.predict(batches, score.k):
+        writer.add(batch.points, best.numpy(), scores.numpy())
     writer.close()
-    return {**points, "k": score.k}
+    return {**facts, "k": score.k}
 
 
 def _load(
@@ -178,7 +202,11 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
     return texts.take(pa.array(inverse))
 
 
-def _check(directory: RunDirectory, dataset: Dataset, score: ScoreConfig) -> None:
+def _trained_on(directory: RunDirectory) -> str:
+    return str((directory.read(RUN_FILE) or {})["dataset"]["path"])
+
+
+def _check(directory: RunDirectory, dataset: Dataset) -> None:
     saved = directory.read(RUN_FILE) or {}
     trained = saved.get("dataset", {})
     for key in ("num_labels", "vocabulary_hash"):
@@ -188,8 +216,22 @@ def _check(directory: RunDirectory, dataset: Dataset, score: ScoreConfig) -> Non
                 f"{directory.path} was trained with {key}={trained.get(key)!r} and "
                 f"{dataset.path} has {have!r}; convert it with the run's tokenizer and labels"
             )
-    if not dataset.manifest.num_points(score.split):
-        raise ReneeError(f"{dataset.path} has no points in split={score.split}; choose another")
+
+
+@contextlib.contextmanager
+def _scratch(path: str) -> Iterator[str]:
+    """A directory for the tokenised texts: every node that can write predictions can read it."""
+    _remove(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+
+
+def _remove(path: str) -> None:
+    filesystem, root = filesystem_of(path)
+    if filesystem.get_file_info(root).type == pafs.FileType.Directory:
+        filesystem.delete_dir(root)
 
 
 def _check_destination(destination: str, overwrite: bool) -> None:
@@ -205,7 +247,8 @@ def _clear(destination: str) -> None:
     filesystem, root = filesystem_of(destination)
     filesystem.create_dir(root, recursive=True)
     for info in sorted(_listing(destination), key=lambda info: info.base_name != MANIFEST):
-        filesystem.delete_file(info.path)
+        if info.base_name != SCRATCH:
+            filesystem.delete_file(info.path)
 
 
 def _listing(destination: str) -> list[pafs.FileInfo]:

@@ -179,12 +179,17 @@ def _report(
         split_range(trainer.model.shard.owned.num_labels, ranks.num_ranks, rank)
         for rank in range(ranks.num_ranks)
     ]
+    run, metric = RunDirectory(config.output), config.evaluation.metric
+    best = run.would_be_best(metric, metrics)
     directory = tempfile.mkdtemp(prefix="renee-ray-checkpoint-")
     try:
         save(
             directory, state, trainer.model.encoder, trainer.optimizer, trainer.model.shard,
             ranges, ranks.rank,
         )  # fmt: skip
+        if best:
+            run.copy_to_best(directory, state.step)
+        # A barrier: after it every rank has asked whether it is the best, and has copied.
         ray.train.report(
             {**metrics, "step": state.step, "skipped": state.skipped},
             ray.train.Checkpoint.from_directory(directory),
@@ -193,7 +198,9 @@ def _report(
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if ranks.rank == 0:
-        RunDirectory(config.output).write(HISTORY_FILE, state.history)
+        if best:
+            run.publish_best(state.step, metric, metrics)
+        run.write(HISTORY_FILE, state.history)
         if metrics:
             channel.say(evaluation_line(state.step, metrics))
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from renee_ray.config import FeedConfig
 from renee_ray.data.dataset import POINTS
+from renee_ray.data.split import splitmix64
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ class Ragged:
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """(row, value) of every value."""
         return np.repeat(np.arange(len(self)), self.lengths), self.values
+
+    def followed_by(self, other: Ragged) -> Ragged:
+        """Each row with the row of `other` at the same place behind it."""
+        rows = np.concatenate([self.pairs()[0], other.pairs()[0]])
+        values = np.concatenate([self.values, other.values])
+        return Ragged(values[np.argsort(rows, kind="stable")], self.offsets + other.offsets)
+
+    def where(self, kept: np.ndarray) -> Ragged:
+        """The values for which `kept`, bool [m], is true."""
+        before = np.concatenate([[0], np.cumsum(kept)])
+        return Ragged(self.values[kept], before[self.offsets])
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,15 @@ class Batch:
         rows, labels = self.filtered.pairs()
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
+    def for_training(self, feed: FeedConfig, seed: int) -> Batch:
+        """As the model trains on it: filter labels and token dropout as `feed` says."""
+        labels, input_ids = self.labels, self.input_ids
+        if feed.filter_labels == "positive":
+            labels = labels.followed_by(self.filtered)
+        if feed.token_dropout:
+            input_ids = drop_tokens(input_ids, self.points, feed.token_dropout, seed, self.position)
+        return replace(self, labels=labels, input_ids=input_ids)
+
     def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row."""
         padded, mask = pad(self.input_ids, self.pad_id, self.pad_multiple)
@@ -116,6 +138,22 @@ def truncate(rows: Ragged, limit: int) -> Ragged:
     cut = (kept > 0) & (kept < rows.lengths)
     places[offsets[1:][cut] - 1] = rows.offsets[1:][cut] - 1
     return Ragged(rows.values[places], offsets)
+
+
+def drop_tokens(
+    rows: Ragged, points: np.ndarray, share: float, seed: int, position: Position
+) -> Ragged:
+    """Rows without a share of their tokens, never the first or the last.
+
+    Which ones depends on (seed, epoch, point, place in the row), not on who holds the row.
+    """
+    row, _ = rows.pairs()
+    epoch = splitmix64(np.array([seed, position.epoch], dtype=np.uint64))
+    point = splitmix64(points.astype(np.uint64) ^ epoch[0] ^ (epoch[1] << np.uint64(1)))
+    place = np.arange(len(row)) - rows.offsets[row]
+    drawn = splitmix64(point[row] + place.astype(np.uint64))
+    inner = (place > 0) & (place < rows.lengths[row] - 1)
+    return rows.where(~(inner & (drawn < np.uint64(int(share * 2**64)))))
 
 
 def cut_batches(

@@ -130,7 +130,7 @@ class Trainer:
             self.on_checkpoint(self._evaluate())
         meter, started = Meter(), time.perf_counter()
         while self.state.step < self.plan.total:
-            batch = next(batches)
+            batch = next(batches).for_training(self.config.feed, self.config.seed)
             result, sampled = self._train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
             tokens, cells = batch.padding()

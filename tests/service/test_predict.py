@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.cli import main
@@ -153,6 +156,93 @@ def brute_force(
             shares.append(len(right) / len(true) if true else 0.0)
         metrics[f"recall@{k}"] = 100 * sum(shares) / len(predictions)
     return metrics
+
+
+def raw_texts(folder: Path, texts: list[str], kind: str) -> Path:
+    """The texts as a source of the kind, the Parquet ones with ids from 1000 on, backwards."""
+    if kind == "txt.gz":
+        path = folder / "texts.txt.gz"
+        path.write_bytes(gzip.compress("".join(f"{text}\r\n" for text in texts).encode()))
+        return path
+    path = folder / "texts"
+    path.mkdir()
+    ids = [1000 + len(texts) - i for i in range(len(texts))]
+    table = pa.table({"text": texts, "point_id": pa.array(ids, pa.int64()), "other": ids})
+    pq.write_table(table.slice(0, 40), path / "a.parquet", row_group_size=16)
+    pq.write_table(table.slice(40), path / "b.parquet")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt.gz", "parquet"])
+def test_raw_texts(
+    trained: Run,
+    source: Path,
+    predicted: dict[int, pa.Table],
+    rows: dict[int, dict[str, list[int]]],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """As for the points of the dataset, but that no filter label is known."""
+    texts = (source / "tst_X.txt").read_text(encoding="utf-8").splitlines()
+    raw, destination = raw_texts(tmp_path, texts, kind), tmp_path / "predictions"
+    arguments = ["predict", trained.path, str(raw), str(destination), f"k={K}", "texts=true"]
+    assert main(arguments) == 0
+    assert sorted(p.name for p in destination.iterdir() if p.suffix != ".parquet") == [
+        "predictions.json"
+    ]
+    found = pads.dataset(sorted(map(str, destination.glob("part-*.parquet")))).to_table()
+    by_id = {row["point_id"]: row for row in found.to_pylist()}
+    numbers = range(TESTS) if kind == "txt.gz" else [1000 + TESTS - i for i in range(TESTS)]
+    assert sorted(by_id) == sorted(numbers)
+    for number, expected in zip(numbers, sorted_rows(predicted[1]), strict=True):
+        got = by_id[number]
+        assert len(got["label_texts"]) == len(got["label_ids"]) == K
+        filtered = set(rows[expected["point_id"]]["filter_labels"])
+        scores = {
+            label: score
+            for label, score in zip(got["label_ids"], got["scores"], strict=True)
+            if label not in filtered
+        }
+        for label, score in zip(expected["label_ids"], expected["scores"], strict=True):
+            # A batch of other texts sums in another order: the last labels may change places.
+            assert scores.get(label, min(got["scores"])) == pytest.approx(score, abs=1e-3)
+
+
+def sorted_rows(table: pa.Table) -> list[dict[str, list[int]]]:
+    return table.sort_by("point_id").to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, ["neither a dataset directory nor texts"]),
+        (lambda p: p.mkdir(), ["neither a dataset directory nor texts"]),
+        (lambda p: p.write_text(""), ["no texts"]),
+        (lambda p: p.write_bytes(b"PAR1 not"), ["not Parquet"]),
+        (lambda p: pq.write_table(pa.table({"title": ["a"]}), p), ["'text'", "title"]),
+        (lambda p: pq.write_table(pa.table({"text": [1]}), p), ["'text'", "int64", "string"]),
+        (
+            lambda p: pq.write_table(pa.table({"text": ["a"], "point_id": ["b"]}), p),
+            ["'point_id'", "int64"],
+        ),
+        (lambda p: pq.write_table(pa.table({"text": ["a", None]}), p), ["row 1", "text"]),
+    ],
+    ids=["none", "empty", "blank", "damaged", "column", "type", "id", "null"],
+)
+def test_raw_texts_that_cannot_be_read(
+    trained: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], object],
+    words: list[str],
+) -> None:
+    name = {"no texts": "raw.txt"}.get(words[0], "raw.parquet")
+    raw = tmp_path / ("raw" if "neither" in words[0] else name)
+    make(raw)
+    assert main(["predict", trained.path, str(raw), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in [*words, str(raw)]) and error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_taken_destination_is_refused(

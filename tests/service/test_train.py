@@ -106,6 +106,26 @@ def test_undisturbed(trained: Run, dataset: str) -> None:
     assert record["rows_per_second"] > 0
 
 
+def directories(run: str, pattern: str) -> list[str]:
+    return sorted(path.name for path in Path(run).glob(pattern))
+
+
+@slow
+def test_the_newest_checkpoints_and_the_best_are_kept(trained: Run, dataset: str) -> None:
+    total, every = planned_steps(dataset), RECIPE["checkpoint"]["every_steps"]
+    steps = {*range(0, total, every), *(record["step"] for record in trained.history["evals"])}
+    newest = sorted(steps)[-RunDirectory(trained.path).config().checkpoint.keep :]
+    assert directories(trained.path, "step-*") == [f"step-{step:09d}" for step in newest]
+
+    score = max(record["metrics"]["P@1"] for record in trained.history["evals"])
+    first = next(r for r in trained.history["evals"] if r["metrics"]["P@1"] == score)
+    assert directories(trained.path, "best-*") == [f"best-{first['step']:09d}"]
+    checkpoint, metrics = RunDirectory(trained.path).checkpoint("best")
+    assert checkpoint.state.step == first["step"]
+    assert metrics == first["metrics"]
+    assert RunDirectory(trained.path).checkpoint("last")[0].state.step == total
+
+
 @slow
 def test_output_is_for_machines_and_progress_for_people(trained: Run) -> None:
     assert trained.command.stdout.count("\n") == 1

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from renee_ray.training.batch import Batch, Position, Ragged, pad, ragged, truncate
+from renee_ray.config import FeedConfig
+from renee_ray.training.batch import Batch, Position, Ragged, drop_tokens, pad, ragged, truncate
 
 CPU = torch.device("cpu")
 ROWS = [[1, 2, 3, 4, 5], [], [6], [7, 8], [9, 10, 11]]
@@ -97,3 +98,54 @@ def test_an_empty_batch_gives_one_blank_row_of_tokens() -> None:
     assert made.tokens(CPU)[0].shape == (1, 1)
     assert [part.dtype for part in made.pairs(3)] == [torch.int64] * 2
     assert made.padding() == (0, 0)
+
+
+LONG = Ragged.of_lists([list(range(100 * i, 100 * i + 40)) for i in range(1, 200)])
+IDS = np.arange(-50, 149)
+
+
+def dropped(share: float, seed: int = 3, epoch: int = 0, rows: Ragged = LONG) -> list[list[int]]:
+    return lists(drop_tokens(rows, IDS[: len(rows)], share, seed, Position(epoch, 7)))
+
+
+def test_token_dropout_leaves_out_its_share_and_keeps_the_ends() -> None:
+    found = dropped(0.25)
+    for kept, row in zip(found, lists(LONG), strict=True):
+        assert kept == [token for token in row if token in set(kept)]
+        assert (kept[0], kept[-1]) == (row[0], row[-1])
+    inner = sum(len(row) - 2 for row in found)
+    drawn = len(LONG) * 38
+    # Three standard deviations of a binomial.
+    assert abs(inner - 0.75 * drawn) < 3 * (drawn * 0.25 * 0.75) ** 0.5
+    places = np.concatenate([np.array(row) % 100 for row in found])
+    each = np.bincount(places, minlength=40)[1:-1]
+    assert abs(each - 0.75 * len(LONG)).max() < 4.5 * (len(LONG) * 0.25 * 0.75) ** 0.5
+
+
+def test_token_dropout_depends_on_seed_epoch_and_point_alone() -> None:
+    assert dropped(0.3) == dropped(0.3) != dropped(0.3, seed=4)
+    assert dropped(0.3) != dropped(0.3, epoch=1)
+    order = np.random.default_rng(0).permutation(len(LONG))
+    alone = drop_tokens(LONG.take(order), IDS[order], 0.3, 3, Position(0, 99))
+    assert lists(alone) == [dropped(0.3)[i] for i in order]
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[1]], [[1, 2], []]])
+def test_token_dropout_of_short_rows(rows: list[list[int]]) -> None:
+    made = Ragged.of_lists(rows)
+    assert dropped(0.9, rows=made) == rows
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("positive", [[5, 7, 5], [8, 9], [4]]), ("negative", [[5, 7], [], [4]])],
+)
+def test_filter_labels_in_training(choice: str, expected: list[list[int]]) -> None:
+    batch = Batch(
+        Position(), np.arange(3), Ragged.of_lists([[1], [2], [3]]),
+        Ragged.of_lists([[5, 7], [], [4]]), Ragged.of_lists([[5], [8, 9], []]), 99,
+    )  # fmt: skip
+    made = batch.for_training(FeedConfig.model_validate({"filter_labels": choice}), 0)
+    assert lists(made.labels) == expected
+    assert lists(made.filtered) == lists(batch.filtered)
+    assert lists(made.input_ids) == lists(batch.input_ids)
