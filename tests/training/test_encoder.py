@@ -241,3 +241,25 @@ def test_dropout_depends_on_seed_step_and_place_only() -> None:
     assert not torch.equal(whole, mask_of(step=5))
     assert not torch.equal(whole, mask_of(seed=2)), "the seed is ignored"
     assert dropout_mask(torch.zeros(3, 2), 0.0, 1, 1, 3, 0) == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_equals_itself_uncompiled(directories: dict[str, str]) -> None:
+    """Embeddings and gradients, at several lengths: dynamic shapes, compiled once or twice."""
+    found = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        config = EncoderConfig(name=directories["bert"], compile=compiled, autocast="off")
+        encoder = build_encoder(config, CPU, seed=0)
+        outputs = []
+        for rows, width in ((3, 8), (5, 16), (2, 8)):
+            generator = torch.Generator().manual_seed(width)
+            ids = torch.randint(1, 20, (rows, width), generator=generator)
+            mask = (torch.arange(width) < torch.arange(4, 4 + rows)[:, None]).long()
+            outputs.append(encoder(ids, mask))
+        torch.cat(outputs).square().sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in encoder.parameters()])
+        found[compiled] = (torch.cat(outputs).detach(), gradient)
+    for plain, other in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"

@@ -59,9 +59,17 @@ def first_weights() -> torch.Tensor:
 
 
 def distributed(
-    ranks: Ranks, precision: str, gradient: str = "sum", poisoned: int = -1
+    ranks: Ranks,
+    precision: str,
+    gradient: str = "sum",
+    poisoned: int = -1,
+    poisoned_backward: int = -1,
 ) -> dict[str, torch.Tensor]:
-    """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses."""
+    """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses.
+
+    poisoned, poisoned_backward: steps in which rank 0 has a NaN in its embeddings, or in the
+    gradient of one matrix of its encoder.
+    """
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
     weights = Weights(precision, len(owned), DIM, RULE.momentum > 0, torch.device("cpu"))
     shard = Shard(owned, weights, chunk=3)
@@ -77,7 +85,7 @@ def distributed(
         seed=3,
         clip_norm=CLIP,
     )
-    losses, skipped = [], 0
+    losses, skipped, encoder_skipped = [], 0, 0
     for number, (tokens, labels) in enumerate(global_batches()):
         mine = slice(*split_range(len(tokens), ranks.num_ranks, ranks.rank))
         rows = len(tokens[mine])
@@ -91,23 +99,27 @@ def distributed(
         )
         if number == poisoned and ranks.rank == 0:
             hook = encoder.out.register_forward_hook(lambda *call: call[-1] * torch.nan)
+        if number == poisoned_backward and ranks.rank == 0:
+            hook = encoder.out.weight.register_hook(lambda gradient: gradient * torch.nan)
         result = step(batch, number, RULE, with_loss=True)
-        if number == poisoned and ranks.rank == 0:
+        if number in (poisoned, poisoned_backward) and ranks.rank == 0:
             hook.remove()
         losses.append(result.loss)
         skipped += result.skipped
+        encoder_skipped += result.encoder_skipped
     state = {f"encoder.{name}": p.detach().clone() for name, p in encoder.named_parameters()}
     weight = weights.weight.read(0, len(owned)).clone()
     return {
         "weight": weight,
         "loss": torch.stack(losses),
         "skipped": torch.tensor(skipped),
+        "encoder_skipped": torch.tensor(encoder_skipped),
         **state,
     }
 
 
-def oracle(without: int = -1) -> dict[str, torch.Tensor]:
-    """The same 20 steps, dense, by autograd in float64."""
+def oracle(without: int = -1, encoder_without: int = -1) -> dict[str, torch.Tensor]:
+    """The same 20 steps, dense, by autograd in float64; the encoder may leave one out."""
     encoder = Bag().double()
     weight = first_weights().double().requires_grad_()
     classifier = torch.optim.SGD(
@@ -138,7 +150,8 @@ def oracle(without: int = -1) -> dict[str, torch.Tensor]:
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), CLIP)
         for each in (classifier, optimizer):
-            each.step()
+            if each is classifier or number != encoder_without:
+                each.step()
             each.zero_grad()
         losses.append(loss.detach())
     state = {f"encoder.{name}": p.detach() for name, p in encoder.named_parameters()}
@@ -175,7 +188,8 @@ def variants(ranks: Ranks) -> dict[str, Trajectory]:
         "fp32": distributed(ranks, "fp32"),
         "bf16_split": distributed(ranks, "bf16_split"),
         "mean": distributed(ranks, "fp32", "mean"),
-        "poisoned": distributed(ranks, "fp32", "sum", 4),
+        "poisoned": distributed(ranks, "fp32", poisoned=4),
+        "poisoned_backward": distributed(ranks, "fp32", poisoned_backward=4),
     }
 
 
@@ -204,7 +218,7 @@ def test_bf16_split_equals_it_to_the_rounding_of_the_operands(runs: Runs, num_ra
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_world_sizes_agree(runs: Runs, num_ranks: int) -> None:
-    one = {name: t.double() for name, t in of(runs, 1, "fp32").items() if name != "skipped"}
+    one = {name: t.double() for name, t in of(runs, 1, "fp32").items() if "skipped" not in name}
     assert difference(of(runs, num_ranks, "fp32"), one) < 1e-5
 
 
@@ -221,3 +235,15 @@ def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
     found = of(runs, num_ranks, "poisoned")
     found["loss"] = found["loss"][torch.arange(STEPS) != 4]
     assert difference(found, oracle(without=4)) < 1e-5
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_gradient_that_is_not_finite_leaves_the_encoder_as_it_is(
+    runs: Runs, num_ranks: int
+) -> None:
+    """Found in the encoder's backward, when the classifier has been updated already."""
+    results = [result["poisoned_backward"] for result in runs[num_ranks]]
+    assert [int(r["encoder_skipped"]) for r in results] == [1] * num_ranks
+    assert [int(r["skipped"]) for r in results] == [0] * num_ranks
+    found = of(runs, num_ranks, "poisoned_backward")
+    assert difference(found, oracle(encoder_without=4)) < 1e-5
