@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
+from pathlib import Path
 
 import torch
 
@@ -77,10 +77,13 @@ def _log_expansion(precision: str, dtype: str, device_type: str) -> None:
 
 @functools.cache
 def _cache_bytes() -> int:
-    """Of a core: its level 2, or its share of level 3, whichever is larger."""
-    try:
-        own = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-        shared = os.sysconf("SC_LEVEL3_CACHE_SIZE") // (os.cpu_count() or 1)
-    except (ValueError, OSError):  # not a glibc
-        return DEFAULT_CACHE_BYTES
-    return max(own, shared) if own > 0 else DEFAULT_CACHE_BYTES
+    """Of a core: the largest of its shares of the caches, as Linux reports them."""
+    shares = [DEFAULT_CACHE_BYTES]
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            size = int((cache / "size").read_text().strip().removesuffix("K")) << 10
+            sharing = (cache / "shared_cpu_map").read_text().replace(",", "")
+        except (OSError, ValueError):  # a machine that says nothing of this cache
+            continue
+        shares.append(size // max(1, int(sharing, 16).bit_count()))
+    return max(shares)
