@@ -213,6 +213,24 @@ def bench_topk(**settings: Any) -> None:
     click.echo(json.dumps(run(**settings)))
 
 
+@bench.command("scale")
+@click.option(
+    "--labels", type=click.IntRange(min=1), default=None, help="Labels; without: 1M, 4M, 16M."
+)
+@click.option("--dim", type=click.IntRange(min=1), default=64, show_default=True, help="Dimension.")
+@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Rows.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
+)
+@_precision
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Timed.")
+def bench_scale(**settings: Any) -> None:
+    """The classifier on Ray Train workers, without momentum: time and memory by labels."""
+    from renee_ray.service.bench import bench_scale as run
+
+    click.echo(json.dumps(_call(lambda: run(**settings))))
+
+
 def _call(function: Callable[..., T], *arguments: Any) -> T:
     """Calls; Ray's own notices, which it writes to standard output, go to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
