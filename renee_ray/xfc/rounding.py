@@ -55,7 +55,7 @@ class Noise:
         drawn = np.random.default_rng([seed, step, stream])
         self._key = int(drawn.integers(-(2**63), 2**63, dtype=np.int64))
         pool = drawn.integers(0, 2**bits, STRIDE * PERIOD + dim, dtype=np.int32)
-        self._base = torch.from_numpy(pool).to(scratch.device)
+        self._base = torch.from_numpy(pool).to(scratch.device, non_blocking=True)
         self._dim, self._bits, self._first, self._scratch = dim, bits, first, scratch
 
     def rows(self, start: int, stop: int) -> Tensor:
