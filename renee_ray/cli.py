@@ -155,6 +155,86 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
     _print({**found, "predictions": dst}, as_json, f"predictions {dst}")
 
 
+@cli.group()
+def bench() -> None:
+    """Benchmarks; each prints one JSON line, with references timed in the same process."""
+
+
+def _sizes(function: Any) -> Any:
+    """The flags that every benchmark of a classifier has."""
+    flags = (
+        ("--labels", 131072, 1, "Labels."),
+        ("--dim", 384, 1, "Dimension of the embeddings."),
+        ("--batch", 256, 1, "Rows of a global batch."),
+    )
+    for name, default, least, text in reversed(flags):
+        kind = click.IntRange(min=least)
+        function = click.option(name, type=kind, default=default, show_default=True, help=text)(
+            function
+        )
+    return function
+
+
+_repeats = click.option(
+    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed rounds."
+)
+_precision = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]),
+    default="auto",
+    show_default=True,
+    help="Storage of the weights.",
+)
+_momentum = click.option(
+    "--momentum",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.9,
+    show_default=True,
+    help="Momentum of SGD; 0 keeps no buffer.",
+)
+
+
+@bench.command("step")
+@_sizes
+@_precision
+@_momentum
+@_repeats
+def bench_step(**settings: Any) -> None:
+    """A classifier step, beside bare matmuls, the published algorithm and autograd."""
+    from renee_ray.benchmarks.step import bench_step as run
+
+    click.echo(json.dumps(run(**settings)))
+
+
+@bench.command("topk")
+@_sizes
+@click.option("--k", type=click.IntRange(min=1), default=100, show_default=True, help="Labels.")
+@_repeats
+def bench_topk(**settings: Any) -> None:
+    """The k best labels of each row, beside the bare matmul and torch.topk of full logits."""
+    from renee_ray.benchmarks.topk import bench_topk as run
+
+    click.echo(json.dumps(run(**settings)))
+
+
+@bench.command("scale")
+@click.option(
+    "--labels", type=click.IntRange(min=1), default=None, help="Labels; without: 1M, 4M, 16M."
+)
+@click.option("--dim", type=click.IntRange(min=1), default=64, show_default=True, help="Dimension.")
+@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Rows.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
+)
+@_precision
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Timed.")
+def bench_scale(**settings: Any) -> None:
+    """The classifier on Ray Train workers, without momentum: time and memory by labels."""
+    from renee_ray.service.bench import bench_scale as run
+
+    click.echo(json.dumps(_call(lambda: run(**settings))))
+
+
 def _call(function: Callable[..., T], *arguments: Any) -> T:
     """Calls; Ray's own notices, which it writes to standard output, go to standard error."""
     with contextlib.redirect_stdout(sys.stderr):

@@ -87,8 +87,10 @@ class EncoderConfig(Config):
 class ClassifierConfig(Config):
     """The fully connected classifier (XFC), one shard of labels per worker."""
 
-    precision: Literal["fp32", "bf16_split"] = "bf16_split"
-    """Storage of the weights: fp32; or bf16_split, the same in two halves, computing in bf16."""
+    precision: Literal["auto", "fp32", "bf16_split", "bf16_sr", "fp8_sr"] = "bf16_split"
+    """Storage of the weights: fp32; bf16_split, the same in two halves; bf16_sr and fp8_sr, 2 and
+    1 bytes, rounded stochastically; auto: bf16_sr where the device multiplies bf16, else fp32.
+    All but fp32 multiply in bf16 where the device does so natively."""
     init: Literal["normal", "label_text"] = "label_text"
     """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
     init_std: float = Field(0.02, ge=0)

@@ -18,9 +18,10 @@ PACKAGE = ROOT / "renee_ray"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ALLOWED_IMPORTS = {
-    "service": {"data", "xfc", "training", "metrics", "report", "config", "service"},
+    "service": {"data", "xfc", "training", "benchmarks", "metrics", "report", "config", "service"},
     "training": {"data", "xfc", "training", "metrics", "config"},
     "data": {"data", "xfc.labels", "config"},
+    "benchmarks": {"benchmarks", "xfc", "config"},
     "xfc": {"xfc", "config"},
 }
 """Each room imports only rooms below it (data/order.py takes its one integer split from xfc)."""

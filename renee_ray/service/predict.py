@@ -146,7 +146,10 @@ def _load(
     ranks: Ranks,
     device: torch.device,
 ) -> Scorer:
-    model = build_model(config, dataset.manifest.num_labels, ranks, device, training=False)
+    precision = checkpoint.state.facts.get("precision")
+    model = build_model(
+        config, dataset.manifest.num_labels, ranks, device, training=False, precision=precision
+    )
     checkpoint.load_encoder(model.encoder)
     checkpoint.load_shard(model.shard, momentum=False)
     offset = prior_offset(read_counts(dataset, model.shard.owned), tail, device)

@@ -115,9 +115,12 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         config.evaluation.every,
         config.checkpoint.every_steps,
     )
-    model = build_model(config, dataset.manifest.num_labels, ranks, device, training=True)
     committed = ray.train.get_checkpoint()
     checkpoint = Checkpoint(committed.filesystem, committed.path) if committed else None
+    precision = checkpoint.state.facts.get("precision") if checkpoint else None
+    model = build_model(
+        config, dataset.manifest.num_labels, ranks, device, training=True, precision=precision
+    )
     channel = Channel(arguments["queue"], ranks.rank)
     channel.forward_warnings()
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
@@ -209,6 +212,7 @@ def _facts(dataset: Dataset, model: Model) -> dict[str, Any]:
     return {
         "num_labels": dataset.manifest.num_labels,
         "dim": model.encoder.dim,
+        "precision": model.shard.weights.precision,
         "tokenizer": dataset.manifest.tokenizer,
     }
 

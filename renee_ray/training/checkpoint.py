@@ -37,7 +37,13 @@ FORMAT_VERSION = 1
 STATE, ENCODER, OPTIMIZER = "state.json", "encoder.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HEADER_LIMIT = 1 << 20
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I16": torch.int16}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 SHARD_NAME = re.compile(r"classifier-(\d+)-(\d+)\.safetensors")
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from renee_ray.config import EncoderConfig, ReneeError
 from renee_ray.data.models import resolve_model
 from renee_ray.training.collectives import Ranks, sum_gradients
+from renee_ray.xfc.device import native_bf16
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +120,6 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "bf16" or native_bf16(device):
         return torch.bfloat16
     return None
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
 
 
 def load_initial_weights(encoder: Encoder, path: str) -> None:

@@ -154,7 +154,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.encoder.learning_rate * factor
         settings = config.classifier
-        sgd = SGD(settings.learning_rate * factor, settings.momentum, settings.weight_decay)
+        lr, decay = settings.learning_rate * factor, settings.weight_decay
+        sgd = SGD(lr, settings.momentum, decay, seed=config.seed, step=state.step)
         # Dropout inside the encoder then differs between ranks and steps, and needs no saved state.
         torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
         sampled = bool(config.loss_every) and state.step % config.loss_every == 0

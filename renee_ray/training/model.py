@@ -23,11 +23,21 @@ class Model:
 
 
 def build_model(
-    config: RunConfig, num_labels: int, ranks: Ranks, device: torch.device, *, training: bool
+    config: RunConfig,
+    num_labels: int,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    training: bool,
+    precision: str | None = None,
 ) -> Model:
-    """Encoder and an all-zero shard; without `training`, no momentum is allocated."""
+    """Encoder and an all-zero shard; without `training`, no momentum is allocated.
+
+    precision: of a checkpoint that is to be loaded, where the configuration says `auto`.
+    """
     encoder = build_encoder(config.encoder, device, config.seed)
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
     momentum = training and config.classifier.momentum > 0
-    weights = Weights(config.classifier.precision, len(owned), encoder.dim, momentum, device)
+    precision = precision or config.classifier.precision
+    weights = Weights(precision, len(owned), encoder.dim, momentum, device)
     return Model(encoder, Shard(owned, weights, config.classifier.chunk))

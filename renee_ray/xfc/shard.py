@@ -6,7 +6,9 @@ What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3
     dE   = (sigmoid(E @ W.T) - Y) @ W            # summed over the shard's labels
     dW   = (sigmoid(E @ W.T) - Y).T @ E          # then one SGD step
 
-Neither logits nor dW ever exist for more than one chunk of labels.
+Neither logits nor dW ever exist for more than one chunk of labels, and where the matmuls are
+fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
+Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.device import chunk_bytes
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.storage import SGD, Weights
+from renee_ray.xfc.storage import SGD, Update, Weights, add_product
 
-CACHE_BYTES = 1 << 20
-"""What a chunk's logits, weights and gradient should fit: half of a Zen 4 or Sapphire Rapids L2."""
 INIT_BLOCK = 1024
 """Labels whose first weights come from one random stream, whoever owns them."""
 
@@ -67,7 +68,7 @@ class Shard:
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
         """Local [start, stop) of each chunk for a global batch of `batch` rows."""
-        size = self.chunk or default_chunk(batch, self.weights.dim)
+        size = self.chunk or default_chunk(batch, self.weights.dim, self.weights.device)
         n = len(self.owned)
         return [(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -90,22 +91,24 @@ class Shard:
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
         """
-        inputs = embeddings.to(self.weights.compute_dtype)
+        weights, scratch = self.weights, self.weights.scratch
+        inputs = embeddings.to(weights.compute_dtype)
         gradient = torch.zeros_like(embeddings, dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
+        update = Update(weights, sgd, self.owned.start)
         chunks = self.chunks(len(embeddings))
         for (start, stop), (rows, columns) in zip(chunks, positives.by_chunk(chunks), strict=True):
-            weight = self.weights.weight.operand(start, stop)
-            logits = (inputs @ weight.T).float()
+            operand = weights.operand(start, stop)
+            # Labels first: BLAS then reads every operand of the three products as it lies.
+            logits = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
+            torch.mm(operand, inputs.T, out=logits)
             if with_loss:
-                loss += bce_sum(logits, rows, columns)
-            residual = logits.sigmoid_()
-            residual[rows, columns] -= 1
-            residual = residual.to(inputs.dtype)
-            gradient += residual @ weight
+                loss += bce_sum(logits, columns, rows)
+            residual = subtract_positives(logits, columns, rows)
+            add_product(gradient, residual.T, operand, 1, 1, scratch)
             if stop == len(self.owned):
                 on_gradient(gradient)
-            self.weights.update(start, stop, (residual.T @ inputs).float(), sgd)
+            update(start, stop, operand, residual, inputs)
         if not chunks:
             on_gradient(gradient)
         return loss
@@ -129,14 +132,24 @@ class Shard:
         self.weights.weight.write(start, start + len(rows), rows.to(self.weights.device))
 
 
-def bce_sum(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Sum of BCE-with-logits over a chunk whose positives are (rows, columns)."""
-    return torch.nn.functional.softplus(logits).sum(dtype=torch.float64) - logits[
-        rows, columns
-    ].sum(dtype=torch.float64)
+def subtract_positives(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """sigmoid(logits) - y in place, logits [c, B], where y is 1 at the pairs (labels, rows).
+
+    At a positive it is -sigmoid(-logit): a difference from 1 would lose all digits in bf16.
+    """
+    positive = logits[labels, rows].neg_().sigmoid_().neg_()
+    logits.sigmoid_()
+    logits[labels, rows] = positive
+    return logits
 
 
-def default_chunk(batch: int, dim: int) -> int:
-    """Labels for which fp32 logits, their residual and a row's gradient fit the cache."""
-    size = CACHE_BYTES // (6 * max(batch, 1) + 10 * dim)
+def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Sum of BCE-with-logits over a chunk [c, B] whose positives are (labels, rows)."""
+    everywhere = torch.nn.functional.softplus(logits.float()).sum(dtype=torch.float64)
+    return everywhere - logits[labels, rows].sum(dtype=torch.float64)
+
+
+def default_chunk(batch: int, dim: int, device: torch.device) -> int:
+    """Labels whose fp32 logits, weights, velocities and noise fit what a chunk may take."""
+    size = chunk_bytes(device.type) // (4 * max(batch, 1) + 12 * dim)
     return max(64, size // 64 * 64)

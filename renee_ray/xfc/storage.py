@@ -1,139 +1,118 @@
-"""How a shard's weights lie in memory, and their SGD update.
+"""The storages of a shard by name, and their SGD update.
 
-Ledger, for a shard of n labels and dimension D on one rank:
+    name         weight     momentum   bytes/weight, momentum
+    fp32         Float32    Float32    4, 4      the oracle
+    bf16_split   Split      Split      4, 4      fp32 in two halves, the upper one a bf16 operand
+    bf16_sr      BFloat16   BFloat16   2, 2      stochastic rounding
+    fp16         Half       Float32    6, 4      for GPUs that multiply fp16 but not bf16
+    fp8_sr       E4M3       BFloat16   1, 2      stochastic rounding (ELMO, ICML 2025)
 
-    fp32        weight       [n, D] float32
-    bf16_split  high         [n, D] bfloat16   the weight rounded to bf16: what matmuls read
-                low          [n, D] int16      float32 bits of the weight minus those of `high`
-    momentum, when on: one more buffer in the same storage
+Update of a chunk, SGD with coupled weight decay (Renée, section 3; torch.optim.SGD), with G
+the residuals and E the embeddings, whose product is the gradient:
 
-`bf16_split` loses nothing: bits(w) = (bits(high) << 16) + low, exactly, because rounding
-to the nearest bf16 leaves a remainder that fits a signed 16-bit integer. So the master
-weight is fp32 at four bytes, and the matmuls need no converted copy.
+    m <- momentum * m + G' E + weight_decay * w;    w <- w - lr * m
 
-Update of a chunk, SGD with coupled weight decay (Renée, section 3; torch.optim.SGD):
+Without momentum that is one product accumulated into the weights:
 
-    g <- grad + weight_decay * w;    m <- momentum * m + g;    w <- w - lr * m
+    w <- (1 - lr * weight_decay) * w - lr * G' E
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.buffers import E4M3, BFloat16, Buffer, Float32, Half, Split
+from renee_ray.xfc.device import choose_compute, choose_precision
+from renee_ray.xfc.rounding import Noise
+from renee_ray.xfc.scratch import Scratch
+
 
 @dataclass(frozen=True)
 class SGD:
-    """Hyper-parameters of one classifier update; `lr` is that of the current step."""
+    """Hyper-parameters of one classifier update; `lr` is that of the current step.
+
+    seed, step: what the noise of stochastic rounding depends on, besides label and column.
+    """
 
     lr: float
     momentum: float = 0.9
     weight_decay: float = 0.0
+    seed: int = 0
+    step: int = 0
 
 
-class Buffer(ABC):
-    """[n, D] numbers that are fp32 for whoever reads or writes them, however they are stored."""
+@dataclass(frozen=True)
+class Storage:
+    """Buffers of the weights and of the momentum, and the narrow dtype of the matmuls."""
 
-    @abstractmethod
-    def __init__(self, rows: int, dim: int, device: torch.device) -> None: ...
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, each [n, D], by suffix of their name in a checkpoint."""
-
-    @abstractmethod
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) as float32; may alias the buffer."""
-
-    @abstractmethod
-    def write(self, start: int, stop: int, rows: Tensor) -> None:
-        """Stores float32 rows [stop - start, D]."""
-
-    @abstractmethod
-    def operand(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) as a matmul reads them, aliasing the buffer."""
+    weight: type[Buffer]
+    velocity: type[Buffer]
+    compute: torch.dtype
 
 
-class Float32(Buffer):
-    """Plain float32."""
-
-    def __init__(self, rows: int, dim: int, device: torch.device) -> None:
-        self.data = torch.zeros(rows, dim, dtype=torch.float32, device=device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"": self.data}
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self.data[start:stop]
-
-    def write(self, start: int, stop: int, rows: Tensor) -> None:
-        if rows.data_ptr() != self.data[start:stop].data_ptr():
-            self.data[start:stop] = rows
-
-    operand = read
-
-
-class Split(Buffer):
-    """float32 as its nearest bfloat16 and the 16 bits that are missing."""
-
-    def __init__(self, rows: int, dim: int, device: torch.device) -> None:
-        self.high = torch.zeros(rows, dim, dtype=torch.bfloat16, device=device)
-        self.low = torch.zeros(rows, dim, dtype=torch.int16, device=device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {".high": self.high, ".low": self.low}
-
-    def read(self, start: int, stop: int) -> Tensor:
-        bits = self.high[start:stop].view(torch.int16).to(torch.int32)
-        return bits.bitwise_left_shift_(16).add_(self.low[start:stop]).view(torch.float32)
-
-    def write(self, start: int, stop: int, rows: Tensor) -> None:
-        bits = rows.contiguous().view(torch.int32)
-        high = (bits + 0x8000).bitwise_right_shift_(16)
-        self.high[start:stop].view(torch.int16).copy_(high)
-        self.low[start:stop].copy_(bits - high.bitwise_left_shift_(16))
-
-    def operand(self, start: int, stop: int) -> Tensor:
-        return self.high[start:stop]
-
-
-STORAGES: dict[str, tuple[type[Buffer], torch.dtype]] = {
-    "fp32": (Float32, torch.float32),
-    "bf16_split": (Split, torch.bfloat16),
+STORAGES: dict[str, Storage] = {
+    "fp32": Storage(Float32, Float32, torch.float32),
+    "bf16_split": Storage(Split, Split, torch.bfloat16),
+    "bf16_sr": Storage(BFloat16, BFloat16, torch.bfloat16),
+    "fp16": Storage(Half, Float32, torch.float16),
+    "fp8_sr": Storage(E4M3, BFloat16, torch.bfloat16),
 }
-"""Name -> (buffer, dtype of the matmuls)."""
 
 
 class Weights:
     """The weights of a shard and, with momentum, their velocities.
 
     Args:
-        precision: a name in `STORAGES`.
+        precision: a name in `STORAGES`, or `auto` (see `device.choose_precision`).
         rows: labels of the shard, n; may be 0.
         dim: D.
         momentum: whether a velocity buffer is kept.
+        compute: dtype of the matmuls: the storage's own or fp32; None: what suits the device.
+
+    Raises:
+        ValueError: the storage cannot be multiplied in `compute`.
     """
 
     def __init__(
-        self, precision: str, rows: int, dim: int, momentum: bool, device: torch.device
+        self,
+        precision: str,
+        rows: int,
+        dim: int,
+        momentum: bool,
+        device: torch.device,
+        compute: torch.dtype | None = None,
     ) -> None:
-        buffer, self.compute_dtype = STORAGES[precision]
-        self.precision, self.rows, self.dim, self.device = precision, rows, dim, device
-        self.weight = buffer(rows, dim, device)
-        self.velocity = buffer(rows, dim, device) if momentum else None
+        self.precision = choose_precision(precision, device)
+        storage = STORAGES[self.precision]
+        if compute not in (None, torch.float32, storage.compute):
+            raise ValueError(f"{self.precision} is multiplied in fp32 or {storage.compute}")
+        self.compute_dtype = compute or choose_compute(storage.compute, self.precision, device)
+        self.rows, self.dim, self.device = rows, dim, device
+        self.scratch = Scratch(device)
+        self.weight = storage.weight(rows, dim, device, self.scratch)
+        self.velocity = storage.velocity(rows, dim, device, self.scratch) if momentum else None
 
-    def update(self, start: int, stop: int, grad: Tensor, sgd: SGD) -> None:
-        """One SGD step on rows [start, stop); `grad` float32 [stop - start, D] is overwritten."""
-        weight = self.weight.read(start, stop)
-        grad.add_(weight, alpha=sgd.weight_decay)
-        if self.velocity is not None:
-            grad.add_(self.velocity.read(start, stop), alpha=sgd.momentum)
-            self.velocity.write(start, stop, grad)
-        weight.sub_(grad, alpha=sgd.lr)
-        self.weight.write(start, stop, weight)
+    def read(self, start: int, stop: int) -> Tensor:
+        """Weights [start, stop) as float32, until the next call; may alias the shard."""
+        return self._expanded(self.weight, "weight", start, stop)
+
+    def operand(self, start: int, stop: int) -> Tensor:
+        """Weights [start, stop) in `compute_dtype`, until the next call; may alias the shard."""
+        if self.compute_dtype == torch.float32:
+            return self.read(start, stop)
+        stored = self.weight.operand(start, stop, self.compute_dtype)
+        if stored is not None:
+            return stored
+        out = self.scratch("operand", stop - start, self.dim, dtype=self.compute_dtype)
+        return out.copy_(self.read(start, stop))
+
+    def velocities(self, start: int, stop: int) -> Tensor:
+        """Velocities [start, stop) as float32, until the next call; may alias the shard."""
+        assert self.velocity is not None
+        return self._expanded(self.velocity, "velocity", start, stop)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name; each tensor is [n, D] and aliases the shard."""
@@ -145,3 +124,66 @@ class Weights:
     def nbytes(self) -> int:
         """Bytes of the shard."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def _expanded(self, buffer: Buffer, name: str, start: int, stop: int) -> Tensor:
+        out = None if buffer.aliased else self.scratch(name, stop - start, self.dim)
+        return buffer.read(start, stop, out)
+
+
+class Update:
+    """One SGD step on a shard, chunk by chunk.
+
+    Args:
+        first: global id of the shard's first label.
+    """
+
+    def __init__(self, weights: Weights, sgd: SGD, first: int) -> None:
+        self._weights, self._sgd = weights, sgd
+        streams = (weights.weight, weights.velocity)
+        self._noise = [
+            Noise(sgd.seed, sgd.step, stream, buffer.dropped, weights.dim, first, weights.scratch)
+            if buffer is not None and buffer.dropped
+            else None
+            for stream, buffer in enumerate(streams)
+        ]
+
+    def __call__(
+        self, start: int, stop: int, operand: Tensor, residual: Tensor, inputs: Tensor
+    ) -> None:
+        """Updates rows [start, stop) by the gradient `residual @ inputs`.
+
+        Args:
+            operand: what `Weights.operand(start, stop)` gave; is overwritten.
+            residual: [stop - start, B]; inputs: [B, D], both in the compute dtype.
+        """
+        weights, sgd = self._weights, self._sgd
+        exact = operand.dtype == torch.float32
+        weight = operand if exact else weights.read(start, stop)
+        if weights.velocity is None:
+            decay = 1 - sgd.lr * sgd.weight_decay
+            add_product(weight, residual, inputs, decay, -sgd.lr, weights.scratch)
+        else:
+            velocity = weights.velocities(start, stop)
+            add_product(velocity, residual, inputs, sgd.momentum, 1, weights.scratch)
+            if sgd.weight_decay:
+                velocity.add_(weight, alpha=sgd.weight_decay)
+            weight.sub_(velocity, alpha=sgd.lr)
+            weights.velocity.store(start, stop, velocity, self._noise[1])
+        weights.weight.store(start, stop, weight, self._noise[0])
+
+
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, scratch: Scratch
+) -> None:
+    """total <- beta * total + alpha * left @ right, accumulated in fp32.
+
+    Args:
+        total: float32 [m, n]; left: [m, k]; right: [k, n], of one dtype.
+    """
+    if right.dtype == torch.float32:
+        total.addmm_(left, right, beta=beta, alpha=alpha)
+        return
+    product = torch.mm(left, right, out=scratch("product", *total.shape, dtype=right.dtype))
+    if beta != 1:
+        total.mul_(beta)
+    total.add_(scratch("product fp32", *total.shape).copy_(product), alpha=alpha)

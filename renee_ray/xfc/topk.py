@@ -16,6 +16,8 @@ from renee_ray.xfc.shard import Pairs, Shard
 
 NONE = -1
 """Label id of a place that no label fills."""
+BLOCK = 64
+"""Labels of which the largest score is looked at before each single one."""
 
 
 def shard_topk(
@@ -35,43 +37,97 @@ def shard_topk(
     Returns:
         (scores float32 [B, k] descending, labels int64 [B, k], global ids)
     """
-    rows = len(embeddings)
-    scores = torch.full((rows, k), -torch.inf, device=embeddings.device)
-    labels = torch.full((rows, k), NONE, dtype=torch.int64, device=embeddings.device)
+    rows, scratch = len(embeddings), shard.weights.scratch
+    best = _Best(rows, k, embeddings.device)
     chunks = shard.chunks(rows)
     banned = excluded.by_chunk(chunks) if excluded is not None else []
     for i, (start, stop) in enumerate(chunks):
-        logits = embeddings @ shard.weights.weight.read(start, stop).T
+        logits = scratch("scores", rows, stop - start)
+        torch.mm(embeddings, shard.weights.read(start, stop).T, out=logits)
         if offset is not None:
             logits += offset[start:stop]
         if excluded is not None:
             logits[banned[i]] = -torch.inf
-        _keep_best(scores, labels, logits, shard.owned.start + start)
-    return scores, labels
+        best.add(logits, shard.owned.start + start)
+    return best.result()
 
 
-def _keep_best(scores: Tensor, labels: Tensor, logits: Tensor, first: int) -> None:
-    """Merges a chunk's logits [B, c], of labels from `first` on, into the best so far."""
-    k = scores.shape[1]
-    # Few rows have anything in a late chunk that beats their k-th best: only those are merged.
-    rows = (logits.amax(dim=1) > scores[:, -1]).nonzero().squeeze(1)
-    if not len(rows):
-        return
-    best, where = _chunk_topk(logits[rows], min(k, logits.shape[1]))
-    ids = torch.where(best > -torch.inf, where + first, NONE)
-    merged = merge_topk([scores[rows], best], [labels[rows], ids], k)
-    scores[rows], labels[rows] = merged
+class _Best:
+    """The k best labels so far of each of B rows, and later ones that may be better.
+
+    scores, labels: [B, k + room]; the first k are the best so far, descending; then come
+    `used` [B] labels, in their order, that beat the last of these, `threshold` [B, 1]. Only
+    when the room is full is a row sorted, which happens about log(labels) times: of labels in
+    random order the i-th chunk holds k / i that belong among the best up to there.
+    """
+
+    def __init__(self, rows: int, k: int, device: torch.device) -> None:
+        self.k, self.room = k, max(k, 2 * BLOCK)
+        self.scores = torch.full((rows, k + self.room), -torch.inf, device=device)
+        self.labels = torch.full((rows, k + self.room), NONE, dtype=torch.int64, device=device)
+        self.used = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.threshold = self.scores[:, k - 1 : k].clone()
+
+    def add(self, logits: Tensor, first: int) -> None:
+        """Takes a chunk's logits [B, c] of labels from `first` on, later than all before."""
+        whole = logits.shape[1] // BLOCK * BLOCK
+        self._add(logits[:, :whole], BLOCK, first)
+        self._add(logits[:, whole:], logits.shape[1] - whole, first + whole)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(scores [B, k] descending, labels [B, k])."""
+        self._sort()
+        return self.scores[:, : self.k].contiguous(), self.labels[:, : self.k].contiguous()
+
+    def _add(self, logits: Tensor, block: int, first: int) -> None:
+        if not logits.numel():
+            return
+        rows, columns = self._better(logits, block)
+        counts = rows.bincount(minlength=len(logits))
+        if bool((self.used + counts > self.room).any()):
+            self._sort()
+            rows, columns = self._better(logits, block)
+            counts = rows.bincount(minlength=len(logits))
+            if bool((counts > self.room).any()):
+                columns = _chunk_topk(logits, min(self.k, logits.shape[1])).flatten()
+                counts = torch.full_like(counts, len(columns) // len(logits))
+                rows = torch.arange(len(logits), device=rows.device).repeat_interleave(counts)
+        before = counts.cumsum(0) - counts
+        place = self.k + (self.used - before)[rows] + torch.arange(len(rows), device=rows.device)
+        self.scores[rows, place] = logits[rows, columns]
+        self.labels[rows, place] = columns + first
+        self.used += counts
+
+    def _better(self, logits: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """(rows, columns) [m] of what beats the threshold, row by row, columns ascending."""
+        blocks = logits.unflatten(1, (-1, block))
+        # The largest of a block is cheap; most blocks of a late chunk hold nothing better.
+        rows, which = (blocks.amax(dim=2) > self.threshold).nonzero(as_tuple=True)
+        picked = blocks.flatten(0, 1).index_select(0, rows * blocks.shape[1] + which)
+        inside, column = (picked > self.threshold[rows]).nonzero(as_tuple=True)
+        return rows[inside], which[inside] * block + column
+
+    def _sort(self) -> None:
+        # Labels ascend among equal scores, first those of the best, then later ones: a stable
+        # sort leaves the smaller label first.
+        self.scores, order = self.scores.sort(dim=1, descending=True, stable=True)
+        self.labels = self.labels.gather(1, order)
+        self.scores[:, self.k :] = -torch.inf
+        self.labels[:, self.k :] = NONE
+        # A banned label has score -inf too, and must not be told apart from an empty place.
+        self.labels[:, : self.k].masked_fill_(self.scores[:, : self.k] == -torch.inf, NONE)
+        self.used.zero_()
+        self.threshold = self.scores[:, self.k - 1 : self.k].clone()
 
 
-def _chunk_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values, columns) [b, k] of the k largest of each row, in no order; ties to the left."""
+def _chunk_topk(logits: Tensor, k: int) -> Tensor:
+    """Columns [b, k] of the k largest of each row, ascending; of equal ones the leftmost."""
     best, where = logits.topk(k, dim=1, sorted=False)
     # torch.topk takes any of the equal values at its cut: such rows are sorted instead.
     tied = (logits >= best.amin(dim=1, keepdim=True)).sum(dim=1) > k
     if bool(tied.any()):
-        order = logits[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
-        best[tied], where[tied] = logits[tied].gather(1, order), order
-    return best, where
+        where[tied] = logits[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return where.sort(dim=1).values
 
 
 def merge_topk(scores: list[Tensor], labels: list[Tensor], k: int) -> tuple[Tensor, Tensor]:

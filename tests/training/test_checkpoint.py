@@ -18,7 +18,7 @@ from renee_ray.training.checkpoint import Checkpoint, CheckpointError, State, sa
 from renee_ray.training.encoder import adamw
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import SGD, Weights
+from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
 
 CPU = torch.device("cpu")
 LABELS, DIM = 17, 6
@@ -56,7 +56,10 @@ def filled_shard(num_ranks: int, rank: int, precision: str, momentum: bool = Tru
     generator = torch.Generator().manual_seed(0)
     first, gradient = (torch.randn(LABELS, DIM, generator=generator) for _ in range(2))
     shard.write(shard.owned.start, first[rows])
-    shard.weights.update(0, len(shard.owned), gradient[rows].clone(), SGD(0.1, 0.9))
+    n, weights = len(shard.owned), shard.weights
+    update = Update(weights, SGD(0.1, 0.9), shard.owned.start)
+    one = torch.eye(n, dtype=weights.compute_dtype)
+    update(0, n, weights.operand(0, n), one, gradient[rows].to(weights.compute_dtype))
     return shard
 
 
@@ -78,7 +81,7 @@ def opened(directory: Path) -> Checkpoint:
     return Checkpoint(pafs.LocalFileSystem(), str(directory))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16_split"])
+@pytest.mark.parametrize("precision", STORAGES)
 @pytest.mark.parametrize("writers", [1, 3, 20])
 @pytest.mark.parametrize("readers", [1, 2, 5, 20])
 def test_any_number_of_ranks_reads_what_any_number_wrote(

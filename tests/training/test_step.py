@@ -14,7 +14,7 @@ from renee_ray.training.encoder import adamw, data_parallel
 from renee_ray.training.step import Step, dropout_mask
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import SGD, Weights
+from renee_ray.xfc.storage import SGD, STORAGES, Weights
 from tests.training.gloo import on_ranks
 
 WORLD_SIZES = (1, 2, 3)
@@ -71,7 +71,8 @@ def distributed(
     gradient of one matrix of its encoder.
     """
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
-    weights = Weights(precision, len(owned), DIM, RULE.momentum > 0, torch.device("cpu"))
+    compute = STORAGES[precision].compute
+    weights = Weights(precision, len(owned), DIM, RULE.momentum > 0, torch.device("cpu"), compute)
     shard = Shard(owned, weights, chunk=3)
     shard.write(owned.start, first_weights()[owned.start : owned.stop])
     encoder = Bag()

@@ -1,4 +1,4 @@
-"""Watches how large the tensors are that a computation makes."""
+"""Watches the tensors that a computation makes: how large they are, and which are new."""
 
 from __future__ import annotations
 
@@ -22,3 +22,23 @@ class Largest(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.numel = max(self.numel, leaf.numel())
         return result
+
+
+class Fresh(TorchDispatchMode):
+    """`numel` is that of the largest tensor inside whose memory no argument had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {_memory(leaf) for leaf in tree_leaves((args, kwargs))}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and _memory(leaf) not in known:
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def _memory(leaf: Any) -> int | None:
+    return leaf.untyped_storage().data_ptr() if isinstance(leaf, torch.Tensor) else None

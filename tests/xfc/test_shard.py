@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from renee_ray.xfc.labels import LabelRange, split_range
-from renee_ray.xfc.shard import Pairs, Shard, default_chunk
-from renee_ray.xfc.storage import SGD, Weights
-from tests.xfc.memory import Largest
+from renee_ray.xfc.shard import Pairs, Shard, default_chunk, subtract_positives
+from renee_ray.xfc.storage import SGD, STORAGES, Weights
+from tests.xfc.memory import Fresh, Largest
 
 CPU = torch.device("cpu")
 NUM_LABELS, START, STOP, DIM, BATCH = 30, 8, 25, 6, 9
@@ -20,8 +22,10 @@ N = STOP - START
 def make_shard(
     precision: str = "fp32", chunk: int = 5, owned: LabelRange | None = None, dim: int = DIM
 ) -> Shard:
+    """Multiplies in the dtype of the storage, on whatever machine."""
     owned = LabelRange(START, STOP, NUM_LABELS) if owned is None else owned
-    shard = Shard(owned, Weights(precision, len(owned), dim, True, CPU), chunk)
+    compute = STORAGES[precision].compute
+    shard = Shard(owned, Weights(precision, len(owned), dim, True, CPU, compute), chunk)
     generator = torch.Generator().manual_seed(1)
     shard.write(owned.start, torch.randn(len(owned), dim, generator=generator))
     return shard
@@ -222,12 +226,67 @@ def test_nothing_of_batch_by_labels_is_ever_made(precision: str) -> None:
     assert naive.numel == batch * n, "the naive expression is noticed"
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("precision", STORAGES)
+def test_a_second_step_allocates_nothing_of_a_chunks_size(
+    precision: str, momentum: float, own: bool
+) -> None:
+    batch, n, chunk, dim = 16, 640, 128, 48
+    compute = STORAGES[precision].compute if own else torch.float32
+    shard = Shard(
+        LabelRange(0, n, n), Weights(precision, n, dim, momentum > 0, CPU, compute), chunk
+    )
+    pairs = Pairs(torch.arange(batch), torch.arange(batch) * 10, shard.owned)
+    inputs = embeddings(batch=batch, dim=dim)
+    sizes = []
+    for step in range(2):
+        with Fresh() as fresh:
+            shard.step(inputs, pairs, SGD(0.1, momentum, 0.01, step=step))
+        sizes.append(fresh.numel)
+    assert sizes[0] >= chunk * batch, "the buffers of the first step are noticed"
+    assert sizes[1] <= batch * dim, "dE and the embeddings in the compute dtype, once a step"
+
+
+COMPUTE = {(name, dtype) for name, s in STORAGES.items() for dtype in (torch.float32, s.compute)}
+
+
+@pytest.mark.parametrize(("precision", "compute"), sorted(COMPUTE, key=str))
+def test_every_storage_gives_the_gradient_of_its_own_weights(
+    precision: str, compute: torch.dtype
+) -> None:
+    """dE against float64 on the weights as stored: only the matmuls' dtype is inexact."""
+    owned = LabelRange(START, STOP, NUM_LABELS)
+    shard = Shard(owned, Weights(precision, N, DIM, True, CPU, compute), 4)
+    shard.write(START, torch.randn(N, DIM, generator=torch.Generator().manual_seed(1)))
+    stored = shard.weights.read(0, N).clone()
+    losses, gradients, after = dense(POSITIVES["some"], weight=stored)
+    seen: list[torch.Tensor] = []
+    pairs = pairs_of(POSITIVES["some"], owned)
+    loss = shard.step(embeddings(), pairs, RULE, with_loss=True, on_gradient=seen.append)
+    unit = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[compute]
+    spacing = {"bf16_sr": 2.0**-7, "fp8_sr": 2.0**-3}.get(precision, 0.0)
+    assert error(seen[0], gradients[0]) < 3 * unit
+    assert error(loss, losses[0]) < 3 * unit
+    assert error(shard.weights.read(0, N), after) < 3 * unit + spacing
+    assert error(stored, after) > 0.05, "the step is larger than any tolerance but that of fp8"
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_positives_that_are_certain_keep_their_digits(compute: torch.dtype) -> None:
+    """sigmoid(8) - 1 in bf16 would be 0."""
+    logits = torch.full((3, 2), 8.0, dtype=compute)
+    residual = subtract_positives(logits, torch.tensor([1]), torch.tensor([0]))
+    assert float(residual[1, 0]) == pytest.approx(-1 / (1 + math.exp(8)), rel=2**-8)
+    assert float(residual[0, 0]) == pytest.approx(1, rel=2**-8)
+
+
 def test_default_chunk() -> None:
     for batch, dim in [(1, 1), (256, 384), (2**14, 768), (0, 384)]:
-        size = default_chunk(batch, dim)
+        size = default_chunk(batch, dim, CPU)
         assert size >= 64
         assert size % 64 == 0
-    assert default_chunk(256, 384) >= default_chunk(1024, 384)
+    assert default_chunk(256, 384, CPU) >= default_chunk(1024, 384, CPU)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])

@@ -1,0 +1,59 @@
+"""A classifier step's inputs, drawn from a seed: what the benchmarks time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.storage import Weights
+
+POSITIVES_PER_ROW = 5
+CHUNKS = (256, 512, 1024, 2048, 4096)
+"""Chunk sizes among which the bare matmuls take the fastest."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """embeddings: float32 [B, D]; rows, labels: int64 [m], the distinct positives."""
+
+    num_labels: int
+    embeddings: Tensor
+    rows: Tensor
+    labels: Tensor
+
+    @property
+    def owned(self) -> LabelRange:
+        return LabelRange(0, self.num_labels, self.num_labels)
+
+    def shard(self, precision: str, momentum: float, compute: torch.dtype | None = None) -> Shard:
+        """All labels, with weights N(0, 0.02)."""
+        dim, device = self.embeddings.shape[1], self.embeddings.device
+        weights = Weights(precision, self.num_labels, dim, momentum > 0, device, compute)
+        shard = Shard(self.owned, weights)
+        shard.initialise_normal(0.02, seed=0)
+        return shard
+
+    def positives(self) -> Pairs:
+        return Pairs(self.rows, self.labels, self.owned, self.embeddings.device)
+
+
+def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Problem:
+    """`POSITIVES_PER_ROW` random labels for each of `batch` standard normal rows."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(batch, dim, generator=generator)
+    drawn = torch.randint(0, labels, (batch, POSITIVES_PER_ROW), generator=generator)
+    rows = torch.arange(batch).repeat_interleave(POSITIVES_PER_ROW)
+    pairs = torch.stack([rows, drawn.flatten()], 1).unique(dim=0)
+    return Problem(labels, embeddings.to(device), pairs[:, 0], pairs[:, 1])
+
+
+def chunk_sizes(labels: int) -> list[int]:
+    return sorted({min(size, labels) for size in CHUNKS})
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,183 @@
+"""`renee-ray bench scale`: the classifier's step on R Ray Train workers, at any number of labels.
+
+A planted problem without an encoder: B points with fixed embeddings, whose first component is
+the same for all, and a few labels each. Every step sees all of them, each rank owning B / R
+rows and L / R labels, so what crosses the ranks is what crosses them in training.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from renee_ray.benchmarks.problem import Problem, make_problem
+from renee_ray.config import RunConfig, make_config
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.job import decide_gpu, launch, worker_device
+from renee_ray.training.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.storage import SGD, Weights
+
+SWEEP = (1_000_000, 4_000_000, 16_000_000)
+LR = 0.01
+TIMEOUT_S = 1800
+"""A step of 10^8 labels takes minutes on a CPU, and ranks need not end theirs together."""
+SAMPLE_S = 0.2
+"""Seconds between two looks at the memory of all processes."""
+
+
+def bench_scale(
+    labels: int | None, dim: int, batch: int, workers: int, precision: str, steps: int
+) -> dict[str, Any]:
+    """Without momentum; `labels` None: a sweep over `SWEEP`.
+
+    Returns:
+        step_s, the median of `steps`; seconds_per_million_labels; bytes_per_weight;
+        peak_rss_gib, resident memory of this process and all below it together (Ray's own
+        and every worker's), at its highest; loss_first and loss_last, the BCE of a point
+        summed over labels. A sweep: these of each size, and the slope of step_s over labels.
+    """
+    ensure_ray(workers)
+    if labels is not None:
+        return _run(labels, dim, batch, workers, precision, steps)
+    found = [_run(size, dim, batch, workers, precision, steps) for size in SWEEP]
+    slope = np.polyfit([size / 1e6 for size in SWEEP], [each["step_s"] for each in found], 1)[0]
+    return {"sweep": found, "slope_seconds_per_million_labels": float(slope)}
+
+
+def _run(
+    labels: int, dim: int, batch: int, workers: int, precision: str, steps: int
+) -> dict[str, Any]:
+    streams = max(8, workers)
+    config = make_config(
+        RunConfig,
+        {"data": "", "output": "", "num_workers": workers, "batch_size": streams},
+        {"feed": {"streams": streams}, "timeout_s": TIMEOUT_S},
+    )
+    arguments = {
+        "labels": labels, "dim": dim, "batch": batch, "precision": precision, "steps": steps,
+    }  # fmt: skip
+    use_gpu = decide_gpu("auto", workers)
+    with ResidentPeak() as peak:
+        found = launch(scale_worker, arguments, config, use_gpu, stored=False)
+    return {**found, "peak_rss_gib": peak.bytes / 2**30, **arguments, "workers": workers}
+
+
+def scale_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs."""
+    return measure(Ranks.of_process_group(), worker_device(), **arguments)
+
+
+def measure(
+    ranks: Ranks,
+    device: torch.device,
+    labels: int,
+    dim: int,
+    batch: int,
+    precision: str,
+    steps: int,
+) -> dict[str, Any]:
+    """The figures of `bench_scale` but for memory, on every rank."""
+    problem = make_problem(labels, dim, batch, device)
+    problem.embeddings.mul_(dim**-0.5)[:, 0] = 1
+    owned = LabelRange.of_rank(labels, ranks.num_ranks, ranks.rank)
+    shard = Shard(owned, Weights(precision, len(owned), dim, False, device))
+    shard.initialise_normal(0.02, seed=0)
+
+    first = _step(ranks, shard, problem, 0, with_loss=True)
+    seconds = []
+    for step in range(1, steps + 1):
+        start = time.perf_counter()
+        _step(ranks, shard, problem, step)
+        seconds.append(time.perf_counter() - start)
+    last = _step(ranks, shard, problem, steps + 1, with_loss=True)
+    taken, held = median(seconds), torch.tensor(shard.weights.nbytes())
+    return {
+        "step_s": taken,
+        "seconds_per_million_labels": taken / labels * 1e6,
+        "bytes_per_weight": int(all_sum(ranks, held)) / (labels * dim),
+        "loss_first": first,
+        "loss_last": last,
+    }
+
+
+def _step(
+    ranks: Ranks, shard: Shard, problem: Problem, step: int, *, with_loss: bool = False
+) -> float:
+    """One step from own rows to the gradient of own rows; returns the loss of a point."""
+    batch = len(problem.embeddings)
+    bounds = [split_range(batch, ranks.num_ranks, rank) for rank in range(ranks.num_ranks)]
+    counts = [stop - start for start, stop in bounds]
+    start, stop = bounds[ranks.rank]
+    mine = (problem.rows >= start) & (problem.rows < stop)
+    pairs = route(ranks, problem.rows[mine], problem.labels[mine], problem.num_labels)
+    everyone = gather_rows(ranks, problem.embeddings[start:stop], counts)
+    positives = Pairs(*pairs, shard.owned, everyone.device)
+    pending: list[scatter_rows] = []
+    loss = shard.step(
+        everyone,
+        positives,
+        replace(SGD(LR, momentum=0), step=step),
+        with_loss=with_loss,
+        on_gradient=lambda dE: pending.append(scatter_rows(ranks, dE, counts)),
+    )
+    gradient = pending[0].wait()
+    # On a GPU this is what waits for the step to end.
+    assert bool(torch.isfinite(gradient).all()), "the step diverged"
+    return float(all_sum(ranks, loss.cpu())) / batch
+
+
+class ResidentPeak:
+    """Highest resident memory of this process and its descendants together, sampled on Linux.
+
+    Pages that several processes share count once for each: an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> ResidentPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, resident_bytes())
+            if self._over.wait(SAMPLE_S):
+                return
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process and its descendants now; 0 where there is no /proc."""
+    parent: dict[int, int] = {}
+    resident: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:  # it has ended meanwhile
+            continue
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        pid = int(status.parent.name)
+        parent[pid] = int(fields["PPid"])
+        resident[pid] = int(fields.get("VmRSS", "0 kB").split()[0]) * 1024
+    own = {os.getpid()}
+    while True:
+        more = {pid for pid, above in parent.items() if above in own} - own
+        if not more:
+            return sum(resident.get(pid, 0) for pid in own)
+        own |= more

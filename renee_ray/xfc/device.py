@@ -1,0 +1,89 @@
+"""What a device computes well: the dtype of its matmuls, the storage to choose, its cache.
+
+    storage      multiplies in, where the device does so in hardware     elsewhere
+    fp32         fp32                                                    -
+    bf16_split   bf16                                                    fp32, of the exact weights
+    bf16_sr      bf16                                                    fp32
+    fp16         fp16                                                    fp32, of the master weights
+    fp8_sr       bf16                                                    fp32
+
+Elsewhere a chunk is expanded to fp32 in a buffer before it is multiplied. A CPU without bf16
+instructions emulates bf16 products, ten times slower than fp32 ones on AVX2.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+GPU_CHUNK_BYTES = 256 << 20
+"""What the buffers of one chunk may take of a GPU's memory."""
+DEFAULT_CACHE_BYTES = 2 << 20
+"""Cache of a core where the operating system does not say."""
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
+
+
+def native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of `dtype` (fp32, bf16 or fp16) in hardware."""
+    if dtype == torch.bfloat16:
+        return native_bf16(device)
+    return dtype == torch.float32 or device.type == "cuda"
+
+
+def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> torch.dtype:
+    """`dtype`, which the storage `precision` would multiply in, or fp32 if not native."""
+    if native(dtype, device):
+        return dtype
+    _log_expansion(precision, str(dtype).removeprefix("torch."), device.type)
+    return torch.float32
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`precision`, or for `auto` bf16_sr where the device multiplies bf16, else fp32.
+
+    Without bf16 instructions a narrower storage saves memory but not time, so fp32 stands.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16_sr" if native_bf16(device) else "fp32"
+
+
+def chunk_bytes(device_type: str) -> int:
+    """Bytes that the buffers of one chunk of labels may take together.
+
+    On a CPU half of what a core has of cache, so that the embeddings and dE stay there too.
+    """
+    return GPU_CHUNK_BYTES if device_type == "cuda" else _cache_bytes() // 2
+
+
+@functools.cache
+def _log_expansion(precision: str, dtype: str, device_type: str) -> None:
+    log.info(
+        "this %s has no %s products: %s weights are expanded to fp32 chunk by chunk",
+        device_type, dtype, precision,
+    )  # fmt: skip
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    """Of a core: the largest of its shares of the caches, as Linux reports them."""
+    shares = [DEFAULT_CACHE_BYTES]
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            size = int((cache / "size").read_text().strip().removesuffix("K")) << 10
+            sharing = (cache / "shared_cpu_map").read_text().replace(",", "")
+        except (OSError, ValueError):  # a machine that says nothing of this cache
+            continue
+        shares.append(size // max(1, int(sharing, 16).bit_count()))
+    return max(shares)

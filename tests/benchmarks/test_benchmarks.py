@@ -1,0 +1,109 @@
+"""Benchmarks at tiny sizes: their keys, and that what they time computes the right thing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from renee_ray import cli
+from renee_ray.benchmarks.problem import make_problem
+from renee_ray.benchmarks.step import LR, autograd, bare_matmuls, reference
+from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
+from renee_ray.xfc.storage import SGD
+
+CPU = torch.device("cpu")
+TIMES = {"step_s", "gemm_s", "reference_s", "autograd_s"}
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    assert cli.main(["bench", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    found: dict[str, object] = json.loads(lines[0])
+    return found
+
+
+SMALL = ("--labels", "700", "--dim", "16", "--batch", "8", "--repeats", "1")
+
+
+@pytest.mark.parametrize(
+    ("precision", "momentum", "bytes_per_weight"),
+    [("fp32", "0.9", 8), ("bf16_sr", "0", 2), ("fp8_sr", "0.9", 3), ("bf16_split", "0", 4)],
+)
+def test_bench_step(
+    capsys: pytest.CaptureFixture[str], precision: str, momentum: str, bytes_per_weight: int
+) -> None:
+    found = bench(capsys, "step", *SMALL, "--precision", precision, "--momentum", momentum)
+    assert {*TIMES, "ratio_to_gemm", "speedup_vs_reference", "peak_extra_bytes"} <= set(found)
+    assert all(isinstance(found[key], float) and found[key] > 0 for key in TIMES)  # type: ignore[operator]
+    assert found["bytes_per_weight"] == bytes_per_weight
+    assert found["ratio_to_gemm"] == pytest.approx(found["step_s"] / found["gemm_s"])  # type: ignore[operator]
+    assert (found["precision"], found["labels"], found["dim"]) == (precision, 700, 16)
+
+
+@pytest.mark.parametrize("k", [5, 900])
+def test_bench_topk(capsys: pytest.CaptureFixture[str], k: int) -> None:
+    found = bench(capsys, "topk", *SMALL, "--k", str(k))
+    assert {"topk_s", "gemm_s", "ratio_to_gemm", "torch_topk_s"} <= set(found)
+    assert found["identical"] is True
+    assert found["ratio_to_gemm"] == pytest.approx(found["topk_s"] / found["gemm_s"])  # type: ignore[operator]
+
+
+def test_wrong_flags_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "step", "--labels", "0"]) == 2
+    assert cli.main(["bench", "step", "--precision", "fp7"]) == 2
+    assert cli.main(["bench", "step", "--momentum", "1"]) == 2
+    assert "fp7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_is_compared_takes_the_same_steps(momentum: float) -> None:
+    problem = make_problem(300, 12, 6, CPU)
+    shard, positives = problem.shard("fp32", momentum), problem.positives()
+    others = (reference(problem, momentum), autograd(problem, momentum))
+    for _ in range(3):
+        seen: list[torch.Tensor] = []
+        shard.step(problem.embeddings, positives, SGD(LR, momentum), on_gradient=seen.append)
+        for other in others:
+            torch.testing.assert_close(seen[0], other(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [64, 128, 300])
+def test_bare_matmuls_are_three_products_of_every_label(chunk: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    problem = make_problem(300, 12, 6, CPU)
+    run = bare_matmuls(problem, chunk, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == 3 * 2 * 300 * 12 * 6
+
+
+def test_a_problem_has_distinct_positives_in_range() -> None:
+    problem = make_problem(3, 4, 20, CPU)
+    pairs = torch.stack([problem.rows, problem.labels], 1)
+    assert len(pairs.unique(dim=0)) == len(pairs) <= 20 * 3
+    assert int(problem.labels.max()) < 3 and int(problem.rows.max()) < 20
+
+
+def test_interleaved_calls_in_turns_and_warms_up() -> None:
+    calls: list[str] = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    taken = interleaved(functions, 2, CPU)
+    assert calls == ["a", "b"] * 3
+    assert set(taken) == {"a", "b"}
+
+
+def test_the_fastest_is_the_one_that_does_less() -> None:
+    matrices = {1: torch.ones(2, 2), 700: torch.ones(700, 700)}
+    assert fastest({key: lambda m=m: m @ m for key, m in matrices.items()}, CPU) == 1
+
+
+def test_the_peak_of_memory_is_noticed_though_it_is_freed() -> None:
+    size = 64 << 20
+    grown = peak_extra_bytes(lambda: bool(torch.ones(size // 4).sum()), CPU)
+    assert size * 0.9 < grown < size * 1.5
+    assert peak_extra_bytes(lambda: math.sqrt(2), CPU) < size // 8

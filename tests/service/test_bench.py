@@ -1,0 +1,67 @@
+"""`bench scale`: its figures at a tiny size, and the memory of processes together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from renee_ray.service.bench import ResidentPeak, measure, resident_bytes
+from renee_ray.training.collectives import Ranks
+from tests.service.conftest import renee_ray
+from tests.training.gloo import on_ranks
+
+SIZES: dict[str, Any] = {"labels": 3001, "dim": 8, "batch": 10, "steps": 2}
+
+
+def measured(ranks: Ranks, precision: str) -> dict[str, Any]:
+    return measure(ranks, torch.device("cpu"), precision=precision, **SIZES)
+
+
+@pytest.mark.parametrize(("precision", "bytes_per_weight"), [("bf16_sr", 2), ("fp8_sr", 1)])
+def test_the_loss_falls_alike_on_any_number_of_ranks(precision: str, bytes_per_weight: int) -> None:
+    """Noise and first weights are those of the label, so only the order of sums differs."""
+    one, *two = [*on_ranks(1, measured, precision), *on_ranks(2, measured, precision)]
+    for found in (one, *two):
+        assert found["bytes_per_weight"] == bytes_per_weight
+        assert found["loss_last"] < 0.95 * found["loss_first"]
+        assert found["loss_first"] == pytest.approx(3001 * 0.693, rel=0.02)
+        assert found["loss_last"] == pytest.approx(one["loss_last"], rel=1e-4)
+        assert found["seconds_per_million_labels"] == pytest.approx(found["step_s"] / 3001e-6)
+
+
+def test_memory_of_processes_below_is_counted() -> None:
+    size = 80 << 20
+    before = resident_bytes()
+    code = f"import time; held = b'x' * {size}; print('ready', flush=True); time.sleep(60)"
+    with ResidentPeak() as peak:
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            time.sleep(1)
+        finally:
+            child.kill()
+            child.wait()
+    assert peak.bytes >= before + 0.9 * size
+    assert resident_bytes() < peak.bytes - 0.5 * size
+
+
+@pytest.mark.slow
+def test_bench_scale_through_ray_train() -> None:
+    command = renee_ray(
+        "bench", "scale", "--labels", "3001", "--dim", "8", "--batch", "10", "--workers", "2",
+        "--precision", "bf16_sr", "--steps", "2",
+    )  # fmt: skip
+    assert command.status == 0, command.stderr
+    (line,) = command.stdout.splitlines()
+    found = json.loads(line)
+    assert found["bytes_per_weight"] == 2
+    assert found["loss_last"] < found["loss_first"]
+    assert 0.1 < found["peak_rss_gib"] < 50
+    assert {"step_s", "seconds_per_million_labels"} <= set(found)
