@@ -23,8 +23,7 @@ from renee_ray.data.dataset import Dataset, absolute, filesystem_of, has_manifes
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.run import RUN_FILE, RunDirectory
-from renee_ray.service.texts import SPLIT as TEXTS
-from renee_ray.service.texts import tokenise_texts
+from renee_ray.service.texts import TEXT_SPLIT, check_texts, tokenise_texts
 from renee_ray.service.train import scoring_feed
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.collectives import Ranks
@@ -80,25 +79,30 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
     directory = RunDirectory(absolute(run))
     config = directory.config()
     raw = destination is not None and not has_manifest(src)
-    labels = Dataset.open(_trained_on(directory) if raw else src)
+    if raw:
+        check_texts(src)
+        if "split" in score.model_fields_set:
+            raise ReneeError(f"split={score.split} has no meaning for the texts of {src}; omit it")
+    labels = _labels_of_run(directory) if raw else Dataset.open(src)
     _check(directory, labels)
     if destination is not None:
-        _check_destination(destination, score.overwrite)
+        _check_destination(destination, src, score.overwrite)
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
     config = config.model_copy(update={"num_workers": workers})
-    checkpoint, _ = directory.checkpoint(score.checkpoint)
+    checkpoint = directory.checkpoint(score.checkpoint)
+    length = min(config.encoder.max_length, labels.manifest.max_length)
     with contextlib.ExitStack() as stack:
         points, split, facts = labels, score.split, {"split": score.split}
         if raw:
             assert destination is not None
-            scratch = stack.enter_context(_scratch(f"{destination}/{SCRATCH}"))
-            points, replaced = tokenise_texts(src, scratch, labels, config.encoder.max_length)
-            split, facts = TEXTS, {"source": src, "replaced_lines": replaced}
+            scratch = stack.enter_context(_scratch(f"{destination.rstrip('/')}/{SCRATCH}"))
+            points, replaced = tokenise_texts(src, scratch, labels, length)
+            split, facts = TEXT_SPLIT, {"source": src, "replaced_lines": replaced}
         if not points.manifest.num_points(split):
             raise ReneeError(f"{points.path} has no points in split={split}; choose another")
         if destination is not None:
-            _clear(destination)
+            _clear(destination, keep_scratch=raw)
         arguments = {
             "config": config.model_dump(),
             "score": score.model_dump(),
@@ -106,6 +110,8 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
             "split": split,
             "labels": labels,
             "run": directory.path,
+            # Named once for all workers: a training beside us may publish another meanwhile.
+            "checkpoint": checkpoint.path.rpartition("/")[2],
             "destination": destination,
         }
         use_gpu = decide_gpu(score.use_gpu, workers)
@@ -121,8 +127,7 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     points: Dataset = arguments["points"]
     labels: Dataset = arguments["labels"]
     ranks, device = Ranks.of_process_group(), worker_device()
-    directory = RunDirectory(arguments["run"])
-    checkpoint, _ = directory.checkpoint(score.checkpoint)
+    checkpoint = RunDirectory(arguments["run"]).checkpoint_at(arguments["checkpoint"])
     tail = config.evaluation.tail if score.tail is None else score.tail
     scorer = _load(config, labels, checkpoint, tail, ranks, device)
     split, length = arguments["split"], config.encoder.max_length
@@ -205,8 +210,15 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
     return texts.take(pa.array(inverse))
 
 
-def _trained_on(directory: RunDirectory) -> str:
-    return str((directory.read(RUN_FILE) or {})["dataset"]["path"])
+def _labels_of_run(directory: RunDirectory) -> Dataset:
+    """The dataset that a run was trained on, for its label counts and texts."""
+    path = str((directory.read(RUN_FILE) or {})["dataset"]["path"])
+    if not has_manifest(path):
+        raise ReneeError(
+            f"raw texts need the dataset that {directory.path} was trained on, and it is not at "
+            f"{path} any more; put it back there"
+        )
+    return Dataset.open(path)
 
 
 def _check(directory: RunDirectory, dataset: Dataset) -> None:
@@ -237,7 +249,10 @@ def _remove(path: str) -> None:
         filesystem.delete_dir(root)
 
 
-def _check_destination(destination: str, overwrite: bool) -> None:
+def _check_destination(destination: str, src: str, overwrite: bool) -> None:
+    inside, outside = absolute(src).rstrip("/") + "/", destination.rstrip("/") + "/"
+    if inside.startswith(outside):
+        raise ReneeError(f"{src} lies in {destination}, which is overwritten; give another one")
     names = [info.base_name for info in _listing(destination)]
     if MANIFEST in names and not overwrite:
         raise ReneeError(f"{destination} holds predictions already; add overwrite=true")
@@ -245,13 +260,15 @@ def _check_destination(destination: str, overwrite: bool) -> None:
         raise ReneeError(f"{destination} holds other files; give an empty directory")
 
 
-def _clear(destination: str) -> None:
+def _clear(destination: str, *, keep_scratch: bool) -> None:
     """Removes earlier predictions, the file that declares them complete first."""
     filesystem, root = filesystem_of(destination)
     filesystem.create_dir(root, recursive=True)
     for info in sorted(_listing(destination), key=lambda info: info.base_name != MANIFEST):
         if info.base_name != SCRATCH:
             filesystem.delete_file(info.path)
+        elif not keep_scratch:
+            filesystem.delete_dir(info.path)
 
 
 def _listing(destination: str) -> list[pafs.FileInfo]:

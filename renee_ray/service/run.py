@@ -1,14 +1,14 @@
 """A run's directory: Ray Train's checkpoints, the best one, and the files that are ours.
 
 Ray Train keeps the newest checkpoints. It could keep those of the highest score instead, but not
-both, so the best is a copy: each worker writes its files to best-STEP/, then best.json names that
-directory, then the best before it is deleted. A run killed in between still has the one before.
+both, so the best is a copy: each worker writes its files to best-STEP/, then Ray Train commits the
+checkpoint, then best.json names the copy, then the best before it is deleted. A run killed in
+between has the one before, and `settle_best` names the copy of a committed checkpoint later.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,9 @@ import ray.train
 
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import absolute, filesystem_of
-from renee_ray.training.checkpoint import Checkpoint
+from renee_ray.training.checkpoint import STATE, Checkpoint
 
 RUN_FILE, HISTORY_FILE, BEST_FILE = "run.json", "history.json", "best.json"
-BEST_NAME = re.compile(r"best-\d{9,}")
 
 
 @dataclass(frozen=True)
@@ -61,68 +60,100 @@ class RunDirectory:
             )
         return make_config(RunConfig, saved["config"], where=f"{self.path}/{RUN_FILE}")
 
-    def checkpoint(self, which: str) -> tuple[Checkpoint, dict[str, Any]]:
-        """(the `best` or `last` committed checkpoint, the metrics reported with it).
+    def checkpoint(self, which: str) -> Checkpoint:
+        """The `best` or the `last` committed checkpoint.
 
         Without a validation split there is no best one: then it is the last.
+
+        Raises:
+            ReneeError: there is none, or the file that names the best is damaged.
         """
-        best = self.best()
-        if which == "best" and best is not None:
-            filesystem, root = self._located()
-            return Checkpoint(filesystem, f"{root}/{best['directory']}"), best["metrics"]
+        best = self.best() if which == "best" else None
+        if best is not None:
+            return self.checkpoint_at(best["directory"])
         try:
-            result = ray.train.Result.from_path(*self._for_ray())
+            committed = ray.train.Result.from_path(*self._for_ray()).checkpoint
         except (RuntimeError, ValueError, FileNotFoundError) as error:
             raise ReneeError(
                 f"{self.path} holds no committed checkpoint yet; wait for the first evaluation, "
                 f"or run `renee-ray train` on it again"
             ) from error
-        if result.checkpoint is None:
+        if committed is None:
             raise ReneeError(f"{self.path} holds no committed checkpoint yet")
-        committed = result.checkpoint
-        return Checkpoint(committed.filesystem, committed.path), result.metrics or {}
+        return Checkpoint(committed.filesystem, committed.path)
+
+    def checkpoint_at(self, name: str) -> Checkpoint:
+        """The checkpoint in the directory `name` of the run."""
+        filesystem, root = self._located()
+        return Checkpoint(filesystem, f"{root}/{name}")
 
     def best(self) -> dict[str, Any] | None:
-        """The best checkpoint so far: `directory`, `step`, `metric`, `metrics`.
+        """The best checkpoint so far: `directory`, `step`, `metrics`.
 
         Raises:
             ReneeError: the file that names it is damaged.
         """
-        found = self.read(BEST_FILE)
-        keys = {"directory": str, "step": int, "metric": str, "metrics": dict}
-        whole = found is not None and all(isinstance(found.get(k), t) for k, t in keys.items())
-        if found is not None and not (whole and BEST_NAME.fullmatch(found["directory"])):
-            raise ReneeError(f"{self.path}/{BEST_FILE} is damaged; use checkpoint=last")
+        try:
+            found = self.read(BEST_FILE)
+            if found is not None:
+                name, step, metrics = found["directory"], found["step"], found["metrics"]
+                if name != best_name(step) or not all(
+                    isinstance(value, int | float) for value in metrics.values()
+                ):
+                    raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ReneeError(
+                f"{self.path}/{BEST_FILE} is damaged; delete it, or use checkpoint=last"
+            ) from None
         return found
-
-    def would_be_best(self, metric: str, metrics: dict[str, float]) -> bool:
-        """Whether a checkpoint with these metrics beats the best so far."""
-        best = self.best()
-        if not metrics or best is None or best["metric"] != metric:
-            return bool(metrics)
-        return metrics[metric] > best["metrics"][metric]
 
     def copy_to_best(self, local: str, step: int) -> None:
         """Uploads one rank's files of a checkpoint that is going to be the best."""
         filesystem, root = self._located()
-        filesystem.create_dir(f"{root}/best-{step:09d}", recursive=True)
-        pafs.copy_files(
-            local, f"{root}/best-{step:09d}", pafs.LocalFileSystem(), filesystem, use_threads=False
-        )
+        target = f"{root}/{best_name(step)}"
+        filesystem.create_dir(target, recursive=True)
+        pafs.copy_files(local, target, pafs.LocalFileSystem(), filesystem, use_threads=False)
 
-    def publish_best(self, step: int, metric: str, metrics: dict[str, float]) -> None:
-        """Makes best-STEP, which all ranks have written, the best; deletes the one before."""
-        before = self.best()
-        name = f"best-{step:09d}"
-        self.write(
-            BEST_FILE, {"directory": name, "step": step, "metric": metric, "metrics": metrics}
-        )
-        if before is not None and before["directory"] != name:
-            filesystem, root = self._located()
-            filesystem.delete_dir(f"{root}/{before['directory']}")
+    def publish_best(self, step: int, metrics: dict[str, float]) -> None:
+        """Makes best-STEP, which all ranks have written, the best; deletes all others."""
+        name = best_name(step)
+        self.write(BEST_FILE, {"directory": name, "step": step, "metrics": metrics})
+        filesystem, root = self._located()
+        for info in filesystem.get_file_info(pafs.FileSelector(root)):
+            if info.base_name.startswith("best-") and info.base_name != name:
+                filesystem.delete_dir(info.path)
+
+    def settle_best(self, metric: str, evals: list[dict[str, Any]], step: int) -> None:
+        """Names the best where a run was killed after the commit of `step`, before naming it.
+
+        Args:
+            evals: of the committed checkpoint's history.
+        """
+        if not evals or evals[-1]["step"] != step:
+            return
+        filesystem, root = self._located()
+        copied = filesystem.get_file_info(f"{root}/{best_name(step)}/{STATE}")
+        metrics = evals[-1]["metrics"]
+        if copied.type == pafs.FileType.File and beats(self.best(), step, metric, metrics):
+            self.publish_best(step, metrics)
 
     def _for_ray(self) -> tuple[str, pafs.FileSystem | None]:
         if "://" not in self.path:
             return absolute(self.path), None
         filesystem, root = self._located()
         return root, filesystem
+
+
+def best_name(step: int) -> str:
+    return f"best-{step:09d}"
+
+
+def beats(best: dict[str, Any] | None, step: int, metric: str, metrics: dict[str, float]) -> bool:
+    """Whether a checkpoint of `step` with `metrics` is to replace the best so far.
+
+    One of the same step is not: its directory is what best.json names, so a rewrite that is
+    killed half-way would leave no best at all.
+    """
+    if not metrics or best is None:
+        return bool(metrics)
+    return step != best["step"] and metrics[metric] > best["metrics"].get(metric, float("-inf"))

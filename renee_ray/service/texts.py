@@ -4,12 +4,13 @@
     SRC.parquet, SRC/       one Parquet file, or all of a directory in the order of their names;
                             column `text`, and `point_id` int64 if the row number shall not do
 
-Texts never pass through the driver: it reads line ends and Parquet footers only.
+The driver finds line ends (and unpacks gzip) and reads Parquet footers; it keeps no text.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +34,7 @@ from renee_ray.data.dataset import (
 from renee_ray.data.xmlrepo import Lines
 from renee_ray.service.tasks import stream
 
-SPLIT = "test"
+TEXT_SPLIT = "test"
 """The split of the scratch dataset that the texts become."""
 PIECE_ROWS = 16384
 
@@ -61,7 +62,7 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
     """Tokenises the texts of `src` into directory `scratch`, as dataset `like` was tokenised.
 
     Returns:
-        (a dataset whose split `SPLIT` they are; it has no manifest on disk,
+        (a dataset whose split `TEXT_SPLIT` they are; it has no manifest on disk,
         number of texts that were not UTF-8 and had bytes replaced)
 
     Raises:
@@ -78,50 +79,72 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
             f"converted with; make that one available"
         )
     filesystem, root = filesystem_of(scratch)
-    filesystem.create_dir(f"{root}/{SPLIT}", recursive=True)
+    filesystem.create_dir(f"{root}/{TEXT_SPLIT}", recursive=True)
     plan = _Plan(pieces, lines, scratch, vocabulary.serialised, max_length)
     totals: Counter[str] = Counter()
     for result in stream(_write_piece, plan, len(pieces)):
         totals.update(result)
-    parts = tuple(Part(part_path(SPLIT, i), p.rows, p.first) for i, p in enumerate(pieces))
-    splits = {name: parts if name == SPLIT else () for name in SPLITS}
+    parts = tuple(Part(part_path(TEXT_SPLIT, i), p.rows, p.first) for i, p in enumerate(pieces))
+    splits = {name: parts if name == TEXT_SPLIT else () for name in SPLITS}
     return Dataset(scratch, replace(like.manifest, splits=splits)), totals["replaced_lines"]
 
 
-def _pieces(src: str, scratch: str) -> tuple[Lines | None, list[_Piece]]:
+def check_texts(src: str) -> list[str]:
+    """The Parquet files of a source of texts; none for a text file.
+
+    Raises:
+        ReneeError: it is neither.
+    """
+    src = absolute(src)
     filesystem, root = filesystem_of(src)
     kind = filesystem.get_file_info(root).type
     if kind == pafs.FileType.File and src.endswith((".txt", ".txt.gz")):
-        scratch_filesystem, scratch_root = filesystem_of(scratch)
-        scratch_filesystem.create_dir(scratch_root, recursive=True)
-        lines = xmlrepo.index(src, f"{scratch}/unpacked.txt")
-        cuts = range(0, lines.rows, PIECE_ROWS)
-        return lines, [_Piece(at, min(PIECE_ROWS, lines.rows - at)) for at in cuts]
+        return []
     if kind == pafs.FileType.File and src.endswith(".parquet"):
-        return None, _row_groups([src])
+        return [src]
     if kind == pafs.FileType.Directory:
         found = filesystem.get_file_info(pafs.FileSelector(root))
         names = sorted(info.base_name for info in found if info.base_name.endswith(".parquet"))
         if names:
-            return None, _row_groups([f"{src.rstrip('/')}/{name}" for name in names])
+            return [f"{src.rstrip('/')}/{name}" for name in names]
     raise ReneeError(
         f"{src} is neither a dataset directory nor texts: give a .txt or .txt.gz file with a text "
         f"a line, or Parquet with a column 'text'"
     )
 
 
+def _pieces(src: str, scratch: str) -> tuple[Lines | None, list[_Piece]]:
+    files = check_texts(src)
+    if files:
+        return None, _row_groups(files)
+    filesystem, root = filesystem_of(scratch)
+    filesystem.create_dir(root, recursive=True)
+    try:
+        lines = xmlrepo.index(src, f"{scratch}/unpacked.txt")
+    except OSError as error:
+        raise ReneeError(f"{src} cannot be read ({error}); check its permissions") from None
+    cuts = range(0, lines.rows, PIECE_ROWS)
+    return lines, [_Piece(at, min(PIECE_ROWS, lines.rows - at)) for at in cuts]
+
+
 def _row_groups(paths: list[str]) -> list[_Piece]:
     pieces: list[_Piece] = []
     first = 0
+    with_ids: set[bool] = set()
     for path in paths:
         filesystem, root = filesystem_of(path)
         try:
             with filesystem.open_input_file(root) as file:
                 footer = pq.ParquetFile(file)
                 schema, metadata = footer.schema_arrow, footer.metadata
-        except pa.ArrowInvalid as error:
+        except (OSError, pa.ArrowInvalid) as error:
             raise ReneeError(f"{path} is not Parquet ({error}); replace it") from None
         _check_columns(path, schema)
+        with_ids.add("point_id" in schema.names)
+        if len(with_ids) > 1:
+            raise ReneeError(
+                f"{path} and {paths[0]} differ in having a column 'point_id'; all must or none"
+            )
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             if rows:
@@ -131,52 +154,58 @@ def _row_groups(paths: list[str]) -> list[_Piece]:
 
 
 def _check_columns(path: str, schema: pa.Schema) -> None:
-    wanted = {"text": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)}
-    if "point_id" in schema.names:
-        wanted["point_id"] = (pa.types.is_int64,) * 3
-    for name, kinds in wanted.items():
-        if name not in schema.names:
-            raise ReneeError(f"{path} has no column {name!r} but {schema.names}; rename the texts'")
-        if not any(is_kind(schema.field(name).type) for is_kind in kinds):
-            raise ReneeError(
-                f"{path} has a column {name!r} of type {schema.field(name).type}; "
-                f"it must be {'string' if name == 'text' else 'int64'}"
-            )
+    if "text" not in schema.names:
+        raise ReneeError(
+            f"{path} has the columns {schema.names}; rename the one that holds the texts to 'text'"
+        )
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ReneeError(f"{path} has a column 'text' of type {kind}; it must be string")
+    if "point_id" in schema.names and not pa.types.is_int64(schema.field("point_id").type):
+        kind = schema.field("point_id").type
+        raise ReneeError(f"{path} has a column 'point_id' of type {kind}; it must be int64")
 
 
 def _write_piece(plan: _Plan, i: int) -> dict[str, Any]:
     piece = plan.pieces[i]
-    points = np.arange(piece.first, piece.first + piece.rows)
-    replaced = 0
     if plan.lines is not None:
+        points = np.arange(piece.first, piece.first + piece.rows)
         texts = xmlrepo.texts_of(xmlrepo.read(plan.lines, points))
-        listed, replaced = texts.texts, texts.replaced_lines
-        ids = pa.array(points)
-    else:
-        listed, ids = _read_group(piece, points)
-    empty = pa.array([[]] * piece.rows, type=pa.list_(pa.int64()))
+        tables = [_tokenised(plan, texts.texts, pa.array(points))]
+        write_part(plan.scratch, part_path(TEXT_SPLIT, i), tables)
+        return {"replaced_lines": texts.replaced_lines}
+    tables = [_tokenised(plan, listed, ids) for listed, ids in _read_group(piece)]
+    write_part(plan.scratch, part_path(TEXT_SPLIT, i), tables)
+    return {"replaced_lines": 0}
+
+
+def _tokenised(plan: _Plan, texts: list[str], ids: pa.Array) -> pa.Table:
+    empty = pa.array([[]] * len(texts), type=pa.list_(pa.int64()))
     columns = {
         "point_id": ids,
-        "input_ids": tokenizer.encode(plan.vocabulary, listed, plan.max_length),
+        "input_ids": tokenizer.encode(plan.vocabulary, texts, plan.max_length),
         "labels": empty,
         "filter_labels": empty,
     }
-    write_part(plan.scratch, part_path(SPLIT, i), pa.table(columns, schema=POINTS))
-    return {"replaced_lines": replaced}
+    return pa.table(columns, schema=POINTS)
 
 
-def _read_group(piece: _Piece, points: np.ndarray) -> tuple[list[str], pa.Array]:
+def _read_group(piece: _Piece) -> Iterator[tuple[list[str], pa.Array]]:
+    """(texts, point ids) of the row group, some thousand rows at a time."""
     filesystem, root = filesystem_of(piece.path)
+    done = 0
     with filesystem.open_input_file(root) as file:
         parquet = pq.ParquetFile(file)
         names = [name for name in ("text", "point_id") if name in parquet.schema_arrow.names]
-        table = parquet.read_row_group(piece.group, columns=names)
-    for name in names:
-        missing = table[name].combine_chunks().is_null().to_numpy(zero_copy_only=False)
-        if missing.any():
-            raise ReneeError(
-                f"{piece.path} has no {name} in row {missing.argmax()} of row group {piece.group}; "
-                f"fill it in or leave the row out"
-            )
-    ids = table["point_id"].combine_chunks() if "point_id" in names else pa.array(points)
-    return table["text"].to_pylist(), ids
+        for batch in parquet.iter_batches(PIECE_ROWS, [piece.group], columns=names):
+            for name in names:
+                missing = batch[name].is_null().to_numpy(zero_copy_only=False)
+                if missing.any():
+                    raise ReneeError(
+                        f"{piece.path} has no {name} in row {done + missing.argmax()} of row "
+                        f"group {piece.group}; fill it in or leave the row out"
+                    )
+            numbers = np.arange(piece.first + done, piece.first + done + len(batch))
+            ids = batch["point_id"] if "point_id" in names else pa.array(numbers)
+            yield batch["text"].to_pylist(), ids
+            done += len(batch)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch
 
 from renee_ray.config import ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset, absolute
@@ -19,10 +20,10 @@ from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.progress import Channel, Display, evaluation_line
-from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory
+from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory, beats
 from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import Checkpoint, State, save
-from renee_ray.training.collectives import Ranks
+from renee_ray.training.collectives import Ranks, all_sum
 from renee_ray.training.initialise import initialise_classifier
 from renee_ray.training.loop import Plan, Trainer
 from renee_ray.training.model import Model, build_model
@@ -34,6 +35,8 @@ MAY_CHANGE = {
     "evaluation", "loss_every",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
+BEFORE = {"feed.filter_labels": "negative", "feed.token_dropout": 0.0}
+"""What runs did whose configuration does not have these keys yet."""
 
 
 def train(
@@ -143,6 +146,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         checkpoint.load_encoder(model.encoder)
         checkpoint.load_optimizer(model.encoder, trainer.optimizer)
         checkpoint.load_shard(model.shard)
+        if ranks.rank == 0:
+            state = trainer.state
+            RunDirectory(config.output).settle_best(
+                config.evaluation.metric, state.history["evals"], state.step
+            )
     else:
         initialise_classifier(
             model,
@@ -183,7 +191,7 @@ def _report(
         for rank in range(ranks.num_ranks)
     ]
     run, metric = RunDirectory(config.output), config.evaluation.metric
-    best = run.would_be_best(metric, metrics)
+    best = _is_best(run, metric, metrics, state.step, ranks)
     directory = tempfile.mkdtemp(prefix="renee-ray-checkpoint-")
     try:
         save(
@@ -192,7 +200,7 @@ def _report(
         )  # fmt: skip
         if best:
             run.copy_to_best(directory, state.step)
-        # A barrier: after it every rank has asked whether it is the best, and has copied.
+        # A barrier: after it every rank has copied its files.
         ray.train.report(
             {**metrics, "step": state.step, "skipped": state.skipped},
             ray.train.Checkpoint.from_directory(directory),
@@ -202,10 +210,20 @@ def _report(
         shutil.rmtree(directory, ignore_errors=True)
     if ranks.rank == 0:
         if best:
-            run.publish_best(state.step, metric, metrics)
+            run.publish_best(state.step, metrics)
         run.write(HISTORY_FILE, state.history)
         if metrics:
             channel.say(evaluation_line(state.step, metrics))
+
+
+def _is_best(
+    run: RunDirectory, metric: str, metrics: dict[str, float], step: int, ranks: Ranks
+) -> bool:
+    """Rank 0 decides for all: a remote file may look older to another."""
+    if not metrics:
+        return False
+    decided = ranks.rank == 0 and beats(run.best(), step, metric, metrics)
+    return bool(all_sum(ranks, torch.tensor(int(decided))))
 
 
 def _facts(dataset: Dataset, model: Model) -> dict[str, Any]:
@@ -248,7 +266,8 @@ def _check_resumable(config: RunConfig, directory: RunDirectory, dataset: Datase
     saved = directory.read(RUN_FILE)
     if saved is None:
         return
-    before, now = dict(_dotted(saved["config"])), dict(_dotted(config.model_dump()))
+    before = {**BEFORE, **dict(_dotted(saved["config"]))}
+    now = dict(_dotted(config.model_dump()))
     for key, value in now.items():
         if key.partition(".")[0] not in MAY_CHANGE and before.get(key) != value:
             raise ReneeError(

@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from renee_ray.config import FeedConfig
 from renee_ray.data.dataset import POINTS
 from renee_ray.data.split import splitmix64
 
@@ -55,7 +54,7 @@ class Ragged:
         values = np.concatenate([self.values, other.values])
         return Ragged(values[np.argsort(rows, kind="stable")], self.offsets + other.offsets)
 
-    def where(self, kept: np.ndarray) -> Ragged:
+    def only(self, kept: np.ndarray) -> Ragged:
         """The values for which `kept`, bool [m], is true."""
         before = np.concatenate([[0], np.cumsum(kept)])
         return Ragged(self.values[kept], before[self.offsets])
@@ -98,13 +97,15 @@ class Batch:
         rows, labels = self.filtered.pairs()
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
-    def for_training(self, feed: FeedConfig, seed: int) -> Batch:
-        """As the model trains on it: filter labels and token dropout as `feed` says."""
+    def for_training(
+        self, seed: int, *, token_dropout: float, filter_labels_positive: bool
+    ) -> Batch:
+        """As the model trains on it: some tokens left out, filter labels among the positives."""
         labels, input_ids = self.labels, self.input_ids
-        if feed.filter_labels == "positive":
+        if filter_labels_positive:
             labels = labels.followed_by(self.filtered)
-        if feed.token_dropout:
-            input_ids = drop_tokens(input_ids, self.points, feed.token_dropout, seed, self.position)
+        if token_dropout:
+            input_ids = drop_tokens(input_ids, self.points, token_dropout, seed, self.position)
         return replace(self, labels=labels, input_ids=input_ids)
 
     def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -145,15 +146,21 @@ def drop_tokens(
 ) -> Ragged:
     """Rows without a share of their tokens, never the first or the last.
 
-    Which ones depends on (seed, epoch, point, place in the row), not on who holds the row.
+    How many depends on the row's length alone, so that rows of one length stay so and need no
+    padding; which ones, on (seed, epoch, point, place in the row), not on who holds the row.
     """
     row, _ = rows.pairs()
     epoch = splitmix64(np.array([seed, position.epoch], dtype=np.uint64))
     point = splitmix64(points.astype(np.uint64) ^ epoch[0] ^ (epoch[1] << np.uint64(1)))
     place = np.arange(len(row)) - rows.offsets[row]
     drawn = splitmix64(point[row] + place.astype(np.uint64))
-    inner = (place > 0) & (place < rows.lengths[row] - 1)
-    return rows.where(~(inner & (drawn < np.uint64(int(share * 2**64)))))
+    ends = (place == 0) | (place == rows.lengths[row] - 1)
+    dropped = np.round(share * np.maximum(rows.lengths - 2, 0)).astype(np.int64)
+    # Of each row, in ascending order of what was drawn, the first ones go; its ends come last.
+    order = np.lexsort((drawn, ends, row))
+    kept = np.empty(len(row), dtype=bool)
+    kept[order] = place >= dropped[row]
+    return rows.only(kept)
 
 
 def cut_batches(

@@ -130,7 +130,12 @@ class Trainer:
             self.on_checkpoint(self._evaluate())
         meter, started = Meter(), time.perf_counter()
         while self.state.step < self.plan.total:
-            batch = next(batches).for_training(self.config.feed, self.config.seed)
+            feed = self.config.feed
+            batch = next(batches).for_training(
+                self.config.seed,
+                token_dropout=feed.token_dropout,
+                filter_labels_positive=feed.filter_labels == "positive",
+            )
             result, sampled = self._train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
             tokens, cells = batch.padding()
@@ -206,8 +211,9 @@ class Trainer:
         self.state.history["evals"].append(
             {"step": self.state.step, "epoch": epoch, "metrics": metrics}
         )
-        score = metrics[self.config.evaluation.metric]
-        self.state.best = score if self.state.best is None else max(score, self.state.best)
+        # Of all evaluations: a resumed run may have been given another metric.
+        name = self.config.evaluation.metric
+        self.state.best = max(each["metrics"][name] for each in self.state.history["evals"])
         return metrics
 
 

@@ -120,10 +120,11 @@ def test_the_newest_checkpoints_and_the_best_are_kept(trained: Run, dataset: str
     score = max(record["metrics"]["P@1"] for record in trained.history["evals"])
     first = next(r for r in trained.history["evals"] if r["metrics"]["P@1"] == score)
     assert directories(trained.path, "best-*") == [f"best-{first['step']:09d}"]
-    checkpoint, metrics = RunDirectory(trained.path).checkpoint("best")
-    assert checkpoint.state.step == first["step"]
-    assert metrics == first["metrics"]
-    assert RunDirectory(trained.path).checkpoint("last")[0].state.step == total
+    run = RunDirectory(trained.path)
+    assert run.checkpoint("best").state.step == first["step"]
+    best = run.best()
+    assert best is not None and best["metrics"] == first["metrics"]
+    assert run.checkpoint("last").state.step == total
 
 
 @slow

@@ -1,10 +1,22 @@
-"""The plan of a run: which steps are evaluated, how far along a step is."""
+"""The plan of a run, and what the trainer makes of a batch before it trains on it."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
-from renee_ray.training.loop import Plan
+from renee_ray.config import RunConfig, make_config
+from renee_ray.training.batch import Batch, Position, Ragged
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.loop import Plan, Trainer
+from renee_ray.training.model import Model
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.storage import Weights
+from tests.training.test_step import DIM, LABELS, Bag, first_weights
+
+CPU = torch.device("cpu")
 
 
 def plan(every: float, *batches: int) -> Plan:
@@ -48,3 +60,49 @@ def test_epochs_done() -> None:
 def test_a_share_that_rounds_to_above_the_last_epoch_ends_with_the_end(share: float) -> None:
     plan = Plan((37,) * 51, share, 0)
     assert max(plan.evaluation_steps()) == plan.total
+
+
+def trained_by(**feed: object) -> tuple[torch.Tensor, list[int]]:
+    """(scores of all labels for the one point that is trained on, tokens of each step)."""
+    config = make_config(
+        RunConfig, {"data": "", "output": "", "loss_every": 0, "feed": feed, "warmup": 0.0},
+        {"encoder": {"learning_rate": 0.0}},
+    )  # fmt: skip
+    shard = Shard(LabelRange(0, LABELS, LABELS), Weights("fp32", LABELS, DIM, True, CPU))
+    shard.write(0, first_weights())
+    encoder = Bag()
+    tokens: list[int] = []
+    encoder.tokens.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+    steps = 6
+    trainer = Trainer(
+        config, Model(encoder, shard), Ranks(), CPU, plan(1.0, steps),  # type: ignore[arg-type]
+        validation=lambda: [], propensities=None, offset=None,
+        on_progress=lambda record: None, on_checkpoint=lambda metrics: None,
+    )  # fmt: skip
+    row = Ragged.of_lists([[1, 4, 9, 16, 3, 2]])
+    trainer.run(
+        Batch(
+            Position(0, step), np.arange(1), row, Ragged.of_lists([[0]]), Ragged.of_lists([[3]]), 0
+        )
+        for step in range(steps)
+    )
+    with torch.no_grad():
+        embedded = encoder(torch.from_numpy(row.values)[None], torch.ones(1, 6))
+    return (embedded @ shard.weights.read(0, LABELS).T)[0], tokens
+
+
+def test_filter_labels_are_trained_as_the_configuration_says() -> None:
+    with torch.no_grad():
+        embedded = Bag()(torch.tensor([[1, 4, 9, 16, 3, 2]]), torch.ones(1, 6))
+    before = (embedded @ first_weights().T)[0]
+    positive, _ = trained_by(filter_labels="positive")
+    negative, _ = trained_by(filter_labels="negative")
+    assert positive[3] > before[3] > negative[3]
+    for after in (positive, negative):
+        assert after[0] > before[0]
+        assert (after[4:] < before[4:]).all()
+
+
+def test_token_dropout_reaches_the_encoder() -> None:
+    assert trained_by(token_dropout=0.5)[1][:-1] == [4] * 6
+    assert trained_by()[1][:-1] == [6] * 6
