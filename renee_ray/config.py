@@ -23,6 +23,12 @@ class ConfigError(ReneeError):
     """A configuration that cannot be run."""
 
 
+def reason(error: BaseException) -> str:
+    """What another library's exception says, as a part of one sentence: its first line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 class Config(BaseModel):
     """Base of every configuration: immutable, unknown keys refused, docs below each field."""
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
@@ -111,7 +111,7 @@ class Manifest:
         try:
             raw = json.loads(text)
         except ValueError as error:
-            raise _damaged(where, f"is not JSON ({error})") from None
+            raise _damaged(where, f"is not JSON ({reason(error)})") from None
         if not isinstance(raw, dict):
             raise _damaged(where, f"holds a {type(raw).__name__} instead of an object")
         version = raw.get("format_version")
@@ -283,7 +283,7 @@ class Dataset:
                 table = file.read_row_groups(groups, columns=names, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise DatasetError(
-                f"{where} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"{where} cannot be read ({type(error).__name__}: {reason(error)}); "
                 f"convert the source again"
             ) from error
         return table.slice(skip, stop - start)
@@ -358,8 +358,8 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
         remote, root = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise ReneeError(
-            f"no filesystem is installed for {path!r} ({error}); use a local path, or install the "
-            f"fsspec package of {scheme}://"
+            f"no filesystem is installed for {path!r} ({reason(error)}); use a local path, or "
+            f"install the fsspec package of {scheme}://"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
 

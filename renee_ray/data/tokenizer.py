@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
 from renee_ray.data.models import resolve_model
 
 
@@ -45,7 +45,7 @@ def load(name: str) -> Vocabulary:
     except Exception as error:  # the libraries raise a dozen kinds for files that do not fit
         raise ReneeError(
             f"no fast tokenizer can be loaded from {directory} ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]:.200}); give a model that has a tokenizer.json"
+            f"{reason(error):.200}); give a model that has a tokenizer.json"
         ) from error
     return Vocabulary(
         name, tokenizer.to_str(), vocabulary_hash(tokenizer), _pad_id(tokenizer, directory)

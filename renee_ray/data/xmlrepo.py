@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
 from renee_ray.data.dataset import filesystem_of
 
 Int64s = NDArray[np.int64]
@@ -235,7 +235,7 @@ def index(path: str, unpack_to: str | None = None) -> Lines:
                 size, last = size + len(chunk), chunk[-1:]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(
-            f"{path} is not a complete gzip file ({error}); fetch it again"
+            f"{path} is not a complete gzip file ({reason(error)}); fetch it again"
         ) from error
     if size > start and last != b"\n":
         found.append(np.array([size]))
@@ -640,7 +640,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"{where}: bad JSON ({error}) in {line[:60]!r}; write one JSON object a line"
+            f"{where}: bad JSON ({reason(error)}) in {line[:60]!r}; write one JSON object a line"
         ) from None
     if not isinstance(record, dict):
         raise SourceError(f"{where}: {line[:60]!r} is no JSON object; write one a line")

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.config import ConvertConfig, ReneeError, reason
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer, xmlrepo
 from renee_ray.data.dataset import Manifest, Part
@@ -68,7 +68,8 @@ def convert(
             splits, written = _write(plan, on_progress)
     except OSError as error:
         raise ReneeError(
-            f"cannot convert {src} to {dst}: {error}; check that both can be reached and written"
+            f"cannot convert {src} to {dst}: {reason(error)}; "
+            f"check that both can be reached and written"
         ) from error
     manifest = Manifest(
         format_version=layout.FORMAT_VERSION,

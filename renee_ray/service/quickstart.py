@@ -32,6 +32,7 @@ from renee_ray.config import (
     ScoreConfig,
     make_config,
     read_yaml,
+    reason,
 )
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
@@ -153,7 +154,7 @@ def unpack(archive: Path, destination: Path) -> Path:
         with tarfile.open(archive) as tar:
             tar.extractall(destination, filter="data")
     except (tarfile.TarError, EOFError) as error:
-        raise ReneeError(f"{archive} is damaged ({error}); check it out again") from error
+        raise ReneeError(f"{archive} is damaged ({reason(error)}); check it out again") from error
     except OSError as error:
         raise ReneeError(
             f"cannot unpack {archive} to {destination} ({error.strerror or error}); "

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
 
 SECONDS_BETWEEN_MESSAGES = 1.0
 
@@ -52,7 +52,7 @@ def stream(work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int) ->
             cause = getattr(error, "cause", None) or error
             raise ReneeError(
                 f"a task died ({type(cause).__name__}: "
-                f"{str(cause).strip().splitlines()[0]}); see Ray's logs, then run the command again"
+                f"{reason(cause)}); see Ray's logs, then run the command again"
             ) from error
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
 from renee_ray.data import tokenizer, xmlrepo
 from renee_ray.data.dataset import (
     POINTS,
@@ -122,7 +122,7 @@ def _pieces(src: str, scratch: str) -> tuple[Lines | None, list[_Piece]]:
     try:
         lines = xmlrepo.index(src, f"{scratch}/unpacked.txt")
     except OSError as error:
-        raise ReneeError(f"{src} cannot be read ({error}); check its permissions") from None
+        raise ReneeError(f"{src} cannot be read ({reason(error)}); check its permissions") from None
     cuts = range(0, lines.rows, PIECE_ROWS)
     return lines, [_Piece(at, min(PIECE_ROWS, lines.rows - at)) for at in cuts]
 
@@ -138,7 +138,7 @@ def _row_groups(paths: list[str]) -> list[_Piece]:
                 footer = pq.ParquetFile(file)
                 schema, metadata = footer.schema_arrow, footer.metadata
         except (OSError, pa.ArrowInvalid) as error:
-            raise ReneeError(f"{path} is not Parquet ({error}); replace it") from None
+            raise ReneeError(f"{path} is not Parquet ({reason(error)}); replace it") from None
         _check_columns(path, schema)
         with_ids.add("point_id" in schema.names)
         if len(with_ids) > 1:

@@ -28,7 +28,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
 from renee_ray.training.batch import Position
 from renee_ray.training.encoder import Encoder
 from renee_ray.xfc.shard import Shard
@@ -92,7 +92,9 @@ class State:
                 raise ValueError("classifier file names")
             return cls(**{**raw, "position": Position(**raw["position"])}), shards
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where} is damaged ({error}); use another checkpoint") from None
+            raise CheckpointError(
+                f"{where} is damaged ({reason(error)}); use another checkpoint"
+            ) from None
 
 
 def save(
@@ -137,9 +139,8 @@ class Checkpoint:
         try:
             encoder.load_state_dict(self._tensors(ENCODER), strict=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"{self.path}/{ENCODER} is of another encoder: {reason}"
+                f"{self.path}/{ENCODER} is of another encoder: {reason(error)}"
             ) from None
 
     def load_optimizer(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> None:
@@ -218,20 +219,22 @@ class Checkpoint:
                 f"with another precision, momentum or dimension"
             ) from None
         except (OSError, ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise CheckpointError(f"{where} cannot be read ({error}); use another one") from error
+            raise CheckpointError(
+                f"{where} cannot be read ({reason(error)}); use another one"
+            ) from error
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return load_bytes(self._bytes(name))
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}/{name} is damaged ({error})") from None
+            raise CheckpointError(f"{self.path}/{name} is damaged ({reason(error)})") from None
 
     def _bytes(self, name: str) -> bytes:
         try:
             with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
                 return file.read()
         except OSError as error:
-            raise CheckpointError(f"{self.path}/{name} cannot be read ({error})") from error
+            raise CheckpointError(f"{self.path}/{name} cannot be read ({reason(error)})") from error
 
 
 def shard_name(start: int, stop: int) -> str:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from renee_ray.config import EncoderConfig, ReneeError
+from renee_ray.config import EncoderConfig, ReneeError, reason
 from renee_ray.data.models import resolve_model
 from renee_ray.training.collectives import Ranks, sum_gradients
 from renee_ray.xfc.device import native_bf16
@@ -163,8 +163,9 @@ def _backbone(config: EncoderConfig) -> PreTrainedModel:
             dtype=torch.float32,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ReneeError(f"encoder.name={config.name!r} cannot be loaded: {reason}") from error
+        raise ReneeError(
+            f"encoder.name={config.name!r} cannot be loaded: {reason(error)}"
+        ) from error
     # DDP waits for the gradient of every parameter, and mean pooling never calls the pooler.
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
