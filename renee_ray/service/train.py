@@ -175,7 +175,6 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": trainer.state.step,
         "skipped": trainer.state.skipped,
-        "encoder_skipped": trainer.state.encoder_skipped,
         "best": trainer.state.best,
         "validation": evals[-1]["metrics"] if evals else {},
     }

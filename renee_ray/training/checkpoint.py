@@ -55,15 +55,14 @@ class CheckpointError(ReneeError):
 class State:
     """What a run is besides its tensors.
 
-    position: the next batch; step: optimizer steps taken or skipped so far; skipped: steps left
-    out on both sides, encoder_skipped: on the encoder's; best: best validation score so far;
-    history: as in RUN/history.json; facts: what a reader must know to build the model.
+    position: the next batch; step: optimizer steps taken or skipped so far; skipped: those
+    left out; best: best validation score so far; history: as in RUN/history.json; facts: what a
+    reader must know to build the model.
     """
 
     position: Position = field(default_factory=Position)
     step: int = 0
     skipped: int = 0
-    encoder_skipped: int = 0
     best: float | None = None
     history: dict[str, list[dict[str, Any]]] = field(
         default_factory=lambda: {"steps": [], "evals": []}

@@ -172,10 +172,8 @@ class Trainer:
         state = self.state
         state.step += 1
         state.skipped += result.skipped
-        state.encoder_skipped += result.encoder_skipped
-        if result.skipped or result.encoder_skipped:
-            side = "both sides" if result.skipped else "the encoder"
-            log.warning("step %d: a value was not finite; skipped on %s", state.step, side)
+        if result.skipped:
+            log.warning("step %d: a value was not finite; skipped by all workers", state.step)
         last = done.batch + 1 == self.plan.batches[done.epoch]
         state.position = (
             Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)

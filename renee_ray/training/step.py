@@ -6,8 +6,10 @@
     e.backward(scatter_rows(dE))             runs beside the update of the last chunk of labels
     AdamW on the encoder, its gradient summed over ranks
 
-A step whose embeddings are not finite is skipped by every rank on both sides: all of them see
-the same E, so they decide alike without another message, before any weight has changed.
+A step whose embeddings or whose encoder's gradient are not finite is skipped by every rank on
+both sides. All ranks see the same E, so they decide alike without another message, before any
+weight has changed. The gradient is known only when the classifier is updated already: its update
+is taken back then (xfc/undo.py), if it is not finite on any rank.
 """
 
 from __future__ import annotations
@@ -19,10 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from renee_ray.training.batch import Batch
-from renee_ray.training.collectives import Ranks, gather_rows, route, row_counts, scatter_rows
+from renee_ray.training.collectives import (
+    Ranks,
+    all_sum,
+    gather_rows,
+    route,
+    row_counts,
+    scatter_rows,
+)
 from renee_ray.training.encoder import training_attention
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import SGD
+from renee_ray.xfc.undo import undo_step
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,12 @@ class StepResult:
 
     loss: this rank's labels' part of the batch's summed BCE, float64 scalar.
     rows: points of the global batch.
-    skipped: the embeddings were not finite and nothing was changed.
-    encoder_skipped: only the encoder's gradient was not finite; only its step was left out.
+    skipped: the embeddings or the encoder's gradient were not finite; nothing is changed.
     """
 
     loss: Tensor
     rows: int
     skipped: bool = False
-    encoder_skipped: bool = False
 
 
 @dataclass
@@ -90,8 +98,10 @@ class Step:
         finite = self._clip()
         if finite:
             self.optimizer.step()
+        else:
+            undo_step(self.shard, everyone, positives, sgd)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, total, encoder_skipped=not finite)
+        return StepResult(loss, total, skipped=not finite)
 
     def _embed(self, batch: Batch) -> Tensor:
         # A rank without rows still joins DDP's reduction: with one blank row, cut off again.
@@ -99,10 +109,13 @@ class Step:
         return self.encoder(tokens, mask)[: len(batch)]
 
     def _clip(self) -> bool:
+        """Limits the norm of the gradient; whether it is finite on every rank."""
         parameters = [p for p in self.encoder.parameters() if p.grad is not None]
         limit = self.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-        return bool(torch.isfinite(norm))
+        # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.
+        bad = all_sum(self.ranks, (~torch.isfinite(norm)).int().cpu())
+        return not bool(bad)
 
 
 def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first: int) -> Tensor:

@@ -23,7 +23,7 @@ from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
 CPU = torch.device("cpu")
 LABELS, DIM = 17, 6
 STATE = State(
-    Position(2, 5), 31, 1, 2, 44.5, {"steps": [{"step": 20}], "evals": []}, {"num_labels": LABELS}
+    Position(2, 5), 31, 1, 44.5, {"steps": [{"step": 20}], "evals": []}, {"num_labels": LABELS}
 )
 
 
