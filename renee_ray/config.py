@@ -73,8 +73,9 @@ class EncoderConfig(Config):
     """Dropout inside the encoder; null: as the model's own configuration says."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation; on CPU `sdpa` trains through its math kernel, faster there."""
-    autocast: Literal["auto", "bf16", "off"] = "auto"
-    """bf16 autocast of the encoder; auto: where the device multiplies bf16 natively."""
+    autocast: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Autocast of the encoder; auto: bf16 where the device multiplies it natively, else fp16 on a
+    GPU and none on a CPU. fp16 has a dynamic loss scale."""
     compile: bool = False
     """Runs the encoder through torch.compile; rows are then padded to a multiple of 8 tokens."""
     gradient_checkpointing: bool = False
@@ -93,10 +94,11 @@ class EncoderConfig(Config):
 class ClassifierConfig(Config):
     """The fully connected classifier (XFC), one shard of labels per worker."""
 
-    precision: Literal["auto", "fp32", "bf16_split", "bf16_sr", "fp8_sr"] = "bf16_split"
+    precision: Literal["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"] = "bf16_split"
     """Storage of the weights: fp32; bf16_split, the same in two halves; bf16_sr and fp8_sr, 2 and
-    1 bytes, rounded stochastically; auto: bf16_sr where the device multiplies bf16, else fp32.
-    All but fp32 multiply in bf16 where the device does so natively."""
+    1 bytes, rounded stochastically; fp16, an fp32 master with an fp16 copy; auto: bf16_sr where the
+    device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but fp32 multiply in bf16, or
+    fp16, where the device does so natively."""
     init: Literal["normal", "label_text"] = "label_text"
     """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
     init_std: float = Field(0.02, ge=0)

@@ -31,9 +31,10 @@ from torch import Tensor
 from renee_ray.config import ReneeError, reason
 from renee_ray.training.batch import Position
 from renee_ray.training.encoder import Encoder
+from renee_ray.training.loss_scale import LossScale
 from renee_ray.xfc.shard import Shard
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE, ENCODER, OPTIMIZER = "state.json", "encoder.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HEADER_LIMIT = 1 << 20
@@ -56,13 +57,14 @@ class State:
     """What a run is besides its tensors.
 
     position: the next batch; step: optimizer steps taken or skipped so far; skipped: those
-    left out; best: best validation score so far; history: as in RUN/history.json; facts: what a
-    reader must know to build the model.
+    left out; loss_scale: of the encoder's gradient; best: best validation score so far; history:
+    as in RUN/history.json; facts: what a reader must know to build the model.
     """
 
     position: Position = field(default_factory=Position)
     step: int = 0
     skipped: int = 0
+    loss_scale: LossScale = field(default_factory=LossScale)
     best: float | None = None
     history: dict[str, list[dict[str, Any]]] = field(
         default_factory=lambda: {"steps": [], "evals": []}
@@ -89,7 +91,11 @@ class State:
                 )
             if not all(SHARD_NAME.fullmatch(name) for name in shards):
                 raise ValueError("classifier file names")
-            return cls(**{**raw, "position": Position(**raw["position"])}), shards
+            nested = {
+                "position": Position(**raw["position"]),
+                "loss_scale": LossScale(**raw["loss_scale"]),
+            }
+            return cls(**{**raw, **nested}), shards
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{where} is damaged ({reason(error)}); use another checkpoint"

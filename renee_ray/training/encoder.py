@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from renee_ray.config import EncoderConfig, ReneeError, reason
 from renee_ray.data.models import resolve_model
 from renee_ray.training.collectives import Ranks, sum_gradients
-from renee_ray.xfc.device import native_bf16
+from renee_ray.xfc.device import native, native_bf16
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +114,14 @@ def training_attention(device: torch.device) -> Iterator[None]:
 
 
 def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16, or None for no autocast, for `auto`, `bf16` and `off`."""
-    if choice == "off":
-        return None
-    if choice == "bf16" or native_bf16(device):
-        return torch.bfloat16
-    return None
+    """What autocast computes in, or None for none: `off`, `bf16`, `fp16`, or what suits the device.
+
+    `auto`: bfloat16 where it is native, else float16 on a GPU and none on a CPU.
+    """
+    if choice == "auto":
+        narrow = torch.float16 if native(torch.float16, device) else None
+        return torch.bfloat16 if native_bf16(device) else narrow
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
 
 
 def load_initial_weights(encoder: Encoder, path: str) -> None:

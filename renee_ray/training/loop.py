@@ -22,6 +22,7 @@ from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import State
 from renee_ray.training.collectives import Ranks, all_sum
 from renee_ray.training.encoder import adamw, data_parallel
+from renee_ray.training.loss_scale import LossScale
 from renee_ray.training.model import Model
 from renee_ray.training.schedule import warmup_cosine
 from renee_ray.training.scoring import Propensities, Scorer, evaluate
@@ -110,6 +111,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         settings = self.config.encoder
+        if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
+            self.state.loss_scale = LossScale.start()
         self.optimizer = adamw(self.model.encoder, settings)
         self._step = Step(
             data_parallel(self.model.encoder, self.ranks, settings.gradient),
@@ -120,6 +123,7 @@ class Trainer:
             settings.dropout,
             self.config.seed,
             settings.clip_norm,
+            self.state.loss_scale,
         )
 
     def run(self, batches: Iterator[Batch]) -> None:
@@ -193,6 +197,7 @@ class Trainer:
             "classifier_lr": self.config.classifier.learning_rate * factor,
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "skipped": self.state.skipped,
+            "loss_scale": self.state.loss_scale.value,
             "seconds_left": (self.plan.total - self.state.step)
             * (meter.seconds / meter.steps if meter.steps else 0.0),
             "time_s": time.time(),

@@ -3,8 +3,8 @@
     e  = dropout(encoder(tokens))            own rows [b_r, D], autograd, data-parallel
     E  = gather_rows(e)                      [B, D], detached
     dE = shard.step(E, positives)            own labels: sigmoid(E W') - Y, dE, update of W
-    e.backward(scatter_rows(dE))             runs beside the update of the last chunk of labels
-    AdamW on the encoder, its gradient summed over ranks
+    e.backward(scale * scatter_rows(dE))     runs beside the update of the last chunk of labels
+    AdamW on the encoder, its gradient summed over ranks and divided by the scale
 
 A step whose embeddings or whose encoder's gradient are not finite is skipped by every rank on
 both sides. All ranks see the same E, so they decide alike without another message, before any
@@ -14,7 +14,7 @@ is taken back then (xfc/undo.py), if it is not finite on any rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from renee_ray.training.collectives import (
     scatter_rows,
 )
 from renee_ray.training.encoder import training_attention
+from renee_ray.training.loss_scale import LossScale
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import SGD
 from renee_ray.xfc.undo import undo_step
@@ -56,6 +57,7 @@ class Step:
     encoder: [b, T] tokens -> [b, D] float32, wrapped in DDP when there are several ranks.
     dropout: probability on the embedding; seed: of its masks.
     clip_norm: largest norm of the encoder's gradient; 0: none.
+    loss_scale: of the encoder's gradient; is updated by each step.
     """
 
     encoder: nn.Module
@@ -66,6 +68,7 @@ class Step:
     dropout: float = 0.0
     seed: int = 0
     clip_norm: float = 0.0
+    loss_scale: LossScale = field(default_factory=LossScale)
 
     def __call__(self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False) -> StepResult:
         """Trains on this rank's rows `batch` (possibly none) of the global batch number `step`."""
@@ -94,8 +97,9 @@ class Step:
                 with_loss=with_loss,
                 on_gradient=lambda dE: pending.append(scatter_rows(self.ranks, dE, counts)),
             )
-            own.backward(gradient=pending[0].wait())
+            own.backward(gradient=pending[0].wait() * self.loss_scale.value)
         finite = self._clip()
+        self.loss_scale.update(finite)
         if finite:
             self.optimizer.step()
         else:
@@ -109,8 +113,10 @@ class Step:
         return self.encoder(tokens, mask)[: len(batch)]
 
     def _clip(self) -> bool:
-        """Limits the norm of the gradient; whether it is finite on every rank."""
+        """Unscales the gradient and limits its norm; whether it is finite on every rank."""
         parameters = [p for p in self.encoder.parameters() if p.grad is not None]
+        if self.loss_scale.value != 1:
+            torch._foreach_mul_([p.grad for p in parameters], 1 / self.loss_scale.value)
         limit = self.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
         # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.

@@ -50,13 +50,15 @@ def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> 
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`precision`, or for `auto` bf16_sr where the device multiplies bf16, else fp32.
+    """`precision`, or for `auto` bf16_sr where the device multiplies bf16, else fp16 or fp32.
 
-    Without bf16 instructions a narrower storage saves memory but not time, so fp32 stands.
+    Without narrow products a narrower storage saves memory but not time, so fp32 stands.
     """
     if precision != "auto":
         return precision
-    return "bf16_sr" if native_bf16(device) else "fp32"
+    if native_bf16(device):
+        return "bf16_sr"
+    return "fp16" if native(torch.float16, device) else "fp32"
 
 
 def chunk_bytes(device_type: str) -> int:

@@ -16,6 +16,7 @@ from renee_ray.config import EncoderConfig
 from renee_ray.training.batch import Position
 from renee_ray.training.checkpoint import Checkpoint, CheckpointError, State, save, shard_name
 from renee_ray.training.encoder import adamw
+from renee_ray.training.loss_scale import LossScale
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
@@ -23,7 +24,13 @@ from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
 CPU = torch.device("cpu")
 LABELS, DIM = 17, 6
 STATE = State(
-    Position(2, 5), 31, 1, 44.5, {"steps": [{"step": 20}], "evals": []}, {"num_labels": LABELS}
+    Position(2, 5),
+    31,
+    1,
+    LossScale(512.0, 7, dynamic=True),
+    44.5,
+    {"steps": [{"step": 20}], "evals": []},
+    {"num_labels": LABELS},
 )
 
 
@@ -218,7 +225,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         (d / shard_name(0, 5)).read_bytes()
     ),
     "header of another kind": lambda d: edit_header(d, lambda h: h.update({"weight.high": [1, 2]})),
-    "format version": lambda d: edit_state(d, lambda s: s.update(format_version=2)),
+    "format version": lambda d: edit_state(d, lambda s: s.update(format_version=1)),
     "no version": lambda d: edit_state(d, lambda s: s.pop("format_version")),
     "another directory": lambda d: edit_state(d, lambda s: s["shards"].append("../x.safetensors")),
     "another directory, well named": lambda d: edit_state(

@@ -15,6 +15,7 @@ from renee_ray.config import EncoderConfig, ReneeError
 from renee_ray.data.models import resolve_model
 from renee_ray.training.encoder import Encoder, adamw, autocast_dtype, build_encoder
 from renee_ray.training.step import dropout_mask
+from renee_ray.xfc.device import native_bf16
 
 CPU = torch.device("cpu")
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -84,8 +85,10 @@ def test_the_bottleneck_has_no_bias_and_computes_in_fp32(directories: dict[str, 
     assert encoder.dim == 5
     wanted = wide(IDS, MASK).double() @ encoder.bottleneck.weight.double().T
     torch.testing.assert_close(encoder(IDS, MASK).double(), wanted, rtol=1e-5, atol=1e-6)
-    low = make(directories["bert"], bottleneck=5, autocast="bf16").eval()
-    assert low(IDS, MASK).dtype == torch.float32
+    for autocast in ("bf16", "fp16"):
+        low = make(directories["bert"], bottleneck=5, autocast=autocast).eval()
+        assert low(IDS, MASK).dtype == torch.float32
+        torch.testing.assert_close(low(IDS, MASK), encoder(IDS, MASK), rtol=0.05, atol=0.02)
 
 
 def test_the_constant_is_zero_at_first_and_added_last(directories: dict[str, str]) -> None:
@@ -227,6 +230,9 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
 def test_autocast_dtype() -> None:
     assert autocast_dtype("off", CPU) is None
     assert autocast_dtype("bf16", CPU) == torch.bfloat16
+    assert autocast_dtype("fp16", CPU) == torch.float16
+    native = torch.bfloat16 if native_bf16(CPU) else None
+    assert autocast_dtype("auto", CPU) == native
 
 
 def mask_of(seed: int = 1, step: int = 4, first: int = 0, rows: int = 40) -> torch.Tensor:

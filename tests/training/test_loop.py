@@ -62,23 +62,28 @@ def test_a_share_that_rounds_to_above_the_last_epoch_ends_with_the_end(share: fl
     assert max(plan.evaluation_steps()) == plan.total
 
 
+def trainer_of(encoder: Bag, config: RunConfig, steps: int) -> Trainer:
+    shard = Shard(LabelRange(0, LABELS, LABELS), Weights("fp32", LABELS, DIM, True, CPU))
+    shard.write(0, first_weights())
+    return Trainer(
+        config, Model(encoder, shard), Ranks(), CPU, plan(1.0, steps),  # type: ignore[arg-type]
+        validation=lambda: [], propensities=None, offset=None,
+        on_progress=lambda record: None, on_checkpoint=lambda metrics: None,
+    )  # fmt: skip
+
+
 def trained_by(**feed: object) -> tuple[torch.Tensor, list[int]]:
     """(scores of all labels for the one point that is trained on, tokens of each step)."""
     config = make_config(
         RunConfig, {"data": "", "output": "", "loss_every": 0, "feed": feed, "warmup": 0.0},
         {"encoder": {"learning_rate": 0.0}},
     )  # fmt: skip
-    shard = Shard(LabelRange(0, LABELS, LABELS), Weights("fp32", LABELS, DIM, True, CPU))
-    shard.write(0, first_weights())
     encoder = Bag()
     tokens: list[int] = []
     encoder.tokens.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
     steps = 6
-    trainer = Trainer(
-        config, Model(encoder, shard), Ranks(), CPU, plan(1.0, steps),  # type: ignore[arg-type]
-        validation=lambda: [], propensities=None, offset=None,
-        on_progress=lambda record: None, on_checkpoint=lambda metrics: None,
-    )  # fmt: skip
+    trainer = trainer_of(encoder, config, steps)
+    shard = trainer.model.shard
     row = Ragged.of_lists([[1, 4, 9, 16, 3, 2]])
     trainer.run(
         Batch(
@@ -106,3 +111,11 @@ def test_filter_labels_are_trained_as_the_configuration_says() -> None:
 def test_token_dropout_reaches_the_encoder() -> None:
     assert trained_by(token_dropout=0.5)[1][:-1] == [4] * 6
     assert trained_by()[1][:-1] == [6] * 6
+
+
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16, None])
+def test_an_fp16_encoder_gets_a_loss_scale(autocast: torch.dtype | None) -> None:
+    encoder = Bag()
+    encoder.autocast = autocast
+    config = make_config(RunConfig, {"data": "", "output": ""})
+    assert trainer_of(encoder, config, 1).state.loss_scale.dynamic == (autocast == torch.float16)

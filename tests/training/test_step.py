@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from renee_ray.config import EncoderConfig
 from renee_ray.training.batch import Batch, Position, Ragged
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.encoder import adamw, data_parallel
+from renee_ray.training.loss_scale import LossScale
 from renee_ray.training.step import Step, dropout_mask
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
@@ -26,6 +29,8 @@ ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1, dropout=0.2)
 
 class Bag(nn.Module):
     """A small encoder: mean of token vectors, a normalisation, a matrix."""
+
+    autocast: torch.dtype | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +69,7 @@ def distributed(
     gradient: str = "sum",
     poisoned: int = -1,
     poisoned_backward: int = -1,
+    loss_scale: LossScale | None = None,
 ) -> dict[str, torch.Tensor]:
     """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses.
 
@@ -85,8 +91,9 @@ def distributed(
         ENCODER.dropout,
         seed=3,
         clip_norm=CLIP,
+        loss_scale=loss_scale or LossScale(),
     )
-    losses, skipped = [], 0
+    losses, skipped = [], []
     for number, (tokens, labels) in enumerate(global_batches()):
         mine = slice(*split_range(len(tokens), ranks.num_ranks, ranks.rank))
         rows = len(tokens[mine])
@@ -106,7 +113,7 @@ def distributed(
         if number in (poisoned, poisoned_backward) and ranks.rank == 0:
             hook.remove()
         losses.append(result.loss)
-        skipped += result.skipped
+        skipped += [number] if result.skipped else []
     state = {f"encoder.{name}": p.detach().clone() for name, p in encoder.named_parameters()}
     weight = weights.weight.read(0, len(owned)).clone()
     return {
@@ -117,8 +124,8 @@ def distributed(
     }
 
 
-def oracle(without: int = -1) -> dict[str, torch.Tensor]:
-    """The same 20 steps, dense, by autograd in float64, but for one that may be left out."""
+def oracle(without: Container[int] = ()) -> dict[str, torch.Tensor]:
+    """The same 20 steps, dense, by autograd in float64, but for those left out."""
     encoder = Bag().double()
     weight = first_weights().double().requires_grad_()
     classifier = torch.optim.SGD(
@@ -133,7 +140,7 @@ def oracle(without: int = -1) -> dict[str, torch.Tensor]:
     )  # fmt: skip
     losses = []
     for number, (tokens, labels) in enumerate(global_batches()):
-        if number == without:
+        if number in without:
             continue
         width = max(map(len, tokens))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens])
@@ -188,6 +195,7 @@ def variants(ranks: Ranks) -> dict[str, Trajectory]:
         "mean": distributed(ranks, "fp32", "mean"),
         "poisoned": distributed(ranks, "fp32", poisoned=4),
         "poisoned_backward": distributed(ranks, "fp32", poisoned_backward=4),
+        "overflow": distributed(ranks, "fp32", loss_scale=LossScale(2.0**130, dynamic=True)),
     }
 
 
@@ -229,10 +237,12 @@ def test_the_mean_of_gradients_is_another_trajectory(runs: Runs) -> None:
 def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
     runs: Runs, num_ranks: int
 ) -> None:
-    assert [int(result["poisoned"]["skipped"]) for result in runs[num_ranks]] == [1] * num_ranks
+    assert [result["poisoned"]["skipped"].tolist() for result in runs[num_ranks]] == [
+        [4]
+    ] * num_ranks
     found = of(runs, num_ranks, "poisoned")
     found["loss"] = found["loss"][torch.arange(STEPS) != 4]
-    assert difference(found, oracle(without=4)) < 1e-5
+    assert difference(found, oracle(without=[4])) < 1e-5
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
@@ -241,8 +251,18 @@ def test_a_step_whose_gradient_is_not_finite_on_one_rank_is_skipped_by_all(
 ) -> None:
     """Found in the encoder's backward, when the classifier has been updated already."""
     results = [result["poisoned_backward"] for result in runs[num_ranks]]
-    assert [int(result["skipped"]) for result in results] == [1] * num_ranks
+    assert [result["skipped"].tolist() for result in results] == [[4]] * num_ranks
     found = of(runs, num_ranks, "poisoned_backward")
     found["loss"] = found["loss"][torch.arange(STEPS) != 4]
-    assert difference(found, oracle(without=4)) < 1e-5
+    assert difference(found, oracle(without=[4])) < 1e-5
     assert difference(found, {**oracle(), "loss": found["loss"]}) > 1e-3
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_loss_scale_that_overflows_is_halved_until_it_fits(runs: Runs, num_ranks: int) -> None:
+    """Steps are skipped until then; afterwards the scale changes nothing."""
+    found = of(runs, num_ranks, "overflow")
+    skipped = found["skipped"].tolist()
+    assert 2 <= len(skipped) < STEPS - 5
+    found["loss"] = found["loss"][[n for n in range(STEPS) if n not in skipped]]
+    assert difference(found, oracle(without=skipped)) < 1e-5
