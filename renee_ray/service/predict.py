@@ -93,7 +93,8 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
     checkpoint = directory.checkpoint(score.checkpoint)
     length = min(config.encoder.max_length, labels.manifest.max_length)
     with contextlib.ExitStack() as stack:
-        points, split, facts = labels, score.split, {"split": score.split}
+        points, split = labels, str(score.split)
+        facts: dict[str, Any] = {"split": split}
         if raw:
             assert destination is not None
             scratch = stack.enter_context(_scratch(f"{destination.rstrip('/')}/{SCRATCH}"))

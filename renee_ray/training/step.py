@@ -116,7 +116,9 @@ class Step:
         """Unscales the gradient and limits its norm; whether it is finite on every rank."""
         parameters = [p for p in self.encoder.parameters() if p.grad is not None]
         if self.loss_scale.value != 1:
-            torch._foreach_mul_([p.grad for p in parameters], 1 / self.loss_scale.value)
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad /= self.loss_scale.value
         limit = self.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
         # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.
