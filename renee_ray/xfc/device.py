@@ -14,6 +14,7 @@ instructions emulates bf16 products, ten times slower than fp32 ones on AVX2.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16_sr" if native_bf16(device) else "fp32"
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether `kernels` is to be used there: a GPU that Triton supports, and triton."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        log.warning("Triton does not support this GPU: the classifier takes a slower path")
+        return False
+    if importlib.util.find_spec("triton") is None:
+        log.warning("triton is not installed: the classifier takes a slower path on the GPU")
+        return False
+    return True
 
 
 def chunk_bytes(device_type: str) -> int:

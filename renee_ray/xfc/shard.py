@@ -9,17 +9,19 @@ What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3
 Neither logits nor dW ever exist for more than one chunk of labels, and where the matmuls are
 fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
 Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size.
+On a GPU the same is done by fewer passes over memory (`kernels`), where triton is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.device import chunk_bytes
+from renee_ray.xfc.device import chunk_bytes, has_kernels
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.storage import SGD, Update, Weights, add_product
 
@@ -56,15 +58,30 @@ class Pairs:
         ]
 
 
+@dataclass(frozen=True)
+class Operations:
+    """How a chunk is computed: `residual`, and `update` as `storage.Update`."""
+
+    residual: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    update: type[Update]
+
+
 class Shard:
     """The labels `owned` of the classifier, with their weights.
 
     Args:
         chunk: labels worked on at once; 0: as many as keep a chunk in the cache.
+        fused: whether `kernels` computes, not plain torch; None: where the device has them.
+
+    Raises:
+        ImportError: `fused`, and there is no triton.
     """
 
-    def __init__(self, owned: LabelRange, weights: Weights, chunk: int = 0) -> None:
+    def __init__(
+        self, owned: LabelRange, weights: Weights, chunk: int = 0, fused: bool | None = None
+    ) -> None:
         self.owned, self.weights, self.chunk = owned, weights, chunk
+        self.operations = operations(has_kernels(weights.device) if fused is None else fused)
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
         """Local [start, stop) of each chunk for a global batch of `batch` rows."""
@@ -95,16 +112,15 @@ class Shard:
         inputs = embeddings.to(weights.compute_dtype)
         gradient = torch.zeros_like(embeddings, dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-        update = Update(weights, sgd, self.owned.start)
+        update = self.operations.update(weights, sgd, self.owned.start)
         chunks = self.chunks(len(embeddings))
         for (start, stop), (rows, columns) in zip(chunks, positives.by_chunk(chunks), strict=True):
             operand = weights.operand(start, stop)
             # Labels first: BLAS then reads every operand of the three products as it lies.
-            logits = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
-            torch.mm(operand, inputs.T, out=logits)
-            if with_loss:
-                loss += bce_sum(logits, columns, rows)
-            residual = subtract_positives(logits, columns, rows)
+            out = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
+            residual = self.operations.residual(
+                operand, inputs, columns, rows, out, loss if with_loss else None
+            )
             add_product(gradient, residual.T, operand, 1, 1, scratch)
             if stop == len(self.owned):
                 on_gradient(gradient)
@@ -130,6 +146,34 @@ class Shard:
         """Sets the weights of labels [first, first + len(rows)), given as float32."""
         start = first - self.owned.start
         self.weights.weight.write(start, start + len(rows), rows.to(self.weights.device))
+
+
+def operations(fused: bool) -> Operations:
+    """Those of `kernels`, or of plain torch on any device."""
+    if not fused:
+        return Operations(residual, Update)
+    from renee_ray.xfc import kernels  # needs triton, which not every machine has
+
+    return Operations(kernels.residual, kernels.FusedUpdate)
+
+
+def residual(
+    operand: Tensor, inputs: Tensor, labels: Tensor, rows: Tensor, out: Tensor, loss: Tensor | None
+) -> Tensor:
+    """sigmoid(operand @ inputs.T) - y, where y is 1 at the pairs (labels, rows).
+
+    Args:
+        operand: [c, D]; inputs: [B, D]; out: [c, B], all of one dtype.
+        labels: int64 [m], rows of `operand`; rows: int64 [m], of `inputs`; no pair twice.
+        loss: if given, the sum of BCE-with-logits is added to it, a float64 scalar.
+
+    Returns:
+        `out`
+    """
+    torch.mm(operand, inputs.T, out=out)
+    if loss is not None:
+        loss += bce_sum(out, labels, rows)
+    return subtract_positives(out, labels, rows)
 
 
 def subtract_positives(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class Update:
     """
 
     def __init__(self, weights: Weights, sgd: SGD, first: int) -> None:
-        self._weights, self._sgd = weights, sgd
+        self._weights, self._sgd, self._first = weights, sgd, first
         streams = (weights.weight, weights.velocity)
         self._noise = [
             Noise(sgd.seed, sgd.step, stream, buffer.dropped, weights.dim, first, weights.scratch)
