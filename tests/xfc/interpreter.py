@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -14,13 +13,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def load_kernels() -> ModuleType:
     """`renee_ray.xfc.kernels`; skips the module that asks, if triton is missing."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE.type == "cpu":
-            # Read where a kernel is defined, in triton and in ours, not where it is called.
-            patch.setenv("TRITON_INTERPRET", "1")
-        pytest.importorskip("triton", reason="needs triton, which CPU builds of torch lack")
-        importlib.import_module("triton.experimental.gluon")
-        from renee_ray.xfc import kernels
+    pytest.importorskip("triton", reason="needs triton, which CPU builds of torch lack")
+    from renee_ray.xfc import kernels
+
     if DEVICE.type == "cpu":
         _mend_bf16()
     return kernels
@@ -35,10 +30,9 @@ def _mend_bf16() -> None:
     multiply, cast = builder.create_dot, builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        wide = [
-            self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
-        ]
-        return multiply(self, *wide, *rest)
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return multiply(self, a, b, *rest)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
