@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from renee_ray.training.batch import Batch
 from renee_ray.training.collectives import Ranks, gather_rows, route, row_counts, scatter_rows
 from renee_ray.training.encoder import training_attention
+from renee_ray.xfc.device import upload
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import SGD
 
@@ -114,4 +115,4 @@ def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first:
         return own.new_ones(())
     drawn = np.random.default_rng([seed, step]).random((total, own.shape[1]), dtype=np.float32)
     kept = torch.from_numpy(drawn[first : first + len(own)] >= p)
-    return (kept.float() / (1 - p)).to(own.device)
+    return upload(kept.float() / (1 - p), own.device)

@@ -19,6 +19,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,17 @@ def has_kernels(device: torch.device) -> bool:
         log.warning("triton is not installed: the classifier takes a slower path on the GPU")
         return False
     return True
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of host memory on `device`.
+
+    To a GPU it travels from pinned memory, in the order of the stream: from any other the host
+    would wait until the GPU has done all that was asked of it before.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def chunk_bytes(device_type: str) -> int:

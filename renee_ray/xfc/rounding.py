@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.device import upload
 from renee_ray.xfc.scratch import Scratch
 
 E4M3_MAX = 448.0
@@ -55,7 +56,7 @@ class Noise:
         drawn = np.random.default_rng([seed, step, stream])
         self.key = int(drawn.integers(-(2**63), 2**63, dtype=np.int64))
         pool = drawn.integers(0, 2**bits, STRIDE * PERIOD + dim, dtype=np.int32)
-        self.base = torch.from_numpy(pool).to(scratch.device, non_blocking=True)
+        self.base = upload(torch.from_numpy(pool), scratch.device)
         self._dim, self.bits, self.first, self._scratch = dim, bits, first, scratch
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.device import chunk_bytes, has_kernels
+from renee_ray.xfc.device import chunk_bytes, has_kernels, upload
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.storage import SGD, Update, Weights, add_product
 
+HOST = torch.device("cpu")
 INIT_BLOCK = 1024
 """Labels whose first weights come from one random stream, whoever owns them."""
 
@@ -39,14 +40,14 @@ class Pairs:
     """
 
     def __init__(
-        self, rows: Tensor, labels: Tensor, owned: LabelRange, device: torch.device | None = None
+        self, rows: Tensor, labels: Tensor, owned: LabelRange, device: torch.device = HOST
     ) -> None:
         width = int(rows.max()) + 1 if len(rows) else 1
         key = torch.unique((labels - owned.start) * width + rows)
         # The host keeps a copy: where a chunk's pairs begin is then known without a device sync.
         self._host_labels = key // width
-        self._labels = self._host_labels.to(device, non_blocking=True)
-        self._rows = (key % width).to(device, non_blocking=True)
+        self._labels = upload(self._host_labels, device)
+        self._rows = upload(key % width, device)
 
     def by_chunk(self, chunks: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """(rows, columns inside the chunk) of each chunk of local labels [start, stop)."""
@@ -85,7 +86,7 @@ class Shard:
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
         """Local [start, stop) of each chunk for a global batch of `batch` rows."""
-        size = self.chunk or default_chunk(batch, self.weights.dim, self.weights.device)
+        size = self.chunk or default_chunk(batch, self.weights, self.operations)
         n = len(self.owned)
         return [(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -193,7 +194,25 @@ def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     return everywhere - logits[labels, rows].sum(dtype=torch.float64)
 
 
-def default_chunk(batch: int, dim: int, device: torch.device) -> int:
-    """Labels whose fp32 logits, weights, velocities and noise fit what a chunk may take."""
-    size = chunk_bytes(device.type) // (4 * max(batch, 1) + 12 * dim)
-    return max(64, size // 64 * 64)
+def default_chunk(batch: int, weights: Weights, operations: Operations) -> int:
+    """Labels whose buffers fit what a chunk may take on the device.
+
+    On a CPU those that a cache should keep count: fp32 logits, weights, velocities and noise.
+    """
+    if weights.device.type == "cuda":
+        each = buffer_bytes(batch, weights, operations)
+    else:
+        each = 4 * max(batch, 1) + 12 * weights.dim
+    return max(64, chunk_bytes(weights.device.type) // each // 64 * 64)
+
+
+def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:
+    """Bytes of working memory for one label of a chunk, at most.
+
+    Of plain torch: residuals and, for the loss, two fp32 copies; for each weight its operand, its
+    value, velocity and noise, the gradient as bf16 and fp32, and four numbers while rounding it.
+    """
+    item = weights.compute_dtype.itemsize
+    if operations.update is Update:
+        return (item + 8) * max(batch, 1) + (item + 36) * weights.dim
+    return item * max(batch, 1) + item * weights.dim
