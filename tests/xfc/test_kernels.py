@@ -265,6 +265,32 @@ def test_an_empty_batch_and_an_empty_shard() -> None:
     assert loss == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_split", "bf16_sr", "fp8_sr"])
+def test_a_step_on_a_gpu_equals_float64_on_the_stored_weights(precision: str, fused: bool) -> None:
+    """In the matmuls' own dtype and of a useful size."""
+    n, batch, dim = 5000, 1000, 768
+    weights = Weights(precision, n, dim, False, DEVICE)
+    shard = Shard(LabelRange(0, n, n), weights, 1500, fused)
+    shard.write(0, normal(n, dim, seed=1) / 16)
+    stored, inputs = weights.read(0, n).double(), normal(batch, dim, seed=2)
+    rows = torch.arange(batch)
+    pairs = Pairs(rows, rows * 37 % n, shard.owned, DEVICE)
+    seen: list[torch.Tensor] = []
+    shard.step(inputs, pairs, SGD(0.001), on_gradient=seen.append)
+    residual = (inputs.double() @ stored.T).sigmoid()
+    residual[rows, rows * 37 % n] -= 1
+    unit = 2.0**-20 if weights.compute_dtype == torch.float32 else 2.0**-6
+    exact = residual @ stored
+    assert (seen[0] - exact).norm() < unit * exact.norm()
+    after = stored - 0.001 * residual.T @ inputs.double()
+    spacing = SPACING.get(precision, 0.0)
+    moved = (after - stored).norm()
+    assert (weights.read(0, n) - after).norm() < unit * moved + spacing * after.norm()
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
