@@ -106,7 +106,8 @@ def test_constraints_pin_what_setup_cfg_asks_for() -> None:
     names = {match.lower() for match in re.findall(r"^([A-Za-z0-9-]+)", asked, re.MULTILINE)}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     pinned = {match.lower() for match in re.findall(r"^([\w-]+)==[\d.]+$", pins, re.MULTILINE)}
-    assert names - {"renee"} <= pinned
+    # Which triton there can be depends on the build of torch.
+    assert names - {"renee", "triton"} <= pinned
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

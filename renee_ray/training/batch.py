@@ -12,6 +12,7 @@ from torch import Tensor
 
 from renee_ray.data.dataset import POINTS
 from renee_ray.data.split import splitmix64
+from renee_ray.xfc.device import upload
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class Batch:
         """(input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row."""
         padded, mask = pad(self.input_ids, self.pad_id, self.pad_multiple)
         return (
-            torch.from_numpy(padded).to(device, non_blocking=True),
-            torch.from_numpy(mask).to(device, non_blocking=True),
+            upload(torch.from_numpy(padded), device),
+            upload(torch.from_numpy(mask), device),
         )
 
     def padding(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.config import RunConfig
+from renee_ray.training.ahead import one_ahead
 from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import State
 from renee_ray.training.collectives import Ranks, all_sum
@@ -133,13 +134,11 @@ class Trainer:
         if self.state.step == 0 and not self.state.history["evals"]:
             self.on_checkpoint(self._evaluate())
         meter, started = Meter(), time.perf_counter()
+        ready: Iterator[Batch] = map(self._for_training, batches)
+        if self.device.type == "cuda":
+            ready = one_ahead(ready, self.plan.total - self.state.step)
         while self.state.step < self.plan.total:
-            feed = self.config.feed
-            batch = next(batches).for_training(
-                self.config.seed,
-                token_dropout=feed.token_dropout,
-                filter_labels_positive=feed.filter_labels == "positive",
-            )
+            batch = next(ready)
             result, sampled = self._train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
             tokens, cells = batch.padding()
@@ -156,6 +155,14 @@ class Trainer:
                 pause = time.perf_counter()
                 self.on_checkpoint({})
                 started += time.perf_counter() - pause
+
+    def _for_training(self, batch: Batch) -> Batch:
+        feed = self.config.feed
+        return batch.for_training(
+            self.config.seed,
+            token_dropout=feed.token_dropout,
+            filter_labels_positive=feed.filter_labels == "positive",
+        )
 
     def _train_on(self, batch: Batch) -> tuple[StepResult, bool]:
         config, state = self.config, self.state

@@ -31,6 +31,7 @@ from renee_ray.training.collectives import (
 )
 from renee_ray.training.encoder import training_attention
 from renee_ray.training.loss_scale import LossScale
+from renee_ray.xfc.device import upload
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import SGD
 from renee_ray.xfc.undo import undo_step
@@ -135,4 +136,4 @@ def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first:
         return own.new_ones(())
     drawn = np.random.default_rng([seed, step]).random((total, own.shape[1]), dtype=np.float32)
     kept = torch.from_numpy(drawn[first : first + len(own)] >= p)
-    return (kept.float() / (1 - p)).to(own.device)
+    return upload(kept.float() / (1 - p), own.device)

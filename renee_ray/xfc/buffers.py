@@ -52,7 +52,10 @@ class Buffer(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows [start, stop) as float32: the buffer itself, or `out`, or a new tensor."""
+        """Rows [start, stop) as float32: the buffer itself, or `out`, or a new tensor.
+
+        out: may be bfloat16 where it holds every number that the buffer can store.
+        """
 
     @abstractmethod
     def write(self, start: int, stop: int, rows: Tensor) -> None:
@@ -194,7 +197,7 @@ class E4M3(Buffer):
         # On a CPU torch converts e4m3 one by one; a table of its 256 values is five times faster.
         codes = self._scratch("e4m3 code", out.numel(), dtype=torch.int32)
         codes.copy_(self.data[start:stop].view(torch.uint8).view(-1))
-        torch.index_select(self._values, 0, codes, out=out.view(-1))
+        torch.index_select(self._values.to(out.dtype), 0, codes, out=out.view(-1))
         return out
 
     def write(self, start: int, stop: int, rows: Tensor) -> None:

@@ -14,10 +14,12 @@ instructions emulates bf16 products, ten times slower than fp32 ones on AVX2.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,31 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if native_bf16(device):
         return "bf16_sr"
     return "fp16" if native(torch.float16, device) else "fp32"
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether `kernels` is to be used there: a GPU that Triton supports, and triton."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        log.warning("Triton does not support this GPU: the classifier takes a slower path")
+        return False
+    if importlib.util.find_spec("triton") is None:
+        log.warning("triton is not installed: the classifier takes a slower path on the GPU")
+        return False
+    return True
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of host memory on `device`.
+
+    To a GPU it travels from pinned memory, in the order of the stream: from any other the host
+    would wait until the GPU has done all that was asked of it before.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def chunk_bytes(device_type: str) -> int:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.device import upload
 from renee_ray.xfc.scratch import Scratch
 
 E4M3_MAX = 448.0
@@ -53,10 +54,10 @@ class Noise:
         self, seed: int, step: int, stream: int, bits: int, dim: int, first: int, scratch: Scratch
     ) -> None:
         drawn = np.random.default_rng([seed, step, stream])
-        self._key = int(drawn.integers(-(2**63), 2**63, dtype=np.int64))
+        self.key = int(drawn.integers(-(2**63), 2**63, dtype=np.int64))
         pool = drawn.integers(0, 2**bits, STRIDE * PERIOD + dim, dtype=np.int32)
-        self._base = torch.from_numpy(pool).to(scratch.device, non_blocking=True)
-        self._dim, self._bits, self._first, self._scratch = dim, bits, first, scratch
+        self.base = upload(torch.from_numpy(pool), scratch.device)
+        self._dim, self.bits, self.first, self._scratch = dim, bits, first, scratch
 
     def rows(self, start: int, stop: int) -> Tensor:
         """int32 [stop - start, D] for local rows [start, stop), in reused memory."""
@@ -64,10 +65,10 @@ class Noise:
         offset = self._offsets(start, stop)[:, None]
         done = 0
         while done < stop - start:
-            phase = (self._first + start + done) % PERIOD
+            phase = (self.first + start + done) % PERIOD
             piece = slice(done, min(done + PERIOD - phase, stop - start))
             shape = (piece.stop - done, self._dim)
-            base = self._base.as_strided(shape, (STRIDE, 1), STRIDE * phase)
+            base = self.base.as_strided(shape, (STRIDE, 1), STRIDE * phase)
             torch.bitwise_xor(base, offset[piece], out=out[piece])
             done = piece.stop
         return out
@@ -77,13 +78,13 @@ class Noise:
         size = stop - start
         x = self._scratch("label hash", size, dtype=torch.int64)
         shifted = self._scratch("label hash shifted", size, dtype=torch.int64)
-        torch.arange(self._first + start, self._first + stop, out=x)
-        for factor in _FACTORS:
+        torch.arange(self.first + start, self.first + stop, out=x)
+        for factor in FACTORS:
             # torch shifts signs in: without the mask the upper half would lose its first bit.
             torch.bitwise_right_shift(x, 32, out=shifted).bitwise_and_(0xFFFFFFFF)
-            x.bitwise_xor_(shifted).add_(self._key).mul_(factor)
+            x.bitwise_xor_(shifted).add_(self.key).mul_(factor)
         # The upper bits of a product depend on all bits of its factors.
-        x.bitwise_right_shift_(64 - self._bits).bitwise_and_(2**self._bits - 1)
+        x.bitwise_right_shift_(64 - self.bits).bitwise_and_(2**self.bits - 1)
         return self._scratch("label offset", size, dtype=torch.int32).copy_(x)
 
 
@@ -92,7 +93,7 @@ def _odd(seed: int) -> int:
     return int(np.random.default_rng(seed).integers(-(2**63), 2**63, dtype=np.int64)) | 1
 
 
-_FACTORS = tuple(_odd(seed) for seed in (11, 12, 13))
+FACTORS = tuple(_odd(seed) for seed in (11, 12, 13))
 
 
 BF16_DROPPED = 16

@@ -9,20 +9,23 @@ What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3
 Neither logits nor dW ever exist for more than one chunk of labels, and where the matmuls are
 fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
 Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size.
+On a GPU the same is done by fewer passes over memory (`kernels`), where triton is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.device import chunk_bytes
+from renee_ray.xfc.device import chunk_bytes, has_kernels, upload
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.storage import SGD, Update, Weights, add_product
 
+HOST = torch.device("cpu")
 INIT_BLOCK = 1024
 """Labels whose first weights come from one random stream, whoever owns them."""
 
@@ -37,14 +40,14 @@ class Pairs:
     """
 
     def __init__(
-        self, rows: Tensor, labels: Tensor, owned: LabelRange, device: torch.device | None = None
+        self, rows: Tensor, labels: Tensor, owned: LabelRange, device: torch.device = HOST
     ) -> None:
         width = int(rows.max()) + 1 if len(rows) else 1
         key = torch.unique((labels - owned.start) * width + rows)
         # The host keeps a copy: where a chunk's pairs begin is then known without a device sync.
         self._host_labels = key // width
-        self._labels = self._host_labels.to(device, non_blocking=True)
-        self._rows = (key % width).to(device, non_blocking=True)
+        self._labels = upload(self._host_labels, device)
+        self._rows = upload(key % width, device)
 
     def by_chunk(self, chunks: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """(rows, columns inside the chunk) of each chunk of local labels [start, stop)."""
@@ -56,19 +59,34 @@ class Pairs:
         ]
 
 
+@dataclass(frozen=True)
+class Operations:
+    """How a chunk is computed: `residual`, and `update` as `storage.Update`."""
+
+    residual: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    update: type[Update]
+
+
 class Shard:
     """The labels `owned` of the classifier, with their weights.
 
     Args:
         chunk: labels worked on at once; 0: as many as keep a chunk in the cache.
+        fused: whether `kernels` computes, not plain torch; None: where the device has them.
+
+    Raises:
+        ImportError: `fused`, and there is no triton.
     """
 
-    def __init__(self, owned: LabelRange, weights: Weights, chunk: int = 0) -> None:
+    def __init__(
+        self, owned: LabelRange, weights: Weights, chunk: int = 0, fused: bool | None = None
+    ) -> None:
         self.owned, self.weights, self.chunk = owned, weights, chunk
+        self.operations = operations(has_kernels(weights.device) if fused is None else fused)
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
         """Local [start, stop) of each chunk for a global batch of `batch` rows."""
-        size = self.chunk or default_chunk(batch, self.weights.dim, self.weights.device)
+        size = self.chunk or default_chunk(batch, self.weights, self.operations)
         n = len(self.owned)
         return [(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -95,16 +113,15 @@ class Shard:
         inputs = embeddings.to(weights.compute_dtype)
         gradient = torch.zeros_like(embeddings, dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-        update = Update(weights, sgd, self.owned.start)
+        update = self.operations.update(weights, sgd, self.owned.start)
         chunks = self.chunks(len(embeddings))
         for (start, stop), (rows, columns) in zip(chunks, positives.by_chunk(chunks), strict=True):
             operand = weights.operand(start, stop)
             # Labels first: BLAS then reads every operand of the three products as it lies.
-            logits = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
-            torch.mm(operand, inputs.T, out=logits)
-            if with_loss:
-                loss += bce_sum(logits, columns, rows)
-            residual = subtract_positives(logits, columns, rows)
+            out = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
+            residual = self.operations.residual(
+                operand, inputs, columns, rows, out, loss if with_loss else None
+            )
             add_product(gradient, residual.T, operand, 1, 1, scratch)
             if stop == len(self.owned):
                 on_gradient(gradient)
@@ -132,6 +149,34 @@ class Shard:
         self.weights.weight.write(start, start + len(rows), rows.to(self.weights.device))
 
 
+def operations(fused: bool) -> Operations:
+    """Those of `kernels`, or of plain torch on any device."""
+    if not fused:
+        return Operations(residual, Update)
+    from renee_ray.xfc import kernels  # needs triton, which not every machine has
+
+    return Operations(kernels.residual, kernels.FusedUpdate)
+
+
+def residual(
+    operand: Tensor, inputs: Tensor, labels: Tensor, rows: Tensor, out: Tensor, loss: Tensor | None
+) -> Tensor:
+    """sigmoid(operand @ inputs.T) - y, where y is 1 at the pairs (labels, rows).
+
+    Args:
+        operand: [c, D]; inputs: [B, D]; out: [c, B], all of one dtype.
+        labels: int64 [m], rows of `operand`; rows: int64 [m], of `inputs`; no pair twice.
+        loss: if given, the sum of BCE-with-logits is added to it, a float64 scalar.
+
+    Returns:
+        `out`
+    """
+    torch.mm(operand, inputs.T, out=out)
+    if loss is not None:
+        loss += bce_sum(out, labels, rows)
+    return subtract_positives(out, labels, rows)
+
+
 def subtract_positives(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     """sigmoid(logits) - y in place, logits [c, B], where y is 1 at the pairs (labels, rows).
 
@@ -149,7 +194,25 @@ def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     return everywhere - logits[labels, rows].sum(dtype=torch.float64)
 
 
-def default_chunk(batch: int, dim: int, device: torch.device) -> int:
-    """Labels whose fp32 logits, weights, velocities and noise fit what a chunk may take."""
-    size = chunk_bytes(device.type) // (4 * max(batch, 1) + 12 * dim)
-    return max(64, size // 64 * 64)
+def default_chunk(batch: int, weights: Weights, operations: Operations) -> int:
+    """Labels whose buffers fit what a chunk may take on the device.
+
+    On a CPU those that a cache should keep count: fp32 logits, weights, velocities and noise.
+    """
+    if weights.device.type == "cuda":
+        each = buffer_bytes(batch, weights, operations)
+    else:
+        each = 4 * max(batch, 1) + 12 * weights.dim
+    return max(64, chunk_bytes(weights.device.type) // each // 64 * 64)
+
+
+def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:
+    """Bytes of working memory for one label of a chunk, at most.
+
+    Of plain torch: residuals and, for the loss, two fp32 copies; for each weight its operand, its
+    value, velocity and noise, the gradient as bf16 and fp32, and four numbers while rounding it.
+    """
+    item = weights.compute_dtype.itemsize
+    if operations.update is Update:
+        return (item + 8) * max(batch, 1) + (item + 36) * weights.dim
+    return item * max(batch, 1) + item * weights.dim

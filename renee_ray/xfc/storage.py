@@ -107,7 +107,7 @@ class Weights:
         if stored is not None:
             return stored
         out = self.scratch("operand", stop - start, self.dim, dtype=self.compute_dtype)
-        return out.copy_(self.read(start, stop))
+        return self.weight.read(start, stop, out)
 
     def velocities(self, start: int, stop: int) -> Tensor:
         """Velocities [start, stop) as float32, until the next call; may alias the shard."""
@@ -138,7 +138,7 @@ class Update:
     """
 
     def __init__(self, weights: Weights, sgd: SGD, first: int) -> None:
-        self._weights, self._sgd = weights, sgd
+        self._weights, self._sgd, self._first = weights, sgd, first
         streams = (weights.weight, weights.velocity)
         self._noise = [
             Noise(sgd.seed, sgd.step, stream, buffer.dropped, weights.dim, first, weights.scratch)
@@ -183,7 +183,12 @@ def add_product(
     if right.dtype == torch.float32:
         total.addmm_(left, right, beta=beta, alpha=alpha)
         return
-    product = torch.mm(left, right, out=scratch("product", *total.shape, dtype=right.dtype))
+    product = scratch("product fp32", *total.shape)
+    if right.is_cuda:
+        torch.mm(left, right, out_dtype=torch.float32, out=product)
+    else:
+        narrow = scratch("product", *total.shape, dtype=right.dtype)
+        product.copy_(torch.mm(left, right, out=narrow))
     if beta != 1:
         total.mul_(beta)
-    total.add_(scratch("product fp32", *total.shape).copy_(product), alpha=alpha)
+    total.add_(product, alpha=alpha)

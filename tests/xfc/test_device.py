@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from renee_ray.xfc import device as module
-from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes
+from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes, has_kernels
 from renee_ray.xfc.storage import STORAGES, Weights
 
 CPU = torch.device("cpu")
@@ -46,3 +46,24 @@ def test_the_expansion_is_logged_once(has_bf16: bool, caplog: pytest.LogCaptureF
 def test_a_chunk_has_room() -> None:
     assert 128 << 10 <= chunk_bytes("cpu") <= 1 << 30
     assert chunk_bytes("cuda") > chunk_bytes("cpu") // 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [((9, 0), True, True), ((9, 0), False, False), ((7, 5), True, False)],
+)
+def test_kernels_where_triton_is_there_and_supports_the_gpu(
+    capability: tuple[int, int],
+    installed: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: installed or None)
+    has_kernels.cache_clear()
+    assert not has_kernels(CPU)
+    for _ in range(3):
+        assert has_kernels(torch.device("cuda", 0)) == expected
+    assert sum("slower path" in record.message for record in caplog.records) == (not expected)
+    has_kernels.cache_clear()

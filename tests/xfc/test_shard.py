@@ -9,7 +9,14 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from renee_ray.xfc.labels import LabelRange, split_range
-from renee_ray.xfc.shard import Pairs, Shard, default_chunk, subtract_positives
+from renee_ray.xfc.shard import (
+    Pairs,
+    Shard,
+    buffer_bytes,
+    default_chunk,
+    operations,
+    subtract_positives,
+)
 from renee_ray.xfc.storage import SGD, STORAGES, Weights
 from tests.xfc.memory import Fresh, Largest
 
@@ -282,11 +289,32 @@ def test_positives_that_are_certain_keep_their_digits(compute: torch.dtype) -> N
 
 
 def test_default_chunk() -> None:
-    for batch, dim in [(1, 1), (256, 384), (2**14, 768), (0, 384)]:
-        size = default_chunk(batch, dim, CPU)
-        assert size >= 64
-        assert size % 64 == 0
-    assert default_chunk(256, 384, CPU) >= default_chunk(1024, 384, CPU)
+    sizes = []
+    for batch, dim in [(256, 384), (1024, 384), (1, 1), (2**14, 768), (0, 384)]:
+        weights = Weights("fp32", 3, dim, False, CPU)
+        sizes.append(default_chunk(batch, weights, operations(fused=False)))
+        assert sizes[-1] >= 64
+        assert sizes[-1] % 64 == 0
+    assert sizes[0] >= sizes[1]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("precision", STORAGES)
+def test_a_chunk_takes_no_more_working_memory_than_is_counted(
+    precision: str, momentum: float
+) -> None:
+    """What the chunk on a GPU is chosen by."""
+    batch, dim, n = 24, 48, 4096
+    compute = STORAGES[precision].compute
+    weights = Weights(precision, n, dim, momentum > 0, CPU, compute)
+    shard = Shard(LabelRange(0, n, n), weights, n)
+    pairs = Pairs(torch.arange(batch), torch.arange(batch), shard.owned)
+    with_loss = 8 * batch  # its fp32 copies are not kept, and not by scratch
+    shard.step(embeddings(batch=batch, dim=dim), pairs, SGD(0.1, momentum, 0.01), with_loss=True)
+    counted = buffer_bytes(batch, weights, shard.operations) - with_loss
+    labels = 3 * 8 * n  # label hashes and offsets
+    assert weights.scratch.nbytes() - labels <= counted * n
+    assert weights.scratch.nbytes() > counted * n / 40
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
