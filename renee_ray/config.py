@@ -77,6 +77,9 @@ class EncoderConfig(Config):
     """bf16 autocast of the encoder; auto: where the device multiplies bf16 natively."""
     compile: bool = False
     """Runs the encoder through torch.compile; rows are then padded to a multiple of 8 tokens."""
+    micro_batch: int = Field(0, ge=0)
+    """Rows of a worker that the encoder works on at once; 0: all. Its memory is then bounded
+    whatever the batch_size, for a second forward pass of all micro-batches but one."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward: less memory, a third more time."""
     learning_rate: float = Field(1e-4, ge=0)

@@ -120,6 +120,7 @@ class Trainer:
             settings.dropout,
             self.config.seed,
             settings.clip_norm,
+            settings.micro_batch,
         )
 
     def run(self, batches: Iterator[Batch]) -> None:
@@ -138,7 +139,7 @@ class Trainer:
             )
             result, sampled = self._train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
-            tokens, cells = batch.padding()
+            tokens, cells = batch.padding(self.config.encoder.micro_batch)
             meter.tokens, meter.cells = meter.tokens + tokens, meter.cells + cells
             if sampled:
                 meter.seconds = time.perf_counter() - started

@@ -3,7 +3,8 @@
     e  = dropout(encoder(tokens))            own rows [b_r, D], autograd, data-parallel
     E  = gather_rows(e)                      [B, D], detached
     dE = shard.step(E, positives)            own labels: sigmoid(E W') - Y, dE, update of W
-    e.backward(scatter_rows(dE))             runs beside the update of the last chunk of labels
+    e.backward(scatter_rows(dE))             runs beside the update of the last chunk of labels;
+                                             in micro-batches (training/gradient_cache)
     AdamW on the encoder, its gradient summed over ranks
 
 A step whose embeddings are not finite is skipped by every rank on both sides: all of them see
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from renee_ray.training.batch import Batch
 from renee_ray.training.collectives import Ranks, gather_rows, route, row_counts, scatter_rows
 from renee_ray.training.encoder import training_attention
+from renee_ray.training.gradient_cache import GradientCache
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import SGD
 
@@ -48,6 +50,7 @@ class Step:
     encoder: [b, T] tokens -> [b, D] float32, wrapped in DDP when there are several ranks.
     dropout: probability on the embedding; seed: of its masks.
     clip_norm: largest norm of the encoder's gradient; 0: none.
+    micro_batch: rows of this rank that the encoder works on at once; 0: all.
     """
 
     encoder: nn.Module
@@ -58,6 +61,7 @@ class Step:
     dropout: float = 0.0
     seed: int = 0
     clip_norm: float = 0.0
+    micro_batch: int = 0
 
     def __call__(self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False) -> StepResult:
         """Trains on this rank's rows `batch` (possibly none) of the global batch number `step`."""
@@ -69,11 +73,11 @@ class Step:
         positives = Pairs(rows, labels, owned, self.device)
 
         with training_attention(self.device):
-            own = self._embed(batch)
-            own = own * dropout_mask(own, self.dropout, self.seed, step, total, first)
-            everyone = gather_rows(self.ranks, own.detach(), counts)
+            own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
+            kept = dropout_mask(own.embeddings, self.dropout, self.seed, step, total, first)
+            everyone = gather_rows(self.ranks, own.embeddings * kept, counts)
             if not bool(torch.isfinite(everyone).all()):
-                own.backward(gradient=torch.zeros_like(own))
+                own.backward(torch.zeros_like(own.embeddings))
                 self.optimizer.zero_grad(set_to_none=True)
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
                 return StepResult(zero, total, skipped=True)
@@ -86,17 +90,12 @@ class Step:
                 with_loss=with_loss,
                 on_gradient=lambda dE: pending.append(scatter_rows(self.ranks, dE, counts)),
             )
-            own.backward(gradient=pending[0].wait())
+            own.backward(pending[0].wait() * kept)
         finite = self._clip()
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, total, encoder_skipped=not finite)
-
-    def _embed(self, batch: Batch) -> Tensor:
-        # A rank without rows still joins DDP's reduction: with one blank row, cut off again.
-        tokens, mask = batch.tokens(self.device)
-        return self.encoder(tokens, mask)[: len(batch)]
 
     def _clip(self) -> bool:
         parameters = [p for p in self.encoder.parameters() if p.grad is not None]

@@ -64,6 +64,7 @@ def distributed(
     gradient: str = "sum",
     poisoned: int = -1,
     poisoned_backward: int = -1,
+    micro_batch: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses.
 
@@ -85,6 +86,7 @@ def distributed(
         ENCODER.dropout,
         seed=3,
         clip_norm=CLIP,
+        micro_batch=micro_batch,
     )
     losses, skipped, encoder_skipped = [], 0, 0
     for number, (tokens, labels) in enumerate(global_batches()):
@@ -191,6 +193,9 @@ def variants(ranks: Ranks) -> dict[str, Trajectory]:
         "mean": distributed(ranks, "fp32", "mean"),
         "poisoned": distributed(ranks, "fp32", poisoned=4),
         "poisoned_backward": distributed(ranks, "fp32", poisoned_backward=4),
+        "micro_batches": distributed(ranks, "fp32", micro_batch=2),
+        "micro_batches_mean": distributed(ranks, "fp32", "mean", micro_batch=1),
+        "micro_batches_poisoned": distributed(ranks, "fp32", poisoned=4, micro_batch=1),
     }
 
 
@@ -229,11 +234,20 @@ def test_the_mean_of_gradients_is_another_trajectory(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_micro_batches_change_nothing(runs: Runs, num_ranks: int) -> None:
+    """Three ranks have 1, 1 and 2 of them, in the last step one has no row at all."""
+    assert difference(of(runs, num_ranks, "micro_batches"), oracle()) < 1e-5
+    mean = {n: t.double() for n, t in of(runs, num_ranks, "mean").items() if "skipped" not in n}
+    assert difference(of(runs, num_ranks, "micro_batches_mean"), mean) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["poisoned", "micro_batches_poisoned"])
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
 def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
-    runs: Runs, num_ranks: int
+    runs: Runs, num_ranks: int, variant: str
 ) -> None:
-    assert [int(result["poisoned"]["skipped"]) for result in runs[num_ranks]] == [1] * num_ranks
-    found = of(runs, num_ranks, "poisoned")
+    assert [int(result[variant]["skipped"]) for result in runs[num_ranks]] == [1] * num_ranks
+    found = of(runs, num_ranks, variant)
     found["loss"] = found["loss"][torch.arange(STEPS) != 4]
     assert difference(found, oracle(without=4)) < 1e-5
 
