@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from renee_ray.config import EncoderConfig, ReneeError, reason
 from renee_ray.data.models import resolve_model
 from renee_ray.training.collectives import Ranks, sum_gradients
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.device import native_bf16
 
 log = logging.getLogger(__name__)
@@ -72,10 +73,18 @@ def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Enc
     return encoder
 
 
-def data_parallel(encoder: Encoder, ranks: Ranks, gradient: str) -> nn.Module:
-    """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks."""
+def data_parallel(
+    encoder: Encoder, ranks: Ranks, gradient: str, tokens: TokenGradient | None = None
+) -> nn.Module:
+    """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks.
+
+    tokens: reduces the gradient of the token vectors, which DDP then leaves alone.
+    """
     if ranks.num_ranks == 1:
         return encoder
+    if tokens is not None:
+        names = [name for name, p in encoder.named_parameters() if p is tokens.weight]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(encoder, names)
     on_gpu = next(encoder.parameters()).is_cuda
     wrapped = DistributedDataParallel(
         encoder,

@@ -26,6 +26,7 @@ from renee_ray.training.model import Model
 from renee_ray.training.schedule import warmup_cosine
 from renee_ray.training.scoring import Propensities, Scorer, evaluate
 from renee_ray.training.step import Step, StepResult
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.storage import SGD
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,14 @@ class Trainer:
     def __post_init__(self) -> None:
         settings = self.config.encoder
         self.optimizer = adamw(self.model.encoder, settings)
+        # What is compiled has dense gradients only.
+        tokens = (
+            None
+            if settings.compile
+            else TokenGradient(self.model.encoder, self.ranks, mean=settings.gradient == "mean")
+        )
         self._step = Step(
-            data_parallel(self.model.encoder, self.ranks, settings.gradient),
+            data_parallel(self.model.encoder, self.ranks, settings.gradient, tokens),
             self.model.shard,
             self.optimizer,
             self.ranks,
@@ -121,6 +128,7 @@ class Trainer:
             self.config.seed,
             settings.clip_norm,
             settings.micro_batch,
+            tokens,
         )
 
     def run(self, batches: Iterator[Batch]) -> None:

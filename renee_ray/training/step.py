@@ -23,6 +23,7 @@ from renee_ray.training.batch import Batch
 from renee_ray.training.collectives import Ranks, gather_rows, route, row_counts, scatter_rows
 from renee_ray.training.encoder import training_attention
 from renee_ray.training.gradient_cache import GradientCache
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import SGD
 
@@ -51,6 +52,7 @@ class Step:
     dropout: probability on the embedding; seed: of its masks.
     clip_norm: largest norm of the encoder's gradient; 0: none.
     micro_batch: rows of this rank that the encoder works on at once; 0: all.
+    tokens: reduces the gradient of the token vectors where DDP does not, or None.
     """
 
     encoder: nn.Module
@@ -62,6 +64,7 @@ class Step:
     seed: int = 0
     clip_norm: float = 0.0
     micro_batch: int = 0
+    tokens: TokenGradient | None = None
 
     def __call__(self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False) -> StepResult:
         """Trains on this rank's rows `batch` (possibly none) of the global batch number `step`."""
@@ -91,6 +94,8 @@ class Step:
                 on_gradient=lambda dE: pending.append(scatter_rows(self.ranks, dE, counts)),
             )
             own.backward(pending[0].wait() * kept)
+            if self.tokens is not None:
+                self.tokens.reduce()
         finite = self._clip()
         if finite:
             self.optimizer.step()

@@ -12,6 +12,7 @@ from renee_ray.training.batch import Batch, Position, Ragged
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.encoder import adamw, data_parallel
 from renee_ray.training.step import Step, dropout_mask
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import SGD, STORAGES, Weights
@@ -65,6 +66,7 @@ def distributed(
     poisoned: int = -1,
     poisoned_backward: int = -1,
     micro_batch: int = 0,
+    sparse: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses.
 
@@ -77,8 +79,9 @@ def distributed(
     shard = Shard(owned, weights, chunk=3)
     shard.write(owned.start, first_weights()[owned.start : owned.stop])
     encoder = Bag()
+    tokens = TokenGradient(encoder, ranks, mean=gradient == "mean") if sparse else None
     step = Step(
-        data_parallel(encoder, ranks, gradient),  # type: ignore[arg-type]
+        data_parallel(encoder, ranks, gradient, tokens),  # type: ignore[arg-type]
         shard,
         adamw(encoder, ENCODER),  # type: ignore[arg-type]
         ranks,
@@ -87,6 +90,7 @@ def distributed(
         seed=3,
         clip_norm=CLIP,
         micro_batch=micro_batch,
+        tokens=tokens,
     )
     losses, skipped, encoder_skipped = [], 0, 0
     for number, (tokens, labels) in enumerate(global_batches()):
@@ -193,6 +197,9 @@ def variants(ranks: Ranks) -> dict[str, Trajectory]:
         "mean": distributed(ranks, "fp32", "mean"),
         "poisoned": distributed(ranks, "fp32", poisoned=4),
         "poisoned_backward": distributed(ranks, "fp32", poisoned_backward=4),
+        "sparse": distributed(ranks, "fp32", sparse=True, micro_batch=2),
+        "sparse_mean": distributed(ranks, "fp32", "mean", sparse=True),
+        "sparse_poisoned": distributed(ranks, "fp32", poisoned=4, sparse=True),
         "micro_batches": distributed(ranks, "fp32", micro_batch=2),
         "micro_batches_mean": distributed(ranks, "fp32", "mean", micro_batch=1),
         "micro_batches_poisoned": distributed(ranks, "fp32", poisoned=4, micro_batch=1),
@@ -241,7 +248,16 @@ def test_micro_batches_change_nothing(runs: Runs, num_ranks: int) -> None:
     assert difference(of(runs, num_ranks, "micro_batches_mean"), mean) < 1e-5
 
 
-@pytest.mark.parametrize("variant", ["poisoned", "micro_batches_poisoned"])
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_sparse_gradient_of_the_token_vectors_is_the_dense_one(
+    runs: Runs, num_ranks: int
+) -> None:
+    assert difference(of(runs, num_ranks, "sparse"), oracle()) < 1e-5
+    mean = {n: t.double() for n, t in of(runs, num_ranks, "mean").items() if "skipped" not in n}
+    assert difference(of(runs, num_ranks, "sparse_mean"), mean) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["poisoned", "micro_batches_poisoned", "sparse_poisoned"])
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
 def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
     runs: Runs, num_ranks: int, variant: str
