@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from renee_ray.config import EncoderConfig, ReneeError, reason
 from renee_ray.data.models import resolve_model
 from renee_ray.training.collectives import Ranks, sum_gradients
+from renee_ray.training.dropout import draw_fast
 from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.device import native_bf16
 
@@ -68,6 +69,8 @@ def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Enc
     encoder = Encoder(config, device)
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if device.type == "cpu" and not config.compile:  # compiled code draws its own way
+        draw_fast(encoder)
     if config.compile:
         encoder.backbone.compile(dynamic=True)
     return encoder
