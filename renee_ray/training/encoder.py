@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         super().__init__()
-        self.backbone: PreTrainedModel = _backbone(config)
+        self.backbone: PreTrainedModel = _backbone(config, device)
         hidden: int = self.backbone.config.hidden_size
         self.bottleneck = (
             nn.Linear(hidden, config.bottleneck, bias=False) if config.bottleneck else None
@@ -159,7 +159,13 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
         log.warning("%s lacks %d tensors, kept as they were: %s", path, len(missing), missing[:5])
 
 
-def _backbone(config: EncoderConfig) -> PreTrainedModel:
+def _attention(choice: str, device: torch.device) -> str:
+    if choice == "auto":
+        return "eager" if device.type == "cpu" else "sdpa"
+    return choice
+
+
+def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     directory = resolve_model(config.name)
     try:
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -169,7 +175,7 @@ def _backbone(config: EncoderConfig) -> PreTrainedModel:
         model = AutoModel.from_pretrained(
             directory,
             config=settings,
-            attn_implementation=config.attention,
+            attn_implementation=_attention(config.attention, device),
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,

@@ -46,9 +46,9 @@ class GradientCache:
                 parts.append(self._forward(rows))
         with self._reduction(at_once=not again):
             self._kept = self._forward(self._kept_rows)
-        rows = torch.from_numpy(np.concatenate([*again, self._kept_rows])).to(device)
+        places = torch.from_numpy(np.concatenate([*again, self._kept_rows])).to(device)
         computed = torch.cat([*parts, self._kept.detach()])
-        self.embeddings = torch.empty_like(computed).index_copy_(0, rows, computed)
+        self.embeddings = torch.empty_like(computed).index_copy_(0, places, computed)
 
     def backward(self, gradient: Tensor) -> None:
         """Adds the encoder's gradient for d loss / d embeddings [b_r, D]; once only."""

@@ -33,7 +33,7 @@ class TokenGradient:
         embeddings = [module for module in encoder.modules() if isinstance(module, nn.Embedding)]
         embedding = max(embeddings, key=lambda each: each.num_embeddings)
         embedding.sparse = True
-        self.weight: nn.Parameter = embedding.weight
+        self.weight = embedding.weight
         self._ranks, self._scale = ranks, 1 / ranks.num_ranks if mean else 1.0
         self._dense = torch.zeros_like(self.weight, requires_grad=False)
         self._written = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
