@@ -71,13 +71,19 @@ class EncoderConfig(Config):
     """Dropout on the embedding; its mask depends on seed, step and place in the global batch."""
     internal_dropout: float | None = Field(0.0, ge=0, lt=1)
     """Dropout inside the encoder; null: as the model's own configuration says."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation; on CPU `sdpa` trains through its math kernel, faster there."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation; auto: `eager` on CPU, whose training is faster there, else `sdpa`.
+    On CPU `sdpa` trains through its math kernel, since the fused one's backward is slow."""
     autocast: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Autocast of the encoder; auto: bf16 where the device multiplies it natively, else fp16 on a
     GPU and none on a CPU. fp16 has a dynamic loss scale."""
     compile: bool = False
-    """Runs the encoder through torch.compile; rows are then padded to a multiple of 8 tokens."""
+    """Runs the encoder through torch.compile; training rows are then padded to a multiple of 8
+    tokens. Rows and tokens are symbols: one graph for any batch, another for a single row, each
+    once more without gradient."""
+    micro_batch: int = Field(0, ge=0)
+    """Rows of a worker that the encoder works on at once; 0: all. Its memory is then bounded
+    whatever the batch_size, for a second forward pass of all micro-batches but one."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward: less memory, a third more time."""
     learning_rate: float = Field(1e-4, ge=0)

@@ -90,6 +90,7 @@ class _bar:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} rows/s  "
+                       "{task.fields[padding]:.0%} padding  "
                        "lr {task.fields[lr]}"),
             TimeRemainingColumn(),
             console=console,
@@ -111,6 +112,7 @@ class _bar:
             "epoch": record["epoch"],
             "loss": record["loss"],
             "rate": record["rows_per_second"],
+            "padding": record["padding"],
             "lr": f"{record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}",
         }
         if self._task is None:
@@ -149,6 +151,7 @@ def line(record: dict[str, Any]) -> str:
     return (
         f"epoch {record['epoch']:.2f}  step {record['step']}/{record['total_steps']}  "
         f"loss {record['loss']:.3f}  {record['rows_per_second']:.0f} rows/s  "
+        f"{record['padding']:.0%} padding  "
         f"lr {record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}  "
         f"{int(left // 60)}:{int(left % 60):02d} left"
     )

@@ -35,7 +35,9 @@ MAY_CHANGE = {
     "evaluation", "loss_every",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
-BEFORE = {"feed.filter_labels": "negative", "feed.token_dropout": 0.0}
+BEFORE = {
+    "feed.filter_labels": "negative", "feed.token_dropout": 0.0, "encoder.micro_batch": 0,
+}  # fmt: skip
 """What runs did whose configuration does not have these keys yet."""
 
 

@@ -109,18 +109,33 @@ class Batch:
             input_ids = drop_tokens(input_ids, self.points, token_dropout, seed, self.position)
         return replace(self, labels=labels, input_ids=input_ids)
 
-    def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row."""
-        padded, mask = pad(self.input_ids, self.pad_id, self.pad_multiple)
+    def micro_batches(self, limit: int) -> list[np.ndarray]:
+        """Rows (int64) in groups of at most `limit` of similar length, the longest last.
+
+        One group, in stored order, where they are no more than that or `limit` is 0.
+        """
+        if not limit or len(self) <= limit:
+            return [np.arange(len(self))]
+        order = np.argsort(self.input_ids.lengths, kind="stable")
+        return [order[i : i + limit] for i in range(0, len(order), limit)]
+
+    def tokens(self, device: torch.device, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """(input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row.
+
+        rows: those wanted, in this order; None: all.
+        """
+        wanted = self.input_ids if rows is None else self.input_ids.take(rows)
+        padded, mask = pad(wanted, self.pad_id, self.pad_multiple)
         return (
             upload(torch.from_numpy(padded), device),
             upload(torch.from_numpy(mask), device),
         )
 
-    def padding(self) -> tuple[int, int]:
-        """(tokens, cells of the padded matrix)."""
-        width = _width(self.input_ids, self.pad_multiple)
-        return len(self.input_ids.values), len(self) * width
+    def padding(self, micro_batch: int = 0) -> tuple[int, int]:
+        """(tokens, cells of the padded matrices of its micro-batches)."""
+        groups = [self.input_ids.take(rows) for rows in self.micro_batches(micro_batch)]
+        cells = sum(len(group) * _width(group, self.pad_multiple) for group in groups)
+        return len(self.input_ids.values), cells
 
 
 def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from renee_ray.config import EncoderConfig, ReneeError, reason
 from renee_ray.data.models import resolve_model
 from renee_ray.training.collectives import Ranks, sum_gradients
+from renee_ray.training.dropout import draw_fast
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.device import native, native_bf16
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         super().__init__()
-        self.backbone: PreTrainedModel = _backbone(config)
+        self.backbone: PreTrainedModel = _backbone(config, device)
         hidden: int = self.backbone.config.hidden_size
         self.bottleneck = (
             nn.Linear(hidden, config.bottleneck, bias=False) if config.bottleneck else None
@@ -67,15 +69,25 @@ def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Enc
     encoder = Encoder(config, device)
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if device.type == "cpu" and not config.compile:  # compiled code draws its own way
+        draw_fast(encoder)
     if config.compile:
         encoder.backbone.compile(dynamic=True)
     return encoder
 
 
-def data_parallel(encoder: Encoder, ranks: Ranks, gradient: str) -> nn.Module:
-    """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks."""
+def data_parallel(
+    encoder: Encoder, ranks: Ranks, gradient: str, tokens: TokenGradient | None = None
+) -> nn.Module:
+    """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks.
+
+    tokens: reduces the gradient of the token vectors, which DDP then leaves alone.
+    """
     if ranks.num_ranks == 1:
         return encoder
+    if tokens is not None:
+        names = [name for name, p in encoder.named_parameters() if p is tokens.weight]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(encoder, names)
     on_gpu = next(encoder.parameters()).is_cuda
     wrapped = DistributedDataParallel(
         encoder,
@@ -149,7 +161,13 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
         log.warning("%s lacks %d tensors, kept as they were: %s", path, len(missing), missing[:5])
 
 
-def _backbone(config: EncoderConfig) -> PreTrainedModel:
+def _attention(choice: str, device: torch.device) -> str:
+    if choice == "auto":
+        return "eager" if device.type == "cpu" else "sdpa"
+    return choice
+
+
+def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     directory = resolve_model(config.name)
     try:
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -159,7 +177,7 @@ def _backbone(config: EncoderConfig) -> PreTrainedModel:
         model = AutoModel.from_pretrained(
             directory,
             config=settings,
-            attn_implementation=config.attention,
+            attn_implementation=_attention(config.attention, device),
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,

@@ -28,6 +28,7 @@ from renee_ray.training.model import Model
 from renee_ray.training.schedule import warmup_cosine
 from renee_ray.training.scoring import Propensities, Scorer, evaluate
 from renee_ray.training.step import Step, StepResult
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.storage import SGD
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,14 @@ class Trainer:
         if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
             self.state.loss_scale = LossScale.start()
         self.optimizer = adamw(self.model.encoder, settings)
+        # What is compiled has dense gradients only.
+        tokens = (
+            None
+            if settings.compile
+            else TokenGradient(self.model.encoder, self.ranks, mean=settings.gradient == "mean")
+        )
         self._step = Step(
-            data_parallel(self.model.encoder, self.ranks, settings.gradient),
+            data_parallel(self.model.encoder, self.ranks, settings.gradient, tokens),
             self.model.shard,
             self.optimizer,
             self.ranks,
@@ -125,6 +132,8 @@ class Trainer:
             self.config.seed,
             settings.clip_norm,
             self.state.loss_scale,
+            settings.micro_batch,
+            tokens,
         )
 
     def run(self, batches: Iterator[Batch]) -> None:
@@ -141,7 +150,7 @@ class Trainer:
             batch = next(ready)
             result, sampled = self._train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
-            tokens, cells = batch.padding()
+            tokens, cells = batch.padding(self.config.encoder.micro_batch)
             meter.tokens, meter.cells = meter.tokens + tokens, meter.cells + cells
             if sampled:
                 meter.seconds = time.perf_counter() - started

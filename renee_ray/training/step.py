@@ -3,7 +3,8 @@
     e  = dropout(encoder(tokens))            own rows [b_r, D], autograd, data-parallel
     E  = gather_rows(e)                      [B, D], detached
     dE = shard.step(E, positives)            own labels: sigmoid(E W') - Y, dE, update of W
-    e.backward(scale * scatter_rows(dE))     runs beside the update of the last chunk of labels
+    e.backward(scale * scatter_rows(dE))     runs beside the update of the last chunk of labels;
+                                             in micro-batches (training/gradient_cache)
     AdamW on the encoder, its gradient summed over ranks and divided by the scale
 
 A step whose embeddings or whose encoder's gradient are not finite is skipped by every rank on
@@ -30,7 +31,9 @@ from renee_ray.training.collectives import (
     scatter_rows,
 )
 from renee_ray.training.encoder import training_attention
+from renee_ray.training.gradient_cache import GradientCache
 from renee_ray.training.loss_scale import LossScale
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.device import upload
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import SGD
@@ -59,6 +62,8 @@ class Step:
     dropout: probability on the embedding; seed: of its masks.
     clip_norm: largest norm of the encoder's gradient; 0: none.
     loss_scale: of the encoder's gradient; is updated by each step.
+    micro_batch: rows of this rank that the encoder works on at once; 0: all.
+    tokens: reduces the gradient of the token vectors where DDP does not, or None.
     """
 
     encoder: nn.Module
@@ -70,6 +75,8 @@ class Step:
     seed: int = 0
     clip_norm: float = 0.0
     loss_scale: LossScale = field(default_factory=LossScale)
+    micro_batch: int = 0
+    tokens: TokenGradient | None = None
 
     def __call__(self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False) -> StepResult:
         """Trains on this rank's rows `batch` (possibly none) of the global batch number `step`."""
@@ -81,11 +88,11 @@ class Step:
         positives = Pairs(rows, labels, owned, self.device)
 
         with training_attention(self.device):
-            own = self._embed(batch)
-            own = own * dropout_mask(own, self.dropout, self.seed, step, total, first)
-            everyone = gather_rows(self.ranks, own.detach(), counts)
+            own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
+            kept = dropout_mask(own.embeddings, self.dropout, self.seed, step, total, first)
+            everyone = gather_rows(self.ranks, own.embeddings * kept, counts)
             if not bool(torch.isfinite(everyone).all()):
-                own.backward(gradient=torch.zeros_like(own))
+                own.backward(torch.zeros_like(own.embeddings))
                 self.optimizer.zero_grad(set_to_none=True)
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
                 return StepResult(zero, total, skipped=True)
@@ -98,7 +105,9 @@ class Step:
                 with_loss=with_loss,
                 on_gradient=lambda dE: pending.append(scatter_rows(self.ranks, dE, counts)),
             )
-            own.backward(gradient=pending[0].wait() * self.loss_scale.value)
+            own.backward(pending[0].wait() * (kept * self.loss_scale.value))
+            if self.tokens is not None:
+                self.tokens.reduce()
         finite = self._clip()
         self.loss_scale.update(finite)
         if finite:
@@ -108,11 +117,6 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, total, skipped=not finite)
 
-    def _embed(self, batch: Batch) -> Tensor:
-        # A rank without rows still joins DDP's reduction: with one blank row, cut off again.
-        tokens, mask = batch.tokens(self.device)
-        return self.encoder(tokens, mask)[: len(batch)]
-
     def _clip(self) -> bool:
         """Unscales the gradient and limits its norm; whether it is finite on every rank."""
         parameters = [p for p in self.encoder.parameters() if p.grad is not None]
@@ -120,11 +124,13 @@ class Step:
             for parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad /= self.loss_scale.value
-        limit = self.clip_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.
-        bad = all_sum(self.ranks, (~torch.isfinite(norm)).int().cpu())
-        return not bool(bad)
+        if bool(all_sum(self.ranks, (~torch.isfinite(norm)).int().cpu())):
+            return False
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        return True
 
 
 def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first: int) -> Tensor:

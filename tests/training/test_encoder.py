@@ -13,7 +13,13 @@ from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig, Dis
 
 from renee_ray.config import EncoderConfig, ReneeError
 from renee_ray.data.models import resolve_model
-from renee_ray.training.encoder import Encoder, adamw, autocast_dtype, build_encoder
+from renee_ray.training.encoder import (
+    Encoder,
+    adamw,
+    autocast_dtype,
+    build_encoder,
+    training_attention,
+)
 from renee_ray.training.step import dropout_mask
 from renee_ray.xfc.device import native_bf16
 
@@ -163,6 +169,22 @@ def test_gradient_checkpointing_gives_the_same_gradient(
         torch.testing.assert_close(recomputed, plain)
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_attention_implementations_agree(directories: dict[str, str], kind: str) -> None:
+    names, found = [], []
+    for attention in ("auto", "sdpa", "eager"):
+        encoder = make(directories[kind], attention=attention).train()
+        names.append(encoder.backbone.config._attn_implementation)
+        with training_attention(CPU):
+            out = encoder(IDS, MASK)
+            out.square().sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in encoder.parameters()])
+        found.append((out.detach(), gradient))
+    assert names == ["eager", "sdpa", "eager"]
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=1e-4, atol=1e-5)
+
+
 def scrambled(directory: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     state = make(directory).backbone.state_dict()
@@ -269,3 +291,20 @@ def test_a_compiled_encoder_equals_itself_uncompiled(directories: dict[str, str]
     for plain, other in zip(found[False], found[True], strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
+
+
+@pytest.mark.slow
+def test_few_graphs_are_compiled_whatever_the_lengths(directories: dict[str, str]) -> None:
+    """Rows and tokens are symbols: what is compiled anew is only a batch of one row."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = EncoderConfig(name=directories["bert"], compile=True, autocast="off")
+    encoder = build_encoder(config, CPU, seed=0)
+    compiled = []
+    for rows, width in ((5, 8), (7, 16), (64, 8), (3, 16), (2, 8), (63, 16), (1, 8), (1, 16)):
+        ids, mask = torch.ones(2, rows, width, dtype=torch.int64)
+        encoder(ids, mask).sum().backward()
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[0] >= 1, "nothing was compiled"
+    assert compiled[5] == compiled[0], "a length or a number of rows was compiled anew"
+    assert compiled[-1] <= 2 * compiled[0]

@@ -15,6 +15,7 @@ from renee_ray.training.collectives import Ranks
 from renee_ray.training.encoder import adamw, data_parallel
 from renee_ray.training.loss_scale import LossScale
 from renee_ray.training.step import Step, dropout_mask
+from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import SGD, STORAGES, Weights
@@ -70,6 +71,8 @@ def distributed(
     poisoned: int = -1,
     poisoned_backward: int = -1,
     loss_scale: LossScale | None = None,
+    micro_batch: int = 0,
+    sparse: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses.
 
@@ -82,8 +85,9 @@ def distributed(
     shard = Shard(owned, weights, chunk=3)
     shard.write(owned.start, first_weights()[owned.start : owned.stop])
     encoder = Bag()
+    tokens = TokenGradient(encoder, ranks, mean=gradient == "mean") if sparse else None
     step = Step(
-        data_parallel(encoder, ranks, gradient),  # type: ignore[arg-type]
+        data_parallel(encoder, ranks, gradient, tokens),  # type: ignore[arg-type]
         shard,
         adamw(encoder, ENCODER),  # type: ignore[arg-type]
         ranks,
@@ -92,6 +96,8 @@ def distributed(
         seed=3,
         clip_norm=CLIP,
         loss_scale=loss_scale or LossScale(),
+        micro_batch=micro_batch,
+        tokens=tokens,
     )
     losses, skipped = [], []
     for number, (tokens, labels) in enumerate(global_batches()):
@@ -195,7 +201,16 @@ def variants(ranks: Ranks) -> dict[str, Trajectory]:
         "mean": distributed(ranks, "fp32", "mean"),
         "poisoned": distributed(ranks, "fp32", poisoned=4),
         "poisoned_backward": distributed(ranks, "fp32", poisoned_backward=4),
+        "micro_batches_backward": distributed(
+            ranks, "fp32", poisoned_backward=4, micro_batch=2, sparse=True
+        ),
         "overflow": distributed(ranks, "fp32", loss_scale=LossScale(2.0**130, dynamic=True)),
+        "sparse": distributed(ranks, "fp32", sparse=True, micro_batch=2),
+        "sparse_mean": distributed(ranks, "fp32", "mean", sparse=True),
+        "sparse_poisoned": distributed(ranks, "fp32", poisoned=4, sparse=True),
+        "micro_batches": distributed(ranks, "fp32", micro_batch=2),
+        "micro_batches_mean": distributed(ranks, "fp32", "mean", micro_batch=1),
+        "micro_batches_poisoned": distributed(ranks, "fp32", poisoned=4, micro_batch=1),
     }
 
 
@@ -234,25 +249,42 @@ def test_the_mean_of_gradients_is_another_trajectory(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
-def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
+def test_micro_batches_change_nothing(runs: Runs, num_ranks: int) -> None:
+    """Three ranks have 1, 1 and 2 of them, in the last step one has no row at all."""
+    assert difference(of(runs, num_ranks, "micro_batches"), oracle()) < 1e-5
+    mean = {n: t.double() for n, t in of(runs, num_ranks, "mean").items() if "skipped" not in n}
+    assert difference(of(runs, num_ranks, "micro_batches_mean"), mean) < 1e-5
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_sparse_gradient_of_the_token_vectors_is_the_dense_one(
     runs: Runs, num_ranks: int
 ) -> None:
-    assert [result["poisoned"]["skipped"].tolist() for result in runs[num_ranks]] == [
-        [4]
-    ] * num_ranks
-    found = of(runs, num_ranks, "poisoned")
+    assert difference(of(runs, num_ranks, "sparse"), oracle()) < 1e-5
+    mean = {n: t.double() for n, t in of(runs, num_ranks, "mean").items() if "skipped" not in n}
+    assert difference(of(runs, num_ranks, "sparse_mean"), mean) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["poisoned", "micro_batches_poisoned", "sparse_poisoned"])
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
+    runs: Runs, num_ranks: int, variant: str
+) -> None:
+    assert [r[variant]["skipped"].tolist() for r in runs[num_ranks]] == [[4]] * num_ranks
+    found = of(runs, num_ranks, variant)
     found["loss"] = found["loss"][torch.arange(STEPS) != 4]
     assert difference(found, oracle(without=[4])) < 1e-5
 
 
+@pytest.mark.parametrize("variant", ["poisoned_backward", "micro_batches_backward"])
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
 def test_a_step_whose_gradient_is_not_finite_on_one_rank_is_skipped_by_all(
-    runs: Runs, num_ranks: int
+    runs: Runs, num_ranks: int, variant: str
 ) -> None:
     """Found in the encoder's backward, when the classifier has been updated already."""
-    results = [result["poisoned_backward"] for result in runs[num_ranks]]
+    results = [result[variant] for result in runs[num_ranks]]
     assert [result["skipped"].tolist() for result in results] == [[4]] * num_ranks
-    found = of(runs, num_ranks, "poisoned_backward")
+    found = of(runs, num_ranks, variant)
     found["loss"] = found["loss"][torch.arange(STEPS) != 4]
     assert difference(found, oracle(without=[4])) < 1e-5
     assert difference(found, {**oracle(), "loss": found["loss"]}) > 1e-3

@@ -1,0 +1,59 @@
+"""The summed gradient of the token vectors against the dense sum in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.token_gradient import TokenGradient
+from tests.training.gloo import on_ranks
+
+TOKENS, WIDTH, STEPS = 50, 3, 4
+
+
+def ids_of(step: int, rank: int, few: bool) -> torch.Tensor:
+    """Repeated tokens, others in each step; rank 1 has none in the last."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    rows = 0 if rank == 1 and step == STEPS - 1 else 6 if few else 80
+    return torch.randint(0, TOKENS, (rows,), generator=generator)
+
+
+def upstream(step: int, rank: int, few: bool) -> torch.Tensor:
+    rows = len(ids_of(step, rank, few))
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step - 3 * rank + 9))
+
+
+def gradients(ranks: Ranks, few: bool, mean: bool) -> torch.Tensor:
+    encoder = nn.ModuleList([nn.Embedding(8, WIDTH), nn.Embedding(TOKENS, WIDTH)])
+    tokens = TokenGradient(encoder, ranks, mean=mean)
+    found = []
+    for step in range(STEPS):
+        vectors = encoder[1](ids_of(step, ranks.rank, few))
+        vectors.backward(upstream(step, ranks.rank, few))
+        tokens.reduce()
+        assert tokens.weight.grad is not None
+        found.append(tokens.weight.grad.clone())
+        encoder.zero_grad(set_to_none=True)
+    return torch.stack(found)
+
+
+def wanted(num_ranks: int, few: bool) -> torch.Tensor:
+    dense = torch.zeros(STEPS, TOKENS, WIDTH, dtype=torch.float64)
+    for step in range(STEPS):
+        for rank in range(num_ranks):
+            rows = upstream(step, rank, few).double()
+            dense[step].index_add_(0, ids_of(step, rank, few), rows)
+    return dense
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["gathered", "summed dense"])
+@pytest.mark.parametrize(("num_ranks", "mean"), [(1, False), (2, False), (3, True)])
+def test_equals_the_dense_sum_in_every_step(num_ranks: int, few: bool, mean: bool) -> None:
+    found = on_ranks(num_ranks, gradients, few, mean)
+    expected = wanted(num_ranks, few) / (num_ranks if mean else 1)
+    for each in found:
+        assert torch.equal(each, found[0]), "replicas would drift apart"
+        torch.testing.assert_close(each.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (expected[1] != expected[0]).any(), "what a step wrote has to be cleared"
