@@ -131,10 +131,11 @@ class FeedConfig(Config):
 
     augment: float = Field(0.0, ge=0, le=1)
     """Share of the label texts that an epoch streams as extra points, each with its own label
-    as the only positive; successive epochs take successive shares."""
+    as the only positive; successive epochs take successive shares. With `filter_labels: positive`
+    only of the texts of labels that are not points of the training set themselves."""
     filter_labels: Literal["positive", "negative"] = "positive"
     """How a point trains with its filter labels, which are never predicted: in the LF datasets
-    they are the point itself as a label, so `positive` is what `augment` teaches, at no cost."""
+    they are the point itself as a label, whose text `positive` teaches at no cost."""
     token_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a training point's tokens left out, others in every epoch; never first or last."""
     streams: int = Field(8, ge=1)

@@ -22,12 +22,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from renee_ray.config import ReneeError, reason
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
 SPLITS = ("train", "validation", "test", "labels")
 ROW_GROUP_ROWS = 1024
@@ -50,10 +51,12 @@ LABELS = pa.schema(
         "text": pa.string(),
         "input_ids": pa.list_(pa.int32()),
         "train_count": pa.int64(),
+        "is_point": pa.bool_(),
     }
 )
 """A row of labels. train_count: points of the source's training file that carry the label
-(train and validation together, no augmentation)."""
+(train and validation together, no augmentation). is_point: the label is a filter label of a point
+of train, so that its text, or one like it, is among the points."""
 
 
 class DatasetError(ReneeError):
@@ -89,6 +92,8 @@ class Manifest:
     propensity_b: float
     splits: dict[str, tuple[Part, ...]]
     """Keys SPLITS; a split without rows has no parts."""
+    other_texts: tuple[int, ...]
+    """Of each part of labels, the labels that are not `is_point`."""
     statistics: dict[str, Any]
     """Counts of the conversion, for people."""
 
@@ -127,7 +132,9 @@ class Manifest:
             raise _damaged(where, f"has num_labels={raw['num_labels']}")
         splits = {name: _parts(raw["splits"].get(name), name, where) for name in SPLITS}
         known = {field.name for field in fields(cls)}
-        manifest = cls(**{**{k: v for k, v in raw.items() if k in known}, "splits": splits})
+        texts = _other_texts(raw.get("other_texts"), splits["labels"], where)
+        plain = {k: v for k, v in raw.items() if k in known}
+        manifest = cls(**{**plain, "splits": splits, "other_texts": texts})
         if manifest.num_points("labels") != manifest.num_labels:
             raise _damaged(
                 where,
@@ -175,6 +182,19 @@ def _parts(raw: object, split: str, where: str) -> tuple[Part, ...]:
         expected_first += part.rows
         parts.append(part)
     return tuple(parts)
+
+
+def _other_texts(raw: object, parts: tuple[Part, ...], where: str) -> tuple[int, ...]:
+    if (
+        not isinstance(raw, list)
+        or len(raw) != len(parts)
+        or not all(
+            _is(count, int) and 0 <= count <= part.rows
+            for count, part in zip(raw, parts, strict=True)
+        )
+    ):
+        raise _damaged(where, f"has other_texts={raw!r}")
+    return tuple(raw)
 
 
 def _part(item: object, split: str, where: str) -> Part:
@@ -267,6 +287,32 @@ class Dataset:
             for part in _overlapping(parts, start, stop)
         ]
         return pa.concat_tables(tables) if tables else _empty(split, columns)
+
+    def read_other_texts(self, start: int, stop: int) -> pa.Table:
+        """label_id and input_ids of the labels that are not `is_point`, counted among themselves.
+
+        Whole parts are read, since where they begin within one is not known.
+
+        Raises:
+            DatasetError: as in read_part, or a part has another number of them.
+        """
+        columns = ["label_id", "input_ids"]
+        found = [_empty("labels", columns)]
+        first = 0
+        for part, count in zip(
+            self.manifest.splits["labels"], self.manifest.other_texts, strict=True
+        ):
+            if first < stop and first + count > start:
+                table = self.read_part(part, [*columns, "is_point"])
+                texts = table.filter(pc.invert(table["is_point"])).select(columns)
+                if len(texts) != count:
+                    raise DatasetError(
+                        f"{self.path}/{part.path} has {len(texts)} labels that are no points and "
+                        f"{MANIFEST} says {count}; convert the source again"
+                    )
+                found.append(texts.slice(max(start - first, 0), stop - max(start, first)))
+            first += count
+        return pa.concat_tables(found)
 
     def _read(self, part: Part, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
         where = f"{self.path.rstrip('/')}/{part.path}"

@@ -24,6 +24,9 @@ import numpy as np
 
 from renee_ray.xfc.labels import split_range
 
+OTHER_TEXTS = "other_texts"
+"""Split of a source or a span that counts only the labels that are not themselves points."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -122,6 +125,7 @@ def training_order(
     labels: list[int],
     *,
     augment: float,
+    texts: str = "labels",
     seed: int,
     epoch: int,
     batch_size: int,
@@ -131,16 +135,17 @@ def training_order(
     """The order of a training epoch.
 
     Args:
-        points, labels: rows of each part of `train` and of `labels`.
+        points, labels: rows of each part of `train`, and label texts of each part of `labels`.
+        texts: which these are, "labels" for all or `OTHER_TEXTS`.
         augment: share of the label parts that the epoch streams; successive epochs take
             successive shares of one seeded permutation, wrapping around.
     """
     sources = _sources("train", points)
-    texts = _sources("labels", labels)
-    if augment and texts:
-        take = max(1, round(augment * len(texts)))
-        permuted = np.random.default_rng([seed, len(texts)]).permutation(len(texts))
-        sources += [texts[permuted[(epoch * take + i) % len(texts)]] for i in range(take)]
+    extra = _sources(texts, labels)
+    if augment and extra:
+        take = max(1, round(augment * len(extra)))
+        permuted = np.random.default_rng([seed, len(extra)]).permutation(len(extra))
+        sources += [extra[permuted[(epoch * take + i) % len(extra)]] for i in range(take)]
     shuffle = np.random.default_rng([seed, epoch]).permutation(len(sources))
     return Order(tuple(sources[i] for i in shuffle), batch_size, streams, window, seed, epoch)
 

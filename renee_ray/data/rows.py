@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from renee_ray.data.dataset import POINTS, Dataset
-from renee_ray.data.order import Order, Span
+from renee_ray.data.order import OTHER_TEXTS, Order, Span
 
 BATCH = "batch"
 """Column added to a window's rows: the number of the row's batch in the epoch."""
@@ -40,9 +40,12 @@ def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _read(dataset: Dataset, span: Span) -> pa.Table:
-    if span.split != "labels":
+    if span.split == OTHER_TEXTS:
+        table = dataset.read_other_texts(span.start, span.stop)
+    elif span.split == "labels":
+        table = dataset.read_rows("labels", span.start, span.stop, ["label_id", "input_ids"])
+    else:
         return dataset.read_rows(span.split, span.start, span.stop)
-    table = dataset.read_rows("labels", span.start, span.stop, ["label_id", "input_ids"])
     ids = table["label_id"].to_numpy()
     ones = np.arange(len(ids) + 1, dtype=np.int32)
     return pa.table(

@@ -82,6 +82,10 @@ def convert(
         propensity_a=config.propensity_a,
         propensity_b=config.propensity_b,
         splits=splits,
+        other_texts=tuple(
+            int((~plan.is_point[part.first : part.first + part.rows]).sum())
+            for part in splits["labels"]
+        ),
         statistics=_statistics(scanned, written, counts),
     )
     layout.write_manifest(dst, manifest)
@@ -202,6 +206,8 @@ class _WritePlan:
     order: dict[str, Int64s]
     """Row numbers in the source in the order to write them; the other splits are in its order."""
     train_counts: Int64s
+    is_point: np.ndarray
+    """bool [num_labels]: labels that are a filter label of a point of train."""
     parts: list[tuple[str, int, int, int]]
     """(split, index of the part, start, stop within the split) of each task."""
 
@@ -232,8 +238,22 @@ def _plan(
         for index, start in enumerate(range(0, sizes[split], config.part_rows))
     ]
     return _WritePlan(
-        raw, dst, vocabulary.serialised, config.max_length, order, train_counts, parts
+        raw,
+        dst,
+        vocabulary.serialised,
+        config.max_length,
+        order,
+        train_counts,
+        _is_point(raw, validation, len(train_counts)),
+        parts,
     )
+
+
+def _is_point(raw: Raw, held_out: Int64s, num_labels: int) -> np.ndarray:
+    filters = raw.train.filters
+    found = np.zeros(num_labels, dtype=bool)
+    found[filters.labels[~np.isin(filters.rows, held_out)]] = True
+    return found
 
 
 def _write(
@@ -306,6 +326,7 @@ def _label_table(plan: _WritePlan, split: str, rows: Int64s) -> tuple[pa.Table, 
         "text": pa.array(texts.texts, pa.string()),
         "input_ids": ids,
         "train_count": pa.array(plan.train_counts[rows]),
+        "is_point": pa.array(plan.is_point[rows]),
     }
     totals = _text_totals(texts, ids, plan.max_length)
     return pa.table(columns, schema=layout.LABELS), totals

@@ -14,7 +14,7 @@ import torch
 
 from renee_ray.config import ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset, absolute
-from renee_ray.data.order import Order, scoring_order, training_order
+from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed
@@ -81,12 +81,16 @@ def train(
 
 def orders(config: RunConfig, dataset: Dataset) -> list[Order]:
     """The order of every epoch of a run."""
-    splits = dataset.manifest.splits
+    manifest = dataset.manifest
+    # A point whose filter labels are positives teaches the texts of these labels already.
+    others = config.feed.filter_labels == "positive"
+    texts = manifest.other_texts if others else [part.rows for part in manifest.splits["labels"]]
     return [
         training_order(
-            [part.rows for part in splits["train"]],
-            [part.rows for part in splits["labels"]] if dataset.manifest.has_label_texts else [],
+            [part.rows for part in manifest.splits["train"]],
+            list(texts) if manifest.has_label_texts else [],
             augment=config.feed.augment,
+            texts=OTHER_TEXTS if others else "labels",
             seed=config.seed,
             epoch=epoch,
             batch_size=config.batch_size,

@@ -29,6 +29,7 @@ def manifest(**splits: tuple[Part, ...]) -> Manifest:
         propensity_a=0.55,
         propensity_b=1.5,
         splits=all_splits,
+        other_texts=tuple(part.rows for part in labels),
         statistics={"train": {"tokens_max": 3}},
     )
 
@@ -40,6 +41,7 @@ def label_table(start: int, stop: int) -> pa.Table:
         "text": [f"label {i}" for i in ids],
         "input_ids": [[int(i)] * int(i % 3) for i in ids],
         "train_count": ids * 2,
+        "is_point": ids % 2 == 0,
     }
     return pa.table(columns, schema=layout.LABELS)
 
@@ -115,12 +117,14 @@ def test_manifest_survives_its_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2 and this renee_ray reads version 1; convert"),
+        ({"format_version": 1}, "format version 1 and this renee_ray reads version 2; convert"),
         ({"format_version": None}, "format version None"),
         ({"max_length": "128"}, "max_length='128' instead of a int"),
         ({"max_length": True}, "max_length=True"),
         ({"tokenizer": None}, "tokenizer=None instead of a str"),
         ({"num_labels": -1}, "num_labels=-1"),
+        ({"other_texts": None}, "other_texts=None"),
+        ({"other_texts": [3]}, r"other_texts=\[3\]"),
         ({"num_labels": 5}, "num_labels=5 but 0 rows in its labels parts"),
         ({"splits": []}, r"splits=\[\]"),
         ({"splits": {}}, r"splits\.train=None"),

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.order import Order, scoring_order, training_order
+from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, read_window
 from renee_ray.training.batch import Batch, Position, cut_batches
 from tests.data.tiny import PAD, write_tiny
@@ -72,6 +72,33 @@ def batches_of(
 ) -> list[Batch]:
     listed = tables(dataset, orders, rank, num_ranks, first)
     return list(cut_batches(listed, positions(orders, first), PAD, LONGEST))
+
+
+def test_other_texts_are_those_of_labels_that_are_no_points(dataset: Dataset) -> None:
+    """In pieces of any size; `tiny` makes every third label a point."""
+    manifest = dataset.manifest
+    wanted = [label for label in range(manifest.num_labels) if label % 3]
+    assert sum(manifest.other_texts) == len(wanted)
+    texts = {i: ids for i, (ids, _, _) in expected(dataset).items()}
+    for size in (1, 2, 3, len(wanted)):
+        for start in range(len(wanted)):
+            found = dataset.read_other_texts(start, min(start + size, len(wanted)))
+            assert found["label_id"].to_pylist() == wanted[start : start + size]
+            assert found["input_ids"].to_pylist() == [
+                texts[-1 - label] for label in wanted[start : start + size]
+            ]
+
+
+def test_an_epoch_with_other_texts(dataset: Dataset) -> None:
+    parts = [part.rows for part in dataset.manifest.splits["train"]]
+    order = training_order(
+        parts, list(dataset.manifest.other_texts), augment=1.0, texts=OTHER_TEXTS, seed=0,
+        epoch=0, batch_size=6, streams=3, window=2,
+    )  # fmt: skip
+    rows = [row for batch in batches_of(dataset, [order], 0, 1) for row in rows_of(batch)]
+    wanted = {i: row for i, row in expected(dataset).items() if i >= 0 or (-1 - i) % 3}
+    assert {row[0]: row[1:] for row in rows} == wanted
+    assert len(rows) == len(wanted)
 
 
 def rows_of(batch: Batch) -> list[tuple[int, list[int], list[int], list[int]]]:

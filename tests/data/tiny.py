@@ -44,6 +44,7 @@ def write_tiny(
             "text": f"label {label}",
             "input_ids": _tokens(rng, vocabulary, longest),
             "train_count": int(counts[label]),
+            "is_point": label % 3 == 0,
         }
         for label in range(num_labels)
     ]
@@ -62,10 +63,16 @@ def write_tiny(
             propensity_a=0.55,
             propensity_b=1.5,
             splits=splits,
+            other_texts=_other_texts(splits["labels"]),
             statistics={},
         ),
     )
     return Dataset.open(str(path))
+
+
+def _other_texts(parts: tuple[Part, ...]) -> tuple[int, ...]:
+    ids = [range(part.first, part.first + part.rows) for part in parts]
+    return tuple(sum(label % 3 != 0 for label in part) for part in ids)
 
 
 def _point(
