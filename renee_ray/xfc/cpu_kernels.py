@@ -1,23 +1,26 @@
-"""What a CPU does with the gradient of a chunk: compiled loops that pass over the weights once.
+"""What a CPU does with a chunk besides its matmuls: compiled loops that pass over memory once.
 
 For c labels with weights w and velocities m [c, D] as stored, and the product P = G E [c, D] as
 BLAS gave it, bf16 or fp32; whatever is in between is fp32:
 
-    _update    m <- momentum * m + P + decay * w;  w <- w - lr * m      rounded as stored
+    _update     m <- momentum * m + P + decay * w;  w <- w - lr * m      rounded as stored
+    _expansion  e4m3 to the dtype of the matmuls
+    _collect    of each row of scores those above its threshold (`topk`)
 
 Plain torch takes a pass for every operation and for every change of dtype. Here a row is read,
 computed and written while it is in the nearest cache, by loops short enough to be vectorised:
 many arrays in one loop would be too many pairs that might overlap. The structure is that of
 `kernels`, which does the same on a GPU.
 
-Weights that lie in memory as fp32 (fp32, fp16) are not among `KINDS`: BLAS accumulates the
-product into them. The others are read and written as integers (see `buffers`).
+Weights that lie in memory as fp32 (fp32, fp16) need none of this: BLAS accumulates the product
+into them. The others are read and written as integers (see `buffers`).
 Import this module only to use it: numba takes a second.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,6 +42,8 @@ from renee_ray.xfc.rounding import (
 )
 from renee_ray.xfc.storage import SGD, Update, Weights
 
+BLOCK = 64
+"""Scores that are looked at together."""
 KINDS: dict[type[Buffer], str] = {Split: "split", BFloat16: "bf16", E4M3: "e4m3"}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 INTEGERS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
@@ -62,7 +67,7 @@ class FusedUpdate(Update):
         weight, velocity = weights.weight, weights.velocity
         product = weights.scratch("product", stop - start, weights.dim, dtype=inputs.dtype)
         torch.mm(residual, inputs, out=product)
-        _over_rows(
+        over_rows(
             _update(
                 DTYPES[inputs.dtype], KINDS[type(weight)], KINDS[type(velocity)] if velocity else ""
             ),
@@ -82,7 +87,21 @@ def compile_for(weights: Weights) -> None:
 
 def expand_e4m3(codes: Tensor, out: Tensor) -> None:
     """Numbers of float8_e4m3fn `codes` [c, D] into `out`, bf16 or fp32, exactly."""
-    _over_rows(_expansion(DTYPES[out.dtype]), (codes, out), 0)
+    over_rows(_expansion(DTYPES[out.dtype]), (codes, out), 0)
+
+
+def collect(
+    logits: Tensor, threshold: Tensor, used: Tensor, done: Tensor, scores: Tensor, labels: Tensor,
+    k: int, first: int,
+) -> None:  # fmt: skip
+    """Puts what beats `threshold` [B, 1] after the `used` [B] last of scores, labels [B, k + room].
+
+    Args:
+        logits: float32 [B, c], of labels from `first` on.
+        done: int64 [B], columns of each row that were looked at; a row ends early at c' < c
+            where its room may not suffice for the next `BLOCK` columns.
+    """
+    over_rows(_collect, (logits, threshold, used, done, scores, labels), 0, k, first)
 
 
 def _stored(buffer: Buffer, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +117,7 @@ def _drawn(noise: Noise | None) -> tuple[Any, Any]:
     return noise.base.numpy(), np.uint64(noise.key % 2**64)
 
 
-def _over_rows(
+def over_rows(
     loop: Callable[..., None], tensors: tuple[Tensor, ...], first: int, *rest: Any
 ) -> None:
     """loop(*arrays, first, *rest); each of torch's threads takes a part of the rows."""
@@ -108,9 +127,10 @@ def _over_rows(
         loop(*arrays, first, *rest)
         return
     bounds = [len(arrays[0]) * i // threads for i in range(threads + 1)]
+    pool = _pool(threads)
     parts = [
-        _pool(threads).submit(loop, *(each[lo:hi] for each in arrays), first + lo, *rest)
-        for lo, hi in zip(bounds, bounds[1:], strict=False)
+        pool.submit(loop, *(each[lo:hi] for each in arrays), first + lo, *rest)
+        for lo, hi in itertools.pairwise(bounds)
     ]
     for part in parts:
         part.result()
@@ -166,6 +186,28 @@ def _expansion(dtype: str) -> Callable[..., None]:
             write(out[i], out[i], row, noise, np.int32(0))
 
     return expand
+
+
+@compiled
+def _collect(logits, threshold, used, done, scores, labels, _, k, first):
+    columns, room = logits.shape[1], scores.shape[1] - k
+    for i in range(len(logits)):
+        row, least, at, count = logits[i], threshold[i, 0], done[i], used[i]
+        while at < columns:
+            stop = min(at + BLOCK, columns)
+            # Most blocks hold nothing; to count takes vectors of comparisons and no branch.
+            better = np.int32(0)
+            for j in range(at, stop):
+                better += np.int32(row[j] > least)
+            if count + better > room:
+                break
+            if better:
+                for j in range(at, stop):
+                    if row[j] > least:
+                        scores[i, k + count], labels[i, k + count] = row[j], first + j
+                        count += 1
+            at = stop
+        used[i], done[i] = count, at
 
 
 @compiled

@@ -152,11 +152,14 @@ class Shard:
 
 
 def choose_operations(weights: Weights) -> Operations:
-    """Those of `cpu_kernels`, of `kernels`, or of plain torch, by the device."""
-    if weights.device.type == "cpu":
-        from renee_ray.xfc import cpu_kernels  # a GPU's process does without numba
+    """Those of `cpu_kernels`, of `kernels`, or of plain torch, by the device.
 
-        if type(weights.weight) in cpu_kernels.KINDS:
+    On a CPU plain torch is fastest where fp32 lies in memory: BLAS accumulates into it.
+    """
+    if weights.device.type == "cpu":
+        if not weights.weight.aliased:
+            from renee_ray.xfc import cpu_kernels  # numba, which takes a second to import
+
             cpu_kernels.compile_for(weights)
             return Operations(residual, cpu_kernels.FusedUpdate)
     elif has_kernels(weights.device):
@@ -211,14 +214,13 @@ def default_chunk(batch: int, weights: Weights, operations: Operations) -> int:
 def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:
     """Bytes of working memory for one label of a chunk, at most.
 
-    Of plain torch: residuals and, for the loss, two fp32 copies; for each weight its operand, its
-    value, velocity and noise, the gradient as bf16 and fp32, and four numbers while rounding it.
-    Of kernels on a CPU: the same residuals; operand and gradient, each at most fp32. On a GPU:
-    residuals and operand.
+    Of kernels on a GPU: residuals and operand. Otherwise residuals and, for the loss, two fp32
+    copies; for each weight its operand and gradient, each at most fp32. Plain torch, where the
+    weights are not in memory as fp32, takes for each its operand, its value, velocity and noise,
+    the gradient as bf16 and fp32, and four numbers while rounding it.
     """
-    item = weights.compute_dtype.itemsize
-    if operations.update is Update:
-        return (item + 8) * max(batch, 1) + (item + 36) * weights.dim
-    if weights.device.type == "cpu":
-        return (item + 8) * max(batch, 1) + 8 * weights.dim
-    return item * max(batch, 1) + item * weights.dim
+    item, plain = weights.compute_dtype.itemsize, operations.update is Update
+    if weights.device.type == "cuda" and not plain:
+        return item * max(batch, 1) + item * weights.dim
+    for_each = item + 36 if plain and not weights.weight.aliased else 8
+    return (item + 8) * max(batch, 1) + for_each * weights.dim
