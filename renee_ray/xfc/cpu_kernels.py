@@ -298,7 +298,7 @@ def _write_e4m3(stored, rest, values, noise, offset):
             np.uint32(_bits(shifted) + np.uint32(noise[j] ^ offset)) >> np.uint32(E4M3_DROPPED)
         )
         code = ((exponent - 120) << 3) + leading - ((exponent + 1) << 4) - 8
-        code = code if value == value else 127
+        code = code if value == value else np.int32(127)
         stored[j] = np.uint8(code | ((_bits(value) >> np.uint32(24)) & np.uint32(128)))
 
 
