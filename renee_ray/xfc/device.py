@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 GPU_CHUNK_BYTES = 256 << 20
 """What the buffers of one chunk may take of a GPU's memory."""
+CPU_CHUNK_BYTES = 24 << 20
+"""At most, on a CPU: beyond, chunks get no faster, and a cloud host may report all of its L3."""
 DEFAULT_CACHE_BYTES = 2 << 20
 """Cache of a core where the operating system does not say."""
 
@@ -93,7 +95,9 @@ def chunk_bytes(device_type: str) -> int:
 
     On a CPU half of what a core has of cache, so that the embeddings and dE stay there too.
     """
-    return GPU_CHUNK_BYTES if device_type == "cuda" else _cache_bytes() // 2
+    if device_type == "cuda":
+        return GPU_CHUNK_BYTES
+    return min(_cache_bytes() // 2, CPU_CHUNK_BYTES)
 
 
 @functools.cache

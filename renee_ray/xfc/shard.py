@@ -9,7 +9,8 @@ What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3
 Neither logits nor dW ever exist for more than one chunk of labels, and where the matmuls are
 fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
 Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size.
-On a GPU the same is done by fewer passes over memory (`kernels`), where triton is there.
+Fewer passes over memory do the same on a CPU (`cpu_kernels`) and, where triton is there, on a
+GPU (`kernels`).
 """
 
 from __future__ import annotations
@@ -72,17 +73,18 @@ class Shard:
 
     Args:
         chunk: labels worked on at once; 0: as many as keep a chunk in the cache.
-        fused: whether `kernels` computes, not plain torch; None: where the device has them.
-
-    Raises:
-        ImportError: `fused`, and there is no triton.
+        operations: how a chunk is computed; None: what is fastest on the device.
     """
 
     def __init__(
-        self, owned: LabelRange, weights: Weights, chunk: int = 0, fused: bool | None = None
+        self,
+        owned: LabelRange,
+        weights: Weights,
+        chunk: int = 0,
+        operations: Operations | None = None,
     ) -> None:
         self.owned, self.weights, self.chunk = owned, weights, chunk
-        self.operations = operations(has_kernels(weights.device) if fused is None else fused)
+        self.operations = operations or choose_operations(weights)
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
         """Local [start, stop) of each chunk for a global batch of `batch` rows."""
@@ -149,13 +151,22 @@ class Shard:
         self.weights.weight.write(start, start + len(rows), rows.to(self.weights.device))
 
 
-def operations(fused: bool) -> Operations:
-    """Those of `kernels`, or of plain torch on any device."""
-    if not fused:
-        return Operations(residual, Update)
-    from renee_ray.xfc import kernels  # needs triton, which not every machine has
+def choose_operations(weights: Weights) -> Operations:
+    """Those of `cpu_kernels`, of `kernels`, or of plain torch, by the device.
 
-    return Operations(kernels.residual, kernels.FusedUpdate)
+    On a CPU plain torch is fastest where fp32 lies in memory: BLAS accumulates into it.
+    """
+    if weights.device.type == "cpu":
+        if not weights.weight.aliased:
+            from renee_ray.xfc import cpu_kernels  # numba, which takes a second to import
+
+            cpu_kernels.compile_for(weights)
+            return Operations(residual, cpu_kernels.FusedUpdate)
+    elif has_kernels(weights.device):
+        from renee_ray.xfc import kernels  # needs triton, which not every machine has
+
+        return Operations(kernels.residual, kernels.FusedUpdate)
+    return Operations(residual, Update)
 
 
 def residual(
@@ -195,24 +206,21 @@ def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
 
 
 def default_chunk(batch: int, weights: Weights, operations: Operations) -> int:
-    """Labels whose buffers fit what a chunk may take on the device.
-
-    On a CPU those that a cache should keep count: fp32 logits, weights, velocities and noise.
-    """
-    if weights.device.type == "cuda":
-        each = buffer_bytes(batch, weights, operations)
-    else:
-        each = 4 * max(batch, 1) + 12 * weights.dim
+    """Labels whose buffers fit what a chunk may take on the device."""
+    each = buffer_bytes(batch, weights, operations)
     return max(64, chunk_bytes(weights.device.type) // each // 64 * 64)
 
 
 def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:
     """Bytes of working memory for one label of a chunk, at most.
 
-    Of plain torch: residuals and, for the loss, two fp32 copies; for each weight its operand, its
-    value, velocity and noise, the gradient as bf16 and fp32, and four numbers while rounding it.
+    Of kernels on a GPU: residuals and operand. Otherwise residuals and, for the loss, two fp32
+    copies; for each weight its operand and gradient, each at most fp32. Plain torch, where the
+    weights are not in memory as fp32, takes for each its operand, its value, velocity and noise,
+    the gradient as bf16 and fp32, and four numbers while rounding it.
     """
-    item = weights.compute_dtype.itemsize
-    if operations.update is Update:
-        return (item + 8) * max(batch, 1) + (item + 36) * weights.dim
-    return item * max(batch, 1) + item * weights.dim
+    item, plain = weights.compute_dtype.itemsize, operations.update is Update
+    if weights.device.type == "cuda" and not plain:
+        return item * max(batch, 1) + item * weights.dim
+    for_each = item + 36 if plain and not weights.weight.aliased else 8
+    return (item + 8) * max(batch, 1) + for_each * weights.dim

@@ -70,14 +70,33 @@ class _Best:
 
     def add(self, logits: Tensor, first: int) -> None:
         """Takes a chunk's logits [B, c] of labels from `first` on, later than all before."""
-        whole = logits.shape[1] // BLOCK * BLOCK
-        self._add(logits[:, :whole], BLOCK, first)
-        self._add(logits[:, whole:], logits.shape[1] - whole, first + whole)
+        if logits.device.type == "cpu":
+            self._collect(logits, first)
+        else:
+            self._compare(logits, first)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(scores [B, k] descending, labels [B, k])."""
         self._sort()
         return self.scores[:, : self.k].contiguous(), self.labels[:, : self.k].contiguous()
+
+    def _collect(self, logits: Tensor, first: int) -> None:
+        from renee_ray.xfc.cpu_kernels import collect  # numba, which takes a second to import
+
+        done = torch.zeros_like(self.used)
+        while True:
+            collect(
+                logits, self.threshold, self.used, done, self.scores, self.labels, self.k, first
+            )
+            if bool((done == logits.shape[1]).all()):
+                return
+            self._sort()
+
+    def _compare(self, logits: Tensor, first: int) -> None:
+        """In plain torch, for any device."""
+        whole = logits.shape[1] // BLOCK * BLOCK
+        self._add(logits[:, :whole], BLOCK, first)
+        self._add(logits[:, whole:], logits.shape[1] - whole, first + whole)
 
     def _add(self, logits: Tensor, block: int, first: int) -> None:
         if not logits.numel():

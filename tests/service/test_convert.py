@@ -119,6 +119,7 @@ def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> No
             for start in range(0, len(ids), config.part_rows)
         ]
     counts = [sum(i in row for row in naive["pairs"]["trn"]) for i in range(len(naive["labels"]))]
+    points = {label for row, label in naive["filters"] if row in order["train"]}
     labels = dataset.read_rows("labels", 0, dataset.manifest.num_labels).to_pylist()
     assert labels == [
         {
@@ -126,9 +127,11 @@ def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> No
             "text": text,
             "input_ids": tokenizer.encode(text).ids,
             "train_count": counts[i],
+            "is_point": i in points,
         }
         for i, text in enumerate(naive["labels"])
     ]
+    assert sum(dataset.manifest.other_texts) == len(labels) - len(points)
     assert sum(counts) == sum(
         dataset.manifest.statistics[split]["label_pairs"] for split in ("train", "validation")
     )
@@ -147,6 +150,9 @@ def test_texts_against_naive_python(tmp_path: Path, model: str) -> None:
     assert parts > 10 and messages[-1] == f"parts written: {parts} of {parts}"
     assert Dataset.open(str(tmp_path / "dst")).manifest == manifest
     assert manifest.pad_id == 1 and manifest.has_label_texts and manifest.tokenizer == model
+    # Some labels are filter labels of held-out points alone: their texts are not trained on.
+    filtered = {label for _, label in naive["filters"]}
+    assert len(naive["labels"]) > sum(manifest.other_texts) > len(naive["labels"]) - len(filtered)
     duplicates = sum(len(row) - len(set(row)) for row in naive["pairs"]["trn"])
     assert duplicates > 0
     assert manifest.statistics["train"]["duplicate_pairs"] == duplicates

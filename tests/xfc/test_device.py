@@ -48,6 +48,13 @@ def test_a_chunk_has_room() -> None:
     assert chunk_bytes("cuda") > chunk_bytes("cpu") // 4
 
 
+def test_a_cache_that_a_cloud_host_reports_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_cache_bytes", lambda: 480 << 20)
+    assert chunk_bytes("cpu") <= 32 << 20
+    monkeypatch.setattr(module, "_cache_bytes", lambda: 2 << 20)
+    assert chunk_bytes("cpu") == 1 << 20
+
+
 @pytest.mark.parametrize(
     ("capability", "installed", "expected"),
     [((9, 0), True, True), ((9, 0), False, False), ((7, 5), True, False)],

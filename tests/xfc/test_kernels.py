@@ -17,13 +17,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.rounding import PERIOD
-from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.shard import Operations, Pairs, Shard, residual
 from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
 from tests.xfc.interpreter import DEVICE, load_kernels
 
 kernels = load_kernels()
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
+OPERATIONS = {
+    True: Operations(kernels.residual, kernels.FusedUpdate),
+    False: Operations(residual, Update),
+}
 LABELS, BATCH, DIM = 150, 139, 40
 SINGLE = 2.0**-21
 """Error of a few operations in fp32, relative to the largest number that they meet."""
@@ -202,7 +206,7 @@ def shard_of(precision: str, fused: bool, owned: LabelRange, chunk: int) -> Shar
     """Weights that depend on the label alone."""
     compute = torch.float32
     weights = Weights(precision, len(owned), DIM, True, DEVICE, compute)
-    shard = Shard(owned, weights, chunk, fused)
+    shard = Shard(owned, weights, chunk, OPERATIONS[fused])
     shard.write(owned.start, normal(owned.num_labels, DIM, seed=1)[owned.start : owned.stop] / 4)
     return shard
 
@@ -273,7 +277,7 @@ def test_a_step_on_a_gpu_equals_float64_on_the_stored_weights(precision: str, fu
     """In the matmuls' own dtype and of a useful size."""
     n, batch, dim = 5000, 1000, 768
     weights = Weights(precision, n, dim, False, DEVICE)
-    shard = Shard(LabelRange(0, n, n), weights, 1500, fused)
+    shard = Shard(LabelRange(0, n, n), weights, 1500, OPERATIONS[fused])
     shard.write(0, normal(n, dim, seed=1) / 16)
     stored, inputs = weights.read(0, n).double(), normal(batch, dim, seed=2)
     rows = torch.arange(batch)

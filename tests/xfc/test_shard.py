@@ -13,8 +13,8 @@ from renee_ray.xfc.shard import (
     Pairs,
     Shard,
     buffer_bytes,
+    choose_operations,
     default_chunk,
-    operations,
     subtract_positives,
 )
 from renee_ray.xfc.storage import SGD, STORAGES, Weights
@@ -292,7 +292,7 @@ def test_default_chunk() -> None:
     sizes = []
     for batch, dim in [(256, 384), (1024, 384), (1, 1), (2**14, 768), (0, 384)]:
         weights = Weights("fp32", 3, dim, False, CPU)
-        sizes.append(default_chunk(batch, weights, operations(fused=False)))
+        sizes.append(default_chunk(batch, weights, choose_operations(weights)))
         assert sizes[-1] >= 64
         assert sizes[-1] % 64 == 0
     assert sizes[0] >= sizes[1]
