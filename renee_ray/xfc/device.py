@@ -25,6 +25,8 @@ GPU_CHUNK_BYTES = 256 << 20
 """What the buffers of one chunk may take of a GPU's memory."""
 DEFAULT_CACHE_BYTES = 2 << 20
 """Cache of a core where the operating system does not say."""
+MAX_CACHE_BYTES = 32 << 20
+"""Cache that a core is believed to have: of virtual machines, some report the whole host's."""
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -86,4 +88,4 @@ def _cache_bytes() -> int:
         except (OSError, ValueError):  # a machine that says nothing of this cache
             continue
         shares.append(size // max(1, int(sharing, 16).bit_count()))
-    return max(shares)
+    return min(max(shares), MAX_CACHE_BYTES)
