@@ -130,13 +130,8 @@ class Trainer:
             self.on_checkpoint(self._evaluate())
         meter, started = Meter(), time.perf_counter()
         while self.state.step < self.plan.total:
-            feed = self.config.feed
-            batch = next(batches).for_training(
-                self.config.seed,
-                token_dropout=feed.token_dropout,
-                filter_labels_positive=feed.filter_labels == "positive",
-            )
-            result, sampled = self._train_on(batch)
+            batch = self.prepared(next(batches))
+            result, sampled = self.train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
             tokens, cells = batch.padding()
             meter.tokens, meter.cells = meter.tokens + tokens, meter.cells + cells
@@ -153,7 +148,17 @@ class Trainer:
                 self.on_checkpoint({})
                 started += time.perf_counter() - pause
 
-    def _train_on(self, batch: Batch) -> tuple[StepResult, bool]:
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch as it is read -> as the model trains on it."""
+        feed = self.config.feed
+        return batch.for_training(
+            self.config.seed,
+            token_dropout=feed.token_dropout,
+            filter_labels_positive=feed.filter_labels == "positive",
+        )
+
+    def train_on(self, batch: Batch) -> tuple[StepResult, bool]:
+        """The step at `state.step`, on a prepared batch; and whether its loss was computed."""
         config, state = self.config, self.state
         factor = warmup_cosine(state.step, self.plan.total, config.warmup)
         for group in self.optimizer.param_groups:
