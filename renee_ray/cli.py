@@ -157,7 +157,7 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
 
 @cli.group()
 def bench() -> None:
-    """Benchmarks; each prints one JSON line, with references timed in the same process."""
+    """Benchmarks; each prints one JSON line, with references timed in turns."""
 
 
 def _sizes(function: Any) -> Any:
@@ -226,13 +226,46 @@ def bench_topk(**settings: Any) -> None:
 @click.option(
     "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
 )
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Torch threads of a worker.",
+)
 @_precision
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Timed.")
+@click.option("--speedup", is_flag=True, help="Beside one worker with as many threads.")
 def bench_scale(**settings: Any) -> None:
     """The classifier on Ray Train workers, without momentum: time and memory by labels."""
     from renee_ray.service.bench import bench_scale as run
 
     click.echo(json.dumps(_call(lambda: run(**settings))))
+
+
+@bench.command("train", cls=_Command, keys=RunConfig)
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Timed steps of a block, rounded up to feed.window times feed.prefetch.",
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Blocks of each."
+)
+def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: int) -> None:
+    """A run of CONFIG through Ray, beside the same steps by torch.distributed alone.
+
+    `data` is a converted dataset; `output` cannot be set, since nothing is kept, and
+    classifier.init is `normal` in both.
+    """
+    layers = read_yaml(config), parse_overrides(overrides)
+    from renee_ray.service.bench_train import bench_train as run
+
+    click.echo(json.dumps(_call(run, *layers, steps, repeats, _say)))
 
 
 def _call(function: Callable[..., T], *arguments: Any) -> T:

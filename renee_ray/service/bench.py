@@ -3,6 +3,9 @@
 A planted problem without an encoder: B points with fixed embeddings, whose first component is
 the same for all, and a few labels each. Every step sees all of them, each rank owning B / R
 rows and L / R labels, so what crosses the ranks is what crosses them in training.
+
+For a speed-up rank 0 holds all labels besides its own, and steps on them alone while the others
+wait, in turns with the steps of all: both meet the same machine, and the same batch.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 import torch
 
 from renee_ray.benchmarks.problem import Problem, make_problem
-from renee_ray.config import RunConfig, make_config
+from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, worker_device
 from renee_ray.training.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
@@ -36,36 +39,48 @@ SAMPLE_S = 0.2
 
 
 def bench_scale(
-    labels: int | None, dim: int, batch: int, workers: int, precision: str, steps: int
+    labels: int | None,
+    dim: int,
+    batch: int,
+    workers: int,
+    threads: int,
+    precision: str,
+    steps: int,
+    speedup: bool,
 ) -> dict[str, Any]:
     """Without momentum; `labels` None: a sweep over `SWEEP`.
 
     Returns:
-        step_s, the median of `steps`; seconds_per_million_labels; bytes_per_weight;
-        peak_rss_gib, resident memory of this process and all below it together (Ray's own
-        and every worker's), at its highest; loss_first and loss_last, the BCE of a point
-        summed over labels. A sweep: these of each size, and the slope of step_s over labels.
+        step_s, the median of `steps`; with `speedup`, one_worker_step_s, the same of one worker,
+        and speedup, their quotient; seconds_per_million_labels; initialise_s, of the first
+        weights; bytes_per_weight; peak_rss_gib, resident memory of this process and all below it
+        together (Ray's own and every worker's), at its highest; loss_first and loss_last, the BCE
+        of a point summed over labels; threads, of a worker. A sweep: these of each size, and the
+        slope of step_s over labels.
+
+    Raises:
+        ReneeError: a speed-up of one worker, or the cluster has too few CPUs.
     """
+    if speedup and workers == 1:
+        raise ReneeError("--speedup compares with one worker; give more --workers")
     ensure_ray(workers)
+    settings = {
+        "dim": dim, "batch": batch, "precision": precision, "steps": steps, "speedup": speedup,
+    }  # fmt: skip
     if labels is not None:
-        return _run(labels, dim, batch, workers, precision, steps)
-    found = [_run(size, dim, batch, workers, precision, steps) for size in SWEEP]
+        return _run(workers, threads, {"labels": labels, **settings})
+    found = [_run(workers, threads, {"labels": size, **settings}) for size in SWEEP]
     slope = np.polyfit([size / 1e6 for size in SWEEP], [each["step_s"] for each in found], 1)[0]
     return {"sweep": found, "slope_seconds_per_million_labels": float(slope)}
 
 
-def _run(
-    labels: int, dim: int, batch: int, workers: int, precision: str, steps: int
-) -> dict[str, Any]:
+def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
     streams = max(8, workers)
     config = make_config(
         RunConfig,
         {"data": "", "output": "", "num_workers": workers, "batch_size": streams},
-        {"feed": {"streams": streams}, "timeout_s": TIMEOUT_S},
+        {"feed": {"streams": streams}, "timeout_s": TIMEOUT_S, "threads": threads},
     )
-    arguments = {
-        "labels": labels, "dim": dim, "batch": batch, "precision": precision, "steps": steps,
-    }  # fmt: skip
     use_gpu = decide_gpu("auto", workers)
     with ResidentPeak() as peak:
         found = launch(scale_worker, arguments, config, use_gpu, stored=False)
@@ -85,29 +100,57 @@ def measure(
     batch: int,
     precision: str,
     steps: int,
+    speedup: bool = False,
 ) -> dict[str, Any]:
-    """The figures of `bench_scale` but for memory, on every rank."""
+    """The figures of `bench_scale` but for memory, on every rank (one worker's on rank 0)."""
     problem = make_problem(labels, dim, batch, device)
     problem.embeddings.mul_(dim**-0.5)[:, 0] = 1
-    owned = LabelRange.of_rank(labels, ranks.num_ranks, ranks.rank)
-    shard = Shard(owned, Weights(precision, len(owned), dim, False, device))
-    shard.initialise_normal(0.02, seed=0)
+    start = time.perf_counter()
+    shard = _shard(ranks, problem, precision, device)
+    initialise_s = time.perf_counter() - start
+    alone = Ranks()
+    whole = _shard(alone, problem, precision, device) if speedup and ranks.rank == 0 else None
 
     first = _step(ranks, shard, problem, 0, with_loss=True)
-    seconds = []
+    if whole is not None:
+        _step(alone, whole, problem, 0)
+    seconds: list[float] = []
+    seconds_alone: list[float] = []
     for step in range(1, steps + 1):
-        start = time.perf_counter()
-        _step(ranks, shard, problem, step)
-        seconds.append(time.perf_counter() - start)
+        if whole is not None:
+            seconds_alone.append(_timed_step(alone, whole, problem, step))
+        if speedup:
+            all_sum(ranks, torch.zeros(()))  # the others wait without a step of their own
+        seconds.append(_timed_step(ranks, shard, problem, step))
     last = _step(ranks, shard, problem, steps + 1, with_loss=True)
     taken, held = median(seconds), torch.tensor(shard.weights.nbytes())
-    return {
+    found = {
         "step_s": taken,
         "seconds_per_million_labels": taken / labels * 1e6,
         "bytes_per_weight": int(all_sum(ranks, held)) / (labels * dim),
+        "initialise_s": initialise_s,
         "loss_first": first,
         "loss_last": last,
+        "threads": torch.get_num_threads(),
     }
+    if whole is not None:
+        found["one_worker_step_s"] = median(seconds_alone)
+        found["speedup"] = median(seconds_alone) / taken
+    return found
+
+
+def _shard(ranks: Ranks, problem: Problem, precision: str, device: torch.device) -> Shard:
+    owned = LabelRange.of_rank(problem.num_labels, ranks.num_ranks, ranks.rank)
+    dim = problem.embeddings.shape[1]
+    shard = Shard(owned, Weights(precision, len(owned), dim, False, device))
+    shard.initialise_normal(0.02, seed=0)
+    return shard
+
+
+def _timed_step(ranks: Ranks, shard: Shard, problem: Problem, step: int) -> float:
+    start = time.perf_counter()
+    _step(ranks, shard, problem, step)
+    return time.perf_counter() - start
 
 
 def _step(

@@ -54,7 +54,7 @@ def train(
     """
     dataset = Dataset.open(config.data)
     config = config.model_copy(update={"data": dataset.path, "output": absolute(config.output)})
-    _check(config, dataset)
+    check(config, dataset)
     directory = RunDirectory(config.output)
     _check_resumable(config, directory, dataset)
     ensure_ray(config.num_workers + 1)
@@ -112,8 +112,8 @@ def scoring_feed(
     )
 
 
-def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs, on a fresh start and after every failure."""
+def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
+    """A worker's trainer, new or as the last checkpoint left it, and the batches that remain."""
     quiet()
     config = RunConfig.model_validate(arguments["config"])
     dataset = Dataset(config.data, arguments["manifest"])
@@ -176,6 +176,12 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         pad_multiple=pad_multiple,
         prefetch=config.feed.prefetch,
     )
+    return trainer, batches
+
+
+def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs, on a fresh start and after every failure."""
+    trainer, batches = prepare(arguments)
     trainer.run(batches)
     evals = trainer.state.history["evals"]
     return {
@@ -253,7 +259,8 @@ def _identity(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _check(config: RunConfig, dataset: Dataset) -> None:
+def check(config: RunConfig, dataset: Dataset) -> None:
+    """Raises ReneeError where the dataset or the encoder do not fit the configuration."""
     manifest = dataset.manifest
     if not manifest.num_points("train"):
         raise ReneeError(f"{dataset.path} has no training points; convert one that has")

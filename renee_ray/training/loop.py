@@ -143,12 +143,12 @@ class Trainer:
         if self.state.step == 0 and not self.state.history["evals"]:
             self.on_checkpoint(self._evaluate())
         meter, started = Meter(), time.perf_counter()
-        ready: Iterator[Batch] = map(self._for_training, batches)
+        ready: Iterator[Batch] = map(self.prepared, batches)
         if self.device.type == "cuda":
             ready = one_ahead(ready, self.plan.total - self.state.step)
         while self.state.step < self.plan.total:
             batch = next(ready)
-            result, sampled = self._train_on(batch)
+            result, sampled = self.train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
             tokens, cells = batch.padding(self.config.encoder.micro_batch)
             meter.tokens, meter.cells = meter.tokens + tokens, meter.cells + cells
@@ -165,7 +165,8 @@ class Trainer:
                 self.on_checkpoint({})
                 started += time.perf_counter() - pause
 
-    def _for_training(self, batch: Batch) -> Batch:
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch as it is read -> as the model trains on it."""
         feed = self.config.feed
         return batch.for_training(
             self.config.seed,
@@ -173,7 +174,8 @@ class Trainer:
             filter_labels_positive=feed.filter_labels == "positive",
         )
 
-    def _train_on(self, batch: Batch) -> tuple[StepResult, bool]:
+    def train_on(self, batch: Batch) -> tuple[StepResult, bool]:
+        """The step at `state.step`, on a prepared batch; and whether its loss was computed."""
         config, state = self.config, self.state
         factor = warmup_cosine(state.step, self.plan.total, config.warmup)
         for group in self.optimizer.param_groups:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from renee_ray import cli
 from renee_ray.service.bench import ResidentPeak, measure, resident_bytes
 from renee_ray.training.collectives import Ranks
 from tests.service.conftest import renee_ray
@@ -35,6 +36,23 @@ def test_the_loss_falls_alike_on_any_number_of_ranks(precision: str, bytes_per_w
         assert found["seconds_per_million_labels"] == pytest.approx(found["step_s"] / 3001e-6)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_speedup_is_of_the_same_steps_by_one_rank(num_ranks: int) -> None:
+    first, *others = on_ranks(num_ranks, compared)
+    assert first["speedup"] == pytest.approx(first["one_worker_step_s"] / first["step_s"])
+    assert all("speedup" not in found for found in others)
+    assert {found["threads"] for found in (first, *others)} == {1}
+
+
+def compared(ranks: Ranks) -> dict[str, Any]:
+    return measure(ranks, torch.device("cpu"), precision="fp32", speedup=True, **SIZES)
+
+
+def test_a_speedup_of_one_worker_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "scale", "--workers", "1", "--speedup"]) == 1
+    assert "--workers" in capsys.readouterr().err
+
+
 def test_memory_of_processes_below_is_counted() -> None:
     size = 80 << 20
     before = resident_bytes()
@@ -56,7 +74,7 @@ def test_memory_of_processes_below_is_counted() -> None:
 def test_bench_scale_through_ray_train() -> None:
     command = renee_ray(
         "bench", "scale", "--labels", "3001", "--dim", "8", "--batch", "10", "--workers", "2",
-        "--precision", "bf16_sr", "--steps", "2",
+        "--precision", "bf16_sr", "--steps", "2", "--speedup",
     )  # fmt: skip
     assert command.status == 0, command.stderr
     (line,) = command.stdout.splitlines()
@@ -64,4 +82,6 @@ def test_bench_scale_through_ray_train() -> None:
     assert found["bytes_per_weight"] == 2
     assert found["loss_last"] < found["loss_first"]
     assert 0.1 < found["peak_rss_gib"] < 50
-    assert {"step_s", "seconds_per_million_labels"} <= set(found)
+    assert {"step_s", "seconds_per_million_labels", "initialise_s"} <= set(found)
+    assert found["speedup"] == pytest.approx(found["one_worker_step_s"] / found["step_s"])
+    assert (found["workers"], found["threads"]) == (2, 1)

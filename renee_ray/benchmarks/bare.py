@@ -1,0 +1,238 @@
+"""Training steps and nothing else: what a whole run is measured against.
+
+R processes of torch.distributed, without Ray, train the batches that a run of the same
+configuration would train, held in memory before the first step: the rows that `data.order` gives
+each position, their tokens dropped already. No loss, no progress, no checkpoint, no validation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from renee_ray.config import RunConfig
+from renee_ray.data.dataset import Dataset
+from renee_ray.data.order import Order
+from renee_ray.data.rows import read_window
+from renee_ray.training.batch import Batch, Position, cut_batches
+from renee_ray.training.collectives import Ranks, all_sum
+from renee_ray.training.loop import Plan, Trainer
+from renee_ray.training.model import Model, build_model
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.storage import SGD
+
+
+@dataclass(frozen=True)
+class Job:
+    """`warmup` untimed steps, `steps` timed ones, and one that ends the last of them.
+
+    orders: one an epoch; pad_multiple: as the run pads rows; use_gpu: rank r takes GPU r.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    orders: tuple[Order, ...]
+    warmup: int
+    steps: int
+    pad_multiple: int
+    use_gpu: bool
+
+    @property
+    def total(self) -> int:
+        return self.warmup + self.steps + 1
+
+    @property
+    def plan(self) -> Plan:
+        """Of `total` steps, in the batches of as many epochs as they reach into."""
+        left, batches = self.total, []
+        for order in self.orders:
+            batches.append(min(left, order.num_batches))
+            left -= batches[-1]
+        return Plan(tuple(n for n in batches if n), 0, self.config.checkpoint.every_steps)
+
+
+class Clock(Iterator[Batch]):
+    """Batches, with the times at which each was asked for and came."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.asked: list[float] = []
+        self.came: list[float] = []
+
+    def __next__(self) -> Batch:
+        self.asked.append(time.perf_counter())
+        batch = next(self._batches)
+        self.came.append(time.perf_counter())
+        return batch
+
+    def seconds(self, first: int, stop: int) -> float:
+        """From asking for batch `first` to asking for batch `stop`."""
+        return self.asked[stop] - self.asked[first]
+
+    def waited(self, first: int, stop: int) -> float:
+        """Seconds spent waiting for batches [first, stop)."""
+        pairs = zip(self.asked[first:stop], self.came[first:stop], strict=True)
+        return sum(came - asked for asked, came in pairs)
+
+
+class ClockedShard(Shard):
+    """A shard that notes the seconds of each of its steps."""
+
+    seconds: list[float]
+
+    @classmethod
+    def of(cls, shard: Shard) -> ClockedShard:
+        clocked = cls(shard.owned, shard.weights, shard.chunk)
+        clocked.seconds = []
+        return clocked
+
+    def step(
+        self,
+        embeddings: Tensor,
+        positives: Pairs,
+        sgd: SGD,
+        *,
+        with_loss: bool = False,
+        on_gradient: Callable[[Tensor], None] = lambda gradient: None,
+    ) -> Tensor:
+        start = time.perf_counter()
+        loss = super().step(
+            embeddings, positives, sgd, with_loss=with_loss, on_gradient=on_gradient
+        )
+        self.seconds.append(time.perf_counter() - start)
+        return loss
+
+
+def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, Any]:
+    """Figures of the timed steps, from rank 0.
+
+    Args:
+        environment: variables that the processes start with, such as their threads.
+        niceness: added to that of this process.
+
+    Returns:
+        seconds of all timed steps, and classifier_seconds of them on a CPU, else None (a GPU works
+        behind the host's back); rows of the global batches; tokens, cells of the padded matrices,
+        of all ranks; threads; precision; weights, as `weight_norms` of the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="renee-ray-bare-") as directory:
+        with _environment(environment):
+            mp.spawn(_worker, (job, directory, niceness), nprocs=job.config.num_workers)
+        found: dict[str, Any] = json.loads(Path(directory, "figures.json").read_text())
+        return found
+
+
+def _worker(rank: int, job: Job, directory: str, niceness: int) -> None:
+    os.nice(niceness)
+    ranks, device = _join(rank, job, directory)
+    try:
+        figures = measure(job, ranks, device)
+        if rank == 0:
+            Path(directory, "figures.json").write_text(json.dumps(figures))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(rank: int, job: Job, directory: str) -> tuple[Ranks, torch.device]:
+    device = torch.device("cuda", rank) if job.use_gpu else torch.device("cpu")
+    if job.use_gpu:
+        torch.cuda.set_device(device)
+    if job.config.num_workers > 1:
+        dist.init_process_group(
+            "nccl" if job.use_gpu else "gloo",
+            init_method=f"file://{directory}/rendezvous",
+            rank=rank,
+            world_size=job.config.num_workers,
+            timeout=timedelta(seconds=job.config.timeout_s),
+        )
+    return Ranks.of_process_group(), device
+
+
+def measure(job: Job, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """The figures of `run_bare`, on every rank."""
+    config = job.config.model_copy(update={"loss_every": 0})
+    model = build_model(config, job.dataset.manifest.num_labels, ranks, device, training=True)
+    shard = ClockedShard.of(model.shard)
+    shard.initialise_normal(config.classifier.init_std, config.seed)
+    model = replace(model, shard=shard)
+    trainer = Trainer(
+        config, model, ranks, device, job.plan, lambda: (), None, None,
+        lambda record: None, lambda metrics: None,
+    )  # fmt: skip
+    batches = [trainer.prepared(batch) for batch in held_batches(job, ranks)]
+
+    clock = Clock(iter(batches))
+    for batch in clock:
+        trainer.train_on(batch)
+
+    timed = slice(job.warmup, job.warmup + job.steps)
+    sums = torch.tensor([(len(batch), *batch.padding()) for batch in batches[timed]]).sum(0)
+    rows, tokens, cells = all_sum(ranks, sums).tolist()
+    return {
+        "seconds": clock.seconds(timed.start, timed.stop),
+        "classifier_seconds": sum(shard.seconds[timed]) if device.type == "cpu" else None,
+        "rows": rows,
+        "tokens": tokens,
+        "cells": cells,
+        "threads": torch.get_num_threads(),
+        "precision": shard.weights.precision,
+        "weights": weight_norms(model, ranks),
+    }
+
+
+def held_batches(job: Job, ranks: Ranks) -> list[Batch]:
+    """This rank's rows of the first `job.total` batches."""
+    length, pad_id = job.config.encoder.max_length, job.dataset.manifest.pad_id
+    positions = (
+        Position(epoch, batch)
+        for epoch, order in enumerate(job.orders)
+        for batch in range(order.num_batches)
+    )
+    wanted = islice(positions, job.total)
+    return list(cut_batches(_tables(job, ranks), wanted, pad_id, length, job.pad_multiple))
+
+
+def _tables(job: Job, ranks: Ranks) -> Iterator[pa.Table]:
+    for epoch, order in enumerate(job.orders):
+        streams = order.streams_of(ranks.rank, ranks.num_ranks)
+        for window in range(order.num_windows):
+            table = read_window(job.dataset, order, streams, window)
+            yield table.append_column("epoch", pa.array(np.full(len(table), epoch)))
+
+
+def weight_norms(model: Model, ranks: Ranks) -> tuple[float, float]:
+    """Norms of the encoder's parameters and of all ranks' shards together."""
+    encoder = sum(float(p.detach().double().square().sum()) for p in model.encoder.parameters())
+    weights = model.shard.weights
+    own = torch.zeros((), dtype=torch.float64)
+    for start, stop in model.shard.chunks(1):
+        own += weights.read(start, stop).double().square().sum().cpu()
+    return float(np.sqrt(encoder)), float(all_sum(ranks, own).sqrt())
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
