@@ -183,7 +183,9 @@ def measure(job: Job, ranks: Ranks, device: torch.device) -> dict[str, Any]:
         trainer.train_on(batch)
 
     timed = slice(job.warmup, job.warmup + job.steps)
-    sums = torch.tensor([(len(batch), *batch.padding()) for batch in batches[timed]]).sum(0)
+    sums = torch.tensor(
+        [(len(batch), *batch.padding(job.config.encoder.micro_batch)) for batch in batches[timed]]
+    ).sum(0)
     rows, tokens, cells = all_sum(ranks, sums).tolist()
     return {
         "seconds": clock.seconds(timed.start, timed.stop),
