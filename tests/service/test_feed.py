@@ -209,5 +209,5 @@ def tile(manifest: Manifest, part: pa.Table, times: int, path: Path) -> str:
     rows = write_part(str(path), "train/part-00000.parquet", part)
     parts = tuple(Part("train/part-00000.parquet", rows, i * rows) for i in range(times))
     splits = {"train": parts, "validation": (), "test": (), "labels": ()}
-    write_manifest(str(path), replace(manifest, splits=splits, num_labels=0))
+    write_manifest(str(path), replace(manifest, splits=splits, other_texts=(), num_labels=0))
     return str(path)
