@@ -98,7 +98,7 @@ class ClockedShard(Shard):
 
     @classmethod
     def of(cls, shard: Shard) -> ClockedShard:
-        clocked = cls(shard.owned, shard.weights, shard.chunk)
+        clocked = cls(shard.owned, shard.weights, shard.chunk, shard.operations)
         clocked.seconds = []
         return clocked
 

@@ -17,8 +17,8 @@ import logging
 
 from torch import Tensor
 
-from renee_ray.xfc.shard import Pairs, Shard, subtract_positives
-from renee_ray.xfc.storage import SGD, Weights
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.storage import SGD
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def undo_step(shard: Shard, embeddings: Tensor, positives: Pairs, sgd: SGD) -> N
     inputs = embeddings.to(weights.compute_dtype)
     chunks = shard.chunks(len(embeddings))
     for (start, stop), pairs in zip(chunks, positives.by_chunk(chunks), strict=True):
-        chunk = _Chunk(weights, start, stop, inputs, pairs)
+        chunk = _Chunk(shard, start, stop, inputs, pairs)
         if weights.velocity is None:
             chunk.invert(sgd)
         else:
@@ -50,13 +50,14 @@ class _Chunk:
 
     def __init__(
         self,
-        weights: Weights,
+        shard: Shard,
         start: int,
         stop: int,
         inputs: Tensor,
         pairs: tuple[Tensor, Tensor],
     ) -> None:
-        self.weights, self.start, self.stop = weights, start, stop
+        self.weights, self.start, self.stop = shard.weights, start, stop
+        self._residual = shard.operations.residual
         self.inputs, self.pairs = inputs, pairs
 
     def invert_with_momentum(self, sgd: SGD) -> None:
@@ -86,5 +87,7 @@ class _Chunk:
     def _gradient(self) -> Tensor:
         """G' E at the weights as they are stored, float32 [stop - start, D]."""
         operand = self.weights.operand(self.start, self.stop)
-        residual = subtract_positives(operand @ self.inputs.T, *reversed(self.pairs))
+        rows, columns = self.pairs
+        out = operand.new_empty(self.stop - self.start, len(self.inputs))
+        residual = self._residual(operand, self.inputs, columns, rows, out, None)
         return (residual @ self.inputs).float()
