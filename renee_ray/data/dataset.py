@@ -11,6 +11,7 @@ assignment to workers and of resuming. Nothing here holds more than the rows ask
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,10 +29,11 @@ import pyarrow.parquet as pq
 
 from renee_ray.config import ReneeError, reason
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
 SPLITS = ("train", "validation", "test", "labels")
 ROW_GROUP_ROWS = 1024
+_PART = re.compile(r"part-\d+\.parquet")
 
 POINTS = pa.schema(
     {
@@ -72,6 +74,10 @@ class Part:
     rows: int
     first: int
     """Position of its first row in the split: for labels, the first label_id."""
+    size: int
+    """Bytes of the file."""
+    sha256: str
+    """Of the file, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -203,14 +209,15 @@ def _part(item: object, split: str, where: str) -> Part:
         or not _is(item.get("path"), str)
         or not _is(item.get("rows"), int)
         or not _is(item.get("first"), int)
-        or item["rows"] < 0
-        or item["first"] < 0
+        or not _is(item.get("size"), int)
+        or not re.fullmatch(r"[0-9a-f]{64}", str(item.get("sha256")))
+        or min(item["rows"], item["first"], item["size"]) < 0
     ):
         raise _damaged(where, f"has the part {item!r} in splits.{split}")
     path = PurePosixPath(item["path"])
     if path.is_absolute() or ".." in path.parts or "\\" in item["path"] or ":" in item["path"]:
         raise _damaged(where, f"has a part outside the dataset's directory, {item['path']!r}")
-    return Part(item["path"], item["rows"], item["first"])
+    return Part(item["path"], item["rows"], item["first"], item["size"], item["sha256"])
 
 
 class Dataset:
@@ -222,11 +229,20 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str) -> Dataset:
-        """The dataset at `path`, a local directory or the URL of one.
+        """The dataset at `path`, a local directory or the URL of one, whose files are all there.
 
         Raises:
-            DatasetError: there is no dataset.json, or it cannot be used.
+            DatasetError: there is no dataset.json, or it cannot be used; a part that it names is
+                missing or has another size, or there is a part that it does not name.
         """
+        dataset = cls.without_check(path)
+        for problem in dataset.wrong_files():
+            raise DatasetError(f"{problem}; restore it or convert the source again")
+        return dataset
+
+    @classmethod
+    def without_check(cls, path: str) -> Dataset:
+        """As `open`, whatever has become of the parts."""
         filesystem, root = filesystem_of(path)
         name = f"{root}/{MANIFEST}"
         if filesystem.get_file_info(name).type != pafs.FileType.File:
@@ -257,6 +273,40 @@ class Dataset:
     def root(self) -> str:
         """The dataset's directory as `filesystem` names it."""
         return self._located[1]
+
+    def wrong_files(self) -> Iterator[str]:
+        """Sentences, without a stop, on the parts that are not as the manifest says, by listing."""
+        for split, parts in self.manifest.splits.items():
+            selector = pafs.FileSelector(f"{self.root}/{split}", allow_not_found=True)
+            listed = self.filesystem.get_file_info(selector)
+            sizes = {f"{split}/{info.base_name}": info.size for info in listed}
+            for part in parts:
+                size = sizes.get(part.path)
+                if size is None:
+                    yield f"{self.where(part.path)} is missing and {MANIFEST} names it"
+                elif size != part.size:
+                    yield (
+                        f"{self.where(part.path)} has {size} bytes and {MANIFEST} says {part.size}"
+                    )
+            for name in sorted(sizes.keys() - {part.path for part in parts}):
+                if _PART.fullmatch(name.rpartition("/")[2]):
+                    yield f"{self.where(name)} is there and {MANIFEST} does not name it"
+
+    def where(self, relative: str) -> str:
+        """The path of a file of the dataset, for people."""
+        return f"{self.path.rstrip('/')}/{relative}"
+
+    def checksum(self, part: Part) -> str:
+        """SHA-256 of the file of `part` as it now is.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with self.filesystem.open_input_stream(f"{self.root}/{part.path}") as source:
+            found = hashlib.sha256()
+            while block := source.read(2**20):
+                found.update(block)
+        return found.hexdigest()
 
     def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of `part`; `columns` None means every column.
@@ -307,7 +357,7 @@ class Dataset:
                 texts = table.filter(pc.invert(table["is_point"])).select(columns)
                 if len(texts) != count:
                     raise DatasetError(
-                        f"{self.path}/{part.path} has {len(texts)} labels that are no points and "
+                        f"{self.where(part.path)} has {len(texts)} labels that are no points and "
                         f"{MANIFEST} says {count}; convert the source again"
                     )
                 found.append(texts.slice(max(start - first, 0), stop - max(start, first)))
@@ -315,10 +365,10 @@ class Dataset:
         return pa.concat_tables(found)
 
     def _read(self, part: Part, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
-        where = f"{self.path.rstrip('/')}/{part.path}"
+        where = self.where(part.path)
         try:
             with self.filesystem.open_input_file(f"{self.root}/{part.path}") as source:
-                file = pq.ParquetFile(source)
+                file = pq.ParquetFile(source, page_checksum_verification=True)
                 if file.metadata.num_rows != part.rows:
                     raise DatasetError(
                         f"{where} has {file.metadata.num_rows} rows and {MANIFEST} says "
@@ -410,13 +460,23 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
 
 
-def write_part(path: str, relative: str, tables: pa.Table | Iterable[pa.Table]) -> int:
-    """Writes one part file under the dataset directory `path`; returns its number of rows."""
+def write_part(
+    path: str, relative: str, first: int, tables: pa.Table | Iterable[pa.Table]
+) -> Part:
+    """Writes one part file under the dataset directory `path`, whose rows begin at `first`.
+
+    Its pages carry checksums, which reading verifies.
+    """
     filesystem, root = filesystem_of(path)
     table = tables if isinstance(tables, pa.Table) else pa.concat_tables(tables)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(
+        table, buffer, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
+    )
+    content = buffer.getvalue()
     with filesystem.open_output_stream(f"{root}/{relative}") as sink:
-        pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
-    return table.num_rows
+        sink.write(content)
+    return Part(relative, len(table), first, content.size, hashlib.sha256(content).hexdigest())
 
 
 def write_manifest(path: str, manifest: Manifest) -> None:
@@ -443,5 +503,5 @@ def clear(path: str) -> None:
     for split in SPLITS:
         filesystem.create_dir(f"{root}/{split}", recursive=True)
         for info in filesystem.get_file_info(pafs.FileSelector(f"{root}/{split}")):
-            if re.fullmatch(r"part-\d+\.parquet", info.base_name):
+            if _PART.fullmatch(info.base_name):
                 filesystem.delete_file(info.path)

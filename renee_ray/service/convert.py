@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -262,15 +262,17 @@ def _write(
     """Writes every part; returns the manifest's splits and the sums of the parts' counts."""
     reporter = Reporter("parts written", len(plan.parts), on_progress)
     totals: dict[str, Counter[str]] = {split: Counter() for split in layout.SPLITS}
+    splits: dict[str, list[Part]] = {split: [] for split in layout.SPLITS}
     for result in stream(_write_part, plan, len(plan.parts)):
         reporter.one_more()
+        splits[result["split"]].append(Part(**result["part"]))
         total = totals[result["split"]]
         for name, value in result["totals"].items():
             total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value
-    splits: dict[str, list[Part]] = {split: [] for split in layout.SPLITS}
-    for split, index, start, stop in plan.parts:
-        splits[split].append(Part(layout.part_path(split, index), stop - start, start))
-    return {split: tuple(parts) for split, parts in splits.items()}, totals
+    ordered = {
+        split: tuple(sorted(parts, key=lambda part: part.first)) for split, parts in splits.items()
+    }
+    return ordered, totals
 
 
 def _write_part(plan: _WritePlan, i: int) -> dict[str, Any]:
@@ -279,8 +281,8 @@ def _write_part(plan: _WritePlan, i: int) -> dict[str, Any]:
     rows = np.arange(start, stop) if order is None else order[start:stop]
     make = _label_table if split == "labels" else _point_table
     table, totals = make(plan, split, rows)
-    layout.write_part(plan.dst, layout.part_path(split, index), table)
-    return {"split": split, "totals": totals}
+    part = layout.write_part(plan.dst, layout.part_path(split, index), start, table)
+    return {"split": split, "part": asdict(part), "totals": totals}
 
 
 def _point_table(plan: _WritePlan, split: str, rows: Int64s) -> tuple[pa.Table, dict[str, int]]:

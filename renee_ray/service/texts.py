@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,12 +81,11 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
     filesystem, root = filesystem_of(scratch)
     filesystem.create_dir(f"{root}/{TEXT_SPLIT}", recursive=True)
     plan = _Plan(pieces, lines, scratch, vocabulary.serialised, max_length)
-    totals: Counter[str] = Counter()
-    for result in stream(_write_piece, plan, len(pieces)):
-        totals.update(result)
-    parts = tuple(Part(part_path(TEXT_SPLIT, i), p.rows, p.first) for i, p in enumerate(pieces))
-    splits = {name: parts if name == TEXT_SPLIT else () for name in SPLITS}
-    return Dataset(scratch, replace(like.manifest, splits=splits)), totals["replaced_lines"]
+    results = list(stream(_write_piece, plan, len(pieces)))
+    parts = sorted((Part(**each["part"]) for each in results), key=lambda part: part.first)
+    splits = {name: tuple(parts) if name == TEXT_SPLIT else () for name in SPLITS}
+    replaced = sum(each["replaced_lines"] for each in results)
+    return Dataset(scratch, replace(like.manifest, splits=splits)), replaced
 
 
 def check_texts(src: str) -> list[str]:
@@ -167,16 +166,15 @@ def _check_columns(path: str, schema: pa.Schema) -> None:
 
 
 def _write_piece(plan: _Plan, i: int) -> dict[str, Any]:
-    piece = plan.pieces[i]
+    piece, path, replaced = plan.pieces[i], part_path(TEXT_SPLIT, i), 0
     if plan.lines is not None:
         points = np.arange(piece.first, piece.first + piece.rows)
         texts = xmlrepo.texts_of(xmlrepo.read(plan.lines, points))
-        tables = [_tokenised(plan, texts.texts, pa.array(points))]
-        write_part(plan.scratch, part_path(TEXT_SPLIT, i), tables)
-        return {"replaced_lines": texts.replaced_lines}
-    tables = [_tokenised(plan, listed, ids) for listed, ids in _read_group(piece)]
-    write_part(plan.scratch, part_path(TEXT_SPLIT, i), tables)
-    return {"replaced_lines": 0}
+        tables, replaced = [_tokenised(plan, texts.texts, pa.array(points))], texts.replaced_lines
+    else:
+        tables = [_tokenised(plan, listed, ids) for listed, ids in _read_group(piece)]
+    part = write_part(plan.scratch, path, piece.first, tables)
+    return {"part": asdict(part), "replaced_lines": replaced}
 
 
 def _tokenised(plan: _Plan, texts: list[str], ids: pa.Array) -> pa.Table:

@@ -15,6 +15,9 @@ from renee_ray.data.dataset import Dataset, DatasetError, Manifest, Part
 from renee_ray.data.split import split_rows, splitmix64
 
 
+TRAIN = Part("train/part-00000.parquet", 3, 0, 100, "0" * 64)
+
+
 def manifest(**splits: tuple[Part, ...]) -> Manifest:
     all_splits = {split: splits.get(split, ()) for split in layout.SPLITS}
     labels = all_splits["labels"]
@@ -54,8 +57,8 @@ def written(tmp_path: Path) -> Dataset:
     parts = []
     for index, (start, stop) in enumerate([(0, 2000), (2000, 2000), (2000, 2500)]):
         relative = layout.part_path("labels", index)
-        assert layout.write_part(path, relative, label_table(start, stop)) == stop - start
-        parts.append(Part(relative, stop - start, start))
+        parts.append(layout.write_part(path, relative, start, label_table(start, stop)))
+        assert parts[-1].rows == stop - start
     layout.write_manifest(path, manifest(labels=tuple(parts)))
     return Dataset.open(path)
 
@@ -109,7 +112,7 @@ def test_a_relative_path_is_the_same_elsewhere(
 
 
 def test_manifest_survives_its_json() -> None:
-    before = manifest(train=(Part("train/part-00000.parquet", 3, 0),))
+    before = manifest(train=(TRAIN,))
     assert Manifest.from_json(before.to_json(), "x") == before
     assert before.num_points("train") == 3 and before.num_points("test") == 0
 
@@ -117,7 +120,7 @@ def test_manifest_survives_its_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 1}, "format version 1 and this renee_ray reads version 2; convert"),
+        ({"format_version": 1}, "format version 1 and this renee_ray reads version 3; convert"),
         ({"format_version": None}, "format version None"),
         ({"max_length": "128"}, "max_length='128' instead of a int"),
         ({"max_length": True}, "max_length=True"),
@@ -133,11 +136,13 @@ def test_manifest_survives_its_json() -> None:
         ({"path": "s3://bucket/x"}, "outside the dataset's directory"),
         ({"rows": -3}, "has the part"),
         ({"rows": 1.5}, "has the part"),
+        ({"size": -1}, "has the part"),
+        ({"sha256": "../x"}, "has the part"),
         ({"first": 2}, "at row 2 instead of 0"),
     ],
 )
 def test_bad_manifests(change: dict[str, Any], message: str) -> None:
-    raw = json.loads(manifest(train=(Part("train/part-00000.parquet", 3, 0),)).to_json())
+    raw = json.loads(manifest(train=(TRAIN,)).to_json())
     part = raw["splits"]["train"][0]
     for name, value in change.items():
         (part if name in part else raw)[name] = value
@@ -167,9 +172,42 @@ def test_damaged_parts(written: Dataset) -> None:
     Path(written.path, last.path).write_bytes(b"PAR1")
     with pytest.raises(DatasetError, match=r"part-00002\.parquet cannot be read"):
         written.read_part(last)
-    layout.write_part(written.path, first.path, label_table(0, 10))
+    layout.write_part(written.path, first.path, 0, label_table(0, 10))
     with pytest.raises(DatasetError, match=r"has 10 rows and dataset\.json says 2000"):
         written.read_part(first)
+
+
+def test_a_flipped_byte_is_noticed_where_it_is_read(written: Dataset) -> None:
+    first = written.manifest.splits["labels"][0]
+    flip(Path(written.path, first.path), 100)
+    with pytest.raises(DatasetError, match=r"part-00000\.parquet cannot be read .*CRC"):
+        written.read_part(first)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_open_refuses_what_the_manifest_does_not_say(written: Dataset) -> None:
+    last = Path(written.path, written.manifest.splits["labels"][2].path)
+    content = last.read_bytes()
+    Path(written.path, "labels/part-00000.parquet.tmp").write_bytes(b"a partial upload")
+    assert Dataset.open(written.path).manifest == written.manifest
+
+    last.write_bytes(content[:-1])
+    with pytest.raises(DatasetError, match=rf"^{last} has \d+ bytes and dataset\.json says"):
+        Dataset.open(written.path)
+    last.unlink()
+    with pytest.raises(DatasetError, match=rf"^{last} is missing and dataset\.json names it; rest"):
+        Dataset.open(written.path)
+    last.write_bytes(content)
+    added = Path(written.path, "test/part-00007.parquet")
+    added.parent.mkdir(exist_ok=True)
+    added.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"^{added} is there and dataset\.json does not name"):
+        Dataset.open(written.path)
 
 
 def test_clear_removes_parts_only(written: Dataset) -> None:
@@ -190,9 +228,8 @@ def test_filesystems(tmp_path: Path) -> None:
 def test_any_fsspec_filesystem() -> None:
     path = "memory://bucket/set"
     layout.clear(path)
-    layout.write_part(path, layout.part_path("labels", 0), label_table(0, 5))
-    parts = (Part(layout.part_path("labels", 0), 5, 0),)
-    layout.write_manifest(path, manifest(labels=parts))
+    part = layout.write_part(path, layout.part_path("labels", 0), 0, label_table(0, 5))
+    layout.write_manifest(path, manifest(labels=(part,)))
     assert Dataset.open(path).read_rows("labels", 1, 3).equals(label_table(1, 3))
 
 

@@ -97,7 +97,6 @@ def _write(path: str, split: str, sizes: tuple[int, ...], table: pa.Table) -> tu
     parts, first = [], 0
     for index, rows in enumerate(sizes):
         relative = layout.part_path(split, index)
-        layout.write_part(path, relative, table.slice(first, rows))
-        parts.append(Part(relative, rows, first))
+        parts.append(layout.write_part(path, relative, first, table.slice(first, rows)))
         first += rows
     return tuple(parts)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from renee_ray.data.dataset import Dataset, Manifest, Part, write_manifest, write_part
+from renee_ray.data.dataset import Dataset, Manifest, write_manifest, write_part
 from renee_ray.data.order import Order, training_order
 from renee_ray.service.feed import feed
 from renee_ray.training.batch import Batch, Position
@@ -206,8 +206,8 @@ def test_memory_does_not_grow_with_rows(opened: Dataset, tmp_path: Path) -> None
 def tile(manifest: Manifest, part: pa.Table, times: int, path: Path) -> str:
     """A dataset whose train split is one part file, listed `times` times."""
     (path / "train").mkdir(parents=True)
-    rows = write_part(str(path), "train/part-00000.parquet", part)
-    parts = tuple(Part("train/part-00000.parquet", rows, i * rows) for i in range(times))
+    written = write_part(str(path), "train/part-00000.parquet", 0, part)
+    parts = tuple(replace(written, first=i * len(part)) for i in range(times))
     splits = {"train": parts, "validation": (), "test": (), "labels": ()}
     write_manifest(str(path), replace(manifest, splits=splits, other_texts=(), num_labels=0))
     return str(path)
