@@ -110,6 +110,40 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
     _print(facts, as_json, f"dataset {dst}")
 
 
+@cli.command()
+@click.argument("dataset")
+@click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Points of a global batch, for the share of padding.",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Points shown."
+)
+@_json_option
+def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: bool) -> None:
+    """Show what is in DATASET; with --verify, every way in which it is not as it should be.
+
+    Exit status 1 if --verify finds any.
+    """
+    from renee_ray.data.dataset import Dataset
+    from renee_ray.data.inspection import inspect as run
+    from renee_ray.inspection_report import inspection_text
+
+    opened = (Dataset.without_check if verify else Dataset.open)(dataset)
+    facts = run(opened, batch_size=batch_size, samples=samples, verify=verify)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        Console().print(inspection_text(facts), highlight=False)
+    if problems := facts.get("problems"):
+        number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        raise ReneeError(f"{dataset} has {number}: convert its source again")
+
+
 @cli.command(cls=_Command, keys=RunConfig)
 @click.argument("config")
 @click.argument("overrides", nargs=-1)

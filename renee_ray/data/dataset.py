@@ -460,9 +460,7 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
 
 
-def write_part(
-    path: str, relative: str, first: int, tables: pa.Table | Iterable[pa.Table]
-) -> Part:
+def write_part(path: str, relative: str, first: int, tables: pa.Table | Iterable[pa.Table]) -> Part:
     """Writes one part file under the dataset directory `path`, whose rows begin at `first`.
 
     Its pages carry checksums, which reading verifies.

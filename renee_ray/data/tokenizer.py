@@ -68,6 +68,11 @@ def encode(serialised: str, texts: list[str], max_length: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
+def decode(serialised: str, rows: list[list[int]]) -> list[str]:
+    """Texts of rows of token ids, without special tokens."""
+    return Tokenizer.from_str(serialised).decode_batch(rows)
+
+
 @lru_cache(maxsize=2)
 def _tokenizer(serialised: str, max_length: int) -> Tokenizer:
     # Several tasks share a machine: threads of one would only take the cores of another.

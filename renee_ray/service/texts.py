@@ -9,7 +9,6 @@ The driver finds line ends (and unpacks gzip) and reads Parquet footers; it keep
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any

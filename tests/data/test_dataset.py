@@ -14,7 +14,6 @@ from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset, DatasetError, Manifest, Part
 from renee_ray.data.split import split_rows, splitmix64
 
-
 TRAIN = Part("train/part-00000.parquet", 3, 0, 100, "0" * 64)
 
 

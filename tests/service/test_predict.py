@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,9 +273,11 @@ def test_a_taken_destination_is_refused(
 def test_another_vocabulary_is_refused(
     trained: Run, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = json.loads(Path(dataset, "dataset.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    manifest = json.loads((other / "dataset.json").read_text())
     manifest["vocabulary_hash"] = "other"
-    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
-    assert main(["evaluate", trained.path, str(tmp_path)]) == 1
+    (other / "dataset.json").write_text(json.dumps(manifest))
+    assert main(["evaluate", trained.path, str(other)]) == 1
     error = capsys.readouterr().err
     assert "vocabulary_hash" in error and error.count("\n") == 1

@@ -1,0 +1,186 @@
+"""`inspect` on a converted-like dataset that is right, then wrong in one way at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from renee_ray.cli import main
+from renee_ray.data import dataset as layout
+from renee_ray.data.dataset import Dataset, DatasetError
+from renee_ray.data.inspection import inspect
+
+TRAIN = [  # labels, filter labels
+    ([0, 2], [3]),
+    ([1], []),
+    ([0, 1, 2], [4]),
+]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Three training points, one of validation, one of test; five labels in two parts."""
+    path = str(tmp_path / "set")
+    layout.clear(path)
+    write = {
+        "train": [points([2, 0, 3], TRAIN)],
+        "validation": [points([1], [([4], [])])],
+        "test": [points([0], [([3], [0])])],
+        "labels": [labels(0, [2, 2, 2]), labels(3, [0, 1])],
+    }
+    splits = {}
+    for split, tables in write.items():
+        first, parts = 0, []
+        for index, table in enumerate(tables):
+            parts.append(layout.write_part(path, layout.part_path(split, index), first, table))
+            first += len(table)
+        splits[split] = tuple(parts)
+    manifest = layout.Manifest(
+        layout.FORMAT_VERSION, "nowhere/none", "00", 4, 0, 5, True, 0.55, 1.5, splits, (3, 0),
+        {"train": {"label_pairs": 6, "filter_pairs": 2, "without_labels": 0}},
+    )  # fmt: skip
+    layout.write_manifest(path, manifest)
+    return Dataset.open(path)
+
+
+def points(ids: list[int], lists: list[tuple[list[int], list[int]]]) -> pa.Table:
+    columns = {
+        "point_id": ids,
+        "input_ids": [[1, 2, 3][: 1 + i % 3] for i in range(len(ids))],
+        "labels": [each for each, _ in lists],
+        "filter_labels": [each for _, each in lists],
+    }
+    return pa.table(columns, schema=layout.POINTS)
+
+
+def labels(first: int, counts: list[int]) -> pa.Table:
+    ids = list(range(first, first + len(counts)))
+    columns = {
+        "label_id": ids,
+        "text": [f"label {i}" for i in ids],
+        "input_ids": [[5, 6] for _ in ids],
+        "train_count": counts,
+        "is_point": [i >= 3 for i in ids],
+    }
+    return pa.table(columns, schema=layout.LABELS)
+
+
+def test_what_is_in_it(dataset: Dataset) -> None:
+    facts = inspect(dataset, batch_size=2, samples=2)
+    assert facts["points"] == {"train": 3, "validation": 1, "test": 1}
+    assert facts["tokens_a_row"]["train"] == {
+        "mean": 2.0, "p50": 2, "p90": 3, "p99": 3, "p100": 3, "histogram": {"1": 1, "2-3": 2},
+    }  # fmt: skip
+    assert facts["labels_a_point"]["train"]["histogram"] == {"1": 1, "2-3": 2}
+    # Rows of 1, 2 and 3 tokens; two streams give a row each to a batch, the last row is alone.
+    assert facts["padding"] in {round(1 - 6 / cells, 4) for cells in (7, 8)}
+    assert [sample["labels"] for sample in facts["samples"]] == [["label 0", "label 2"],
+                                                                  ["label 1"]]  # fmt: skip
+    assert "not decoded" in facts["samples"][0]["text"]
+
+
+def test_a_right_one_is_verified(dataset: Dataset) -> None:
+    assert inspect(dataset, batch_size=2, verify=True)["problems"] == []
+
+
+def rewrite(
+    dataset: Dataset, split: str, change: Callable[[pa.Table], pa.Table], index: int = 0
+) -> None:
+    """A part with other content, under a manifest that agrees to its bytes."""
+    old = dataset.manifest.splits[split][index]
+    new = layout.write_part(dataset.path, old.path, old.first, change(dataset.read_part(old)))
+    parts = list(dataset.manifest.splits[split])
+    parts[index] = replace(new, rows=old.rows)
+    splits = {**dataset.manifest.splits, split: tuple(parts)}
+    layout.write_manifest(dataset.path, replace(dataset.manifest, splits=splits))
+
+
+def column(name: str, values: list[Any]) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        place = table.column_names.index(name)
+        return table.set_column(place, table.schema.field(name), pa.array(values, table[name].type))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "values", "message"),
+    [
+        ("train", "labels", [[0, 2], [5], [0]], r"row 1: labels holds 5, not in \[0, 5\)"),
+        ("train", "labels", [[0, 2], [-1], [0]], r"row 1: labels holds -1, not in \[0, 5\)"),
+        ("train", "labels", [[0, 2], [1], [2, 0]], "row 2: labels holds 0, not above the one"),
+        ("train", "labels", [[2, 2], [1], [2]], "row 0: labels holds 2, not above the one"),
+        ("train", "labels", [[0, 2], None, [0]], "has nulls in labels"),
+        ("train", "filter_labels", [[9], [], [8]], r"filter_labels holds 9, not in .*\(and 1 mo"),
+        ("train", "filter_labels", [[3], [], []], "row 1: is_point holds True, not what the filt"),
+        ("train", "input_ids", [[1], [], [1]], r"row 1: tokens holds 0, not in \[1, 4\]"),
+        ("train", "input_ids", [[1], [1] * 5, [1]], r"row 1: tokens holds 5, not in \[1, 4\]"),
+        ("train", "input_ids", [[1], [-7], [1]], "row 1: input_ids holds -7, negative"),
+        ("train", "point_id", [2, 0, 4], r"not each of \[0, 4\) once"),
+        ("train", "point_id", [2, 2, 3], r"not each of \[0, 4\) once"),
+        ("train", "labels", [[0, 1], [1], [0, 1, 2]], "train_count of some label is not its numb"),
+        ("train", "labels", [[0], [1], [0, 1]], r"says statistics\.train\.label_pairs is 6 and"),
+        ("test", "point_id", [7], "row 0: point_id holds 7, not its row"),
+        ("labels", "label_id", [0, 2, 1], r"row 1: label_id holds 2, not its row \(and 1 more"),
+        ("labels", "train_count", [2, -2, 2], "row 1: train_count holds -2, negative"),
+        ("labels", "train_count", [2, 1, 3], "train_count of some label is not its number"),
+        ("labels", "is_point", [True, False, False], "2 labels that are no points and the mani"),
+    ],
+)
+def test_wrong_content(
+    dataset: Dataset, split: str, name: str, values: list[Any], message: str
+) -> None:
+    rewrite(dataset, split, column(name, values))
+    problems = inspect(Dataset.open(dataset.path), batch_size=2, verify=True)["problems"]
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError("\n".join(problems))
+
+
+def test_other_columns(dataset: Dataset) -> None:
+    rewrite(dataset, "test", lambda table: table.drop_columns(["filter_labels"]))
+    (problem,) = inspect(Dataset.open(dataset.path), batch_size=2, verify=True)["problems"]
+    assert "test/part-00000.parquet has the columns point_id int64, " in problem
+
+
+def test_a_wrong_count_in_the_manifest(dataset: Dataset) -> None:
+    parts = dataset.manifest.splits["train"]
+    splits = {**dataset.manifest.splits, "train": (replace(parts[0], rows=4),)}
+    wrong = Dataset(dataset.path, replace(dataset.manifest, splits=splits))
+    (problem,) = inspect(wrong, batch_size=2, verify=True)["problems"]
+    assert "train/part-00000.parquet has 3 rows and dataset.json says 4" in problem
+
+
+@pytest.mark.parametrize("place", [10, 150, -20, -2])
+def test_a_flipped_byte_anywhere(dataset: Dataset, place: int) -> None:
+    file = Path(dataset.path, "labels/part-00001.parquet")
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    problems = inspect(dataset, batch_size=2, verify=True)["problems"]
+    assert f"{file} has bytes that changed" in problems[0]
+
+
+def test_a_removed_file(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(dataset.path, "test/part-00000.parquet")
+    file.unlink()
+    with pytest.raises(DatasetError, match="is missing"):
+        Dataset.open(dataset.path)
+    assert main(["inspect", dataset.path, "--verify", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert f"{file} is missing and dataset.json names it" in json.loads(printed.out)["problems"]
+    assert "problems: convert its source again" in printed.err
+
+
+def test_the_command(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", dataset.path, "--verify", "--batch-size", "2"]) == 0
+    text = capsys.readouterr().out
+    for shown in ("5 labels", "Tokens of a training point", "2-3", "label 2", "verified"):
+        assert shown in text
+    assert main(["inspect", dataset.path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == 5
