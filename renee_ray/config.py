@@ -154,6 +154,12 @@ class EvalConfig(Config):
     tail: float = Field(0.0, ge=0)
     """tau of the logit adjustment: every score, in validation, evaluation and prediction, loses
     tau * log(training points of the label), which favours rare labels (Menon et al., ICLR 2021)."""
+    neighbours: int = Field(0, ge=0)
+    """Nearest training points, by the trained embedding, whose labels vote in `evaluate` and
+    `predict` (not in validation while training); 0: none. Each worker then embeds and holds its
+    share of the training points, 4 bytes a dimension."""
+    neighbour_weight: float = Field(3.0, ge=0)
+    """What a label gains that all neighbours have; others in proportion."""
     metric: str = Field("P@1", pattern=r"^((P|nDCG|PSP|PSnDCG)@[135]|recall@(10|100))$")
     """The metric that the best checkpoint is chosen by."""
     batch_size: int = Field(512, ge=1)
@@ -234,6 +240,10 @@ class ScoreConfig(Config):
     """Points of a global batch."""
     tail: float | None = Field(None, ge=0)
     """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
+    neighbours: int | None = Field(None, ge=0)
+    """Training points that vote; null: as `evaluation.neighbours` of the run."""
+    neighbour_weight: float | None = Field(None, ge=0)
+    """What a label gains that all neighbours have; null: as in the run."""
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
     overwrite: bool = False

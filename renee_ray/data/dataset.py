@@ -108,6 +108,11 @@ class Manifest:
         parts = self.splits[split]
         return parts[-1].first + parts[-1].rows if parts else 0
 
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what `to_json` writes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 

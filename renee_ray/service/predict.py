@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
 
-from renee_ray.config import ReneeError, RunConfig, ScoreConfig
+from renee_ray.config import EvalConfig, ReneeError, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset, absolute, filesystem_of, has_manifest
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
@@ -28,6 +28,7 @@ from renee_ray.service.train import scoring_feed
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.model import build_model
+from renee_ray.training.neighbours import Neighbours
 from renee_ray.training.scoring import (
     Propensities,
     Scorer,
@@ -89,7 +90,10 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
         _check_destination(destination, src, score.overwrite)
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
-    config = config.model_copy(update={"num_workers": workers})
+    config = config.model_copy(
+        update={"num_workers": workers, "evaluation": _settings(config, score)}
+    )
+    voters = _voters(directory, labels, config.evaluation, score)
     checkpoint = directory.checkpoint(score.checkpoint)
     length = min(config.encoder.max_length, labels.manifest.max_length)
     with contextlib.ExitStack() as stack:
@@ -110,6 +114,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
             "points": points,
             "split": split,
             "labels": labels,
+            "voters": voters,
             "run": directory.path,
             # Named once for all workers: a training beside us may publish another meanwhile.
             "checkpoint": checkpoint.path.rpartition("/")[2],
@@ -128,9 +133,9 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     points: Dataset = arguments["points"]
     labels: Dataset = arguments["labels"]
     ranks, device = Ranks.of_process_group(), worker_device()
+    voters: Dataset | None = arguments["voters"]
     checkpoint = RunDirectory(arguments["run"]).checkpoint_at(arguments["checkpoint"])
-    tail = config.evaluation.tail if score.tail is None else score.tail
-    scorer = _load(config, labels, checkpoint, tail, ranks, device)
+    scorer = _load(config, labels, voters, checkpoint, ranks, device)
     split, length = arguments["split"], config.encoder.max_length
     batches = scoring_feed(points, split, score.batch_size, length, ranks)
     facts = {"points": points.manifest.num_points(split)}
@@ -147,19 +152,27 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 def _load(
     config: RunConfig,
     dataset: Dataset,
+    voters: Dataset | None,
     checkpoint: Checkpoint,
-    tail: float,
     ranks: Ranks,
     device: torch.device,
 ) -> Scorer:
+    settings = config.evaluation
     precision = checkpoint.state.facts.get("precision")
     model = build_model(
         config, dataset.manifest.num_labels, ranks, device, training=False, precision=precision
     )
     checkpoint.load_encoder(model.encoder)
     checkpoint.load_shard(model.shard, momentum=False)
-    offset = prior_offset(read_counts(dataset, model.shard.owned), tail, device)
-    return Scorer(model.encoder, model.shard, ranks, device, offset)
+    offset = prior_offset(read_counts(dataset, model.shard.owned), settings.tail, device)
+    neighbours = None
+    if voters is not None:
+        length = config.encoder.max_length
+        points = scoring_feed(voters, "train", settings.batch_size, length, ranks)
+        neighbours = Neighbours.embed(
+            model.encoder, points, ranks, device, settings.neighbours, settings.neighbour_weight
+        )
+    return Scorer(model.encoder, model.shard, ranks, device, offset, neighbours)
 
 
 class _Writer:
@@ -211,13 +224,35 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
     return texts.take(pa.array(inverse))
 
 
+def _settings(config: RunConfig, score: ScoreConfig) -> EvalConfig:
+    """How the run scores, with what the command sets anew."""
+    keys = ("tail", "neighbours", "neighbour_weight")
+    anew = {key: value for key in keys if (value := getattr(score, key)) is not None}
+    return config.evaluation.model_copy(update=anew)
+
+
+def _voters(
+    directory: RunDirectory, labels: Dataset, settings: EvalConfig, score: ScoreConfig
+) -> Dataset | None:
+    """The dataset whose training points vote: the one that the run was trained on."""
+    if not settings.neighbours:
+        return None
+    if score.split == "train":
+        raise ReneeError(
+            f"split=train with neighbours={settings.neighbours} would let points vote on "
+            f"themselves; add neighbours=0"
+        )
+    trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
+    return labels if labels.manifest.hash == trained_on else _labels_of_run(directory)
+
+
 def _labels_of_run(directory: RunDirectory) -> Dataset:
     """The dataset that a run was trained on, for its label counts and texts."""
     path = str((directory.read(RUN_FILE) or {})["dataset"]["path"])
     if not has_manifest(path):
         raise ReneeError(
-            f"raw texts need the dataset that {directory.path} was trained on, and it is not at "
-            f"{path} any more; put it back there"
+            f"raw texts and neighbours need the dataset that {directory.path} was trained on, and "
+            f"it is not at {path} any more; put it back there, or add neighbours=0"
         )
     return Dataset.open(path)
 

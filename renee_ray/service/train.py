@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -255,7 +254,7 @@ def _identity(dataset: Dataset) -> dict[str, Any]:
         "tokenizer": manifest.tokenizer,
         "vocabulary_hash": manifest.vocabulary_hash,
         "has_label_texts": manifest.has_label_texts,
-        "manifest_hash": hashlib.sha256(manifest.to_json().encode()).hexdigest(),
+        "manifest_hash": manifest.hash,
     }
 
 

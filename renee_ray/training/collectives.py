@@ -7,6 +7,7 @@ Ledger, for a global batch of B rows of which rank r of R holds b_r (they may di
     gradient     dE [B, D] on each rank --scatter_rows-->  sum over ranks of dE's rows of r
     pairs        (row, label) of rank r's rows  --route--> those whose label a rank owns
     ids          of labels, any  --look_up--> a number of each, answered by its owner
+    values       of (row, label) on each rank  --return_pairs-->  those of rank r's rows
 
 The gradient of `gather_rows` summed over all ranks' losses is `scatter_rows`, so the two
 stand together. Sums across ranks are taken in fp32.
@@ -143,6 +144,30 @@ def return_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> list[Tenso
     own = counts[ranks.rank]
     received = _all_to_all(ranks, everyone, counts, [own] * ranks.num_ranks, ranks.tensors)
     return list(received.split(own)) if own else [received] * ranks.num_ranks
+
+
+def return_pairs(
+    ranks: Ranks, rows: Tensor, labels: Tensor, values: Tensor, counts: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What this rank found for (row, label) pairs of the global batch, to the holders of the rows.
+
+    Args:
+        rows, labels: int64 [m]; values: float32 [m]; all in host memory, in any order.
+        counts: rows of each rank in the global batch.
+
+    Returns:
+        (row among this rank's own, label, value) of all ranks
+    """
+    if ranks.num_ranks == 1:
+        return rows, labels, values
+    ends = torch.tensor(counts).cumsum(0)
+    holder = torch.bucketize(rows, ends, right=True)
+    order = torch.argsort(holder, stable=True)
+    sizes = torch.bincount(holder, minlength=ranks.num_ranks).tolist()
+    sent, received = _exchange_sizes(ranks, sizes)
+    pairs = _all_to_all(ranks, torch.stack([rows, labels], 1)[order], sent, received)
+    found = _all_to_all(ranks, values[order], sent, received)
+    return pairs[:, 0] - sum(counts[: ranks.rank]), pairs[:, 1], found
 
 
 def all_sum(ranks: Ranks, values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from renee_ray.training.collectives import (
     row_counts,
 )
 from renee_ray.training.encoder import Encoder
+from renee_ray.training.neighbours import RERANKED, Neighbours
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.topk import merge_topk, shard_topk
@@ -37,6 +38,7 @@ class Scorer:
     """The trained model on one of R ranks.
 
     offset: float32 [n], added to the scores of the rank's own labels, or None.
+    neighbours: training points that vote, or None.
     """
 
     encoder: Encoder
@@ -44,6 +46,7 @@ class Scorer:
     ranks: Ranks
     device: torch.device
     offset: Tensor | None = None
+    neighbours: Neighbours | None = None
 
     @torch.inference_mode()
     def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
@@ -60,10 +63,15 @@ class Scorer:
         own = self.encoder(*batch.tokens(self.device))[: len(batch)]
         everyone = gather_rows(self.ranks, own, counts)
         excluded = Pairs(*pairs, owned, self.device)
-        scores, labels = shard_topk(self.shard, everyone, k, excluded, self.offset)
+        wanted = k if self.neighbours is None else max(k, RERANKED)
+        scores, labels = shard_topk(self.shard, everyone, wanted, excluded, self.offset)
         best = merge_topk(
-            return_rows(self.ranks, scores, counts), return_rows(self.ranks, labels, counts), k
+            return_rows(self.ranks, scores, counts),
+            return_rows(self.ranks, labels, counts),
+            wanted,
         )
+        if self.neighbours is not None:
+            return self.neighbours.add(everyone, counts, best, k)
         return best[0].cpu(), best[1].cpu()
 
     def predict(self, batches: Iterable[Batch], k: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:

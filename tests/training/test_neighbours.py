@@ -1,0 +1,134 @@
+"""Votes of the nearest training points, against brute force, at world sizes 1, 2 and 3."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from renee_ray.training.batch import Batch, Position, Ragged
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.neighbours import POWER, Neighbours
+from renee_ray.training.scoring import Scorer
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.storage import Weights
+from tests.training.gloo import on_ranks
+
+CPU = torch.device("cpu")
+WORLD_SIZES = (1, 2, 3)
+LABELS, DIM, VOCABULARY, TRAINING, SCORED, K = 31, 6, 20, 40, 9, 12
+WEIGHT = 2.5
+Point = tuple[list[int], list[int], list[int]]
+
+
+class Sum(nn.Module):
+    dim = DIM
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(0)
+        self.tokens = nn.Embedding(VOCABULARY, DIM)
+        with torch.no_grad():
+            self.tokens.weight.copy_(torch.randn(VOCABULARY, DIM, generator=made))
+        self.register_buffer("constant", 3 * torch.ones(DIM))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (self.tokens(ids) * mask.unsqueeze(-1)).sum(1) + self.constant
+
+
+def points(seed: int, count: int) -> list[Point]:
+    """(tokens, labels, filter labels) of different texts: of equal ones any may be the last."""
+    rng = np.random.default_rng(seed)
+    made: dict[tuple[int, ...], Point] = {}
+    while len(made) < count:
+        ids = rng.permutation(LABELS).tolist()
+        tokens = sorted(rng.choice(VOCABULARY, rng.integers(1, 5), replace=False).tolist())
+        made[tuple(tokens)] = (tokens, ids[: rng.integers(0, 5)], ids[8 : 8 + len(made) % 3])
+    return list(made.values())
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(LABELS, DIM, generator=torch.Generator().manual_seed(1))
+
+
+def batch_of(listed: list[Point]) -> Batch:
+    columns = [Ragged.of_lists([point[i] for point in listed]) for i in range(3)]
+    return Batch(Position(), np.arange(len(listed)), *columns, pad_id=0)
+
+
+def own(ranks: Ranks, listed: list[Point], shift: int = 0) -> list[Point]:
+    """A rank's share; the first one's is `shift` shorter, and the second one's longer."""
+    bounds = [split_range(len(listed), ranks.num_ranks, r)[0] for r in range(ranks.num_ranks)]
+    bounds = [bound - shift * (r == 1) for r, bound in enumerate(bounds)] + [len(listed)]
+    return listed[bounds[ranks.rank] : bounds[ranks.rank + 1]]
+
+
+def predict(ranks: Ranks, count: int) -> dict[str, torch.Tensor]:
+    owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
+    shard = Shard(owned, Weights("fp32", len(owned), DIM, False, CPU), chunk=7)
+    shard.write(owned.start, weight()[owned.start : owned.stop])
+    encoder = Sum()
+    mine = own(ranks, points(2, TRAINING), shift=3)
+    cut = 4 if ranks.rank == 0 else len(mine)  # the ranks embed unequally many batches
+    voters = [batch_of(part) for part in (mine[:cut], mine[cut:]) if part]
+    found = Neighbours.embed(encoder, voters, ranks, CPU, count, WEIGHT)  # type: ignore[arg-type]
+    scorer = Scorer(encoder, shard, ranks, CPU, None, found)  # type: ignore[arg-type]
+    # A global batch in which a rank of three has no row, and one that all share.
+    scored = points(3, SCORED)
+    batches = [
+        batch_of(scored[:1] if ranks.rank == 0 else []),
+        batch_of(own(ranks, scored[1:])),
+    ]
+    scores, labels = zip(*((s, b) for _, s, b in scorer.predict(batches, K)), strict=True)
+    return {"scores": torch.cat(scores), "labels": torch.cat(labels)}
+
+
+def dense(count: int, weight_of_votes: float = WEIGHT) -> list[list[tuple[float, int]]]:
+    """(score, label) of each scored point in float64, best first, filter labels gone."""
+    vectors = Sum().tokens.weight.detach().double()
+
+    def embed(tokens: list[int]) -> torch.Tensor:
+        return vectors[tokens].sum(0)
+
+    training = points(2, TRAINING)
+    rows = []
+    for tokens, _, gone in points(3, SCORED):
+        e = embed(tokens)
+        logits = weight().double() @ (e + 3)
+        cosines = [float(torch.cosine_similarity(e, embed(t), dim=0)) for t, _, _ in training]
+        cut = sorted(cosines, reverse=True)[min(count, TRAINING) - 1] - 1e-6
+        near = [
+            (max(c, 0.0) ** POWER, labels)
+            for c, (_, labels, _) in zip(cosines, training, strict=True)
+            if c >= cut
+        ]
+        total = sum(c for c, _ in near)
+        votes = torch.zeros(LABELS, dtype=torch.float64)
+        for c, labels in near:
+            votes[labels] += c / total
+        score = logits + weight_of_votes * votes
+        rows.append(sorted((-float(score[i]), i) for i in range(LABELS) if i not in gone)[:K])
+    return [[(-s, i) for s, i in row] for row in rows]
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("count", [1, 5, TRAINING + 7])
+def test_votes_equal_brute_force(num_ranks: int, count: int) -> None:
+    alone = num_ranks == 1
+    results = [predict(Ranks(), count)] if alone else on_ranks(num_ranks, predict, count)
+    # The second global batch is dealt to the ranks, the first lies on rank 0.
+    scores = torch.cat([r["scores"] for r in results])
+    labels = torch.cat([r["labels"] for r in results])
+    wanted = dense(count)
+    assert len(scores) == SCORED
+    for got, ids, row in zip(scores.tolist(), labels.tolist(), wanted, strict=True):
+        assert ids[: len(row)] == [i for _, i in row]
+        assert got[: len(row)] == pytest.approx([s for s, _ in row], rel=1e-4, abs=1e-4)
+
+
+def test_the_votes_of_this_problem_change_the_order() -> None:
+    """Else the comparison above would hold for votes that change nothing."""
+    labels = [[[label for _, label in row] for row in dense(5, w)] for w in (WEIGHT, 0.0)]
+    assert sum(a != b for a, b in zip(*labels, strict=True)) > SCORED // 2
