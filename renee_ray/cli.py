@@ -15,6 +15,7 @@ from rich.table import Table
 from renee_ray.config import (
     Config,
     ConvertConfig,
+    ExportConfig,
     ReneeError,
     RunConfig,
     ScoreConfig,
@@ -187,6 +188,25 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
 
     found = _call(predict_run, run, src, dst, config)
     _print({**found, "predictions": dst}, as_json, f"predictions {dst}")
+
+
+@cli.command(cls=_Command, keys=ExportConfig)
+@click.argument("run")
+@click.argument("dst")
+@click.argument("overrides", nargs=-1)
+@_json_option
+def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Write the run at RUN to DST for programs that know nothing of Ray.
+
+    A Hugging Face directory of the encoder, the classifier as safetensors, the label texts as
+    Parquet, and export.json, which says how a score comes about.
+    """
+    config = make_config(ExportConfig, parse_overrides(overrides), where="export")
+    from renee_ray.service.export import export_run
+
+    found = _call(export_run, run, dst, config)
+    shown = ("step", "num_labels", "dim", "max_length", "tail")
+    _print({"export": dst, **{key: found[key] for key in shown}}, as_json, f"export {dst}")
 
 
 @cli.group()
@@ -363,13 +383,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _user_error(error: Exception) -> ReneeError | None:
     """`error` if it is a user's, or the user's error that Ray wrapped in it."""
+    from renee_ray.data.storage import storage_error
+
     if isinstance(error, ReneeError):
         return error
-    if "ray" not in sys.modules:
-        return None
-    from renee_ray.service.job import user_error
+    if "ray" in sys.modules:
+        from renee_ray.service.job import user_error
 
-    return user_error(error)
+        if (found := user_error(error)) is not None:
+            return found
+    return storage_error(error) if isinstance(error, OSError) else None
 
 
 if __name__ == "__main__":

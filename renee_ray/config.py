@@ -250,6 +250,15 @@ class ScoreConfig(Config):
     """predict: replace predictions that are already at DST."""
 
 
+class ExportConfig(Config):
+    """`renee-ray export RUN DST`"""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint of the run: the best on the validation split, or the newest."""
+    overwrite: bool = False
+    """Replace an export that is already at DST."""
+
+
 C = TypeVar("C", bound=Config)
 
 

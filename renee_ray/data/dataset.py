@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from renee_ray.config import ReneeError, reason
+from renee_ray.data.storage import absolute, filesystem_of, is_transient, patiently
 
 FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
@@ -370,6 +370,13 @@ class Dataset:
         return pa.concat_tables(found)
 
     def _read(self, part: Part, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
+        return patiently(
+            lambda: self._read_once(part, start, stop, columns), f"reading {self.where(part.path)}"
+        )
+
+    def _read_once(
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None
+    ) -> pa.Table:
         where = self.where(part.path)
         try:
             with self.filesystem.open_input_file(f"{self.root}/{part.path}") as source:
@@ -383,6 +390,8 @@ class Dataset:
                 names = None if columns is None else list(columns)
                 table = file.read_row_groups(groups, columns=names, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
+            if is_transient(error):
+                raise
             raise DatasetError(
                 f"{where} cannot be read ({type(error).__name__}: {reason(error)}); "
                 f"convert the source again"
@@ -429,42 +438,6 @@ def part_path(split: str, index: int) -> str:
     return f"{split}/part-{index:05d}.parquet"
 
 
-def absolute(path: str) -> str:
-    """`path` so that a process with another working directory finds it too."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URL, and the path on it.
-
-    pyarrow's own filesystem where there is one (local, s3://, gs://, hdfs://, abfs://),
-    otherwise fsspec's.
-
-    Raises:
-        ReneeError: nothing installed knows the URL's scheme.
-    """
-    scheme, separator, rest = path.partition("://")
-    if not separator:
-        return pafs.LocalFileSystem(), absolute(path)
-    if scheme == "file":
-        return pafs.LocalFileSystem(), absolute(rest)
-    try:
-        filesystem, root = pafs.FileSystem.from_uri(path)
-        return filesystem, root.rstrip("/")
-    except pa.ArrowInvalid:
-        pass
-    import fsspec
-
-    try:
-        remote, root = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise ReneeError(
-            f"no filesystem is installed for {path!r} ({reason(error)}); use a local path, or "
-            f"install the fsspec package of {scheme}://"
-        ) from error
-    return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
-
-
 def write_part(path: str, relative: str, first: int, tables: pa.Table | Iterable[pa.Table]) -> Part:
     """Writes one part file under the dataset directory `path`, whose rows begin at `first`.
 
@@ -477,8 +450,12 @@ def write_part(path: str, relative: str, first: int, tables: pa.Table | Iterable
         table, buffer, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
     )
     content = buffer.getvalue()
-    with filesystem.open_output_stream(f"{root}/{relative}") as sink:
-        sink.write(content)
+
+    def write() -> None:
+        with filesystem.open_output_stream(f"{root}/{relative}") as sink:
+            sink.write(content)
+
+    patiently(write, f"writing {path}/{relative}")
     return Part(relative, len(table), first, content.size, hashlib.sha256(content).hexdigest())
 
 

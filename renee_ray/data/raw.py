@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from renee_ray.data import xmlrepo
-from renee_ray.data.dataset import filesystem_of
+from renee_ray.data.storage import filesystem_of
 from renee_ray.data.xmlrepo import (
     MAX_INFERRED_LABELS,
     Lines,

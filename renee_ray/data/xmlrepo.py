@@ -29,7 +29,7 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.dataset import filesystem_of
+from renee_ray.data.storage import filesystem_of
 
 Int64s = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 
 from renee_ray.config import ConvertConfig, ReneeError, reason
 from renee_ray.data import dataset as layout
-from renee_ray.data import tokenizer, xmlrepo
+from renee_ray.data import storage, tokenizer, xmlrepo
 from renee_ray.data.dataset import Manifest, Part
 from renee_ray.data.raw import Raw, index_source, pieces
 from renee_ray.data.split import split_rows
@@ -52,7 +52,7 @@ def convert(
             no such tokenizer. Nothing that opens as a dataset is left at `dst` then, unless the
             source was refused before a dataset to be overwritten was touched.
     """
-    src, dst = layout.absolute(src), layout.absolute(dst)
+    src, dst = storage.absolute(src), storage.absolute(dst)
     _check_destination(dst, config.overwrite)
     found = xmlrepo.find(src)
     vocabulary = tokenizer.load(config.tokenizer)
@@ -96,7 +96,7 @@ def convert(
 
 
 def _check_destination(dst: str, overwrite: bool) -> None:
-    filesystem, root = layout.filesystem_of(dst)
+    filesystem, root = storage.filesystem_of(dst)
     kind = filesystem.get_file_info(root).type
     if kind == pafs.FileType.NotFound:
         return
@@ -119,7 +119,7 @@ def _check_destination(dst: str, overwrite: bool) -> None:
 def _scratch(dst: str) -> Iterator[str]:
     """A directory for unpacked files, beside the parts: every node that writes can read it."""
     path = f"{dst.rstrip('/')}/{SCRATCH}"
-    filesystem, root = layout.filesystem_of(path)
+    filesystem, root = storage.filesystem_of(path)
     _remove(filesystem, root)
     try:
         yield path

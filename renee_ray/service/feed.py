@@ -11,8 +11,9 @@ long as its consumer holds it back: half a core a worker, taken from training.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,10 @@ from renee_ray.data.order import Order
 from renee_ray.data.rows import BATCH, read_window
 from renee_ray.training.batch import Batch, Position, cut_batches
 
+log = logging.getLogger(__name__)
+
+PATIENT_S = 15
+"""Seconds for which a worker waits for data without saying so."""
 Window = tuple[int, int]
 """(epoch, number of the window in it)."""
 READ_CPUS = 0.25
@@ -72,6 +77,8 @@ def _read_ahead(
     with ThreadPoolExecutor(1, "feed") as executor:
         pending = executor.submit(read, groups[0])
         for following in [*groups[1:], None]:
+            if pending not in wait([pending], timeout=PATIENT_S).done:
+                log.warning("no data for %d s: storage is slow or away; waiting for it", PATIENT_S)
             tables = pending.result()
             if following is not None:
                 pending = executor.submit(read, following)

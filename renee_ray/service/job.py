@@ -16,6 +16,7 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from renee_ray.config import ReneeError, RunConfig
+from renee_ray.data.storage import filesystem_of, storage_error
 
 
 def launch(
@@ -30,20 +31,24 @@ def launch(
 
     stored: its checkpoints go to `config.output`; otherwise it has none.
     """
-    with _storage(config.output if stored else None) as (parent, name):
-        trainer = _trainer(function, arguments, config, use_gpu, parent, name)
+    with _storage(config.output if stored else None) as storage:
+        trainer = _trainer(function, arguments, config, use_gpu, storage)
         return _unwrapped(trainer.fit).return_value
 
 
 @contextlib.contextmanager
-def _storage(output: str | None) -> Iterator[tuple[str, str]]:
-    """(storage path, name) of a run; without an output, of one that leaves nothing behind."""
-    if output is not None:
-        parent, name = os.path.split(output.rstrip("/"))
-        yield parent, name
+def _storage(output: str | None) -> Iterator[dict[str, Any]]:
+    """Where a run is kept, for Ray Train; without an output, one that leaves nothing behind."""
+    if output is None:
+        scratch = tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True)
+        with scratch as path:
+            yield {"storage_path": path, "name": "scoring"}
         return
-    with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
-        yield scratch, "scoring"
+    filesystem, root = filesystem_of(output, for_ray=True)
+    parent, name = os.path.split(root.rstrip("/"))
+    yield {"storage_path": parent, "name": name} | (
+        {"storage_filesystem": filesystem} if "://" in output else {}
+    )
 
 
 def _trainer(
@@ -51,8 +56,7 @@ def _trainer(
     arguments: dict[str, Any],
     config: RunConfig,
     use_gpu: bool,
-    parent: str,
-    name: str,
+    storage: dict[str, Any],
 ) -> TorchTrainer:
     return TorchTrainer(
         function,
@@ -64,8 +68,7 @@ def _trainer(
             resources_per_worker=None if use_gpu else {"CPU": 1},
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
-            name=name,
-            storage_path=parent,
+            **storage,
             failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             worker_runtime_env={"env_vars": worker_environment(config, use_gpu)},
@@ -92,9 +95,16 @@ def user_error(error: BaseException | None) -> ReneeError | None:
         seen.add(id(current))
         if isinstance(current, ReneeError):
             return ReneeError(str(current).splitlines()[-1].removeprefix("renee_ray.config."))
+        if isinstance(current, OSError) and "AWS Error" in str(current):
+            return storage_error(OSError(_said(current)))
         failures = getattr(current, "worker_failures", None) or {}
         queue += [current.__cause__, getattr(current, "cause", None), *failures.values()]
     return None
+
+
+def _said(error: BaseException) -> str:
+    """What an error that Ray wrapped said itself, without the traceback."""
+    return next(line for line in reversed(str(error).splitlines()) if "AWS Error" in line)
 
 
 def worker_environment(config: RunConfig, use_gpu: bool) -> dict[str, str]:

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import torch
 
 from renee_ray.config import EvalConfig, ReneeError, RunConfig, ScoreConfig
-from renee_ray.data.dataset import Dataset, absolute, filesystem_of, has_manifest
+from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.run import RUN_FILE, RunDirectory
@@ -84,7 +85,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
         check_texts(src)
         if "split" in score.model_fields_set:
             raise ReneeError(f"split={score.split} has no meaning for the texts of {src}; omit it")
-    labels = _labels_of_run(directory) if raw else Dataset.open(src)
+    labels = directory.dataset() if raw else Dataset.open(src)
     _check(directory, labels)
     if destination is not None:
         _check_destination(destination, src, score.overwrite)
@@ -243,18 +244,7 @@ def _voters(
             f"themselves; add neighbours=0"
         )
     trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
-    return labels if labels.manifest.hash == trained_on else _labels_of_run(directory)
-
-
-def _labels_of_run(directory: RunDirectory) -> Dataset:
-    """The dataset that a run was trained on, for its label counts and texts."""
-    path = str((directory.read(RUN_FILE) or {})["dataset"]["path"])
-    if not has_manifest(path):
-        raise ReneeError(
-            f"raw texts and neighbours need the dataset that {directory.path} was trained on, and "
-            f"it is not at {path} any more; put it back there, or add neighbours=0"
-        )
-    return Dataset.open(path)
+    return labels if labels.manifest.hash == trained_on else directory.dataset()
 
 
 def _check(directory: RunDirectory, dataset: Dataset) -> None:

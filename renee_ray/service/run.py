@@ -16,7 +16,8 @@ import pyarrow.fs as pafs
 import ray.train
 
 from renee_ray.config import ReneeError, RunConfig, make_config
-from renee_ray.data.dataset import absolute, filesystem_of
+from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.data.storage import absolute, filesystem_of, patiently
 from renee_ray.training.checkpoint import STATE, Checkpoint
 
 RUN_FILE, HISTORY_FILE, BEST_FILE = "run.json", "history.json", "best.json"
@@ -33,18 +34,26 @@ class RunDirectory:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None where it is not there."""
-        filesystem, root = self._located()
-        if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
-            return None
-        with filesystem.open_input_file(f"{root}/{name}") as file:
-            return json.loads(file.read())
+
+        def read() -> bytes | None:
+            filesystem, root = self._located()
+            if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
+                return None
+            with filesystem.open_input_file(f"{root}/{name}") as file:
+                return file.read()
+
+        found = patiently(read, f"reading {self.path}/{name}")
+        return None if found is None else json.loads(found)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        filesystem, root = self._located()
-        filesystem.create_dir(root, recursive=True)
-        with filesystem.open_output_stream(f"{root}/{name}.tmp") as sink:
-            sink.write(json.dumps(content, indent=1).encode())
-        filesystem.move(f"{root}/{name}.tmp", f"{root}/{name}")
+        def write() -> None:
+            filesystem, root = self._located()
+            filesystem.create_dir(root, recursive=True)
+            with filesystem.open_output_stream(f"{root}/{name}.tmp") as sink:
+                sink.write(json.dumps(content, indent=1).encode())
+            filesystem.move(f"{root}/{name}.tmp", f"{root}/{name}")
+
+        patiently(write, f"writing {self.path}/{name}")
 
     def config(self) -> RunConfig:
         """The configuration that the run was started with.
@@ -59,6 +68,20 @@ class RunDirectory:
                 f"run `renee-ray train CONFIG data=DATASET output={self.path}` first"
             )
         return make_config(RunConfig, saved["config"], where=f"{self.path}/{RUN_FILE}")
+
+    def dataset(self) -> Dataset:
+        """The dataset that the run was trained on, for its label counts, texts and points.
+
+        Raises:
+            ReneeError: it is not where it was any more.
+        """
+        path = str((self.read(RUN_FILE) or {})["dataset"]["path"])
+        if not has_manifest(path):
+            raise ReneeError(
+                f"this needs the dataset that {self.path} was trained on, and it is not at {path} "
+                f"any more; put it back there"
+            )
+        return Dataset.open(path)
 
     def checkpoint(self, which: str) -> Checkpoint:
         """The `best` or the `last` committed checkpoint.
@@ -111,17 +134,25 @@ class RunDirectory:
         """Uploads one rank's files of a checkpoint that is going to be the best."""
         filesystem, root = self._located()
         target = f"{root}/{best_name(step)}"
-        filesystem.create_dir(target, recursive=True)
-        pafs.copy_files(local, target, pafs.LocalFileSystem(), filesystem, use_threads=False)
+
+        def copy() -> None:
+            filesystem.create_dir(target, recursive=True)
+            pafs.copy_files(local, target, pafs.LocalFileSystem(), filesystem, use_threads=False)
+
+        patiently(copy, f"writing {self.path}/{best_name(step)}")
 
     def publish_best(self, step: int, metrics: dict[str, float]) -> None:
         """Makes best-STEP, which all ranks have written, the best; deletes all others."""
         name = best_name(step)
         self.write(BEST_FILE, {"directory": name, "step": step, "metrics": metrics})
         filesystem, root = self._located()
-        for info in filesystem.get_file_info(pafs.FileSelector(root)):
-            if info.base_name.startswith("best-") and info.base_name != name:
-                filesystem.delete_dir(info.path)
+
+        def delete_others() -> None:
+            for info in filesystem.get_file_info(pafs.FileSelector(root)):
+                if info.base_name.startswith("best-") and info.base_name != name:
+                    filesystem.delete_dir(info.path)
+
+        patiently(delete_others, f"deleting earlier checkpoints of {self.path}")
 
     def settle_best(self, metric: str, evals: list[dict[str, Any]], step: int) -> None:
         """Names the best where a run was killed after the commit of `step`, before naming it.
@@ -132,7 +163,10 @@ class RunDirectory:
         if not evals or evals[-1]["step"] != step:
             return
         filesystem, root = self._located()
-        copied = filesystem.get_file_info(f"{root}/{best_name(step)}/{STATE}")
+        copied = patiently(
+            lambda: filesystem.get_file_info(f"{root}/{best_name(step)}/{STATE}"),
+            f"reading {self.path}",
+        )
         metrics = evals[-1]["metrics"]
         if copied.type == pafs.FileType.File and beats(self.best(), step, metric, metrics):
             self.publish_best(step, metrics)
@@ -140,7 +174,7 @@ class RunDirectory:
     def _for_ray(self) -> tuple[str, pafs.FileSystem | None]:
         if "://" not in self.path:
             return absolute(self.path), None
-        filesystem, root = self._located()
+        filesystem, root = filesystem_of(self.path, for_ray=True)
         return root, filesystem
 
 

@@ -25,11 +25,10 @@ from renee_ray.data.dataset import (
     SPLITS,
     Dataset,
     Part,
-    absolute,
-    filesystem_of,
     part_path,
     write_part,
 )
+from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.xmlrepo import Lines
 from renee_ray.service.tasks import stream
 

@@ -12,8 +12,9 @@ import ray.train
 import torch
 
 from renee_ray.config import ReneeError, RunConfig
-from renee_ray.data.dataset import Dataset, absolute
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
+from renee_ray.data.storage import absolute
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from renee_ray.config import ReneeError, reason
+from renee_ray.data.storage import is_transient, patiently
 from renee_ray.training.batch import Position
 from renee_ray.training.encoder import Encoder
 from renee_ray.training.loss_scale import LossScale
@@ -178,7 +180,8 @@ class Checkpoint:
             if first != shard.owned.start + filled:
                 break
             rows = slice(first - shard.owned.start, last - shard.owned.start)
-            self._read_rows(file, first - start, last - start, wanted, rows)
+            read = partial(self._read_rows, file, first - start, last - start, wanted, rows)
+            patiently(read, f"reading {self.path}/{file}")
             filled += last - first
         if filled != len(shard.owned):
             raise CheckpointError(
@@ -224,6 +227,8 @@ class Checkpoint:
                 f"with another precision, momentum or dimension"
             ) from None
         except (OSError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            if is_transient(error):
+                raise
             raise CheckpointError(
                 f"{where} cannot be read ({reason(error)}); use another one"
             ) from error
@@ -235,10 +240,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}/{name} is damaged ({reason(error)})") from None
 
     def _bytes(self, name: str) -> bytes:
+        return patiently(lambda: self._bytes_once(name), f"reading {self.path}/{name}")
+
+    def _bytes_once(self, name: str) -> bytes:
         try:
             with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
                 return file.read()
         except OSError as error:
+            if is_transient(error):
+                raise
             raise CheckpointError(f"{self.path}/{name} cannot be read ({reason(error)})") from error
 
 

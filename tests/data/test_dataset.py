@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pytest
 
 from renee_ray.data import dataset as layout
@@ -214,14 +213,6 @@ def test_clear_removes_parts_only(written: Dataset) -> None:
     keep.write_text("x")
     layout.clear(written.path)
     assert [path for path in Path(written.path).rglob("*") if path.is_file()] == [keep]
-
-
-def test_filesystems(tmp_path: Path) -> None:
-    for path in (str(tmp_path), f"file://{tmp_path}"):
-        filesystem, root = layout.filesystem_of(path)
-        assert isinstance(filesystem, pafs.LocalFileSystem) and root == str(tmp_path)
-    with pytest.raises(layout.ReneeError, match="no filesystem is installed for 'nosuch://x'"):
-        layout.filesystem_of("nosuch://x")
 
 
 def test_any_fsspec_filesystem() -> None:

@@ -1,0 +1,120 @@
+"""An export, read with transformers and safetensors alone, scores as `predict` does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from renee_ray.cli import main
+from renee_ray.data.dataset import Dataset
+from renee_ray.service import export
+
+from .conftest import TESTS, Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+K, RANGES = 40, 3
+TAIL = 0.3
+
+
+@pytest.fixture(scope="module")
+def exported(
+    trained: Run, tmp_path_factory: pytest.TempPathFactory, dataset: str
+) -> tuple[Path, dict[str, object]]:
+    path = tmp_path_factory.mktemp("export") / "model"
+    labels = Dataset.open(dataset).manifest.num_labels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "RANGE_BYTES", -(-labels // RANGES) * 4 * 384)
+        assert main(["export", trained.path, str(path)]) == 0
+    return path, json.loads((path / "export.json").read_text())
+
+
+def embed(path: Path, texts: list[str], max_length: int) -> torch.Tensor:
+    """As the sentence in export.json says."""
+    tokenizer = AutoTokenizer.from_pretrained(path / "encoder")
+    encoder = AutoModel.from_pretrained(path / "encoder").eval()
+    head = load_file(path / "head.safetensors")
+    rows = []
+    for text in texts:
+        tokens = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        with torch.inference_mode():
+            rows.append(encoder(**tokens).last_hidden_state[0].mean(0) + head["constant"])
+    return torch.stack(rows)
+
+
+def test_the_ranges_cover_all_labels_with_their_texts(
+    exported: tuple[Path, dict[str, object]], dataset: str
+) -> None:
+    path, content = exported
+    opened = Dataset.open(dataset)
+    ranges = content["ranges"]
+    assert isinstance(ranges, list) and len(ranges) == RANGES
+    tables = [pq.read_table(path / each["labels"]) for each in ranges]
+    wanted = opened.read_rows("labels", 0, opened.manifest.num_labels)
+    table = pa.concat_tables(tables)
+    assert table["label_id"].to_pylist() == list(range(opened.manifest.num_labels))
+    assert table["text"].to_pylist() == wanted["text"].to_pylist()
+    assert table["train_count"].to_pylist() == wanted["train_count"].to_pylist()
+    for each in ranges:
+        rows = load_file(path / each["classifier"])["weight"]
+        assert rows.shape == (each["stop"] - each["start"], content["dim"])
+
+
+def test_scores_are_those_of_predict(
+    exported: tuple[Path, dict[str, object]],
+    trained: Run,
+    source: Path,
+    dataset: str,
+    tmp_path: Path,
+) -> None:
+    path, content = exported
+    arguments = [trained.path, dataset, str(tmp_path / "p"), f"k={K}", f"tail={TAIL}"]
+    assert main(["predict", *arguments, "num_workers=1"]) == 0
+    parts = sorted(map(str, (tmp_path / "p").glob("part-*.parquet")))
+    found = {row["point_id"]: row for row in pads.dataset(parts).to_table().to_pylist()}
+    filters = {
+        row["point_id"]: row["filter_labels"]
+        for row in Dataset.open(dataset).read_rows("test", 0, TESTS).to_pylist()
+    }
+    ranges = content["ranges"]
+    assert isinstance(ranges, list)
+    weight = torch.cat([load_file(path / each["classifier"])["weight"] for each in ranges])
+    counts = pa.concat_tables([pq.read_table(path / each["labels"]) for each in ranges])
+    offset = -TAIL * np.log(np.maximum(counts["train_count"].to_numpy(), 1))
+    texts = (source / "tst_X.txt").read_text().splitlines()[:30]
+    length = content["max_length"]
+    assert isinstance(length, int)
+    scores = embed(path, texts, length) @ weight.T + torch.from_numpy(offset).float()
+    for point, row in enumerate(scores):
+        row[filters[point]] = -torch.inf
+        best = row.topk(K).values.tolist()
+        assert found[point]["scores"] == pytest.approx(best, abs=2e-3)
+        assert row[found[point]["label_ids"]].tolist() == pytest.approx(best, abs=2e-3)
+
+
+def test_what_is_there_is_not_overwritten(
+    exported: tuple[Path, dict[str, object]],
+    trained: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, _ = exported
+    assert main(["export", trained.path, str(path)]) == 1
+    assert "overwrite=true" in capsys.readouterr().err
+    (tmp_path / "precious").write_text("mine")
+    assert main(["export", trained.path, str(tmp_path), "overwrite=true"]) == 1
+    assert "holds other files" in capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "mine"
+    before = (path / "export.json").read_text()
+    (path / "left-over").write_text("of an earlier version")
+    assert main(["export", trained.path, str(path), "overwrite=true"]) == 0
+    assert not (path / "left-over").exists()
+    assert json.loads(before)["step"] == json.loads((path / "export.json").read_text())["step"]
