@@ -73,6 +73,11 @@ def decode(serialised: str, rows: list[list[int]]) -> list[str]:
     return Tokenizer.from_str(serialised).decode_batch(rows)
 
 
+def size(serialised: str) -> int:
+    """Tokens of the vocabulary, added ones included."""
+    return Tokenizer.from_str(serialised).get_vocab_size()
+
+
 @lru_cache(maxsize=2)
 def _tokenizer(serialised: str, max_length: int) -> Tokenizer:
     # Several tasks share a machine: threads of one would only take the cores of another.

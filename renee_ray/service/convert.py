@@ -27,10 +27,12 @@ from renee_ray.config import ConvertConfig, ReneeError, reason
 from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer, xmlrepo
 from renee_ray.data.dataset import Manifest, Part
+from renee_ray.data.parquet_source import ParquetSource, index_parquet, is_parquet
 from renee_ray.data.raw import Raw, index_source, pieces
 from renee_ray.data.split import split_rows
 from renee_ray.data.xmlrepo import Int64s, Pairs, SourceError
 from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.convert_parquet import Converted, convert_parquet
 from renee_ray.service.tasks import Reporter, stream
 
 SCRATCH = "_scratch"
@@ -54,18 +56,16 @@ def convert(
     """
     src, dst = storage.absolute(src), storage.absolute(dst)
     _check_destination(dst, config.overwrite)
-    found = xmlrepo.find(src)
+    found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
     vocabulary = tokenizer.load(config.tokenizer)
     try:
         with _scratch(dst) as scratch:
             on_progress(f"reading {src}")
-            raw = index_source(found, scratch)
-            ensure_ray()
-            counts, scanned = _scan(raw, on_progress)
-            raw = replace(raw, num_labels=len(counts))
-            layout.clear(dst)
-            plan = _plan(raw, dst, counts, vocabulary, config)
-            splits, written = _write(plan, on_progress)
+            if isinstance(found, ParquetSource):
+                ensure_ray()
+                made = convert_parquet(found, dst, scratch, vocabulary, config, on_progress)
+            else:
+                made = _convert_lines(found, dst, scratch, vocabulary, config, on_progress)
     except OSError as error:
         raise ReneeError(
             f"cannot convert {src} to {dst}: {reason(error)}; "
@@ -77,19 +77,45 @@ def convert(
         vocabulary_hash=vocabulary.hash,
         max_length=config.max_length,
         pad_id=vocabulary.pad_id,
-        num_labels=len(counts),
-        has_label_texts=raw.label_texts is not None,
+        num_labels=made.num_labels,
+        has_label_texts=made.has_label_texts,
         propensity_a=config.propensity_a,
         propensity_b=config.propensity_b,
-        splits=splits,
-        other_texts=tuple(
-            int((~plan.is_point[part.first : part.first + part.rows]).sum())
-            for part in splits["labels"]
-        ),
-        statistics=_statistics(scanned, written, counts),
+        splits=made.splits,
+        other_texts=made.other_texts,
+        statistics=made.statistics,
     )
     layout.write_manifest(dst, manifest)
     return manifest
+
+
+def _convert_lines(
+    found: xmlrepo.Source,
+    dst: str,
+    scratch: str,
+    vocabulary: tokenizer.Vocabulary,
+    config: ConvertConfig,
+    on_progress: Callable[[str], None],
+) -> Converted:
+    """The parts of a folder of text files."""
+    raw = index_source(found, scratch)
+    ensure_ray()
+    counts, scanned = _scan(raw, on_progress)
+    raw = replace(raw, num_labels=len(counts))
+    layout.clear(dst)
+    plan = _plan(raw, dst, counts, vocabulary, config)
+    splits, written = _write(plan, on_progress)
+    others = tuple(
+        int((~plan.is_point[part.first : part.first + part.rows]).sum())
+        for part in splits["labels"]
+    )
+    return Converted(
+        len(counts),
+        raw.label_texts is not None,
+        splits,
+        others,
+        _statistics(scanned, written, counts),
+    )
 
 
 # -------------------------------------------------------------------------------- destination

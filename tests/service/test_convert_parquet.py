@@ -1,0 +1,264 @@
+"""Parquet sources: the same dataset as from text files, whatever the labels are written as."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from renee_ray.cli import main
+from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.data.dataset import Dataset
+from renee_ray.service import convert as service
+from renee_ray.service import parquet_plan
+
+CONFIG = ConvertConfig(validation=0.1, part_rows=64)
+Rows = dict[str, list[Any]]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks one after another instead of on Ray, in an order that no one may rely on."""
+
+    def stream(work: Callable[..., Any], plan: Any, tasks: int) -> Iterator[Any]:
+        for i in np.random.default_rng(0).permutation(tasks):
+            yield json.loads(json.dumps(work(plan, int(i))))
+
+    monkeypatch.setattr(parquet_plan, "stream", stream)
+    monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
+
+
+def rows_of(source: Path, prefix: str) -> Rows:
+    """Columns of a split of a repository folder."""
+    texts = (source / f"{prefix}_X.txt").read_text().splitlines()
+    lines = (source / f"{prefix}_X_Y.txt").read_text().splitlines()[1:]
+    filters: list[list[int]] = [[] for _ in texts]
+    for line in (source / f"{prefix}_filter_labels.txt").read_text().splitlines():
+        row, label = map(int, line.split())
+        filters[row].append(label)
+    labels = [[int(pair.partition(":")[0]) for pair in line.split()] for line in lines]
+    return {"text": texts, "labels": labels, "filter_labels": filters}
+
+
+def write(folder: Path, name: str, columns: Rows, *, strings: bool, group: int = 90) -> None:
+    kind = pa.string() if strings else pa.int64()
+    made = {
+        key: pa.array(
+            [[f"L{i:05d}" for i in row] for row in values] if strings else values, pa.list_(kind)
+        )
+        if "labels" in key
+        else pa.array(values)
+        for key, values in columns.items()
+    }
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(made), path, row_group_size=group)
+
+
+def parquet(source: Path, folder: Path, *, strings: bool, with_labels: bool = True) -> Path:
+    """The repository folder as Parquet; train as two files."""
+    train = rows_of(source, "trn")
+    cut = len(train["text"]) // 3
+    for i, piece in enumerate((slice(0, cut), slice(cut, None))):
+        columns = {key: values[piece] for key, values in train.items()}
+        write(folder, f"train/{i}.parquet", columns, strings=strings)
+    write(folder, "test.parquet", rows_of(source, "tst"), strings=strings)
+    if with_labels:
+        texts = (source / "Y.txt").read_text().splitlines()
+        table = {"text": texts}
+        if strings:
+            table["label"] = [f"L{i:05d}" for i in range(len(texts))]
+        pq.write_table(pa.table(table), folder / "labels.parquet", row_group_size=500)
+    return folder
+
+
+def convert(source: Path, destination: Path) -> Dataset:
+    service.convert(str(source), str(destination), CONFIG)
+    return Dataset.open(str(destination))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository folder of made-up points; duplicates, empty rows, labels of no point."""
+    rng = np.random.default_rng(5)
+    folder = tmp_path_factory.mktemp("repository")
+    words = [f"w{i}" for i in range(50)]
+    for prefix, size in (("trn", 400), ("tst", 150)):
+        texts, lines, filters = [], [f"{size} 900"], []
+        for row in range(size):
+            texts.append(" ".join(rng.choice(words, rng.integers(1, 9))))
+            labels = rng.integers(0, 900, rng.integers(0, 6)).tolist()
+            lines.append(" ".join(f"{label}:1.0" for label in [*labels, *labels[:1]]))
+            filters += [f"{row} {label}" for label in rng.integers(0, 900, row % 3).tolist()]
+        for name, content in (("X", texts), ("X_Y", lines), ("filter_labels", filters)):
+            (folder / f"{prefix}_{name}.txt").write_text("\n".join(content) + "\n")
+    names = [" ".join(rng.choice(words, 3)) for _ in range(900)]
+    (folder / "Y.txt").write_text("\n".join(names) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """What the text files are converted to."""
+    from renee_ray.service import convert as module
+
+    def stream(work: Callable[..., Any], plan: Any, tasks: int) -> Iterator[Any]:
+        return (json.loads(json.dumps(work(plan, i))) for i in range(tasks))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "stream", stream)
+        patch.setattr(module, "ensure_ray", lambda *arguments: None)
+        return convert(repository, tmp_path_factory.mktemp("expected") / "dataset")
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("strings", [False, True], ids=["ids", "strings"])
+@pytest.mark.parametrize("bucket", [64, 1 << 19], ids=["many buckets", "one bucket"])
+def test_the_parts_are_those_of_the_text_files(
+    repository: Path,
+    expected: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strings: bool,
+    bucket: int,
+) -> None:
+    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", bucket)
+    made = convert(parquet(repository, tmp_path / "src", strings=strings), tmp_path / "dst")
+    assert made.manifest.splits == expected.manifest.splits  # with the SHA-256 of every part
+    assert made.manifest.other_texts == expected.manifest.other_texts
+    for split, counts in made.manifest.statistics.items():
+        wanted = expected.manifest.statistics[split]
+        assert counts == {key: wanted[key] for key in counts}
+    assert sorted(p.name for p in (tmp_path / "dst").iterdir()) == sorted(
+        ["dataset.json", "train", "validation", "test", "labels"]
+    )
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_vocabulary_is_made_of_strings(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", 64)
+    source = parquet(repository, tmp_path / "src", strings=True, with_labels=False)
+    made = convert(source, tmp_path / "dst")
+    labels = made.read_rows("labels", 0, made.manifest.num_labels)
+    names = labels["text"].to_pylist()
+    points = rows_of(repository, "trn"), rows_of(repository, "tst")
+    used = {
+        i for rows in points for key in ("labels", "filter_labels") for r in rows[key] for i in r
+    }
+    assert sorted(names) == [f"L{i:05d}" for i in sorted(used)]
+    counts: dict[str, int] = dict.fromkeys(names, 0)
+    for row in points[0]["labels"]:
+        for i in set(row):
+            counts[f"L{i:05d}"] += 1
+    assert labels["train_count"].to_pylist() == [counts[name] for name in names]
+    for split, rows in (("train", points[0]), ("validation", points[0]), ("test", points[1])):
+        for point in made.read_rows(split, 0, made.manifest.num_points(split)).to_pylist():
+            for key in ("labels", "filter_labels"):
+                wanted = {f"L{i:05d}" for i in rows[key][point["point_id"]]}
+                assert {names[i] for i in point[key]} == wanted
+                assert point[key] == sorted(set(point[key]))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_tokens_that_are_there_already(tmp_path: Path) -> None:
+    tokens = [[101, 7, 102], list(range(200, 0, -1)), [5]]
+    write(
+        tmp_path / "src",
+        "train.parquet",
+        {"input_ids": tokens, "labels": [[0, 2], [], [2]]},
+        strings=False,
+    )
+    service.convert(
+        str(tmp_path / "src"), str(tmp_path / "d"), ConvertConfig(validation=0, max_length=16)
+    )
+    made = Dataset.open(str(tmp_path / "d"))
+    found = {row["point_id"]: row for row in made.read_rows("train", 0, 3).to_pylist()}
+    assert found[0]["input_ids"] == tokens[0] and found[2]["input_ids"] == [5]
+    assert found[1]["input_ids"] == [*range(200, 185, -1), 1]  # the last token stays
+    assert made.read_rows("labels", 0, 3)["train_count"].to_pylist() == [1, 0, 2]
+    assert not made.manifest.has_label_texts
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("columns", "strings", "sentence"),
+    [
+        ({"labels": [[0]]}, False, "rename the one that holds the texts to 'text'"),
+        ({"text": ["a"]}, False, "rename the one with the labels to 'labels'"),
+        ({"text": [1], "labels": [[0]]}, False, "column 'text' of type int64"),
+        ({"text": ["a", None], "labels": [[0], [1]]}, False, "row 1 of row group 0 has no text"),
+        ({"text": ["a", "b"], "labels": [[0], [3, -4]]}, False, "row 1 of row group 0 has -4"),
+        ({"text": ["a", "b"], "labels": [[], []]}, False, "gives no training point a label"),
+        ({"text": [], "labels": []}, False, "has no training row"),
+        ({"input_ids": [["a"]], "labels": [[0]]}, False, "'input_ids' of type list"),
+        ({"input_ids": [[1], [99999999]], "labels": [[0], [0]]}, False, "row 1 .* token 99999999"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, columns: Rows, strings: bool, sentence: str) -> None:
+    if columns["text" if "text" in columns else "labels"] == []:
+        columns = {"text": pa.array([], pa.string()), "labels": []}  # type: ignore[dict-item]
+    write(tmp_path / "src", "train.parquet", columns, strings=strings)
+    with pytest.raises(ReneeError, match=sentence) as caught:
+        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+    assert str(tmp_path / "src") in str(caught.value)
+    assert not (tmp_path / "d" / "dataset.json").exists()
+    assert not (tmp_path / "d" / "_scratch").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("strings", [False, True], ids=["ids", "strings"])
+def test_a_label_that_is_none_is_named(tmp_path: Path, strings: bool) -> None:
+    rows = {"text": ["a", "b", "c"], "labels": [[0], [1], [0, 7]]}
+    write(tmp_path / "src", "train.parquet", rows, strings=strings)
+    table: dict[str, list[str]] = {"text": ["zero", "one"]}
+    if strings:
+        table["label"] = ["L00000", "L00001"]
+    pq.write_table(pa.table(table), tmp_path / "src" / "labels.parquet")
+    value = "'L00007'" if strings else "7"
+    with pytest.raises(
+        ReneeError, match=f"row 2 of row group 0 has {value} in labels, .* 2 labels"
+    ):
+        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_label_twice_in_the_table_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", 2)
+    write(tmp_path / "src", "train.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
+    labels = pa.table({"label": ["L00001", "L00002", "L00003", "L00001"]})
+    pq.write_table(labels, tmp_path / "src" / "labels.parquet", row_group_size=2)
+    with pytest.raises(ReneeError, match="has the label 'L00001' 2 times"):
+        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_files_that_differ_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "src/train/0.parquet", {"text": ["a"], "labels": [[1]]}, strings=False)
+    write(tmp_path, "src/train/1.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
+    with pytest.raises(ReneeError, match="1.parquet has the columns .* make them equal"):
+        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+    (tmp_path / "src" / "train" / "1.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(ReneeError, match="1.parquet is not Parquet"):
+        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_on_ray(
+    repository: Path, expected: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = parquet(repository, tmp_path / "src", strings=True)
+    arguments = [str(source), str(tmp_path / "d"), "validation=0.1", "part_rows=64", "--json"]
+    assert main(["convert", *arguments]) == 0
+    assert Dataset.open(str(tmp_path / "d")).manifest.splits == expected.manifest.splits
+    assert main(["inspect", str(tmp_path / "d"), "--verify", "--json"]) == 0
