@@ -245,10 +245,10 @@ def test_a_label_twice_in_the_table_is_named(
 def test_files_that_differ_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "src/train/0.parquet", {"text": ["a"], "labels": [[1]]}, strings=False)
     write(tmp_path, "src/train/1.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
-    with pytest.raises(ReneeError, match="1.parquet has the columns .* make them equal"):
+    with pytest.raises(ReneeError, match=r"1\.parquet has the columns .* make them equal"):
         service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
     (tmp_path / "src" / "train" / "1.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(ReneeError, match="1.parquet is not Parquet"):
+    with pytest.raises(ReneeError, match=r"1\.parquet is not Parquet"):
         service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
 
 
