@@ -297,6 +297,21 @@ def bench_scale(**settings: Any) -> None:
     click.echo(json.dumps(_call(lambda: run(**settings))))
 
 
+@bench.command("feed")
+@click.argument("dataset")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
+)
+@click.option(
+    "--batch", type=click.IntRange(min=8), default=4096, show_default=True, help="Rows of a batch."
+)
+def bench_feed(**settings: Any) -> None:
+    """An epoch of DATASET streamed through workers: rows a second, memory, each pair once."""
+    from renee_ray.service.bench_feed import bench_feed as run
+
+    click.echo(json.dumps(_call(lambda: run(**settings))))
+
+
 @bench.command("train", cls=_Command, keys=RunConfig)
 @click.argument("config")
 @click.argument("overrides", nargs=-1)

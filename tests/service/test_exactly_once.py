@@ -1,0 +1,124 @@
+"""Rows of an epoch over killed workers and other numbers of them; the checksum that tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.train
+
+from renee_ray.cli import main
+from renee_ray.config import RunConfig, make_config
+from renee_ray.data.dataset import Dataset
+from renee_ray.service.bench_feed import pair_checksum
+from renee_ray.service.job import launch
+from renee_ray.service.train import orders
+from renee_ray.training.batch import Position, Ragged
+
+COMMIT_EVERY = 3
+EPOCHS = 2
+
+
+def reader(folder: str) -> Callable[[dict[str, Any]], int]:
+    """A worker that notes its rows of each batch, commits its position, and may die once."""
+
+    def read(arguments: dict[str, Any]) -> int:
+        from renee_ray.service.feed import feed
+        from renee_ray.service.train import orders
+        from renee_ray.training.collectives import Ranks
+
+        config = RunConfig.model_validate(arguments["config"])
+        dataset: Dataset = arguments["dataset"]
+        ranks = Ranks.of_process_group()
+        done = 0
+        if (committed := ray.train.get_checkpoint()) is not None:
+            with committed.as_directory() as directory:
+                done = json.loads(Path(directory, "done.json").read_text())
+        epochs = orders(config, dataset)
+        batches = epochs[0].num_batches
+        start = Position(done // batches, done % batches)
+        for batch in feed(
+            dataset, epochs, ranks.rank, ranks.num_ranks, start=start, max_length=8, prefetch=1
+        ):
+            if done == arguments["stop"]:
+                break
+            note = Path(folder, f"{done:04d}-run{arguments['run']}-rank{ranks.rank}.json")
+            note.write_text(json.dumps(batch.points.tolist()))
+            done += 1
+            marker = Path(folder, f"killed-{arguments['run']}")
+            if done == arguments["kill"] and ranks.rank == 0 and not marker.exists():
+                marker.write_text("")
+                os.kill(os.getpid(), signal.SIGKILL)
+            if done % COMMIT_EVERY == 0:
+                with tempfile.TemporaryDirectory() as directory:
+                    Path(directory, "done.json").write_text(json.dumps(done))
+                    ray.train.report({}, ray.train.Checkpoint.from_directory(directory))
+        return done
+
+    return read
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_each_row_once_after_kills_with_two_three_and_one_workers(
+    dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    opened = Dataset.open(dataset)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    made: dict[str, Any] = {"data": dataset, "output": str(tmp_path / "run"), "epochs": EPOCHS}
+    made |= {"batch_size": 32, "timeout_s": 60, "feed": {"streams": 4, "window": 4}}
+    total = 0
+    # Both kills are between two commits, so that what follows the last one is read again.
+    for run, (workers, kill, share) in enumerate([(2, 5, 0.4), (3, 14, 0.75), (1, 10**6, 1)]):
+        config = make_config(RunConfig, {**made, "num_workers": workers}, where="test")
+        epochs = orders(config, opened)
+        total = sum(order.num_batches for order in epochs)
+        arguments = {
+            "config": config.model_dump(), "dataset": opened, "run": run, "kill": kill,
+            "stop": total if share == 1 else int(total * share),
+        }  # fmt: skip
+        assert launch(reader(str(notes)), arguments, config, use_gpu=False) == arguments["stop"]
+    assert {path.name for path in notes.glob("killed-*")} == {"killed-0", "killed-1"}
+
+    seen: list[Counter[int]] = [Counter() for _ in range(EPOCHS)]
+    for number in range(total):
+        found = [path.name.split("-") for path in notes.glob(f"{number:04d}-*.json")]
+        last = max(run for _, run, _ in found)  # earlier ones were taken back by a resumption
+        for _, _, rank in (name for name in found if name[1] == last):
+            rows = json.loads((notes / f"{number:04d}-{last}-{rank}").read_text())
+            seen[number * EPOCHS // total].update(rows)
+    rows = opened.read_rows("train", 0, opened.manifest.num_points("train"))["point_id"].to_pylist()
+    for epoch in seen:
+        assert epoch == Counter(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_an_epoch_streamed_by_the_benchmark_has_each_pair_once(
+    dataset: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "feed", dataset, "--workers", "3", "--batch", "32"]) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    opened = Dataset.open(dataset)
+    table = opened.read_rows("train", 0, opened.manifest.num_points("train"))
+    labels = Ragged.of_lists(table["labels"].to_pylist())
+    wanted = pair_checksum(table["point_id"].to_numpy(), labels)
+    assert found["exactly_once"] and int(found["checksum"], 16) == wanted
+    assert (found["rows"], found["pairs"]) == (len(table), len(labels.values))
+
+
+def test_the_checksum_tells_pairs_apart_and_not_their_order() -> None:
+    points = np.array([3, 9, 4])
+    whole = pair_checksum(points, Ragged.of_lists([[1, 2], [], [5]]))
+    assert whole == pair_checksum(points[::-1].copy(), Ragged.of_lists([[5], [], [2, 1]]))
+    for other in ([[1, 2], [], []], [[1, 2], [5], []], [[1, 2], [], [5, 5]], [[1, 2], [], [6]]):
+        assert whole != pair_checksum(points, Ragged.of_lists(other))
