@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pytest
+import ray
 
+from renee_ray.cli import main
 from renee_ray.data.dataset import Dataset
 
 from .conftest import TESTS, Command, Run, end, finish, renee_ray, start
@@ -156,15 +158,20 @@ def test_an_outage_is_waited_for(
     ids=lambda arguments: arguments[0],
 )
 def test_a_wrong_key_is_one_sentence(
-    gateway: Gateway, recipe: str, arguments: tuple[str, ...]
+    gateway: Gateway,
+    recipe: str,
+    arguments: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [recipe if word == "RECIPE" else word for word in arguments]
-    wrong = gateway.env | {"AWS_SECRET_ACCESS_KEY": "wrong-secret-77c1"}
-    done = finish(start(*words, env=wrong), timeout=120)
-    assert done.status == 1
-    assert "refuses the credentials" in done.stderr and "AWS_SECRET_ACCESS_KEY" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "wrong-secret" not in done.stderr and SECRET_KEY not in done.stderr
+    for name, value in (gateway.env | {"AWS_SECRET_ACCESS_KEY": "wrong-secret-77c1"}).items():
+        monkeypatch.setenv(name, value)
+    assert main([recipe if word == "RECIPE" else word for word in arguments]) == 1
+    said = capsys.readouterr().err
+    assert "refuses the credentials" in said and "AWS_SECRET_ACCESS_KEY" in said
+    assert said.count("\n") == 1
+    assert "wrong-secret" not in said and SECRET_KEY not in said
+    assert not ray.is_initialized(), "a refused key is found before Ray is started"
 
 
 def _wait_for(gateway: Gateway, path: str, seconds: float = 240) -> None:
