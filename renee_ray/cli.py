@@ -297,6 +297,17 @@ def bench_scale(**settings: Any) -> None:
     click.echo(json.dumps(_call(lambda: run(**settings))))
 
 
+@bench.command("convert", cls=_Command, keys=ConvertConfig)
+@click.argument("src")
+@click.argument("overrides", nargs=-1)
+def bench_convert(src: str, overrides: tuple[str, ...]) -> None:
+    """The conversion of SRC beside the bare tokenizer on the same texts; nothing is kept."""
+    config = make_config(ConvertConfig, parse_overrides(overrides), where="bench convert")
+    from renee_ray.service.bench_convert import bench_convert as run
+
+    click.echo(json.dumps(_call(run, src, config)))
+
+
 @bench.command("feed")
 @click.argument("dataset")
 @click.option(

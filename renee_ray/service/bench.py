@@ -10,11 +10,8 @@ wait, in turns with the steps of all: both meet the same machine, and the same b
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,6 +22,7 @@ from renee_ray.benchmarks.problem import Problem, make_problem
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, worker_device
+from renee_ray.service.memory import ResidentPeak
 from renee_ray.training.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
@@ -34,8 +32,6 @@ SWEEP = (1_000_000, 4_000_000, 16_000_000)
 LR = 0.01
 TIMEOUT_S = 1800
 """A step of 10^8 labels takes minutes on a CPU, and ranks need not end theirs together."""
-SAMPLE_S = 0.2
-"""Seconds between two looks at the memory of all processes."""
 
 
 def bench_scale(
@@ -177,50 +173,3 @@ def _step(
     # On a GPU this is what waits for the step to end.
     assert bool(torch.isfinite(gradient).all()), "the step diverged"
     return float(all_sum(ranks, loss.cpu())) / batch
-
-
-class ResidentPeak:
-    """Highest resident memory of this process and its descendants together, sampled on Linux.
-
-    Pages that several processes share count once for each: an upper bound.
-    """
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> ResidentPeak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            self.bytes = max(self.bytes, resident_bytes())
-            if self._over.wait(SAMPLE_S):
-                return
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process and its descendants now; 0 where there is no /proc."""
-    parent: dict[int, int] = {}
-    resident: dict[int, int] = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            lines = status.read_text().splitlines()
-        except OSError:  # it has ended meanwhile
-            continue
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        pid = int(status.parent.name)
-        parent[pid] = int(fields["PPid"])
-        resident[pid] = int(fields.get("VmRSS", "0 kB").split()[0]) * 1024
-    own = {os.getpid()}
-    while True:
-        more = {pid for pid, above in parent.items() if above in own} - own
-        if not more:
-            return sum(resident.get(pid, 0) for pid in own)
-        own |= more

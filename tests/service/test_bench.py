@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from renee_ray import cli
-from renee_ray.service.bench import ResidentPeak, measure, resident_bytes
+from renee_ray.service.bench import measure
+from renee_ray.service.memory import ResidentPeak, resident_bytes
 from renee_ray.training.collectives import Ranks
 from tests.service.conftest import renee_ray
 from tests.training.gloo import on_ranks
