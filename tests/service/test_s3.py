@@ -70,7 +70,10 @@ def remote_run(gateway: Gateway, path: str, command: Command) -> RemoteRun:
 @pytest.fixture(scope="module")
 def trained_on_s3(gateway: Gateway, dataset_on_s3: str, recipe: str) -> RemoteRun:
     path = f"s3://{BUCKET}/runs/undisturbed"
-    done = run(gateway, "train", recipe, f"data={dataset_on_s3}", f"output={path}", "--json")
+    done = run(
+        gateway, "train", recipe, f"data={dataset_on_s3}", f"output={path}",
+        "checkpoint.every_steps=0", "--json",
+    )  # fmt: skip
     return remote_run(gateway, path, done)
 
 
