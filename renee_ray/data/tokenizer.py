@@ -17,6 +17,9 @@ from tokenizers import Tokenizer
 from renee_ray.config import ReneeError, reason
 from renee_ray.data.models import resolve_model
 
+CHUNK = 1024
+"""Texts tokenised at once: their encodings, which hold far more than ids, stay in the cache."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -60,12 +63,16 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
 
 def encode(serialised: str, texts: list[str], max_length: int) -> pa.Array:
     """list<int32> [len(texts)]: unpadded ids with special tokens, cut to `max_length`."""
-    encodings = _tokenizer(serialised, max_length).encode_batch_fast(texts)
-    ids = [encoding.ids for encoding in encodings]
-    offsets = np.zeros(len(ids) + 1, dtype=np.int32)
-    np.cumsum([len(row) for row in ids], out=offsets[1:])
-    flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(offsets[-1]))
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    made = _tokenizer(serialised, max_length)
+    sizes: list[int] = []
+    flat = [np.zeros(0, dtype=np.int32)]
+    for start in range(0, len(texts), CHUNK):
+        rows = [encoding.ids for encoding in made.encode_batch_fast(texts[start : start + CHUNK])]
+        sizes += map(len, rows)
+        flat.append(np.fromiter(chain.from_iterable(rows), np.int32, sum(sizes[start:])))
+    offsets = np.zeros(len(texts) + 1, dtype=np.int32)
+    np.cumsum(sizes, out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(flat)))
 
 
 def decode(serialised: str, rows: list[list[int]]) -> list[str]:

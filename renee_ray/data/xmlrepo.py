@@ -287,14 +287,17 @@ def _scattered(file: pa.NativeFile, begins: Int64s, ends: Int64s, lines: Lines) 
     """The bytes of each range, read in ascending order with near ranges together."""
     order = np.argsort(begins, kind="stable")
     gaps = begins[order[1:]] - ends[order[:-1]]
+    bounds = [0, *(np.flatnonzero(gaps > NEAR_BYTES) + 1).tolist(), len(order)]
+    # Lists: there are as many short lines as rows, and numpy's scalars are slow.
+    starts, stops, places = begins[order].tolist(), ends[order].tolist(), order.tolist()
     pieces = [b""] * len(order)
-    for group in np.split(order, np.flatnonzero(gaps > NEAR_BYTES) + 1):
-        first = int(begins[group[0]])
-        data = _read_at(file, first, int(ends[group[-1]]), lines)
-        for i in group.tolist():
-            piece = data[begins[i] - first : ends[i] - first]
+    for low, high in pairwise(bounds):
+        first = starts[low]
+        data = _read_at(file, first, stops[high - 1], lines)
+        for i in range(low, high):
+            piece = data[starts[i] - first : stops[i] - first]
             # The file's last line may lack its end, and here another line may follow it.
-            pieces[i] = piece if piece.endswith(b"\n") else piece + b"\n"
+            pieces[places[i]] = piece if piece.endswith(b"\n") else piece + b"\n"
     return pieces
 
 

@@ -3,7 +3,7 @@
     index    driver     one pass over each file: where its lines begin; gzip is unpacked
     scan     tasks      every label line once: bad input shows before anything is written, and
                         train_count, the one array over labels, is summed in the driver
-    write    tasks      a task a part: the part's rows are read by their offsets wherever they
+    write    tasks      a task for some parts: their rows are read by their offsets wherever they
                         lie in the source, tokenised and written; nothing is shuffled between
     publish  driver     dataset.json, last
 
@@ -36,6 +36,8 @@ from renee_ray.service.convert_parquet import Converted, convert_parquet
 from renee_ray.service.tasks import Reporter, stream
 
 SCRATCH = "_scratch"
+TASK_ROWS = 1 << 14
+"""Rows that a task writes, about: a task a part would cost Ray more than the part."""
 
 
 def silent(message: str) -> None:
@@ -234,8 +236,9 @@ class _WritePlan:
     train_counts: Int64s
     is_point: np.ndarray
     """bool [num_labels]: labels that are a filter label of a point of train."""
-    parts: list[tuple[str, int, int, int]]
-    """(split, index of the part, start, stop within the split) of each task."""
+    part_rows: int
+    blocks: list[tuple[str, int, int]]
+    """(split, start, stop within the split) of each task: whole parts."""
 
 
 def _plan(
@@ -258,10 +261,11 @@ def _plan(
         "labels": len(train_counts),
     }
     order = {"train": train, "validation": validation}
-    parts = [
-        (split, index, start, min(start + config.part_rows, sizes[split]))
+    rows = config.part_rows * max(1, TASK_ROWS // config.part_rows)
+    blocks = [
+        (split, start, min(start + rows, sizes[split]))
         for split in layout.SPLITS
-        for index, start in enumerate(range(0, sizes[split], config.part_rows))
+        for start in range(0, sizes[split], rows)
     ]
     return _WritePlan(
         raw,
@@ -271,7 +275,8 @@ def _plan(
         order,
         train_counts,
         _is_point(raw, validation, len(train_counts)),
-        parts,
+        config.part_rows,
+        blocks,
     )
 
 
@@ -286,12 +291,12 @@ def _write(
     plan: _WritePlan, on_progress: Callable[[str], None]
 ) -> tuple[dict[str, tuple[Part, ...]], dict[str, Counter[str]]]:
     """Writes every part; returns the manifest's splits and the sums of the parts' counts."""
-    reporter = Reporter("parts written", len(plan.parts), on_progress)
+    reporter = Reporter("blocks written", len(plan.blocks), on_progress)
     totals: dict[str, Counter[str]] = {split: Counter() for split in layout.SPLITS}
     splits: dict[str, list[Part]] = {split: [] for split in layout.SPLITS}
-    for result in stream(_write_part, plan, len(plan.parts)):
+    for result in stream(_write_parts, plan, len(plan.blocks)):
         reporter.one_more()
-        splits[result["split"]].append(Part(**result["part"]))
+        splits[result["split"]] += [Part(**part) for part in result["parts"]]
         total = totals[result["split"]]
         for name, value in result["totals"].items():
             total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value
@@ -301,14 +306,18 @@ def _write(
     return ordered, totals
 
 
-def _write_part(plan: _WritePlan, i: int) -> dict[str, Any]:
-    split, index, start, stop = plan.parts[i]
+def _write_parts(plan: _WritePlan, i: int) -> dict[str, Any]:
+    split, start, stop = plan.blocks[i]
     order = plan.order.get(split)
     rows = np.arange(start, stop) if order is None else order[start:stop]
     make = _label_table if split == "labels" else _point_table
     table, totals = make(plan, split, rows)
-    part = layout.write_part(plan.dst, layout.part_path(split, index), start, table)
-    return {"split": split, "part": asdict(part), "totals": totals}
+    parts = []
+    for first in range(start, stop, plan.part_rows):
+        path = layout.part_path(split, first // plan.part_rows)
+        rows_of_part = table.slice(first - start, plan.part_rows)
+        parts.append(asdict(layout.write_part(plan.dst, path, first, rows_of_part)))
+    return {"split": split, "parts": parts, "totals": totals}
 
 
 def _point_table(plan: _WritePlan, split: str, rows: Int64s) -> tuple[pa.Table, dict[str, int]]:

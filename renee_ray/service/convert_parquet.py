@@ -83,11 +83,12 @@ def convert_parquet(
     plan, totals = _partitioned(plan, on_progress)
     layout.clear(dst)
     splits: dict[str, list[Part]] = {name: [] for name in layout.SPLITS}
-    for result in run(_write_points, plan, len(plan.points), "buckets of points", on_progress):
-        splits[result["split"]] += [Part(**part) for part in result["parts"]]
     bands, others = Counter[str](), {}
-    for result in run(_write_labels, plan, len(plan.labels), "ranges of labels", on_progress):
-        splits["labels"] += [Part(**part) for part in result["parts"]]
+    tasks = len(plan.points) + len(plan.labels)
+    for result in run(_write_parts, plan, tasks, "buckets written", on_progress):
+        splits[result["split"]] += [Part(**part) for part in result["parts"]]
+        if result["split"] != "labels":
+            continue
         for part, number in zip(result["parts"], result["others"], strict=True):
             others[part["first"]] = number
         bands.update(result["bands"])
@@ -325,6 +326,12 @@ def _summed(counts: pa.Table) -> pa.Table:
 # --------------------------------------------------------------------------------------- parts
 
 
+def _write_parts(plan: Plan, i: int) -> dict[str, Any]:
+    if i < len(plan.points):
+        return _write_points(plan, i)
+    return _write_labels(plan, i - len(plan.points))
+
+
 def _write_points(plan: Plan, i: int) -> dict[str, Any]:
     split, bucket, pieces = plan.points[i]
     table = pa.concat_tables(read_group(plan, *piece) for piece in pieces)
@@ -370,7 +377,13 @@ def _write_labels(plan: Plan, i: int) -> dict[str, Any]:
         others.append(int((filters[start:stop] == 0).sum()))
     named = {name: int(n) for name, n in zip(BAND_NAMES, bands, strict=True)}
     weighted = {f"pairs {name}": int(n) for name, n in zip(BAND_NAMES, pairs, strict=True)}
-    return {"parts": parts, "others": others, "bands": named | weighted, "totals": totals}
+    return {
+        "split": "labels",
+        "parts": parts,
+        "others": others,
+        "bands": named | weighted,
+        "totals": totals,
+    }
 
 
 def _label_texts(plan: Plan, start: int, stop: int) -> pa.Array:
