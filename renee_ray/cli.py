@@ -97,7 +97,7 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("overrides", nargs=-1)
 @_json_option
 def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Turn an XML-repository folder SRC into a dataset directory DST."""
+    """Turn a folder SRC, of the XML repository or of Parquet, into a dataset directory DST."""
     config = make_config(ConvertConfig, parse_overrides(overrides), where="convert")
     from renee_ray.service.convert import convert as run
 
@@ -199,7 +199,8 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
     """Write the run at RUN to DST for programs that know nothing of Ray.
 
     A Hugging Face directory of the encoder, the classifier as safetensors, the label texts as
-    Parquet, and export.json, which says how a score comes about.
+    Parquet, and export.json, which says how a score comes about. Votes of neighbours
+    (evaluation.neighbours) are no part of it.
     """
     config = make_config(ExportConfig, parse_overrides(overrides), where="export")
     from renee_ray.service.export import export_run

@@ -13,6 +13,8 @@ numbers and return counts.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +34,11 @@ from renee_ray.data.raw import Raw, index_source, pieces
 from renee_ray.data.split import split_rows
 from renee_ray.data.xmlrepo import Int64s, Pairs, SourceError
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.convert_parquet import Converted, convert_parquet
-from renee_ray.service.tasks import Reporter, stream
+from renee_ray.service.convert_parquet import Converted, clear_once, convert_parquet
+from renee_ray.service.parquet_plan import JOURNAL
+from renee_ray.service.tasks import Interrupted, Reporter, stream
 
-SCRATCH = "_scratch"
+SCRATCH, SIGNATURE = "_scratch", "signature"
 TASK_ROWS = 1 << 14
 """Rows that a task writes, about: a task a part would cost Ray more than the part."""
 
@@ -54,26 +57,34 @@ def convert(
     Raises:
         ReneeError: bad input (the sentence names file, line and value), a `dst` that is taken,
             no such tokenizer. Nothing that opens as a dataset is left at `dst` then, unless the
-            source was refused before a dataset to be overwritten was touched.
+            source was refused before a dataset to be overwritten was touched. What was cut off
+            goes on with the same command, where it was.
     """
     src, dst = storage.absolute(src), storage.absolute(dst)
     _check_destination(dst, config.overwrite)
     found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
     vocabulary = tokenizer.load(config.tokenizer)
     try:
-        with _scratch(dst) as scratch:
+        signature = _signature(src, vocabulary, config)
+        with _scratch(dst, signature, on_progress) as scratch:
             on_progress(f"reading {src}")
             if isinstance(found, ParquetSource):
                 ensure_ray()
                 made = convert_parquet(found, dst, scratch, vocabulary, config, on_progress)
             else:
                 made = _convert_lines(found, dst, scratch, vocabulary, config, on_progress)
+            manifest = _manifest(made, vocabulary, config)
+            layout.write_manifest(dst, manifest)
     except OSError as error:
         raise ReneeError(
             f"cannot convert {src} to {dst}: {reason(error)}; "
             f"check that both can be reached and written"
         ) from error
-    manifest = Manifest(
+    return manifest
+
+
+def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> Manifest:
+    return Manifest(
         format_version=layout.FORMAT_VERSION,
         tokenizer=config.tokenizer,
         vocabulary_hash=vocabulary.hash,
@@ -87,8 +98,6 @@ def convert(
         other_texts=made.other_texts,
         statistics=made.statistics,
     )
-    layout.write_manifest(dst, manifest)
-    return manifest
 
 
 def _convert_lines(
@@ -104,9 +113,10 @@ def _convert_lines(
     ensure_ray()
     counts, scanned = _scan(raw, on_progress)
     raw = replace(raw, num_labels=len(counts))
-    layout.clear(dst)
+    journal = f"{scratch}/{JOURNAL}"
+    clear_once(dst, journal)
     plan = _plan(raw, dst, counts, vocabulary, config)
-    splits, written = _write(plan, on_progress)
+    splits, written = _write(plan, journal, on_progress)
     others = tuple(
         int((~plan.is_point[part.first : part.first + part.rows]).sum())
         for part in splits["labels"]
@@ -144,15 +154,48 @@ def _check_destination(dst: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def _scratch(dst: str) -> Iterator[str]:
-    """A directory for unpacked files, beside the parts: every node that writes can read it."""
+def _scratch(dst: str, signature: str, on_progress: Callable[[str], None]) -> Iterator[str]:
+    """A directory beside the parts, which every node that writes can read.
+
+    It outlives a conversion that was cut off, and serves the next one of the same signature.
+    """
     path = f"{dst.rstrip('/')}/{SCRATCH}"
     filesystem, root = storage.filesystem_of(path)
-    _remove(filesystem, root)
+    if _signature_at(filesystem, root) == signature:
+        on_progress(f"going on with the conversion to {dst} that was cut off")
+    else:
+        _remove(filesystem, root)
+        filesystem.create_dir(f"{root}/{JOURNAL}", recursive=True)
+        with filesystem.open_output_stream(f"{root}/{SIGNATURE}") as sink:
+            sink.write(signature.encode())
     try:
         yield path
-    finally:
+    except (Interrupted, OSError):
+        raise
+    except ReneeError:
         _remove(filesystem, root)
+        raise
+    _remove(filesystem, root)
+
+
+def _signature(src: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> str:
+    """What parts depend on: the source's files, the tokenizer, the configuration."""
+    filesystem, root = storage.filesystem_of(src)
+    files = [
+        (info.path, info.size, info.mtime_ns)
+        for info in filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        if info.type == pafs.FileType.File
+    ]
+    settings = config.model_dump(exclude={"overwrite"})
+    content = [layout.FORMAT_VERSION, vocabulary.hash, settings, sorted(files)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _signature_at(filesystem: pafs.FileSystem, root: str) -> str | None:
+    if filesystem.get_file_info(f"{root}/{SIGNATURE}").type != pafs.FileType.File:
+        return None
+    with filesystem.open_input_file(f"{root}/{SIGNATURE}") as file:
+        return file.read().decode()
 
 
 def _remove(filesystem: pafs.FileSystem, root: str) -> None:
@@ -288,13 +331,13 @@ def _is_point(raw: Raw, held_out: Int64s, num_labels: int) -> np.ndarray:
 
 
 def _write(
-    plan: _WritePlan, on_progress: Callable[[str], None]
+    plan: _WritePlan, journal: str, on_progress: Callable[[str], None]
 ) -> tuple[dict[str, tuple[Part, ...]], dict[str, Counter[str]]]:
     """Writes every part; returns the manifest's splits and the sums of the parts' counts."""
     reporter = Reporter("blocks written", len(plan.blocks), on_progress)
     totals: dict[str, Counter[str]] = {split: Counter() for split in layout.SPLITS}
     splits: dict[str, list[Part]] = {split: [] for split in layout.SPLITS}
-    for result in stream(_write_parts, plan, len(plan.blocks)):
+    for result in stream(_write_parts, plan, len(plan.blocks), journal):
         reporter.one_more()
         splits[result["split"]] += [Part(**part) for part in result["parts"]]
         total = totals[result["split"]]

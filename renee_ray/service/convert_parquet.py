@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 
 from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data import dataset as layout
@@ -34,6 +35,7 @@ from renee_ray.data.storage import filesystem_of
 from renee_ray.data.xmlrepo import SourceError
 from renee_ray.service.label_ids import label_ids, with_vocabulary
 from renee_ray.service.parquet_plan import (
+    JOURNAL,
     Groups,
     Plan,
     label_columns,
@@ -47,6 +49,15 @@ PLACE = "place"
 COUNTS = pa.schema({"label": pa.int64(), "train": pa.int64(), "filter": pa.int64()})
 BANDS = (0, 1, 5, 20, 100)
 BAND_NAMES = ("0", "1", "2-5", "6-20", "21-100", ">100")
+
+
+def clear_once(dst: str, journal: str) -> None:
+    """Removes an earlier dataset, but not the parts of a conversion that is going on."""
+    filesystem, root = filesystem_of(journal)
+    if filesystem.get_file_info(f"{root}/cleared").type == pafs.FileType.NotFound:
+        layout.clear(dst)
+        with filesystem.open_output_stream(f"{root}/cleared") as sink:
+            sink.write(b"yes")
 
 
 @dataclass(frozen=True)
@@ -74,14 +85,12 @@ def convert_parquet(
         ReneeError: bad rows (the sentence names file and row).
     """
     plan = _plan(source, dst, scratch, vocabulary, config)
-    filesystem, root = filesystem_of(scratch)
-    filesystem.create_dir(root, recursive=True)
     if source.labels_are_strings:
         plan = with_vocabulary(plan, on_progress)
     elif source.labels is not None:
         plan = replace(plan, num_labels=source.labels.rows)
     plan, totals = _partitioned(plan, on_progress)
-    layout.clear(dst)
+    clear_once(dst, f"{scratch}/{JOURNAL}")
     splits: dict[str, list[Part]] = {name: [] for name in layout.SPLITS}
     bands, others = Counter[str](), {}
     tasks = len(plan.points) + len(plan.labels)

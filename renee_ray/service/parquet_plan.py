@@ -19,6 +19,8 @@ from renee_ray.service.tasks import Reporter, stream
 BUCKET_ROWS = 1 << 19
 """Rows of a bucket of the shuffle, and labels of a range, about: what a task holds."""
 
+JOURNAL = "done"
+"""Directory of scratch with the results of tasks, for a conversion that is cut off."""
 Groups = dict[int, list[tuple[str, int]]]
 """By bucket or range: (scratch file, row group) of what it has in each."""
 
@@ -64,7 +66,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Results of work(plan, i) for i in [0, tasks), in any order, and progress said."""
     reporter = Reporter(what, tasks, on_progress)
-    for result in stream(work, plan, tasks):
+    for result in stream(work, plan, tasks, f"{plan.scratch}/{JOURNAL}"):
         reporter.one_more()
         yield result
 

@@ -13,19 +13,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import ray
 import ray.data
 
 from renee_ray.config import ReneeError, reason
+from renee_ray.data.storage import filesystem_of, patiently
 
 SECONDS_BETWEEN_MESSAGES = 1.0
 
 
-def stream(work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int) -> Iterator[Any]:
+class Interrupted(ReneeError):
+    """A task died, or storage failed it: nothing is wrong with what it was given."""
+
+
+def stream(
+    work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int, journal: str | None = None
+) -> Iterator[Any]:
     """The results of work(plan, i) for i in [0, tasks), as Ray Data tasks finish, in any order.
+
+    Args:
+        journal: a directory where each result is kept; what is there already is not worked out
+            again, so that what was cut off goes on where it was.
 
     Raises:
         ReneeError: the sentence of the first task that failed.
+        Interrupted: a task died or could not read or write.
     """
     if tasks == 0:
         return
@@ -33,7 +46,7 @@ def stream(work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int) ->
 
     def run(batch: pa.Table) -> pa.Table:
         shared = ray.get(reference)
-        results = [_attempt(work, shared, i) for i in batch.column("id").to_pylist()]
+        results = [_attempt(work, shared, i, journal) for i in batch.column("id").to_pylist()]
         return pa.table({"result": pa.array(results, pa.large_string())})
 
     with _quiet():
@@ -46,21 +59,52 @@ def stream(work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int) ->
                 for text in batch.column("result").to_pylist():
                     result = json.loads(text)
                     if "error" in result:
-                        raise ReneeError(result["error"])
+                        kind = Interrupted if result["interrupted"] else ReneeError
+                        raise kind(result["error"])
                     yield result
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            raise ReneeError(
+            raise Interrupted(
                 f"a task died ({type(cause).__name__}: "
                 f"{reason(cause)}); see Ray's logs, then run the command again"
             ) from error
 
 
-def _attempt(work: Callable[[Any, int], dict[str, Any]], plan: Any, i: int) -> str:
+def _attempt(
+    work: Callable[[Any, int], dict[str, Any]], plan: Any, i: int, journal: str | None
+) -> str:
     try:
-        return json.dumps(work(plan, i))
+        return attempt(work, plan, i, journal)
     except (ReneeError, OSError) as error:
-        return json.dumps({"error": str(error)})
+        return json.dumps({"error": str(error), "interrupted": isinstance(error, OSError)})
+
+
+def attempt(
+    work: Callable[[Any, int], dict[str, Any]], plan: Any, i: int, journal: str | None
+) -> str:
+    """The result of work(plan, i) as JSON, from the journal where it is there."""
+    if journal is None:
+        return json.dumps(work(plan, i))
+    filesystem, root = filesystem_of(journal)
+    name = f"{root}/{work.__name__}-{i}.json"
+
+    def read() -> str | None:
+        if filesystem.get_file_info(name).type != pafs.FileType.File:
+            return None
+        with filesystem.open_input_file(name) as file:
+            return file.read().decode()
+
+    def write() -> None:
+        # Whole or not at all: a reader of half a result would take it for one.
+        with filesystem.open_output_stream(f"{name}.tmp") as sink:
+            sink.write(result.encode())
+        filesystem.move(f"{name}.tmp", name)
+
+    if (known := patiently(read, f"reading {journal}")) is not None:
+        return known
+    result = json.dumps(work(plan, i))
+    patiently(write, f"writing {journal}")
+    return result
 
 
 @contextmanager

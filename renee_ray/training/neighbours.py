@@ -77,6 +77,7 @@ class Neighbours:
             rows.append(_unit(own - encoder.constant))
             labels.append(batch.labels)
         values = torch.cat(rows)
+        rows.clear()
         counts = row_counts(ranks, len(values))
         first = sum(counts[: ranks.rank])
         owned = LabelRange(first, first + len(values), sum(counts))

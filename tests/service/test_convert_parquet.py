@@ -17,6 +17,7 @@ from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data.dataset import Dataset
 from renee_ray.service import convert as service
 from renee_ray.service import parquet_plan
+from renee_ray.service.tasks import Interrupted, attempt
 
 CONFIG = ConvertConfig(validation=0.1, part_rows=64)
 Rows = dict[str, list[Any]]
@@ -26,9 +27,11 @@ Rows = dict[str, list[Any]]
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tasks one after another instead of on Ray, in an order that no one may rely on."""
 
-    def stream(work: Callable[..., Any], plan: Any, tasks: int) -> Iterator[Any]:
+    def stream(
+        work: Callable[..., Any], plan: Any, tasks: int, journal: str | None = None
+    ) -> Iterator[Any]:
         for i in np.random.default_rng(0).permutation(tasks):
-            yield json.loads(json.dumps(work(plan, int(i))))
+            yield json.loads(attempt(work, plan, int(i), journal))
 
     monkeypatch.setattr(parquet_plan, "stream", stream)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
@@ -108,7 +111,9 @@ def expected(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Data
     """What the text files are converted to."""
     from renee_ray.service import convert as module
 
-    def stream(work: Callable[..., Any], plan: Any, tasks: int) -> Iterator[Any]:
+    def stream(
+        work: Callable[..., Any], plan: Any, tasks: int, journal: str | None = None
+    ) -> Iterator[Any]:
         return (json.loads(json.dumps(work(plan, i))) for i in range(tasks))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -250,6 +255,78 @@ def test_files_that_differ_are_refused(tmp_path: Path) -> None:
     (tmp_path / "src" / "train" / "1.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ReneeError, match=r"1\.parquet is not Parquet"):
         service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "text"])
+def test_a_conversion_that_is_cut_off_goes_on(
+    repository: Path,
+    expected: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """Cut off again and again, each time after a few more tasks; no task is done twice."""
+    source = repository
+    if kind == "parquet":
+        source = parquet(repository, tmp_path / "src", strings=True)
+    done: list[tuple[str, int]] = []
+    budget = 0
+
+    def stream(
+        work: Callable[..., Any], plan: Any, tasks: int, journal: str | None = None
+    ) -> Iterator[Any]:
+        def counted(plan: Any, i: int) -> Any:
+            nonlocal budget
+            if journal is not None:
+                budget -= 1
+                if budget < 0:
+                    raise Interrupted("a task died")
+                done.append((work.__name__, i))
+            return work(plan, i)
+
+        counted.__name__ = work.__name__
+        for i in range(tasks):
+            yield json.loads(attempt(counted, plan, i, journal))
+
+    for module in (parquet_plan, service):
+        monkeypatch.setattr(module, "stream", stream)
+    monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
+    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", 64)
+    monkeypatch.setattr(service, "TASK_ROWS", 64)
+    said: list[str] = []
+    for _ in range(50):
+        budget = 7
+        try:
+            service.convert(str(source), str(tmp_path / "dst"), CONFIG, said.append)
+            break
+        except Interrupted:
+            assert not (tmp_path / "dst" / "dataset.json").exists()
+    assert Dataset.open(str(tmp_path / "dst")).manifest.splits == expected.manifest.splits
+    assert len(done) == len(set(done)) > 21
+    assert sum("going on" in text for text in said) == -(-len(done) // 7) - 1
+    assert not (tmp_path / "dst" / "_scratch").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_was_cut_off_serves_only_the_same_source(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = parquet(repository, tmp_path / "src", strings=False)
+
+    def full(*arguments: Any) -> None:
+        raise OSError("no space left on this disk")
+
+    with monkeypatch.context() as patch, pytest.raises(ReneeError, match="no space left"):
+        patch.setattr(service.layout, "write_manifest", full)
+        service.convert(str(source), str(tmp_path / "d"), CONFIG)
+    assert (tmp_path / "d" / "_scratch").exists(), "kept for the next attempt"
+    other = {"text": ["a"], "labels": [[0]], "filter_labels": [[1]]}
+    write(source, "train/1.parquet", other, strings=False)
+    said: list[str] = []
+    service.convert(str(source), str(tmp_path / "d"), CONFIG, said.append)
+    manifest = Dataset.open(str(tmp_path / "d")).manifest
+    assert manifest.num_points("train") + manifest.num_points("validation") == 134
+    assert not any("going on" in text for text in said)
 
 
 @pytest.mark.slow
