@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data.dataset import Dataset, DatasetError
 from renee_ray.data.split import split_rows
+from renee_ray.service import convert as service
 from renee_ray.service.convert import convert
 
 pytestmark = pytest.mark.slow
@@ -138,16 +139,19 @@ def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> No
     assert not Path(path, "_scratch").exists()
 
 
-def test_texts_against_naive_python(tmp_path: Path, model: str) -> None:
+def test_texts_against_naive_python(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     naive = random_repository()
     config = config_of(model, validation=0.2)
+    monkeypatch.setattr(service, "TASK_ROWS", 2 * config.part_rows)
     messages: list[str] = []
     manifest = convert(
         write(tmp_path / "src", naive["files"]), str(tmp_path / "dst"), config, messages.append
     )
     check_against(naive, str(tmp_path / "dst"), config)
-    parts = sum(len(of_split) for of_split in manifest.splits.values())
-    assert parts > 10 and messages[-1] == f"parts written: {parts} of {parts}"
+    blocks = sum(-(-len(of_split) // 2) for of_split in manifest.splits.values())
+    assert blocks > 5 and messages[-1] == f"blocks written: {blocks} of {blocks}"
     assert Dataset.open(str(tmp_path / "dst")).manifest == manifest
     assert manifest.pad_id == 1 and manifest.has_label_texts and manifest.tokenizer == model
     # Some labels are filter labels of held-out points alone: their texts are not trained on.
