@@ -27,7 +27,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.storage import absolute, filesystem_of, is_transient, patiently
+from renee_ray.data.storage import absolute, filesystem_of, is_transient, patiently, write_file
 
 FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
@@ -443,19 +443,13 @@ def write_part(path: str, relative: str, first: int, tables: pa.Table | Iterable
 
     Its pages carry checksums, which reading verifies.
     """
-    filesystem, root = filesystem_of(path)
     table = tables if isinstance(tables, pa.Table) else pa.concat_tables(tables)
     buffer = pa.BufferOutputStream()
     pq.write_table(
         table, buffer, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
     )
     content = buffer.getvalue()
-
-    def write() -> None:
-        with filesystem.open_output_stream(f"{root}/{relative}") as sink:
-            sink.write(content)
-
-    patiently(write, f"writing {path}/{relative}")
+    write_file(f"{path.rstrip('/')}/{relative}", content)
     return Part(relative, len(table), first, content.size, hashlib.sha256(content).hexdigest())
 
 

@@ -111,6 +111,17 @@ def patiently(operation: Callable[[], T], what: str) -> T:
     return retrying(operation)
 
 
+def write_file(path: str, content: bytes | pa.Buffer) -> None:
+    """Writes a file whole, patiently."""
+    filesystem, root = filesystem_of(path)
+
+    def write() -> None:
+        with filesystem.open_output_stream(root) as sink:
+            sink.write(content)
+
+    patiently(write, f"writing {path}")
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether an error of storage, or one that it caused, is one that passes."""
     if isinstance(error, ConnectionError | TimeoutError):

@@ -168,12 +168,7 @@ def _partitioned(
         for group, each in enumerate(result["ranges"]):
             ranges[each].append((result["counts"], group))
         for name, counts in result["totals"].items():
-            for key, value in counts.items():
-                totals[name][key] = (
-                    max(totals[name][key], value)
-                    if key.endswith("_max")
-                    else totals[name][key] + value
-                )
+            _add(totals[name], counts)
         greatest = max(greatest, result["greatest"])
         any_label |= result["train_pairs"] > 0
     if not any_label:

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from renee_ray.config import ExportConfig, ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.models import resolve_model
-from renee_ray.data.storage import absolute, filesystem_of, patiently
+from renee_ray.data.storage import absolute, filesystem_of, write_file
 from renee_ray.service.run import RunDirectory
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.encoder import Encoder, build_encoder
@@ -103,14 +103,8 @@ class _Target:
                 filesystem.delete_file(info.path)
         filesystem.create_dir(f"{root}/encoder", recursive=True)
 
-    def write(self, name: str, content: bytes) -> None:
-        filesystem, root = filesystem_of(self.path)
-
-        def write() -> None:
-            with filesystem.open_output_stream(f"{root}/{name}") as sink:
-                sink.write(content)
-
-        patiently(write, f"writing {self.path}/{name}")
+    def write(self, name: str, content: bytes | pa.Buffer) -> None:
+        write_file(f"{self.path.rstrip('/')}/{name}", content)
 
 
 def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
@@ -148,5 +142,5 @@ def _write_range(
     )
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    target.write(names[1], buffer.getvalue().to_pybytes())
+    target.write(names[1], buffer.getvalue())
     return {"start": owned.start, "stop": owned.stop, "classifier": names[0], "labels": names[1]}

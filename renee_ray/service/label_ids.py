@@ -30,35 +30,27 @@ from renee_ray.service.parquet_plan import (
 def with_vocabulary(plan: Plan, on_progress: Callable[[str], None]) -> Plan:
     """Gives every label an id: its row in the labels' table, or where its string is sorted to."""
     table = plan.source.labels
+    read = plan
     if table is not None:
-        plan = replace(plan, blocks=tuple(("labels", block) for block in table.blocks))
+        read = replace(plan, blocks=tuple(("labels", block) for block in table.blocks))
     groups: Groups = defaultdict(list)
-    for result in run(_distinct, plan, len(plan.blocks), "labels read, blocks", on_progress):
+    for result in run(_distinct, read, len(read.blocks), "labels read, blocks", on_progress):
         for group, bucket in enumerate(result["buckets"]):
             groups[bucket].append((result["file"], group))
     buckets = replace(
-        plan, points=tuple(("", bucket, tuple(groups[bucket])) for bucket in sorted(groups))
+        read, points=tuple(("", bucket, tuple(groups[bucket])) for bucket in sorted(groups))
     )
     sizes = {}
     work = _check_distinct if table is not None else _vocabulary
     for result in run(work, buckets, len(buckets.points), "labels sorted, buckets", on_progress):
         sizes[result["bucket"]] = result["labels"]
-    base = _plan_blocks(plan)
     if table is not None:
         shards = tuple((block.path, block.group, block.first) for block in table.blocks)
-        return replace(base, vocabulary=shards, num_labels=table.rows)
+        return replace(plan, vocabulary=shards, num_labels=table.rows)
     firsts = np.concatenate([[0], np.cumsum([sizes[bucket] for bucket in sorted(sizes)])])
     files = [f"{plan.scratch}/vocabulary-{bucket}.parquet" for bucket in sorted(sizes)]
     shards = tuple((file, 0, int(first)) for file, first in zip(files, firsts[:-1], strict=True))
-    return replace(base, vocabulary=shards, num_labels=int(firsts[-1]))
-
-
-def _plan_blocks(plan: Plan) -> Plan:
-    names = ["train"] + (["test"] if plan.source.test else [])
-    return replace(
-        plan,
-        blocks=tuple((name, block) for name in names for block in plan.source.split(name).blocks),
-    )
+    return replace(plan, vocabulary=shards, num_labels=int(firsts[-1]))
 
 
 def _distinct(plan: Plan, i: int) -> dict[str, Any]:

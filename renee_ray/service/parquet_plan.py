@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from renee_ray.data.parquet_source import Block, Int64s, ParquetSource, Table
-from renee_ray.data.storage import filesystem_of, patiently
+from renee_ray.data.storage import filesystem_of, patiently, write_file
 from renee_ray.service.tasks import Reporter, stream
 
 BUCKET_ROWS = 1 << 19
@@ -96,14 +96,7 @@ def write_table(plan: Plan, name: str, table: pa.Table) -> None:
 
 
 def _store(plan: Plan, name: str, sink: pa.BufferOutputStream) -> None:
-    filesystem, root = filesystem_of(plan.scratch)
-    content = sink.getvalue()
-
-    def write() -> None:
-        with filesystem.open_output_stream(f"{root}/{name}") as file:
-            file.write(content)
-
-    patiently(write, f"writing {plan.scratch}/{name}")
+    write_file(f"{plan.scratch}/{name}", sink.getvalue())
 
 
 def read_group(plan: Plan, name: str, group: int) -> pa.Table:
