@@ -118,7 +118,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
             "voters": voters,
             "run": directory.path,
             # Named once for all workers: a training beside us may publish another meanwhile.
-            "checkpoint": checkpoint.path.rpartition("/")[2],
+            "checkpoint": checkpoint.name,
             "destination": destination,
         }
         use_gpu = decide_gpu(score.use_gpu, workers)
@@ -135,7 +135,7 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     labels: Dataset = arguments["labels"]
     ranks, device = Ranks.of_process_group(), worker_device()
     voters: Dataset | None = arguments["voters"]
-    checkpoint = RunDirectory(arguments["run"]).checkpoint_at(arguments["checkpoint"])
+    checkpoint = RunDirectory(arguments["run"]).checkpoints().at(arguments["checkpoint"])
     scorer = _load(config, labels, voters, checkpoint, ranks, device)
     split, length = arguments["split"], config.encoder.max_length
     batches = scoring_feed(points, split, score.batch_size, length, ranks)

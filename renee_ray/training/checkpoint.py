@@ -1,53 +1,47 @@
 """Checkpoints that know nothing of the number of workers. Safetensors and JSON, no pickle.
 
-    state.json                            position, counters, history, what the files below hold
-    encoder.safetensors                   parameters, by name
-    optimizer.safetensors                 AdamW's moments, by parameter name
-    classifier-START-STOP.safetensors     the rows of labels [START, STOP): one file a writer
+    RUN/checkpoints/step-000000400-1b9f03c2/
+        classifier-START-STOP.safetensors     the rows of labels [START, STOP): one file a writer
+        encoder.safetensors                   parameters, by name
+        optimizer.safetensors                 AdamW's moments, by parameter name
+        manifest.json                         state, metrics, sizes and checksums; written last
 
-Each rank writes its own classifier file, rank 0 the rest; Ray Train merges the directories
-and commits them. A reader of any world size takes the byte ranges of the label rows that it
-owns, from whichever files hold them: a safetensors file is a JSON header and raw rows, so a
-label range is one contiguous read per tensor, local or in object storage.
+The manifest makes a directory a checkpoint: without one, it is what a killed run left. Part of a
+directory's name is drawn anew by each group of workers, so that a group that was given up for
+dead and lives on cannot write into a checkpoint of its successor.
+
+A reader of any world size takes the byte ranges of the label rows that it owns, from whichever
+files hold them, local or in object storage (training/tensor_file).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow.fs as pafs
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
 from torch import Tensor
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.storage import is_transient, patiently
+from renee_ray.data.storage import patiently
 from renee_ray.training.batch import Position
 from renee_ray.training.encoder import Encoder
 from renee_ray.training.loss_scale import LossScale
+from renee_ray.training.tensor_file import FileFacts, TensorFile
 from renee_ray.xfc.shard import Shard
 
-FORMAT_VERSION = 2
-STATE, ENCODER, OPTIMIZER = "state.json", "encoder.safetensors", "optimizer.safetensors"
+T = TypeVar("T")
+
+FORMAT_VERSION = 3
+MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HEADER_LIMIT = 1 << 20
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I16": torch.int16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-SHARD_NAME = re.compile(r"classifier-(\d+)-(\d+)\.safetensors")
+MANIFEST_LIMIT = 1 << 28
+SHARD_NAME = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 
 
 class CheckpointError(ReneeError):
@@ -73,60 +67,72 @@ class State:
     )
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self, shards: list[str]) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, "shards": shards, **asdict(self)})
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of. metrics: of the evaluation at this step, else empty.
+
+    time_s: seconds since 1970 at its commit.
+    """
+
+    state: State
+    metrics: dict[str, float]
+    files: dict[str, FileFacts]
+    time_s: float
+
+    @property
+    def bytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(facts.bytes for facts in self.files.values())
+
+    def shards(self) -> Iterator[tuple[str, int, int]]:
+        """(name, start, stop) of each classifier file, in the order of labels."""
+        for name in sorted(self.files):
+            if match := SHARD_NAME.fullmatch(name):
+                yield name, int(match[1]), int(match[2])
+
+    def to_json(self) -> str:
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> tuple[State, list[str]]:
-        """(state, names of the classifier files).
-
-        Raises:
-            CheckpointError: another format, or not what `to_json` writes.
-        """
+    def from_json(cls, text: bytes, where: str) -> Manifest:
+        """Raises CheckpointError: another format, or not what `to_json` writes."""
         try:
             raw = json.loads(text)
-            version, shards = raw.pop("format_version"), raw.pop("shards")
+            version = raw.pop("format_version")
             if version != FORMAT_VERSION:
                 raise CheckpointError(
                     f"{where} has format version {version!r} and this renee_ray reads "
                     f"{FORMAT_VERSION}; use the renee_ray that wrote it"
                 )
-            if not all(SHARD_NAME.fullmatch(name) for name in shards):
-                raise ValueError("classifier file names")
-            nested = {
-                "position": Position(**raw["position"]),
-                "loss_scale": LossScale(**raw["loss_scale"]),
-            }
-            return cls(**{**raw, **nested}), shards
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            files = {name: FileFacts(**facts) for name, facts in raw.pop("files").items()}
+            for name, facts in files.items():
+                if name not in (ENCODER, OPTIMIZER) and not SHARD_NAME.fullmatch(name):
+                    raise ValueError("names of files")
+                if not all(type(number) is int and number >= 0 for number in asdict(facts).values()):
+                    raise ValueError("sizes of files")
+            metrics = raw.pop("metrics")
+            if not all(isinstance(value, int | float) for value in metrics.values()):
+                raise ValueError("metrics")
+            return cls(_state(raw.pop("state")), metrics, files, float(raw.pop("time_s")))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{where} is damaged ({reason(error)}); use another checkpoint"
             ) from None
 
 
-def save(
-    directory: str,
-    state: State,
-    encoder: Encoder,
-    optimizer: torch.optim.Optimizer,
-    shard: Shard,
-    ranges: list[tuple[int, int]],
-    rank: int,
-) -> None:
-    """Writes this rank's files into a local directory.
-
-    Args:
-        ranges: label ranges of all ranks.
-    """
-    names = [shard_name(*r) for r in ranges if r[0] < r[1]]
-    if len(shard.owned):
-        name = shard_name(shard.owned.start, shard.owned.stop)
-        save_file(shard.weights.tensors(), f"{directory}/{name}")
-    if rank == 0:
-        tensors = {name: t.detach().contiguous() for name, t in encoder.state_dict().items()}
-        save_file(tensors, f"{directory}/{ENCODER}")
-        save_file(_moments(encoder, optimizer), f"{directory}/{OPTIMIZER}")
-        Path(directory, STATE).write_text(state.to_json(names), encoding="utf-8")
+def _state(raw: dict[str, Any]) -> State:
+    nested = {
+        "position": Position(**raw["position"]),
+        "loss_scale": LossScale(**raw["loss_scale"]),
+    }
+    state = State(**{**raw, **nested})
+    counts = (state.step, state.skipped, state.position.epoch, state.position.batch)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("counts of steps")
+    if not all(isinstance(state.history[name], list) for name in ("steps", "evals")):
+        raise ValueError("history")
+    return state
 
 
 class Checkpoint:
@@ -134,17 +140,60 @@ class Checkpoint:
 
     Args:
         filesystem, path: its directory.
+
+    Raises:
+        CheckpointError: no manifest, or a damaged one.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self.filesystem, self.path = filesystem, path.rstrip("/")
-        text = self._bytes(STATE).decode(errors="replace")
-        self.state, self._shards = State.from_json(text, f"{self.path}/{STATE}")
+        where = f"{self.path}/{MANIFEST}"
+        text = self._patiently(MANIFEST, lambda file: file.read(MANIFEST_LIMIT))
+        self.manifest = Manifest.from_json(text, where)
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def state(self) -> State:
+        return self.manifest.state
+
+    def check_sizes(self) -> None:
+        """Raises CheckpointError where a file is missing or has another size; reads none."""
+        listed = patiently(
+            lambda: self.filesystem.get_file_info(pafs.FileSelector(self.path)),
+            f"listing {self.path}",
+        )
+        sizes = {info.base_name: info.size for info in listed}
+        for name, facts in self.manifest.files.items():
+            if name not in sizes:
+                raise CheckpointError(f"{self.path} lacks {name}; use another checkpoint")
+            if sizes[name] != facts.bytes:
+                raise CheckpointError(
+                    f"{self.path}/{name} has {sizes[name]} bytes and the manifest says "
+                    f"{facts.bytes}; use another checkpoint"
+                )
+
+    def verify(self) -> None:
+        """Reads everything and compares checksums.
+
+        Raises:
+            CheckpointError: the first file that is not as it was written.
+        """
+        self.check_sizes()
+        for name in self.manifest.files:
+            self._open(name, TensorFile.verify)
+        held = 0
+        for _, start, stop in self.manifest.shards():
+            if start != held:
+                raise CheckpointError(f"{self.path} lacks label {held}; use another checkpoint")
+            held = stop
 
     def load_encoder(self, encoder: Encoder) -> None:
         """Raises CheckpointError where the parameters are not those of this encoder."""
         try:
-            encoder.load_state_dict(self._tensors(ENCODER), strict=True)
+            encoder.load_state_dict(self._open(ENCODER, TensorFile.tensors), strict=True)
         except RuntimeError as error:
             raise CheckpointError(
                 f"{self.path}/{ENCODER} is of another encoder: {reason(error)}"
@@ -152,7 +201,7 @@ class Checkpoint:
 
     def load_optimizer(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> None:
         """Raises CheckpointError where the file is damaged or of another encoder."""
-        moments = self._tensors(OPTIMIZER)
+        moments = self._open(OPTIMIZER, TensorFile.tensors)
         for name, parameter in encoder.named_parameters():
             names = [f"{name}.{key}" for key in MOMENTS]
             # Before its first step AdamW has no state, and must not find a part of one.
@@ -175,13 +224,15 @@ class Checkpoint:
             if momentum or not name.startswith("momentum")
         }
         filled = 0
-        for file, start, stop in self._overlapping(shard.owned.start, shard.owned.stop):
+        for name, start, stop in self.manifest.shards():
             first, last = max(start, shard.owned.start), min(stop, shard.owned.stop)
+            if first >= last:
+                continue
             if first != shard.owned.start + filled:
                 break
             rows = slice(first - shard.owned.start, last - shard.owned.start)
-            read = partial(self._read_rows, file, first - start, last - start, wanted, rows)
-            patiently(read, f"reading {self.path}/{file}")
+            parts = {each: tensor[rows] for each, tensor in wanted.items()}
+            self._open(name, partial(_read_rows, parts=parts, first=first - start, rows=stop - start))
             filled += last - first
         if filled != len(shard.owned):
             raise CheckpointError(
@@ -189,74 +240,51 @@ class Checkpoint:
                 f"{shard.owned.start} on; use another checkpoint"
             )
 
-    def _overlapping(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        for name in self._shards:
-            match = SHARD_NAME.fullmatch(name)
-            assert match is not None  # State.from_json has checked the names
-            first, last = int(match[1]), int(match[2])
-            if max(first, start) < min(last, stop):
-                yield name, first, last
+    def _open(self, name: str, use: Callable[[TensorFile], T]) -> T:
+        """What `use` makes of a file."""
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.path} has no {name}; use another checkpoint")
+        facts = self.manifest.files[name]
+        return self._patiently(name, lambda file: use(TensorFile(file, facts)))
 
-    def _read_rows(
-        self, name: str, start: int, stop: int, wanted: dict[str, Tensor], rows: slice
-    ) -> None:
+    def _patiently(self, name: str, use: Callable[[pafs.NativeFile], T]) -> T:
         where = f"{self.path}/{name}"
         try:
-            with self.filesystem.open_input_file(where) as file:
-                length = int.from_bytes(file.read_at(8, 0), "little")
-                if length > HEADER_LIMIT:
-                    raise CheckpointError(f"{where} has a header of {length} bytes; it is damaged")
-                header = json.loads(file.read_at(length, 8))
-                for tensor_name, tensor in wanted.items():
-                    entry = header[tensor_name]
-                    width = tensor.shape[1] * tensor.element_size()
-                    if (
-                        DTYPES.get(entry["dtype"]) != tensor.dtype
-                        or entry["shape"][1] != tensor.shape[1]
-                    ):
-                        raise KeyError(tensor_name)
-                    begin = 8 + length + entry["data_offsets"][0] + start * width
-                    raw = file.read_at((stop - start) * width, begin)
-                    if len(raw) != (stop - start) * width:
-                        raise CheckpointError(f"{where} is truncated; use another checkpoint")
-                    flat = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8).copy())
-                    tensor[rows].copy_(flat.view(tensor.dtype).view(stop - start, -1))
-        except KeyError as error:
+            return patiently(lambda: self._once(where, use), f"reading {where}")
+        except _Other as error:
+            raise CheckpointError(f"{where} {error}") from None
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(
-                f"{where} lacks {error.args[0]!r} as {list(wanted)} expects it; it was written "
-                f"with another precision, momentum or dimension"
-            ) from None
-        except (OSError, ValueError, TypeError, IndexError, RuntimeError) as error:
-            if is_transient(error):
-                raise
-            raise CheckpointError(
-                f"{where} cannot be read ({reason(error)}); use another one"
+                f"{where} cannot be read ({reason(error)}); use another checkpoint"
             ) from error
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        try:
-            return load_bytes(self._bytes(name))
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path}/{name} is damaged ({reason(error)})") from None
+    def _once(self, where: str, use: Callable[[pafs.NativeFile], T]) -> T:
+        with self.filesystem.open_input_file(where) as file:
+            return use(file)
 
-    def _bytes(self, name: str) -> bytes:
-        return patiently(lambda: self._bytes_once(name), f"reading {self.path}/{name}")
 
-    def _bytes_once(self, name: str) -> bytes:
-        try:
-            with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
-                return file.read()
-        except OSError as error:
-            if is_transient(error):
-                raise
-            raise CheckpointError(f"{self.path}/{name} cannot be read ({reason(error)})") from error
+class _Other(Exception):
+    """A file is whole, but not what this run needs."""
+
+
+def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int) -> None:
+    """Fills `parts`, which begin with the row `first` of a file of `rows` rows."""
+    shapes = file.shapes()
+    for name, out in parts.items():
+        if shapes.get(name) != (out.dtype, [rows, out.shape[1]]):
+            raise _Other(
+                f"has no {name} of {rows} x {out.shape[1]} {out.dtype}; it was written with another "
+                f"precision, momentum or dimension"
+            )
+        file.read_into(name, out, first * out.shape[1] * out.element_size())
 
 
 def shard_name(start: int, stop: int) -> str:
     return f"classifier-{start:012d}-{stop:012d}.safetensors"
 
 
-def _moments(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What `load_optimizer` reads."""
     tensors: dict[str, Tensor] = {"step": torch.zeros(())}
     for name, parameter in encoder.named_parameters():
         state = optimizer.state.get(parameter, {})

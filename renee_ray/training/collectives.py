@@ -19,6 +19,8 @@ pairs and counts, which originate on the host: no device synchronisation for the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 import torch.distributed as dist
@@ -52,11 +54,17 @@ class Ranks:
 
 def row_counts(ranks: Ranks, rows: int) -> list[int]:
     """Rows that each rank holds of the coming global batch."""
+    return announce(ranks, rows, 0)[0]
+
+
+def announce(ranks: Ranks, rows: int, wish: int) -> tuple[list[int], int]:
+    """(rows that each rank holds of the coming global batch, the wishes of all ranks or-ed)."""
     if ranks.num_ranks == 1:
-        return [rows]
-    counts = torch.empty(ranks.num_ranks, dtype=torch.int64)
-    dist.all_gather_single(counts, torch.tensor([rows]), group=ranks.host)
-    return counts.tolist()
+        return [rows], wish
+    found = torch.empty(2 * ranks.num_ranks, dtype=torch.int64)
+    dist.all_gather_single(found, torch.tensor([rows, wish]), group=ranks.host)
+    counts, wishes = found.view(-1, 2).T.tolist()
+    return counts, reduce(or_, wishes)
 
 
 def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
@@ -175,6 +183,19 @@ def all_sum(ranks: Ranks, values: Tensor) -> Tensor:
     if ranks.num_ranks > 1:
         dist.all_reduce(values, group=ranks.host if values.device.type == "cpu" else ranks.tensors)
     return values
+
+
+def broadcast_bytes(ranks: Ranks, content: bytes) -> bytes:
+    """What rank 0 has, on every rank."""
+    if ranks.num_ranks == 1:
+        return content
+    size = torch.tensor(len(content))
+    dist.broadcast(size, 0, group=ranks.host)
+    received = torch.zeros(int(size), dtype=torch.uint8)
+    if ranks.rank == 0:
+        received = torch.tensor(list(content), dtype=torch.uint8)
+    dist.broadcast(received, 0, group=ranks.host)
+    return bytes(received.tolist())
 
 
 def sum_gradients(encoder: DistributedDataParallel, ranks: Ranks) -> None:

@@ -34,6 +34,10 @@ from renee_ray.xfc.storage import SGD
 log = logging.getLogger(__name__)
 
 
+CHECKPOINT, STOP = 1, 2
+"""What a rank may wish for: a checkpoint after the step at hand; to end the run with it."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be done, known before the first step.
@@ -93,8 +97,9 @@ class Trainer:
     """A rank's model with its optimizers, at some state of a run.
 
     on_progress(record): at every sampled loss, on every rank.
-    on_checkpoint(metrics): after each evaluation and every `checkpoint_every` steps;
-        must save `state`, on every rank alike.
+    on_checkpoint(metrics): after each evaluation, every `checkpoint_every` steps and when a
+        rank wishes for it; must save `state`, on every rank alike.
+    wish(): before every step, what this rank wishes for.
     offset: added to the scores of own labels when validating, float32 [n], or None.
     validation(): the batches of the validation split; empty: there is no such split.
     """
@@ -110,6 +115,8 @@ class Trainer:
     on_progress: Callable[[dict[str, Any]], None]
     on_checkpoint: Callable[[dict[str, float]], None]
     state: State = field(default_factory=State)
+    wish: Callable[[], int] = lambda: 0
+    stopped: bool = False
 
     def __post_init__(self) -> None:
         settings = self.config.encoder
@@ -137,7 +144,10 @@ class Trainer:
         )
 
     def run(self, batches: Iterator[Batch]) -> None:
-        """Trains on the remaining batches, which begin at `state.position`."""
+        """Trains on the remaining batches, which begin at `state.position`.
+
+        `stopped`, afterwards: a rank wished for the end before it was reached.
+        """
         evaluations = self.plan.evaluation_steps()
         every = self.plan.checkpoint_every
         if self.state.step == 0 and not self.state.history["evals"]:
@@ -146,7 +156,7 @@ class Trainer:
         ready: Iterator[Batch] = map(self.prepared, batches)
         if self.device.type == "cuda":
             ready = one_ahead(ready, self.plan.total - self.state.step)
-        while self.state.step < self.plan.total:
+        while self.state.step < self.plan.total and not self.stopped:
             batch = next(ready)
             result, sampled = self.train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
@@ -160,10 +170,11 @@ class Trainer:
                 pause = time.perf_counter()
                 self.on_checkpoint(self._evaluate())
                 started += time.perf_counter() - pause
-            elif every and self.state.step % every == 0:
+            elif result.wishes or (every and self.state.step % every == 0):
                 pause = time.perf_counter()
                 self.on_checkpoint({})
                 started += time.perf_counter() - pause
+            self.stopped = bool(result.wishes & STOP)
 
     def prepared(self, batch: Batch) -> Batch:
         """A batch as it is read -> as the model trains on it."""
@@ -186,7 +197,7 @@ class Trainer:
         # Dropout inside the encoder then differs between ranks and steps, and needs no saved state.
         torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
         sampled = bool(config.loss_every) and state.step % config.loss_every == 0
-        result = self._step(batch, state.step, sgd, with_loss=sampled)
+        result = self._step(batch, state.step, sgd, with_loss=sampled, wish=self.wish())
         self._count(batch.position, result)
         return result, sampled
 

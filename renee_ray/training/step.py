@@ -25,9 +25,9 @@ from renee_ray.training.batch import Batch
 from renee_ray.training.collectives import (
     Ranks,
     all_sum,
+    announce,
     gather_rows,
     route,
-    row_counts,
     scatter_rows,
 )
 from renee_ray.training.encoder import training_attention
@@ -47,11 +47,13 @@ class StepResult:
     loss: this rank's labels' part of the batch's summed BCE, float64 scalar.
     rows: points of the global batch.
     skipped: the embeddings or the encoder's gradient were not finite; nothing is changed.
+    wishes: what any rank wished for, or-ed: the same on all of them.
     """
 
     loss: Tensor
     rows: int
     skipped: bool = False
+    wishes: int = 0
 
 
 @dataclass
@@ -78,9 +80,14 @@ class Step:
     micro_batch: int = 0
     tokens: TokenGradient | None = None
 
-    def __call__(self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False) -> StepResult:
-        """Trains on this rank's rows `batch` (possibly none) of the global batch number `step`."""
-        counts = row_counts(self.ranks, len(batch))
+    def __call__(
+        self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False, wish: int = 0
+    ) -> StepResult:
+        """Trains on this rank's rows `batch` (possibly none) of the global batch number `step`.
+
+        wish: bits that all ranks are told, beside the row counts.
+        """
+        counts, wishes = announce(self.ranks, len(batch), wish)
         first = sum(counts[: self.ranks.rank])
         total = sum(counts)
         owned = self.shard.owned
@@ -95,7 +102,7 @@ class Step:
                 own.backward(torch.zeros_like(own.embeddings))
                 self.optimizer.zero_grad(set_to_none=True)
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
-                return StepResult(zero, total, skipped=True)
+                return StepResult(zero, total, skipped=True, wishes=wishes)
 
             pending: list[scatter_rows] = []
             loss = self.shard.step(
@@ -115,7 +122,7 @@ class Step:
         else:
             undo_step(self.shard, everyone, positives, sgd)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, total, skipped=not finite)
+        return StepResult(loss, total, skipped=not finite, wishes=wishes)
 
     def _clip(self) -> bool:
         """Unscales the gradient and limits its norm; whether it is finite on every rank."""

@@ -1,0 +1,324 @@
+"""Writing checkpoints beside training.
+
+    save      copies what the checkpoint holds to memory that is kept for it, and returns
+    thread    writes this rank's files straight to storage, with checksums
+              receipts: each rank tells all what it has written (an all-gather of its own group)
+              rank 0, if all have: the manifest, which commits; then old checkpoints are deleted
+    save      of the next checkpoint waits for the thread first
+
+Training stands still for the copy alone. It needs as much memory as the shard (on a GPU: of the
+host); where that is not to be had, files are written before `save` returns, which is logged once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import pyarrow.fs as pafs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from renee_ray.config import reason
+from renee_ray.data.storage import PATIENCE_S, patiently
+from renee_ray.training.checkpoint import (
+    ENCODER,
+    MANIFEST,
+    OPTIMIZER,
+    Manifest,
+    State,
+    moments_of,
+    shard_name,
+)
+from renee_ray.training.checkpoints import Checkpoints
+from renee_ray.training.collectives import Ranks, broadcast_bytes
+from renee_ray.training.encoder import Encoder
+from renee_ray.training.tensor_file import FileFacts, write
+from renee_ray.xfc.labels import split_range
+from renee_ray.xfc.shard import Shard
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_MEMORY = 0.8
+"""Of the memory that is free, what the copies of all ranks of this machine may take."""
+COMMIT_TIMEOUT_S = 4 * PATIENCE_S
+"""For which a rank waits for the others' files: longer than any of them waits for storage."""
+Files = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one checkpoint cost this rank. stalled_s: for which training stood still."""
+
+    step: int
+    bytes: int
+    stalled_s: float
+    seconds: float
+    committed: bool
+
+
+@dataclass
+class CheckpointWriter:
+    """Of one rank. All ranks call `save` alike.
+
+    keep, metric: what `Checkpoints.prune` is given.
+    background: whether to write beside training.
+    on_written: is called after each checkpoint, in the thread that writes.
+    """
+
+    checkpoints: Checkpoints
+    ranks: Ranks
+    keep: int
+    metric: str
+    background: bool = True
+    on_written: Callable[[Written], None] = lambda written: None
+    _copies: dict[str, Tensor] = field(default_factory=dict)
+    _thread: threading.Thread | None = None
+    _committed: bool = True
+
+    def __post_init__(self) -> None:
+        self._token = broadcast_bytes(self.ranks, secrets.token_hex(4).encode()).decode()
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMIT_TIMEOUT_S))
+            if self.ranks.num_ranks > 1
+            else None
+        )
+
+    def save(
+        self,
+        state: State,
+        encoder: Encoder,
+        optimizer: torch.optim.Optimizer,
+        shard: Shard,
+        metrics: dict[str, float],
+    ) -> None:
+        """Starts a checkpoint; waits for the one before it."""
+        self.wait()
+        started = time.perf_counter()
+        files = self._files(encoder, optimizer, shard)
+        name = f"step-{state.step:09d}-{self._token}"
+        in_background = self.background and self._fits(files)
+        if in_background:
+            files = {
+                file: {key: self._copy(f"{file} {key}", t) for key, t in tensors.items()}
+                for file, tensors in files.items()
+            }
+        manifest = Manifest(copy.deepcopy(state), dict(metrics), {}, time.time())
+        stalled = time.perf_counter() - started if in_background else None
+        ranges = [
+            split_range(shard.owned.num_labels, self.ranks.num_ranks, rank)
+            for rank in range(self.ranks.num_ranks)
+        ]
+
+        def run() -> None:
+            self._committed = self._write(name, files, ranges, manifest)
+            seconds = time.perf_counter() - started
+            size = sum(_size(tensors) for tensors in files.values())
+            self.on_written(
+                Written(state.step, size, seconds if stalled is None else stalled, seconds,
+                        self._committed)
+            )  # fmt: skip
+
+        self._committed = False
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not in_background:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Waits for the checkpoint that is being written; whether the last one was committed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._committed
+
+    def _files(
+        self, encoder: Encoder, optimizer: torch.optim.Optimizer, shard: Shard
+    ) -> Files:
+        files: Files = {}
+        if len(shard.owned):
+            files[shard_name(shard.owned.start, shard.owned.stop)] = shard.weights.tensors()
+        if self.ranks.rank == 0:
+            files[ENCODER] = {key: t.contiguous() for key, t in encoder.state_dict().items()}
+            files[OPTIMIZER] = moments_of(encoder, optimizer)
+        return files
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        kept = self._copies.get(key)
+        if kept is None or kept.shape != tensor.shape:
+            # Pinned, a copy from a GPU runs at the speed of the bus.
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[key] = kept
+        return kept.copy_(tensor)
+
+    def _fits(self, files: Files) -> bool:
+        """Whether there is memory for the copies; those there are already are kept."""
+        if self._copies:
+            return True
+        needed = sum(_size(tensors) for tensors in files.values())
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_ranks))
+        if needed * beside <= SHARE_OF_MEMORY * _free_memory():
+            return True
+        self.background = False
+        log.warning(
+            "no memory for a copy of %.1f GB: training waits while checkpoints are written",
+            needed / 1e9,
+        )
+        return False
+
+    def _write(
+        self, name: str, files: Files, ranges: list[tuple[int, int]], manifest: Manifest
+    ) -> bool:
+        """Writes this rank's files; whether the checkpoint was committed."""
+        own: dict[str, FileFacts] = {}
+        failed = False
+        try:
+            for file, tensors in files.items():
+                own[file] = self._write_file(f"{name}/{file}", tensors)
+        except Exception as error:  # whatever it is, the others wait for this rank's receipt
+            failed = True
+            log.warning(
+                "rank %d cannot write checkpoint %s (%s): it is left out, training goes on",
+                self.ranks.rank, name, reason(error),
+            )  # fmt: skip
+        everyone = self._receipts(own, failed)
+        if everyone is None:
+            return False
+        committed = False
+        if self.ranks.rank == 0:
+            committed = self._commit(name, _named(everyone, ranges), manifest)
+        return self._agreed(committed)
+
+    def _commit(self, name: str, files: dict[str, FileFacts], manifest: Manifest) -> bool:
+        """Rank 0 alone."""
+        whole = Manifest(manifest.state, manifest.metrics, files, time.time())
+        try:
+            self._publish(f"{name}/{MANIFEST}", whole.to_json().encode())
+        except OSError as error:
+            log.warning("checkpoint %s is not committed (%s)", name, reason(error))
+            return False
+        try:
+            self.checkpoints.prune(self.keep, self.metric)
+        except OSError as error:
+            log.warning("old checkpoints of %s remain (%s)", self.checkpoints.run, reason(error))
+        return True
+
+    def _write_file(self, name: str, tensors: dict[str, Tensor]) -> FileFacts:
+        filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
+
+        def once() -> FileFacts:
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            try:
+                with filesystem.open_output_stream(path) as sink:
+                    facts = write(sink, tensors)
+                _to_disk(filesystem, path)
+            except OSError:
+                _remove(filesystem, path)  # a full disk has room again for what matters more
+                raise
+            return facts
+
+        return patiently(once, f"writing {path}")
+
+    def _publish(self, name: str, content: bytes) -> None:
+        """Writes a file whole or not at all."""
+        filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
+
+        def once() -> None:
+            with filesystem.open_output_stream(f"{path}.tmp") as sink:
+                sink.write(content)
+            _to_disk(filesystem, f"{path}.tmp")
+            filesystem.move(f"{path}.tmp", path)
+
+        patiently(once, f"writing {path}")
+
+    def _receipts(
+        self, own: dict[str, FileFacts], failed: bool
+    ) -> list[dict[str, FileFacts]] | None:
+        """What every rank has written; None if one could not, or is gone."""
+        kinds = ("", ENCODER, OPTIMIZER)  # "": the classifier's
+        row = torch.full((1 + 2 * len(kinds),), -1, dtype=torch.int64)
+        row[0] = int(failed)
+        for file, facts in own.items():
+            at = 1 + 2 * (kinds.index(file) if file in kinds else 0)
+            row[at], row[at + 1] = facts.bytes, facts.header_crc32
+        rows = torch.empty(self.ranks.num_ranks * len(row), dtype=torch.int64)
+        try:
+            if self._group is None:
+                rows = row
+            else:
+                dist.all_gather_single(rows, row, group=self._group)
+        except RuntimeError as error:  # a peer died: this worker is about to be stopped too
+            log.warning("a checkpoint is left out: %s", reason(error))
+            return None
+        found = rows.view(self.ranks.num_ranks, -1).tolist()
+        if any(each[0] for each in found):
+            return None
+        return [
+            {
+                kind: FileFacts(each[1 + 2 * i], each[2 + 2 * i])
+                for i, kind in enumerate(kinds)
+                if each[1 + 2 * i] >= 0
+            }
+            for each in found
+        ]
+
+    def _agreed(self, committed: bool) -> bool:
+        """What rank 0 says."""
+        flag = torch.tensor(int(committed))
+        if self._group is not None:
+            try:
+                dist.broadcast(flag, 0, group=self._group)
+            except RuntimeError as error:
+                log.warning("whether a checkpoint was committed is not known: %s", reason(error))
+                return False
+        return bool(flag)
+
+
+def _named(
+    everyone: list[dict[str, FileFacts]], ranges: list[tuple[int, int]]
+) -> dict[str, FileFacts]:
+    """All ranks' files by name."""
+    return {
+        kind or shard_name(*ranges[rank]): facts
+        for rank, files in enumerate(everyone)
+        for kind, facts in files.items()
+    }
+
+
+def _size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _free_memory() -> int:
+    """Bytes that the kernel can give without swapping; without /proc, no limit is known."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = {line.partition(":")[0]: line.split()[1] for line in file}
+        return int(found["MemAvailable"]) * 1024
+    except (OSError, KeyError):
+        return 1 << 62
+
+
+def _to_disk(filesystem: pafs.FileSystem, path: str) -> None:
+    """A local file may otherwise be lost with the machine although its manifest is not."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(filesystem: pafs.FileSystem, path: str) -> None:
+    try:
+        filesystem.delete_file(path)
+    except OSError:
+        return
