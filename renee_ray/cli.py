@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -210,6 +212,125 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
     _print({"export": dst, **{key: found[key] for key in shown}}, as_json, f"export {dst}")
 
 
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.option("--address", help="URL of the job server.  [default: Ray's, or port 8265 here]")
+@click.option("--working-dir", help="The clone that the job takes along.  [default: this one]")
+@click.option(
+    "--env", "env", multiple=True, metavar="NAME[=VALUE]", help="A variable that the job gets."
+)
+@click.option("--submission-id", help="Name of the job.  [default: made of command and time]")
+@click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@click.option(
+    "--stop-wait-s",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    help="Seconds that a stopped job has to end by itself.",
+)
+@click.option(
+    "--patience-s",
+    type=click.FloatRange(min=1),
+    default=600,
+    show_default=True,
+    help="Seconds that the cluster may be away while the job is followed.",
+)
+@_json_option
+@click.argument("job", type=click.Choice(["convert", "train", "evaluate", "predict", "export"]))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: Any) -> None:
+    """Run the command JOB with its ARGUMENTS on a cluster, and follow its log to its end.
+
+    Options of `submit` come before JOB. Exit status: 0 if the job succeeded, 1 if it failed, 130
+    if it was stopped. The log goes to standard output, with --json to standard error. Ctrl-C asks
+    whether to stop the job.
+    """
+    config = _check_job(job, arguments)
+    from renee_ray.service import submit as service
+    from renee_ray.service.job_files import job_environment, working_directory
+
+    root = working_directory(options["working_dir"])
+    environment = job_environment(options["env"], options["stop_wait_s"], os.environ)
+    address = service.choose_address(options["address"])
+    submission = service.submit(
+        service.connect(address),
+        job,
+        arguments,
+        root=root,
+        environment=environment,
+        config=config,
+        submission_id=options["submission_id"],
+        on_progress=_say,
+    )
+    as_json = options["as_json"]
+    if options["no_wait"]:
+        facts = {"submission_id": submission.submission_id, "address": address}
+        click.echo(json.dumps(facts) if as_json else submission.submission_id)
+        return
+    _say(f"job {submission.submission_id} is submitted to {address}")
+    follower = service.Follower(
+        service.connect(address),
+        submission,
+        lambda text: click.echo(text, nl=False, err=as_json),
+        _say,
+        options["patience_s"],
+    )
+    details = _follow(follower, submission)
+    if details is None:
+        ctx.exit(130)
+    found = service.outcome(submission, details)
+    if as_json:
+        click.echo(json.dumps(found))
+    status = service.EXIT_STATUS[details.status]
+    words = f"job {submission.submission_id} {found['status'].lower()}"
+    first = found["message"].partition("\n")[0]
+    _say(f"renee-ray: {words}: {first}" if status else f"{words} after {found['seconds']:.0f} s")
+    ctx.exit(status)
+
+
+def _check_job(job: str, arguments: tuple[str, ...]) -> Path | None:
+    """Refuses here what the command would refuse on the cluster; returns its configuration file."""
+    from renee_ray.service.job_files import check_shared, refuse_password
+
+    command = cli.commands[job]
+    assert isinstance(command, _Command) and command.keys is not None
+    parsed = command.make_context(f"renee-ray submit {job}", list(arguments)).params
+    for argument in arguments:
+        refuse_password(argument, f"an argument of {job}")
+    path = parsed.get("config")
+    layers = [read_yaml(path)] if path else []
+    made = make_config(
+        command.keys, *layers, parse_overrides(parsed["overrides"]), where=path or job
+    )
+    places = {
+        name.upper(): parsed[name] for name in ("run", "dataset", "src", "dst") if name in parsed
+    }
+    if isinstance(made, RunConfig):
+        places = {"data": made.data, "output": made.output}
+    check_shared(places)
+    return Path(path) if path else None
+
+
+def _follow(follower: Any, submission: Any) -> Any:
+    """The end of a job; None where it is left running."""
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        pass
+    try:
+        if sys.stdin.isatty() and click.confirm("\nstop the job (otherwise it runs on)?", err=True):
+            _say("stopping")
+            follower.stop()
+            return follower.follow()
+    except (KeyboardInterrupt, click.Abort):
+        progress.print()
+    _say(
+        f"left running; `{submission.log_command}` shows its log, and "
+        f"`{submission.stop_command}` stops it"
+    )
+    return None
+
+
 @cli.group()
 def bench() -> None:
     """Benchmarks; each prints one JSON line, with references timed in turns."""
@@ -392,7 +513,7 @@ def _metric_table(metrics: dict[str, float], title: str) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for a user's error, 2 for wrong usage."""
     try:
-        cli.main(args=argv, prog_name="renee-ray", standalone_mode=False)
+        return cli.main(args=argv, prog_name="renee-ray", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         return 2
@@ -405,7 +526,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"renee-ray: {found}", style="red")
         return 1
-    return 0
 
 
 def _user_error(error: Exception) -> ReneeError | None:

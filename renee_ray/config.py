@@ -190,6 +190,12 @@ class RunConfig(Config):
     """Ray Train workers: data-parallel replicas of the encoder and shards of the classifier."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """One GPU for each worker; auto: where the cluster has that many."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
+    accelerator_type: str = ""
+    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
+    cpus_per_worker: int = Field(0, ge=0)
+    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
     threads: int = Field(0, ge=0)
     """Torch threads of a worker on CPU; 0: the machine's cores divided among its workers."""
     batch_size: int = Field(256, ge=1)
@@ -236,6 +242,12 @@ class ScoreConfig(Config):
     """Ray Train workers; 0: as many as trained the run."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """One GPU for each worker; auto: where the cluster has that many."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
+    accelerator_type: str = ""
+    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
+    cpus_per_worker: int = Field(0, ge=0)
+    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
     batch_size: int = Field(512, ge=1)
     """Points of a global batch."""
     tail: float | None = Field(None, ge=0)

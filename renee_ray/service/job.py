@@ -30,7 +30,11 @@ def launch(
     """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
 
     stored: its checkpoints go to `config.output`; otherwise it has none.
+
+    Raises:
+        ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
     """
+    check_placement(config, use_gpu, ray.nodes())
     with _storage(config.output if stored else None) as storage:
         trainer = _trainer(function, arguments, config, use_gpu, storage)
         return _unwrapped(trainer.fit).return_value
@@ -65,7 +69,7 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=use_gpu,
-            resources_per_worker=None if use_gpu else {"CPU": 1},
+            **placement(config, use_gpu),
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
             **storage,
@@ -74,6 +78,51 @@ def _trainer(
             worker_runtime_env={"env_vars": worker_environment(config, use_gpu)},
         ),
     )
+
+
+def placement(config: RunConfig, use_gpu: bool) -> dict[str, Any]:
+    """Where Ray Train puts workers and what each reserves, as arguments of ScalingConfig."""
+    cpus = config.cpus_per_worker or (0 if use_gpu else 1)
+    return {
+        "resources_per_worker": {"GPU": int(use_gpu), "CPU": cpus},
+        "placement_strategy": config.placement_strategy,
+        "accelerator_type": config.accelerator_type or None,
+    }
+
+
+def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]]) -> None:
+    """Raises ReneeError where the workers could never be placed, for which Ray would wait silently.
+
+    nodes: as `ray.nodes()` returns them.
+    """
+    kind = f"accelerator_type:{config.accelerator_type}" if config.accelerator_type else None
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    able = [resources for resources in alive if kind is None or kind in resources]
+    needs = placement(config, use_gpu)["resources_per_worker"]
+    room = [
+        min(int(resources.get(name, 0) // count) for name, count in needs.items() if count)
+        for resources in able
+    ]
+    spare = sum(resources.get("CPU", 0) for resources in alive) - config.num_workers * needs["CPU"]
+    if config.cpus_per_worker and spare < 1:
+        raise ReneeError(
+            f"cpus_per_worker={config.cpus_per_worker} for {config.num_workers} workers leaves no "
+            f"CPU of the cluster to read data with; lower it or add a node"
+        )
+    places = {
+        "STRICT_PACK": max(room, default=0),
+        "STRICT_SPREAD": sum(1 for each in room if each),
+    }.get(config.placement_strategy, sum(room))
+    if places < config.num_workers:
+        asked = {name: count for name, count in needs.items() if count}
+        each = " and ".join(f"{count} {name}" for name, count in asked.items())
+        only = f" on nodes with {config.accelerator_type}" if kind else ""
+        raise ReneeError(
+            f"num_workers={config.num_workers} with {each} each, placed "
+            f"{config.placement_strategy}{only}, do not fit the cluster, which has room for "
+            f"{places}; add nodes, lower num_workers or change placement_strategy, "
+            f"accelerator_type or cpus_per_worker"
+        )
 
 
 def _unwrapped(fit: Callable[[], Any]) -> Any:

@@ -91,8 +91,10 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
         _check_destination(destination, src, score.overwrite)
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
+    placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
     config = config.model_copy(
         update={"num_workers": workers, "evaluation": _settings(config, score)}
+        | {key: getattr(score, key) for key in placed}
     )
     voters = _voters(directory, labels, config.evaluation, score)
     checkpoint = directory.checkpoint(score.checkpoint)

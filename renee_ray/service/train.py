@@ -32,7 +32,7 @@ from renee_ray.xfc.labels import split_range
 
 MAY_CHANGE = {
     "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
-    "evaluation", "loss_every",
+    "evaluation", "loss_every", "placement_strategy", "accelerator_type", "cpus_per_worker",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
 BEFORE = {
