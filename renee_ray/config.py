@@ -177,6 +177,22 @@ class CheckpointConfig(Config):
     """Lost workers that a run survives; -1: any number."""
 
 
+class ObserveConfig(Config):
+    """What a run tells of itself."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines in the workers' logs: text, or a JSON object each; both with rank and step."""
+    log_to: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    """Where curves go besides history.json: tensorboard, to `tensorboard_dir`; mlflow, to where
+    MLFLOW_TRACKING_URI in the environment of the nodes says, else to OUTPUT/mlruns."""
+    tensorboard_dir: str = ""
+    """Directory of TensorBoard's files; empty: OUTPUT/tensorboard."""
+    straggler_factor: float = Field(1.5, gt=1)
+    """A worker whose own time a step exceeds the median of all by this factor is named."""
+    straggler_window_s: float = Field(60.0, gt=0)
+    """Seconds over which this is averaged, and between two warnings of it."""
+
+
 class RunConfig(Config):
     """`renee-ray train CONFIG`"""
 
@@ -207,6 +223,7 @@ class RunConfig(Config):
     feed: FeedConfig = FeedConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
 
     @model_validator(mode="after")
     def _streams_fit(self) -> RunConfig:

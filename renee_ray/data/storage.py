@@ -83,19 +83,27 @@ def filesystem_of(path: str, *, for_ray: bool = False) -> tuple[pafs.FileSystem,
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
 
 
-def patiently(operation: Callable[[], T], what: str) -> T:
+on_retry: list[Callable[[], None]] = []
+"""Called before each further attempt of `patiently`, for whoever counts them in this process."""
+
+
+def patiently(operation: Callable[[], T], what: str, patience: float | None = None) -> T:
     """Calls `operation`, again and again while storage does not answer; logs that once.
 
     Args:
         operation: may be called repeatedly, and does all of it each time.
         what: for the log, as "reading FILE".
+        patience: seconds; None: as the environment says, or PATIENCE_S.
 
     Raises:
         OSError: of another kind, or the last one when the patience is at its end.
     """
-    patience = float(os.environ.get(PATIENCE, PATIENCE_S))
+    if patience is None:
+        patience = float(os.environ.get(PATIENCE, PATIENCE_S))
 
     def say(state: tenacity.RetryCallState) -> None:
+        for call in on_retry:
+            call()
         if state.attempt_number == 1 and state.outcome is not None:
             error = state.outcome.exception()
             assert error is not None
@@ -109,6 +117,19 @@ def patiently(operation: Callable[[], T], what: str) -> T:
         reraise=True,
     )
     return retrying(operation)
+
+
+def read_file(path: str) -> bytes | None:
+    """A file, patiently; None where it is not there."""
+    filesystem, root = filesystem_of(path)
+
+    def read() -> bytes | None:
+        if filesystem.get_file_info(root).type != pafs.FileType.File:
+            return None
+        with filesystem.open_input_file(root) as file:
+            return file.read()
+
+    return patiently(read, f"reading {path}")
 
 
 def write_file(path: str, content: bytes | pa.Buffer) -> None:

@@ -109,6 +109,7 @@ def _run_full(job: Job) -> dict[str, Any]:
                     "config": config.model_dump(),
                     "manifest": job.dataset.manifest,
                     "queue": display.queue,
+                    "launched_s": 0.0,
                     "job": job,
                 }
                 found: dict[str, Any] = launch(full_worker, arguments, config, job.use_gpu)
@@ -120,7 +121,7 @@ def _run_full(job: Job) -> dict[str, Any]:
 def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: `train.train_worker` for `job.total` steps, timed."""
     job: Job = arguments["job"]
-    trainer, batches = prepare(arguments)
+    trainer, batches, observer = prepare(arguments)
     trainer.plan, trainer.propensities = job.plan, None  # a validation is no step
     save, taken = trainer.on_checkpoint, []
 
@@ -131,7 +132,8 @@ def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
     trainer.on_checkpoint = timed_save
     clock = Clock(batches)
-    trainer.run(clock)
+    with observer:
+        trainer.run(clock)
     block = (job.warmup, job.warmup + job.steps)
     return {
         "seconds": clock.seconds(*block),

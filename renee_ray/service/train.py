@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
+from renee_ray.service.observe import Observer, following, run_name
 from renee_ray.service.progress import Channel, Display, evaluation_line
 from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory, beats
+from renee_ray.service.sinks import check_sinks
+from renee_ray.service.watch import Watch
 from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import Checkpoint, State, save
 from renee_ray.training.collectives import Ranks, all_sum
@@ -32,7 +36,7 @@ from renee_ray.xfc.labels import split_range
 
 MAY_CHANGE = {
     "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
-    "evaluation", "loss_every",
+    "evaluation", "loss_every", "observe",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
 BEFORE = {
@@ -70,11 +74,13 @@ def train(
         f"{dataset.manifest.num_labels:,} labels with {config.num_workers} "
         f"{'GPU' if use_gpu else 'CPU'} workers"
     )
-    with Display() as display:
+    watch, launched_s = Watch(config.timeout_s), time.time()
+    with Display(watch=watch) as display, following(config, watch, launched_s):
         arguments = {
             "config": config.model_dump(),
             "manifest": dataset.manifest,
             "queue": display.queue,
+            "launched_s": launched_s,
         }
         return launch(train_worker, arguments, config, use_gpu)
 
@@ -112,8 +118,9 @@ def scoring_feed(
     )
 
 
-def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
-    """A worker's trainer, new or as the last checkpoint left it, and the batches that remain."""
+def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch], Observer]:
+    """A worker's trainer, new or as the last checkpoint left it; the batches that remain; who
+    is told of both."""
     quiet()
     config = RunConfig.model_validate(arguments["config"])
     dataset = Dataset(config.data, arguments["manifest"])
@@ -127,11 +134,15 @@ def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
     committed = ray.train.get_checkpoint()
     checkpoint = Checkpoint(committed.filesystem, committed.path) if committed else None
     precision = checkpoint.state.facts.get("precision") if checkpoint else None
+    state = checkpoint.state if checkpoint else State()
+    channel = Channel(arguments["queue"], ranks.rank)
+    channel.forward_warnings()
+    observer = Observer(config, ranks, device, channel, state, arguments["launched_s"])
     model = build_model(
         config, dataset.manifest.num_labels, ranks, device, training=True, precision=precision
     )
-    channel = Channel(arguments["queue"], ranks.rank)
-    channel.forward_warnings()
+    if not checkpoint:
+        state.facts = _facts(dataset, model)
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
     trainer = Trainer(
         config,
@@ -144,16 +155,16 @@ def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
         if dataset.manifest.num_points("validation")
         else None,
         prior_offset(read_counts(dataset, model.shard.owned), config.evaluation.tail, device),
-        channel.record,
-        lambda metrics: _report(trainer, config, metrics, channel),
-        checkpoint.state if checkpoint else State(facts=_facts(dataset, model)),
+        observer.record,
+        lambda metrics: _report(trainer, config, metrics, channel, observer),
+        state,
+        observer.recorder,
     )
     if checkpoint:
         checkpoint.load_encoder(model.encoder)
         checkpoint.load_optimizer(model.encoder, trainer.optimizer)
         checkpoint.load_shard(model.shard)
         if ranks.rank == 0:
-            state = trainer.state
             RunDirectory(config.output).settle_best(
                 config.evaluation.metric, state.history["evals"], state.step
             )
@@ -175,14 +186,16 @@ def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
         max_length=length,
         pad_multiple=pad_multiple,
         prefetch=config.feed.prefetch,
+        run=run_name(config),
     )
-    return trainer, batches
+    return trainer, batches, observer
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs, on a fresh start and after every failure."""
-    trainer, batches = prepare(arguments)
-    trainer.run(batches)
+    trainer, batches, observer = prepare(arguments)
+    with observer:
+        trainer.run(batches)
     evals = trainer.state.history["evals"]
     return {
         "step": trainer.state.step,
@@ -193,10 +206,17 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(
-    trainer: Trainer, config: RunConfig, metrics: dict[str, float], channel: Channel
+    trainer: Trainer,
+    config: RunConfig,
+    metrics: dict[str, float],
+    channel: Channel,
+    observer: Observer,
 ) -> None:
     """Saves this rank's part of a checkpoint and hands it to Ray Train, which commits it."""
-    state, ranks = trainer.state, trainer.ranks
+    state, ranks, began = trainer.state, trainer.ranks, time.perf_counter()
+    observer.recorder.enter("checkpoint")
+    if metrics:
+        observer.evaluated(state.step, metrics)
     ranges = [
         split_range(trainer.model.shard.owned.num_labels, ranks.num_ranks, rank)
         for rank in range(ranks.num_ranks)
@@ -209,6 +229,7 @@ def _report(
             directory, state, trainer.model.encoder, trainer.optimizer, trainer.model.shard,
             ranges, ranks.rank,
         )  # fmt: skip
+        written = sum(path.stat().st_size for path in Path(directory).iterdir())
         if best:
             run.copy_to_best(directory, state.step)
         # A barrier: after it every rank has copied its files.
@@ -219,6 +240,7 @@ def _report(
         )
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+    observer.checkpointed(state.step, time.perf_counter() - began, written)
     if ranks.rank == 0:
         if best:
             run.publish_best(state.step, metrics)
@@ -270,6 +292,7 @@ def check(config: RunConfig, dataset: Dataset) -> None:
             f"that of encoder.name={config.encoder.name!r}; convert it with "
             f"tokenizer={config.encoder.name}"
         )
+    check_sinks(config)
     if config.encoder.weights and not Path(config.encoder.weights).is_file():
         raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")
 
