@@ -6,7 +6,7 @@ the workers are there and when the run has failed:
     state, reason               of whoever wrote it; time_s: when
     launched_s, restarts        when the command was given; how often workers were started anew
     record                      the last one of training/loop: step, loss, rows a second, ...
-    phase, phase_s              what that worker is doing, and for how long
+    step, phase, phase_s        steps done, what that worker is doing, and for how long
     ranks                       of every worker: node, seconds of a step, its own part of it
     checkpoint, evaluation, best, skipped
 """
@@ -71,12 +71,13 @@ def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
     age = max(0.0, now - content["time_s"])
     state, why = state_of(content, age)
     record = content.get("record") or {}
-    keys = ("step", "total_steps", "epoch", "loss", "rows_per_second", "padding", "seconds_left")
+    keys = ("total_steps", "epoch", "loss", "rows_per_second", "padding", "seconds_left")
     checkpoint = content.get("checkpoint")
     return {
         "state": state,
         "reason": why,
         "age_s": age,
+        "step": content.get("step", record.get("step")),
         **{key: record.get(key) for key in keys},
         "epochs": content.get("epochs"),
         "skipped": content.get("skipped", 0),
@@ -134,7 +135,9 @@ def _blocks(status: Mapping[str, Any]) -> Iterator[RenderableType]:
 def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "last heard", f"{duration(status['age_s'])} ago"
     if status["step"] is not None:
-        yield "step", f"{status['step']:,} of {status['total_steps']:,}"
+        of = "" if status["total_steps"] is None else f" of {status['total_steps']:,}"
+        yield "step", f"{status['step']:,}{of}"
+    if status["loss"] is not None:
         of = "" if status["epochs"] is None else f" of {status['epochs']}"
         yield "epoch", f"{status['epoch']:.2f}{of}"
         yield "loss", f"{status['loss']:.3f}"

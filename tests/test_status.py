@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ RECORD = {
 }  # fmt: skip
 CONTENT: dict[str, Any] = {
     "format_version": 1, "state": "running", "reason": "", "time_s": 1000.0, "launched_s": 1.0,
-    "record": RECORD, "phase": "classifier", "phase_s": 0.1, "epochs": 5, "skipped": 2,
+    "step": 500, "record": RECORD, "phase": "classifier", "phase_s": 0.1, "epochs": 5, "skipped": 2,
     "restarts": 1, "metric": "P@1",
     "evaluation": {"step": 400, "metrics": {"P@1": 40.0, "P@5": 20.0}},
     "best": {"step": 200, "metrics": {"P@1": 41.0, "P@5": 20.5}},
@@ -82,6 +83,7 @@ def test_before_the_first_record() -> None:
     waiting = {"format_version": 1, "state": "waiting", "reason": "for the workers", "time_s": 1.0}
     status = described(waiting, 4.0)
     assert status["step"] is None and status["ranks"] == []
+    assert "step  7\n" in re.sub(" +\n", "\n", re.sub("  +", "  ", shown(status | {"step": 7})))
     assert "waiting, for the workers" in shown(status) and "0:03 ago" in shown(status)
 
 

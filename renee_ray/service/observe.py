@@ -91,7 +91,9 @@ class Observer:
     ) -> None:
         place = self.recorder.place()
         if error is not None:
-            log.warning(
+            # All ranks fail when one does: of one of them, the driver is told.
+            log.log(
+                logging.INFO if self._ranks.rank else logging.WARNING,
                 "rank %d on %s stops in phase `%s` of step %d: %s",
                 self._ranks.rank, self._node, place.phase, place.step, reason(error),
             )  # fmt: skip
@@ -230,6 +232,7 @@ class Status:
         evals, metric = self._state.history["evals"], self._metric
         self._content |= {
             "time_s": time.time(),
+            "step": self._state.step,
             "phase": place.phase,
             "phase_s": place.seconds,
             "skipped": self._state.skipped,

@@ -128,14 +128,12 @@ class Stragglers:
     slow: list[int] = field(default_factory=list)
     _started: float | None = None
     _sums: list[float] = field(default_factory=list)
-    _samples: int = 0
 
     def add(self, paces: Sequence[Pace], now: float) -> list[tuple[int, float]]:
         """Takes one sample; at the end of a window, (rank, times the median) of slow ranks."""
         if self._started is None or len(self._sums) != len(paces):
-            self._started, self._sums, self._samples = now, [0.0] * len(paces), 0
+            self._started, self._sums = now, [0.0] * len(paces)
         self._sums = [sum_ + pace.own for sum_, pace in zip(self._sums, paces, strict=True)]
-        self._samples += 1
         if now - self._started < self.window_s:
             return []
         # The lower one: of two ranks, the mean of both would hide the slow one.
