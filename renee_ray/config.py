@@ -184,7 +184,7 @@ class ObserveConfig(Config):
     """Lines in the workers' logs: text, or a JSON object each; both with rank and step."""
     log_to: tuple[Literal["tensorboard", "mlflow"], ...] = ()
     """Where curves go besides history.json: tensorboard, to `tensorboard_dir`; mlflow, to where
-    MLFLOW_TRACKING_URI in the environment of the nodes says, else to OUTPUT/mlruns."""
+    MLFLOW_TRACKING_URI in the environment of the nodes says."""
     tensorboard_dir: str = ""
     """Directory of TensorBoard's files; empty: OUTPUT/tensorboard."""
     straggler_factor: float = Field(1.5, gt=1)

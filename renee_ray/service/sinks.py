@@ -53,11 +53,10 @@ def check_sinks(config: RunConfig) -> None:
             f"TensorBoard's files cannot be appended to at {where}; set observe.tensorboard_dir "
             f"to a directory that the nodes share, or use observe.log_to=[mlflow]"
         )
-    local = os.environ.get("MLFLOW_TRACKING_URI") or "://" not in config.output
-    if "mlflow" in config.observe.log_to and not local:
+    if "mlflow" in config.observe.log_to and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ReneeError(
-            f"MLflow keeps no runs at {config.output}; set MLFLOW_TRACKING_URI in the "
-            f"environment of every node"
+            "observe.log_to=mlflow needs MLFLOW_TRACKING_URI in the environment of every node; "
+            "set it to the address of an MLflow server"
         )
 
 
@@ -141,8 +140,7 @@ class MLflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"file://{config.output}/mlruns"
-        self._metric, self._client = Metric, MlflowClient(tracking_uri=uri)
+        self._metric, self._client = Metric, MlflowClient()
         found = self._client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
         self._run = self._known(experiment, config.output)

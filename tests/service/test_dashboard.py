@@ -29,10 +29,12 @@ def test_panels_select_and_group_by_tags_that_these_metrics_have() -> None:
     tags = {metric.exported: {*TAGS, *metric.tags} for metric in METRICS}
     for text in expressions():
         for name, selectors in SERIES.findall(text):
-            assert set(re.findall(r"(\w+)[!=]?[=~]", selectors)) <= tags[name], text
+            assert set(re.findall(r"(\w+)(?:=~|!~|!=|=)\"", selectors)) <= tags[name], text
             assert 'run=~"$run"' in selectors, text
-            for group in re.findall(r"by \(([^)]*)\)", text):
-                assert set(group.split(", ")) <= tags[name], text
+        grouped = re.findall(r"by \(([^)]*)\) \((?:\w+\()?(ray_renee_ray_\w+)", text)
+        assert len(grouped) == text.count(" by (")
+        for group, name in grouped:
+            assert set(group.split(", ")) <= tags[name], text
 
 
 def test_a_panel_has_a_title_a_place_and_a_legend() -> None:

@@ -48,11 +48,12 @@ def test_tensorboard_of_a_run_that_was_cut_off_and_resumed(tmp_path: Path) -> No
 
 def test_mlflow_of_a_run_that_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracking = pytest.importorskip("mlflow.tracking")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # spares the test a server
     made = config(str(tmp_path), "mlflow")
     written(made, 0, [5.0, 4.0])
     written(made, 2, [3.0])
-    client = tracking.MlflowClient(tracking_uri=f"file://{tmp_path}/mlruns")
+    client = tracking.MlflowClient()
     experiment = client.get_experiment_by_name("renee_ray")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
@@ -87,6 +88,9 @@ def test_what_cannot_be_had_is_one_sentence(
         check_sinks(config("s3://bucket/run", "tensorboard"))
     check_sinks(config("s3://bucket/run", "tensorboard", tensorboard_dir=str(tmp_path)))
     check_sinks(config("s3://bucket/run"))
+    monkeypatch.setitem(sinks.PACKAGES, "mlflow", "json")  # whether it is installed or not
+    with pytest.raises(ReneeError, match="needs MLFLOW_TRACKING_URI"):
+        check_sinks(config(str(tmp_path), "mlflow"))
     monkeypatch.setitem(sinks.PACKAGES, "mlflow", "no_such_package")
     with pytest.raises(ReneeError, match=r"pip install 'renee_ray\[mlflow\]'"):
         check_sinks(config(str(tmp_path), "mlflow"))
