@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,6 +158,28 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from renee_ray.service.train import train as run
 
     _print(_call(run, made, _say), as_json, f"run {made.output}")
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--watch", is_flag=True, help="Show it again every ten seconds, until Ctrl-C.")
+@_json_option
+def status(run: str, watch: bool, as_json: bool) -> None:
+    """Show how the run at RUN is: running, finished, waiting, failed or unknown, and how far.
+
+    Reads the files of the run's directory alone, so it needs no Ray and disturbs nothing.
+    """
+    from renee_ray.status import read_status, status_text
+
+    while True:
+        found = read_status(run.rstrip("/"), time.time())
+        if as_json:
+            click.echo(json.dumps(found))
+        else:
+            Console().print(status_text(found), highlight=False)
+        if not watch:
+            return
+        time.sleep(10)
 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
@@ -525,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found is None:
             raise
         _say(f"renee-ray: {found}", style="red")
-        return 1
+        return found.status
 
 
 def _user_error(error: Exception) -> ReneeError | None:

@@ -16,7 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 
 class ReneeError(Exception):
-    """A user's error: its text is one sentence, shown without a traceback."""
+    """A user's error: its text is one sentence, shown without a traceback.
+
+    status: exit status of a command that ends with it.
+    """
+
+    status = 1
 
 
 class ConfigError(ReneeError):
@@ -173,8 +178,31 @@ class CheckpointConfig(Config):
     """Newest checkpoints kept; the best on the validation split is kept besides."""
     every_steps: int = Field(0, ge=0)
     """Steps between checkpoints inside an epoch; 0: only after evaluations."""
+    background: bool = True
+    """Write beside training, from a copy in (host) memory; where it does not fit, or with `false`,
+    training waits meanwhile."""
+    grace_s: float = Field(30.0, gt=0)
+    """Seconds that a checkpoint may take when a worker or the driver is told to stop (SIGTERM), or
+    before workers are regrouped."""
     max_failures: int = Field(3, ge=-1)
-    """Lost workers that a run survives; -1: any number."""
+    """Lost workers that a run survives; -1: any number. Nodes that Ray was told to drain, as spot
+    nodes are, do not count."""
+
+
+class ObserveConfig(Config):
+    """What a run tells of itself."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines in the workers' logs: text, or a JSON object each; both with rank and step."""
+    log_to: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    """Where curves go besides history.json: tensorboard, to `tensorboard_dir`; mlflow, to where
+    MLFLOW_TRACKING_URI in the environment of the nodes says."""
+    tensorboard_dir: str = ""
+    """Directory of TensorBoard's files; empty: OUTPUT/tensorboard."""
+    straggler_factor: float = Field(1.5, gt=1)
+    """A worker whose own time a step exceeds the median of all by this factor is named."""
+    straggler_window_s: float = Field(60.0, gt=0)
+    """Seconds over which this is averaged, and between two warnings of it."""
 
 
 class RunConfig(Config):
@@ -186,8 +214,11 @@ class RunConfig(Config):
     """Run directory; a run that is already there is resumed."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initial weights, order and dropout."""
-    num_workers: int = Field(2, ge=1)
-    """Ray Train workers: data-parallel replicas of the encoder and shards of the classifier."""
+    num_workers: int | tuple[int, int] = 2
+    """Ray Train workers: data-parallel replicas of the encoder and shards of the classifier. Or the
+    fewest and the most, as [2, 8]: the run then goes on with as many as there are nodes for."""
+    regroup_s: float = Field(60.0, gt=0)
+    """With a range of workers: seconds between two looks for room for more of them."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """One GPU for each worker; auto: where the cluster has that many."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -213,17 +244,31 @@ class RunConfig(Config):
     feed: FeedConfig = FeedConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @model_validator(mode="after")
     def _streams_fit(self) -> RunConfig:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
+                f"correct it"
+            )
         if self.batch_size % self.feed.streams:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of feed.streams "
                 f"{self.feed.streams}; change one of them"
             )
-        if self.num_workers > self.feed.streams:
+        if self.max_workers > self.feed.streams:
             raise ValueError(
-                f"num_workers {self.num_workers} exceeds feed.streams {self.feed.streams}; "
+                f"num_workers {self.max_workers} exceeds feed.streams {self.feed.streams}; "
                 f"raise feed.streams"
             )
         return self

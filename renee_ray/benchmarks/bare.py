@@ -133,7 +133,7 @@ def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, 
     """
     with tempfile.TemporaryDirectory(prefix="renee-ray-bare-") as directory:
         with _environment(environment):
-            mp.spawn(_worker, (job, directory, niceness), nprocs=job.config.num_workers)
+            mp.spawn(_worker, (job, directory, niceness), nprocs=job.config.max_workers)
         found: dict[str, Any] = json.loads(Path(directory, "figures.json").read_text())
         return found
 
@@ -154,12 +154,12 @@ def _join(rank: int, job: Job, directory: str) -> tuple[Ranks, torch.device]:
     device = torch.device("cuda", rank) if job.use_gpu else torch.device("cpu")
     if job.use_gpu:
         torch.cuda.set_device(device)
-    if job.config.num_workers > 1:
+    if job.config.max_workers > 1:
         dist.init_process_group(
             "nccl" if job.use_gpu else "gloo",
             init_method=f"file://{directory}/rendezvous",
             rank=rank,
-            world_size=job.config.num_workers,
+            world_size=job.config.max_workers,
             timeout=timedelta(seconds=job.config.timeout_s),
         )
     return Ranks.of_process_group(), device

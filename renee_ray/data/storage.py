@@ -25,9 +25,8 @@ PATIENCE = "RENEE_RAY_STORAGE_PATIENCE_S"
 PATIENCE_S = 300.0
 """Seconds that storage may be away before a run fails, unless the environment says otherwise."""
 LONGEST_PAUSE_S = 5.0
-SDK_ATTEMPTS, SDK_ATTEMPTS_FOR_RAY = 2, 30
-"""Of the S3 client, by itself; it pauses up to 20 s between late ones. Ray Train's own writing of
-checkpoints knows no other patience."""
+SDK_ATTEMPTS = 2
+"""Of the S3 client, by itself."""
 TRANSIENT = (
     "NETWORK_CONNECTION",
     "SLOW_DOWN",
@@ -46,14 +45,11 @@ def absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
-def filesystem_of(path: str, *, for_ray: bool = False) -> tuple[pafs.FileSystem, str]:
+def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a path or URL, and the path on it.
 
     pyarrow's own filesystem where there is one (local, s3://, gs://, hdfs://, abfs://),
     otherwise fsspec's.
-
-    Args:
-        for_ray: it is handed to Ray Train, whose calls do not go through `patiently`.
 
     Raises:
         ReneeError: nothing installed knows the URL's scheme.
@@ -66,8 +62,7 @@ def filesystem_of(path: str, *, for_ray: bool = False) -> tuple[pafs.FileSystem,
     try:
         filesystem, root = pafs.FileSystem.from_uri(path)
         if isinstance(filesystem, pafs.S3FileSystem) and "?" not in path:
-            attempts = SDK_ATTEMPTS_FOR_RAY if for_ray else SDK_ATTEMPTS
-            filesystem = _s3(filesystem.region, attempts)
+            filesystem = _s3(filesystem.region)
         return filesystem, root.rstrip("/")
     except pa.ArrowInvalid:
         pass
@@ -83,19 +78,27 @@ def filesystem_of(path: str, *, for_ray: bool = False) -> tuple[pafs.FileSystem,
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
 
 
-def patiently(operation: Callable[[], T], what: str) -> T:
+on_retry: list[Callable[[], None]] = []
+"""Called before each further attempt of `patiently`, for whoever counts them in this process."""
+
+
+def patiently(operation: Callable[[], T], what: str, patience: float | None = None) -> T:
     """Calls `operation`, again and again while storage does not answer; logs that once.
 
     Args:
         operation: may be called repeatedly, and does all of it each time.
         what: for the log, as "reading FILE".
+        patience: seconds; None: as the environment says, or PATIENCE_S.
 
     Raises:
         OSError: of another kind, or the last one when the patience is at its end.
     """
-    patience = float(os.environ.get(PATIENCE, PATIENCE_S))
+    if patience is None:
+        patience = float(os.environ.get(PATIENCE, PATIENCE_S))
 
     def say(state: tenacity.RetryCallState) -> None:
+        for call in on_retry:
+            call()
         if state.attempt_number == 1 and state.outcome is not None:
             error = state.outcome.exception()
             assert error is not None
@@ -109,6 +112,19 @@ def patiently(operation: Callable[[], T], what: str) -> T:
         reraise=True,
     )
     return retrying(operation)
+
+
+def read_file(path: str) -> bytes | None:
+    """A file, patiently; None where it is not there."""
+    filesystem, root = filesystem_of(path)
+
+    def read() -> bytes | None:
+        if filesystem.get_file_info(root).type != pafs.FileType.File:
+            return None
+        with filesystem.open_input_file(root) as file:
+            return file.read()
+
+    return patiently(read, f"reading {path}")
 
 
 def write_file(path: str, content: bytes | pa.Buffer) -> None:
@@ -142,7 +158,7 @@ def storage_error(error: OSError) -> ReneeError:
     return ReneeError(f"storage failed ({text}); check the path and the endpoint")
 
 
-def _s3(region: str, attempts: int) -> pafs.S3FileSystem:
+def _s3(region: str) -> pafs.S3FileSystem:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     scheme, separator, host = (endpoint or "").partition("://")
     return pafs.S3FileSystem(
@@ -151,5 +167,5 @@ def _s3(region: str, attempts: int) -> pafs.S3FileSystem:
         scheme=scheme if separator else "https",
         connect_timeout=5,
         request_timeout=30,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS),
     )

@@ -79,7 +79,7 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
     )
     use_gpu = decide_gpu("auto", workers)
     with ResidentPeak() as peak:
-        found = launch(scale_worker, arguments, config, use_gpu, stored=False)
+        found = launch(scale_worker, arguments, config, use_gpu)
     return {**arguments, **found, "peak_rss_gib": peak.bytes / 2**30, "workers": workers}
 
 

@@ -47,7 +47,7 @@ def bench_feed(dataset: str, workers: int, batch: int) -> dict[str, Any]:
     )
     ensure_ray(workers + 1)
     arguments = {"config": config.model_dump(), "dataset": opened}
-    found = launch(feed_worker, arguments, config, use_gpu=False, stored=False)
+    found = launch(feed_worker, arguments, config, use_gpu=False)
     parts = opened.manifest.splits["train"]
     wanted = [0, 0, 0]
     for each in stream(_part_sums, opened, len(parts)):

@@ -86,7 +86,7 @@ def _job(recipe: dict[str, Any], overrides: dict[str, Any], steps: int) -> Job:
     check(config, dataset)
     group = config.feed.window * config.feed.prefetch
     epochs = tuple(orders(config, dataset))
-    use_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.num_workers
+    use_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.max_workers
     multiple = 8 if config.encoder.compile else 1
     job = Job(config, dataset, epochs, WARMUP, -(-steps // group) * group, multiple, use_gpu)
     have = sum(order.num_batches for order in epochs)
@@ -102,13 +102,14 @@ def _job(recipe: dict[str, Any], overrides: dict[str, Any], steps: int) -> Job:
 def _run_full(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="renee-ray-bench-") as output:
         config = job.config.model_copy(update={"output": f"{output}/run"})
-        ensure_ray(config.num_workers + 1)
+        ensure_ray(config.max_workers + 1)
         try:
             with Display() as display:
                 arguments = {
                     "config": config.model_dump(),
                     "manifest": job.dataset.manifest,
                     "queue": display.queue,
+                    "launched_s": 0.0,
                     "job": job,
                 }
                 found: dict[str, Any] = launch(full_worker, arguments, config, job.use_gpu)
@@ -120,7 +121,7 @@ def _run_full(job: Job) -> dict[str, Any]:
 def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: `train.train_worker` for `job.total` steps, timed."""
     job: Job = arguments["job"]
-    trainer, batches = prepare(arguments)
+    trainer, batches, observer, writer = prepare(arguments)
     trainer.plan, trainer.propensities = job.plan, None  # a validation is no step
     save, taken = trainer.on_checkpoint, []
 
@@ -131,7 +132,9 @@ def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
     trainer.on_checkpoint = timed_save
     clock = Clock(batches)
-    trainer.run(clock)
+    with observer:
+        trainer.run(clock)
+        writer.wait()
     block = (job.warmup, job.warmup + job.steps)
     return {
         "seconds": clock.seconds(*block),
@@ -169,7 +172,7 @@ def _figures(job: Job, full: list[dict[str, Any]], bare: list[dict[str, Any]]) -
         "steps": steps,
         "repeats": len(full),
         "batch_size": job.config.batch_size,
-        "workers": job.config.num_workers,
+        "workers": job.config.max_workers,
         "threads": full[0]["threads"],
         "bare_threads": first["threads"],
         "precision": first["precision"],

@@ -14,11 +14,12 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 
 
-def ensure_ray(min_cpus: int = 3) -> None:
+def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
     """Connects to the environment's cluster (a submitted job, RAY_ADDRESS), else starts Ray here.
 
-    Locally, Ray's CPUs are slots for processes, not cores: at least `min_cpus` are
-    declared, so that training workers never take the slot that Ray Data reads with.
+    Locally, Ray's CPUs are slots for processes, not cores: at least `min_cpus`, and
+    `local_cpus`, are declared, so that training workers never take the slot that Ray Data reads
+    with.
 
     Raises:
         ReneeError: the cluster has fewer than `min_cpus` CPUs.
@@ -28,7 +29,7 @@ def ensure_ray(min_cpus: int = 3) -> None:
         if os.environ.get("RAY_ADDRESS"):
             _connect()
         else:
-            _start_local(min_cpus)
+            _start_local(max(min_cpus, local_cpus))
     have = ray.cluster_resources().get("CPU", 0)
     if have < min_cpus:
         raise ReneeError(

@@ -22,6 +22,7 @@ import ray
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
 from renee_ray.data.rows import BATCH, read_window
+from renee_ray.service.exported import count_retries
 from renee_ray.training.batch import Batch, Position, cut_batches
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,13 @@ def feed(
     max_length: int,
     pad_multiple: int = 1,
     prefetch: int = 2,
+    run: str = "",
 ) -> Iterator[Batch]:
     """This rank's rows of every batch from `start` to the end of the last epoch.
 
     Args:
         orders: one an epoch; `start.epoch` indexes it.
+        run: by whose name retries of storage are counted; empty: they are not.
     """
     windows = [
         (epoch, window)
@@ -64,7 +67,7 @@ def feed(
         for batch in range(start.batch if epoch == start.epoch else 0, orders[epoch].num_batches)
     )
     tables = _read_ahead(
-        lambda group: _tables(dataset, orders, group, rank, num_ranks, start),
+        lambda group: _tables(dataset, orders, group, rank, num_ranks, start, run),
         [tuple(windows[i : i + prefetch]) for i in range(0, len(windows), prefetch)],
     )
     return cut_batches(tables, positions, dataset.manifest.pad_id, max_length, pad_multiple)
@@ -92,10 +95,13 @@ def _tables(
     rank: int,
     num_ranks: int,
     start: Position,
+    run: str,
 ) -> list[pa.Table]:
     epochs = {epoch: orders[epoch] for epoch, _ in windows}
 
     def read(ids: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        if run:
+            count_retries(run, rank)
         for index in ids["id"]:
             epoch, window = windows[index]
             order = epochs[epoch]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from types import FrameType
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from renee_ray.config import ReneeError, RunConfig
-from renee_ray.data.storage import filesystem_of, storage_error
+from renee_ray.data.storage import storage_error
+from renee_ray.service.wishes import Regroup, SignalHandler
 
 
 def launch(
@@ -25,34 +30,20 @@ def launch(
     config: RunConfig,
     use_gpu: bool,
     *,
-    stored: bool = True,
+    on_stop: Callable[[], None] | None = None,
 ) -> Any:
     """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
 
-    stored: its checkpoints go to `config.output`; otherwise it has none.
+    on_stop: asks the workers to end, at the first SIGTERM or SIGINT; None: they are just ended.
 
     Raises:
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
     """
     check_placement(config, use_gpu, ray.nodes())
-    with _storage(config.output if stored else None) as storage:
-        trainer = _trainer(function, arguments, config, use_gpu, storage)
-        return _unwrapped(trainer.fit).return_value
-
-
-@contextlib.contextmanager
-def _storage(output: str | None) -> Iterator[dict[str, Any]]:
-    """Where a run is kept, for Ray Train; without an output, one that leaves nothing behind."""
-    if output is None:
-        scratch = tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True)
-        with scratch as path:
-            yield {"storage_path": path, "name": "scoring"}
-        return
-    filesystem, root = filesystem_of(output, for_ray=True)
-    parent, name = os.path.split(root.rstrip("/"))
-    yield {"storage_path": parent, "name": name} | (
-        {"storage_filesystem": filesystem} if "://" in output else {}
-    )
+    # Checkpoints are our own business, so Ray Train has nothing to keep.
+    with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
+        trainer = _trainer(function, arguments, config, use_gpu, scratch)
+        return _unwrapped(lambda: interruptible(trainer.fit, on_stop, config)).return_value
 
 
 def _trainer(
@@ -60,21 +51,24 @@ def _trainer(
     arguments: dict[str, Any],
     config: RunConfig,
     use_gpu: bool,
-    storage: dict[str, Any],
+    scratch: str,
 ) -> TorchTrainer:
+    grace_s = config.checkpoint.grace_s
     return TorchTrainer(
         function,
         train_loop_config=arguments,
         torch_config=TorchConfig(timeout_s=config.timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+            num_workers=config.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=config.regroup_s,
             use_gpu=use_gpu,
             **placement(config, use_gpu),
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
-            **storage,
+            storage_path=scratch,
+            name="job",
             failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            callbacks=[SignalHandler(grace_s), Regroup(grace_s)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": worker_environment(config, use_gpu)},
         ),
     )
@@ -103,26 +97,67 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
         min(int(resources.get(name, 0) // count) for name, count in needs.items() if count)
         for resources in able
     ]
-    spare = sum(resources.get("CPU", 0) for resources in alive) - config.num_workers * needs["CPU"]
+    spare = sum(resources.get("CPU", 0) for resources in alive) - config.min_workers * needs["CPU"]
     if config.cpus_per_worker and spare < 1:
         raise ReneeError(
-            f"cpus_per_worker={config.cpus_per_worker} for {config.num_workers} workers leaves no "
+            f"cpus_per_worker={config.cpus_per_worker} for {config.min_workers} workers leaves no "
             f"CPU of the cluster to read data with; lower it or add a node"
         )
     places = {
         "STRICT_PACK": max(room, default=0),
         "STRICT_SPREAD": sum(1 for each in room if each),
     }.get(config.placement_strategy, sum(room))
-    if places < config.num_workers:
+    if places < config.min_workers:
         asked = {name: count for name, count in needs.items() if count}
         each = " and ".join(f"{count} {name}" for name, count in asked.items())
         only = f" on nodes with {config.accelerator_type}" if kind else ""
         raise ReneeError(
-            f"num_workers={config.num_workers} with {each} each, placed "
+            f"num_workers={config.min_workers} with {each} each, placed "
             f"{config.placement_strategy}{only}, do not fit the cluster, which has room for "
             f"{places}; add nodes, lower num_workers or change placement_strategy, "
             f"accelerator_type or cpus_per_worker"
         )
+
+
+def interruptible(
+    fit: Callable[[], Any], on_stop: Callable[[], None] | None, config: RunConfig
+) -> Any:
+    """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
+
+    A second one, or `checkpoint.grace_s` without an end, interrupts at once.
+
+    Raises:
+        KeyboardInterrupt: interrupted at once.
+    """
+    if on_stop is None or threading.current_thread() is not threading.main_thread():
+        return fit()
+    found: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(fit())
+        except BaseException as error:
+            found.set_exception(error)
+
+    asked: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(time.monotonic())
+        on_stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    # In a thread, where Ray Train leaves the signals alone.
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    try:
+        while not wait([found], timeout=0.2).done:
+            if asked and time.monotonic() - asked[0] > config.checkpoint.grace_s:
+                raise KeyboardInterrupt
+        return found.result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unwrapped(fit: Callable[[], Any]) -> Any:
@@ -159,7 +194,7 @@ def _said(error: BaseException) -> str:
 def worker_environment(config: RunConfig, use_gpu: bool) -> dict[str, str]:
     """Threads must be set before torch loads: cores are shared by the workers of a machine."""
     cores = len(os.sched_getaffinity(0))
-    threads = config.threads or (4 if use_gpu else max(1, cores // config.num_workers))
+    threads = config.threads or (4 if use_gpu else max(1, cores // config.max_workers))
     return {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",

@@ -89,7 +89,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
     _check(directory, labels)
     if destination is not None:
         _check_destination(destination, src, score.overwrite)
-    workers = score.num_workers or config.num_workers
+    workers = score.num_workers or config.max_workers
     ensure_ray(workers + 1)
     placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
     config = config.model_copy(
@@ -124,7 +124,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
             "destination": destination,
         }
         use_gpu = decide_gpu(score.use_gpu, workers)
-        found = launch(score_worker, arguments, config, use_gpu, stored=False)
+        found = launch(score_worker, arguments, config, use_gpu)
     return {**facts, "step": checkpoint.state.step, **found}
 
 

@@ -1,16 +1,18 @@
-"""From the workers to the driver's terminal: records of progress, and warnings."""
+"""From the workers to the driver's terminal: records of progress, warnings, signs of life."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray.util.queue import Empty, Queue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from renee_ray.service.watch import Beat, Watch
 
 LINE_SECONDS = 30
 """Where there is no terminal, a line is written this often instead of a bar."""
@@ -29,6 +31,9 @@ class Channel:
 
     def say(self, text: str) -> None:
         self._send({"text": text})
+
+    def beat(self, beat: Beat) -> None:
+        self._send({"beat": beat.to_dict()})
 
     def forward_warnings(self) -> None:
         """Warnings of this package in this worker reach the driver."""
@@ -49,10 +54,14 @@ class _Forward(logging.Handler):
 
 
 class Display:
-    """The driver's end, a thread that draws what arrives while a job runs."""
+    """The driver's end, a thread that draws what arrives while a job runs.
 
-    def __init__(self, console: Console | None = None) -> None:
+    watch: is told of the workers' signs of life; what it complains of is shown.
+    """
+
+    def __init__(self, console: Console | None = None, watch: Watch | None = None) -> None:
         self._console = console or Console(stderr=True)
+        self.watch = watch
         self.queue = Queue(actor_options={"num_cpus": 0})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -75,10 +84,23 @@ class Display:
                 except Empty:
                     if self._stop.is_set():
                         return
-                    continue
+                    record = None
                 except Exception:  # the queue's actor went away with the cluster: nothing to show
                     return
-                shown(record)
+                for each in self._watched(record):
+                    shown(each)
+
+    def _watched(self, record: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """The record, unless it is a sign of life, and what the watch has to say."""
+        if record is not None and "beat" not in record:
+            yield record
+        if self.watch is None:
+            return
+        now = time.monotonic()
+        if record is not None and "beat" in record:
+            self.watch.saw(Beat(**record["beat"]), now)
+        if complaint := self.watch.complaint(now):
+            yield {"text": complaint}
 
 
 class _bar:

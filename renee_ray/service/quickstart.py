@@ -80,7 +80,7 @@ def quickstart(
     output, config = configuration(overrides)
     clock = _Clock()
     raw = unpack(ARCHIVE, output / "raw")
-    ensure_ray(config.num_workers + 1)
+    ensure_ray(config.max_workers + 1)
     dataset = _dataset(raw, config, on_progress)
     clock.lap("convert")
     train(config, on_progress)
@@ -324,7 +324,7 @@ def _facts(dataset: Dataset, config: RunConfig, seconds: Mapping[str, float]) ->
         },
         "labels": f"{manifest.num_labels:,}",
         "encoder": config.encoder.name.rpartition("/")[2],
-        "workers": str(config.num_workers),
+        "workers": str(config.max_workers),
         "epochs": str(config.epochs),
         "batch": f"{config.batch_size:,} points",
         **{f"time to {stage}": f"{value:.0f} s" for stage, value in seconds.items()

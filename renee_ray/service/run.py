@@ -1,8 +1,8 @@
 """A run's directory: its configuration, what is known of it, and its checkpoints.
 
-    run.json         configuration and dataset, as it was started last
-    history.json     losses and evaluations
-    checkpoints/     training/checkpoint.py
+run.json         configuration and dataset, as it was started last
+history.json     losses and evaluations
+checkpoints/     training/checkpoint.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import filesystem_of, patiently
+from renee_ray.data.storage import filesystem_of, patiently, read_file
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.checkpoints import Checkpoints
 
@@ -33,18 +33,10 @@ class RunDirectory:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None where it is not there."""
-
-        def read() -> bytes | None:
-            filesystem, root = self._located()
-            if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
-                return None
-            with filesystem.open_input_file(f"{root}/{name}") as file:
-                return file.read()
-
-        found = patiently(read, f"reading {self.path}/{name}")
+        found = read_file(f"{self.path}/{name}")
         return None if found is None else json.loads(found)
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
+    def write(self, name: str, content: dict[str, Any], patience: float | None = None) -> None:
         def write() -> None:
             filesystem, root = self._located()
             filesystem.create_dir(root, recursive=True)
@@ -52,7 +44,7 @@ class RunDirectory:
                 sink.write(json.dumps(content, indent=1).encode())
             filesystem.move(f"{root}/{name}.tmp", f"{root}/{name}")
 
-        patiently(write, f"writing {self.path}/{name}")
+        patiently(write, f"writing {self.path}/{name}", patience)
 
     def config(self) -> RunConfig:
         """The configuration that the run was started with.

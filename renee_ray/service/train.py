@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import ray.train
-import torch
+import ray
+from ray.util.queue import Queue
 
 from renee_ray.config import ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset
@@ -18,27 +17,41 @@ from renee_ray.data.storage import absolute
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed
-from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
+from renee_ray.service.job import decide_gpu, launch, placement, quiet, worker_device
+from renee_ray.service.observe import Observer, following, run_name
 from renee_ray.service.progress import Channel, Display, evaluation_line
-from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory, beats
+from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory
+from renee_ray.service.sinks import check_sinks
+from renee_ray.service.watch import Watch
+from renee_ray.service.wishes import wishes
 from renee_ray.training.batch import Batch, Position
-from renee_ray.training.checkpoint import Checkpoint, State, save
-from renee_ray.training.collectives import Ranks, all_sum
+from renee_ray.training.checkpoint import Checkpoint, State, set_moments
+from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
+from renee_ray.training.collectives import Ranks
 from renee_ray.training.initialise import initialise_classifier
-from renee_ray.training.loop import Plan, Trainer
+from renee_ray.training.loop import STOP, Plan, Trainer
 from renee_ray.training.model import Model, build_model
+from renee_ray.training.resume import resume
 from renee_ray.training.scoring import Propensities, prior_offset, read_counts
-from renee_ray.xfc.labels import split_range
 
 MAY_CHANGE = {
     "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
-    "evaluation", "loss_every", "placement_strategy", "accelerator_type", "cpus_per_worker",
+    "evaluation", "loss_every", "observe", "placement_strategy", "accelerator_type",
+    "cpus_per_worker", "regroup_s",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
 BEFORE = {
     "feed.filter_labels": "negative", "feed.token_dropout": 0.0, "encoder.micro_batch": 0,
 }  # fmt: skip
 """What runs did whose configuration does not have these keys yet."""
+LAST_ATTEMPTS, LAST_PAUSE_S = 5, 20.0
+"""To write the last checkpoint once more, where a disk is full, say."""
+
+
+class Stopped(ReneeError):
+    """A run that was asked to end early, and did with a checkpoint."""
+
+    status = 130
 
 
 def train(
@@ -51,14 +64,17 @@ def train(
 
     Raises:
         ReneeError: the dataset, the run directory or the cluster do not fit the configuration.
+        Stopped: by a signal, after a checkpoint.
     """
     dataset = Dataset.open(config.data)
     config = config.model_copy(update={"data": dataset.path, "output": absolute(config.output)})
     check(config, dataset)
     directory = RunDirectory(config.output)
     _check_resumable(config, directory, dataset)
-    ensure_ray(config.num_workers + 1)
-    use_gpu = decide_gpu(config.use_gpu, config.num_workers)
+    if directory.checkpoints().newest() is None:
+        directory.refuse_old_format()
+    ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
+    use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": _identity(dataset)})
     if not dataset.manifest.has_label_texts:
         on_progress(
@@ -67,16 +83,37 @@ def train(
         )
     on_progress(
         f"training on {dataset.manifest.num_points('train'):,} points and "
-        f"{dataset.manifest.num_labels:,} labels with {config.num_workers} "
+        f"{dataset.manifest.num_labels:,} labels with {_workers(config)} "
         f"{'GPU' if use_gpu else 'CPU'} workers"
     )
-    with Display() as display:
+    watch, launched_s = Watch(config.timeout_s), time.time()
+    commands = Queue(actor_options={"num_cpus": 0})
+
+    def stop() -> None:
+        on_progress("stopping after a checkpoint; once more to stop at once")
+        commands.actor.put_nowait.remote(STOP)  # type: ignore[attr-defined]
+
+    with Display(watch=watch) as display, following(config, watch, launched_s):
         arguments = {
             "config": config.model_dump(),
             "manifest": dataset.manifest,
             "queue": display.queue,
+            "commands": commands,
+            "launched_s": launched_s,
         }
-        return launch(train_worker, arguments, config, use_gpu)
+        found = launch(train_worker, arguments, config, use_gpu, on_stop=stop)
+    if found.pop("stopped"):
+        raise Stopped(
+            f"stopped after step {found['step']}, with a checkpoint; give the same command again "
+            f"to go on from there"
+        )
+    return found
+
+
+def _workers(config: RunConfig) -> str:
+    if config.min_workers == config.max_workers:
+        return str(config.max_workers)
+    return f"{config.min_workers} to {config.max_workers}"
 
 
 def orders(config: RunConfig, dataset: Dataset) -> list[Order]:
@@ -112,8 +149,18 @@ def scoring_feed(
     )
 
 
-def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
-    """A worker's trainer, new or as the last checkpoint left it, and the batches that remain."""
+class Prepared(NamedTuple):
+    """A worker's trainer, new or as the last checkpoint left it; the batches that remain; who is
+    told of both; who writes."""
+
+    trainer: Trainer
+    batches: Iterator[Batch]
+    observer: Observer
+    writer: CheckpointWriter
+
+
+def prepare(arguments: dict[str, Any]) -> Prepared:
+    """What a worker trains with."""
     quiet()
     config = RunConfig.model_validate(arguments["config"])
     dataset = Dataset(config.data, arguments["manifest"])
@@ -124,14 +171,28 @@ def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
         config.evaluation.every,
         config.checkpoint.every_steps,
     )
-    committed = ray.train.get_checkpoint()
-    checkpoint = Checkpoint(committed.filesystem, committed.path) if committed else None
-    precision = checkpoint.state.facts.get("precision") if checkpoint else None
-    model = build_model(
-        config, dataset.manifest.num_labels, ranks, device, training=True, precision=precision
-    )
     channel = Channel(arguments["queue"], ranks.rank)
     channel.forward_warnings()
+    leave_room_for_reading(config, ranks, device.type == "cuda")
+    num_labels = dataset.manifest.num_labels
+
+    def build(checkpoint: Checkpoint | None) -> Model:
+        precision = checkpoint.state.facts.get("precision") if checkpoint else None
+        return build_model(config, num_labels, ranks, device, training=True, precision=precision)
+
+    checkpoints = RunDirectory(config.output).checkpoints()
+    model, checkpoint, moments = resume(checkpoints, ranks, build)
+    state = checkpoint.state if checkpoint else State(facts=_facts(dataset, model))
+    observer = Observer(config, ranks, device, channel, state, arguments["launched_s"])
+    settings = config.checkpoint
+    writer = CheckpointWriter(
+        checkpoints,
+        ranks,
+        settings.keep,
+        config.evaluation.metric,
+        settings.background,
+        lambda written: _written(written, observer),
+    )
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
     trainer = Trainer(
         config,
@@ -144,19 +205,13 @@ def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
         if dataset.manifest.num_points("validation")
         else None,
         prior_offset(read_counts(dataset, model.shard.owned), config.evaluation.tail, device),
-        channel.record,
-        lambda metrics: _report(trainer, config, metrics, channel),
-        checkpoint.state if checkpoint else State(facts=_facts(dataset, model)),
+        observer.record,
+        lambda metrics: _save(trainer, writer, metrics, channel, observer),
+        state,
+        observer.recorder,
     )
     if checkpoint:
-        checkpoint.load_encoder(model.encoder)
-        checkpoint.load_optimizer(model.encoder, trainer.optimizer)
-        checkpoint.load_shard(model.shard)
-        if ranks.rank == 0:
-            state = trainer.state
-            RunDirectory(config.output).settle_best(
-                config.evaluation.metric, state.history["evals"], state.step
-            )
+        set_moments(model.encoder, trainer.optimizer, moments)
     else:
         initialise_classifier(
             model,
@@ -175,66 +230,86 @@ def prepare(arguments: dict[str, Any]) -> tuple[Trainer, Iterator[Batch]]:
         max_length=length,
         pad_multiple=pad_multiple,
         prefetch=config.feed.prefetch,
+        run=run_name(config),
     )
-    return trainer, batches
+    return Prepared(trainer, batches, observer, writer)
+
+
+def leave_room_for_reading(config: RunConfig, ranks: Ranks, use_gpu: bool) -> None:
+    """Raises ReneeError where the workers have taken every CPU: reading would wait for ever."""
+    each = placement(config, use_gpu)["resources_per_worker"]["CPU"]
+    spare = ray.cluster_resources().get("CPU", 0) - ranks.num_ranks * each
+    if spare < 1:
+        raise ReneeError(
+            f"{ranks.num_ranks} workers leave no CPU of the cluster to read data with; lower "
+            f"num_workers={config.num_workers} or add a node with more CPUs"
+        )
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs, on a fresh start and after every failure."""
-    trainer, batches = prepare(arguments)
-    trainer.run(batches)
+    trainer, batches, observer, writer = prepare(arguments)
+    if trainer.ranks.rank == 0:
+        wishes.follow(arguments["commands"])
+    trainer.wish = lambda: wishes.take(trainer.state.step)
+    with observer:
+        trainer.run(batches)
+        _finish(trainer, writer)
+        observer.stopped = trainer.stopped
     evals = trainer.state.history["evals"]
     return {
         "step": trainer.state.step,
         "skipped": trainer.state.skipped,
         "best": trainer.state.best,
         "validation": evals[-1]["metrics"] if evals else {},
+        "stopped": trainer.stopped,
     }
 
 
-def _report(
-    trainer: Trainer, config: RunConfig, metrics: dict[str, float], channel: Channel
+def _save(
+    trainer: Trainer,
+    writer: CheckpointWriter,
+    metrics: dict[str, float],
+    channel: Channel,
+    observer: Observer,
 ) -> None:
-    """Saves this rank's part of a checkpoint and hands it to Ray Train, which commits it."""
-    state, ranks = trainer.state, trainer.ranks
-    ranges = [
-        split_range(trainer.model.shard.owned.num_labels, ranks.num_ranks, rank)
-        for rank in range(ranks.num_ranks)
-    ]
-    run, metric = RunDirectory(config.output), config.evaluation.metric
-    best = _is_best(run, metric, metrics, state.step, ranks)
-    directory = tempfile.mkdtemp(prefix="renee-ray-checkpoint-")
-    try:
-        save(
-            directory, state, trainer.model.encoder, trainer.optimizer, trainer.model.shard,
-            ranges, ranks.rank,
-        )  # fmt: skip
-        if best:
-            run.copy_to_best(directory, state.step)
-        # A barrier: after it every rank has copied its files.
-        ray.train.report(
-            {**metrics, "step": state.step, "skipped": state.skipped},
-            ray.train.Checkpoint.from_directory(directory),
-            checkpoint_dir_name=f"step-{state.step:09d}",
-        )
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    if ranks.rank == 0:
-        if best:
-            run.publish_best(state.step, metrics)
-        run.write(HISTORY_FILE, state.history)
+    """Starts a checkpoint, and says what was measured."""
+    state, model = trainer.state, trainer.model
+    observer.recorder.enter("checkpoint")
+    if metrics:
+        observer.evaluated(state.step, metrics)
+    writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
+    if trainer.ranks.rank == 0:
+        RunDirectory(trainer.config.output).write(HISTORY_FILE, state.history)
         if metrics:
             channel.say(evaluation_line(state.step, metrics))
 
 
-def _is_best(
-    run: RunDirectory, metric: str, metrics: dict[str, float], step: int, ranks: Ranks
-) -> bool:
-    """Rank 0 decides for all: a remote file may look older to another."""
-    if not metrics:
-        return False
-    decided = ranks.rank == 0 and beats(run.best(), step, metric, metrics)
-    return bool(all_sum(ranks, torch.tensor(int(decided))))
+def _written(written: Written, observer: Observer) -> None:
+    if written.committed:
+        observer.checkpointed(written.step, written.seconds, written.bytes)
+    wishes.written(written)
+
+
+def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
+    """Waits for the last checkpoint, which the run must have; all ranks alike.
+
+    Raises:
+        ReneeError: it could not be written.
+    """
+    state, model = trainer.state, trainer.model
+    evals = state.history["evals"]
+    metrics = evals[-1]["metrics"] if evals and evals[-1]["step"] == state.step else {}
+    for _ in range(LAST_ATTEMPTS):
+        if writer.wait():
+            return
+        time.sleep(LAST_PAUSE_S)
+        writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
+    if not writer.wait():
+        raise ReneeError(
+            f"the last checkpoint of {trainer.config.output}, of step {state.step}, cannot be "
+            f"written; see the warnings, then give the same command again"
+        )
 
 
 def _facts(dataset: Dataset, model: Model) -> dict[str, Any]:
@@ -270,6 +345,7 @@ def check(config: RunConfig, dataset: Dataset) -> None:
             f"that of encoder.name={config.encoder.name!r}; convert it with "
             f"tokenizer={config.encoder.name}"
         )
+    check_sinks(config)
     if config.encoder.weights and not Path(config.encoder.weights).is_file():
         raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")
 

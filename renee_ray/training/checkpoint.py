@@ -81,8 +81,8 @@ class Manifest:
     time_s: float
 
     @property
-    def bytes(self) -> int:
-        """Of all files but the manifest."""
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
         return sum(facts.bytes for facts in self.files.values())
 
     def shards(self) -> Iterator[tuple[str, int, int]]:
@@ -109,7 +109,9 @@ class Manifest:
             for name, facts in files.items():
                 if name not in (ENCODER, OPTIMIZER) and not SHARD_NAME.fullmatch(name):
                     raise ValueError("names of files")
-                if not all(type(number) is int and number >= 0 for number in asdict(facts).values()):
+                if not all(
+                    type(number) is int and number >= 0 for number in asdict(facts).values()
+                ):
                     raise ValueError("sizes of files")
             metrics = raw.pop("metrics")
             if not all(isinstance(value, int | float) for value in metrics.values()):
@@ -199,18 +201,9 @@ class Checkpoint:
                 f"{self.path}/{ENCODER} is of another encoder: {reason(error)}"
             ) from None
 
-    def load_optimizer(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> None:
-        """Raises CheckpointError where the file is damaged or of another encoder."""
-        moments = self._open(OPTIMIZER, TensorFile.tensors)
-        for name, parameter in encoder.named_parameters():
-            names = [f"{name}.{key}" for key in MOMENTS]
-            # Before its first step AdamW has no state, and must not find a part of one.
-            if not all(each in moments for each in names):
-                continue
-            values = (moments[each].to(parameter.device) for each in names)
-            optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True)) | {
-                "step": moments["step"].clone()
-            }
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's, as `moments_of` gave them: for `set_moments`."""
+        return self._open(OPTIMIZER, TensorFile.tensors)
 
     def load_shard(self, shard: Shard, *, momentum: bool = True) -> None:
         """Fills a shard with the rows of the labels it owns, whoever wrote them.
@@ -232,7 +225,9 @@ class Checkpoint:
                 break
             rows = slice(first - shard.owned.start, last - shard.owned.start)
             parts = {each: tensor[rows] for each, tensor in wanted.items()}
-            self._open(name, partial(_read_rows, parts=parts, first=first - start, rows=stop - start))
+            self._open(
+                name, partial(_read_rows, parts=parts, first=first - start, rows=stop - start)
+            )
             filled += last - first
         if filled != len(shard.owned):
             raise CheckpointError(
@@ -273,8 +268,8 @@ def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int
     for name, out in parts.items():
         if shapes.get(name) != (out.dtype, [rows, out.shape[1]]):
             raise _Other(
-                f"has no {name} of {rows} x {out.shape[1]} {out.dtype}; it was written with another "
-                f"precision, momentum or dimension"
+                f"has no {name} of {rows} x {out.shape[1]} {out.dtype}; it was written with "
+                f"another precision, momentum or dimension"
             )
         file.read_into(name, out, first * out.shape[1] * out.element_size())
 
@@ -284,7 +279,7 @@ def shard_name(start: int, stop: int) -> str:
 
 
 def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What `load_optimizer` reads."""
+    """AdamW's moments and its step, by parameter name; without moments before its first step."""
     tensors: dict[str, Tensor] = {"step": torch.zeros(())}
     for name, parameter in encoder.named_parameters():
         state = optimizer.state.get(parameter, {})
@@ -294,3 +289,18 @@ def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, 
         if "step" in state:
             tensors["step"] = state["step"].detach().clone().cpu()
     return tensors
+
+
+def set_moments(
+    encoder: Encoder, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
+) -> None:
+    """Puts the optimizer where `moments_of` found another one."""
+    for name, parameter in encoder.named_parameters():
+        names = [f"{name}.{key}" for key in MOMENTS]
+        # Before its first step AdamW has no state, and must not find a part of one.
+        if not all(each in moments for each in names):
+            continue
+        values = (moments[each].to(parameter.device) for each in names)
+        optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True)) | {
+            "step": moments["step"].clone()
+        }

@@ -140,9 +140,7 @@ class CheckpointWriter:
             self._thread = None
         return self._committed
 
-    def _files(
-        self, encoder: Encoder, optimizer: torch.optim.Optimizer, shard: Shard
-    ) -> Files:
+    def _files(self, encoder: Encoder, optimizer: torch.optim.Optimizer, shard: Shard) -> Files:
         files: Files = {}
         if len(shard.owned):
             files[shard_name(shard.owned.start, shard.owned.stop)] = shard.weights.tensors()

@@ -56,13 +56,13 @@ class Checkpoints:
             except CheckpointError as error:
                 yield Found(name, step, checkpoint, str(error))
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, *, but: Collection[str] = ()) -> Checkpoint | None:
         """The newest that is whole; None where nothing was ever committed.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
-        return _usable(self.found())
+        return _usable(self.found(but=but))
 
     def best(self, metric: str) -> Checkpoint | None:
         """The one of the highest `metric`, of several the earliest; without any, the newest."""

@@ -18,6 +18,7 @@ pairs and counts, which originate on the host: no device synchronisation for the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -198,15 +199,30 @@ def broadcast_bytes(ranks: Ranks, content: bytes) -> bytes:
     return bytes(received.tolist())
 
 
-def sum_gradients(encoder: DistributedDataParallel, ranks: Ranks) -> None:
+def gather_numbers(ranks: Ranks, own: list[float]) -> list[list[float]]:
+    """The numbers of every rank, equally many, in rank order."""
+    if ranks.num_ranks == 1:
+        return [own]
+    everyone = torch.empty(ranks.num_ranks * len(own), dtype=torch.float64)
+    dist.all_gather_single(everyone, torch.tensor(own, dtype=torch.float64), group=ranks.host)
+    return everyone.view(ranks.num_ranks, -1).tolist()
+
+
+def sum_gradients(
+    encoder: DistributedDataParallel, on_last: Callable[[], None] = lambda: None
+) -> None:
     """Makes DDP sum the encoder's gradient over the ranks, where it would take the mean.
 
     A rank's backward starts from the rows of dE that belong to it, summed over all labels:
     the gradient of the whole loss is then the sum over ranks. DDP's mean would divide it by
     num_ranks and so change the trajectory with the number of workers.
+
+    on_last: called when this rank has its gradient, and only the sum is waited for.
     """
 
     def hook(_, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations as objects
+        if bucket.is_last():
+            on_last()
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -77,11 +77,16 @@ def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Enc
 
 
 def data_parallel(
-    encoder: Encoder, ranks: Ranks, gradient: str, tokens: TokenGradient | None = None
+    encoder: Encoder,
+    ranks: Ranks,
+    gradient: str,
+    tokens: TokenGradient | None = None,
+    on_last: Callable[[], None] = lambda: None,
 ) -> nn.Module:
     """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks.
 
     tokens: reduces the gradient of the token vectors, which DDP then leaves alone.
+    on_last: of `sum`, called in a backward when only the sum over the ranks is waited for.
     """
     if ranks.num_ranks == 1:
         return encoder
@@ -96,7 +101,7 @@ def data_parallel(
         broadcast_buffers=False,
     )
     if gradient == "sum":
-        sum_gradients(wrapped, ranks)
+        sum_gradients(wrapped, on_last)
     return wrapped
 
 

@@ -25,6 +25,7 @@ from renee_ray.training.collectives import Ranks, all_sum
 from renee_ray.training.encoder import adamw, data_parallel
 from renee_ray.training.loss_scale import LossScale
 from renee_ray.training.model import Model
+from renee_ray.training.recorder import Recorder
 from renee_ray.training.schedule import warmup_cosine
 from renee_ray.training.scoring import Propensities, Scorer, evaluate
 from renee_ray.training.step import Step, StepResult
@@ -102,6 +103,7 @@ class Trainer:
     wish(): before every step, what this rank wishes for.
     offset: added to the scores of own labels when validating, float32 [n], or None.
     validation(): the batches of the validation split; empty: there is no such split.
+    recorder: of the time and work of this rank.
     """
 
     config: RunConfig
@@ -115,6 +117,7 @@ class Trainer:
     on_progress: Callable[[dict[str, Any]], None]
     on_checkpoint: Callable[[dict[str, float]], None]
     state: State = field(default_factory=State)
+    recorder: Recorder = field(default_factory=Recorder)
     wish: Callable[[], int] = lambda: 0
     stopped: bool = False
 
@@ -130,7 +133,13 @@ class Trainer:
             else TokenGradient(self.model.encoder, self.ranks, mean=settings.gradient == "mean")
         )
         self._step = Step(
-            data_parallel(self.model.encoder, self.ranks, settings.gradient, tokens),
+            data_parallel(
+                self.model.encoder,
+                self.ranks,
+                settings.gradient,
+                tokens,
+                lambda: self.recorder.enter("reduce"),
+            ),
             self.model.shard,
             self.optimizer,
             self.ranks,
@@ -141,6 +150,7 @@ class Trainer:
             self.state.loss_scale,
             settings.micro_batch,
             tokens,
+            self.recorder,
         )
 
     def run(self, batches: Iterator[Batch]) -> None:
@@ -157,11 +167,13 @@ class Trainer:
         if self.device.type == "cuda":
             ready = one_ahead(ready, self.plan.total - self.state.step)
         while self.state.step < self.plan.total and not self.stopped:
+            self.recorder.enter("data", self.state.step + 1)
             batch = next(ready)
             result, sampled = self.train_on(batch)
             meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
             tokens, cells = batch.padding(self.config.encoder.micro_batch)
             meter.tokens, meter.cells = meter.tokens + tokens, meter.cells + cells
+            self._record(batch, result, tokens, cells)
             if sampled:
                 meter.seconds = time.perf_counter() - started
                 self._sample(result, meter)
@@ -212,7 +224,19 @@ class Trainer:
             Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
         )
 
+    def _record(self, batch: Batch, result: StepResult, tokens: int, cells: int) -> None:
+        self.recorder.count(
+            steps=1,
+            skipped=int(result.skipped),
+            rows=len(batch),
+            label_rows=0 if result.skipped else result.rows * len(self.model.shard.owned),
+            tokens=tokens,
+            cells=cells,
+        )
+
     def _sample(self, result: StepResult, meter: Meter) -> None:
+        self.recorder.enter("loss")
+        self.recorder.sample(self.ranks)
         loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
         factor = warmup_cosine(self.state.step - 1, self.plan.total, self.config.warmup)
         record = {
@@ -238,7 +262,8 @@ class Trainer:
         if self.propensities is None:
             return {}
         scorer = Scorer(self.model.encoder, self.model.shard, self.ranks, self.device, self.offset)
-        metrics = evaluate(scorer, self.validation(), self.propensities)
+        batches = self.recorder.each(self.validation(), "evaluation_data", "evaluation")
+        metrics = evaluate(scorer, batches, self.propensities)
         epoch = self.plan.epochs_done(self.state.step)
         self.state.history["evals"].append(
             {"step": self.state.step, "epoch": epoch, "metrics": metrics}

@@ -33,6 +33,7 @@ from renee_ray.training.collectives import (
 from renee_ray.training.encoder import training_attention
 from renee_ray.training.gradient_cache import GradientCache
 from renee_ray.training.loss_scale import LossScale
+from renee_ray.training.recorder import Recorder
 from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.device import upload
 from renee_ray.xfc.shard import Pairs, Shard
@@ -66,6 +67,7 @@ class Step:
     loss_scale: of the encoder's gradient; is updated by each step.
     micro_batch: rows of this rank that the encoder works on at once; 0: all.
     tokens: reduces the gradient of the token vectors where DDP does not, or None.
+    recorder: is told which phase of the step begins.
     """
 
     encoder: nn.Module
@@ -79,6 +81,7 @@ class Step:
     loss_scale: LossScale = field(default_factory=LossScale)
     micro_batch: int = 0
     tokens: TokenGradient | None = None
+    recorder: Recorder = field(default_factory=Recorder)
 
     def __call__(
         self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False, wish: int = 0
@@ -87,24 +90,33 @@ class Step:
 
         wish: bits that all ranks are told, beside the row counts.
         """
+        enter = self.recorder.enter
+        enter("route")
         counts, wishes = announce(self.ranks, len(batch), wish)
         first = sum(counts[: self.ranks.rank])
         total = sum(counts)
         owned = self.shard.owned
         rows, labels = route(self.ranks, *batch.pairs(first), owned.num_labels)
+        enter("classifier")
         positives = Pairs(rows, labels, owned, self.device)
 
         with training_attention(self.device):
+            enter("encoder_forward")
             own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
             kept = dropout_mask(own.embeddings, self.dropout, self.seed, step, total, first)
-            everyone = gather_rows(self.ranks, own.embeddings * kept, counts)
-            if not bool(torch.isfinite(everyone).all()):
+            kept_embeddings = own.embeddings * kept
+            enter("gather")
+            everyone = gather_rows(self.ranks, kept_embeddings, counts)
+            finite = bool(torch.isfinite(everyone).all())
+            if not finite:
+                enter("encoder_backward")
                 own.backward(torch.zeros_like(own.embeddings))
                 self.optimizer.zero_grad(set_to_none=True)
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
                 return StepResult(zero, total, skipped=True, wishes=wishes)
 
             pending: list[scatter_rows] = []
+            enter("classifier")
             loss = self.shard.step(
                 everyone,
                 positives,
@@ -112,14 +124,20 @@ class Step:
                 with_loss=with_loss,
                 on_gradient=lambda dE: pending.append(scatter_rows(self.ranks, dE, counts)),
             )
-            own.backward(pending[0].wait() * (kept * self.loss_scale.value))
+            enter("scatter")
+            gradient = pending[0].wait()
+            enter("encoder_backward")
+            own.backward(gradient * (kept * self.loss_scale.value))
+            enter("reduce")
             if self.tokens is not None:
                 self.tokens.reduce()
+        enter("optimizer")
         finite = self._clip()
         self.loss_scale.update(finite)
         if finite:
             self.optimizer.step()
         else:
+            enter("classifier")
             undo_step(self.shard, everyone, positives, sgd)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, total, skipped=not finite, wishes=wishes)
@@ -133,7 +151,11 @@ class Step:
                 parameter.grad /= self.loss_scale.value
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.
-        if bool(all_sum(self.ranks, (~torch.isfinite(norm)).int().cpu())):
+        broken = (~torch.isfinite(norm)).int().cpu()
+        self.recorder.enter("reduce")
+        broken = all_sum(self.ranks, broken)
+        self.recorder.enter("optimizer")
+        if bool(broken):
             return False
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)

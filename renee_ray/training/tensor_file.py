@@ -82,7 +82,7 @@ def write(sink: BinaryIO, tensors: dict[str, Tensor]) -> FileFacts:
 def _pieces(tensor: Tensor, size: int) -> Iterator[memoryview]:
     flat = _bytes_of(tensor)
     for start in range(0, len(flat), size):
-        yield memoryview(flat[start : start + size].cpu().numpy())
+        yield flat[start : start + size].cpu().numpy().data
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -47,12 +46,9 @@ def workers(process: subprocess.Popen[str]) -> set[int]:
 
 
 def newest_commit(run: str) -> int:
-    """The step of the newest checkpoint that Ray Train has committed; -1: none."""
-    try:
-        text = Path(run, "checkpoint_manager_snapshot.json").read_text()
-    except FileNotFoundError:
-        return -1
-    return max((int(step) for step in re.findall(r"step-(\d+)", text)), default=-1)
+    """The step of the newest checkpoint that is committed; -1: none."""
+    newest = RunDirectory(run).checkpoints().newest()
+    return -1 if newest is None else newest.state.step
 
 
 def wait_for_commit(process: subprocess.Popen[str], run: str, step: int) -> None:
@@ -106,25 +102,21 @@ def test_undisturbed(trained: Run, dataset: str) -> None:
     assert record["rows_per_second"] > 0
 
 
-def directories(run: str, pattern: str) -> list[str]:
-    return sorted(path.name for path in Path(run).glob(pattern))
-
-
 @slow
 def test_the_newest_checkpoints_and_the_best_are_kept(trained: Run, dataset: str) -> None:
     total, every = planned_steps(dataset), RECIPE["checkpoint"]["every_steps"]
     steps = {*range(0, total, every), *(record["step"] for record in trained.history["evals"])}
-    newest = sorted(steps)[-RunDirectory(trained.path).config().checkpoint.keep :]
-    assert directories(trained.path, "step-*") == [f"step-{step:09d}" for step in newest]
-
+    run = RunDirectory(trained.path)
+    newest = set(sorted(steps)[-run.config().checkpoint.keep :])
     score = max(record["metrics"]["P@1"] for record in trained.history["evals"])
     first = next(r for r in trained.history["evals"] if r["metrics"]["P@1"] == score)
-    assert directories(trained.path, "best-*") == [f"best-{first['step']:09d}"]
-    run = RunDirectory(trained.path)
-    assert run.checkpoint("best").state.step == first["step"]
-    best = run.best()
-    assert best is not None and best["metrics"] == first["metrics"]
-    assert run.checkpoint("last").state.step == total
+    found = [each.step for each in run.checkpoints().found()]
+    assert found == sorted(newest | {first["step"]}, reverse=True)
+    assert len(list(Path(trained.path, "checkpoints").iterdir())) == len(found)
+    best, last = run.checkpoint("best"), run.checkpoint("last")
+    assert (best.state.step, best.manifest.metrics) == (first["step"], first["metrics"])
+    assert last.state.step == total
+    last.verify()
 
 
 @slow

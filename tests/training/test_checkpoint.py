@@ -10,18 +10,33 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from renee_ray.config import EncoderConfig
+from renee_ray.training import tensor_file
 from renee_ray.training.batch import Position
-from renee_ray.training.checkpoint import Checkpoint, CheckpointError, State, save, shard_name
+from renee_ray.training.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    Manifest,
+    State,
+    moments_of,
+    set_moments,
+    shard_name,
+)
+from renee_ray.training.checkpoints import Checkpoints
 from renee_ray.training.encoder import adamw
 from renee_ray.training.loss_scale import LossScale
+from renee_ray.training.tensor_file import FileFacts, TensorFile
+from renee_ray.training.tensor_file import write as write_tensors
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
 
 CPU = torch.device("cpu")
+NAME = "step-000000031-0123abcd"
 LABELS, DIM = 17, 6
 STATE = State(
     Position(2, 5),
@@ -71,21 +86,33 @@ def filled_shard(num_ranks: int, rank: int, precision: str, momentum: bool = Tru
 
 
 def write(
-    directory: Path, precision: str = "bf16_split", momentum: bool = True, num_ranks: int = 3,
+    run: Path, precision: str = "bf16_split", momentum: bool = True, num_ranks: int = 3,
     steps: int = 3,
 ) -> Checkpoint:  # fmt: skip
-    directory.mkdir(exist_ok=True)
+    """A checkpoint as `num_ranks` ranks write it, without their processes."""
     encoder, optimizer = model()
     train(encoder, optimizer, 1, steps)
-    ranges = [split_range(LABELS, num_ranks, rank) for rank in range(num_ranks)]
+    directory = run / "checkpoints" / NAME
+    directory.mkdir(parents=True, exist_ok=True)
+    files: dict[str, FileFacts] = {}
+
+    def put(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        with (directory / name).open("wb") as sink:
+            files[name] = write_tensors(sink, tensors)
+
     for rank in range(num_ranks):
         shard = filled_shard(num_ranks, rank, precision, momentum)
-        save(str(directory), STATE, encoder, optimizer, shard, ranges, rank)  # type: ignore[arg-type]
-    return opened(directory)
+        if len(shard.owned):
+            name = shard_name(*split_range(LABELS, num_ranks, rank))
+            put(name, shard.weights.tensors())
+    put("encoder.safetensors", {k: t.contiguous() for k, t in encoder.state_dict().items()})
+    put("optimizer.safetensors", moments_of(encoder, optimizer))  # type: ignore[arg-type]
+    (directory / MANIFEST).write_text(Manifest(STATE, {"P@1": 44.5}, files, 1e9).to_json())
+    return opened(run)
 
 
-def opened(directory: Path) -> Checkpoint:
-    return Checkpoint(pafs.LocalFileSystem(), str(directory))
+def opened(run: Path) -> Checkpoint:
+    return Checkpoints(str(run)).at(NAME)
 
 
 @pytest.mark.parametrize("precision", STORAGES)
@@ -133,8 +160,8 @@ class Counting:
             def __exit__(self, *_: object) -> None:
                 file.close()
 
-            def read(self) -> bytes:
-                return self._count(file.read())
+            def read(self, nbytes: int | None = None) -> bytes:
+                return self._count(file.read(nbytes))
 
             def read_at(self, nbytes: int, offset: int) -> bytes:
                 return self._count(file.read_at(nbytes, offset))
@@ -150,20 +177,51 @@ class Counting:
 def test_only_the_bytes_of_the_own_labels_are_read(tmp_path: Path) -> None:
     write(tmp_path, "bf16_split")
     counting = Counting()
-    checkpoint = Checkpoint(counting, str(tmp_path))  # type: ignore[arg-type]
+    checkpoint = Checkpoint(counting, str(folder_of(tmp_path)))  # type: ignore[arg-type]
     shard = empty_shard(5, 1, "bf16_split")  # labels 3..6: of the first two files
     assert (shard.owned.start, shard.owned.stop) == (3, 6)
     checkpoint.load_shard(shard)
     names = [shard_name(0, 5), shard_name(5, 11)]
-    assert set(counting.bytes) == {"state.json", *names}
-    headers = 0
-    for name in names:
-        headers += 8 + int.from_bytes((tmp_path / name).read_bytes()[:8], "little")
-    assert sum(counting.bytes[name] for name in names) == headers + shard.weights.nbytes()
+    assert set(counting.bytes) == {MANIFEST, *names}
+
+
+def test_a_range_costs_its_blocks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tensor, whole blocks around the rows that are wanted; in several strides."""
+    monkeypatch.setattr(tensor_file, "BLOCK", 64)
+    monkeypatch.setattr(tensor_file, "STRIDE", 192)
+    rows, width = 1000, 6
+    tensor = torch.arange(rows * width, dtype=torch.float32).view(rows, width)
+    path = tmp_path / "t.safetensors"
+    with path.open("wb") as sink:
+        facts = write_tensors(sink, {"a": tensor, "b": tensor + 0.5})
+    assert facts.bytes == path.stat().st_size
+    counting = Counting()
+    for first, last in (0, 1000), (7, 8), (100, 500), (999, 1000), (3, 3):
+        counting.bytes.clear()
+        with counting.open_input_file(str(path)) as file:
+            opened_file = TensorFile(file, facts)
+            before = counting.bytes["t.safetensors"]
+            out = torch.empty(last - first, width)
+            opened_file.read_into("b", out, first * width * 4)
+        assert torch.equal(out, tensor[first:last] + 0.5)
+        wanted = (last - first) * width * 4
+        assert counting.bytes["t.safetensors"] - before <= wanted + 2 * 64
+
+
+def test_other_readers_of_safetensors_read_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    loaded = load_file(folder_of(tmp_path) / SECOND)
+    checkpoint = opened(tmp_path)
+    shard = empty_shard(3, 1, "bf16_split")
+    checkpoint.load_shard(shard)
+    for name, tensor in shard.weights.tensors().items():
+        assert torch.equal(loaded[name], tensor)
 
 
 def test_state_comes_back(tmp_path: Path) -> None:
-    assert write(tmp_path).state == STATE
+    checkpoint = write(tmp_path)
+    assert checkpoint.state == STATE
+    checkpoint.verify()
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -174,7 +232,7 @@ def test_encoder_and_optimizer_go_on_bit_for_bit(tmp_path: Path, steps: int) -> 
     train(encoder, optimizer, 1, steps)
     other, other_optimizer = model(seed=9)
     checkpoint.load_encoder(other)  # type: ignore[arg-type]
-    checkpoint.load_optimizer(other, other_optimizer)  # type: ignore[arg-type]
+    set_moments(other, other_optimizer, checkpoint.moments())  # type: ignore[arg-type]
     train(encoder, optimizer, 2)
     train(other, other_optimizer, 2)
     for (name, found), wanted in zip(
@@ -191,65 +249,77 @@ def test_encoder_and_optimizer_go_on_bit_for_bit(tmp_path: Path, steps: int) -> 
 SECOND = shard_name(5, 11)
 
 
-def edit_state(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    state = json.loads((directory / "state.json").read_text())
-    change(state)
-    (directory / "state.json").write_text(json.dumps(state))
+def folder_of(run: Path) -> Path:
+    return run / "checkpoints" / NAME
 
 
-def cut(directory: Path, name: str, size: int) -> None:
-    path = directory / name
+def edit(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder_of(run) / MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def cut(run: Path, name: str, size: int) -> None:
+    path = folder_of(run) / name
     path.write_bytes(path.read_bytes()[:size])
 
 
-def edit_header(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    raw = (directory / SECOND).read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    (directory / SECOND).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+def flip(run: Path, name: str, at: int) -> None:
+    path = folder_of(run) / name
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(bytes(raw))
+
+
+def file(run: Path, name: str = SECOND) -> Path:
+    return folder_of(run) / name
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "truncated": lambda d: cut(d, SECOND, (d / SECOND).stat().st_size - 1),
+    "truncated": lambda d: cut(d, SECOND, file(d).stat().st_size - 1),
     "header cut": lambda d: cut(d, SECOND, 20),
     "empty file": lambda d: cut(d, SECOND, 0),
-    "huge header": lambda d: (d / SECOND).write_bytes(b"\xff" * 400),
-    "missing file": lambda d: (d / SECOND).unlink(),
-    "rows missing": lambda d: edit_state(d, lambda s: s["shards"].remove(SECOND)),
-    "rows twice": lambda d: edit_state(
-        d, lambda s: s.update(shards=[shard_name(0, 5), shard_name(11, 17), shard_name(11, 17)])
+    "huge header": lambda d: file(d).write_bytes(b"\xff" * 400),
+    "a bit of the header": lambda d: flip(d, SECOND, 12),
+    "a bit of the weights": lambda d: flip(d, SECOND, file(d).stat().st_size - 1),
+    "a bit of the encoder": lambda d: flip(d, "encoder.safetensors", -1),
+    "a bit of the optimizer": lambda d: flip(d, "optimizer.safetensors", -1),
+    "missing file": lambda d: file(d).unlink(),
+    "rows missing": lambda d: edit(d, lambda m: m["files"].pop(SECOND)),
+    "another file's content": lambda d: file(d).write_bytes(file(d, shard_name(0, 5)).read_bytes()),
+    "format version": lambda d: edit(d, lambda m: m.update(format_version=2)),
+    "no version": lambda d: edit(d, lambda m: m.pop("format_version")),
+    "another directory": lambda d: edit(
+        d, lambda m: m["files"].update({"../x.safetensors": m["files"][SECOND]})
     ),
-    "fewer rows than the name says": lambda d: (d / SECOND).write_bytes(
-        (d / shard_name(0, 5)).read_bytes()
+    "another directory, well named": lambda d: edit(
+        d, lambda m: m["files"].update({"../" + SECOND: m["files"].pop(SECOND)})
     ),
-    "header of another kind": lambda d: edit_header(d, lambda h: h.update({"weight.high": [1, 2]})),
-    "format version": lambda d: edit_state(d, lambda s: s.update(format_version=1)),
-    "no version": lambda d: edit_state(d, lambda s: s.pop("format_version")),
-    "another directory": lambda d: edit_state(d, lambda s: s["shards"].append("../x.safetensors")),
-    "another directory, well named": lambda d: edit_state(
-        d, lambda s: s["shards"].append("../" + SECOND)
-    ),
-    "not a list": lambda d: edit_state(d, lambda s: s.update(shards=3)),
-    "unknown field": lambda d: edit_state(d, lambda s: s.update(more=3)),
-    "no position": lambda d: edit_state(d, lambda s: s.pop("position")),
-    "state is no JSON": lambda d: (d / "state.json").write_text("{"),
-    "state is a list": lambda d: (d / "state.json").write_text("[]"),
-    "state is binary": lambda d: (d / "state.json").write_bytes(b"\xff\xfe\x00"),
-    "no state": lambda d: (d / "state.json").unlink(),
+    "no mapping": lambda d: edit(d, lambda m: m.update(files=3)),
+    "a size that is none": lambda d: edit(d, lambda m: m["files"][SECOND].update(bytes="7")),
+    "a negative size": lambda d: edit(d, lambda m: m["files"][SECOND].update(bytes=-7)),
+    "unknown field": lambda d: edit(d, lambda m: m["state"].update(more=3)),
+    "no position": lambda d: edit(d, lambda m: m["state"].pop("position")),
+    "a step that is no number": lambda d: edit(d, lambda m: m["state"].update(step="31")),
+    "history is no list": lambda d: edit(d, lambda m: m["state"].update(history={"steps": 3})),
+    "manifest is no JSON": lambda d: file(d, MANIFEST).write_text("{"),
+    "manifest is deep": lambda d: file(d, MANIFEST).write_text("[" * 100_000),
+    "manifest is a list": lambda d: file(d, MANIFEST).write_text("[]"),
+    "manifest is binary": lambda d: file(d, MANIFEST).write_bytes(b"\xff\xfe\x00"),
+    "no manifest": lambda d: file(d, MANIFEST).unlink(),
     "encoder cut": lambda d: cut(d, "encoder.safetensors", 100),
-    "no encoder": lambda d: (d / "encoder.safetensors").unlink(),
+    "no encoder": lambda d: file(d, "encoder.safetensors").unlink(),
     "optimizer cut": lambda d: cut(d, "optimizer.safetensors", 100),
-    "no optimizer": lambda d: (d / "optimizer.safetensors").unlink(),
+    "no optimizer": lambda d: file(d, "optimizer.safetensors").unlink(),
 }
 
 
-def load_all(directory: Path, precision: str = "bf16_split", dim: int = DIM) -> None:
-    checkpoint = opened(directory)
+def load_all(run: Path, precision: str = "bf16_split", dim: int = DIM) -> None:
+    checkpoint = opened(run)
     encoder, optimizer = model()
     checkpoint.load_encoder(encoder)  # type: ignore[arg-type]
-    checkpoint.load_optimizer(encoder, optimizer)  # type: ignore[arg-type]
+    set_moments(encoder, optimizer, checkpoint.moments())  # type: ignore[arg-type]
     checkpoint.load_shard(empty_shard(1, 0, precision, dim=dim))
 
 
@@ -258,10 +328,11 @@ def test_what_is_damaged_is_refused_in_one_sentence(tmp_path: Path, damage: str)
     write(tmp_path)
     load_all(tmp_path)
     DAMAGES[damage](tmp_path)
-    with pytest.raises(CheckpointError) as caught:
-        load_all(tmp_path)
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+    for look in load_all, lambda run: opened(run).verify():
+        with pytest.raises(CheckpointError) as caught:
+            look(tmp_path)
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,21 @@ def first_weights() -> torch.Tensor:
     return torch.randn(LABELS, DIM, generator=torch.Generator().manual_seed(2)) * 0.3
 
 
+def batch_of(ranks: Ranks, number: int) -> Batch:
+    """This rank's rows of one global batch."""
+    tokens, labels = global_batches()[number]
+    mine = slice(*split_range(len(tokens), ranks.num_ranks, ranks.rank))
+    rows = len(tokens[mine])
+    return Batch(
+        Position(0, number),
+        np.arange(rows),
+        Ragged.of_lists(tokens[mine]),
+        Ragged.of_lists(labels[mine]),
+        Ragged.of_lists([[]] * rows),
+        pad_id=0,
+    )
+
+
 def distributed(
     ranks: Ranks,
     precision: str,
@@ -100,17 +115,8 @@ def distributed(
         tokens=tokens,
     )
     losses, skipped = [], []
-    for number, (tokens, labels) in enumerate(global_batches()):
-        mine = slice(*split_range(len(tokens), ranks.num_ranks, ranks.rank))
-        rows = len(tokens[mine])
-        batch = Batch(
-            Position(0, number),
-            np.arange(rows),
-            Ragged.of_lists(tokens[mine]),
-            Ragged.of_lists(labels[mine]),
-            Ragged.of_lists([[]] * rows),
-            pad_id=0,
-        )
+    for number in range(STEPS):
+        batch = batch_of(ranks, number)
         if number == poisoned and ranks.rank == 0:
             hook = encoder.out.register_forward_hook(lambda *call: call[-1] * torch.nan)
         if number == poisoned_backward and ranks.rank == 0:

@@ -1,0 +1,278 @@
+"""Runs that are watched: their metrics, log lines, status, curves, and who holds them up."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from renee_ray.config import RunConfig, make_config, read_yaml
+from renee_ray.data import storage
+from renee_ray.service.exported import METRICS, Exported
+from renee_ray.service.train import train
+from renee_ray.status import read_status
+from renee_ray.training.recorder import KINDS, Totals
+
+from .conftest import Run, descendants, end, finish, run_of, start
+from .test_train import assert_same_outcome, planned_steps, wait_for_commit, workers
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 24
+HELD_S, FREE_S = 0.12, 0.04
+SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+@dataclass
+class Watched:
+    """A run and what was seen of it from outside while it went on.
+
+    series: last value by (name, sorted tags without Ray's own); states: of `status`; text: on
+    the driver's standard error; lines: of all workers' logs.
+    """
+
+    path: str
+    result: dict[str, Any]
+    series: dict[tuple[str, tuple[tuple[str, str], ...]], float]
+    states: list[dict[str, Any]]
+    text: str
+    lines: list[dict[str, Any]]
+
+    def value(self, name: str, **tags: str) -> float:
+        wanted = {"run": "watched", **tags}
+        found = [v for (n, t), v in self.series.items() if n == name and wanted.items() <= {*t}]
+        assert len(found) == 1, (name, tags, found)
+        return found[0]
+
+
+def scraped(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    found = {}
+    for name, tags, value in SERIES.findall(text):
+        pairs = re.findall(r'(\w+)="([^"]*)"', tags)
+        ours = tuple(sorted((k, v) for k, v in pairs if k in OUR_TAGS))
+        found[name, ours] = float(value)
+    return found
+
+
+OUR_TAGS = {"run", "rank"} | {tag for metric in METRICS for tag in metric.tags}
+
+
+@pytest.fixture(scope="module")
+def watched(
+    dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    """Two workers, one of which is held back: stopped for most of the time."""
+    path = str(tmp_path_factory.mktemp("runs") / "watched")
+    config = make_config(
+        RunConfig,
+        read_yaml(recipe),
+        {
+            "data": dataset, "output": path, "epochs": EPOCHS,
+            "evaluation": {"every": EPOCHS / 2}, "checkpoint": {"every_steps": 0},
+            "observe": {
+                "log_format": "json", "log_to": ["tensorboard"],
+                "straggler_window_s": 4.0, "straggler_factor": 1.4,
+            },
+        },
+    )  # fmt: skip
+    port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
+    ray.init(
+        num_cpus=4, include_dashboard=False, log_to_driver=False, _metrics_export_port=port,
+        _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
+    )  # fmt: skip
+    series: dict[Any, float] = {}
+    states: list[dict[str, Any]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(1):
+            with contextlib.suppress(OSError):
+                series.update(scraped(port))
+            with contextlib.suppress(Exception):
+                states.append(read_status(path, time.time()))
+
+    def hold_back() -> None:
+        while not over.wait(0.5) and not any(state["step"] for state in states):
+            pass
+        pids = [p for p, line in descendants(os.getpid()).items() if "ray::RayTrainWorker" in line]
+        while not over.wait(FREE_S):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(max(pids), signal.SIGSTOP)
+                time.sleep(HELD_S)
+                os.kill(max(pids), signal.SIGCONT)
+
+    threads = [threading.Thread(target=look), threading.Thread(target=hold_back)]
+    text = io.StringIO()
+    try:
+        for thread in threads:
+            thread.start()
+        with contextlib.redirect_stderr(text):
+            result = train(config)
+        other = Exported("other", 0)
+        other.totals(Totals(skipped=1))
+        storage.on_retry[0]()
+        limit = time.monotonic() + 30
+        while time.monotonic() < limit and len({n for n, _ in scraped(port)}) < len(METRICS):
+            time.sleep(0.5)
+        series.update(scraped(port))
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        logs = [p.read_text() for p in Path(temporary).glob("session_2*/logs/worker-*.err")]
+        ray.shutdown()
+        storage.on_retry.clear()
+        shutil.rmtree(temporary, ignore_errors=True)
+    lines = [json.loads(ln) for log in logs for ln in log.splitlines() if ln.startswith("{")]
+    yield Watched(path, result, series, states, text.getvalue(), lines)
+
+
+def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
+    assert {name for name, _ in watched.series} >= {metric.exported for metric in METRICS}
+    seconds = {
+        (phase, rank): watched.value(
+            "ray_renee_ray_phase_seconds_total", phase=phase, kind=kind, rank=rank
+        )
+        for phase, kind in KINDS.items()
+        for rank in "01"
+        if kind in ("own", "collective")
+    }
+    assert all(0 < value < 200 for value in seconds.values())
+    steps = watched.value("ray_renee_ray_steps_total", rank="0")
+    assert 0 < steps <= watched.result["step"]
+    rows = sum(watched.value("ray_renee_ray_rows_total", rank=rank) for rank in "01")
+    assert 0.8 * steps * 32 <= rows <= 1.2 * steps * 32
+    labels = sum(watched.value("ray_renee_ray_label_rows_total", rank=rank) for rank in "01")
+    assert labels == pytest.approx(rows * 2000, rel=0.25)
+    tokens = watched.value("ray_renee_ray_tokens_total", rank="0")
+    assert 0.5 < tokens / watched.value("ray_renee_ray_token_cells_total", rank="0") <= 1
+    assert watched.value("ray_renee_ray_checkpoint_bytes_total", rank="0") > 20e6
+    assert watched.value("ray_renee_ray_loss", rank="0") > 0
+    assert watched.value("ray_renee_ray_validation", rank="0", metric="P@1") > 0
+    total = watched.value("ray_renee_ray_total_steps", rank="0")
+    assert total == watched.result["step"]
+
+
+def test_the_worker_that_is_held_back_is_named(watched: Watched) -> None:
+    said = re.findall(r"rank (\d) on (\S+ \(\S+\)) is slow: (\S+) times", watched.text)
+    assert said, watched.text
+    ranks = {rank for rank, *_ in said}
+    assert len(ranks) == 1
+    assert {node for _, node, _ in said} == {said[0][1]} and socket.gethostname() in said[0][1]
+    slow = {r["rank"] for state in watched.states for r in state["ranks"] if r["slow"]}
+    assert slow == {int(ranks.pop())}
+
+
+def test_the_status_goes_with_the_run(watched: Watched) -> None:
+    states = [state["state"] for state in watched.states]
+    order = list(dict.fromkeys(states))
+    assert order[0] == "waiting" and "running" in order
+    steps = [state["step"] for state in watched.states if state["step"]]
+    assert steps == sorted(steps) and len(set(steps)) > 2
+    last = read_status(watched.path, time.time())
+    assert (last["state"], last["step"]) == ("finished", watched.result["step"])
+    assert last["restarts"] == last["skipped"] == 0
+    assert last["evaluation"]["metrics"] == watched.result["validation"]
+    assert last["best"]["metrics"]["P@1"] == watched.result["best"]
+    assert last["checkpoint"]["step"] == last["step"]
+    assert [each["rank"] for each in last["ranks"]] == [0, 1]
+
+
+def test_log_lines_are_json_with_rank_and_step(watched: Watched) -> None:
+    assert {line["rank"] for line in watched.lines} == {0, 1}
+    assert all(line["run"] == "watched" for line in watched.lines)
+    slow = [line for line in watched.lines if "is slow" in line["message"]]
+    assert slow and all(line["level"] == "WARNING" and line["step"] > 0 for line in slow)
+    started = [line for line in watched.lines if "of 2 on" in line["message"]]
+    assert len(started) == 2 and {line["level"] for line in started} == {"INFO"}
+
+
+def test_curves_are_in_tensorboard(watched: Watched) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(f"{watched.path}/tensorboard", {"scalars": 0})
+    events.Reload()
+    history = json.loads(Path(watched.path, "history.json").read_text())
+    loss = [(each.step, pytest.approx(each.value)) for each in events.Scalars("train/loss")]
+    assert loss == [(each["step"], each["loss"]) for each in history["steps"]]
+    validation = [each.value for each in events.Scalars("validation/P@1")]
+    assert validation == pytest.approx([each["metrics"]["P@1"] for each in history["evals"]])
+    assert events.Scalars("seconds/classifier")[-1].value > 0
+
+
+def test_a_worker_that_hangs_is_named_and_replaced(
+    trained: Run, dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "run")
+    process = start(
+        "train", recipe, f"data={dataset}", f"output={path}", "--json", "num_workers=3",
+        "timeout_s=10",
+    )  # fmt: skip
+    try:
+        wait_for_commit(process, path, 5)
+        victim = max(workers(process))
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(14)
+        os.kill(victim, signal.SIGKILL)
+        run = run_of(path, finish(process))
+    finally:
+        end(process)
+    said = run.command.stderr
+    named = re.search(rf"rank (\d) on \S+ \(\S+\) \(process {victim}\) has sent nothing", said)
+    assert named, said
+    assert "2 others wait for it in phase" in said
+    assert "the workers were started again" in said
+    assert not re.search(rf"rank (?!{named[1]})\d on \S+ \(\S+\) \(process \d+\) has", said), said
+    assert_same_outcome(run, trained, points=3.0)
+    assert len(run.history["steps"]) == planned_steps(dataset)
+    status = read_status(path, time.time())
+    assert (status["state"], status["restarts"]) == ("finished", 1)
+
+
+def test_a_run_that_gives_up_says_who_did_not_come(
+    dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "run")
+    process = start(
+        "train", recipe, f"data={dataset}", f"output={path}", "timeout_s=8",
+        "checkpoint.max_failures=0",
+    )  # fmt: skip
+    try:
+        wait_for_commit(process, path, 5)
+        victim = max(workers(process))
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(12)
+        os.kill(victim, signal.SIGKILL)
+        done = finish(process)
+    finally:
+        end(process)
+    assert done.status == 1
+    sentence = done.stderr.splitlines()[-1]
+    assert sentence.startswith("renee-ray: the workers gave up waiting for each other after 8 s")
+    assert f"(process {victim}) has sent nothing" in sentence
+    status = read_status(path, time.time())
+    assert status["state"] == "failed" and f"(process {victim})" in status["reason"]

@@ -1,0 +1,98 @@
+"""TensorBoard and MLflow, really written and read again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from renee_ray.config import ReneeError, RunConfig, make_config
+from renee_ray.service import sinks
+from renee_ray.service.sinks import CURVES, Sinks, check_sinks
+
+
+def config(output: str, *names: str, **observe: Any) -> RunConfig:
+    return make_config(
+        RunConfig, {"data": "d", "output": output, "observe": {"log_to": names, **observe}}
+    )
+
+
+def record(step: int, loss: float) -> dict[str, float]:
+    return dict.fromkeys(CURVES, 1.0) | {"step": step, "loss": loss}
+
+
+def written(made: RunConfig, first: int, losses: list[float]) -> None:
+    """A run, or the rest of one, whose records are of steps first + 1, ..."""
+    opened = Sinks(made, 0, first)
+    for step, loss in enumerate(losses, start=first + 1):
+        opened.record(record(step, loss), {"classifier": 0.25})
+    opened.validation(first + len(losses), {"P@1": 40.0})
+    opened.close()
+
+
+def test_tensorboard_of_a_run_that_was_cut_off_and_resumed(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = config(str(tmp_path), "tensorboard")
+    written(made, 0, [5.0, 4.0, 3.0])
+    written(made, 2, [2.0, 1.0])  # from the checkpoint of step 2
+    events = EventAccumulator(f"{tmp_path}/tensorboard", {"scalars": 0})
+    events.Reload()
+    losses = [(each.step, each.value) for each in events.Scalars("train/loss")]
+    assert losses == [(1, 5.0), (2, 4.0), (3, 2.0), (4, 1.0)]
+    assert [each.value for each in events.Scalars("seconds/classifier")][-1] == 0.25
+    assert events.Scalars("validation/P@1")[-1].value == 40.0
+
+
+def test_mlflow_of_a_run_that_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # spares the test a server
+    made = config(str(tmp_path), "mlflow")
+    written(made, 0, [5.0, 4.0])
+    written(made, 2, [3.0])
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("renee_ray")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["classifier.momentum"] == "0.9"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(each.step, each.value) for each in history] == [(1, 5.0), (2, 4.0), (3, 3.0)]
+    assert run.data.metrics["validation/P_at_1"] == 40.0
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    opened = Sinks(config(str(tmp_path), "tensorboard"), 1, 0)
+    opened.record(record(1, 5.0), {})
+    opened.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sink_that_fails_is_said_once_and_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory")
+    with caplog.at_level(logging.WARNING):
+        written(config(str(tmp_path), "tensorboard", tensorboard_dir=str(blocked)), 0, [1.0] * 5)
+    assert len(caplog.records) == 1 and "nothing more is written there" in caplog.text
+
+
+def test_what_cannot_be_had_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ReneeError, match=r"set observe\.tensorboard_dir"):
+        check_sinks(config("s3://bucket/run", "tensorboard"))
+    check_sinks(config("s3://bucket/run", "tensorboard", tensorboard_dir=str(tmp_path)))
+    check_sinks(config("s3://bucket/run"))
+    monkeypatch.setitem(sinks.PACKAGES, "mlflow", "json")  # whether it is installed or not
+    with pytest.raises(ReneeError, match="needs MLFLOW_TRACKING_URI"):
+        check_sinks(config(str(tmp_path), "mlflow"))
+    monkeypatch.setitem(sinks.PACKAGES, "mlflow", "no_such_package")
+    with pytest.raises(ReneeError, match=r"pip install 'renee_ray\[mlflow\]'"):
+        check_sinks(config(str(tmp_path), "mlflow"))

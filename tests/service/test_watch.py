@@ -1,0 +1,106 @@
+"""Who is slow and who did not come, decided on made-up beats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from renee_ray.service.watch import Beat, Stragglers, Watch, beat_seconds
+from renee_ray.training.recorder import Pace
+
+GATHER = Beat(1, 0, "alpha (10.0.0.1)", 100, 120, "gather", 900, 0.0)
+
+
+def told(watch: Watch, beats: list[Beat], now: float) -> None:
+    for beat in beats:
+        watch.saw(beat, now)
+
+
+def waiting(rank: int, seconds: float) -> Beat:
+    return replace(GATHER, rank=rank, seconds=seconds, pid=100 + rank)
+
+
+def test_a_worker_that_hangs_elsewhere_is_named_with_its_phase() -> None:
+    watch = Watch(60)
+    late = Beat(1, 2, "beta (10.0.0.2)", 102, 120, "data", 897, 31.0)
+    told(watch, [waiting(0, 31), waiting(1, 31), late], now=50)
+    said = watch.complaint(50)
+    assert said is not None
+    assert "rank 2 on beta (10.0.0.2) (process 102) has been in phase `data` of step 120" in said
+    assert "for 31 s" in said and "2 others wait for it in phase `gather`" in said
+    assert "rank 0" not in said and "rank 1" not in said
+    assert watch.complaint(51) is None, "said twice"
+    assert "rank 2" in watch.blamed(80) and watch.blamed(1000) == ""
+
+
+def test_a_worker_that_is_not_heard_of_is_named() -> None:
+    watch = Watch(10)
+    stopped = Beat(1, 2, "beta", 102, 120, "classifier", 899, 0.1)
+    told(watch, [waiting(0, 0), waiting(1, 0), stopped], now=0)
+    for now in range(1, 20):
+        told(watch, [waiting(0, now), waiting(1, now)], now)
+        said = watch.complaint(now)
+        assert (said is not None) == (now == 6), now
+        if said:
+            assert "rank 2 on beta (process 102) has sent nothing for 6 s" in said
+            assert "phase `classifier` of step 120" in said
+
+
+@pytest.mark.parametrize(
+    "beats",
+    [
+        [waiting(0, 40), waiting(1, 40)],  # all are there: the network is slow
+        [waiting(0, 2), replace(GATHER, rank=1, phase="classifier", entered=899, seconds=2)],
+        # the one in front works itself
+        [replace(GATHER, phase="classifier", entered=901, seconds=40), waiting(1, 40)],
+    ],
+)
+def test_nobody_is_accused_without_reason(beats: list[Beat]) -> None:
+    watch = Watch(60)
+    told(watch, beats, 0)
+    assert watch.complaint(0) is None
+
+
+def test_a_group_that_has_ended_or_was_replaced_is_not_judged() -> None:
+    watch = Watch(60)
+    late = replace(GATHER, rank=1, entered=899, phase="data", seconds=40)
+    told(watch, [waiting(0, 40), late], 0)
+    watch.saw(replace(waiting(0, 41), ended=True), 1)
+    assert watch.complaint(2) is None
+    told(watch, [replace(waiting(0, 0), group=2), replace(late, group=1)], 3)
+    assert watch.complaint(100) is None
+    told(watch, [replace(waiting(0, 40), group=2), replace(late, group=2)], 104)
+    assert watch.complaint(104) is not None
+
+
+def test_several_beats_fit_into_a_time_out() -> None:
+    assert [beat_seconds(timeout) for timeout in (5, 12, 120)] == [1, 2, 5]
+
+
+def paces(*own: float) -> list[Pace]:
+    return [Pace(max(own), each, 0.0) for each in own]
+
+
+def test_a_slow_rank_is_named_once_a_window() -> None:
+    stragglers = Stragglers(factor=1.5, window_s=10)
+    said = [stragglers.add(paces(1, 1.1, 2), now) for now in range(25)]
+    assert [now for now, found in enumerate(said) if found] == [10, 21]
+    ((rank, times),) = said[10]
+    assert rank == 2 and times == pytest.approx(2 / 1.1)
+    assert stragglers.slow == [2]
+    for now in range(25, 40):
+        stragglers.add(paces(1, 1.1, 1.2), now)
+    assert stragglers.slow == []
+
+
+def test_one_slow_sample_is_not_a_slow_window() -> None:
+    stragglers = Stragglers(factor=1.5, window_s=10)
+    samples = [paces(1, 1, 3 if now == 5 else 1) for now in range(11)]
+    assert not any(stragglers.add(sample, now) for now, sample in enumerate(samples))
+
+
+def test_of_two_ranks_the_slow_one_is_named() -> None:
+    stragglers = Stragglers(factor=1.5, window_s=0.5)
+    stragglers.add(paces(1, 1.6), 0)
+    assert stragglers.add(paces(1, 1.6), 1) == [(1, pytest.approx(1.6))]

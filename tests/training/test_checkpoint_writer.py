@@ -1,0 +1,302 @@
+"""Writing checkpoints beside training: what is committed is whole, whoever dies and whenever."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import pytest
+import torch
+from torch import nn
+
+from renee_ray.config import EncoderConfig
+from renee_ray.training import checkpoint_writer
+from renee_ray.training.batch import Position
+from renee_ray.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, State
+from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
+from renee_ray.training.checkpoints import Checkpoints
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.encoder import adamw
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.storage import Weights
+
+from .gloo import on_ranks
+
+LABELS, DIM, METRIC = 17, 6, "P@1"
+CPU = torch.device("cpu")
+
+
+class Worker:
+    """What a rank saves: all its numbers are `step`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
+        self.shard = Shard(owned, Weights("fp32", len(owned), DIM, True, CPU))
+        self.encoder = nn.Linear(DIM, DIM)
+        self.optimizer = adamw(self.encoder, EncoderConfig())  # type: ignore[arg-type]
+
+    def at(self, step: int) -> Worker:
+        tensors = [*self.shard.weights.tensors().values(), *self.encoder.parameters()]
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.fill_(step)
+        return self
+
+    def save(self, writer: CheckpointWriter, step: int, metrics: dict[str, float]) -> None:
+        state = State(Position(0, step), step, facts={"num_labels": LABELS})
+        writer.save(state, self.encoder, self.optimizer, self.shard, metrics)  # type: ignore[arg-type]
+
+
+def saved_step(checkpoint: Checkpoint) -> int:
+    """The step that all of a checkpoint's numbers are of."""
+    checkpoint.verify()
+    worker = Worker(Ranks())
+    checkpoint.load_shard(worker.shard)
+    checkpoint.load_encoder(worker.encoder)  # type: ignore[arg-type]
+    tensors = [*worker.shard.weights.tensors().values(), *worker.encoder.parameters()]
+    numbers = {float(value) for tensor in tensors for value in tensor.detach().flatten()}
+    assert numbers == {float(checkpoint.state.step)}
+    return checkpoint.state.step
+
+
+def writer_of(run: Path, ranks: Ranks | None = None, **more: Any) -> CheckpointWriter:
+    return CheckpointWriter(Checkpoints(str(run)), ranks or Ranks(), 2, METRIC, **more)
+
+
+def steps(run: Path) -> list[int]:
+    return [found.step for found in Checkpoints(str(run)).found()]
+
+
+def save_some(ranks: Ranks, run: str, background: bool) -> torch.Tensor:
+    worker, writer = Worker(ranks), writer_of(Path(run), ranks, background=background)
+    committed = []
+    for step in (1, 2, 3):
+        worker.at(step).save(writer, step, {})
+        worker.at(99)  # training goes on while it is written
+        committed.append(writer.wait())
+    return torch.tensor(committed)
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_all_ranks_write_one_checkpoint(tmp_path: Path, num_ranks: int, background: bool) -> None:
+    found = on_ranks(num_ranks, save_some, str(tmp_path), background)
+    assert all(each.all() for each in found)
+    assert steps(tmp_path) == [3, 2]
+    newest = Checkpoints(str(tmp_path)).newest()
+    assert newest is not None and saved_step(newest) == 3
+    assert len(list(newest.manifest.shards())) == num_ranks
+
+
+def fail_on_rank_1(ranks: Ranks, run: str) -> torch.Tensor:
+    worker, writer = Worker(ranks), writer_of(Path(run), ranks)
+    committed = []
+    for step, full in (1, False), (2, True), (3, False):
+        writer.checkpoints.filesystem = Failing(full and ranks.rank == 1)  # type: ignore[assignment]
+        worker.at(step).save(writer, step, {})
+        committed.append(writer.wait())
+    return torch.tensor(committed)
+
+
+class Failing:
+    """A local filesystem whose disk may be full."""
+
+    def __init__(self, full: bool) -> None:
+        self._inner, self._full = pafs.LocalFileSystem(), full
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def open_output_stream(self, path: str) -> Any:
+        if self._full:
+            raise OSError(28, "No space left on device")
+        return self._inner.open_output_stream(path)
+
+
+def test_a_rank_that_cannot_write_leaves_the_checkpoint_out(tmp_path: Path) -> None:
+    for committed in on_ranks(3, fail_on_rank_1, str(tmp_path)):
+        assert committed.tolist() == [True, False, True]
+    assert steps(tmp_path) == [3, 1]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    worker, writer = Worker(Ranks()), writer_of(tmp_path)
+    scores = {1: 5.0, 2: 9.0, 3: 9.0, 4: 1.0, 5: None, 6: 2.0, 7: None}
+    for step, score in scores.items():
+        worker.at(step).save(writer, step, {} if score is None else {METRIC: score})
+    assert writer.wait()
+    assert steps(tmp_path) == [7, 6, 2]
+    found = Checkpoints(str(tmp_path))
+    best, newest = found.best(METRIC), found.newest()
+    assert best is not None and newest is not None
+    assert (saved_step(best), saved_step(newest)) == (2, 7)
+    other = found.best("P@5")
+    assert other is not None and other.state.step == 7, "nothing has that score: the newest"
+
+
+def test_the_next_checkpoint_waits_for_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, order = threading.Event(), []
+    real = checkpoint_writer.write
+
+    def slow(sink: Any, tensors: Any) -> Any:
+        may_write.wait(30)
+        return real(sink, tensors)
+
+    monkeypatch.setattr(checkpoint_writer, "write", slow)
+    written: list[Written] = []
+    worker = Worker(Ranks())
+    writer = writer_of(tmp_path, on_written=lambda each: written.append(each))
+    worker.at(1).save(writer, 1, {})
+    order.append("first returned")
+    assert not written
+    threading.Timer(0.3, may_write.set).start()
+    worker.at(2).save(writer, 2, {})
+    assert [each.step for each in written] == [1]
+    assert writer.wait()
+    assert [each.step for each in written] == [1, 2]
+    assert written[0].stalled_s < written[0].seconds
+    assert written[0].bytes == 4 * (2 * LABELS * DIM + DIM * DIM + DIM + 1)
+
+
+def test_without_memory_for_a_copy_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "_free_memory", lambda: 100)
+    written: list[Written] = []
+    worker, writer = Worker(Ranks()), writer_of(tmp_path, on_written=written.append)
+    for step in (1, 2):
+        worker.at(step).save(writer, step, {})
+        assert len(written) == step, "it returned before the checkpoint was there"
+    assert caplog.text.count("no memory for a copy") == 1
+    assert steps(tmp_path) == [2, 1]
+
+
+# ---------------------------------------------------------------------------------- killed writers
+
+POINTS = 50
+
+
+class Dying:
+    """A local filesystem that kills this process at its n-th operation; a write is two."""
+
+    def __init__(self, point: int) -> None:
+        self.inner, self.left, self.seen = pafs.LocalFileSystem(), point, 0
+
+    def _pass(self, half: Callable[[], Any] = lambda: None) -> None:
+        self.seen += 1
+        if self.left == 0:
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.inner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._pass()
+            found = method(*args, **kwargs)
+            self._pass()
+            return found
+
+        return call
+
+    def open_output_stream(self, path: str) -> Any:
+        self._pass()
+        dying, sink = self, self.inner.open_output_stream(path)
+
+        class Sink:
+            def __enter__(self) -> Sink:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                sink.close()
+                dying._pass()
+
+            def write(self, data: Any) -> None:
+                raw = bytes(data)
+
+                def half() -> None:
+                    sink.write(raw[: len(raw) // 2])
+                    sink.flush()
+
+                dying._pass(half)
+                sink.write(raw)
+                dying._pass(sink.flush)
+
+        return Sink()
+
+
+def write_and_die(run: Path, point: int) -> int:
+    """The operations of checkpoint 3 in a process of its own, which dies at the `point`-th."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        writer = writer_of(run)
+        dying = Dying(point)
+        writer.checkpoints.filesystem = dying  # type: ignore[assignment]
+        worker = Worker(Ranks())
+        worker.at(3).save(writer, 3, {})
+        writer.wait()
+        os.write(writing, str(dying.seen).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        seen = pipe.read()
+    os.waitpid(child, 0)
+    return int(seen or 0)
+
+
+def test_a_writer_killed_at_random_points(tmp_path: Path) -> None:
+    """While checkpoint 3 is written and checkpoint 1 is deleted for it."""
+    before = tmp_path / "before"
+    worker, writer = Worker(Ranks()), writer_of(before)
+    for step in (1, 2):
+        worker.at(step).save(writer, step, {})
+    assert writer.wait()
+    run = tmp_path / "run"
+    shutil.copytree(before, run)
+    total = write_and_die(run, 10**9)
+    assert total > POINTS, "fewer points than are wanted: write more finely"
+    assert steps(run) == [3, 2]
+    found = set()
+    for point in random.Random(0).sample(range(total), POINTS):
+        shutil.rmtree(run)
+        shutil.copytree(before, run)
+        assert write_and_die(run, point) == 0, "it was not killed"
+        newest = Checkpoints(str(run)).newest()
+        assert newest is not None
+        found.add(saved_step(newest))
+        # What the dead one left does not hinder the next one, which clears it away.
+        Worker(Ranks()).at(4).save(again := writer_of(run), 4, {})
+        assert again.wait()
+        assert len(list((run / "checkpoints").iterdir())) == 2
+    assert found == {2, 3}
+
+
+def test_a_damaged_newest_is_passed_over_and_none_whole_is_an_error(tmp_path: Path) -> None:
+    worker, writer = Worker(Ranks()), writer_of(tmp_path)
+    assert Checkpoints(str(tmp_path)).newest() is None
+    for step in (1, 2):
+        worker.at(step).save(writer, step, {})
+    assert writer.wait()
+    found = Checkpoints(str(tmp_path))
+    newest, older = (Path(each.checkpoint.path) for each in found.found() if each.checkpoint)
+    cut = newest / "encoder.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    chosen = found.newest()
+    assert chosen is not None and saved_step(chosen) == 1
+    assert [each.problem is None for each in found.found()] == [False, True]
+    (older / MANIFEST).write_text("{")
+    with pytest.raises(CheckpointError, match=r"encoder\.safetensors has .* the manifest says"):
+        found.newest()
