@@ -354,6 +354,31 @@ def _follow(follower: Any, submission: Any) -> Any:
     return None
 
 
+@cli.command()
+@click.argument("run")
+@click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
+@_json_option
+def checkpoints(run: str, verify: bool, as_json: bool) -> None:
+    """List the checkpoints of the run at RUN: size, step, metrics, and whether they are whole.
+
+    Exit status 1 if any is not.
+    """
+    from renee_ray.checkpoint_report import checkpoint_table, list_checkpoints
+    from renee_ray.service.run import RunDirectory
+
+    metric = RunDirectory(run).config().evaluation.metric
+    rows = list_checkpoints(run, verify=verify)
+    if as_json:
+        click.echo(json.dumps({"run": run, "checkpoints": rows}))
+    else:
+        Console().print(checkpoint_table(rows, metric, verify))
+    if bad := [row["name"] for row in rows if row["problem"]]:
+        raise ReneeError(
+            f"{run} has {len(bad)} checkpoint{'s' * (len(bad) > 1)} that cannot be used "
+            f"({', '.join(bad)}); `renee-ray train` goes on from the newest whole one"
+        )
+
+
 @cli.group()
 def bench() -> None:
     """Benchmarks; each prints one JSON line, with references timed in turns."""
@@ -440,6 +465,19 @@ def bench_scale(**settings: Any) -> None:
     from renee_ray.service.bench import bench_scale as run
 
     click.echo(json.dumps(_call(lambda: run(**settings))))
+
+
+@bench.command("checkpoint")
+@click.option(
+    "--gib", type=click.FloatRange(min=0.001), default=4.0, show_default=True, help="Of weights."
+)
+@click.option("--dim", type=click.IntRange(min=1), default=384, show_default=True, help="Columns.")
+@click.option("--directory", default=None, help="Where to write; by default a temporary one.")
+def bench_checkpoint(**settings: Any) -> None:
+    """A checkpoint beside training: how long it stalls it, and what resuming reads."""
+    from renee_ray.benchmarks.checkpoint import bench_checkpoint as run
+
+    click.echo(json.dumps(run(**settings)))
 
 
 @bench.command("convert", cls=_Command, keys=ConvertConfig)

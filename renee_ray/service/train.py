@@ -193,6 +193,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
         settings.background,
         lambda written: _written(written, observer),
     )
+    writer.reserve(model.shard)
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
     trainer = Trainer(
         config,

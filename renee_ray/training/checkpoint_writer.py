@@ -92,6 +92,15 @@ class CheckpointWriter:
             else None
         )
 
+    def reserve(self, shard: Shard) -> None:
+        """Takes the memory of the copies now: its first use costs more than a copy into it."""
+        if self.background and len(shard.owned):
+            name = shard_name(shard.owned.start, shard.owned.stop)
+            tensors = shard.weights.tensors()
+            if self._fits({name: tensors}):
+                for key, tensor in tensors.items():
+                    self._copy(f"{name} {key}", tensor)
+
     def save(
         self,
         state: State,

@@ -1,0 +1,147 @@
+"""`renee-ray bench checkpoint`: what a checkpoint costs training, and what resuming reads.
+
+Two processes of torch.distributed hold a classifier of a given size. They step, save in the
+background and go on stepping; the reference is the plain writing, and fsync, of as many bytes to
+the same place. Then a group of three reads its shards while the bytes read are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from renee_ray.config import EncoderConfig
+from renee_ray.training.checkpoint import Checkpoint, State
+from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
+from renee_ray.training.checkpoints import Checkpoints
+from renee_ray.training.collectives import Ranks
+from renee_ray.training.encoder import adamw
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.storage import Weights
+
+WRITERS, READERS, ROUNDS = 2, 3, 3
+CPU = torch.device("cpu")
+PIECE = 1 << 24
+
+
+def bench_checkpoint(gib: float, dim: int, directory: str | None) -> dict[str, Any]:
+    """Saves `gib` GiB of weights `ROUNDS` times, below `directory` (None: a temporary one).
+
+    Returns:
+        bytes, of all weights; write_s, of as many by plain writing, its median; stalled_s, for
+        which training stood still, the longest of all ranks, its median; ratio_of_stall, of the
+        two; background_s, until the commit; read_ratio, of the bytes that a rank of `READERS` read
+        to those that it needed, the highest.
+    """
+    labels = int(gib * 2**30 / (4 * dim))
+    with tempfile.TemporaryDirectory(prefix="renee-ray-bench-", dir=directory) as run:
+        write_s, saved = [], []
+        for _ in range(ROUNDS):
+            write_s.append(_plain_write(Path(run, "plain"), labels * dim * 4))
+            saved.append(_spawn(WRITERS, _save, labels, dim, run))
+        read = _spawn(READERS, _load, labels, dim, run)
+    stalled = median(max(each["stalled_s"] for each in ranks) for ranks in saved)
+    plain = median(write_s)
+    return {
+        "bytes": labels * dim * 4,
+        "write_s": plain,
+        "stalled_s": stalled,
+        "ratio_of_stall": stalled / plain,
+        "background_s": median(ranks[0]["seconds"] for ranks in saved),
+        "read_ratio": max(each["read"] / each["needed"] for each in read),
+        "writers": WRITERS,
+        "readers": READERS,
+    }
+
+
+def _plain_write(path: Path, size: int) -> float:
+    piece = os.urandom(PIECE)
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        for first in range(0, size, PIECE):
+            file.write(piece[: min(PIECE, size - first)])
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
+
+
+def _spawn(num_ranks: int, work: Any, labels: int, dim: int, run: str) -> list[dict[str, Any]]:
+    """What `work` returns on each rank."""
+    with tempfile.TemporaryDirectory() as shared:
+        mp.spawn(_rank, (num_ranks, shared, work, labels, dim, run), nprocs=num_ranks)
+        return [json.loads(Path(shared, str(rank)).read_text()) for rank in range(num_ranks)]
+
+
+def _rank(
+    rank: int, num_ranks: int, shared: str, work: Any, labels: int, dim: int, run: str
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    method = f"file://{shared}/rendezvous"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=num_ranks)
+    try:
+        ranks = Ranks.of_process_group()
+        owned = LabelRange.of_rank(labels, num_ranks, rank)
+        shard = Shard(owned, Weights("fp32", len(owned), dim, False, CPU))
+        found = work(ranks, shard, run)
+        Path(shared, str(rank)).write_text(json.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+def _save(ranks: Ranks, shard: Shard, run: str) -> dict[str, Any]:
+    encoder = nn.Linear(8, 8)
+    optimizer = adamw(encoder, EncoderConfig())  # type: ignore[arg-type]
+    written: list[Written] = []
+    writer = CheckpointWriter(Checkpoints(run), ranks, 1, "P@1", on_written=written.append)
+    writer.reserve(shard)
+    dist.barrier(group=ranks.host)
+    writer.save(State(), encoder, optimizer, shard, {})  # type: ignore[arg-type]
+    assert writer.wait()
+    return {"stalled_s": written[0].stalled_s, "seconds": written[0].seconds}
+
+
+class _Counting:
+    """A local filesystem that counts the bytes read."""
+
+    def __init__(self) -> None:
+        self._inner, self.bytes = pafs.LocalFileSystem(), 0
+
+    @contextmanager
+    def open_input_file(self, path: str) -> Iterator[_Counting]:
+        with self._inner.open_input_file(path) as self._file:
+            yield self
+
+    def read(self, size: int) -> bytes:
+        return self._counted(self._file.read(size))
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        return self._counted(self._file.read_at(size, offset))
+
+    def _counted(self, raw: bytes) -> bytes:
+        self.bytes += len(raw)
+        return raw
+
+
+def _load(ranks: Ranks, shard: Shard, run: str) -> dict[str, Any]:
+    newest = Checkpoints(run).newest()
+    assert newest is not None
+    counting = _Counting()
+    Checkpoint(counting, newest.path).load_shard(shard)  # type: ignore[arg-type]
+    return {"read": counting.bytes, "needed": shard.weights.nbytes()}

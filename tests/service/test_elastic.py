@@ -1,0 +1,155 @@
+"""Workers come and go: 3, then 2, then 4 in one run; SIGTERM; a stopped driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.cluster_utils import Cluster
+
+from renee_ray.service.run import RunDirectory
+from renee_ray.xfc.labels import split_range
+
+from .conftest import Run, end, finish, renee_ray, run_of, start
+from .test_train import assert_same_outcome, losses, newest_commit, wait_for_commit, workers
+
+pytestmark = pytest.mark.slow
+EPOCHS = 20
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: str) -> Any:
+    """What `condition` gives once it is true, while the process lives."""
+    limit = time.monotonic() + 300
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, f"{what}: nothing after 300 s"
+        time.sleep(0.2)
+    return found
+
+
+def ranges_of(run: str) -> dict[int, list[tuple[int, int]]]:
+    """By step of a committed checkpoint: the label ranges of its files."""
+    return {
+        found.step: [(start, stop) for _, start, stop in found.checkpoint.manifest.shards()]
+        for found in RunDirectory(run).checkpoints().found()
+        if found.checkpoint is not None
+    }
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that can hold no worker, since each takes two CPUs, and reads the data."""
+    for name, value in HEALTH.items():
+        monkeypatch.setenv(name, value)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def test_three_workers_then_two_then_four(
+    cluster: Cluster, dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    path, nodes = str(tmp_path / "run"), [cluster.add_node(num_cpus=2) for _ in range(3)]
+    settings = [f"data={dataset}", f"epochs={EPOCHS}", "cpus_per_worker=2", "evaluation.every=5"]
+    process = start(
+        "train", recipe, *settings, f"output={path}", "num_workers=[2,4]", "regroup_s=3",
+        "checkpoint.keep=100", "--json",
+        env={"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
+    )  # fmt: skip
+
+    def group_of(size: int) -> Callable[[], bool]:
+        return lambda: any(len(each) == size for each in ranges_of(path).values())
+
+    try:
+        until(group_of(3), process, "a checkpoint of three workers")
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        until(group_of(2), process, "a checkpoint of two workers")
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        until(group_of(4), process, "a checkpoint of four workers")
+        run = run_of(path, finish(process))
+    finally:
+        end(process)
+
+    steps = [record["step"] for record in run.history["steps"]]
+    assert steps == list(range(1, run.result["step"] + 1)), "a step was lost or repeated"
+    found = ranges_of(path)
+    num_labels = found[0][-1][1]
+    sizes = [len(found[step]) for step in sorted(found)]
+    assert [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]] == [3, 2, 4]
+    for ranges in found.values():
+        expected = [split_range(num_labels, len(ranges), rank) for rank in range(len(ranges))]
+        assert ranges == expected
+    for each in RunDirectory(path).checkpoints().found():
+        assert each.checkpoint is not None
+        each.checkpoint.verify()
+
+    reference = str(tmp_path / "three")
+    done = renee_ray("train", recipe, *settings[:2], "evaluation.every=5", f"output={reference}",
+                     "num_workers=3", "--json")  # fmt: skip
+    assert_same_outcome(run, run_of(reference, done), points=2.0)
+
+
+def test_a_worker_that_is_told_to_end_leaves_a_checkpoint(
+    trained: Run, dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    """SIGTERM, as a spot node sends: nothing is redone, since a checkpoint is taken at once."""
+    path = str(tmp_path / "run")
+    process = start(
+        "train", recipe, f"data={dataset}", f"output={path}", "checkpoint.every_steps=0",
+        "evaluation.every=0", "checkpoint.keep=100", "--json",
+    )  # fmt: skip
+    try:
+        wait_for_commit(process, path, 0)
+        victim = max(workers(process))
+        time.sleep(1.5)
+        os.kill(victim, signal.SIGTERM)
+        run = run_of(path, finish(process))
+    finally:
+        end(process)
+    total = run.result["step"]
+    between = [step for step in ranges_of(path) if 0 < step < total]
+    assert len(between) == 1, "no checkpoint at the signal"
+    assert "ended by SIGTERM after the checkpoint of step" in run.command.stderr
+    np.testing.assert_allclose(losses(run), losses(trained), rtol=1e-3)
+    times = [record["time_s"] for record in run.history["steps"]]
+    assert max(np.diff(times)) == times[between[0]] - times[between[0] - 1], "steps were redone"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
+    trained: Run, dataset: str, recipe: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    path = str(tmp_path / "run")
+    arguments = ["train", recipe, f"data={dataset}", f"output={path}", "--json"]
+    process = start(*arguments, "checkpoint.every_steps=0", "evaluation.every=0")
+    try:
+        wait_for_commit(process, path, 0)
+        time.sleep(1.5)
+        process.send_signal(number)
+        stopped = finish(process)
+    finally:
+        end(process)
+    assert stopped.status == 130, stopped.stderr
+    assert stopped.stdout == ""
+    assert "stopped after step" in stopped.stderr and "Traceback" not in stopped.stderr
+    step = newest_commit(path)
+    assert 0 < step < trained.result["step"]
+    assert json.loads(Path(path, "status.json").read_text())["state"] == "stopped"
+    assert_same_outcome(run_of(path, renee_ray(*arguments)), trained, points=1e-3)
