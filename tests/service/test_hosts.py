@@ -1,0 +1,78 @@
+"""Several hosts: one is cut off, another killed; the run ends by itself with the same figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import Run, end, finish, renee_ray, run_of
+from .hosts import Hosts, needs_hosts
+from .test_elastic import until
+from .test_train import assert_same_outcome, newest_commit
+
+pytestmark = [pytest.mark.slow, needs_hosts]
+EPOCHS = 12
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    # Paths of Ray's sockets must be short.
+    with tempfile.TemporaryDirectory(prefix="rr", ignore_cleanup_errors=True) as directory:
+        made = Hosts(Path(directory))
+        try:
+            made.start(4)
+            yield made
+        finally:
+            made.stop()
+
+
+def status_of(run: str) -> dict[str, int]:
+    try:
+        return dict(json.loads(Path(run, "status.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def test_a_host_is_cut_off_and_another_killed(
+    hosts: Hosts, dataset: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "run")
+    settings = [f"data={dataset}", f"epochs={EPOCHS}", "evaluation.every=4", "--json"]
+    process = hosts.head.run(
+        sys.executable, "-m", "renee_ray.cli", "train", recipe, *settings, f"output={path}",
+        "num_workers=[2,4]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=10",
+        env={"RAY_ADDRESS": hosts.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
+    )  # fmt: skip
+    took: dict[str, float] = {}
+    try:
+        until(lambda: status_of(path).get("num_workers") == 4, process, "four workers")
+        for what, fault, left in (
+            ("cut off", hosts.hosts[3].cut, 3), ("killed", hosts.hosts[4].kill, 2),
+        ):  # fmt: skip
+            at = newest_commit(path)
+            until(lambda at=at: newest_commit(path) > at, process, "a checkpoint")
+            fault()
+            started = time.monotonic()
+            until(
+                lambda left=left: status_of(path).get("num_workers") == left,
+                process,
+                f"{left} workers",
+            )
+            took[what] = time.monotonic() - started
+        run: Run = run_of(path, finish(process))
+    finally:
+        end(process)
+    with capsys.disabled():
+        found = ", ".join(f"{what}: {seconds:.0f} s" for what, seconds in took.items())
+        print(f"\nfrom the fault to a new group of workers: {found}")
+    steps = [record["step"] for record in run.history["steps"]]
+    assert steps == list(range(1, run.result["step"] + 1)), "a step was lost or repeated"
+    reference = str(tmp_path / "undisturbed")
+    done = renee_ray("train", recipe, *settings, f"output={reference}", "num_workers=2")
+    assert_same_outcome(run, run_of(reference, done), points=2.0)
