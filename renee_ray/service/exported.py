@@ -115,11 +115,11 @@ class Exported:
         for name, value in metrics.items():
             self._set(VALIDATION, value, metric=name)
 
-    def _add(self, metric: Metric, amount: float, **tags: str) -> None:
+    def _add(self, metric: Metric, amount: float, /, **tags: str) -> None:
         if amount > 0:  # Ray refuses to add nothing: what never happened has no series
             self._series[metric.name].inc(amount, self._tags | tags)  # type: ignore[union-attr]
 
-    def _set(self, metric: Metric, value: float, **tags: str) -> None:
+    def _set(self, metric: Metric, value: float, /, **tags: str) -> None:
         self._series[metric.name].set(value, self._tags | tags)  # type: ignore[union-attr]
 
 
