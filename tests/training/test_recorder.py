@@ -17,7 +17,7 @@ from renee_ray.xfc.storage import Weights
 from tests.training.gloo import on_ranks
 from tests.training.test_step import DIM, ENCODER, LABELS, RULE, Bag, batch_of
 
-SLEEP = 0.15
+SLEEP = 0.4
 
 
 def test_phases_leave_no_gap() -> None:
