@@ -119,7 +119,7 @@ def watched(
         while not over.wait(0.5) and not any(name.endswith("_steps_total") for name, _ in series):
             pass
         pids = [p for p, line in descendants(os.getpid()).items() if "ray::RayTrainWorker" in line]
-        while not over.wait(FREE_S) and "is slow" not in text.getvalue():
+        while not over.wait(FREE_S) and "the median" not in text.getvalue():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(max(pids), signal.SIGSTOP)
                 time.sleep(HELD_S)
@@ -205,7 +205,7 @@ def test_the_status_goes_with_the_run(watched: Watched) -> None:
 def test_log_lines_are_json_with_rank_and_step(watched: Watched) -> None:
     assert {line["rank"] for line in watched.lines} == {0, 1}
     assert all(line["run"] == "watched" for line in watched.lines)
-    slow = [line for line in watched.lines if "is slow" in line["message"]]
+    slow = [line for line in watched.lines if "the median" in line["message"]]
     assert slow and all(line["level"] == "WARNING" and line["step"] > 0 for line in slow)
     started = [line for line in watched.lines if "of 2 on" in line["message"]]
     assert len(started) == 2 and {line["level"] for line in started} == {"INFO"}
