@@ -98,10 +98,10 @@ class Sinks:
             log.warning("curves of step %d are not written: a sink is too slow", step)
 
     def _run(self, config: RunConfig, step: int) -> None:
-        for name in config.observe.log_to:
-            made = self._guarded(name, partial(SINKS[name], config, step))
+        for wanted in config.observe.log_to:
+            made = self._guarded(wanted, partial(SINKS[wanted], config, step))
             if made is not None:
-                self._open[name] = made
+                self._open[wanted] = made
         while (entry := self._queue.get()) is not None:
             for kind, sink in list(self._open.items()):
                 self._guarded(kind, partial(sink.write, *entry))

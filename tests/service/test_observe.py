@@ -34,7 +34,7 @@ from .test_train import assert_same_outcome, planned_steps, wait_for_commit, wor
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 24
+EPOCHS = 8
 HELD_S, FREE_S = 0.12, 0.04
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 
@@ -85,7 +85,7 @@ OUR_TAGS = {"run", "rank"} | {tag for metric in METRICS for tag in metric.tags}
 def watched(
     dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Watched]:
-    """Two workers, one of which is held back: stopped for most of the time."""
+    """Two workers; one is held back, stopped for most of the time, until it is called slow."""
     path = str(tmp_path_factory.mktemp("runs") / "watched")
     config = make_config(
         RunConfig,
@@ -109,24 +109,24 @@ def watched(
     over = threading.Event()
 
     def look() -> None:
-        while not over.wait(1):
+        while not over.wait(2):
             with contextlib.suppress(OSError):
                 series.update(scraped(port))
             with contextlib.suppress(Exception):
                 states.append(read_status(path, time.time()))
 
     def hold_back() -> None:
-        while not over.wait(0.5) and not any(state["step"] for state in states):
+        while not over.wait(0.5) and not any(name.endswith("_steps_total") for name, _ in series):
             pass
         pids = [p for p, line in descendants(os.getpid()).items() if "ray::RayTrainWorker" in line]
-        while not over.wait(FREE_S):
+        while not over.wait(FREE_S) and "the median" not in text.getvalue():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(max(pids), signal.SIGSTOP)
                 time.sleep(HELD_S)
                 os.kill(max(pids), signal.SIGCONT)
 
-    threads = [threading.Thread(target=look), threading.Thread(target=hold_back)]
     text = io.StringIO()
+    threads = [threading.Thread(target=look), threading.Thread(target=hold_back)]
     try:
         for thread in threads:
             thread.start()
@@ -192,7 +192,7 @@ def test_the_status_goes_with_the_run(watched: Watched) -> None:
     order = list(dict.fromkeys(states))
     assert order[0] == "waiting" and "running" in order
     steps = [state["step"] for state in watched.states if state["step"]]
-    assert steps == sorted(steps) and len(set(steps)) > 2
+    assert steps == sorted(steps) and len(set(steps)) > 1
     last = read_status(watched.path, time.time())
     assert (last["state"], last["step"]) == ("finished", watched.result["step"])
     assert last["restarts"] == last["skipped"] == 0
@@ -205,7 +205,7 @@ def test_the_status_goes_with_the_run(watched: Watched) -> None:
 def test_log_lines_are_json_with_rank_and_step(watched: Watched) -> None:
     assert {line["rank"] for line in watched.lines} == {0, 1}
     assert all(line["run"] == "watched" for line in watched.lines)
-    slow = [line for line in watched.lines if "is slow" in line["message"]]
+    slow = [line for line in watched.lines if "the median" in line["message"]]
     assert slow and all(line["level"] == "WARNING" and line["step"] > 0 for line in slow)
     started = [line for line in watched.lines if "of 2 on" in line["message"]]
     assert len(started) == 2 and {line["level"] for line in started} == {"INFO"}

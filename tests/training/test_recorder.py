@@ -17,7 +17,7 @@ from renee_ray.xfc.storage import Weights
 from tests.training.gloo import on_ranks
 from tests.training.test_step import DIM, ENCODER, LABELS, RULE, Bag, batch_of
 
-SLEEP = 0.15
+SLEEP = 0.4
 
 
 def test_phases_leave_no_gap() -> None:
@@ -71,8 +71,8 @@ def test_counts_add_up() -> None:
     assert (totals.checkpoints, totals.checkpoint_seconds, totals.checkpoint_bytes) == (1, 1.5, 100)
 
 
-def slow_steps(ranks: Ranks, where: str, poisoned: bool) -> dict[str, object]:
-    """Two steps in which the last rank sleeps in its forward or its backward."""
+def slow_steps(ranks: Ranks, where: str) -> dict[str, object]:
+    """Two steps in which the last rank sleeps in its forward or its backward, and a skipped one."""
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
     encoder, recorder = Bag(), Recorder()
     shard = Shard(owned, Weights("fp32", len(owned), DIM, True, torch.device("cpu")), chunk=3)
@@ -83,50 +83,44 @@ def slow_steps(ranks: Ranks, where: str, poisoned: bool) -> dict[str, object]:
         ),
         shard, adamw(encoder, ENCODER), ranks, torch.device("cpu"), recorder=recorder,  # type: ignore[arg-type]
     )  # fmt: skip
-    if ranks.rank == ranks.num_ranks - 1:
+    last = ranks.rank == ranks.num_ranks - 1
+    if last:
         if where == "forward":
             encoder.register_forward_pre_hook(lambda *_: time.sleep(SLEEP))
         else:
             encoder.norm.weight.register_hook(lambda _: time.sleep(SLEEP))
-        if poisoned:
-            encoder.register_forward_hook(lambda *call: call[-1] * torch.nan)
-    skipped = 0
     for number in range(2):
         recorder.enter("data", number + 1)
-        skipped += step(batch_of(ranks, number), number, RULE).skipped
+        step(batch_of(ranks, number), number, RULE)
         recorder.count(steps=1)
     recorder.enter("loss")
     recorder.sample(ranks)
+    seconds, entered = recorder.totals().seconds, recorder.place().entered
+    if last:
+        encoder.register_forward_hook(lambda *call: call[-1] * torch.nan)
+    skipped = step(batch_of(ranks, 2), 2, RULE).skipped
     return {
-        "entered": recorder.place().entered,
+        "entered": [entered, recorder.place().entered],
         "own": [pace.own for pace in recorder.paces],
         "step": [pace.step for pace in recorder.paces],
-        "seconds": recorder.totals().seconds,
+        "seconds": seconds,
         "skipped": skipped,
     }
 
 
 @pytest.mark.parametrize(("where", "waits"), [("forward", "gather"), ("backward", "reduce")])
 def test_who_sleeps_is_slow_and_who_waits_is_not(where: str, waits: str) -> None:
-    fast, slow = on_ranks(2, slow_steps, where, False)
+    fast, slow = on_ranks(2, slow_steps, where)
     assert fast["own"] == slow["own"], "every rank knows the pace of all"
     own = fast["own"]
     assert own[1] > SLEEP > 2 * own[0]
     assert fast["seconds"][waits] > 1.5 * SLEEP > 3 * slow["seconds"][waits]
     assert slow["seconds"][f"encoder_{where}"] > 2 * SLEEP > 3 * fast["seconds"][f"encoder_{where}"]
     assert fast["step"][0] == pytest.approx(slow["step"][1], rel=0.2)
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_all_ranks_enter_as_many_phases_skipped_or_not(num_ranks: int) -> None:
-    for poisoned in False, True:
-        found = on_ranks(num_ranks, slow_steps, "forward", poisoned)
-        assert {each["skipped"] for each in found} == {2 * poisoned}
-        assert len({each["entered"] for each in found}) == 1
-        if not poisoned:
-            phases = {phase for phase, kind in KINDS.items() if kind in ("own", "collective")}
-            worked = {phase for phase, s in found[0]["seconds"].items() if s > 0}
-            assert phases - {"loss"} <= worked
+    assert fast["skipped"] and slow["skipped"]
+    assert fast["entered"] == slow["entered"], "the order of phases tells who is behind"
+    phases = {phase for phase, kind in KINDS.items() if kind in ("data", "own", "collective")}
+    assert phases - {"loss"} == {p for p in phases if fast["seconds"][p] > 0}
 
 
 @pytest.mark.gpu
