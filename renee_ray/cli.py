@@ -283,8 +283,7 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
         click.echo(json.dumps(found))
     status = service.EXIT_STATUS[details.status]
     words = f"job {submission.submission_id} {found['status'].lower()}"
-    first = found["message"].partition("\n")[0]
-    _say(f"renee-ray: {words}: {first}" if status else f"{words} after {found['seconds']:.0f} s")
+    _say(f"renee-ray: {words}: {found['message']}" if status else f"{words} after {found['seconds']:.0f} s")
     ctx.exit(status)
 
 

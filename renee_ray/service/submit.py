@@ -84,7 +84,8 @@ def connect(address: str) -> JobSubmissionClient:
         ReneeError: nothing answers there, or it refuses the token, or Ray's job client is not
             installed.
     """
-    logging.getLogger("ray").addHandler(logging.NullHandler())  # its notices are ours to phrase
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)  # its notices are ours to phrase
     with _only_address(address), _said(address):
         return _within(ANSWER_S, lambda: JobSubmissionClient(address))
 
@@ -316,11 +317,12 @@ def _user() -> str:
 def outcome(submission: Submission, details: JobDetails) -> dict[str, Any]:
     """What a job came to, for people and programs."""
     status = JobStatus(details.status)
+    message = (details.message or "").partition(", last available logs")[0]  # they were followed
     seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
     return {
         "submission_id": submission.submission_id,
         "address": submission.address,
         "status": status.value,
-        "message": (details.message or "").strip(),
+        "message": message.strip(),
         "seconds": seconds,
     }
