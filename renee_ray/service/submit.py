@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
-from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -116,7 +116,7 @@ def submit(
     if config is not None:
         words[0] = packed_name(root, config).as_posix()
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
-        large = pack(root, Path(scratch), GCS_STORAGE_MAX_SIZE, config)
+        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, config)
         if large:
             shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
             on_progress(f"large files stay here: {shown}")

@@ -115,7 +115,7 @@ def test_training_follows_converting(
     assert Dataset.open(dataset_on_s3).manifest.num_points("train") > 300
     done = submit(
         "--json", "train", recipe, f"data={dataset_on_s3}", f"output={RUN}",
-        "placement_strategy=SPREAD",
+        "placement_strategy=SPREAD", "epochs=1", "checkpoint.every_steps=0",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     found = json.loads(done.stdout)
@@ -184,14 +184,23 @@ except submit.ReneeError as error:
 """
 
 
-def follow(address: str, name: str, env: dict[str, str], patience: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", FOLLOW, address, name, str(patience), str(NUMBERS)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | env,
-    )
+def follow(
+    address: str, name: str, env: dict[str, str], patience: float, log: Path
+) -> subprocess.Popen[str]:
+    """Follows a job that writes NUMBERS lines, to the file `log`; returns once it has begun."""
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FOLLOW, address, name, str(patience), str(NUMBERS)],
+            stdout=sink,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | env,
+        )
+    until = time.monotonic() + 60
+    while "line" not in log.read_text():
+        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process
 
 
 @pytest.fixture
@@ -202,11 +211,10 @@ def proxy(head: Head) -> Iterator[Proxy]:
 
 
 def test_a_lost_connection_repeats_and_loses_nothing(
-    head: Head, proxy: Proxy, client_env: dict[str, str]
+    head: Head, proxy: Proxy, client_env: dict[str, str], tmp_path: Path
 ) -> None:
-    process = follow(proxy.address, "numbers", client_env, patience=60)
-    assert process.stdout is not None
-    first = process.stdout.readline()  # the log has begun
+    log = tmp_path / "log"
+    process = follow(proxy.address, "numbers", client_env, 60, log)
     for interrupt in (proxy.cut, proxy.stall, proxy.cut):
         time.sleep(1)
         interrupt()
@@ -214,11 +222,9 @@ def test_a_lost_connection_repeats_and_loses_nothing(
         proxy.restore()
     done = finish(process)
     assert done.stderr.splitlines()[-1].endswith("SUCCEEDED"), done.stderr
-    lines = (first + done.stdout).splitlines()
-    assert [each for each in lines if each.startswith("line ")] == [
-        f"line {number}" for number in range(NUMBERS)
-    ]
-    assert first + done.stdout == head.log("numbers")
+    assert log.read_text() == head.log("numbers")
+    lines = [each for each in log.read_text().splitlines() if each.startswith("line ")]
+    assert lines == [f"line {number}" for number in range(NUMBERS)]
     said = done.stderr.splitlines()[:-1]
     assert 1 <= sum("does not answer" in each for each in said) <= 3, said
     assert sum("does not answer" in each for each in said) == sum(
@@ -227,11 +233,9 @@ def test_a_lost_connection_repeats_and_loses_nothing(
 
 
 def test_a_head_that_stays_away_ends_the_following(
-    head: Head, proxy: Proxy, client_env: dict[str, str]
+    head: Head, proxy: Proxy, client_env: dict[str, str], tmp_path: Path
 ) -> None:
-    process = follow(proxy.address, "left-alone", client_env, patience=3)
-    assert process.stdout is not None
-    process.stdout.readline()
+    process = follow(proxy.address, "left-alone", client_env, 3, tmp_path / "log")
     proxy.cut()
     done = finish(process)
     assert "has not answered for 3 s; see with `ray job status" in done.stderr.splitlines()[-1]
