@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -293,7 +292,7 @@ def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
     return status
 
 
-def _check_job(job: str, arguments: tuple[str, ...]) -> Path | None:
+def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
     """Refuses here what the command would refuse on the cluster; returns its configuration file."""
     from renee_ray.service.job_files import check_shared, refuse_password
 
@@ -302,7 +301,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> Path | None:
     parsed = command.make_context(f"renee-ray submit {job}", list(arguments)).params
     for argument in arguments:
         refuse_password(argument, f"an argument of {job}")
-    path = parsed.get("config")
+    path: str | None = parsed.get("config")
     layers = [read_yaml(path)] if path else []
     made = make_config(
         command.keys, *layers, parse_overrides(parsed["overrides"]), where=path or job
@@ -313,7 +312,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> Path | None:
     if isinstance(made, RunConfig):
         places = {"data": made.data, "output": made.output}
     check_shared(places)
-    return Path(path) if path else None
+    return path
 
 
 def _follow(follower: Any, submission: Any) -> Any:

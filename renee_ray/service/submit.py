@@ -97,7 +97,7 @@ def submit(
     *,
     root: Path,
     environment: dict[str, str],
-    config: Path | None = None,
+    config: str | None = None,
     submission_id: str | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Submission:
@@ -105,7 +105,7 @@ def submit(
 
     Args:
         root: a clone of this repository, whose files go along.
-        config: the configuration file that is the first of `arguments`; it goes along too.
+        config: the one of `arguments` that is a configuration file; it goes along too.
 
     Raises:
         ReneeError: the files are too large, the server refuses, or the id is taken.
@@ -113,10 +113,11 @@ def submit(
     address = client.get_address()
     name = submission_id or f"renee-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     words = list(arguments)
-    if config is not None:
-        words[0] = packed_name(root, config).as_posix()
+    file = None if config is None else Path(config)
+    if config is not None and file is not None:
+        words[words.index(config)] = packed_name(root, file).as_posix()
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
-        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, config)
+        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, file)
         if large:
             shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
             on_progress(f"large files stay here: {shown}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -9,7 +10,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +26,7 @@ from .head import TOKEN, Head, Proxy
 pytestmark = pytest.mark.slow
 DATA, RUN = f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/runs/submitted"
 NUMBERS = 300
+QUESTION = "stop the job (otherwise it runs on)?"
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_training_follows_converting(
         monkeypatch.setenv(name, value)
     assert Dataset.open(dataset_on_s3).manifest.num_points("train") > 300
     done = submit(
-        "--json", "train", recipe, f"data={dataset_on_s3}", f"output={RUN}",
+        "--json", "train", "--json", recipe, f"data={dataset_on_s3}", f"output={RUN}",
         "placement_strategy=SPREAD", "epochs=1", "checkpoint.every_steps=0",
     )  # fmt: skip
     assert done.status == 0, done.stderr
@@ -242,23 +243,23 @@ def test_a_head_that_stays_away_ends_the_following(
     head.stop_job("left-alone")
 
 
-def long_job(head: Head, data: str, recipe: str, name: str) -> list[str]:
-    output = f"s3://{BUCKET}/runs/{name}"
-    return [
-        "submit", "--address", head.address, "--submission-id", name, "--stop-wait-s", "30",
-        "train", recipe, f"data={data}", f"output={output}", "epochs=500", "evaluation.every=0",
-        "checkpoint.every_steps=0",
-    ]  # fmt: skip
+AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+"""With it a job waits for storage, and starts and ends within seconds."""
+
+
+def waiting_job(head: Head, name: str) -> list[str]:
+    where = f"s3://{BUCKET}/no-run", f"s3://{BUCKET}/never"
+    return ["submit", "--address", head.address, "--submission-id", name, "export", *where]
 
 
 def test_an_interrupt_without_a_terminal_leaves_the_job_running(
-    head: Head, dataset_on_s3: str, recipe: str, client_env: dict[str, str]
+    head: Head, client_env: dict[str, str]
 ) -> None:
-    process = start(*long_job(head, dataset_on_s3, recipe, "left"), env=client_env)
+    process = start(*waiting_job(head, "left"), env=client_env | AWAY)
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            if "training on" in line:
+            if "trying again" in line:
                 break
         process.send_signal(signal.SIGINT)
         done = finish(process, timeout=30)
@@ -266,43 +267,72 @@ def test_an_interrupt_without_a_terminal_leaves_the_job_running(
         end(process)
     assert done.status == 130
     last = done.stderr.splitlines()[-1]
-    assert (
-        last.startswith("left running; ") and f"ray job stop --address {head.address} left" in last
-    )
+    assert last.startswith("left running; ")
+    assert f"`ray job stop --address {head.address} left` stops it" in last
     assert head.job("left")["status"] == "RUNNING"
     head.stop_job("left")
     assert head.job("left")["status"] == "STOPPED"
 
 
-def test_an_interrupt_at_a_terminal_asks_and_stops_the_job(
-    head: Head, dataset_on_s3: str, recipe: str, client_env: dict[str, str]
-) -> None:
+@contextlib.contextmanager
+def at_a_terminal(
+    arguments: list[str], env: dict[str, str]
+) -> Iterator[tuple[int, subprocess.Popen]]:
+    """`renee-ray arguments` at a terminal: (its other end, the process)."""
     mine, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "renee_ray.cli", *long_job(head, dataset_on_s3, recipe, "asked")],
+        [sys.executable, "-m", "renee_ray.cli", *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=os.environ | client_env,
+        env=os.environ | env,
         start_new_session=True,
     )
     os.close(theirs)
-    watchdog = threading.Timer(240, process.kill)
-    watchdog.start()
     try:
-        _read_until(mine, "training on")
-        process.send_signal(signal.SIGINT)
-        _read_until(mine, "stop the job (otherwise it runs on)?")
-        os.write(mine, b"y\n")
-        seen = _read_until(mine, "job asked stopped")
-        assert "stopping" in seen
-        assert process.wait(30) == 130
+        yield mine, process
     finally:
-        watchdog.cancel()
         process.kill()
         process.wait()
         os.close(mine)
+
+
+def test_an_interrupt_at_a_terminal_asks_and_stops_the_job(
+    head: Head, dataset_on_s3: str, recipe: str, client_env: dict[str, str]
+) -> None:
+    output = f"s3://{BUCKET}/runs/asked"
+    long = [
+        "submit", "--address", head.address, "--submission-id", "asked", "--stop-wait-s", "30",
+        "train", recipe, f"data={dataset_on_s3}", f"output={output}", "epochs=500",
+        "evaluation.every=0", "checkpoint.every_steps=0",
+    ]  # fmt: skip
+    with at_a_terminal(long, client_env) as (terminal, process):
+        _read_until(terminal, "epoch 0")  # the workers are at it
+        process.send_signal(signal.SIGINT)
+        _read_until(terminal, QUESTION)
+        os.write(terminal, b"y\n")
+        assert "stopping" in _read_until(terminal, "job asked stopped")
+        assert process.wait(30) == 130
     assert head.job("asked")["status"] == "STOPPED"
+
+
+@pytest.mark.parametrize("answer", ["n", "interrupt"])
+def test_an_interrupt_at_a_terminal_leaves_the_job_if_told_so(
+    head: Head, client_env: dict[str, str], answer: str
+) -> None:
+    name = f"told-{answer}"
+    with at_a_terminal(waiting_job(head, name), client_env | AWAY) as (terminal, process):
+        _read_until(terminal, "trying again")
+        process.send_signal(signal.SIGINT)
+        _read_until(terminal, QUESTION)
+        if answer == "n":
+            os.write(terminal, b"n\n")
+        else:
+            process.send_signal(signal.SIGINT)
+        _read_until(terminal, "left running; ")
+        assert process.wait(30) == 130
+    assert head.job(name)["status"] == "RUNNING"
+    head.stop_job(name)
 
 
 def _read_until(terminal: int, text: str, seconds: float = 180) -> str:
