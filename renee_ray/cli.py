@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -275,8 +274,9 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
     root = working_directory(options["working_dir"])
     environment = job_environment(options["env"], options["stop_wait_s"], os.environ)
     address = service.choose_address(options["address"])
+    client = service.connect(address)
     submission = service.submit(
-        service.connect(address),
+        client,
         job,
         arguments,
         root=root,
@@ -291,27 +291,31 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
         click.echo(json.dumps(facts) if as_json else submission.submission_id)
         return
     _say(f"job {submission.submission_id} is submitted to {address}")
-    follower = service.Follower(
-        service.connect(address),
-        submission,
-        lambda text: click.echo(text, nl=False, err=as_json),
-        _say,
-        options["patience_s"],
-    )
+
+    def write(text: str) -> None:
+        click.echo(text, nl=False, err=as_json)
+
+    follower = service.Follower(client, submission, write, _say, options["patience_s"])
     details = _follow(follower, submission)
-    if details is None:
-        ctx.exit(130)
-    found = service.outcome(submission, details)
+    ctx.exit(130 if details is None else _job_ended(submission, details, as_json))
+
+
+def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
+    """Says how a job ended; returns the exit status."""
+    from renee_ray.service.submit import EXIT_STATUS, outcome
+
+    found, status = outcome(submission, details), EXIT_STATUS[details.status]
     if as_json:
         click.echo(json.dumps(found))
-    status = service.EXIT_STATUS[details.status]
     words = f"job {submission.submission_id} {found['status'].lower()}"
-    first = found["message"].partition("\n")[0]
-    _say(f"renee-ray: {words}: {first}" if status else f"{words} after {found['seconds']:.0f} s")
-    ctx.exit(status)
+    if status:
+        _say(f"renee-ray: {words}: {found['message']}", style="red")
+    else:
+        _say(f"{words} after {found['seconds']:.0f} s")
+    return status
 
 
-def _check_job(job: str, arguments: tuple[str, ...]) -> Path | None:
+def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
     """Refuses here what the command would refuse on the cluster; returns its configuration file."""
     from renee_ray.service.job_files import check_shared, refuse_password
 
@@ -320,7 +324,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> Path | None:
     parsed = command.make_context(f"renee-ray submit {job}", list(arguments)).params
     for argument in arguments:
         refuse_password(argument, f"an argument of {job}")
-    path = parsed.get("config")
+    path: str | None = parsed.get("config")
     layers = [read_yaml(path)] if path else []
     made = make_config(
         command.keys, *layers, parse_overrides(parsed["overrides"]), where=path or job
@@ -331,7 +335,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> Path | None:
     if isinstance(made, RunConfig):
         places = {"data": made.data, "output": made.output}
     check_shared(places)
-    return Path(path) if path else None
+    return path
 
 
 def _follow(follower: Any, submission: Any) -> Any:

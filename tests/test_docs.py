@@ -1,4 +1,4 @@
-"""What README, cluster.yaml and the recipes promise, checked without running anything long."""
+"""What README and the recipes promise, checked without running anything long."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import ast
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from renee_ray.config import RunConfig, make_config, read_yaml
 
@@ -118,28 +116,3 @@ def test_constraints_pin_what_setup_cfg_asks_for() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(path: Path) -> None:
     make_config(RunConfig, read_yaml(str(path)), {"data": "d", "output": "o"}, where=path.name)
-
-
-@pytest.fixture
-def cluster() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
-    return loaded
-
-
-def test_cluster_yaml_is_what_ray_up_accepts(cluster: dict[str, Any]) -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    validate_config(prepare_config(cluster))
-    with pytest.raises(Exception, match="resources"):
-        del cluster["available_node_types"]["gpu"]["resources"]
-        validate_config(prepare_config(cluster))
-
-
-def test_cluster_yaml_opens_nothing_and_asks_for_a_token(cluster: dict[str, Any]) -> None:
-    assert "security_group" not in cluster["provider"]
-    head, worker = cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]
-    assert "--dashboard-host=127.0.0.1" in head[-1]
-    assert all("RAY_AUTH_MODE=token" in commands[-1] for commands in (head, worker))
-    nodes = cluster["available_node_types"]
-    assert nodes["head"]["resources"]["CPU"] == 0
-    assert nodes["gpu"]["max_workers"] <= cluster["max_workers"]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
-from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -84,7 +84,8 @@ def connect(address: str) -> JobSubmissionClient:
         ReneeError: nothing answers there, or it refuses the token, or Ray's job client is not
             installed.
     """
-    logging.getLogger("ray").addHandler(logging.NullHandler())  # its notices are ours to phrase
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)  # its notices are ours to phrase
     with _only_address(address), _said(address):
         return _within(ANSWER_S, lambda: JobSubmissionClient(address))
 
@@ -96,7 +97,7 @@ def submit(
     *,
     root: Path,
     environment: dict[str, str],
-    config: Path | None = None,
+    config: str | None = None,
     submission_id: str | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Submission:
@@ -104,7 +105,7 @@ def submit(
 
     Args:
         root: a clone of this repository, whose files go along.
-        config: the configuration file that is the first of `arguments`; it goes along too.
+        config: the one of `arguments` that is a configuration file; it goes along too.
 
     Raises:
         ReneeError: the files are too large, the server refuses, or the id is taken.
@@ -112,10 +113,11 @@ def submit(
     address = client.get_address()
     name = submission_id or f"renee-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     words = list(arguments)
-    if config is not None:
-        words[0] = packed_name(root, config).as_posix()
+    file = None if config is None else Path(config)
+    if config is not None and file is not None:
+        words[words.index(config)] = packed_name(root, file).as_posix()
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
-        large = pack(root, Path(scratch), GCS_STORAGE_MAX_SIZE, config)
+        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, file)
         if large:
             shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
             on_progress(f"large files stay here: {shown}")
@@ -316,11 +318,12 @@ def _user() -> str:
 def outcome(submission: Submission, details: JobDetails) -> dict[str, Any]:
     """What a job came to, for people and programs."""
     status = JobStatus(details.status)
+    message = (details.message or "").partition(", last available logs")[0]  # they were followed
     seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
     return {
         "submission_id": submission.submission_id,
         "address": submission.address,
         "status": status.value,
-        "message": (details.message or "").strip(),
+        "message": message.strip(),
         "seconds": seconds,
     }

@@ -42,7 +42,7 @@ class Gateway:
     def start(self) -> None:
         """Starts the server, or starts it again, and waits until it answers."""
         if not self.ports:
-            self.ports = dict(zip(SERVICES, _free_ports(len(SERVICES)), strict=True))
+            self.ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
             keys = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
             actions = ["Admin", "Read", "Write", "List", "Tagging"]
             identity = {"name": "admin", "credentials": keys, "actions": actions}
@@ -111,7 +111,7 @@ class Gateway:
                 time.sleep(0.2)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that are free, and so is each one's port + 10000, which the server takes for gRPC."""
     found: list[int] = []
     for port in range(20000 + os.getpid() % 5000, 32000):

@@ -1,0 +1,229 @@
+"""What a submitted job takes along, and where its workers go: decided without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from renee_ray import cli
+from renee_ray.config import ReneeError, RunConfig, make_config
+from renee_ray.service import job_files
+from renee_ray.service.job import check_placement, placement
+from renee_ray.service.job_files import (
+    PASSED_ON,
+    check_shared,
+    job_environment,
+    looks_secret,
+    pack,
+    packed_name,
+    refuse_password,
+    working_directory,
+)
+from renee_ray.service.submit import choose_address
+
+
+def test_only_the_list_and_what_is_asked_for_is_passed_on() -> None:
+    here = {
+        "AWS_REGION": "eu-west-1", "AWS_SECRET_ACCESS_KEY": "s", "PATH": "/bin", "MINE": "1",
+        "HF_TOKEN": "t",
+    }  # fmt: skip
+    found = job_environment(["MINE", "OTHER=a=b"], 45, here)
+    assert found == {
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": "45",
+        "AWS_REGION": "eu-west-1",
+        "MINE": "1",
+        "OTHER": "a=b",
+    }
+    assert not any(looks_secret(name) for name in PASSED_ON)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "DB_PASSWORD",
+     "RAY_AUTH_TOKEN", "MyApiKey", "mysecret", "GOOGLE_APPLICATION_CREDENTIALS"],
+)  # fmt: skip
+def test_what_looks_like_a_secret_is_refused(name: str) -> None:
+    with pytest.raises(ReneeError, match=f"--env {name} looks like a secret.*nodes instead") as e:
+        job_environment([f"{name}=hunter2"], 60, {})
+    assert "hunter2" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "MONKEY_COUNT"])
+def test_what_only_sounds_like_one_is_not(name: str) -> None:
+    assert job_environment([f"{name}=1"], 60, {})[name] == "1"
+
+
+def test_other_variables_that_are_refused() -> None:
+    with pytest.raises(ReneeError, match="--env NOT_HERE is not set here"):
+        job_environment(["NOT_HERE"], 60, {})
+    with pytest.raises(ReneeError, match="no name of a variable"):
+        job_environment(["A-B=1"], 60, {})
+    with pytest.raises(ReneeError, match="AWS_ENDPOINT_URL has a URL with a password") as error:
+        job_environment([], 60, {"AWS_ENDPOINT_URL": "http://me:hunter2@store:9000"})
+    assert "hunter2" not in str(error.value)
+    refuse_password("s3://bucket/a@b/c:d", "an argument")
+
+
+def test_relative_paths_are_refused() -> None:
+    check_shared({"data": "s3://bucket/set", "output": "/mnt/runs/a"})
+    with pytest.raises(ReneeError, match="output='runs/a' is relative"):
+        check_shared({"data": "s3://bucket/set", "output": "runs/a"})
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    root = tmp_path / "clone"
+    for name in (
+        "jobs/train.py", "renee_ray/cli.py", "recipes/x.yaml", ".git/config", ".env",
+        "renee_ray/__pycache__/cli.pyc", "runs/a/run.json", "quickstart/report.html",
+        "myenv/pyvenv.cfg", "myenv/lib/python3/site.py", "renee_ray.egg-info/PKG-INFO",
+        ".mypy_cache/x", "docs/.hidden/y",
+    ):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def files_in(root: Path) -> set[str]:
+    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+
+
+def test_code_goes_along_and_the_rest_stays(clone: Path, tmp_path: Path) -> None:
+    (clone / "model.bin").write_bytes(bytes(job_files.LARGE_FILE))
+    (clone / "model.txt").write_bytes(bytes(job_files.LARGE_FILE - 1))
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    assert pack(clone, packed, 2**30) == [Path("model.bin")]
+    assert files_in(packed) == {"jobs/train.py", "renee_ray/cli.py", "recipes/x.yaml", "model.txt"}
+
+
+def test_more_than_ray_takes_is_refused(clone: Path, tmp_path: Path) -> None:
+    (clone / "data").mkdir()
+    for part in range(3):
+        (clone / "data" / str(part)).write_bytes(bytes(2**20))
+    with pytest.raises(ReneeError, match=r"come to 3 MiB .* Ray takes 2 MiB .* data \(3 MiB\)"):
+        pack(clone, tmp_path / "packed", 2 * 2**20)
+
+
+def test_a_configuration_goes_along_from_wherever_it_is(clone: Path, tmp_path: Path) -> None:
+    inside, outside = clone / "runs" / "a.yaml", tmp_path / "b.yaml"
+    for path in (inside, outside):
+        path.write_text(path.name)
+        packed = tmp_path / f"packed-{path.stem}"
+        packed.mkdir()
+        pack(clone, packed, 2**30, path)
+        assert (packed / packed_name(clone, path)).read_text() == path.name
+    assert packed_name(clone, inside) == Path("runs/a.yaml")
+    assert packed_name(clone, outside) == Path("b.yaml")
+
+
+def test_the_working_directory_is_a_clone(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ReneeError, match=r"has no jobs/train\.py"):
+        working_directory(str(tmp_path))
+    assert working_directory(str(clone)) == clone
+    monkeypatch.chdir(clone)
+    assert working_directory(None) == clone
+    monkeypatch.chdir(tmp_path)
+    assert working_directory(None) == Path(__file__).parents[2]
+
+
+def test_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert choose_address(None) == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")
+    assert choose_address(None) == "http://head:8265"
+    assert choose_address("https://other") == "https://other", "what is given wins"
+    with pytest.raises(ReneeError, match="'head:6379' is no URL of a job server"):
+        choose_address("head:6379")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (("train", "no-such.yaml"), 1, "cannot read no-such.yaml"),
+        (("train", "RECIPE", "data=s3://b/d", "output=s3://b/o", "epoch=3"), 1,
+         "did you mean 'epochs'"),
+        (("train", "RECIPE", "data=s3://b/d", "output=runs/o"), 1, "output='runs/o' is relative"),
+        (("train", "RECIPE", "data=s3://b/d"), 1, "lacks 'output'"),
+        (("predict", "s3://b/r", "titles.txt", "s3://b/p"), 1, "SRC='titles.txt' is relative"),
+        (("predict", "s3://b/r", "s3://b/d"), 2, "Missing argument 'DST'"),
+        (("evaluate", "s3://b/r", "s3://k:s@b/d"), 1, "a URL with a password"),
+        (("convert", "s3://b/r", "s3://b/d", "--josn"), 2, "No such option"),
+        (("serve", "s3://b/r"), 2, "is not one of"),
+        (("--env", "HF_TOKEN", "export", "s3://b/r", "s3://b/e"), 1, "looks like a secret"),
+        (("--address", "head:6379", "export", "s3://b/r", "s3://b/e"), 1, "is no URL"),
+        (("--address", "http://127.0.0.1:9", "export", "s3://b/r", "s3://b/e"), 1,
+         "no job server answers at http://127.0.0.1:9"),
+    ],
+)  # fmt: skip
+def test_a_wrong_submission_is_one_sentence_at_once(
+    arguments: tuple[str, ...], status: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    words = [recipe if word == "RECIPE" else word for word in arguments]
+    assert cli.main(["submit", *words]) == status
+    said = capsys.readouterr()
+    assert sentence in said.err and said.out == ""
+    assert status == 2 or said.err.count("\n") == 1
+
+
+def run_config(**keys: Any) -> RunConfig:
+    return make_config(RunConfig, {"data": "d", "output": "o", **keys})
+
+
+def node(cpus: int, gpus: int = 0, kind: str = "", alive: bool = True) -> dict[str, Any]:
+    resources: dict[str, float] = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return {
+        "Alive": alive,
+        "Resources": resources | ({f"accelerator_type:{kind}": 1} if kind else {}),
+    }
+
+
+def test_placement_is_what_ray_train_understands() -> None:
+    from ray.train import ScalingConfig
+
+    keys = {"placement_strategy": "SPREAD", "accelerator_type": "L4", "cpus_per_worker": 3}
+    made = ScalingConfig(num_workers=2, use_gpu=True, **placement(run_config(**keys), True))
+    assert made.placement_strategy == "SPREAD"
+    assert made._resources_per_worker_not_none == {
+        "CPU": 3, "GPU": 1, "accelerator_type:L4": 0.001,
+    }  # fmt: skip
+    for use_gpu, expected in ((False, {"CPU": 1}), (True, {"GPU": 1})):
+        plain = placement(run_config(), use_gpu)
+        made = ScalingConfig(num_workers=2, use_gpu=use_gpu, **plain)
+        assert made._resources_per_worker_not_none == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "use_gpu", "nodes", "fits"),
+    [
+        ({}, False, [node(3)], True),
+        ({"placement_strategy": "STRICT_SPREAD"}, False, [node(8)], False),
+        ({"placement_strategy": "STRICT_SPREAD"}, False, [node(8), node(1)], True),
+        ({"placement_strategy": "STRICT_SPREAD"}, False, [node(8), node(8, alive=False)], False),
+        ({"placement_strategy": "STRICT_PACK"}, True, [node(8, 1), node(8, 1)], False),
+        ({"placement_strategy": "STRICT_PACK"}, True, [node(8, 2), node(8)], True),
+        ({"placement_strategy": "PACK"}, True, [node(0), node(8, 1), node(8, 1)], True),
+        ({"accelerator_type": "L4"}, True, [node(8, 1, "L4"), node(8, 4, "H100")], False),
+        ({"accelerator_type": "L4"}, True, [node(8, 2, "L4"), node(8, 4, "H100")], True),
+        ({"cpus_per_worker": 4}, False, [node(8)], False),  # none left to read with
+        ({"cpus_per_worker": 4}, False, [node(8), node(1)], True),
+        ({"cpus_per_worker": 4}, False, [node(7), node(7)], True),
+        ({"cpus_per_worker": 6}, False, [node(11), node(5)], False),
+    ],
+)
+def test_what_cannot_be_placed_is_said(
+    keys: dict[str, Any], use_gpu: bool, nodes: list[dict[str, Any]], fits: bool
+) -> None:
+    config = run_config(num_workers=2, **keys)
+    if fits:
+        check_placement(config, use_gpu, nodes)
+    else:
+        with pytest.raises(ReneeError, match=r"num_workers=2|cpus_per_worker=4"):
+            check_placement(config, use_gpu, nodes)
