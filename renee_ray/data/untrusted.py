@@ -96,20 +96,32 @@ def _links(directory: str) -> Iterator[str]:
 
 
 def read_row_groups(
-    open_parquet: Callable[..., pq.ParquetFile],
-    groups: Sequence[int],
-    columns: Sequence[str],
+    open_parquet: Callable[..., pq.ParquetFile], groups: Sequence[int], columns: Sequence[str]
 ) -> pa.Table:
-    """Some columns of some row groups, if they decode to no more than their rows may.
+    """Some columns of some row groups, checked as check_row_groups says.
+
+    Raises:
+        ValueError: as there, or the file has not the rows that it says.
+    """
+    rows = check_row_groups(open_parquet, groups, columns)
+    table = open_parquet().read_row_groups(list(groups), columns=list(columns), use_threads=False)
+    if len(table) != rows:
+        raise ValueError(f"{len(table)} rows where its footer says {rows}")
+    return table
+
+
+def check_row_groups(
+    open_parquet: Callable[..., pq.ParquetFile], groups: Sequence[int], columns: Sequence[str]
+) -> int:
+    """The rows of some row groups, if they decode to no more memory than so many may take.
 
     Args:
         open_parquet: opens the file, with keyword arguments of pq.ParquetFile.
 
     Raises:
-        ValueError: they would take more memory, or the file has not the rows that it says.
+        ValueError: they take more.
     """
-    file = open_parquet()
-    metadata = file.metadata
+    metadata = open_parquet().metadata
     rows = sum(metadata.row_group(group).num_rows for group in groups)
     limit = min(max(LEAST_BYTES, rows * BYTES_A_ROW), MOST_BYTES)
     leaves = _leaves(metadata, columns)
@@ -130,10 +142,7 @@ def read_row_groups(
         raise ValueError(f"{rows} rows would decode to {sure} bytes, more than {limit}")
     if sure + most > limit:
         _measure(open_parquet(read_dictionary=_paths(metadata, packed)), groups, packed, limit)
-    table = file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
-    if len(table) != rows:
-        raise ValueError(f"{len(table)} rows where its footer says {rows}")
-    return table
+    return rows
 
 
 def rows_of(metadata: pq.FileMetaData) -> int:
@@ -160,9 +169,7 @@ def _paths(metadata: pq.FileMetaData, columns: set[str]) -> list[str]:
     return [metadata.schema.column(leaf).path for leaf in _leaves(metadata, sorted(columns))]
 
 
-def _measure(
-    file: pq.ParquetFile, groups: Sequence[int], columns: set[str], limit: int
-) -> None:
+def _measure(file: pq.ParquetFile, groups: Sequence[int], columns: set[str], limit: int) -> None:
     """Adds up the texts of columns that are read as numbers into their dictionaries."""
     total = 0
     for column in sorted(columns):

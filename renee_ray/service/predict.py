@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -91,8 +92,11 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
         _check_destination(destination, src, score.overwrite)
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
+    # The checkpoint has all weights: the file that training began with is not looked at.
+    encoder = config.encoder.model_copy(update={"weights": ""})
+    settings = _settings(config, score)
     config = config.model_copy(
-        update={"num_workers": workers, "evaluation": _settings(config, score)}
+        update={"num_workers": workers, "evaluation": settings, "encoder": encoder}
     )
     voters = _voters(directory, labels, config.evaluation, score)
     checkpoint = directory.checkpoint(score.checkpoint)
@@ -276,14 +280,21 @@ def _remove(path: str) -> None:
 
 
 def _check_destination(destination: str, src: str, overwrite: bool) -> None:
-    inside, outside = absolute(src).rstrip("/") + "/", destination.rstrip("/") + "/"
+    inside, outside = _real(absolute(src)), _real(destination)
     if inside.startswith(outside):
         raise ReneeError(f"{src} lies in {destination}, which is overwritten; give another one")
+    if outside.startswith(inside):
+        raise ReneeError(f"{destination} lies in {src}, which is only read; give another one")
     names = [info.base_name for info in _listing(destination)]
     if MANIFEST in names and not overwrite:
         raise ReneeError(f"{destination} holds predictions already; add overwrite=true")
     if not all(OURS.fullmatch(name) for name in names):
         raise ReneeError(f"{destination} holds other files; give an empty directory")
+
+
+def _real(path: str) -> str:
+    """A directory so that those inside it begin with it, links followed."""
+    return (path if "://" in path else os.path.realpath(path)).rstrip("/") + "/"
 
 
 def _clear(destination: str, *, keep_scratch: bool) -> None:
