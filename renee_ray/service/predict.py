@@ -92,12 +92,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
         _check_destination(destination, src, score.overwrite)
     workers = score.num_workers or config.num_workers
     ensure_ray(workers + 1)
-    # The checkpoint has all weights: the file that training began with is not looked at.
-    encoder = config.encoder.model_copy(update={"weights": ""})
-    settings = _settings(config, score)
-    config = config.model_copy(
-        update={"num_workers": workers, "evaluation": settings, "encoder": encoder}
-    )
+    config = scoring_config(config, score, workers)
     voters = _voters(directory, labels, config.evaluation, score)
     checkpoint = directory.checkpoint(score.checkpoint)
     length = min(config.encoder.max_length, labels.manifest.max_length)
@@ -227,6 +222,18 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
             pieces.append(texts.take(pa.array(inside - part.first)))
     texts = pa.concat_arrays(pieces) if pieces else pa.array([], type=pa.string())
     return texts.take(pa.array(inverse))
+
+
+def scoring_config(config: RunConfig, score: ScoreConfig, workers: int) -> RunConfig:
+    """The configuration of a run, to score with so many workers.
+
+    The checkpoint has all weights: the file that training began with is not looked at.
+    """
+    encoder = config.encoder.model_copy(update={"weights": ""})
+    settings = _settings(config, score)
+    return config.model_copy(
+        update={"num_workers": workers, "evaluation": settings, "encoder": encoder}
+    )
 
 
 def _settings(config: RunConfig, score: ScoreConfig) -> EvalConfig:
