@@ -720,12 +720,12 @@ SOURCES = [
         "implausibly large",
     ),
     Case(
-        "header-huge",
+        "label-header-huge",
         source_file("y.txt", b"1 4611686018427387904\n0:1\n", header),
         "above the limit",
     ),
     Case(
-        "header-of-many-digits",
+        "label-header-of-many-digits",
         source_file("y.txt", b"1 " + b"9" * 10**5 + b"\n", lines(PAIR)),
         "implausibly large",
     ),
@@ -872,6 +872,19 @@ def test_printable() -> None:
 
 
 CASES = [*DATASETS, *PARTS, *MODELS, *CONFIGS, *SECRETS, *SOURCES, *DESTINATIONS]
+
+
+def test_the_document_lists_every_case_by_number() -> None:
+    from . import test_hostile_runs as runs
+
+    listed = SECURITY.read_text(encoding="utf-8").partition("## Hostile cases")[2]
+    names = set(re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)+)`", listed))
+    assert names == {case.name for case in [*CASES, *runs.CASES]}
+    assert len({case.name for case in [*CASES, *runs.CASES]}) == len(CASES) + len(runs.CASES)
+    tests = set(re.findall(r"`(test_\w+)`", listed))
+    assert tests <= {*globals(), *vars(runs)}
+    numbers = [int(number) for number in re.findall(r"(?:^|, )(\d+)\. `", listed, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 30
 
 
 @pytest.mark.timeout(60)
