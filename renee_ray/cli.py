@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from renee_ray.config import (
     Config,
@@ -24,7 +26,9 @@ from renee_ray.config import (
     keys_of,
     make_config,
     parse_overrides,
+    printable,
     read_yaml,
+    redacted,
 )
 
 T = TypeVar("T")
@@ -34,7 +38,8 @@ progress = Console(stderr=True)
 
 def _say(text: str, style: str | None = None) -> None:
     """A sentence for people, to standard error, on one line however narrow the terminal."""
-    progress.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    shown = printable(redacted(text))
+    progress.print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Command(click.Command):
@@ -551,7 +556,7 @@ def _print(content: dict[str, Any], as_json: bool, title: str) -> None:
         Console().print(_metric_table(metrics, title))
     rest = {k: v for k, v in flat.items() if k not in metrics}
     for key, value in rest.items():
-        click.echo(f"{key:28} {value}")
+        click.echo(printable(f"{key:28} {value}"))
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> Any:
@@ -565,7 +570,7 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> Any:
 def _metric_table(metrics: dict[str, float], title: str) -> Table:
     families = list(dict.fromkeys(name.partition("@")[0] for name in metrics))
     ks = sorted({int(name.partition("@")[2]) for name in metrics})
-    table = Table(title=title)
+    table = Table(title=Text(printable(title)))
     table.add_column("")
     for k in ks:
         table.add_column(f"@{k}", justify="right")
@@ -580,7 +585,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.main(args=argv, prog_name="renee-ray", standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        click.echo(redacted(usage.getvalue()), err=True, nl=False)
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("renee-ray: interrupted")

@@ -8,7 +8,8 @@ sentence that names the key, the value and the remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -28,6 +29,34 @@ class ConfigError(ReneeError):
     """A configuration that cannot be run."""
 
 
+YAML_LIMIT = 1 << 20
+"""Bytes of a configuration file."""
+KEY_DEPTH = 8
+SHOWN = 200
+"""Characters of a wrong value in an error's sentence."""
+_CREDENTIALS = re.compile(r"(\w://)[^\s/?#'\"]*:[^\s?#'\"]*@|(\ws?3a?://)[^\s/?#'\"]*@")
+_SECRET = re.compile(
+    r"([?&][^=&\s'\"]*(?:secret|token|key|sig|signature|password|credential)[^=&\s'\"]*=)"
+    r"[^&\s'\"]*",
+    re.IGNORECASE,
+)
+_UNSEEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+    r"\ud800-\udfff\ufff9-\ufffb]"
+)
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: what would steer it, or change the order of what is seen, escaped."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def redacted(text: str) -> str:
+    """`text` without the credentials in the URLs that it quotes."""
+    text = _CREDENTIALS.sub(lambda found: f"{found[1] or found[2]}***@", text)
+    return _SECRET.sub(lambda found: f"{found[1]}***", text)
+
+
 def reason(error: BaseException) -> str:
     """What another library's exception says, as a part of one sentence: its first line."""
     lines = str(error).strip().splitlines()
@@ -37,7 +66,9 @@ def reason(error: BaseException) -> str:
 class Config(BaseModel):
     """Base of every configuration: immutable, unknown keys refused, docs below each field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ConvertConfig(Config):
@@ -331,10 +362,14 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"argument {argument!r} is not of the form key=value")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {argument!r} is not YAML; quote it") from error
+            value = _load_yaml(text) if text else ""
+        except _NotYaml as error:
+            raise ConfigError(
+                f"the value of {argument!r:.{SHOWN}} is not YAML{error}; quote it"
+            ) from error
         *parents, leaf = key.split(".")
+        if len(parents) >= KEY_DEPTH:
+            raise ConfigError(f"{key!r:.{SHOWN}} is no key: no key has so many parts")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -366,17 +401,56 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+        with open(path, "rb") as file:
+            raw = file.read(YAML_LIMIT + 1)
+        if len(raw) > YAML_LIMIT:
+            raise ConfigError(f"{path} is longer than {YAML_LIMIT} bytes; give a configuration")
+        content = _load_yaml(raw.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: it is not in UTF-8") from error
+    except _NotYaml as error:
+        mark = getattr(error.__cause__, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line} is not valid YAML") from error
+        raise ConfigError(f"{path}{line} is not valid YAML{error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no mapping of keys to values")
     return content
+
+
+class _NotYaml(Exception):
+    """Text that is no YAML, or none of a configuration; says so from a colon on, or nothing."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only: no aliases, whose expansion has no bound, and each key once."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _NotYaml(": a configuration may not use aliases (*name)")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise _NotYaml(f": it has the key {name!r:.80} twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """What the text says. Raises _NotYaml."""
+    try:
+        return yaml.load(text, _Loader)
+    except _NotYaml:
+        raise
+    except RecursionError:
+        raise _NotYaml(": it is nested too deeply") from None
+    except Exception as error:  # constructors of scalars raise what their conversion raises
+        raise _NotYaml("") from error
 
 
 def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -406,11 +480,13 @@ def _sentence(model: type[Config], error: ValidationError, where: str) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         names = [name for name, *_ in keys_of(model)]
-        near = difflib.get_close_matches(key, names, 1, 0.0)
-        return f"{where} has no key {key!r}; did you mean {near[0]!r}?"
+        near = difflib.get_close_matches(key[:SHOWN], names, 1, 0.0)
+        return f"{where} has no key {key!r:.{SHOWN}}; did you mean {near[0]!r}?"
     if first["type"] == "missing":
         return f"{where} lacks {key!r}; add {key}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    return f"{key}={first['input']!r} in {where} is wrong: {message[0].lower()}{message[1:]}"
+    return (
+        f"{key}={first['input']!r:.{SHOWN}} in {where} is wrong: {message[0].lower()}{message[1:]}"
+    )

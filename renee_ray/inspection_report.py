@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from renee_ray.config import printable
+
 BAR = 40
 """Characters of the longest bar of a histogram."""
 
@@ -20,8 +22,10 @@ def inspection_text(facts: Mapping[str, Any]) -> RenderableType:
 
 def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(
-        f"{facts['path']}: {facts['labels']:,} labels, {facts['bytes'] / 2**20:,.1f} MiB, "
-        f"{facts['tokenizer']}, at most {facts['max_length']} tokens"
+        printable(
+            f"{facts['path']}: {facts['labels']:,} labels, {facts['bytes'] / 2**20:,.1f} MiB, "
+            f"{facts['tokenizer']}, at most {facts['max_length']} tokens"
+        )
     )
     yield _rows(facts)
     tokens = facts["tokens_a_row"]["train"].get("histogram", {})
@@ -33,11 +37,13 @@ def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     if facts.get("padding") is not None:
         yield Text(f"\n{facts['padding']:.1%} of a batch is padding\n")
     for sample in facts.get("samples", []):
-        yield Text(f"{sample['point_id']}: {sample['text']}", style="bold")
+        yield Text(printable(f"{sample['point_id']}: {sample['text']}"), style="bold")
         more = f" and {sample['more_labels']} more" if sample["more_labels"] else ""
-        yield Text(f"    {'; '.join(sample['labels']) or 'no labels'}{more}", style="dim")
+        labels = printable("; ".join(sample["labels"])) or "no labels"
+        yield Text(f"    {labels}{more}", style="dim")
     if "problems" in facts:
-        yield Text("\n".join(["", *facts["problems"]] if facts["problems"] else ["", "verified"]))
+        found = map(printable, facts["problems"]) if facts["problems"] else ["verified"]
+        yield Text("\n".join(["", *found]))
 
 
 def _rows(facts: Mapping[str, Any]) -> Table:
@@ -71,5 +77,5 @@ def _tail(facts: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right")
     pairs = facts["share_of_pairs_by_points"]
     for name, share in facts["share_of_labels_by_points"].items():
-        table.add_row(name, f"{share:.1%}", f"{pairs[name]:.1%}")
+        table.add_row(Text(printable(name)), f"{share:.1%}", f"{pairs[name]:.1%}")
     return table

@@ -29,7 +29,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, printable
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -140,11 +140,11 @@ def examples_text(examples: Sequence[Mapping[str, Any]]) -> RenderableType:
             predictions.add_row(
                 Text("✓" if right else "·", style="bold green" if right else "dim"),
                 Text(f"{prediction['score']:.2f}", style="dim"),
-                Text(prediction["label"], style="green" if right else ""),
+                Text(printable(prediction["label"]), style="green" if right else ""),
             )
-        true = "; ".join(example["true"]) or "none"
+        true = printable("; ".join(example["true"])) or "none"
         predictions.add_row("", Text("true", style="dim"), Text(true, style="dim"))
-        blocks += [Text(example["text"], style="bold"), predictions, Text()]
+        blocks += [Text(printable(example["text"]), style="bold"), predictions, Text()]
     return Group(*blocks)
 
 

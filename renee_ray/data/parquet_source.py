@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from renee_ray.config import reason
 from renee_ray.data.storage import filesystem_of, patiently
+from renee_ray.data.untrusted import read_row_groups, rows_of
 from renee_ray.data.xmlrepo import SourceError
 
 Int64s = NDArray[np.int64]
@@ -102,14 +104,14 @@ def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]
     def read() -> pa.Table:
         filesystem, root = filesystem_of(block.path)
         with filesystem.open_input_file(root) as file:
-            parquet = pq.ParquetFile(file)
-            return parquet.read_row_group(block.group, columns=columns, use_threads=False)
+            return read_row_groups(partial(pq.ParquetFile, file), [block.group], columns)
 
     try:
         table = patiently(read, f"reading {block.path}")
-    except pa.ArrowInvalid as error:
+    except ValueError as error:  # pa.ArrowInvalid is one
         raise SourceError(
-            f"{block.path} cannot be read ({reason(error)}) in row group {block.group}; replace it"
+            f"{block.path} cannot be read ({reason(error):.200}) in row group {block.group}; "
+            f"replace it"
         ) from None
     for start in range(0, len(table), SLICE_ROWS):
         piece = table.slice(start, SLICE_ROWS).combine_chunks()
@@ -149,9 +151,12 @@ def _table(paths: list[str]) -> Table | None:
             with filesystem.open_input_file(root) as file:
                 footer = pq.ParquetFile(file)
                 schema, metadata = footer.schema_arrow, footer.metadata
-        except pa.ArrowInvalid as error:
+                rows_of(metadata)
+        except (ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
             raise SourceError(f"{path} is not Parquet ({reason(error)}); replace it") from None
         found = {field.name: field.type for field in schema}
+        if len(found) != len(schema):
+            raise SourceError(f"{path} has two columns of one name; rename one")
         if columns and found != columns:
             raise SourceError(
                 f"{path} has the columns {found} and {paths[0]} has {columns}; make them equal"

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from typing import TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -38,11 +39,48 @@ TRANSIENT = (
 )
 """What the S3 client says of errors that pass."""
 REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
+SCHEMES = {
+    "file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hdfs", "viewfs", "webhdfs",
+    "http", "https", "ftp", "sftp", "ssh", "smb", "oss", "oci", "memory",
+}  # fmt: skip
+"""Of URLs. fsspec knows others, which read whatever a file that they are pointed at names."""
+PARAMETERS = {"region", "scheme", "endpoint_override"}
+"""That may follow a `?` in a URL; any other could be a secret."""
 
 
 def absolute(path: str) -> str:
-    """`path` so that a process with another working directory finds it too."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    """`path` so that a process with another working directory finds it too.
+
+    Raises:
+        ReneeError: it is a URL with credentials in it.
+    """
+    if "\0" in path:
+        raise ReneeError(f"{path!r:.200} is no path: it holds a zero byte")
+    if "://" in path:
+        _refuse_credentials(path)
+        return path
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _refuse_credentials(url: str) -> None:
+    """Credentials in a URL would be in `ps`, in run.json, in manifests and in every error."""
+    scheme = url.partition("://")[0]
+    try:
+        parts = urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        # In an unquoted secret a slash ends the host's part early.
+        plain = not host.partition(":")[2] or host.startswith("[") or parts.port is not None
+        keys = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        hidden = ":" in user or not plain
+        hidden = hidden or (scheme in ("s3", "s3a") and bool(set("@:") & set(parts.netloc)))
+        hidden = hidden or bool(keys - PARAMETERS) or bool(parts.query and not keys)
+    except ValueError:
+        hidden = True
+    if hidden:
+        raise ReneeError(
+            f"a path that begins with {scheme:.20}:// carries credentials or parameters; put "
+            f"credentials in the environment, where no log and no manifest shows them"
+        )
 
 
 def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
@@ -54,9 +92,15 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         ReneeError: nothing installed knows the URL's scheme.
     """
+    path = absolute(path)
     scheme, separator, rest = path.partition("://")
     if not separator:
-        return pafs.LocalFileSystem(), absolute(path)
+        return pafs.LocalFileSystem(), path
+    if scheme not in SCHEMES:
+        raise ReneeError(
+            f"no filesystem is installed for {path!r:.200}; use a local path, or a URL of one of "
+            f"{', '.join(sorted(SCHEMES))}"
+        )
     if scheme == "file":
         return pafs.LocalFileSystem(), absolute(rest)
     try:
@@ -68,6 +112,8 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
         pass
     import fsspec
 
+    if "::" in rest.partition("/")[2]:
+        raise ReneeError(f"{path!r:.200} chains filesystems; give the URL of one")
     try:
         remote, root = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
@@ -130,12 +176,19 @@ def read_file(path: str) -> bytes | None:
 def write_file(path: str, content: bytes | pa.Buffer) -> None:
     """Writes a file whole, patiently."""
     filesystem, root = filesystem_of(path)
+    refuse_link(filesystem, root)
 
     def write() -> None:
         with filesystem.open_output_stream(root) as sink:
             sink.write(content)
 
     patiently(write, f"writing {path}")
+
+
+def refuse_link(filesystem: pafs.FileSystem, name: str) -> None:
+    """Raises ReneeError where a local file to be written is a symbolic link to another one."""
+    if isinstance(filesystem, pafs.LocalFileSystem) and os.path.islink(name):
+        raise ReneeError(f"{name} is a symbolic link, and what it leads to is not ours; remove it")
 
 
 def is_transient(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.models import resolve_model
+from renee_ray.data.models import read_settings, resolve_model
 
 CHUNK = 1024
 """Texts tokenised at once: their encodings, which hold far more than ids, stay in the cache."""
@@ -33,13 +33,16 @@ class Vocabulary:
     pad_id: int
 
 
-def load(name: str) -> Vocabulary:
+def load(name: str, *, fetch: bool = True) -> Vocabulary:
     """The tokenizer of model `name`, a directory or a hub name.
+
+    Args:
+        fetch: ask the hub itself; not for a name that only a file gives.
 
     Raises:
         ReneeError: it is nowhere to be had, or has no fast version.
     """
-    directory = Path(resolve_model(name))
+    directory = Path(resolve_model(name, fetch=fetch))
     try:
         if (directory / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -98,15 +101,17 @@ def _tokenizer(serialised: str, max_length: int) -> Tokenizer:
 def _converted(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), use_fast=True).backend_tokenizer
+    found = AutoTokenizer.from_pretrained(
+        str(directory), use_fast=True, trust_remote_code=False, local_files_only=True
+    )
+    return found.backend_tokenizer
 
 
 def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
     """The padding token's id; 0 where a model has none, since padded places are masked anyway."""
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
-    settings = directory / "tokenizer_config.json"
-    token = json.loads(settings.read_text()).get("pad_token") if settings.is_file() else None
+    token = read_settings(directory / "tokenizer_config.json").get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(token) if token else None
+    found = tokenizer.token_to_id(token) if isinstance(token, str) and token else None
     return 0 if found is None else found

@@ -38,11 +38,18 @@ CHUNK_BYTES = 1 << 22
 NEAR_BYTES = 4096
 """Lines closer together than this are fetched by one read."""
 MAX_ID_DIGITS = 18
+MAX_HEADER_DIGITS = 100
 MAX_VALUE_BYTES = 16
 MAX_LABELS = 2**31
 """A header that says more is taken for damage; the largest sets known have 10**8."""
 MAX_INFERRED_LABELS = 10**8
 """Without a header and without label texts, a larger id is taken for damage."""
+
+
+MAX_LINE_BYTES = 1 << 26
+"""A longer line is taken for damage: a text, with all its labels, is far below."""
+PACKED_LEAST, PACKED_RATIO = 1 << 28, 100
+"""What a gzip file may hold: so many bytes, or so many times its own. Texts pack to a tenth."""
 
 
 class SourceError(ReneeError):
@@ -216,9 +223,10 @@ def index(path: str, unpack_to: str | None = None) -> Lines:
     """
     filesystem, name = filesystem_of(path)
     found: list[Int64s] = []
-    size, start, last = 0, 0, b""
+    size, start, last, longest = 0, 0, b"", _Longest(path)
     try:
         with filesystem.open_input_file(name) as raw:
+            limit = max(PACKED_LEAST, PACKED_RATIO * raw.size())
             if not is_packed(path):
                 chunks, stored_at = _chunks(raw), path
             else:
@@ -233,6 +241,12 @@ def index(path: str, unpack_to: str | None = None) -> Lines:
                     start = _length_of_mark(chunk, path)
                 found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (size + 1))
                 size, last = size + len(chunk), chunk[-1:]
+                longest.add(found[-1], size)
+                if is_packed(path) and size > limit:
+                    raise SourceError(
+                        f"{path} unpacks to more than {PACKED_RATIO} times its size; no text "
+                        f"does; unpack it yourself if it is right"
+                    )
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(
             f"{path} is not a complete gzip file ({reason(error)}); fetch it again"
@@ -240,6 +254,24 @@ def index(path: str, unpack_to: str | None = None) -> Lines:
     if size > start and last != b"\n":
         found.append(np.array([size]))
     return Lines(path, stored_at, np.concatenate([np.array([start]), *found]).astype(np.int64))
+
+
+class _Longest:
+    """Refuses a line that is too long as soon as so much of it has been seen."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.lines, self.start = path, 0, 0
+
+    def add(self, starts: Int64s, size: int) -> None:
+        """starts: int64 [n], where the next lines begin; size: bytes of the file until now."""
+        sizes = np.diff(starts, prepend=self.start, append=size)
+        if sizes.max() > MAX_LINE_BYTES:
+            raise SourceError(
+                f"{self.path}:{self.lines + 1 + int(sizes.argmax())}: the line is longer than "
+                f"{MAX_LINE_BYTES} bytes; shorten it, or correct the file's line ends"
+            )
+        if len(starts):
+            self.lines, self.start = self.lines + len(starts), int(starts[-1])
 
 
 def _chunks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
@@ -565,7 +597,11 @@ def header_of(lines: Lines, num_texts: int) -> tuple[int, int] | None:
 
 def _bare_integers(lines: Lines, row: int) -> list[int]:
     fields = read(lines, np.array([row])).data.split()
-    return [int(f) for f in fields] if all(f.isdigit() for f in fields) else []
+    return [int(f) for f in fields] if all(map(_is_count, fields)) else []
+
+
+def _is_count(field: bytes) -> bool:
+    return field.isdigit() and len(field) <= MAX_HEADER_DIGITS
 
 
 def parse_filters(block: Block, num_rows: int, num_labels: int) -> tuple[Int64s, Int64s]:

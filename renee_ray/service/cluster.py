@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants
 
 from renee_ray.config import ReneeError
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
@@ -52,16 +56,39 @@ def _start_local(num_cpus: int) -> None:
     """Ray gives a node a fixed time to start, which a busy machine may exceed: tried thrice."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(num_cpus, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=max(num_cpus, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
             return
         except Exception as error:
             ray.shutdown()
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
                 raise
             log.warning("Ray did not start in time (attempt %d of %d)", attempt, ATTEMPTS)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray started inside, and the collectives of its workers, listen on 127.0.0.1 alone.
+
+    Whoever reaches a port of Ray's can run code, and on Linux it listens on every interface. It
+    has no other switch than that of the systems on which it knows no clusters, which it and each
+    of its processes read from the environment.
+    """
+    before, enabled = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(LOOPBACK)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        for name in LOOPBACK:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]

@@ -13,6 +13,7 @@ wherever the export goes.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import Weights
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
+OURS = re.compile(
+    r"export\.json|encoder|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
+)
 RANGE_BYTES = 1 << 28
 """Of the classifier in a file, about."""
 CPU = torch.device("cpu")
@@ -60,7 +64,9 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     checkpoint = directory.checkpoint(config.checkpoint)
     target = _Target(absolute(destination))
     target.claim(config.overwrite)
-    encoder = build_encoder(settings.encoder.model_copy(update={"compile": False}), CPU, 0)
+    # The checkpoint has all weights: the file that training began with is not looked at.
+    plain = settings.encoder.model_copy(update={"compile": False, "weights": ""})
+    encoder = build_encoder(plain, CPU, 0)
     checkpoint.load_encoder(encoder)
     _write_encoder(target, encoder, settings)
     ranges = [
@@ -92,7 +98,7 @@ class _Target:
         filesystem, root = filesystem_of(self.path)
         there = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
         names = {info.base_name for info in there}
-        if names and MANIFEST not in names:
+        if names and (MANIFEST not in names or not all(map(OURS.fullmatch, names))):
             raise ReneeError(f"{self.path} holds other files; give an empty directory")
         if names and not overwrite:
             raise ReneeError(f"{self.path} holds an export already; add overwrite=true")
@@ -116,7 +122,9 @@ def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
 def _write_encoder(target: _Target, encoder: Encoder, settings: RunConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         encoder.backbone.save_pretrained(local)
-        AutoTokenizer.from_pretrained(resolve_model(settings.encoder.name)).save_pretrained(local)
+        AutoTokenizer.from_pretrained(
+            resolve_model(settings.encoder.name), trust_remote_code=False, local_files_only=True
+        ).save_pretrained(local)
         for file in sorted(Path(local).iterdir()):
             target.write(f"encoder/{file.name}", file.read_bytes())
     head = {"constant": encoder.constant}

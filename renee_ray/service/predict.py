@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -91,11 +92,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
         _check_destination(destination, src, score.overwrite)
     workers = score.num_workers or config.max_workers
     ensure_ray(workers + 1)
-    placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
-    config = config.model_copy(
-        update={"num_workers": workers, "evaluation": _settings(config, score)}
-        | {key: getattr(score, key) for key in placed}
-    )
+    config = scoring_config(config, score, workers)
     voters = _voters(directory, labels, config.evaluation, score)
     checkpoint = directory.checkpoint(score.checkpoint)
     length = min(config.encoder.max_length, labels.manifest.max_length)
@@ -227,6 +224,20 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
     return texts.take(pa.array(inverse))
 
 
+def scoring_config(config: RunConfig, score: ScoreConfig, workers: int) -> RunConfig:
+    """The configuration of a run, to score with so many workers.
+
+    The checkpoint has all weights: the file that training began with is not looked at.
+    """
+    encoder = config.encoder.model_copy(update={"weights": ""})
+    settings = _settings(config, score)
+    placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
+    return config.model_copy(
+        update={"num_workers": workers, "evaluation": settings, "encoder": encoder}
+        | {key: getattr(score, key) for key in placed}
+    )
+
+
 def _settings(config: RunConfig, score: ScoreConfig) -> EvalConfig:
     """How the run scores, with what the command sets anew."""
     keys = ("tail", "neighbours", "neighbour_weight")
@@ -278,14 +289,21 @@ def _remove(path: str) -> None:
 
 
 def _check_destination(destination: str, src: str, overwrite: bool) -> None:
-    inside, outside = absolute(src).rstrip("/") + "/", destination.rstrip("/") + "/"
+    inside, outside = _real(absolute(src)), _real(destination)
     if inside.startswith(outside):
         raise ReneeError(f"{src} lies in {destination}, which is overwritten; give another one")
+    if outside.startswith(inside):
+        raise ReneeError(f"{destination} lies in {src}, which is only read; give another one")
     names = [info.base_name for info in _listing(destination)]
     if MANIFEST in names and not overwrite:
         raise ReneeError(f"{destination} holds predictions already; add overwrite=true")
     if not all(OURS.fullmatch(name) for name in names):
         raise ReneeError(f"{destination} holds other files; give an empty directory")
+
+
+def _real(path: str) -> str:
+    """A directory so that those inside it begin with it, links followed."""
+    return (path if "://" in path else os.path.realpath(path)).rstrip("/") + "/"
 
 
 def _clear(destination: str, *, keep_scratch: bool) -> None:

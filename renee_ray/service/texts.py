@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from renee_ray.data.dataset import (
     write_part,
 )
 from renee_ray.data.storage import absolute, filesystem_of
+from renee_ray.data.untrusted import check_row_groups, rows_of
 from renee_ray.data.xmlrepo import Lines
 from renee_ray.service.tasks import stream
 
@@ -134,7 +136,8 @@ def _row_groups(paths: list[str]) -> list[_Piece]:
             with filesystem.open_input_file(root) as file:
                 footer = pq.ParquetFile(file)
                 schema, metadata = footer.schema_arrow, footer.metadata
-        except (OSError, pa.ArrowInvalid) as error:
+                rows_of(metadata)
+        except (OSError, ValueError) as error:  # pa.ArrowInvalid is one
             raise ReneeError(f"{path} is not Parquet ({reason(error)}); replace it") from None
         _check_columns(path, schema)
         with_ids.add("point_id" in schema.names)
@@ -191,17 +194,31 @@ def _read_group(piece: _Piece) -> Iterator[tuple[list[str], pa.Array]]:
     filesystem, root = filesystem_of(piece.path)
     done = 0
     with filesystem.open_input_file(root) as file:
-        parquet = pq.ParquetFile(file)
+        opened = partial(pq.ParquetFile, file)
+        parquet = opened()
         names = [name for name in ("text", "point_id") if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(PIECE_ROWS, [piece.group], columns=names):
-            for name in names:
-                missing = batch[name].is_null().to_numpy(zero_copy_only=False)
-                if missing.any():
-                    raise ReneeError(
-                        f"{piece.path} has no {name} in row {done + missing.argmax()} of row "
-                        f"group {piece.group}; fill it in or leave the row out"
-                    )
-            numbers = np.arange(piece.first + done, piece.first + done + len(batch))
-            ids = batch["point_id"] if "point_id" in names else pa.array(numbers)
-            yield batch["text"].to_pylist(), ids
-            done += len(batch)
+        try:
+            check_row_groups(opened, [piece.group], names)
+            batches = parquet.iter_batches(PIECE_ROWS, [piece.group], columns=names)
+            for batch in batches:
+                for name in names:
+                    missing = batch[name].is_null().to_numpy(zero_copy_only=False)
+                    if missing.any():
+                        raise ReneeError(
+                            f"{piece.path} has no {name} in row {done + missing.argmax()} of row "
+                            f"group {piece.group}; fill it in or leave the row out"
+                        )
+                numbers = np.arange(piece.first + done, piece.first + done + len(batch))
+                ids = batch["point_id"] if "point_id" in names else pa.array(numbers)
+                yield batch["text"].to_pylist(), ids
+                done += len(batch)
+        except ValueError as error:
+            raise ReneeError(
+                f"{piece.path} cannot be read ({reason(error):.200}) in row group {piece.group}; "
+                f"replace it"
+            ) from error
+    if done != piece.rows:
+        raise ReneeError(
+            f"{piece.path} has {done} rows in row group {piece.group} and its footer says "
+            f"{piece.rows}; replace it"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from renee_ray.config import EncoderConfig, ReneeError, reason
 from renee_ray.data.models import resolve_model
@@ -22,6 +23,9 @@ from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.device import native, native_bf16
 
 log = logging.getLogger(__name__)
+
+MAX_MODULES = 4096
+"""Layers, or experts, of an encoder."""
 
 
 class Encoder(nn.Module):
@@ -51,12 +55,25 @@ class Encoder(nn.Module):
         """input_ids, attention_mask: int64 [b, T] -> float32 [b, D]."""
         device = input_ids.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+            hidden = self._hidden(input_ids, attention_mask)
         with torch.autocast(device, enabled=False):
             mask = attention_mask.unsqueeze(-1).float()
             pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
             reduced = pooled if self.bottleneck is None else self.bottleneck(pooled)
             return reduced + self.constant
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last hidden states. On a CPU a token outside the vocabulary is a user's error."""
+        try:
+            hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+        except IndexError as error:
+            raise ReneeError(
+                f"the dataset has token ids up to {int(input_ids.max())} and the encoder knows "
+                f"{self.backbone.config.vocab_size} tokens in texts of at most "
+                f"{getattr(self.backbone.config, 'max_position_embeddings', 'any')}; convert the "
+                f"source with the tokenizer of the encoder"
+            ) from error
+        return hidden
 
 
 def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Encoder:
@@ -176,25 +193,51 @@ def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     directory = resolve_model(config.name)
     try:
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        attention = _attention(config.attention, device)
+        _check_size(settings, directory, attention)
         if config.internal_dropout is not None:
             for key in _dropout_keys(settings):
                 setattr(settings, key, config.internal_dropout)
         model = AutoModel.from_pretrained(
             directory,
             config=settings,
-            attn_implementation=_attention(config.attention, device),
+            attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,
         )
-    except (OSError, ValueError) as error:
+    except ReneeError:
+        raise
+    except Exception as error:  # the library raises what the files of a model happen to cause
         raise ReneeError(
-            f"encoder.name={config.name!r} cannot be loaded: {reason(error)}"
+            f"encoder.name={config.name!r:.200} cannot be loaded ({type(error).__name__}: "
+            f"{reason(error):.200}); give a model that has config.json and model.safetensors"
         ) from error
     # DDP waits for the gradient of every parameter, and mean pooling never calls the pooler.
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return model
+
+
+def _check_size(settings: PretrainedConfig, directory: str, attention: str) -> None:
+    """Refuses a description of more weights than there are bytes of them, before they are made."""
+    there = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    for key, value in vars(settings).items():
+        if isinstance(value, int) and re.search("layer|expert|block", key) and value > MAX_MODULES:
+            raise ReneeError(
+                f"{directory}/config.json has {key:.80}={value:.3g}, above the limit of "
+                f"{MAX_MODULES}; give another encoder"
+            )
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = AutoModel.from_config(
+            settings, attn_implementation=attention, trust_remote_code=False
+        )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if there and weights > there:
+        raise ReneeError(
+            f"{directory}/config.json describes {weights} weights and its safetensors files have "
+            f"{there} bytes; give an encoder whose files belong together"
+        )
 
 
 def _dropout_keys(settings: object) -> list[str]:

@@ -1,0 +1,184 @@
+"""Reading what others wrote: how much a file may hold is settled before it is parsed.
+
+A dataset, a run directory or a model may come from anywhere (docs/security.md). Nothing here
+knows what a file means; it bounds bytes, nesting and decoded sizes, and keeps to a directory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from renee_ray.config import ReneeError
+
+BYTES_A_ROW = 1 << 20
+"""Of decoded Parquet, on average over the rows that are read at once; at least LEAST_BYTES and
+at most MOST_BYTES are allowed."""
+LEAST_BYTES, MOST_BYTES = 1 << 28, 1 << 33
+LEVEL_BYTES = 4
+"""Repetition and definition levels of a value while it is decoded."""
+FIXED_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+
+
+def read_bounded(filesystem: pafs.FileSystem, name: str, limit: int, where: str) -> bytes:
+    """All bytes of a file of at most `limit` bytes.
+
+    Raises:
+        ReneeError: it is longer. OSError: it cannot be read.
+    """
+    with filesystem.open_input_file(name) as file:
+        size = file.size()
+        if size > limit:
+            raise ReneeError(f"{where} has {size} bytes, which no such file has; replace it")
+        content: bytes = file.read(size)
+    return content
+
+
+def parse_json(content: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or holds a number that is not finite.
+    """
+    text = content.decode("utf-8", "replace") if isinstance(content, bytes) else content
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is too large a number")
+    return value
+
+
+def refuse_links_out(filesystem: pafs.FileSystem, root: str, where: str) -> None:
+    """Refuses a local directory with symbolic links that lead out of it.
+
+    A directory from elsewhere could otherwise have any file of this machine read as a part of
+    it, or written to. `root` itself may be reached through links.
+
+    Raises:
+        ReneeError: names the first such link.
+    """
+    if not isinstance(filesystem, pafs.LocalFileSystem) or not os.path.isdir(root):
+        return
+    real = os.path.realpath(root)
+    for link in _links(real):
+        if not os.path.realpath(link).startswith(real + os.sep):
+            raise ReneeError(
+                f"{where} holds the symbolic link {os.path.relpath(link, real)!r}, which leads "
+                f"out of it; put the files themselves there"
+            )
+
+
+def _links(directory: str) -> Iterator[str]:
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_symlink():
+                yield entry.path
+            elif entry.is_dir():
+                yield from _links(entry.path)
+
+
+def read_row_groups(
+    open_parquet: Callable[..., pq.ParquetFile], groups: Sequence[int], columns: Sequence[str]
+) -> pa.Table:
+    """Some columns of some row groups, checked as check_row_groups says.
+
+    Raises:
+        ValueError: as there, or the file has not the rows that it says.
+    """
+    rows = check_row_groups(open_parquet, groups, columns)
+    table = open_parquet().read_row_groups(list(groups), columns=list(columns), use_threads=False)
+    if len(table) != rows:
+        raise ValueError(f"{len(table)} rows where its footer says {rows}")
+    return table
+
+
+def check_row_groups(
+    open_parquet: Callable[..., pq.ParquetFile], groups: Sequence[int], columns: Sequence[str]
+) -> int:
+    """The rows of some row groups, if they decode to no more memory than so many may take.
+
+    Args:
+        open_parquet: opens the file, with keyword arguments of pq.ParquetFile.
+
+    Raises:
+        ValueError: they take more.
+    """
+    metadata = open_parquet().metadata
+    rows = sum(metadata.row_group(group).num_rows for group in groups)
+    limit = min(max(LEAST_BYTES, rows * BYTES_A_ROW), MOST_BYTES)
+    leaves = _leaves(metadata, columns)
+    sure, most, packed = 0, 0, set()
+    for group in groups:
+        for leaf in leaves:
+            chunk = metadata.row_group(group).column(leaf)
+            fixed = FIXED_BYTES.get(chunk.physical_type)
+            encoded, values = chunk.total_uncompressed_size, chunk.num_values
+            if min(encoded, values) < 0:
+                raise ValueError("a column with a negative size")
+            sure += values * (LEVEL_BYTES + (fixed or 0)) + encoded
+            if fixed is None and chunk.has_dictionary_page:
+                # Each value may be the dictionary's only and enormous entry.
+                most += values * encoded
+                packed.add(_root(metadata, leaf))
+    if sure > limit:
+        raise ValueError(f"{rows} rows would decode to {sure} bytes, more than {limit}")
+    if sure + most > limit:
+        _measure(open_parquet(read_dictionary=_paths(metadata, packed)), groups, packed, limit)
+    return rows
+
+
+def rows_of(metadata: pq.FileMetaData) -> int:
+    """Rows of a Parquet file, whose row groups agree.
+
+    Raises:
+        ValueError: they do not.
+    """
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
+        raise ValueError(f"{metadata.num_rows} rows in its footer, {sum(sizes)} in its row groups")
+    return sum(sizes)
+
+
+def _leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
+    return [leaf for leaf in range(metadata.num_columns) if _root(metadata, leaf) in columns]
+
+
+def _root(metadata: pq.FileMetaData, leaf: int) -> str:
+    return str(metadata.schema.column(leaf).path.partition(".")[0])
+
+
+def _paths(metadata: pq.FileMetaData, columns: set[str]) -> list[str]:
+    return [metadata.schema.column(leaf).path for leaf in _leaves(metadata, sorted(columns))]
+
+
+def _measure(file: pq.ParquetFile, groups: Sequence[int], columns: set[str], limit: int) -> None:
+    """Adds up the texts of columns that are read as numbers into their dictionaries."""
+    total = 0
+    for column in sorted(columns):
+        for group in groups:
+            read = file.read_row_group(group, columns=[column], use_threads=False)
+            for piece in read[column].chunks:
+                while not pa.types.is_dictionary(piece.type):
+                    piece = piece.flatten()
+                sizes = pc.binary_length(piece.dictionary).take(piece.indices)
+                total += pc.sum(pc.cast(sizes, pa.int64())).as_py() or 0
+            if total > limit:
+                raise ValueError(f"{column} would decode to more than {limit} bytes")

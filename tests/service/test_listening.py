@@ -1,0 +1,70 @@
+"""Where a local Ray, and the training workers in it, listen: on this machine alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ENVIRONMENT, descendants, end
+
+pytestmark = pytest.mark.slow
+LISTEN = "0A"
+ANY = {"00000000", "0" * 32}
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"}
+"""127.0.0.1, the same inside IPv6, ::1, as /proc/net writes them."""
+PROGRAM = """
+import sys, ray
+from renee_ray.service.cluster import ensure_ray
+ensure_ray(3)
+ray.get(ray.remote(lambda: 1).remote())
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def listening(pids: set[int]) -> set[str]:
+    """Addresses on which processes listen, as /proc/net writes them."""
+    sockets: set[str] = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # it is closed by now
+                name = os.readlink(link)
+                if name.startswith("socket:["):
+                    sockets.add(name[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and fields[9] in sockets:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+def test_a_local_ray_listens_on_loopback_alone() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | ENVIRONMENT
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        found = listening({process.pid, *descendants(process.pid)})
+    finally:
+        end(process)
+    assert found and found <= LOOPBACK, found
+
+
+def test_what_listens_everywhere_is_seen() -> None:
+    import socket
+
+    with socket.create_server(("0.0.0.0", 0)):
+        assert listening({os.getpid()}) & ANY
