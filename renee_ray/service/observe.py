@@ -304,7 +304,7 @@ def quietly_read(directory: RunDirectory) -> dict[str, Any]:
     """status.json as it is; empty where it is not there, or of no use."""
     try:
         found = directory.read(STATUS_FILE)
-    except (OSError, ValueError):
+    except (OSError, ReneeError):
         return {}
     return found if found and found.get("format_version") == STATUS_VERSION else {}
 

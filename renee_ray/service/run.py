@@ -15,7 +15,8 @@ import pyarrow.fs as pafs
 
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import filesystem_of, patiently, read_file
+from renee_ray.data.storage import filesystem_of, patiently, read_file, refuse_link
+from renee_ray.data.untrusted import refuse_links_out
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.checkpoints import Checkpoints
 
@@ -34,11 +35,20 @@ class RunDirectory:
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None where it is not there."""
         found = read_file(f"{self.path}/{name}")
-        return None if found is None else json.loads(found)
+        try:
+            content = None if found is None else json.loads(found)
+            if content is None or isinstance(content, dict):
+                return content
+        except (ValueError, RecursionError):
+            pass
+        raise ReneeError(f"{self.path}/{name} is damaged: it is no JSON object; delete it")
 
     def write(self, name: str, content: dict[str, Any], patience: float | None = None) -> None:
+        filesystem, root = self._located()
+        for each in name, f"{name}.tmp":
+            refuse_link(filesystem, f"{root}/{each}")
+
         def write() -> None:
-            filesystem, root = self._located()
             filesystem.create_dir(root, recursive=True)
             with filesystem.open_output_stream(f"{root}/{name}.tmp") as sink:
                 sink.write(json.dumps(content, indent=1).encode())
@@ -52,13 +62,25 @@ class RunDirectory:
         Raises:
             ReneeError: there is no run here.
         """
+        refuse_links_out(*self._located(), self.path)
         saved = self.read(RUN_FILE)
         if saved is None:
             raise ReneeError(
                 f"{self.path} is not a run of renee_ray: no {RUN_FILE}; "
                 f"run `renee-ray train CONFIG data=DATASET output={self.path}` first"
             )
-        return make_config(RunConfig, saved["config"], where=f"{self.path}/{RUN_FILE}")
+        self._part(saved, "dataset")
+        config = self._part(saved, "config")
+        return make_config(RunConfig, config, where=f"{self.path}/{RUN_FILE}")
+
+    def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
+        """An object in run.json."""
+        part = saved.get(name)
+        if not isinstance(part, dict):
+            raise ReneeError(
+                f"{self.path}/{RUN_FILE} is damaged: it has no {name}; give the directory of a run"
+            )
+        return part
 
     def dataset(self) -> Dataset:
         """The dataset that the run was trained on, for its label counts, texts and points.
@@ -66,7 +88,7 @@ class RunDirectory:
         Raises:
             ReneeError: it is not where it was any more.
         """
-        path = str((self.read(RUN_FILE) or {})["dataset"]["path"])
+        path = str(self._part(self.read(RUN_FILE) or {}, "dataset").get("path"))
         if not has_manifest(path):
             raise ReneeError(
                 f"this needs the dataset that {self.path} was trained on, and it is not at {path} "
@@ -75,6 +97,7 @@ class RunDirectory:
         return Dataset.open(path)
 
     def checkpoints(self) -> Checkpoints:
+        refuse_links_out(*self._located(), self.path)
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:

@@ -355,6 +355,7 @@ def _check_resumable(config: RunConfig, directory: RunDirectory, dataset: Datase
     saved = directory.read(RUN_FILE)
     if saved is None:
         return
+    directory.config()  # is it one that we may write to?
     before = {**BEFORE, **dict(_dotted(saved["config"]))}
     now = dict(_dotted(config.model_dump()))
     for key, value in now.items():

@@ -40,7 +40,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 3
 MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MANIFEST_LIMIT = 1 << 28
+MANIFEST_LIMIT, MOST_STEPS = 1 << 28, 1 << 53
 SHARD_NAME = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 
 
@@ -130,8 +130,10 @@ def _state(raw: dict[str, Any]) -> State:
     }
     state = State(**{**raw, **nested})
     counts = (state.step, state.skipped, state.position.epoch, state.position.batch)
-    if not all(type(count) is int and count >= 0 for count in counts):
+    if not all(type(count) is int and 0 <= count < MOST_STEPS for count in counts):
         raise ValueError("counts of steps")
+    if not isinstance(state.facts, dict):
+        raise ValueError("facts")
     if not all(isinstance(state.history[name], list) for name in ("steps", "evals")):
         raise ValueError("history")
     return state
@@ -150,7 +152,7 @@ class Checkpoint:
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self.filesystem, self.path = filesystem, path.rstrip("/")
         where = f"{self.path}/{MANIFEST}"
-        text = self._patiently(MANIFEST, lambda file: file.read(MANIFEST_LIMIT))
+        text = self._patiently(MANIFEST, _whole_manifest)
         self.manifest = Manifest.from_json(text, where)
 
     @property
@@ -256,6 +258,13 @@ class Checkpoint:
     def _once(self, where: str, use: Callable[[pafs.NativeFile], T]) -> T:
         with self.filesystem.open_input_file(where) as file:
             return use(file)
+
+
+def _whole_manifest(file: pafs.NativeFile) -> bytes:
+    if file.size() > MANIFEST_LIMIT:
+        raise ValueError(f"it has {file.size()} bytes")
+    content: bytes = file.read()
+    return content
 
 
 class _Other(Exception):

@@ -11,6 +11,7 @@ Any safetensors reader reads it. The header's own CRC-32 is kept by whoever name
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import numpy as np
 import pyarrow.fs as pafs
 import torch
 from torch import Tensor
+
+from renee_ray.config import reason
 
 BLOCK = 1 << 20
 """Bytes that share a checksum: what is read at least."""
@@ -90,6 +93,33 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
+def _checked(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Entries and checksums by name, if they describe `size` bytes one after the other.
+
+    A header may be forged together with its checksum: nothing is allocated or read by it before.
+    """
+    try:
+        entries = json.loads(text)
+        metadata, at = entries.pop("__metadata__"), 0
+        sums: dict[str, bytes] = {}
+        for name, entry in entries.items():
+            start, stop = entry["data_offsets"]
+            shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
+            if not all(type(each) is int and each >= 0 for each in [start, stop, *shape]):
+                raise ValueError("a number in it is none")
+            if start != at or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name:.80} does not fill its place")
+            sums[name] = bytes.fromhex(metadata[f"{SUMS} {name}"])
+            if len(sums[name]) != 4 * -(-(stop - start) // BLOCK):
+                raise ValueError(f"{name:.80} has not a checksum for each of its blocks")
+            at = stop
+        if at != size:
+            raise ValueError(f"it describes {at} bytes and {size} are there")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"its header is damaged: {reason(error)}") from None
+    return entries, sums
+
+
 class TensorFile:
     """An open file, whose header is read and verified.
 
@@ -106,8 +136,7 @@ class TensorFile:
         text = file.read_at(size, 8)
         if zlib.crc32(length + text) != facts.header_crc32:
             raise Damaged("its header does not match its checksum")
-        self._entries: dict[str, Any] = json.loads(text)
-        self._sums = self._entries.pop("__metadata__")
+        self._entries, self._sums = _checked(text, facts.bytes - 8 - size)
         self._begin = 8 + size
 
     def shapes(self) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -150,7 +179,7 @@ class TensorFile:
     def _blocks(self, name: str, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
         """(first byte of the tensor, bytes) of the whole blocks around [first, stop), verified."""
         begin, end = self._entries[name]["data_offsets"]
-        sums = bytes.fromhex(self._sums[f"{SUMS} {name}"])
+        sums = self._sums[name]
         stop = min(-(-stop // BLOCK) * BLOCK, end - begin)
         for start in range(first // BLOCK * BLOCK, stop, STRIDE):
             size = min(STRIDE, stop - start)

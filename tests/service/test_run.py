@@ -17,7 +17,7 @@ from ..training.test_checkpoint_writer import METRIC, Worker, writer_of
 def run_at(path: Path) -> RunDirectory:
     path.mkdir(exist_ok=True)
     config = {"data": "d", "output": str(path), "evaluation": {"metric": METRIC}}
-    (path / RUN_FILE).write_text(json.dumps({"config": config}))
+    (path / RUN_FILE).write_text(json.dumps({"config": config, "dataset": {}}))
     return RunDirectory(str(path))
 
 

@@ -160,6 +160,9 @@ class Counting:
             def __exit__(self, *_: object) -> None:
                 file.close()
 
+            def size(self) -> int:
+                return file.size()
+
             def read(self, nbytes: int | None = None) -> bytes:
                 return self._count(file.read(nbytes))
 
