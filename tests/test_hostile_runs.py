@@ -246,11 +246,11 @@ FACTS = {"bytes": 100, "header_crc32": 1}
 BEYOND = f"classifier-0-{'9' * 5000}.safetensors"
 HEADER = "header is damaged"
 CHECKPOINTS = [
-    Case("manifest-nested", manifest(NESTED), "manifest.json"),
-    Case("manifest-long", long_manifest, "536870912 bytes"),
-    Case("manifest-of-another-kind", manifest([1]), "manifest.json is damaged"),
-    Case("manifest-empty", manifest({}), "manifest.json is damaged"),
-    Case("manifest-version-no-number", manifest('{"format_version": NaN}'), "format version nan"),
+    Case("checkpoint-nested", manifest(NESTED), "manifest.json"),
+    Case("checkpoint-long", long_manifest, "536870912 bytes"),
+    Case("checkpoint-of-another-kind", manifest([1]), "manifest.json is damaged"),
+    Case("checkpoint-empty", manifest({}), "manifest.json is damaged"),
+    Case("checkpoint-version-no-number", manifest('{"format_version": NaN}'), "format version nan"),
     Case("state-step-text", state(step="31; rm"), "manifest.json is damaged"),
     Case("state-step-huge", state(step=10**30), "manifest.json is damaged"),
     Case("state-position-negative", state(position={"epoch": -1, "batch": 0}), "is damaged"),
