@@ -103,7 +103,7 @@ class Head:
         family = descendants(self.process.pid)
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
+            self.process.wait(8)
         if self.process.poll() is None:
             end(self.process)
         for pid in family:
