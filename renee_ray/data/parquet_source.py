@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from renee_ray.config import reason
-from renee_ray.data.storage import filesystem_of, patiently
-from renee_ray.data.xmlrepo import SourceError
+from renee_ray.data.lines import Int64s, SourceError
+from renee_ray.data.storage import filesystem_of, is_transient, patiently
 
-Int64s = NDArray[np.int64]
 SLICE_ROWS = 1 << 16
 
 
@@ -122,6 +121,11 @@ def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]
         yield np.arange(block.first + start, block.first + start + len(piece)), piece
 
 
+def label_columns(table: Table) -> list[str]:
+    """The columns of points that hold labels."""
+    return [name for name in ("labels", "filter_labels") if name in table.columns]
+
+
 def where(block: Block, row: int) -> str:
     """file and row, for people; `row` counted in the block."""
     return f"{block.path}: row {row} of row group {block.group}"
@@ -138,19 +142,20 @@ def _files(path: str, name: str) -> list[str]:
 
 
 def _table(paths: list[str]) -> Table | None:
-    if not paths:
-        return None
+    return table_of(paths) if paths else None
+
+
+def table_of(paths: list[str]) -> Table:
+    """The table in these files.
+
+    Raises:
+        SourceError: a file that is no Parquet, or has other columns than the first.
+    """
     blocks: list[Block] = []
     first = 0
     columns: dict[str, pa.DataType] = {}
     for path in paths:
-        filesystem, root = filesystem_of(path)
-        try:
-            with filesystem.open_input_file(root) as file:
-                footer = pq.ParquetFile(file)
-                schema, metadata = footer.schema_arrow, footer.metadata
-        except pa.ArrowInvalid as error:
-            raise SourceError(f"{path} is not Parquet ({reason(error)}); replace it") from None
+        schema, metadata = patiently(partial(_footer, path), f"reading {path}")
         found = {field.name: field.type for field in schema}
         if columns and found != columns:
             raise SourceError(
@@ -165,6 +170,28 @@ def _table(paths: list[str]) -> Table | None:
     return Table(tuple(blocks), columns)
 
 
+def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
+    filesystem, root = filesystem_of(path)
+    with filesystem.open_input_file(root) as file:
+        try:
+            footer = pq.ParquetFile(file)
+            return footer.schema_arrow, footer.metadata
+        except (OSError, pa.ArrowInvalid) as error:
+            if is_transient(error):
+                raise
+            raise SourceError(f"{path} is not Parquet ({reason(error)}); replace it") from None
+
+
+def check_text_column(path: str, columns: dict[str, pa.DataType]) -> None:
+    """Raises SourceError unless the table at `path` has a column `text` of strings."""
+    if "text" not in columns:
+        raise SourceError(
+            f"{path} has the columns {list(columns)}; rename the one that holds the texts to 'text'"
+        )
+    if not _is_string(columns["text"]):
+        raise SourceError(f"{path} has a column 'text' of type {columns['text']}; make it string")
+
+
 def _check_points(path: str, columns: dict[str, pa.DataType]) -> set[str]:
     """Kinds of its labels: "string", "id"."""
     if "input_ids" in columns:
@@ -173,12 +200,8 @@ def _check_points(path: str, columns: dict[str, pa.DataType]) -> set[str]:
                 f"{path} has a column 'input_ids' of type {columns['input_ids']}; it must be a "
                 f"list of integers"
             )
-    elif "text" not in columns:
-        raise SourceError(
-            f"{path} has the columns {list(columns)}; rename the one that holds the texts to 'text'"
-        )
-    elif not _is_string(columns["text"]):
-        raise SourceError(f"{path} has a column 'text' of type {columns['text']}; make it string")
+    else:
+        check_text_column(path, columns)
     if "labels" not in columns:
         raise SourceError(
             f"{path} has the columns {list(columns)}; rename the one with the labels to 'labels'"
@@ -203,10 +226,8 @@ def _check_labels(table: Table, strings: bool) -> None:
             f"{path} has the columns {list(table.columns)}; labels are strings, so one named "
             f"'label' must hold them"
         )
-    if "text" in table.columns and not _is_string(table.columns["text"]):
-        raise SourceError(
-            f"{path} has a column 'text' of type {table.columns['text']}; make it string"
-        )
+    if "text" in table.columns:
+        check_text_column(path, table.columns)
 
 
 def _item(kind: pa.DataType) -> str | None:
