@@ -40,12 +40,15 @@ def with_vocabulary(plan: Plan, on_progress: Callable[[str], None]) -> Plan:
     if not source.labels_are_strings:
         return plan
     table = () if source.labels is None else source.labels.blocks
-    read = replace(plan, blocks=plan.blocks + tuple((TABLE, block, 0) for block in table))
+    blocks = plan.blocks + tuple((TABLE, block, 0) for block in table)
+    # So many that a bucket's labels fit in a task, even if each row had three of its own.
+    rows = sum(block.rows for _, block, _ in blocks)
+    buckets = tuple(("strings", key) for key in range(-(-rows // convert_plan.BUCKET_ROWS)))
+    read = replace(plan, blocks=blocks, tasks=buckets)
     strings: list[Groups] = []
     for result in run(_strings, read, len(read.blocks), "labels read, blocks", on_progress):
         strings += [tuple(result["file"])] if result["file"] else []
-    buckets = tuple(("strings", bucket) for bucket in range(_buckets(read)))
-    read = replace(read, files={"strings": tuple(sorted(strings))}, tasks=buckets)
+    read = replace(read, files={"strings": tuple(sorted(strings))})
     sizes, ids = [0] * len(buckets), []
     for result in run(_join, read, len(buckets), "labels sorted, buckets", on_progress):
         sizes[result["bucket"]] = result["labels"]
@@ -56,12 +59,6 @@ def with_vocabulary(plan: Plan, on_progress: Callable[[str], None]) -> Plan:
     firsts = np.cumsum([0, *sizes]).tolist()
     shards = [(f"{plan.scratch}/{_vocabulary(i)}", 0, firsts[i]) for i in range(len(buckets))]
     return replace(plan, vocabulary=tuple(shards), num_labels=firsts[-1])
-
-
-def _buckets(plan: Plan) -> int:
-    """Enough that a bucket's labels fit in a task, even if each row had three of its own."""
-    rows = sum(block.rows for _, block, _ in plan.blocks)
-    return max(1, -(-rows // convert_plan.BUCKET_ROWS))
 
 
 def _vocabulary(bucket: int) -> str:
@@ -85,7 +82,7 @@ def _strings(plan: Plan, i: int) -> dict[str, Any]:
     labels = labels if of_table else pc.unique(labels)
     ids = np.arange(block.first, block.first + len(labels)) if of_table else np.full(len(labels), i)
     hashes = pd.util.hash_array(labels.to_numpy(zero_copy_only=False))
-    buckets = (hashes % np.uint64(_buckets(plan))).astype(np.int64)
+    buckets = (hashes % np.uint64(len(plan.tasks))).astype(np.int64)
     order = np.argsort(buckets, kind="stable")
     # Of points, `id` is the block that asks.
     table = pa.table({"label": labels, "id": ids}).take(pa.array(order))
