@@ -27,7 +27,18 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.storage import absolute, filesystem_of, is_transient, patiently, write_file
+from renee_ray.data.storage import (
+    absolute,
+    filesystem_of,
+    is_transient,
+    listing,
+    make_directory,
+    patiently,
+    read_file,
+    remove,
+    replace_file,
+    write_file,
+)
 
 FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
@@ -248,16 +259,14 @@ class Dataset:
     @classmethod
     def without_check(cls, path: str) -> Dataset:
         """As `open`, whatever has become of the parts."""
-        filesystem, root = filesystem_of(path)
-        name = f"{root}/{MANIFEST}"
-        if filesystem.get_file_info(name).type != pafs.FileType.File:
+        name = f"{path.rstrip('/')}/{MANIFEST}"
+        content = read_file(name)
+        if content is None:
             raise DatasetError(
                 f"{path} is not a renee_ray dataset: no {MANIFEST}; "
                 f"run `renee-ray convert SRC {path}` first"
             )
-        with filesystem.open_input_file(name) as file:
-            text = file.read().decode("utf-8", errors="replace")
-        return cls(path, Manifest.from_json(text, f"{path.rstrip('/')}/{MANIFEST}"))
+        return cls(path, Manifest.from_json(content.decode("utf-8", errors="replace"), name))
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[str, Manifest]]:
         # Not the cached filesystem: a remote one holds connections.
@@ -282,8 +291,7 @@ class Dataset:
     def wrong_files(self) -> Iterator[str]:
         """Sentences, without a stop, on the parts that are not as the manifest says, by listing."""
         for split, parts in self.manifest.splits.items():
-            selector = pafs.FileSelector(f"{self.root}/{split}", allow_not_found=True)
-            listed = self.filesystem.get_file_info(selector)
+            listed = listing(self.where(split))
             sizes = {f"{split}/{info.base_name}": info.size for info in listed}
             for part in parts:
                 size = sizes.get(part.path)
@@ -455,27 +463,21 @@ def write_part(path: str, relative: str, first: int, tables: pa.Table | Iterable
 
 def write_manifest(path: str, manifest: Manifest) -> None:
     """Publishes `manifest` at `path`: readers see all of dataset.json or none."""
-    filesystem, root = filesystem_of(path)
-    filesystem.create_dir(root, recursive=True)
-    temporary = f"{root}/{MANIFEST}.tmp"
-    with filesystem.open_output_stream(temporary) as sink:
-        sink.write(manifest.to_json().encode())
-    filesystem.move(temporary, f"{root}/{MANIFEST}")
+    make_directory(path)
+    replace_file(f"{path.rstrip('/')}/{MANIFEST}", manifest.to_json().encode())
 
 
 def has_manifest(path: str) -> bool:
-    filesystem, root = filesystem_of(path)
-    return filesystem.get_file_info(f"{root}/{MANIFEST}").type == pafs.FileType.File
+    return read_file(f"{path.rstrip('/')}/{MANIFEST}") is not None
 
 
 def clear(path: str) -> None:
     """Removes the dataset at `path`, manifest first: its part files and nothing else."""
-    filesystem, root = filesystem_of(path)
+    base = path.rstrip("/")
     for name in (MANIFEST, f"{MANIFEST}.tmp"):
-        if filesystem.get_file_info(f"{root}/{name}").type == pafs.FileType.File:
-            filesystem.delete_file(f"{root}/{name}")
+        remove(f"{base}/{name}")
     for split in SPLITS:
-        filesystem.create_dir(f"{root}/{split}", recursive=True)
-        for info in filesystem.get_file_info(pafs.FileSelector(f"{root}/{split}")):
+        make_directory(f"{base}/{split}")
+        for info in listing(f"{base}/{split}"):
             if _PART.fullmatch(info.base_name):
-                filesystem.delete_file(info.path)
+                remove(f"{base}/{split}/{info.base_name}")

@@ -120,15 +120,9 @@ def _check_destination(dst: str, overwrite: bool) -> None:
 
 def _clear_once(dst: str, journal: str) -> None:
     """Removes an earlier dataset, but not the parts of a conversion that is going on."""
-    filesystem, root = storage.filesystem_of(journal)
-
-    def clear() -> None:
-        if filesystem.get_file_info(f"{root}/cleared").type == pafs.FileType.NotFound:
-            layout.clear(dst)
-            with filesystem.open_output_stream(f"{root}/cleared") as sink:
-                sink.write(b"yes")
-
-    storage.patiently(clear, f"clearing {dst}")
+    if storage.read_file(f"{journal}/cleared") is None:
+        layout.clear(dst)
+        storage.write_file(f"{journal}/cleared", b"yes")
 
 
 @contextmanager
@@ -138,44 +132,29 @@ def _scratch(dst: str, signature: str, on_progress: Callable[[str], None]) -> It
     It outlives a conversion that was cut off, and serves the next one of the same signature.
     """
     path = f"{dst.rstrip('/')}/{SCRATCH}"
-    filesystem, root = storage.filesystem_of(path)
-    if _signature_at(filesystem, root) == signature:
+    if storage.read_file(f"{path}/{SIGNATURE}") == signature.encode():
         on_progress(f"going on with the conversion to {dst} that was cut off")
     else:
-        _remove(filesystem, root)
-        filesystem.create_dir(f"{root}/{JOURNAL}", recursive=True)
-        with filesystem.open_output_stream(f"{root}/{SIGNATURE}") as sink:
-            sink.write(signature.encode())
+        storage.remove(path)
+        storage.make_directory(f"{path}/{JOURNAL}")
+        storage.write_file(f"{path}/{SIGNATURE}", signature.encode())
     try:
         yield path
     except (Interrupted, OSError):
         raise
     except ReneeError:
-        _remove(filesystem, root)
+        storage.remove(path)
         raise
-    _remove(filesystem, root)
+    storage.remove(path)
 
 
 def _signature(src: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> str:
     """What parts depend on: the source's files, the tokenizer, the configuration."""
-    filesystem, root = storage.filesystem_of(src)
     files = [
         (info.path, info.size, info.mtime_ns)
-        for info in filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        for info in storage.listing(src, recursive=True)
         if info.type == pafs.FileType.File
     ]
     settings = config.model_dump(exclude={"overwrite"})
     content = [layout.FORMAT_VERSION, vocabulary.hash, settings, sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _signature_at(filesystem: pafs.FileSystem, root: str) -> str | None:
-    if filesystem.get_file_info(f"{root}/{SIGNATURE}").type != pafs.FileType.File:
-        return None
-    with filesystem.open_input_file(f"{root}/{SIGNATURE}") as file:
-        return file.read().decode()
-
-
-def _remove(filesystem: pafs.FileSystem, root: str) -> None:
-    if filesystem.get_file_info(root).type == pafs.FileType.Directory:
-        filesystem.delete_dir(root)

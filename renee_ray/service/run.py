@@ -17,7 +17,14 @@ import ray.train
 
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import absolute, filesystem_of, patiently
+from renee_ray.data.storage import (
+    absolute,
+    filesystem_of,
+    make_directory,
+    patiently,
+    read_file,
+    replace_file,
+)
 from renee_ray.training.checkpoint import STATE, Checkpoint
 
 RUN_FILE, HISTORY_FILE, BEST_FILE = "run.json", "history.json", "best.json"
@@ -34,26 +41,12 @@ class RunDirectory:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None where it is not there."""
-
-        def read() -> bytes | None:
-            filesystem, root = self._located()
-            if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
-                return None
-            with filesystem.open_input_file(f"{root}/{name}") as file:
-                return file.read()
-
-        found = patiently(read, f"reading {self.path}/{name}")
+        found = read_file(f"{self.path.rstrip('/')}/{name}")
         return None if found is None else json.loads(found)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        def write() -> None:
-            filesystem, root = self._located()
-            filesystem.create_dir(root, recursive=True)
-            with filesystem.open_output_stream(f"{root}/{name}.tmp") as sink:
-                sink.write(json.dumps(content, indent=1).encode())
-            filesystem.move(f"{root}/{name}.tmp", f"{root}/{name}")
-
-        patiently(write, f"writing {self.path}/{name}")
+        make_directory(self.path)
+        replace_file(f"{self.path.rstrip('/')}/{name}", json.dumps(content, indent=1).encode())
 
     def config(self) -> RunConfig:
         """The configuration that the run was started with.

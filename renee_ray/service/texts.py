@@ -28,7 +28,7 @@ from renee_ray.data.dataset import (
 )
 from renee_ray.data.lines import Lines, cuts, read
 from renee_ray.data.parquet_source import Block, check_text_column, slices, table_of
-from renee_ray.data.storage import absolute, filesystem_of
+from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.service.convert_plan import JOURNAL
 from renee_ray.service.convert_text import counted
 from renee_ray.service.tasks import stream
@@ -60,9 +60,8 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
         ReneeError: no such source, no column `text`, a text that is missing, no text at all.
     """
     src = absolute(src)
-    filesystem, root = filesystem_of(scratch)
     for directory in (TEXT_SPLIT, JOURNAL):
-        filesystem.create_dir(f"{root}/{directory}", recursive=True)
+        make_directory(f"{scratch}/{directory}")
     blocks, lines, with_ids = _indexed(src, scratch)
     if not blocks:
         raise ReneeError(f"{src} holds no texts; there is nothing to predict")
