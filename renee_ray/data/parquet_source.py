@@ -58,6 +58,21 @@ class ParquetSource:
     labels: Table | None
     labels_are_strings: bool
 
+    @property
+    def num_labels(self) -> int | None:
+        """None while only the greatest id, or all strings, can tell."""
+        return None if self.labels is None else self.labels.rows
+
+    @property
+    def has_label_texts(self) -> bool:
+        given = self.labels is not None and "text" in self.labels.columns
+        return given or self.labels_are_strings
+
+    @property
+    def labelled_path(self) -> str:
+        """The file, or first file, with labels of training points."""
+        return self.train.blocks[0].path
+
     def split(self, name: str) -> Table:
         table = self.train if name == "train" else self.test
         assert table is not None
@@ -95,8 +110,12 @@ def index_parquet(path: str) -> ParquetSource:
     return ParquetSource(train, tables["test"], labels, strings)
 
 
-def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]]:
-    """(row numbers in the split, rows) of the block, in slices."""
+def read_block(block: Block, columns: list[str]) -> pa.Table:
+    """All rows of the block.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
 
     def read() -> pa.Table:
         filesystem, root = filesystem_of(block.path)
@@ -105,11 +124,16 @@ def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]
             return parquet.read_row_group(block.group, columns=columns, use_threads=False)
 
     try:
-        table = patiently(read, f"reading {block.path}")
+        return patiently(read, f"reading {block.path}")
     except pa.ArrowInvalid as error:
         raise SourceError(
             f"{block.path} cannot be read ({reason(error)}) in row group {block.group}; replace it"
         ) from None
+
+
+def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]]:
+    """(row numbers in the split, rows) of the block, in slices."""
+    table = read_block(block, columns)
     for start in range(0, len(table), SLICE_ROWS):
         piece = table.slice(start, SLICE_ROWS).combine_chunks()
         for name in columns:

@@ -38,6 +38,15 @@ class Raw:
     is_json: bool
     num_labels: int | None
 
+    @property
+    def has_label_texts(self) -> bool:
+        return self.label_texts is not None
+
+    @property
+    def labelled_path(self) -> str:
+        """The file with the labels of training points."""
+        return self.train.labelled.path
+
     def split(self, name: str) -> RawSplit:
         split = self.train if name == "train" else self.test
         assert split is not None

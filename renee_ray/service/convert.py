@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pyarrow.fs as pafs
 
@@ -52,6 +53,7 @@ def convert(
     """
     src, dst = storage.absolute(src), storage.absolute(dst)
     _check_destination(dst, config.overwrite)
+    found: xmlrepo.Source | Raw | ParquetSource
     found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
     vocabulary = tokenizer.load(config.tokenizer)
     try:
@@ -59,15 +61,10 @@ def convert(
         with _scratch(dst, signature, on_progress) as scratch:
             on_progress(f"reading {src}")
             ensure_ray()
-            if isinstance(found, ParquetSource):
-                source: Raw | ParquetSource = found
-            else:
-                source = index_text(found, scratch, on_progress)
-
-            def clear() -> None:
-                _clear_once(dst, f"{scratch}/{JOURNAL}")
-
-            made = write_parts(source, dst, scratch, vocabulary, config, clear, on_progress)
+            if isinstance(found, xmlrepo.Source):
+                found = index_text(found, scratch, on_progress)
+            clear = partial(_clear_once, dst, f"{scratch}/{JOURNAL}")
+            made = write_parts(found, dst, scratch, vocabulary, config, clear, on_progress)
             manifest = _manifest(made, vocabulary, config)
             layout.write_manifest(dst, manifest)
     except OSError as error:

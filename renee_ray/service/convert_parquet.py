@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,15 @@ import pyarrow.compute as pc
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
 from renee_ray.data.lines import Int64s, SourceError
-from renee_ray.data.parquet_source import Block, ParquetSource, label_columns, slices, where
-from renee_ray.service.convert_plan import Plan, read_parquet
+from renee_ray.data.parquet_source import (
+    Block,
+    ParquetSource,
+    label_columns,
+    read_block,
+    slices,
+    where,
+)
+from renee_ray.service.convert_plan import Plan, read_groups
 from renee_ray.service.label_ids import Ids, ids_of_block
 
 
@@ -97,17 +105,19 @@ def _sorted_lists(lengths: Int64s, values: Int64s) -> tuple[pa.ListArray, int]:
 def parquet_labels(plan: Plan, start: int, stop: int) -> pa.Array:
     """Texts of labels [start, stop): the table's, else the labels themselves."""
     assert isinstance(plan.source, ParquetSource)
-    table = plan.source.labels
+    table, found = plan.source.labels, list[tuple[int, pa.ChunkedArray]]()
     if table is not None:
         column = "text" if "text" in table.columns else "label"
-        shards = [(block.path, block.group, block.first) for block in table.blocks]
-    else:
-        column, shards = "label", list(plan.vocabulary)
-    ends = [first for _, _, first in shards[1:]] + [plan.num_labels]
-    pieces = []
-    for (path, group, first), end in zip(shards, ends, strict=True):
-        if first < stop and (end or 0) > start:
-            texts = read_parquet(path, group, [column])[column]
-            lo = max(start - first, 0)
-            pieces.append(texts.slice(lo, stop - first - lo).combine_chunks().cast(pa.string()))
-    return pc.fill_null(pa.concat_arrays(pieces), "")
+        for block in table.blocks:
+            if block.first < stop and block.first + block.rows > start:
+                found.append((block.first, read_block(block, [column])[column]))
+    for bucket, (first, end) in enumerate(pairwise(plan.vocabulary)):
+        if first < stop and end > start:
+            groups = read_groups(plan, "vocabulary", bucket)
+            found += [(first, labels["label"]) for _, labels in groups]
+    pieces = [
+        texts.slice(max(start - first, 0), stop - max(start, first)).cast(pa.string())
+        for first, texts in found
+    ]
+    chunks = [chunk for piece in pieces for chunk in piece.chunks]
+    return pc.fill_null(pa.concat_arrays([pa.array([], pa.string()), *chunks]), "")

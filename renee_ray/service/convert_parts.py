@@ -97,7 +97,7 @@ def write_parts(
     assert plan.num_labels is not None
     return Converted(
         plan.num_labels,
-        _has_texts(source),
+        source.has_label_texts,
         ordered,
         tuple(others[part.first] for part in ordered["labels"]),
         _statistics(totals, bands),
@@ -138,21 +138,8 @@ def _plan(
         shuffle,
         tuple((*block, number) for block, number in zip(blocks, before, strict=True)),
         {},
-        num_labels=_num_labels(source),
+        num_labels=source.num_labels,
     )
-
-
-def _num_labels(source: Raw | ParquetSource) -> int | None:
-    if isinstance(source, Raw):
-        return source.num_labels
-    return source.labels.rows if source.labels is not None else None
-
-
-def _has_texts(source: Raw | ParquetSource) -> bool:
-    if isinstance(source, Raw):
-        return source.label_texts is not None
-    given = source.labels is not None and "text" in source.labels.columns
-    return given or source.labels_are_strings
 
 
 # ----------------------------------------------------------------------------------- partition
@@ -174,7 +161,8 @@ def _partitioned(
         any_label |= result["train_pairs"] > 0
     if not any_label:
         raise SourceError(
-            f"{_labels_path(plan)} gives no training point a label; there is nothing to learn"
+            f"{plan.source.labelled_path} gives no training point a label; there is nothing to "
+            f"learn"
         )
     num_labels = greatest + 1 if plan.num_labels is None else plan.num_labels
     sorted_files = {what: tuple(sorted(groups)) for what, groups in files.items()}
@@ -182,11 +170,6 @@ def _partitioned(
     tasks += [("labels", key) for key in range(-(-num_labels // plan.bucket_rows))]
     files_of_plan = plan.files | sorted_files
     return replace(plan, num_labels=num_labels, files=files_of_plan, tasks=tuple(tasks)), totals
-
-
-def _labels_path(plan: Plan) -> str:
-    source = plan.source
-    return source.train.labelled.path if isinstance(source, Raw) else source.train.blocks[0].path
 
 
 def _partition(plan: Plan, i: int) -> dict[str, Any]:
@@ -324,7 +307,7 @@ def _write_labels(plan: Plan, index: int) -> dict[str, Any]:
 
 def _label_texts(plan: Plan, start: int, stop: int) -> tuple[pa.Array, Counter[str]]:
     """Texts of labels [start, stop), empty where the source has none, and what was odd in them."""
-    if not _has_texts(plan.source):
+    if not plan.source.has_label_texts:
         return pa.array([""] * (stop - start), pa.string()), Counter()
     if isinstance(plan.source, Raw):
         texts, odd = text_labels(plan, start, stop)
@@ -333,7 +316,7 @@ def _label_texts(plan: Plan, start: int, stop: int) -> tuple[pa.Array, Counter[s
 
 
 def _encoded(plan: Plan, texts: pa.Array) -> pa.Array:
-    if _has_texts(plan.source):
+    if plan.source.has_label_texts:
         return tokenizer.encode(plan.tokenizer, texts.to_pylist(), plan.max_length)
     (ids,) = tokenizer.encode(plan.tokenizer, [""], plan.max_length).to_pylist()
     offsets = np.arange(len(texts) + 1, dtype=np.int32) * len(ids)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from renee_ray.data.lines import Int64s
 from renee_ray.data.parquet_source import Block, ParquetSource
@@ -40,7 +39,7 @@ class Plan:
 
     blocks: (split, block, rows of its split before it that are held out) of each task that reads
         the source.
-    vocabulary: of labels that are strings, (file, row group, id of its first label).
+    vocabulary: where it is made of strings, the first id of each of its buckets, and their number.
     files: the scratch files by what is in them.
     tasks: (what, key) of each task that reads scratch files.
     """
@@ -56,7 +55,7 @@ class Plan:
     shuffle: Shuffle
     blocks: tuple[tuple[str, Block, int], ...]
     files: dict[str, tuple[Groups, ...]]
-    vocabulary: tuple[tuple[str, int, int], ...] = ()
+    vocabulary: tuple[int, ...] = ()
     num_labels: int | None = None
     tasks: tuple[tuple[str, int], ...] = ()
 
@@ -66,24 +65,18 @@ def bucket_rows(part_rows: int) -> int:
     return part_rows * max(1, BUCKET_ROWS // part_rows)
 
 
-class HasScratch(Protocol):
-    """What has a directory for files in between."""
-
-    @property
-    def scratch(self) -> str: ...
-
-
-P = TypeVar("P", bound=HasScratch)
-
-
 def run(
-    work: Callable[[P, int], dict[str, Any]],
-    plan: P,
+    work: Callable[[Any, int], dict[str, Any]],
+    plan: Any,
     tasks: int,
     what: str,
     on_progress: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Results of work(plan, i) for i in [0, tasks), in any order, and progress said."""
+    """Results of work(plan, i) for i in [0, tasks), in any order, and progress said.
+
+    Args:
+        plan: has a directory `scratch`, where results are kept.
+    """
     reporter = Reporter(what, tasks, on_progress)
     for result in stream(work, plan, tasks, f"{plan.scratch}/{JOURNAL}"):
         reporter.one_more()
@@ -140,21 +133,3 @@ def _read_group(path: str, key: int) -> pa.Table | None:
             return None
         start, stop = index[count + at : count + at + 2].tolist()
         return pa.ipc.open_stream(file.read_at(stop - start, start)).read_all()
-
-
-def write_table(plan: Plan, name: str, table: pa.Table) -> None:
-    """Writes a file of scratch as Parquet of one row group."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=max(len(table), 1))
-    write_file(f"{plan.scratch}/{name}", sink.getvalue())
-
-
-def read_parquet(path: str, group: int, columns: list[str] | None) -> pa.Table:
-    """A row group of any file."""
-
-    def read() -> pa.Table:
-        filesystem, root = filesystem_of(path)
-        with filesystem.open_input_file(root) as file:
-            return pq.ParquetFile(file).read_row_group(group, columns=columns, use_threads=False)
-
-    return patiently(read, f"reading {path}")

@@ -92,12 +92,12 @@ def with_filters(plan: Plan, on_progress: Callable[[str], None]) -> Plan:
         SourceError: a bad filter line.
     """
     assert isinstance(plan.source, Raw)
+    splits = {"train": plan.source.train, "test": plan.source.test}
     pieces = [
         (name, start, stop)
-        for name in ("train", "test")
-        if any(name == split for split, _, _ in plan.blocks)
-        and (lines := plan.source.split(name).filters) is not None
-        for start, stop in cuts(lines.rows, lines)
+        for name, split in splits.items()
+        if split is not None and split.filters is not None
+        for start, stop in cuts(split.filters.rows, split.filters)
     ]
     work, files = _Filters(plan, tuple(pieces)), []
     for result in run(_filters, work, len(pieces), "filter lines read, blocks", on_progress):

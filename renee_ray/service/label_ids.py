@@ -10,6 +10,7 @@ A block of points then reads its own labels' ids, its group of each bucket's fil
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ from renee_ray.data.lines import Int64s, SourceError
 from renee_ray.data.parquet_source import Block, ParquetSource, label_columns, slices, where
 from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS
 from renee_ray.service import convert_plan
-from renee_ray.service.convert_plan import Groups, Plan, read_groups, run, write_groups, write_table
+from renee_ray.service.convert_plan import Groups, Plan, read_groups, run, write_groups
 
 TABLE = "labels"
 """Stands for a split in the blocks of the labels' table."""
@@ -49,20 +50,16 @@ def with_vocabulary(plan: Plan, on_progress: Callable[[str], None]) -> Plan:
     for result in run(_strings, read, len(read.blocks), "labels read, blocks", on_progress):
         strings += [tuple(result["file"])] if result["file"] else []
     read = replace(read, files={"strings": tuple(sorted(strings))})
-    sizes, ids = [0] * len(buckets), []
+    sizes, files = [0] * len(buckets), defaultdict[str, list[Groups]](list)
     for result in run(_join, read, len(buckets), "labels sorted, buckets", on_progress):
         sizes[result["bucket"]] = result["labels"]
-        ids += [tuple(result["file"])] if result["file"] else []
-    plan = replace(plan, files={"ids": tuple(sorted(ids))})
+        for what, groups in result["files"]:
+            files[what].append(tuple(groups))
+    plan = replace(plan, files={what: tuple(sorted(groups)) for what, groups in files.items()})
     if source.labels is not None:
         return plan
     firsts = np.cumsum([0, *sizes]).tolist()
-    shards = [(f"{plan.scratch}/{_vocabulary(i)}", 0, firsts[i]) for i in range(len(buckets))]
-    return replace(plan, vocabulary=tuple(shards), num_labels=firsts[-1])
-
-
-def _vocabulary(bucket: int) -> str:
-    return f"vocabulary-{bucket}.parquet"
+    return replace(plan, vocabulary=tuple(firsts), num_labels=firsts[-1])
 
 
 def _strings(plan: Plan, i: int) -> dict[str, Any]:
@@ -97,12 +94,13 @@ def _join(plan: Plan, i: int) -> dict[str, Any]:
     known, asked = [empty], [empty]
     for name, table in read_groups(plan, "strings", bucket):
         (known if name.startswith(TABLE) else asked).append(table)
-    wanted = pa.concat_tables(asked).combine_chunks()
+    wanted, files = pa.concat_tables(asked).combine_chunks(), []
     if plan.source.labels is None:
         labels = pc.unique(wanted["label"])
         labels = labels.take(pc.array_sort_indices(labels))
         ids = pa.array(np.arange(len(labels)))
-        write_table(plan, _vocabulary(bucket), pa.table({"label": labels}))
+        made, keys = pa.table({"label": labels}), np.full(len(labels), bucket)
+        files.append(("vocabulary", write_groups(plan, f"vocabulary-{bucket}", made, keys)))
     else:
         given = pa.concat_tables(known).combine_chunks()
         labels, ids = given["label"].combine_chunks(), given["id"].combine_chunks()
@@ -111,8 +109,10 @@ def _join(plan: Plan, i: int) -> dict[str, Any]:
     table = pa.table({"label": wanted["label"], "id": ids.take(at), "block": wanted["id"]})
     table = table.filter(at.is_valid()).sort_by("block")
     keys = table["block"].to_numpy()
-    file = write_groups(plan, f"ids-{bucket:08d}", table.drop_columns(["block"]), keys)
-    return {"bucket": bucket, "labels": len(labels), "file": file}
+    table = table.drop_columns(["block"])
+    files.append(("ids", write_groups(plan, f"ids-{bucket:08d}", table, keys)))
+    found = [(what, groups) for what, groups in files if groups]
+    return {"bucket": bucket, "labels": len(labels), "files": found}
 
 
 def _check_distinct(labels: pa.Array) -> None:
@@ -166,7 +166,7 @@ def ids_of_block(plan: Plan, i: int) -> Ids:
     labels, ids = [pa.array([], pa.string())], [np.zeros(0, np.int64)]
     for name, table in read_groups(plan, "ids", i):
         labels += table["label"].chunks
-        first = plan.vocabulary[int(name.rpartition("-")[2])][2] if plan.vocabulary else 0
+        first = plan.vocabulary[int(name.rpartition("-")[2])] if plan.vocabulary else 0
         ids.append(table["id"].to_numpy() + first)
     return Ids(plan.num_labels, pa.concat_arrays(labels), np.concatenate(ids))
 
