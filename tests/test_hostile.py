@@ -29,6 +29,17 @@ from renee_ray.config import EncoderConfig, ReneeError, printable, redacted
 from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer, xmlrepo
 from renee_ray.data.dataset import MANIFEST_LIMIT, Dataset
+from renee_ray.data.lines import (
+    GRAIN_BYTES,
+    MAX_LINE_BYTES,
+    PACKED_LEAST,
+    Block,
+    Lines,
+    count,
+    lines_of,
+    ranges,
+)
+from renee_ray.data.lines import read as read_lines
 from renee_ray.data.parquet_source import index_parquet, slices
 from renee_ray.inspection_report import inspection_text
 from renee_ray.report import examples_text, write_report
@@ -659,12 +670,12 @@ def bomb(place: Place) -> Made:
             file.write((b"x" * 1023 + b"\n") * 1024)
 
     def index() -> None:
-        scratch = place.given / "unpacked"
+        unpacked = place.given / "trn_X.txt"
         try:
-            xmlrepo.index(str(path), str(scratch))
+            counted(str(path), str(place.given))
         finally:
-            assert scratch.stat().st_size <= xmlrepo.PACKED_LEAST + xmlrepo.CHUNK_BYTES
-            scratch.unlink()
+            assert unpacked.stat().st_size <= PACKED_LEAST + GRAIN_BYTES
+            unpacked.unlink()
 
     return index
 
@@ -673,20 +684,25 @@ def long_line(place: Place) -> Made:
     path = place.given / "trn_X.txt"
     with open(path, "wb") as file:
         file.write(b"first\n")
-        file.truncate(xmlrepo.MAX_LINE_BYTES + 100)
-    return lambda: xmlrepo.index(str(path))
+        file.truncate(MAX_LINE_BYTES + 2 * GRAIN_BYTES)
+    return lambda: counted(str(path))
 
 
-def lines(parse: Callable[[xmlrepo.Block], object]) -> Callable[[str], object]:
+def counted(path: str, scratch: str = "") -> Lines:
+    parts = ranges(path, scratch)
+    return lines_of(parts, [count(part) for part in parts])
+
+
+def lines(parse: Callable[[Block], object]) -> Callable[[str], object]:
     def read(path: str) -> object:
-        found = xmlrepo.index(path)
-        return parse(xmlrepo.read(found, np.arange(found.rows)))
+        found = counted(path)
+        return parse(read_lines(found, 0, found.rows))
 
     return read
 
 
 def header(path: str) -> object:
-    return xmlrepo.header_of(xmlrepo.index(path), 1)
+    return xmlrepo.header_of(counted(path), 1)
 
 
 def source_bomb(place: Place) -> Made:

@@ -28,7 +28,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.storage import absolute, filesystem_of, is_transient, patiently, write_file
+from renee_ray.data.storage import (
+    absolute,
+    filesystem_of,
+    is_transient,
+    listing,
+    make_directory,
+    patiently,
+    remove,
+    replace_file,
+    write_file,
+)
 from renee_ray.data.untrusted import (
     parse_json,
     read_bounded,
@@ -303,13 +313,16 @@ class Dataset:
         filesystem, root = filesystem_of(path)
         refuse_links_out(filesystem, root, path)
         name = f"{root}/{MANIFEST}"
-        if filesystem.get_file_info(name).type != pafs.FileType.File:
+        there = patiently(lambda: filesystem.get_file_info(name), f"reading {path}")
+        if there.type != pafs.FileType.File:
             raise DatasetError(
                 f"{path} is not a renee_ray dataset: no {MANIFEST}; "
                 f"run `renee-ray convert SRC {path}` first"
             )
         where = f"{path.rstrip('/')}/{MANIFEST}"
-        content = read_bounded(filesystem, name, MANIFEST_LIMIT, where)
+        content = patiently(
+            lambda: read_bounded(filesystem, name, MANIFEST_LIMIT, where), f"reading {where}"
+        )
         return cls(path, Manifest.from_json(content.decode("utf-8", errors="replace"), where))
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[str, Manifest]]:
@@ -335,8 +348,7 @@ class Dataset:
     def wrong_files(self) -> Iterator[str]:
         """Sentences, without a stop, on the parts that are not as the manifest says, by listing."""
         for split, parts in self.manifest.splits.items():
-            selector = pafs.FileSelector(f"{self.root}/{split}", allow_not_found=True)
-            listed = self.filesystem.get_file_info(selector)
+            listed = listing(self.where(split))
             sizes = {f"{split}/{info.base_name}": info.size for info in listed}
             for part in parts:
                 size = sizes.get(part.path)
@@ -571,28 +583,25 @@ def write_part(path: str, relative: str, first: int, tables: pa.Table | Iterable
 
 def write_manifest(path: str, manifest: Manifest) -> None:
     """Publishes `manifest` at `path`: readers see all of dataset.json or none."""
-    filesystem, root = filesystem_of(path)
-    filesystem.create_dir(root, recursive=True)
-    temporary = f"{root}/{MANIFEST}.tmp"
-    with filesystem.open_output_stream(temporary) as sink:
-        sink.write(manifest.to_json().encode())
-    filesystem.move(temporary, f"{root}/{MANIFEST}")
+    make_directory(path)
+    replace_file(f"{path.rstrip('/')}/{MANIFEST}", manifest.to_json().encode())
 
 
 def has_manifest(path: str) -> bool:
     filesystem, root = filesystem_of(path)
-    return filesystem.get_file_info(f"{root}/{MANIFEST}").type == pafs.FileType.File
+    name = f"{root}/{MANIFEST}"
+    found = patiently(lambda: filesystem.get_file_info(name), f"reading {path}")
+    return bool(found.type == pafs.FileType.File)
 
 
 def clear(path: str) -> None:
     """Removes the dataset at `path`, manifest first: its part files and nothing else."""
-    filesystem, root = filesystem_of(path)
-    refuse_links_out(filesystem, root, path)
+    refuse_links_out(*filesystem_of(path), path)
+    base = path.rstrip("/")
     for name in (MANIFEST, f"{MANIFEST}.tmp"):
-        if filesystem.get_file_info(f"{root}/{name}").type == pafs.FileType.File:
-            filesystem.delete_file(f"{root}/{name}")
+        remove(f"{base}/{name}")
     for split in SPLITS:
-        filesystem.create_dir(f"{root}/{split}", recursive=True)
-        for info in filesystem.get_file_info(pafs.FileSelector(f"{root}/{split}")):
+        make_directory(f"{base}/{split}")
+        for info in listing(f"{base}/{split}"):
             if _PART.fullmatch(info.base_name):
-                filesystem.delete_file(info.path)
+                remove(f"{base}/{split}/{info.base_name}")

@@ -19,14 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from renee_ray.config import reason
-from renee_ray.data.storage import filesystem_of, patiently
+from renee_ray.data.lines import Int64s, SourceError
+from renee_ray.data.storage import filesystem_of, is_transient, patiently
 from renee_ray.data.untrusted import read_row_groups, rows_of
-from renee_ray.data.xmlrepo import SourceError
 
-Int64s = NDArray[np.int64]
 SLICE_ROWS = 1 << 16
 
 
@@ -60,6 +58,21 @@ class ParquetSource:
     test: Table | None
     labels: Table | None
     labels_are_strings: bool
+
+    @property
+    def num_labels(self) -> int | None:
+        """None while only the greatest id, or all strings, can tell."""
+        return None if self.labels is None else self.labels.rows
+
+    @property
+    def has_label_texts(self) -> bool:
+        given = self.labels is not None and "text" in self.labels.columns
+        return given or self.labels_are_strings
+
+    @property
+    def labelled_path(self) -> str:
+        """The file, or first file, with labels of training points."""
+        return self.train.blocks[0].path
 
     def split(self, name: str) -> Table:
         table = self.train if name == "train" else self.test
@@ -98,8 +111,12 @@ def index_parquet(path: str) -> ParquetSource:
     return ParquetSource(train, tables["test"], labels, strings)
 
 
-def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]]:
-    """(row numbers in the split, rows) of the block, in slices."""
+def read_block(block: Block, columns: list[str]) -> pa.Table:
+    """All rows of the block.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
 
     def read() -> pa.Table:
         filesystem, root = filesystem_of(block.path)
@@ -107,12 +124,17 @@ def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]
             return read_row_groups(partial(pq.ParquetFile, file), [block.group], columns)
 
     try:
-        table = patiently(read, f"reading {block.path}")
+        return patiently(read, f"reading {block.path}")
     except ValueError as error:  # pa.ArrowInvalid is one
         raise SourceError(
             f"{block.path} cannot be read ({reason(error):.200}) in row group {block.group}; "
             f"replace it"
         ) from None
+
+
+def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]]:
+    """(row numbers in the split, rows) of the block, in slices."""
+    table = read_block(block, columns)
     for start in range(0, len(table), SLICE_ROWS):
         piece = table.slice(start, SLICE_ROWS).combine_chunks()
         for name in columns:
@@ -122,6 +144,11 @@ def slices(block: Block, columns: list[str]) -> Iterator[tuple[Int64s, pa.Table]
                     f"{where(block, start + row)} has no {name}; fill it in or leave the row out"
                 )
         yield np.arange(block.first + start, block.first + start + len(piece)), piece
+
+
+def label_columns(table: Table) -> list[str]:
+    """The columns of points that hold labels."""
+    return [name for name in ("labels", "filter_labels") if name in table.columns]
 
 
 def where(block: Block, row: int) -> str:
@@ -140,20 +167,20 @@ def _files(path: str, name: str) -> list[str]:
 
 
 def _table(paths: list[str]) -> Table | None:
-    if not paths:
-        return None
+    return table_of(paths) if paths else None
+
+
+def table_of(paths: list[str]) -> Table:
+    """The table in these files.
+
+    Raises:
+        SourceError: a file that is no Parquet, or has other columns than the first.
+    """
     blocks: list[Block] = []
     first = 0
     columns: dict[str, pa.DataType] = {}
     for path in paths:
-        filesystem, root = filesystem_of(path)
-        try:
-            with filesystem.open_input_file(root) as file:
-                footer = pq.ParquetFile(file)
-                schema, metadata = footer.schema_arrow, footer.metadata
-                rows_of(metadata)
-        except (ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
-            raise SourceError(f"{path} is not Parquet ({reason(error)}); replace it") from None
+        schema, metadata = patiently(partial(_footer, path), f"reading {path}")
         found = {field.name: field.type for field in schema}
         if len(found) != len(schema):
             raise SourceError(f"{path} has two columns of one name; rename one")
@@ -170,6 +197,29 @@ def _table(paths: list[str]) -> Table | None:
     return Table(tuple(blocks), columns)
 
 
+def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
+    filesystem, root = filesystem_of(path)
+    with filesystem.open_input_file(root) as file:
+        try:
+            footer = pq.ParquetFile(file)
+            rows_of(footer.metadata)
+            return footer.schema_arrow, footer.metadata
+        except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
+            if is_transient(error):
+                raise
+            raise SourceError(f"{path} is not Parquet ({reason(error)}); replace it") from None
+
+
+def check_text_column(path: str, columns: dict[str, pa.DataType]) -> None:
+    """Raises SourceError unless the table at `path` has a column `text` of strings."""
+    if "text" not in columns:
+        raise SourceError(
+            f"{path} has the columns {list(columns)}; rename the one that holds the texts to 'text'"
+        )
+    if not _is_string(columns["text"]):
+        raise SourceError(f"{path} has a column 'text' of type {columns['text']}; make it string")
+
+
 def _check_points(path: str, columns: dict[str, pa.DataType]) -> set[str]:
     """Kinds of its labels: "string", "id"."""
     if "input_ids" in columns:
@@ -178,12 +228,8 @@ def _check_points(path: str, columns: dict[str, pa.DataType]) -> set[str]:
                 f"{path} has a column 'input_ids' of type {columns['input_ids']}; it must be a "
                 f"list of integers"
             )
-    elif "text" not in columns:
-        raise SourceError(
-            f"{path} has the columns {list(columns)}; rename the one that holds the texts to 'text'"
-        )
-    elif not _is_string(columns["text"]):
-        raise SourceError(f"{path} has a column 'text' of type {columns['text']}; make it string")
+    else:
+        check_text_column(path, columns)
     if "labels" not in columns:
         raise SourceError(
             f"{path} has the columns {list(columns)}; rename the one with the labels to 'labels'"
@@ -208,10 +254,8 @@ def _check_labels(table: Table, strings: bool) -> None:
             f"{path} has the columns {list(table.columns)}; labels are strings, so one named "
             f"'label' must hold them"
         )
-    if "text" in table.columns and not _is_string(table.columns["text"]):
-        raise SourceError(
-            f"{path} has a column 'text' of type {table.columns['text']}; make it string"
-        )
+    if "text" in table.columns:
+        check_text_column(path, table.columns)
 
 
 def _item(kind: pa.DataType) -> str | None:

@@ -1,14 +1,27 @@
-"""Which rows are held out for validation and the order of the others: a seeded hash of the id."""
+"""Which rows are held out for validation and the order of the others: a seeded hash of the id.
+
+The order is nowhere held. A row's bucket follows from its hash and one bound a bucket; its place
+in the bucket shows when the bucket's rows are sorted.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+Int64s = NDArray[np.int64]
+UInt64s = NDArray[np.uint64]
+
 _SHUFFLE, _HOLD_OUT = 0, 1
+BIN_BITS = 18
+"""Of a hash, for the histogram in which the bounds of buckets are found."""
+CHUNK_ROWS = 1 << 18
 
 
-def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(values: UInt64s) -> UInt64s:
     """The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection."""
     z = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -16,19 +29,86 @@ def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def hashes(num_rows: int, seed: int, stream: int) -> NDArray[np.uint64]:
-    """uint64 [num_rows]: the hash of each id in [0, num_rows), of one stream of `seed`."""
-    key = splitmix64(np.array([seed % 2**63 * 2 + stream], dtype=np.uint64))
-    return splitmix64(np.arange(num_rows, dtype=np.uint64) ^ key)
+@dataclass(frozen=True)
+class Shuffle:
+    """How the rows of the training files are parted and ordered.
 
-
-def split_rows(
-    num_rows: int, validation: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(train, validation): int64 row numbers; train in the order of a hash, validation ascending.
-
-    A row is held out if its hash is below validation * 2**64, whatever the other rows are.
+    bounds: uint64 [buckets - 1], ascending, the first key of each bucket but the first.
     """
-    held_out = hashes(num_rows, seed, _HOLD_OUT) < np.uint64(int(validation * 2**64))
-    order = np.argsort(hashes(num_rows, seed, _SHUFFLE), kind="stable")
-    return order[~held_out[order]], np.flatnonzero(held_out)
+
+    seed: int
+    validation: float
+    bounds: UInt64s
+
+    def held_out(self, rows: Int64s) -> NDArray[np.bool_]:
+        """bool [n]: the row is one of validation, whatever the other rows are."""
+        return self._hashes(rows, _HOLD_OUT) < np.uint64(int(self.validation * 2**64))
+
+    def keys(self, rows: Int64s) -> UInt64s:
+        """uint64 [n], all different: train is in the order of its rows' keys."""
+        return self._hashes(rows, _SHUFFLE)
+
+    def buckets(self, keys: UInt64s) -> Int64s:
+        """int64 [n]: ascending keys are in ascending buckets."""
+        return np.searchsorted(self.bounds, keys, side="right")
+
+    def _hashes(self, rows: Int64s, stream: int) -> UInt64s:
+        key = splitmix64(np.array([self.seed % 2**63 * 2 + stream], dtype=np.uint64))
+        return splitmix64(rows.astype(np.uint64) ^ key)
+
+
+def shuffle_of(
+    num_rows: int, starts: Int64s, bucket_rows: int, validation: float, seed: int
+) -> tuple[Shuffle, Int64s]:
+    """The shuffle of rows [0, num_rows) into buckets of exactly `bucket_rows`, but the last one.
+
+    Two passes over the numbers of the rows, in memory that does not grow with them.
+
+    Args:
+        starts: int64 [n], ascending.
+
+    Returns:
+        (the shuffle, int64 [n + 1]: rows held out before each of `starts`, and in all)
+    """
+    made = Shuffle(seed, validation, np.zeros(0, np.uint64))
+    marks = np.append(starts, num_rows)
+    held = np.zeros(len(marks), dtype=np.int64)
+    histogram = np.zeros(1 << BIN_BITS, dtype=np.int64)
+    total = 0
+    for rows in _chunks(num_rows):
+        out = made.held_out(rows)
+        before = total + np.concatenate([[0], np.cumsum(out)])
+        here = slice(*np.searchsorted(marks, [rows[0], rows[-1] + 1], side="left"))
+        held[here] = before[marks[here] - rows[0]]
+        total = int(before[-1])
+        histogram += np.bincount(_bins(made.keys(rows[~out])), minlength=len(histogram))
+    held[marks == num_rows] = total
+    ranks = np.arange(bucket_rows, num_rows - total, bucket_rows)
+    return replace(made, bounds=_keys_at(made, ranks, histogram, num_rows)), held
+
+
+def _keys_at(made: Shuffle, ranks: Int64s, histogram: Int64s, num_rows: int) -> UInt64s:
+    """The key of each rank: only keys in the bins of the histogram where a rank lies are kept."""
+    if not len(ranks):
+        return made.bounds
+    ends = np.cumsum(histogram)
+    bins = np.searchsorted(ends, ranks, side="right")
+    wanted = np.zeros(len(histogram), dtype=bool)
+    wanted[bins] = True
+    found = []
+    for rows in _chunks(num_rows):
+        keys = made.keys(rows)
+        keys, rows = keys[wanted[_bins(keys)]], rows[wanted[_bins(keys)]]
+        found.append(keys[~made.held_out(rows)])
+    kept = np.sort(np.concatenate(found))
+    firsts = np.searchsorted(_bins(kept), bins, side="left")
+    return kept[firsts + ranks - (ends - histogram)[bins]]
+
+
+def _bins(keys: UInt64s) -> Int64s:
+    return (keys >> np.uint64(64 - BIN_BITS)).astype(np.int64)
+
+
+def _chunks(num_rows: int) -> Iterator[Int64s]:
+    for start in range(0, num_rows, CHUNK_ROWS):
+        yield np.arange(start, min(start + CHUNK_ROWS, num_rows))

@@ -160,19 +160,6 @@ def patiently(operation: Callable[[], T], what: str, patience: float | None = No
     return retrying(operation)
 
 
-def read_file(path: str) -> bytes | None:
-    """A file, patiently; None where it is not there."""
-    filesystem, root = filesystem_of(path)
-
-    def read() -> bytes | None:
-        if filesystem.get_file_info(root).type != pafs.FileType.File:
-            return None
-        with filesystem.open_input_file(root) as file:
-            return file.read()
-
-    return patiently(read, f"reading {path}")
-
-
 def write_file(path: str, content: bytes | pa.Buffer) -> None:
     """Writes a file whole, patiently."""
     filesystem, root = filesystem_of(path)
@@ -189,6 +176,60 @@ def refuse_link(filesystem: pafs.FileSystem, name: str) -> None:
     """Raises ReneeError where a local file to be written is a symbolic link to another one."""
     if isinstance(filesystem, pafs.LocalFileSystem) and os.path.islink(name):
         raise ReneeError(f"{name} is a symbolic link, and what it leads to is not ours; remove it")
+
+
+def replace_file(path: str, content: bytes, patience: float | None = None) -> None:
+    """Writes a file, patiently, of which readers see all or what was there before."""
+    filesystem, root = filesystem_of(path)
+    for each in root, f"{root}.tmp":
+        refuse_link(filesystem, each)
+
+    def write() -> None:
+        with filesystem.open_output_stream(f"{root}.tmp") as sink:
+            sink.write(content)
+        filesystem.move(f"{root}.tmp", root)
+
+    patiently(write, f"writing {path}", patience)
+
+
+def read_file(path: str) -> bytes | None:
+    """The content of a file, patiently; None where there is none."""
+    filesystem, root = filesystem_of(path)
+
+    def read() -> bytes | None:
+        if filesystem.get_file_info(root).type != pafs.FileType.File:
+            return None
+        with filesystem.open_input_file(root) as file:
+            return file.read()
+
+    return patiently(read, f"reading {path}")
+
+
+def listing(path: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
+    """What is in a directory, patiently; nothing where there is none."""
+    filesystem, root = filesystem_of(path)
+    selector = pafs.FileSelector(root, allow_not_found=True, recursive=recursive)
+    return patiently(lambda: filesystem.get_file_info(selector), f"listing {path}")
+
+
+def make_directory(path: str, patience: float | None = None) -> None:
+    """Makes a directory, and those that it is in, patiently."""
+    filesystem, root = filesystem_of(path)
+    patiently(lambda: filesystem.create_dir(root, recursive=True), f"making {path}", patience)
+
+
+def remove(path: str) -> None:
+    """Removes a file, or a directory with all that is in it, patiently; nothing if neither."""
+    filesystem, root = filesystem_of(path)
+
+    def delete() -> None:
+        kind = filesystem.get_file_info(root).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(root)
+        elif kind == pafs.FileType.File:
+            filesystem.delete_file(root)
+
+    patiently(delete, f"removing {path}")
 
 
 def is_transient(error: BaseException) -> bool:

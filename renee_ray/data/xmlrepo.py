@@ -6,37 +6,27 @@ Two layouts are understood, each file plain or with .gz added:
     JSON    {trn,tst}.json (title, content, target_ind, target_rel), lbl.json (title, content)
 
 and with both, optionally, {trn,tst}_filter_labels.txt (`row label` a line). A label line is
-`id:value id:value ...`; a first line `rows columns` may precede. Lines end at b"\\n" and
-nowhere else: a text may hold Unicode's line separators.
+`id:value id:value ...`; a first line `rows columns` may precede.
 
-The unit of reading is a Block of lines: a file is indexed once (int64 offsets of its lines),
-then any rows of it can be read from anywhere. Label ids are int64 from the first byte.
+What is parsed is a block of lines (data/lines.py). Label ids are int64 from the first byte.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from renee_ray.config import ReneeError, reason
+from renee_ray.config import reason
+from renee_ray.data.lines import Block, Int64s, Lines, SourceError, read
 from renee_ray.data.storage import filesystem_of
 
-Int64s = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-CHUNK_BYTES = 1 << 22
-NEAR_BYTES = 4096
-"""Lines closer together than this are fetched by one read."""
 MAX_ID_DIGITS = 18
 MAX_HEADER_DIGITS = 100
 MAX_VALUE_BYTES = 16
@@ -44,16 +34,6 @@ MAX_LABELS = 2**31
 """A header that says more is taken for damage; the largest sets known have 10**8."""
 MAX_INFERRED_LABELS = 10**8
 """Without a header and without label texts, a larger id is taken for damage."""
-
-
-MAX_LINE_BYTES = 1 << 26
-"""A longer line is taken for damage: a text, with all its labels, is far below."""
-PACKED_LEAST, PACKED_RATIO = 1 << 28, 100
-"""What a gzip file may hold: so many bytes, or so many times its own. Texts pack to a tenth."""
-
-
-class SourceError(ReneeError):
-    """Raw data that cannot be converted."""
 
 
 # ------------------------------------------------------------------------------------- files
@@ -148,218 +128,6 @@ def _split_files(
     return None
 
 
-# ------------------------------------------------------------------------------------- lines
-
-
-@dataclass(frozen=True)
-class Lines:
-    """A file of lines that can be read from any place.
-
-    starts: int64 [rows + 1], the offset of each row's first byte, then the end of the last row.
-    """
-
-    path: str
-    """The file's name for the reader of an error."""
-    stored_at: str
-    """Where its (uncompressed) bytes are."""
-    starts: Int64s
-    first_line: int = 1
-    """Line number of row 0: 2 after a header."""
-
-    @property
-    def rows(self) -> int:
-        return len(self.starts) - 1
-
-    def where(self, row: int) -> str:
-        return f"{self.path}:{self.first_line + row}"
-
-    def without_header(self) -> Lines:
-        return replace(self, starts=self.starts[1:], first_line=self.first_line + 1)
-
-    def first_rows(self, rows: int) -> Lines:
-        return replace(self, starts=self.starts[: rows + 1])
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of a file: row i of the block is data[starts[i]:starts[i + 1]], its end included.
-
-    starts: int64 [n + 1]. rows: int64 [n], their row numbers in the file.
-    """
-
-    lines: Lines
-    data: bytes
-    starts: Int64s
-    rows: Int64s
-
-    def where(self, i: int) -> str:
-        """file:line of row i of the block."""
-        return self.lines.where(int(self.rows[i]))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Each line without its end."""
-        bounds = self.starts.tolist()
-        for start, stop in pairwise(bounds):
-            line = self.data[start:stop]
-            if line.endswith(b"\n"):
-                line = line[:-1]
-            yield line[:-1] if line.endswith(b"\r") else line
-
-
-def is_packed(path: str) -> bool:
-    return path.endswith(".gz")
-
-
-def index(path: str, unpack_to: str | None = None) -> Lines:
-    """Finds the lines of a file in one streaming pass.
-
-    A file in gzip cannot be read from the middle: its bytes are copied to `unpack_to`.
-
-    Raises:
-        SourceError: damaged or truncated gzip, or UTF-16.
-    """
-    filesystem, name = filesystem_of(path)
-    found: list[Int64s] = []
-    size, start, last, longest = 0, 0, b"", _Longest(path)
-    try:
-        with filesystem.open_input_file(name) as raw:
-            limit = max(PACKED_LEAST, PACKED_RATIO * raw.size())
-            if not is_packed(path):
-                chunks, stored_at = _chunks(raw), path
-            else:
-                if unpack_to is None:
-                    raise ValueError(f"{path} is packed: unpack_to is needed")
-                chunks, stored_at = (
-                    _copied(_chunks(gzip.GzipFile(fileobj=raw)), unpack_to),
-                    unpack_to,
-                )
-            for chunk in chunks:
-                if size == 0:
-                    start = _length_of_mark(chunk, path)
-                found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (size + 1))
-                size, last = size + len(chunk), chunk[-1:]
-                longest.add(found[-1], size)
-                if is_packed(path) and size > limit:
-                    raise SourceError(
-                        f"{path} unpacks to more than {PACKED_RATIO} times its size; no text "
-                        f"does; unpack it yourself if it is right"
-                    )
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SourceError(
-            f"{path} is not a complete gzip file ({reason(error)}); fetch it again"
-        ) from error
-    if size > start and last != b"\n":
-        found.append(np.array([size]))
-    return Lines(path, stored_at, np.concatenate([np.array([start]), *found]).astype(np.int64))
-
-
-class _Longest:
-    """Refuses a line that is too long as soon as so much of it has been seen."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.lines, self.start = path, 0, 0
-
-    def add(self, starts: Int64s, size: int) -> None:
-        """starts: int64 [n], where the next lines begin; size: bytes of the file until now."""
-        sizes = np.diff(starts, prepend=self.start, append=size)
-        if sizes.max() > MAX_LINE_BYTES:
-            raise SourceError(
-                f"{self.path}:{self.lines + 1 + int(sizes.argmax())}: the line is longer than "
-                f"{MAX_LINE_BYTES} bytes; shorten it, or correct the file's line ends"
-            )
-        if len(starts):
-            self.lines, self.start = self.lines + len(starts), int(starts[-1])
-
-
-def _chunks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK_BYTES):
-        yield chunk
-
-
-def _copied(chunks: Iterator[bytes], path: str) -> Iterator[bytes]:
-    filesystem, name = filesystem_of(path)
-    with filesystem.open_output_stream(name) as sink:
-        for chunk in chunks:
-            sink.write(chunk)
-            yield chunk
-
-
-def _length_of_mark(head: bytes, path: str) -> int:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise SourceError(f"{path}:1: the file is in UTF-16; save it as UTF-8")
-    return 3 if head.startswith(b"\xef\xbb\xbf") else 0
-
-
-def read(lines: Lines, rows: Int64s) -> Block:
-    """The block of `rows` (int64, any order) of the file, in that order.
-
-    Raises:
-        SourceError: the file has become shorter since it was indexed.
-    """
-    rows = np.asarray(rows, dtype=np.int64)
-    begins, ends = lines.starts[rows], lines.starts[rows + 1]
-    filesystem, name = filesystem_of(lines.stored_at)
-    with filesystem.open_input_file(name) as file:
-        if (begins[1:] == ends[:-1]).all():
-            first, last = (int(begins[0]), int(ends[-1])) if len(rows) else (0, 0)
-            return Block(lines, _read_at(file, first, last, lines), _offsets(ends - begins), rows)
-        pieces = _scattered(file, begins, ends, lines)
-    sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
-    return Block(lines, b"".join(pieces), _offsets(sizes), rows)
-
-
-def _offsets(sizes: Int64s) -> Int64s:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-
-
-def _scattered(file: pa.NativeFile, begins: Int64s, ends: Int64s, lines: Lines) -> list[bytes]:
-    """The bytes of each range, read in ascending order with near ranges together."""
-    order = np.argsort(begins, kind="stable")
-    gaps = begins[order[1:]] - ends[order[:-1]]
-    bounds = [0, *(np.flatnonzero(gaps > NEAR_BYTES) + 1).tolist(), len(order)]
-    # Lists: there are as many short lines as rows, and numpy's scalars are slow.
-    starts, stops, places = begins[order].tolist(), ends[order].tolist(), order.tolist()
-    pieces = [b""] * len(order)
-    for low, high in pairwise(bounds):
-        first = starts[low]
-        data = _read_at(file, first, stops[high - 1], lines)
-        for i in range(low, high):
-            piece = data[starts[i] - first : stops[i] - first]
-            # The file's last line may lack its end, and here another line may follow it.
-            pieces[places[i]] = piece if piece.endswith(b"\n") else piece + b"\n"
-    return pieces
-
-
-def _read_at(file: pa.NativeFile, start: int, stop: int, lines: Lines) -> bytes:
-    data = file.read_at(stop - start, start)
-    if len(data) != stop - start:
-        raise SourceError(
-            f"{lines.path} became shorter while it was being read: no byte {start + len(data)}; "
-            f"convert again when it is complete"
-        )
-    return data
-
-
-def without_blank_tail(lines: Lines, rows: int) -> Lines:
-    """`lines`, less the lines after the first `rows` if all of them are blank."""
-    if rows >= lines.rows:
-        return lines
-    sizes = np.diff(lines.starts[rows:])
-    if sizes.max() > 2 or read(lines, np.arange(rows, lines.rows)).data.strip():
-        return lines
-    return lines.first_rows(rows)
-
-
-def without_blank_end(lines: Lines) -> Lines:
-    """`lines`, less all blank lines at the end of the file."""
-    sizes = np.diff(lines.starts)
-    solid = np.flatnonzero(sizes > 2)
-    return without_blank_tail(lines, int(solid[-1]) + 1 if len(solid) else 0)
-
-
 # -------------------------------------------------------------------------------------- texts
 
 
@@ -375,6 +143,11 @@ class Texts:
 
 def texts_of(block: Block) -> Texts:
     """A text a line; bytes that are not UTF-8 are replaced and counted."""
+    try:
+        whole = block.data.decode("utf-8").removesuffix("\n").split("\n")
+        return Texts([text.removesuffix("\r") for text in whole[: len(block)]], 0, 0)
+    except UnicodeDecodeError:
+        pass  # line by line, to tell how many
     texts: list[str] = []
     bad_lines = bad_bytes = 0
     for line in block:
@@ -589,14 +362,14 @@ def header_of(lines: Lines, num_texts: int) -> tuple[int, int] | None:
             f"{lines.path}:1: the header says {columns} labels, above the limit of {MAX_LABELS}; "
             f"correct it"
         )
-    with_pairs = lines.rows > 1 and b":" in read(lines, np.arange(1, min(lines.rows, 100))).data
+    with_pairs = lines.rows > 1 and b":" in read(lines, 1, min(lines.rows, 100)).data
     if not with_pairs and lines.rows == num_texts and rows != num_texts:
         return None
     return rows, columns
 
 
 def _bare_integers(lines: Lines, row: int) -> list[int]:
-    fields = read(lines, np.array([row])).data.split()
+    fields = read(lines, row, row + 1).data.split()
     return [int(f) for f in fields] if all(map(_is_count, fields)) else []
 
 

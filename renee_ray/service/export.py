@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
@@ -30,7 +29,7 @@ from transformers import AutoTokenizer
 from renee_ray.config import ExportConfig, ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.models import resolve_model
-from renee_ray.data.storage import absolute, filesystem_of, write_file
+from renee_ray.data.storage import absolute, listing, make_directory, remove, write_file
 from renee_ray.service.run import RunDirectory
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.encoder import Encoder, build_encoder
@@ -95,19 +94,15 @@ class _Target:
 
     def claim(self, overwrite: bool) -> None:
         """Empties the directory; the file that declares an earlier export complete goes first."""
-        filesystem, root = filesystem_of(self.path)
-        there = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-        names = {info.base_name for info in there}
+        names = {info.base_name for info in listing(self.path)}
         if names and (MANIFEST not in names or not all(map(OURS.fullmatch, names))):
             raise ReneeError(f"{self.path} holds other files; give an empty directory")
         if names and not overwrite:
             raise ReneeError(f"{self.path} holds an export already; add overwrite=true")
-        for info in sorted(there, key=lambda info: info.base_name != MANIFEST):
-            if info.type == pafs.FileType.Directory:
-                filesystem.delete_dir(info.path)
-            else:
-                filesystem.delete_file(info.path)
-        filesystem.create_dir(f"{root}/encoder", recursive=True)
+        base = self.path.rstrip("/")
+        for name in sorted(names, key=lambda name: name != MANIFEST):
+            remove(f"{base}/{name}")
+        make_directory(f"{base}/encoder")
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
         write_file(f"{self.path.rstrip('/')}/{name}", content)

@@ -1,10 +1,18 @@
-"""Labels of a Parquet source -> ids, where they are strings without any task that knows all."""
+"""Labels of a Parquet source -> ids, where they are strings without any task that knows all.
+
+    strings    tasks    a task a block, of points and of the labels' table: its distinct labels to
+                        scratch files, by bucket of their hash
+    join       tasks    a task a bucket: its distinct labels get ids, their rows in the table or
+                        where they are sorted to; labels with ids to scratch files, by block
+
+A block of points then reads its own labels' ids, its group of each bucket's file.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,125 +20,155 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renee_ray.data.parquet_source import Block, Int64s, slices, where
-from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS, SourceError
-from renee_ray.service import parquet_plan
-from renee_ray.service.parquet_plan import (
-    Groups,
-    Plan,
-    label_columns,
-    read_group,
-    read_parquet,
-    run,
-    write_groups,
-    write_table,
-)
+from renee_ray.data.lines import Int64s, SourceError
+from renee_ray.data.parquet_source import Block, ParquetSource, label_columns, slices, where
+from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS
+from renee_ray.service import convert_plan
+from renee_ray.service.convert_plan import Groups, Plan, read_groups, run, write_groups
+
+TABLE = "labels"
+"""Stands for a split in the blocks of the labels' table."""
 
 
 def with_vocabulary(plan: Plan, on_progress: Callable[[str], None]) -> Plan:
-    """Gives every label an id: its row in the labels' table, or where its string is sorted to."""
-    table = plan.source.labels
-    read = plan
-    if table is not None:
-        read = replace(plan, blocks=tuple(("labels", block) for block in table.blocks))
-    groups: Groups = defaultdict(list)
-    for result in run(_distinct, read, len(read.blocks), "labels read, blocks", on_progress):
-        for group, bucket in enumerate(result["buckets"]):
-            groups[bucket].append((result["file"], group))
-    buckets = replace(
-        read, points=tuple(("", bucket, tuple(groups[bucket])) for bucket in sorted(groups))
-    )
-    sizes = {}
-    work = _check_distinct if table is not None else _vocabulary
-    for result in run(work, buckets, len(buckets.points), "labels sorted, buckets", on_progress):
+    """Gives every label that is a string an id.
+
+    Raises:
+        SourceError: a label that is null, or twice in the table.
+    """
+    source = plan.source
+    assert isinstance(source, ParquetSource)
+    if not source.labels_are_strings:
+        return plan
+    table = () if source.labels is None else source.labels.blocks
+    blocks = plan.blocks + tuple((TABLE, block, 0) for block in table)
+    # So many that a bucket's labels fit in a task, even if each row had three of its own.
+    rows = sum(block.rows for _, block, _ in blocks)
+    buckets = tuple(("strings", key) for key in range(-(-rows // convert_plan.BUCKET_ROWS)))
+    read = replace(plan, blocks=blocks, tasks=buckets)
+    strings: list[Groups] = []
+    for result in run(_strings, read, len(read.blocks), "labels read, blocks", on_progress):
+        strings += [tuple(result["file"])] if result["file"] else []
+    read = replace(read, files={"strings": tuple(sorted(strings))})
+    sizes, files = [0] * len(buckets), defaultdict[str, list[Groups]](list)
+    for result in run(_join, read, len(buckets), "labels sorted, buckets", on_progress):
         sizes[result["bucket"]] = result["labels"]
-    if table is not None:
-        shards = tuple((block.path, block.group, block.first) for block in table.blocks)
-        return replace(plan, vocabulary=shards, num_labels=table.rows)
-    firsts = np.concatenate([[0], np.cumsum([sizes[bucket] for bucket in sorted(sizes)])])
-    files = [f"{plan.scratch}/vocabulary-{bucket}.parquet" for bucket in sorted(sizes)]
-    shards = tuple((file, 0, int(first)) for file, first in zip(files, firsts[:-1], strict=True))
-    return replace(plan, vocabulary=shards, num_labels=int(firsts[-1]))
+        for what, groups in result["files"]:
+            files[what].append(tuple(groups))
+    plan = replace(plan, files={what: tuple(sorted(groups)) for what, groups in files.items()})
+    if source.labels is not None:
+        return plan
+    firsts = np.cumsum([0, *sizes]).tolist()
+    return replace(plan, vocabulary=tuple(firsts), num_labels=firsts[-1])
 
 
-def _distinct(plan: Plan, i: int) -> dict[str, Any]:
-    """The distinct label strings of a block, into a scratch file, a row group a bucket."""
-    name, block = plan.blocks[i]
-    columns = ["label"] if name == "labels" else label_columns(plan.source.split(name))
+def _strings(plan: Plan, i: int) -> dict[str, Any]:
+    """Distinct labels of a block of points; all of the table's, with their rows."""
+    assert isinstance(plan.source, ParquetSource)
+    name, block, _ = plan.blocks[i]
+    of_table = name == TABLE
+    columns = ["label"] if of_table else label_columns(plan.source.split(name))
     found: list[pa.Array] = []
     for _, rows in slices(block, columns):
         for column in columns:
             values = rows[column].combine_chunks()
-            found.append(values if name == "labels" else values.flatten())
-    strings = pa.concat_arrays([pc.cast(each, pa.string()) for each in found])
-    if strings.null_count:
+            found.append(pc.cast(values if of_table else values.flatten(), pa.string()))
+    labels = pa.concat_arrays(found)
+    if labels.null_count:
         raise SourceError(f"{block.path} has a label that is null in row group {block.group}")
-    # Of a table of labels all are kept: one that comes twice must be found.
-    labels = strings if name == "labels" else pc.unique(strings)
-    bucket = pd.util.hash_array(labels.to_numpy(zero_copy_only=False)) % np.uint64(_buckets(plan))
-    order = np.argsort(bucket, kind="stable")
-    table = pa.table({"label": labels.take(pa.array(order))})
-    file = f"strings-{i}.parquet"
-    buckets = write_groups(plan, file, table, bucket[order].astype(np.int64))
-    return {"file": file, "buckets": buckets}
+    labels = labels if of_table else pc.unique(labels)
+    ids = np.arange(block.first, block.first + len(labels)) if of_table else np.full(len(labels), i)
+    hashes = pd.util.hash_array(labels.to_numpy(zero_copy_only=False))
+    buckets = (hashes % np.uint64(len(plan.tasks))).astype(np.int64)
+    order = np.argsort(buckets, kind="stable")
+    # Of points, `id` is the block that asks.
+    table = pa.table({"label": labels, "id": ids}).take(pa.array(order))
+    return {"file": write_groups(plan, f"{name}-strings-{i}", table, buckets[order])}
 
 
-def _buckets(plan: Plan) -> int:
-    """Enough that a bucket's distinct labels fit in a task, even if each row had its own three."""
-    rows = sum(block.rows for _, block in plan.blocks)
-    return max(1, -(-rows // parquet_plan.BUCKET_ROWS))
+def _join(plan: Plan, i: int) -> dict[str, Any]:
+    """The bucket's labels with their ids, or places in the bucket, by the blocks that have them."""
+    assert isinstance(plan.source, ParquetSource)
+    _, bucket = plan.tasks[i]
+    empty = pa.table({"label": pa.array([], pa.string()), "id": pa.array([], pa.int64())})
+    known, asked = [empty], [empty]
+    for name, table in read_groups(plan, "strings", bucket):
+        (known if name.startswith(TABLE) else asked).append(table)
+    wanted, files = pa.concat_tables(asked).combine_chunks(), []
+    if plan.source.labels is None:
+        labels = pc.unique(wanted["label"])
+        labels = labels.take(pc.array_sort_indices(labels))
+        ids = pa.array(np.arange(len(labels)))
+        made, keys = pa.table({"label": labels}), np.full(len(labels), bucket)
+        files.append(("vocabulary", write_groups(plan, f"vocabulary-{bucket}", made, keys)))
+    else:
+        given = pa.concat_tables(known).combine_chunks()
+        labels, ids = given["label"].combine_chunks(), given["id"].combine_chunks()
+        _check_distinct(labels)
+    at = pc.index_in(wanted["label"], value_set=labels)
+    table = pa.table({"label": wanted["label"], "id": ids.take(at), "block": wanted["id"]})
+    table = table.filter(at.is_valid()).sort_by("block")
+    keys = table["block"].to_numpy()
+    table = table.drop_columns(["block"])
+    files.append(("ids", write_groups(plan, f"ids-{bucket:08d}", table, keys)))
+    found = [(what, groups) for what, groups in files if groups]
+    return {"bucket": bucket, "labels": len(labels), "files": found}
 
 
-def _vocabulary(plan: Plan, i: int) -> dict[str, Any]:
-    """A bucket's distinct labels in order, into a file of their own."""
-    _, bucket, pieces = plan.points[i]
-    strings = pa.concat_tables(read_group(plan, *piece) for piece in pieces)["label"]
-    labels = pc.unique(strings)
-    labels = labels.take(pc.array_sort_indices(labels))
-    write_table(plan, f"vocabulary-{bucket}.parquet", pa.table({"label": labels}))
-    return {"bucket": bucket, "labels": len(labels)}
-
-
-def _check_distinct(plan: Plan, i: int) -> dict[str, Any]:
-    _, bucket, pieces = plan.points[i]
-    strings = pa.concat_tables(read_group(plan, *piece) for piece in pieces)["label"]
-    counted = pc.value_counts(strings.combine_chunks())
+def _check_distinct(labels: pa.Array) -> None:
+    counted = pc.value_counts(labels)
     twice = counted.filter(pc.greater(counted.field("counts"), 1))
     if len(twice):
         raise SourceError(
             f"the labels' table has the label {twice[0]['values'].as_py()!r} "
             f"{twice[0]['counts'].as_py()} times; leave it once"
         )
-    return {"bucket": bucket, "labels": len(counted)}
 
 
-def label_ids(plan: Plan, block: Block, rows: Int64s, column: str, lists: pa.Array) -> Int64s:
-    """Label ids int64 of all values of a column of lists, in their order.
+@dataclass(frozen=True)
+class Ids:
+    """The ids of a block's labels. labels: None where the source has ids itself."""
 
-    Raises:
-        SourceError: a value is no label.
-    """
-    values = lists.flatten()
-    if values.null_count:
-        nulls = values.is_null().to_numpy(zero_copy_only=False)
-        _refuse(block, rows, lists, nulls, column, plan.num_labels)
-    if not plan.source.labels_are_strings:
-        ids = pc.cast(values, pa.int64()).to_numpy()
-        limit = MAX_INFERRED_LABELS if plan.num_labels is None else plan.num_labels
-        bad = (ids < 0) | (ids >= limit)
+    num_labels: int | None
+    labels: pa.Array | None
+    ids: Int64s
+
+    def of(self, block: Block, rows: Int64s, column: str, lists: pa.Array) -> Int64s:
+        """Label ids int64 of all values of a column of lists, in their order.
+
+        Raises:
+            SourceError: a value is no label.
+        """
+        values = lists.flatten()
+        if values.null_count:
+            bad = values.is_null().to_numpy(zero_copy_only=False)
+            _refuse(block, rows, lists, bad, column, self.num_labels)
+        limit = self.num_labels
+        if self.labels is not None:
+            strings = pc.cast(values, pa.string())
+            at = pc.index_in(strings, value_set=self.labels)
+            ids = np.append(self.ids, -1)[pc.fill_null(at, -1).to_numpy()]
+            bad = ids < 0
+        else:
+            ids = pc.cast(values, pa.int64()).to_numpy()
+            limit = MAX_INFERRED_LABELS if limit is None else limit
+            bad = (ids < 0) | (ids >= limit)
         if bad.any():
             _refuse(block, rows, lists, bad, column, limit)
         return ids
-    strings = pc.cast(values, pa.string())
-    ids = np.full(len(strings), -1, dtype=np.int64)
-    for path, group, first in plan.vocabulary:
-        known = read_parquet(path, group, ["label"])["label"].combine_chunks()
-        found = pc.index_in(strings, value_set=pc.cast(known, pa.string()))
-        places = pc.fill_null(found, -1).to_numpy()
-        ids = np.where(places >= 0, places + first, ids)
-    if (ids < 0).any():
-        _refuse(block, rows, lists, ids < 0, column, plan.num_labels)
-    return ids
+
+
+def ids_of_block(plan: Plan, i: int) -> Ids:
+    """The ids of the labels of block i."""
+    assert isinstance(plan.source, ParquetSource)
+    if not plan.source.labels_are_strings:
+        return Ids(plan.num_labels, None, np.zeros(0, np.int64))
+    labels, ids = [pa.array([], pa.string())], [np.zeros(0, np.int64)]
+    for name, table in read_groups(plan, "ids", i):
+        labels += table["label"].chunks
+        first = plan.vocabulary[int(name.rpartition("-")[2])] if plan.vocabulary else 0
+        ids.append(table["id"].to_numpy() + first)
+    return Ids(plan.num_labels, pa.concat_arrays(labels), np.concatenate(ids))
 
 
 def _refuse(

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
 
 from renee_ray.config import EvalConfig, ReneeError, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import absolute, filesystem_of
+from renee_ray.data.storage import absolute, listing, make_directory, remove, write_file
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.run import RUN_FILE, RunDirectory
@@ -72,9 +71,7 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     """
     destination = absolute(destination)
     found = _score(run, src, score, destination)
-    filesystem, root = filesystem_of(destination)
-    with filesystem.open_output_stream(f"{root}/{MANIFEST}") as sink:
-        sink.write(json.dumps(found, indent=1).encode())
+    write_file(f"{destination.rstrip('/')}/{MANIFEST}", json.dumps(found, indent=1).encode())
     return found
 
 
@@ -179,7 +176,7 @@ class _Writer:
     """One rank's predictions, as part files of `PART_ROWS` rows."""
 
     def __init__(self, destination: str, rank: int, texts: Dataset | None) -> None:
-        self._filesystem, self._root = filesystem_of(destination)
+        self._destination = destination.rstrip("/")
         self._rank, self._texts = rank, texts
         self._tables: list[pa.Table] = []
         self._rows = self._parts = 0
@@ -205,9 +202,10 @@ class _Writer:
         """Writes what has been added since the last part."""
         if not self._rows:
             return
-        path = f"{self._root}/part-{self._rank:05d}-{self._parts:05d}.parquet"
-        with self._filesystem.open_output_stream(path) as sink:
-            pq.write_table(pa.concat_tables(self._tables), sink, compression="zstd")
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.concat_tables(self._tables), buffer, compression="zstd")
+        name = f"part-{self._rank:05d}-{self._parts:05d}.parquet"
+        write_file(f"{self._destination}/{name}", buffer.getvalue())
         self._tables, self._rows, self._parts = [], 0, self._parts + 1
 
 
@@ -275,17 +273,11 @@ def _check(directory: RunDirectory, dataset: Dataset) -> None:
 @contextlib.contextmanager
 def _scratch(path: str) -> Iterator[str]:
     """A directory for the tokenised texts: every node that can write predictions can read it."""
-    _remove(path)
+    remove(path)
     try:
         yield path
     finally:
-        _remove(path)
-
-
-def _remove(path: str) -> None:
-    filesystem, root = filesystem_of(path)
-    if filesystem.get_file_info(root).type == pafs.FileType.Directory:
-        filesystem.delete_dir(root)
+        remove(path)
 
 
 def _check_destination(destination: str, src: str, overwrite: bool) -> None:
@@ -294,7 +286,7 @@ def _check_destination(destination: str, src: str, overwrite: bool) -> None:
         raise ReneeError(f"{src} lies in {destination}, which is overwritten; give another one")
     if outside.startswith(inside):
         raise ReneeError(f"{destination} lies in {src}, which is only read; give another one")
-    names = [info.base_name for info in _listing(destination)]
+    names = [info.base_name for info in listing(destination)]
     if MANIFEST in names and not overwrite:
         raise ReneeError(f"{destination} holds predictions already; add overwrite=true")
     if not all(OURS.fullmatch(name) for name in names):
@@ -308,15 +300,10 @@ def _real(path: str) -> str:
 
 def _clear(destination: str, *, keep_scratch: bool) -> None:
     """Removes earlier predictions, the file that declares them complete first."""
-    filesystem, root = filesystem_of(destination)
-    filesystem.create_dir(root, recursive=True)
-    for info in sorted(_listing(destination), key=lambda info: info.base_name != MANIFEST):
-        if info.base_name != SCRATCH:
-            filesystem.delete_file(info.path)
-        elif not keep_scratch:
-            filesystem.delete_dir(info.path)
-
-
-def _listing(destination: str) -> list[pafs.FileInfo]:
-    filesystem, root = filesystem_of(destination)
-    return filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    base = destination.rstrip("/")
+    make_directory(base)
+    for name in sorted(
+        (info.base_name for info in listing(base)), key=lambda name: name != MANIFEST
+    ):
+        if name != SCRATCH or not keep_scratch:
+            remove(f"{base}/{name}")

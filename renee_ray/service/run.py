@@ -15,7 +15,13 @@ import pyarrow.fs as pafs
 
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import filesystem_of, patiently, read_file, refuse_link
+from renee_ray.data.storage import (
+    filesystem_of,
+    listing,
+    make_directory,
+    read_file,
+    replace_file,
+)
 from renee_ray.data.untrusted import refuse_links_out
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.checkpoints import Checkpoints
@@ -44,17 +50,8 @@ class RunDirectory:
         raise ReneeError(f"{self.path}/{name} is damaged: it is no JSON object; delete it")
 
     def write(self, name: str, content: dict[str, Any], patience: float | None = None) -> None:
-        filesystem, root = self._located()
-        for each in name, f"{name}.tmp":
-            refuse_link(filesystem, f"{root}/{each}")
-
-        def write() -> None:
-            filesystem.create_dir(root, recursive=True)
-            with filesystem.open_output_stream(f"{root}/{name}.tmp") as sink:
-                sink.write(json.dumps(content, indent=1).encode())
-            filesystem.move(f"{root}/{name}.tmp", f"{root}/{name}")
-
-        patiently(write, f"writing {self.path}/{name}", patience)
+        make_directory(self.path, patience)
+        replace_file(f"{self.path}/{name}", json.dumps(content, indent=1).encode(), patience)
 
     def config(self) -> RunConfig:
         """The configuration that the run was started with.
@@ -120,10 +117,7 @@ class RunDirectory:
 
     def refuse_old_format(self) -> None:
         """Raises ReneeError where checkpoints are of a format that this version does not read."""
-        filesystem, root = self._located()
-        selector = pafs.FileSelector(root, allow_not_found=True)
-        listed = patiently(lambda: filesystem.get_file_info(selector), f"listing {self.path}")
-        if any(info.base_name.startswith("step-") for info in listed):
+        if any(info.base_name.startswith("step-") for info in listing(self.path)):
             raise ReneeError(
                 f"{self.path} has checkpoints of format 2, of an earlier renee_ray; use that one, "
                 f"or train to another output"

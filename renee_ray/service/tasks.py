@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import ray
 import ray.data
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.storage import filesystem_of, patiently
+from renee_ray.data.storage import read_file, replace_file
 
 SECONDS_BETWEEN_MESSAGES = 1.0
 
@@ -85,25 +84,12 @@ def attempt(
     """The result of work(plan, i) as JSON, from the journal where it is there."""
     if journal is None:
         return json.dumps(work(plan, i))
-    filesystem, root = filesystem_of(journal)
-    name = f"{root}/{work.__name__}-{i}.json"
-
-    def read() -> str | None:
-        if filesystem.get_file_info(name).type != pafs.FileType.File:
-            return None
-        with filesystem.open_input_file(name) as file:
-            return file.read().decode()
-
-    def write() -> None:
-        # Whole or not at all: a reader of half a result would take it for one.
-        with filesystem.open_output_stream(f"{name}.tmp") as sink:
-            sink.write(result.encode())
-        filesystem.move(f"{name}.tmp", name)
-
-    if (known := patiently(read, f"reading {journal}")) is not None:
-        return known
+    name = f"{journal}/{work.__name__}-{i}.json"
+    if (known := read_file(name)) is not None:
+        return known.decode()
     result = json.dumps(work(plan, i))
-    patiently(write, f"writing {journal}")
+    # Whole or not at all: a reader of half a result would take it for one.
+    replace_file(name, result.encode())
     return result
 
 

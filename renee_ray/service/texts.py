@@ -4,22 +4,19 @@
     SRC.parquet, SRC/       one Parquet file, or all of a directory in the order of their names;
                             column `text`, and `point_id` int64 if the row number shall not do
 
-The driver finds line ends (and unpacks gzip) and reads Parquet footers; it keeps no text.
+Lines are counted by tasks (service/convert_text.py), Parquet's footers are read by the driver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from renee_ray.config import ReneeError, reason
+from renee_ray.config import ReneeError
 from renee_ray.data import tokenizer, xmlrepo
 from renee_ray.data.dataset import (
     POINTS,
@@ -29,30 +26,24 @@ from renee_ray.data.dataset import (
     part_path,
     write_part,
 )
-from renee_ray.data.storage import absolute, filesystem_of
-from renee_ray.data.untrusted import check_row_groups, rows_of
-from renee_ray.data.xmlrepo import Lines
+from renee_ray.data.lines import Lines, cuts, read
+from renee_ray.data.parquet_source import Block, check_text_column, slices, table_of
+from renee_ray.data.storage import absolute, filesystem_of, make_directory
+from renee_ray.service.convert_plan import JOURNAL
+from renee_ray.service.convert_text import counted
 from renee_ray.service.tasks import stream
 
 TEXT_SPLIT = "test"
 """The split of the scratch dataset that the texts become."""
-PIECE_ROWS = 16384
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows of the source that one task turns into one part: lines, or a row group of `path`."""
-
-    first: int
-    rows: int
-    path: str = ""
-    group: int = 0
 
 
 @dataclass(frozen=True)
 class _Plan:
-    pieces: list[_Piece]
+    blocks: tuple[Block, ...]
+    """Rows of the source that one task turns into one part."""
     lines: Lines | None
+    with_ids: bool
+    """The source is Parquet that has a column `point_id`."""
     scratch: str
     vocabulary: str
     max_length: int
@@ -69,8 +60,10 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
         ReneeError: no such source, no column `text`, a text that is missing, no text at all.
     """
     src = absolute(src)
-    lines, pieces = _pieces(src, scratch)
-    if not pieces:
+    for directory in (TEXT_SPLIT, JOURNAL):
+        make_directory(f"{scratch}/{directory}")
+    blocks, lines, with_ids = _indexed(src, scratch)
+    if not blocks:
         raise ReneeError(f"{src} holds no texts; there is nothing to predict")
     vocabulary = tokenizer.load(like.manifest.tokenizer)
     if vocabulary.hash != like.manifest.vocabulary_hash:
@@ -78,10 +71,8 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
             f"the tokenizer {like.manifest.tokenizer!r} is not the one that {like.path} was "
             f"converted with; make that one available"
         )
-    filesystem, root = filesystem_of(scratch)
-    filesystem.create_dir(f"{root}/{TEXT_SPLIT}", recursive=True)
-    plan = _Plan(pieces, lines, scratch, vocabulary.serialised, max_length)
-    results = list(stream(_write_piece, plan, len(pieces)))
+    plan = _Plan(blocks, lines, with_ids, scratch, vocabulary.serialised, max_length)
+    results = list(stream(_write_block, plan, len(blocks)))
     parts = sorted((Part(**each["part"]) for each in results), key=lambda part: part.first)
     splits = {name: tuple(parts) if name == TEXT_SPLIT else () for name in SPLITS}
     replaced = sum(each["replaced_lines"] for each in results)
@@ -112,69 +103,44 @@ def check_texts(src: str) -> list[str]:
     )
 
 
-def _pieces(src: str, scratch: str) -> tuple[Lines | None, list[_Piece]]:
+def _indexed(src: str, scratch: str) -> tuple[tuple[Block, ...], Lines | None, bool]:
+    """(blocks of rows, the file if its rows are lines, whether rows have ids of their own)."""
     files = check_texts(src)
     if files:
-        return None, _row_groups(files)
-    filesystem, root = filesystem_of(scratch)
-    filesystem.create_dir(root, recursive=True)
-    try:
-        lines = xmlrepo.index(src, f"{scratch}/unpacked.txt")
-    except OSError as error:
-        raise ReneeError(f"{src} cannot be read ({reason(error)}); check its permissions") from None
-    cuts = range(0, lines.rows, PIECE_ROWS)
-    return lines, [_Piece(at, min(PIECE_ROWS, lines.rows - at)) for at in cuts]
+        table = table_of(files)
+        _check_columns(files[0], table.columns)
+        return table.blocks, None, "point_id" in table.columns
+    lines = counted([src], scratch, lambda message: None)[src]
+    blocks = tuple(Block(src, 0, start, stop - start) for start, stop in cuts(lines.rows, lines))
+    return blocks, lines, False
 
 
-def _row_groups(paths: list[str]) -> list[_Piece]:
-    pieces: list[_Piece] = []
-    first = 0
-    with_ids: set[bool] = set()
-    for path in paths:
-        filesystem, root = filesystem_of(path)
-        try:
-            with filesystem.open_input_file(root) as file:
-                footer = pq.ParquetFile(file)
-                schema, metadata = footer.schema_arrow, footer.metadata
-                rows_of(metadata)
-        except (OSError, ValueError) as error:  # pa.ArrowInvalid is one
-            raise ReneeError(f"{path} is not Parquet ({reason(error)}); replace it") from None
-        _check_columns(path, schema)
-        with_ids.add("point_id" in schema.names)
-        if len(with_ids) > 1:
-            raise ReneeError(
-                f"{path} and {paths[0]} differ in having a column 'point_id'; all must or none"
-            )
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            if rows:
-                pieces.append(_Piece(first, rows, path, group))
-            first += rows
-    return pieces
-
-
-def _check_columns(path: str, schema: pa.Schema) -> None:
-    if "text" not in schema.names:
-        raise ReneeError(
-            f"{path} has the columns {schema.names}; rename the one that holds the texts to 'text'"
-        )
-    kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ReneeError(f"{path} has a column 'text' of type {kind}; it must be string")
-    if "point_id" in schema.names and not pa.types.is_int64(schema.field("point_id").type):
-        kind = schema.field("point_id").type
+def _check_columns(path: str, columns: dict[str, pa.DataType]) -> None:
+    """Raises ReneeError unless the columns are those of texts to predict for."""
+    check_text_column(path, columns)
+    kind = columns.get("point_id", pa.int64())
+    if not pa.types.is_int64(kind):
         raise ReneeError(f"{path} has a column 'point_id' of type {kind}; it must be int64")
 
 
-def _write_piece(plan: _Plan, i: int) -> dict[str, Any]:
-    piece, path, replaced = plan.pieces[i], part_path(TEXT_SPLIT, i), 0
+def _write_block(plan: _Plan, i: int) -> dict[str, Any]:
+    block, replaced = plan.blocks[i], 0
     if plan.lines is not None:
-        points = np.arange(piece.first, piece.first + piece.rows)
-        texts = xmlrepo.texts_of(xmlrepo.read(plan.lines, points))
-        tables, replaced = [_tokenised(plan, texts.texts, pa.array(points))], texts.replaced_lines
+        stop = block.first + block.rows
+        texts = xmlrepo.texts_of(read(plan.lines, block.first, stop))
+        replaced = texts.replaced_lines
+        tables = [_tokenised(plan, texts.texts, pa.array(np.arange(block.first, stop)))]
     else:
-        tables = [_tokenised(plan, listed, ids) for listed, ids in _read_group(piece)]
-    part = write_part(plan.scratch, path, piece.first, tables)
+        columns = ["text"] + (["point_id"] if plan.with_ids else [])
+        tables = [
+            _tokenised(
+                plan,
+                table["text"].to_pylist(),
+                table["point_id"].combine_chunks() if plan.with_ids else pa.array(rows),
+            )
+            for rows, table in slices(block, columns)
+        ]
+    part = write_part(plan.scratch, part_path(TEXT_SPLIT, i), block.first, tables)
     return {"part": asdict(part), "replaced_lines": replaced}
 
 
@@ -187,38 +153,3 @@ def _tokenised(plan: _Plan, texts: list[str], ids: pa.Array) -> pa.Table:
         "filter_labels": empty,
     }
     return pa.table(columns, schema=POINTS)
-
-
-def _read_group(piece: _Piece) -> Iterator[tuple[list[str], pa.Array]]:
-    """(texts, point ids) of the row group, some thousand rows at a time."""
-    filesystem, root = filesystem_of(piece.path)
-    done = 0
-    with filesystem.open_input_file(root) as file:
-        opened = partial(pq.ParquetFile, file)
-        parquet = opened()
-        names = [name for name in ("text", "point_id") if name in parquet.schema_arrow.names]
-        try:
-            check_row_groups(opened, [piece.group], names)
-            batches = parquet.iter_batches(PIECE_ROWS, [piece.group], columns=names)
-            for batch in batches:
-                for name in names:
-                    missing = batch[name].is_null().to_numpy(zero_copy_only=False)
-                    if missing.any():
-                        raise ReneeError(
-                            f"{piece.path} has no {name} in row {done + missing.argmax()} of row "
-                            f"group {piece.group}; fill it in or leave the row out"
-                        )
-                numbers = np.arange(piece.first + done, piece.first + done + len(batch))
-                ids = batch["point_id"] if "point_id" in names else pa.array(numbers)
-                yield batch["text"].to_pylist(), ids
-                done += len(batch)
-        except ValueError as error:
-            raise ReneeError(
-                f"{piece.path} cannot be read ({reason(error):.200}) in row group {piece.group}; "
-                f"replace it"
-            ) from error
-    if done != piece.rows:
-        raise ReneeError(
-            f"{piece.path} has {done} rows in row group {piece.group} and its footer says "
-            f"{piece.rows}; replace it"
-        )

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from renee_ray.data import dataset as layout
+from renee_ray.data import split
 from renee_ray.data.dataset import Dataset, DatasetError, Manifest, Part
-from renee_ray.data.split import split_rows, splitmix64
+from renee_ray.data.split import Shuffle, splitmix64
 
 TRAIN = Part("train/part-00000.parquet", 3, 0, 100, "0" * 64)
 
@@ -234,13 +235,38 @@ def test_splitmix64_is_the_published_one() -> None:
     ]
 
 
-def test_split_rows() -> None:
-    train, validation = split_rows(20_000, 0.1, seed=3)
-    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(20_000))
-    assert validation.tolist() == sorted(validation.tolist())
+def naive(num_rows: int, validation: float, seed: int) -> tuple[list[int], list[int]]:
+    """(train in its order, validation), by sorting all rows."""
+    made, rows = Shuffle(seed, validation, np.zeros(0, np.uint64)), np.arange(num_rows)
+    held_out = made.held_out(rows)
+    train = sorted(rows[~held_out].tolist(), key=lambda row: int(made.keys(np.array([row]))[0]))
+    return train, np.flatnonzero(held_out).tolist()
+
+
+def test_the_shuffle_is_one() -> None:
+    train, validation = naive(20_000, 0.1, seed=3)
+    assert sorted([*train, *validation]) == list(range(20_000))
     assert abs(len(validation) - 2000) < 4 * np.sqrt(20_000 * 0.1 * 0.9)
     assert abs(np.corrcoef(np.arange(len(train)), train)[0, 1]) < 0.05
-    again, other = split_rows(20_000, 0.1, seed=3)[0], split_rows(20_000, 0.1, seed=4)[0]
-    assert np.array_equal(train, again) and not np.array_equal(train, other)
-    assert np.array_equal(validation[validation < 900], split_rows(900, 0.1, seed=3)[1])
-    assert len(split_rows(100, 0.0, seed=3)[1]) == 0
+    assert train != naive(20_000, 0.1, seed=4)[0]
+    assert [row for row in validation if row < 900] == naive(900, 0.1, seed=3)[1]
+    assert naive(100, 0.0, seed=3)[1] == []
+
+
+@pytest.mark.parametrize("bucket_rows", [1, 7, 100, 897, 2000])
+@pytest.mark.parametrize("chunk_rows", [64, 1 << 18])
+def test_buckets_are_cut_from_the_order(
+    monkeypatch: pytest.MonkeyPatch, bucket_rows: int, chunk_rows: int
+) -> None:
+    """Though nobody sorts all rows; starts lie at and between the bounds of chunks."""
+    monkeypatch.setattr(split, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(split, "BIN_BITS", 6)
+    rows, starts = np.arange(1000), np.array([0, 1, 63, 64, 65, 500, 999])
+    made, held = split.shuffle_of(1000, starts, bucket_rows, validation=0.1, seed=3)
+    train, validation = naive(1000, 0.1, seed=3)
+    assert held.tolist() == [sum(row < start for row in validation) for start in [*starts, 1000]]
+    buckets = made.buckets(made.keys(rows))
+    for bucket in range(-(-len(train) // bucket_rows)):
+        mine = rows[(buckets == bucket) & ~made.held_out(rows)]
+        wanted = train[bucket * bucket_rows : (bucket + 1) * bucket_rows]
+        assert mine[np.argsort(made.keys(mine))].tolist() == wanted

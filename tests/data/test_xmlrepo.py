@@ -7,16 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from renee_ray.data import lines as module
 from renee_ray.data import xmlrepo
-from renee_ray.data.raw import Raw, index_source, pieces
-from renee_ray.data.xmlrepo import Block, SourceError
+from renee_ray.data.lines import Block, Lines, SourceError, count, cuts, lines_of, ranges, read
+from renee_ray.data.raw import Raw, agreed, files_of
+
+
+def lines_at(path: Path | str, scratch: Path | str = "nowhere") -> Lines:
+    parts = ranges(str(path), str(scratch))
+    return lines_of(parts, [count(part) for part in parts])
 
 
 def block_of(tmp_path: Path, data: bytes, name: str = "trn_X_Y.txt") -> Block:
     path = tmp_path / name
     path.write_bytes(data)
-    lines = xmlrepo.index(str(path))
-    return xmlrepo.read(lines, np.arange(lines.rows))
+    lines = lines_at(path)
+    return read(lines, 0, lines.rows)
 
 
 def rows_of(block: Block, found: xmlrepo.Pairs) -> list[list[int]]:
@@ -42,7 +48,8 @@ def source(tmp_path: Path, **files: str | bytes | None) -> str:
 
 
 def indexed(path: str) -> Raw:
-    return index_source(xmlrepo.find(path), f"{path}/scratch")
+    found = xmlrepo.find(path)
+    return agreed(found, {file: lines_at(file) for file in files_of(found)})
 
 
 # ------------------------------------------------------------------------------ lines and reads
@@ -65,48 +72,68 @@ def test_lines_end_at_newlines_only(tmp_path: Path, data: bytes, lines: list[byt
     assert list(block_of(tmp_path, data)) == lines
 
 
-def test_lines_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xmlrepo, "CHUNK_BYTES", 3)
-    lines = [b"x" * (i % 7) for i in range(50)]
-    assert list(block_of(tmp_path, b"\n".join(lines) + b"\n")) == lines
-
-
-@pytest.mark.parametrize("near", [0, 1 << 20])
-def test_rows_in_any_order(tmp_path: Path, near: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the last line, without its end, in the middle of a block."""
-    monkeypatch.setattr(xmlrepo, "NEAR_BYTES", near)
+@pytest.mark.parametrize("ending", [b"\n", b"", b"\n\n\r\n"])
+@pytest.mark.parametrize(("grain", "part"), [(3, 6), (10, 10), (64, 256)])
+def test_rows_from_any_grain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: bytes, grain: int, part: int
+) -> None:
+    """Every range of rows, with and without a header; lines end at, before and after a grain."""
+    monkeypatch.setattr(module, "GRAIN_BYTES", grain)
+    monkeypatch.setattr(module, "RANGE_BYTES", part)
+    rows = [b"x" * (i * 5 % 17) + b"y" for i in range(30)] + [b""] * ending.count(b"\n\n")
+    rows += [b""] * ending.count(b"\r")
     path = tmp_path / "trn_X_Y.txt"
-    path.write_bytes(b"\n".join(b"%d:1" % i for i in range(100)))
-    lines = xmlrepo.index(str(path))
-    rows = np.random.default_rng(0).permutation(100)
-    block = xmlrepo.read(lines, rows)
-    assert list(block) == [b"%d:1" % i for i in rows]
-    assert xmlrepo.parse_pairs(block, 100).labels.tolist() == rows.tolist()
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(rows[:30]) + ending)
+    whole = lines_at(path)
+    assert (whole.rows, whole.solid) == (len(rows), 30)
+    for lines, wanted in ((whole, rows), (whole.without_header(), rows[1:])):
+        for start in range(len(wanted)):
+            for stop in range(start, len(wanted) + 1):
+                block = read(lines, start, stop)
+                assert list(block) == wanted[start:stop]
+                assert len(block) == stop - start
+        assert read(lines, 3, 5).where(1) == f"{path}:{len(rows) - len(wanted) + 5}"
 
 
-def test_pieces_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("renee_ray.data.raw.PIECE_BYTES", 10)
+def test_blank_rows_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "f"
-    path.write_bytes(b"".join(b"y" * (i * 5 % 31) + b"\n" for i in range(40)))
-    bounds = pieces(xmlrepo.index(str(path)))
-    assert len(bounds) > 10
+    path.write_bytes(b"a\n \nb\n\n\r\n \n")
+    lines = lines_at(path)
+    assert (lines.rows, lines.without_blank_end().rows) == (6, 3)
+    assert [lines.without_blank_tail(rows).rows for rows in (2, 3, 4, 6, 7)] == [6, 3, 4, 6, 6]
+
+
+def test_cuts_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("GRAIN_BYTES", 8), ("BLOCK_BYTES", 40), ("BLOCK_ROWS", 7)):
+        monkeypatch.setattr(module, name, value)
+    paths = tmp_path / "f", tmp_path / "g"
+    paths[0].write_bytes(b"".join(b"y" * (i * 5 % 31) + b"\n" for i in range(40)))
+    paths[1].write_bytes(b"40 1\n" + b"0:1\n" * 40)
+    files = lines_at(paths[0]), lines_at(paths[1]).without_header()
+    bounds = cuts(40, *files)
     assert [row for start, stop in bounds for row in range(start, stop)] == list(range(40))
+    longest = max(len(read(file, *bound).data) for file in files for bound in bounds)
+    assert max(stop - start for start, stop in bounds) <= 7 and longest <= 40 + 31
+    assert cuts(0, *files) == []
 
 
 def test_file_that_shrinks(tmp_path: Path) -> None:
     path = tmp_path / "trn_X.txt"
     path.write_bytes(b"a\nb\n")
-    lines = xmlrepo.index(str(path))
+    lines = lines_at(path)
     path.write_bytes(b"a\n")
     with pytest.raises(SourceError, match=r"trn_X\.txt became shorter .*no byte 2; convert again"):
-        xmlrepo.read(lines, np.arange(2))
+        read(lines, 0, 2)
+    path.write_bytes(b"a\nbc")
+    with pytest.raises(SourceError, match=r"trn_X\.txt was changed .*no line 2; convert again"):
+        read(lines, 0, 2)
 
 
 def test_gzip_is_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "trn_X.txt.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbfa\nb") + gzip.compress(b"c\n"))
-    lines = xmlrepo.index(str(path), str(tmp_path / "plain"))
-    assert list(xmlrepo.read(lines, np.arange(2))) == [b"a", b"bc"]
+    lines = lines_at(path, tmp_path)
+    assert list(read(lines, 0, 2)) == [b"a", b"bc"]
     assert lines.where(1) == f"{path}:2"
 
 
@@ -117,14 +144,14 @@ def test_damaged_gzip(tmp_path: Path, damage: str) -> None:
     flipped = packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:]
     path.write_bytes({"truncated": packed[:-9], "not gzip": b"abc\n", "flipped": flipped}[damage])
     with pytest.raises(SourceError, match=r"trn_X\.txt\.gz is not a complete gzip file .*again"):
-        xmlrepo.index(str(path), str(tmp_path / "plain"))
+        lines_at(path, tmp_path)
 
 
 def test_utf16(tmp_path: Path) -> None:
     path = tmp_path / "trn_X.txt"
     path.write_text("a\n", encoding="utf-16")
     with pytest.raises(SourceError, match=r"trn_X\.txt:1: the file is in UTF-16; save it as UTF-8"):
-        xmlrepo.index(str(path))
+        lines_at(path)
 
 
 def test_replaced_bytes_are_counted(tmp_path: Path) -> None:
@@ -332,11 +359,6 @@ def test_no_test_split(tmp_path: Path) -> None:
     assert indexed(source(tmp_path, tst_X=None, tst_X_Y=None)).test is None
 
 
-def test_filters_are_sorted_by_row(tmp_path: Path) -> None:
-    filters = indexed(source(tmp_path, trn_filter_labels="2 1\n0 3\n2 0\n2 1\n")).train.filters
-    assert (filters.rows.tolist(), filters.labels.tolist()) == ([0, 2, 2], [3, 0, 1])
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -369,9 +391,6 @@ def test_filters_are_sorted_by_row(tmp_path: Path) -> None:
         ({"trn_X_Y": None}, r"/trn_X\.txt is there but .*/trn_X_Y\.txt is missing; add it"),
         ({"tst_X_Y": None}, r"/tst_X\.txt is there but .*/tst_X_Y\.txt is missing; add it"),
         ({"trn_X": None, "trn_X_Y": None}, r"has no training set: neither trn_X\.txt with"),
-        ({"trn_filter_labels": "0 1\n3 1\n"}, r"/trn_filter_labels\.txt:2: row 3 is out of range"),
-        ({"tst_filter_labels": "0 4\n"}, r"/tst_filter_labels\.txt:1: label id 4 is out of range"),
-        ({"tst_filter_labels": "0\n"}, r"/tst_filter_labels\.txt:1: malformed filter line '0'"),
     ],
 )
 def test_folders_that_disagree(tmp_path: Path, files: dict[str, str | None], message: str) -> None:

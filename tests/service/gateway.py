@@ -80,6 +80,18 @@ class Gateway:
             self.process.wait()
             self.process = None
 
+    def away(self, seconds: float) -> None:
+        """Killed until somebody has come in vain, and for `seconds` more; then back again."""
+        self.kill()
+        with socket.socket() as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(("127.0.0.1", self.ports["s3"]))
+            door.listen()
+            door.settimeout(START_S)
+            door.accept()[0].close()
+        time.sleep(seconds)
+        self.start()
+
     def filesystem(self) -> pafs.S3FileSystem:
         return pafs.S3FileSystem(
             access_key=ACCESS_KEY,

@@ -14,9 +14,10 @@ import ray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.data import lines
 from renee_ray.data.dataset import Dataset, DatasetError
-from renee_ray.data.split import split_rows
-from renee_ray.service import convert as service
+from renee_ray.data.split import Shuffle
+from renee_ray.service import convert_plan
 from renee_ray.service.convert import convert
 
 pytestmark = pytest.mark.slow
@@ -95,10 +96,12 @@ def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> No
     tokenizer = Tokenizer.from_file(f"{config.tokenizer}/tokenizer.json")
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_length)
-    rows = split_rows(len(naive["texts"]["trn"]), config.validation, config.seed)
+    rows = np.arange(len(naive["texts"]["trn"]))
+    shuffle = Shuffle(config.seed, config.validation, np.zeros(0, np.uint64))
+    held_out = shuffle.held_out(rows)
     order = {
-        "train": rows[0].tolist(),
-        "validation": rows[1].tolist(),
+        "train": sorted(rows[~held_out].tolist(), key=shuffle.keys(rows).tolist().__getitem__),
+        "validation": rows[held_out].tolist(),
         "test": list(range(len(naive["texts"].get("tst", [])))),
     }
     for split, ids in order.items():
@@ -144,14 +147,15 @@ def test_texts_against_naive_python(
 ) -> None:
     naive = random_repository()
     config = config_of(model, validation=0.2)
-    monkeypatch.setattr(service, "TASK_ROWS", 2 * config.part_rows)
+    monkeypatch.setattr(lines, "BLOCK_ROWS", 9)
+    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 2 * config.part_rows)
     messages: list[str] = []
     manifest = convert(
         write(tmp_path / "src", naive["files"]), str(tmp_path / "dst"), config, messages.append
     )
     check_against(naive, str(tmp_path / "dst"), config)
     blocks = sum(-(-len(of_split) // 2) for of_split in manifest.splits.values())
-    assert blocks > 5 and messages[-1] == f"blocks written: {blocks} of {blocks}"
+    assert blocks > 5 and messages[-1] == f"buckets written: {blocks} of {blocks}"
     assert Dataset.open(str(tmp_path / "dst")).manifest == manifest
     assert manifest.pad_id == 1 and manifest.has_label_texts and manifest.tokenizer == model
     # Some labels are filter labels of held-out points alone: their texts are not trained on.
@@ -253,6 +257,8 @@ def test_same_seed_same_files(tmp_path: Path, model: str) -> None:
         ("trn_X_Y.txt", "3 4\n\n\n1:0\n", r"/src/trn_X_Y\.txt gives no training point a label"),
         ("trn_X_Y.txt", "5 4\n0:1\n1:1\n2:1\n", r"/src/trn_X_Y\.txt:1: the header says 5 rows"),
         ("trn_filter_labels.txt", "0 1\n7 1\n", r"/src/trn_filter_labels\.txt:2: row 7 is out of"),
+        ("tst_filter_labels.txt", "0 4\n", r"/src/tst_filter_labels\.txt:1: label id 4 is out of"),
+        ("tst_filter_labels.txt", "0\n", r"/src/tst_filter_labels\.txt:1: malformed filter line"),
     ],
 )
 def test_refused(tmp_path: Path, model: str, name: str, text: str, message: str) -> None:
@@ -300,16 +306,16 @@ def test_bad_label_texts_are_found_while_writing(tmp_path: Path, model: str) -> 
 
 
 def test_a_conversion_that_dies_and_the_next_one(tmp_path: Path, model: str) -> None:
-    """The source vanishes under the tasks that write; what they leave does not matter later."""
+    """The label texts vanish under the tasks that write; what they leave does not matter later."""
     naive = random_repository()
     src, dst = write(tmp_path / "src", naive["files"]), str(tmp_path / "dst")
-    texts = tmp_path / "src" / "tst_X.txt"
+    texts = tmp_path / "src" / "Y.txt"
 
     def shorten(message: str) -> None:
-        if message.startswith("label lines"):
+        if message == "blocks read: 2 of 2":
             os.truncate(texts, texts.stat().st_size - 9)
 
-    with pytest.raises(ReneeError, match=r"/src/tst_X\.txt became shorter while it was being read"):
+    with pytest.raises(ReneeError, match=r"/src/Y\.txt became shorter while it was being read"):
         convert(src, dst, config_of(model, part_rows=4), shorten)
     assert list(tmp_path.glob("dst/**/*.parquet"))
     with pytest.raises(DatasetError, match="is not a renee_ray dataset"):

@@ -14,26 +14,27 @@ import pytest
 
 from renee_ray.cli import main
 from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.data import lines
 from renee_ray.data.dataset import Dataset
 from renee_ray.service import convert as service
-from renee_ray.service import parquet_plan
+from renee_ray.service import convert_plan
 from renee_ray.service.tasks import Interrupted, attempt
 
 CONFIG = ConvertConfig(validation=0.1, part_rows=64)
 Rows = dict[str, list[Any]]
 
 
+def shuffled(
+    work: Callable[..., Any], plan: Any, tasks: int, journal: str | None = None
+) -> Iterator[Any]:
+    """The tasks one after another instead of on Ray, in an order that no one may rely on."""
+    for i in np.random.default_rng(0).permutation(tasks):
+        yield json.loads(attempt(work, plan, int(i), journal))
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tasks one after another instead of on Ray, in an order that no one may rely on."""
-
-    def stream(
-        work: Callable[..., Any], plan: Any, tasks: int, journal: str | None = None
-    ) -> Iterator[Any]:
-        for i in np.random.default_rng(0).permutation(tasks):
-            yield json.loads(attempt(work, plan, int(i), journal))
-
-    monkeypatch.setattr(parquet_plan, "stream", stream)
+    monkeypatch.setattr(convert_plan, "stream", shuffled)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
 
 
@@ -109,16 +110,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """What the text files are converted to."""
-    from renee_ray.service import convert as module
-
-    def stream(
-        work: Callable[..., Any], plan: Any, tasks: int, journal: str | None = None
-    ) -> Iterator[Any]:
-        return (json.loads(json.dumps(work(plan, i))) for i in range(tasks))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "stream", stream)
-        patch.setattr(module, "ensure_ray", lambda *arguments: None)
+        patch.setattr(convert_plan, "stream", shuffled)
+        patch.setattr(service, "ensure_ray", lambda *arguments: None)
         return convert(repository, tmp_path_factory.mktemp("expected") / "dataset")
 
 
@@ -133,7 +127,8 @@ def test_the_parts_are_those_of_the_text_files(
     strings: bool,
     bucket: int,
 ) -> None:
-    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", bucket)
+    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", bucket)
+    monkeypatch.setattr(convert_plan, "TAIL_BYTES", min(bucket, 1 << 16))
     made = convert(parquet(repository, tmp_path / "src", strings=strings), tmp_path / "dst")
     assert made.manifest.splits == expected.manifest.splits  # with the SHA-256 of every part
     assert made.manifest.other_texts == expected.manifest.other_texts
@@ -149,7 +144,7 @@ def test_the_parts_are_those_of_the_text_files(
 def test_a_vocabulary_is_made_of_strings(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", 64)
+    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 64)
     source = parquet(repository, tmp_path / "src", strings=True, with_labels=False)
     made = convert(source, tmp_path / "dst")
     labels = made.read_rows("labels", 0, made.manifest.num_labels)
@@ -238,7 +233,7 @@ def test_a_label_that_is_none_is_named(tmp_path: Path, strings: bool) -> None:
 def test_a_label_twice_in_the_table_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", 2)
+    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 2)
     write(tmp_path / "src", "train.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
     labels = pa.table({"label": ["L00001", "L00002", "L00003", "L00001"]})
     pq.write_table(labels, tmp_path / "src" / "labels.parquet", row_group_size=2)
@@ -288,11 +283,10 @@ def test_a_conversion_that_is_cut_off_goes_on(
         for i in range(tasks):
             yield json.loads(attempt(counted, plan, i, journal))
 
-    for module in (parquet_plan, service):
-        monkeypatch.setattr(module, "stream", stream)
+    monkeypatch.setattr(convert_plan, "stream", stream)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
-    monkeypatch.setattr(parquet_plan, "BUCKET_ROWS", 64)
-    monkeypatch.setattr(service, "TASK_ROWS", 64)
+    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 64)
+    monkeypatch.setattr(lines, "BLOCK_ROWS", 50)
     said: list[str] = []
     for _ in range(50):
         budget = 7

@@ -1,13 +1,21 @@
-"""The whole path with nothing but s3:// URLs, on a gateway that demands credentials."""
+"""The whole path with nothing but s3:// URLs, on a gateway that demands credentials.
+
+Every command is interrupted: the gateway is killed while it is at work, and comes back.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pyarrow.dataset as pads
@@ -18,134 +26,25 @@ import ray
 from renee_ray.cli import main
 from renee_ray.data.dataset import Dataset
 
-from .conftest import TESTS, Command, Run, end, finish, renee_ray, start
+from .conftest import TESTS, Run, descendants
 from .gateway import BUCKET, SECRET_KEY, Gateway
 
 pytestmark = pytest.mark.slow
-OUTAGE_S = 20
-SRC, DATA = f"s3://{BUCKET}/source", f"s3://{BUCKET}/dataset"
+OUTAGE_S = 6
+SRC, DATA, RUN = f"s3://{BUCKET}/source", f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/runs/one"
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     server = Gateway(tmp_path_factory.mktemp("weed"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
-
-
-def run(gateway: Gateway, *arguments: str) -> Command:
-    done = finish(start(*arguments, env=gateway.env))
-    assert done.status == 0, done.stderr
-    assert SECRET_KEY not in done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def dataset_on_s3(gateway: Gateway, source: Path) -> str:
-    remote = gateway.filesystem()
-    pafs.copy_files(str(source), f"{BUCKET}/source", pafs.LocalFileSystem(), remote)
-    run(gateway, "convert", SRC, DATA, "validation=0.1", "part_rows=64")
-    return DATA
-
-
-@dataclass(frozen=True)
-class RemoteRun:
-    """A run on the gateway: where, what `train --json` printed, its losses by step."""
-
-    path: str
-    result: dict[str, Any]
-    losses: dict[int, float]
-
-
-def remote_run(gateway: Gateway, path: str, command: Command) -> RemoteRun:
-    with gateway.filesystem().open_input_file(f"{path.removeprefix('s3://')}/history.json") as file:
-        history = json.loads(file.read())
-    losses = {each["step"]: each["loss"] for each in history["steps"]}
-    return RemoteRun(path, json.loads(command.stdout), losses)
-
-
-@pytest.fixture(scope="module")
-def trained_on_s3(gateway: Gateway, dataset_on_s3: str, recipe: str) -> RemoteRun:
-    path = f"s3://{BUCKET}/runs/undisturbed"
-    done = run(
-        gateway, "train", recipe, f"data={dataset_on_s3}", f"output={path}",
-        "checkpoint.every_steps=0", "--json",
-    )  # fmt: skip
-    return remote_run(gateway, path, done)
-
-
-def assert_equal_to_local(found: RemoteRun, trained: Run) -> None:
-    assert found.result["step"] == trained.result["step"]
-    assert found.result["validation"] == pytest.approx(trained.result["validation"], abs=1e-3)
-    local = {each["step"]: each["loss"] for each in trained.history["steps"]}
-    assert found.losses == pytest.approx(local, rel=1e-4)
-
-
-def test_the_parts_are_those_of_a_local_conversion(
-    gateway: Gateway, dataset_on_s3: str, dataset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in gateway.env.items():
-        monkeypatch.setenv(name, value)
-    assert Dataset.open(dataset_on_s3).manifest == Dataset.open(dataset).manifest
-    done = run(gateway, "inspect", dataset_on_s3, "--verify", "--json")
-    assert json.loads(done.stdout)["problems"] == []
-
-
-def test_training_equals_a_local_run(trained_on_s3: RemoteRun, trained: Run) -> None:
-    assert_equal_to_local(trained_on_s3, trained)
-
-
-def test_evaluation_equals_a_local_one(
-    gateway: Gateway, trained_on_s3: RemoteRun, trained: Run, dataset: str, dataset_on_s3: str
-) -> None:
-    votes = "neighbours=5"
-    remote = run(gateway, "evaluate", trained_on_s3.path, dataset_on_s3, votes, "--json")
-    local = renee_ray("evaluate", trained.path, dataset, votes, "--json")
-    here, there = json.loads(local.stdout), json.loads(remote.stdout)
-    assert there["points"] == here["points"] == TESTS
-    assert there["metrics"] == pytest.approx(here["metrics"], abs=1e-3)
-
-
-def test_predictions_and_export(
-    gateway: Gateway, trained_on_s3: RemoteRun, dataset_on_s3: str
-) -> None:
-    predictions, model = f"s3://{BUCKET}/predictions", f"s3://{BUCKET}/model"
-    run(gateway, "predict", trained_on_s3.path, dataset_on_s3, predictions, "k=7", "texts=true")
-    files = gateway.filesystem()
-    names = [i.path for i in files.get_file_info(pafs.FileSelector(f"{BUCKET}/predictions"))]
-    parts = sorted(name for name in names if name.endswith(".parquet"))
-    rows = pads.dataset(parts, filesystem=files).to_table().to_pylist()
-    assert sorted(row["point_id"] for row in rows) == list(range(TESTS))
-    assert all(len(row["label_texts"]) == 7 for row in rows)
-    run(gateway, "export", trained_on_s3.path, model)
-    listed = files.get_file_info(pafs.FileSelector(f"{BUCKET}/model", recursive=True))
-    names = [info.path.removeprefix(f"{BUCKET}/model/") for info in listed]
-    assert {"export.json", "head.safetensors", "encoder/model.safetensors"} <= set(names)
-
-
-def test_an_outage_is_waited_for(
-    gateway: Gateway, dataset_on_s3: str, recipe: str, trained: Run
-) -> None:
-    path = f"s3://{BUCKET}/runs/outage"
-    process = start(
-        "train", recipe, f"data={dataset_on_s3}", f"output={path}", "--json", env=gateway.env
-    )
-    try:
-        _wait_for(gateway, f"{BUCKET}/runs/outage/step-000000005")
-        gateway.kill()
-        time.sleep(OUTAGE_S)
-        assert process.poll() is None, process.communicate()
-        gateway.start()
-        done = finish(process)
-    finally:
-        end(process)
-    assert done.status == 0, done.stderr
-    assert_equal_to_local(remote_run(gateway, path, done), trained)
-    said = re.findall(r"trying again for|storage is slow or away", done.stderr)
-    assert len(said) <= 6, done.stderr  # once an operation, not once an attempt
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            server.start()
+            for name, value in server.env.items():
+                patch.setenv(name, value)
+            yield server
+        finally:
+            server.kill()
 
 
 @pytest.mark.parametrize(
@@ -154,9 +53,9 @@ def test_an_outage_is_waited_for(
         ("convert", SRC, f"s3://{BUCKET}/never"),
         ("inspect", DATA),
         ("train", "RECIPE", f"data={DATA}", f"output=s3://{BUCKET}/runs/never"),
-        ("evaluate", f"s3://{BUCKET}/runs/undisturbed", DATA),
-        ("predict", f"s3://{BUCKET}/runs/undisturbed", DATA, f"s3://{BUCKET}/never"),
-        ("export", f"s3://{BUCKET}/runs/undisturbed", f"s3://{BUCKET}/never"),
+        ("evaluate", RUN, DATA),
+        ("predict", RUN, DATA, f"s3://{BUCKET}/never"),
+        ("export", RUN, f"s3://{BUCKET}/never"),
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -167,8 +66,7 @@ def test_a_wrong_key_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in (gateway.env | {"AWS_SECRET_ACCESS_KEY": "wrong-secret-77c1"}).items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-77c1")
     assert main([recipe if word == "RECIPE" else word for word in arguments]) == 1
     said = capsys.readouterr().err
     assert "refuses the credentials" in said and "AWS_SECRET_ACCESS_KEY" in said
@@ -177,8 +75,152 @@ def test_a_wrong_key_is_one_sentence(
     assert not ray.is_initialized(), "a refused key is found before Ray is started"
 
 
-def _wait_for(gateway: Gateway, path: str, seconds: float = 240) -> None:
-    files, until = gateway.filesystem(), time.monotonic() + seconds
-    while files.get_file_info(path).type == pafs.FileType.NotFound:
-        assert time.monotonic() < until, path
-        time.sleep(0.2)
+# Ray is started here, by the first fixture that needs it.
+
+
+@contextmanager
+def outage(until: Callable[[], bool], gateway: Gateway) -> Iterator[None]:
+    """The gateway goes away as soon as `until()`, which must be before the body has ended."""
+    ended = Event()
+
+    def cut() -> None:
+        while not until():
+            assert not ended.is_set(), "it ended before it was interrupted"
+            time.sleep(0.05)
+        gateway.away(OUTAGE_S)
+
+    with ThreadPoolExecutor(1) as pool:
+        cutting = pool.submit(cut)
+        try:
+            yield
+        finally:
+            ended.set()
+        cutting.result()
+
+
+def there(gateway: Gateway, path: str) -> Callable[[], bool]:
+    """Whether there is such a file or directory by now."""
+    files = gateway.filesystem()
+    return lambda: files.get_file_info(f"{BUCKET}/{path}").type != pafs.FileType.NotFound
+
+
+def working() -> Callable[[], bool]:
+    """Whether workers of a job have been started since."""
+
+    def workers() -> set[int]:
+        return {pid for pid, args in descendants(os.getpid()).items() if "RayTrainWorker" in args}
+
+    before = workers()
+    return lambda: bool(workers() - before)
+
+
+@pytest.fixture(scope="module")
+def dataset_on_s3(gateway: Gateway, source: Path, local_ray: None) -> str:
+    remote = gateway.filesystem()
+    pafs.copy_files(str(source), f"{BUCKET}/source", pafs.LocalFileSystem(), remote)
+    with outage(there(gateway, "dataset/_scratch/done/_count-0.json"), gateway):
+        assert main(["convert", SRC, DATA, "validation=0.1", "part_rows=64"]) == 0
+    return DATA
+
+
+def test_the_parts_are_those_of_a_local_conversion(
+    dataset_on_s3: str, dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Dataset.open(dataset_on_s3).manifest == Dataset.open(dataset).manifest
+    assert json.loads(said_by(capsys, "inspect", dataset_on_s3, "--verify"))["problems"] == []
+
+
+def said_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints with --json."""
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    said = capsys.readouterr()
+    assert SECRET_KEY not in said.out + said.err
+    return said.out
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """What a run on the gateway printed, and its losses by step."""
+
+    result: dict[str, Any]
+    losses: dict[int, float]
+    log: str
+
+
+@pytest.fixture(scope="module")
+def trained_on_s3(gateway: Gateway, dataset_on_s3: str, recipe: str) -> RemoteRun:
+    out, log = io.StringIO(), io.StringIO()
+    written = there(gateway, "runs/one/step-000000005")
+    with redirect_stdout(out), redirect_stderr(log), outage(written, gateway):
+        assert main(["train", recipe, f"data={dataset_on_s3}", f"output={RUN}", "--json"]) == 0
+    with gateway.filesystem().open_input_file(f"{BUCKET}/runs/one/history.json") as file:
+        history = json.loads(file.read())
+    losses = {each["step"]: each["loss"] for each in history["steps"]}
+    return RemoteRun(json.loads(out.getvalue()), losses, log.getvalue())
+
+
+def test_training_equals_a_local_run(trained_on_s3: RemoteRun, trained: Run) -> None:
+    assert trained_on_s3.result["step"] == trained.result["step"]
+    validation = pytest.approx(trained.result["validation"], abs=1e-3)
+    assert trained_on_s3.result["validation"] == validation
+    local = {each["step"]: each["loss"] for each in trained.history["steps"]}
+    assert trained_on_s3.losses == pytest.approx(local, rel=1e-4)
+    said = re.findall(r"trying again for|storage is slow or away", trained_on_s3.log)
+    assert len(said) <= 6, trained_on_s3.log  # once an operation, not once an attempt
+
+
+@pytest.mark.usefixtures("trained_on_s3")
+def test_evaluation_equals_a_local_one(
+    gateway: Gateway, trained: Run, dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    votes = "neighbours=5"
+    with outage(working(), gateway):
+        remote = json.loads(said_by(capsys, "evaluate", RUN, DATA, votes))
+    local = json.loads(said_by(capsys, "evaluate", trained.path, dataset, votes))
+    assert remote["points"] == local["points"] == TESTS
+    assert remote["metrics"] == pytest.approx(local["metrics"], abs=1e-3)
+
+
+@pytest.mark.usefixtures("trained_on_s3")
+def test_predictions_are_those_without_an_outage(
+    gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "predict", RUN, DATA
+    said_by(capsys, *arguments, str(tmp_path / "predictions"), "k=7", "texts=true")
+    with outage(working(), gateway):
+        said_by(capsys, *arguments, f"s3://{BUCKET}/predictions", "k=7", "texts=true")
+    here, remote = (
+        files_of(pafs.LocalFileSystem(), str(tmp_path / "predictions")),
+        files_of(gateway.filesystem(), f"{BUCKET}/predictions"),
+    )
+    assert here == remote and len(here) == 3
+    parts = [str(tmp_path / "predictions" / name) for name in here if name.endswith(".parquet")]
+    rows = pads.dataset(parts).to_table().to_pylist()
+    assert sorted(row["point_id"] for row in rows) == list(range(TESTS))
+    assert all(len(row["label_texts"]) == 7 for row in rows)
+
+
+@pytest.mark.usefixtures("trained_on_s3")
+def test_an_export_is_that_without_an_outage(
+    gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_by(capsys, "export", RUN, str(tmp_path / "model"))
+    with outage(there(gateway, "model/encoder/config.json"), gateway):
+        said_by(capsys, "export", RUN, f"s3://{BUCKET}/model")
+    here, remote = (
+        files_of(pafs.LocalFileSystem(), str(tmp_path / "model")),
+        files_of(gateway.filesystem(), f"{BUCKET}/model"),
+    )
+    assert here == remote
+    assert {"export.json", "head.safetensors", "encoder/model.safetensors"} <= set(here)
+
+
+def files_of(filesystem: pafs.FileSystem, root: str) -> dict[str, bytes]:
+    """Contents by path of all files."""
+    found = {}
+    for info in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+        if info.type == pafs.FileType.File:
+            with filesystem.open_input_file(info.path) as file:
+                found[info.path.removeprefix(f"{root}/")] = file.read()
+    return found
