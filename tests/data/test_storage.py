@@ -96,3 +96,22 @@ def test_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="NETWORK_CONNECTION") as caught:
         filesystem.get_file_info(root)
     assert storage.is_transient(caught.value)
+
+
+def test_files_and_directories(tmp_path: Path) -> None:
+    path = f"{tmp_path}/a/b"
+    assert storage.read_file(f"{path}/c") is None
+    assert storage.listing(path) == []
+    storage.make_directory(path)
+    storage.make_directory(path)
+    storage.replace_file(f"{path}/c", b"one")
+    storage.replace_file(f"{path}/c", b"two")
+    storage.write_file(f"{path}/d", b"three")
+    assert storage.read_file(f"{path}/c") == b"two"
+    assert sorted(info.base_name for info in storage.listing(path)) == ["c", "d"]
+    assert len(storage.listing(str(tmp_path), recursive=True)) == 4
+    storage.remove(f"{path}/c")
+    assert storage.read_file(f"{path}/c") is None
+    for _ in range(2):
+        storage.remove(f"{tmp_path}/a")
+        assert not Path(tmp_path, "a").exists()
