@@ -111,7 +111,11 @@ def environment() -> Iterator[None]:
 def local_ray(environment: None) -> Iterator[None]:
     """Ray in this process, for a module that calls the service's functions themselves."""
     ray.init(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        "local",  # not to a cluster that happens to run on this machine
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
     )
     yield
     ray.shutdown()

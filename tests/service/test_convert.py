@@ -29,7 +29,7 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "caf\u00e9", "\ufffd"]
 def ray_local() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=3, include_dashboard=False, logging_level=logging.WARNING)
+        ray.init("local", num_cpus=3, include_dashboard=False, logging_level=logging.WARNING)
         yield
         ray.shutdown()
 

@@ -22,7 +22,7 @@ from .conftest import Run, end, finish, renee_ray, run_of, start
 from .test_train import assert_same_outcome, losses, newest_commit, wait_for_commit, workers
 
 pytestmark = pytest.mark.slow
-EPOCHS = 20
+EPOCHS = 6
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -66,7 +66,7 @@ def test_three_workers_then_two_then_four(
     cluster: Cluster, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
     path, nodes = str(tmp_path / "run"), [cluster.add_node(num_cpus=2) for _ in range(3)]
-    settings = [f"data={dataset}", f"epochs={EPOCHS}", "cpus_per_worker=2", "evaluation.every=5"]
+    settings = [f"data={dataset}", f"epochs={EPOCHS}", "cpus_per_worker=2", "evaluation.every=3"]
     process = start(
         "train", recipe, *settings, f"output={path}", "num_workers=[2,4]", "regroup_s=3",
         "checkpoint.keep=100", "--json",
@@ -92,7 +92,8 @@ def test_three_workers_then_two_then_four(
     found = ranges_of(path)
     num_labels = found[0][-1][1]
     sizes = [len(found[step]) for step in sorted(found)]
-    assert [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]] == [3, 2, 4]
+    groups = [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
+    assert groups in ([3, 2, 4], [3, 2, 3, 4]), "the two nodes may come one after the other"
     for ranges in found.values():
         expected = [split_range(num_labels, len(ranges), rank) for rank in range(len(ranges))]
         assert ranges == expected
@@ -101,7 +102,7 @@ def test_three_workers_then_two_then_four(
         each.checkpoint.verify()
 
     reference = str(tmp_path / "three")
-    done = renee_ray("train", recipe, *settings[:2], "evaluation.every=5", f"output={reference}",
+    done = renee_ray("train", recipe, *settings[:2], "evaluation.every=3", f"output={reference}",
                      "num_workers=3", "--json")  # fmt: skip
     assert_same_outcome(run, run_of(reference, done), points=2.0)
 

@@ -17,7 +17,7 @@ from .test_elastic import until
 from .test_train import assert_same_outcome, newest_commit
 
 pytestmark = [pytest.mark.slow, needs_hosts]
-EPOCHS = 12
+EPOCHS = 6
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_host_is_cut_off_and_another_killed(
     hosts: Hosts, dataset: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tmp_path / "run")
-    settings = [f"data={dataset}", f"epochs={EPOCHS}", "evaluation.every=4", "--json"]
+    settings = [f"data={dataset}", f"epochs={EPOCHS}", "evaluation.every=3", "--json"]
     process = hosts.head.run(
         sys.executable, "-m", "renee_ray.cli", "train", recipe, *settings, f"output={path}",
         "num_workers=[2,4]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=10",
