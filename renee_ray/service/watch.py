@@ -94,10 +94,10 @@ class Watch:
         if not waiting or not (silent or late) or (self._group, front) in self._said:
             return None
         self._said.add((self._group, front))
-        culprits = "; ".join(silent or late)
-        self._last = (culprits, now)
+        culprits = silent or late
+        self._last = ("; ".join(culprits), now)
         return (
-            f"{culprits}; {_others(len(waiting))} in phase `{waiting[0].phase}` of step "
+            f"{self._last[0]}; {_others(len(waiting), len(culprits))} in phase `{waiting[0].phase}` of step "
             f"{waiting[0].step}, for at most {self.timeout_s:.0f} s"
         )
 
@@ -111,8 +111,9 @@ def _waits(beat: Beat) -> bool:
     return KINDS[beat.phase] in ("collective", "pause")
 
 
-def _others(count: int) -> str:
-    return "another worker waits for it" if count == 1 else f"{count} others wait for it"
+def _others(waiting: int, culprits: int) -> str:
+    others = "another worker waits" if waiting == 1 else f"{waiting} others wait"
+    return f"{others} for {'it' if culprits == 1 else 'them'}"
 
 
 @dataclass

@@ -230,23 +230,22 @@ def test_a_worker_that_hangs_is_named_and_replaced(
     path = str(tmp_path / "run")
     process = start(
         "train", recipe, f"data={dataset}", f"output={path}", "--json", "num_workers=3",
-        "timeout_s=10",
+        "timeout_s=15",
     )  # fmt: skip
     try:
         wait_for_commit(process, path, 5)
         victim = max(workers(process))
         os.kill(victim, signal.SIGSTOP)
-        time.sleep(14)
+        time.sleep(20)
         os.kill(victim, signal.SIGKILL)
         run = run_of(path, finish(process))
     finally:
         end(process)
     said = run.command.stderr
-    named = re.search(rf"rank (\d) on \S+ \(\S+\) \(process {victim}\) has sent nothing", said)
-    assert named, said
+    silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", said)
+    assert set(silent) == {str(victim)}, said
     assert "2 others wait for it in phase" in said
     assert "the workers were started again" in said
-    assert not re.search(rf"rank (?!{named[1]})\d on \S+ \(\S+\) \(process \d+\) has", said), said
     assert_same_outcome(run, trained, points=3.0)
     assert len(run.history["steps"]) == planned_steps(dataset)
     status = read_status(path, time.time())

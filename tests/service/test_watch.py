@@ -34,6 +34,15 @@ def test_a_worker_that_hangs_elsewhere_is_named_with_its_phase() -> None:
     assert "rank 2" in watch.blamed(80) and watch.blamed(1000) == ""
 
 
+def test_several_that_do_not_come_are_all_named() -> None:
+    watch = Watch(60)
+    late = [replace(GATHER, rank=r, pid=100 + r, entered=890 + r, phase="data") for r in (1, 2)]
+    told(watch, [waiting(0, 31), *late], now=0)
+    said = watch.complaint(0)
+    assert said is not None and "rank 1 on" in said and "rank 2 on" in said
+    assert "another worker waits for them in phase `gather`" in said
+
+
 def test_a_worker_that_is_not_heard_of_is_named() -> None:
     watch = Watch(10)
     stopped = Beat(1, 2, "beta", 102, 120, "classifier", 899, 0.1)
