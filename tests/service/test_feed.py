@@ -182,7 +182,7 @@ def pass_over(path):
     rows = sum(len(b) for b in feed(dataset, [order], 0, 1, start=Position(), max_length=12))
     return rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 pass_over(sys.argv[1])
 print(json.dumps([pass_over(path) for path in sys.argv[1:]]))
 """
