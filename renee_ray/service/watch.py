@@ -97,8 +97,8 @@ class Watch:
         culprits = silent or late
         self._last = ("; ".join(culprits), now)
         return (
-            f"{self._last[0]}; {_others(len(waiting), len(culprits))} in phase `{waiting[0].phase}` of step "
-            f"{waiting[0].step}, for at most {self.timeout_s:.0f} s"
+            f"{self._last[0]}; {_others(len(waiting), len(culprits))} in phase "
+            f"`{waiting[0].phase}` of step {waiting[0].step}, for at most {self.timeout_s:.0f} s"
         )
 
     def blamed(self, now: float) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from .conftest import ENVIRONMENT, end
 
+START_S = 120
 BRIDGE, NET, HEAD_PORT = "rr{0}br", "10.213.{0}", 6379
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -119,13 +120,18 @@ class Hosts:
         role = ["--head", f"--port={HEAD_PORT}", "--num-cpus=1", "--include-dashboard=false"]
         if index:
             role = [f"--address={self.address}", "--num-cpus=2"]
+        out = self.directory / f"host{index}.out"
         host.raylet = host.run(
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role,
             f"--node-ip-address={address}", f"--object-store-memory={100 * 2**20}",
             f"--temp-dir={self.directory}", "--disable-usage-stats",
-            env=HEALTH, out=self.directory / f"host{index}.out",
+            env=HEALTH, out=out,
         )  # fmt: skip
-        time.sleep(8 if index == 0 else 1)
+        # One after the other: they choose the names of their sockets in one directory.
+        limit = time.monotonic() + START_S
+        while "Ray runtime started" not in out.read_text():
+            assert host.raylet.poll() is None and time.monotonic() < limit, out.read_text()
+            time.sleep(0.2)
         return host
 
     def stop(self) -> None:

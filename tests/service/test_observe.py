@@ -101,7 +101,8 @@ def watched(
     )  # fmt: skip
     port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
     ray.init(
-        "local", num_cpus=4, include_dashboard=False, log_to_driver=False, _metrics_export_port=port,
+        "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+        _metrics_export_port=port,
         _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
     )  # fmt: skip
     series: dict[Any, float] = {}
