@@ -600,6 +600,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return found.status
 
 
+def program() -> int:
+    """As `main`, with the arguments of this process, which ends then.
+
+    What Ray's threads still have to say must not follow the result on standard output.
+    """
+    status = main()
+    sys.stdout.flush()
+    sys.stdout = sys.stderr
+    return status
+
+
 def _user_error(error: Exception) -> ReneeError | None:
     """`error` if it is a user's, or the user's error that Ray wrapped in it."""
     from renee_ray.data.storage import storage_error
@@ -615,4 +626,4 @@ def _user_error(error: Exception) -> ReneeError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

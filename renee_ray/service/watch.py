@@ -96,10 +96,9 @@ class Watch:
         self._said.add((self._group, front))
         culprits = silent or late
         self._last = ("; ".join(culprits), now)
-        return (
-            f"{self._last[0]}; {_others(len(waiting), len(culprits))} in phase "
-            f"`{waiting[0].phase}` of step {waiting[0].step}, for at most {self.timeout_s:.0f} s"
-        )
+        place = f"in phase `{waiting[0].phase}` of step {waiting[0].step}"
+        others = _others(len(waiting), len(culprits))
+        return f"{self._last[0]}; {others} {place}, for at most {self.timeout_s:.0f} s"
 
     def blamed(self, now: float) -> str:
         """Who did not come to the collective that has just failed; empty where nobody knows."""
