@@ -85,6 +85,8 @@ class CheckpointWriter:
     _committed: bool = True
 
     def __post_init__(self) -> None:
+        if self.ranks.rank == 0:
+            self._tidy(self.checkpoints.clear_uncommitted)
         self._token = broadcast_bytes(self.ranks, secrets.token_hex(4).encode()).decode()
         self._group = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMIT_TIMEOUT_S))
@@ -197,12 +199,12 @@ class CheckpointWriter:
                 self.ranks.rank, name, reason(error),
             )  # fmt: skip
         everyone = self._receipts(own, failed)
-        if everyone is None:
-            return False
         committed = False
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 and everyone is not None:
             committed = self._commit(name, _named(everyone, ranges), manifest)
-        return self._agreed(committed)
+        if self.ranks.rank == 0 and not committed:
+            self._tidy(lambda: self.checkpoints.delete(name))
+        return everyone is not None and self._agreed(committed)
 
     def _commit(self, name: str, files: dict[str, FileFacts], manifest: Manifest) -> bool:
         """Rank 0 alone."""
@@ -212,11 +214,15 @@ class CheckpointWriter:
         except OSError as error:
             log.warning("checkpoint %s is not committed (%s)", name, reason(error))
             return False
+        self._tidy(lambda: self.checkpoints.prune(self.keep, self.metric))
+        return True
+
+    def _tidy(self, delete: Callable[[], None]) -> None:
+        """Makes room; what cannot be deleted now is at the next time."""
         try:
-            self.checkpoints.prune(self.keep, self.metric)
+            delete()
         except OSError as error:
             log.warning("old checkpoints of %s remain (%s)", self.checkpoints.run, reason(error))
-        return True
 
     def _write_file(self, name: str, tensors: dict[str, Tensor]) -> FileFacts:
         filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"

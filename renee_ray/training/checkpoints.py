@@ -88,7 +88,13 @@ class Checkpoints:
         kept = {each.name for each in whole[:keep]} | ({best.name} if best else set())
         for step, name in self._directories():
             if name not in kept and step <= whole[0].step:
-                self._delete(name)
+                self.delete(name)
+
+    def clear_uncommitted(self) -> None:
+        """Deletes what killed writers left. One that lives on loses its checkpoint, no other."""
+        for _, name in self._directories():
+            if not self._is_committed(name):
+                self.delete(name)
 
     def _directories(self) -> list[tuple[int, str]]:
         selector = pafs.FileSelector(self.root, allow_not_found=True)
@@ -103,7 +109,7 @@ class Checkpoints:
         info = patiently(lambda: self.filesystem.get_file_info(path), f"reading {path}")
         return info.type == pafs.FileType.File
 
-    def _delete(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """The manifest first, so that half of a checkpoint never looks like one."""
         path = f"{self.root}/{name}"
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 KINDS = ("worker", "sigterm", "node", "away", "slow", "full", "truncated")
 FAULTS = int(os.environ.get("RENEE_RAY_CHAOS_FAULTS", len(KINDS)))
 EPOCHS = 4 + FAULTS
-DISK = 600 << 20
+DISK = 1600 << 20
 
 
 @pytest.fixture

@@ -125,6 +125,7 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_out(tmp_path: Path) -> N
     for committed in on_ranks(3, fail_on_rank_1, str(tmp_path)):
         assert committed.tolist() == [True, False, True]
     assert steps(tmp_path) == [3, 1]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "its files take room for nothing"
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
