@@ -34,7 +34,7 @@ from .gateway import BUCKET, Gateway
 from .test_elastic import HEALTH
 from .test_train import assert_same_outcome, newest_commit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 KINDS = ("worker", "sigterm", "node", "away", "slow", "full", "truncated")
 FAULTS = int(os.environ.get("RENEE_RAY_CHAOS_FAULTS", len(KINDS)))
 EPOCHS = 4 + FAULTS

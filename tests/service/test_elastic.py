@@ -21,7 +21,7 @@ from renee_ray.xfc.labels import split_range
 from .conftest import Run, end, finish, renee_ray, run_of, start
 from .test_train import assert_same_outcome, losses, newest_commit, wait_for_commit, workers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 EPOCHS = 6
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
