@@ -37,7 +37,7 @@ from .test_train import assert_same_outcome, newest_commit
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 KINDS = ("worker", "sigterm", "node", "away", "slow", "full", "truncated")
 FAULTS = int(os.environ.get("RENEE_RAY_CHAOS_FAULTS", len(KINDS)))
-EPOCHS = 4 + FAULTS
+EPOCHS = 4 + 2 * FAULTS
 DISK = 1600 << 20
 
 
