@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray.train
+import torch
 
 from renee_ray.cli import main
 from renee_ray.config import RunConfig, make_config
@@ -33,15 +32,13 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
     def read(arguments: dict[str, Any]) -> int:
         from renee_ray.service.feed import feed
         from renee_ray.service.train import orders
-        from renee_ray.training.collectives import Ranks
+        from renee_ray.training.collectives import Ranks, all_sum
 
         config = RunConfig.model_validate(arguments["config"])
         dataset: Dataset = arguments["dataset"]
         ranks = Ranks.of_process_group()
-        done = 0
-        if (committed := ray.train.get_checkpoint()) is not None:
-            with committed.as_directory() as directory:
-                done = json.loads(Path(directory, "done.json").read_text())
+        committed = Path(folder, "committed")
+        done = int(committed.read_text()) if committed.exists() else 0
         epochs = orders(config, dataset)
         batches = epochs[0].num_batches
         start = Position(done // batches, done % batches)
@@ -58,9 +55,10 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
                 marker.write_text("")
                 os.kill(os.getpid(), signal.SIGKILL)
             if done % COMMIT_EVERY == 0:
-                with tempfile.TemporaryDirectory() as directory:
-                    Path(directory, "done.json").write_text(json.dumps(done))
-                    ray.train.report({}, ray.train.Checkpoint.from_directory(directory))
+                all_sum(ranks, torch.zeros(1))  # every rank is here
+                if ranks.rank == 0:
+                    Path(folder, "committing").write_text(str(done))
+                    Path(folder, "committing").replace(committed)
         return done
 
     return read

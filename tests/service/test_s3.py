@@ -104,6 +104,13 @@ def there(gateway: Gateway, path: str) -> Callable[[], bool]:
     return lambda: files.get_file_info(f"{BUCKET}/{path}").type != pafs.FileType.NotFound
 
 
+def begun(gateway: Gateway, path: str, name: str) -> Callable[[], bool]:
+    """Whether something whose name begins so is in a directory by now."""
+    files = gateway.filesystem()
+    selector = pafs.FileSelector(f"{BUCKET}/{path}", allow_not_found=True)
+    return lambda: any(info.base_name.startswith(name) for info in files.get_file_info(selector))
+
+
 def working() -> Callable[[], bool]:
     """Whether workers of a job have been started since."""
 
@@ -151,7 +158,7 @@ class RemoteRun:
 @pytest.fixture(scope="module")
 def trained_on_s3(gateway: Gateway, dataset_on_s3: str, recipe: str) -> RemoteRun:
     out, log = io.StringIO(), io.StringIO()
-    written = there(gateway, "runs/one/step-000000005")
+    written = begun(gateway, "runs/one/checkpoints", "step-000000005-")
     with redirect_stdout(out), redirect_stderr(log), outage(written, gateway):
         assert main(["train", recipe, f"data={dataset_on_s3}", f"output={RUN}", "--json"]) == 0
     with gateway.filesystem().open_input_file(f"{BUCKET}/runs/one/history.json") as file:
