@@ -139,7 +139,8 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
 ) -> None:
     path = str(tmp_path / "run")
     arguments = ["train", recipe, f"data={dataset}", f"output={path}", "--json"]
-    process = start(*arguments, "checkpoint.every_steps=0", "evaluation.every=0")
+    quiet = ["checkpoint.every_steps=0", "evaluation.every=0", "checkpoint.grace_s=120"]
+    process = start(*arguments, *quiet)
     try:
         wait_for_commit(process, path, 0)
         time.sleep(1.5)
