@@ -114,7 +114,9 @@ def test_what_is_there_is_not_overwritten(
     assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "precious").read_text() == "mine"
     before = (path / "export.json").read_text()
-    (path / "left-over").write_text("of an earlier version")
+    (path / "added").write_text("by somebody")
+    assert main(["export", trained.path, str(path), "overwrite=true"]) == 1
+    assert "holds other files" in capsys.readouterr().err
+    (path / "added").unlink()
     assert main(["export", trained.path, str(path), "overwrite=true"]) == 0
-    assert not (path / "left-over").exists()
     assert json.loads(before)["step"] == json.loads((path / "export.json").read_text())["step"]
