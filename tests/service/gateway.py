@@ -57,7 +57,7 @@ class Gateway:
                 f"-master.port={self.ports['master']}",
                 "-master.telemetry=false",
                 "-master.volumeSizeLimitMB=64",
-                "-volume.max=100",
+                "-volume.max=400",
                 f"-volume.port={self.ports['volume']}",
                 "-filer",
                 f"-filer.port={self.ports['filer']}",
