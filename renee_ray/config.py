@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -377,6 +377,15 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
                 raise ConfigError(f"{key!r} is set below {parent!r}, which has a value already")
         node[leaf] = value
     return tree
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> `("a.b", 1)`: what `parse_overrides` makes of keys, undone."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def make_config(model: type[C], *layers: dict[str, Any], where: str = "the configuration") -> C:

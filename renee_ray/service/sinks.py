@@ -15,7 +15,7 @@ from functools import partial
 from queue import Full, Queue
 from typing import Any, Protocol, TypeVar
 
-from renee_ray.config import ReneeError, RunConfig, reason
+from renee_ray.config import ReneeError, RunConfig, dotted, reason
 
 T = TypeVar("T")
 
@@ -137,19 +137,13 @@ class MLflow:
     """A run of the experiment `renee_ray`; the same one when training is resumed."""
 
     def __init__(self, config: RunConfig, step: int) -> None:
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric
         from mlflow.tracking import MlflowClient
 
         self._metric, self._client = Metric, MlflowClient()
         found = self._client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
-        self._run = self._known(experiment, config.output)
-        if self._run is None:
-            name = os.path.basename(config.output)
-            run = self._client.create_run(experiment, tags={RUN_TAG: config.output}, run_name=name)
-            self._run = run.info.run_id
-            flat = _flat(config.model_dump())
-            self._client.log_batch(self._run, params=[Param(k, str(v)) for k, v in flat.items()])
+        self._run = self._known(experiment, config.output) or self._created(experiment, config)
         self._client.update_run(self._run, status="RUNNING")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -168,17 +162,19 @@ class MLflow:
         runs = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{output}'")
         return runs[0].info.run_id if runs else None
 
+    def _created(self, experiment: str, config: RunConfig) -> str:
+        from mlflow.entities import Param
+
+        name = os.path.basename(config.output)
+        made = self._client.create_run(experiment, tags={RUN_TAG: config.output}, run_name=name)
+        run: str = made.info.run_id
+        params = [Param(key, str(value)) for key, value in dotted(config.model_dump())]
+        self._client.log_batch(run, params=params)
+        return run
+
 
 SINKS: dict[str, Callable[[RunConfig, int], Sink]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
 
 
 def _tensorboard_dir(config: RunConfig) -> str:
     return config.observe.tensorboard_dir or f"{config.output}/tensorboard"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return found

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.queue import Queue
 
-from renee_ray.config import ReneeError, RunConfig
+from renee_ray.config import ReneeError, RunConfig, dotted
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.storage import absolute
@@ -356,8 +356,8 @@ def _check_resumable(config: RunConfig, directory: RunDirectory, dataset: Datase
     if saved is None:
         return
     directory.config()  # is it one that we may write to?
-    before = {**BEFORE, **dict(_dotted(saved["config"]))}
-    now = dict(_dotted(config.model_dump()))
+    before = {**BEFORE, **dict(dotted(saved["config"]))}
+    now = dict(dotted(config.model_dump()))
     for key, value in now.items():
         if key.partition(".")[0] not in MAY_CHANGE and before.get(key) != value:
             raise ReneeError(
@@ -371,11 +371,3 @@ def _check_resumable(config: RunConfig, directory: RunDirectory, dataset: Datase
                 f"{saved['dataset'].get(key)!r} and {dataset.path} has {value!r}; "
                 f"give the same dataset to resume it, or another output"
             )
-
-
-def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
