@@ -184,12 +184,31 @@ def replace_file(path: str, content: bytes, patience: float | None = None) -> No
     for each in root, f"{root}.tmp":
         refuse_link(filesystem, each)
 
-    def write() -> None:
-        with filesystem.open_output_stream(f"{root}.tmp") as sink:
-            sink.write(content)
-        filesystem.move(f"{root}.tmp", root)
+    patiently(lambda: replace_on(filesystem, root, content), f"writing {path}", patience)
 
-    patiently(write, f"writing {path}", patience)
+
+def replace_on(
+    filesystem: pafs.FileSystem, name: str, content: bytes, *, durable: bool = False
+) -> None:
+    """Writes a file of which readers see all or what was there before; one attempt.
+
+    durable: it is on the disk before anybody sees it.
+    """
+    with filesystem.open_output_stream(f"{name}.tmp") as sink:
+        sink.write(content)
+    if durable:
+        to_disk(filesystem, f"{name}.tmp")
+    filesystem.move(f"{name}.tmp", name)
+
+
+def to_disk(filesystem: pafs.FileSystem, name: str) -> None:
+    """Waits until a local file is on the disk, so that it is not lost with the machine."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_file(path: str) -> bytes | None:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from renee_ray.config import ReneeError, RunConfig
 from renee_ray.data.storage import storage_error
+from renee_ray.service.threads import in_thread
 from renee_ray.service.wishes import Regroup, SignalHandler
 
 
@@ -131,14 +132,6 @@ def interruptible(
     """
     if on_stop is None or threading.current_thread() is not threading.main_thread():
         return fit()
-    found: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            found.set_result(fit())
-        except BaseException as error:
-            found.set_exception(error)
-
     asked: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -149,7 +142,7 @@ def interruptible(
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     # In a thread, where Ray Train leaves the signals alone.
-    threading.Thread(target=run, name="fit", daemon=True).start()
+    found = in_thread(fit, "fit")
     try:
         while not wait([found], timeout=0.2).done:
             if asked and time.monotonic() - asked[0] > config.checkpoint.grace_s:

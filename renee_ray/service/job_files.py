@@ -78,8 +78,8 @@ def job_environment(
         found[name] = value if equals else environment[name]
     for name, value in found.items():
         refuse_password(value, name)
-    # SIGINT reaches the job as KeyboardInterrupt, which Ray Train ends its workers upon; Ray's
-    # own SIGTERM and 3 s would cut off what they do at the end.
+    # Training then ends with a checkpoint, other commands with a KeyboardInterrupt; Ray's own
+    # SIGTERM and 3 s would cut both off.
     return {
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),

@@ -14,11 +14,9 @@ import os
 import re
 import shlex
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +30,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from renee_ray.config import ReneeError
 from renee_ray.service.job_files import pack, packed_name
+from renee_ray.service.threads import in_thread
 
 T = TypeVar("T")
 
@@ -296,16 +295,7 @@ def _only_address(address: str) -> Iterator[None]:
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """Calls in a thread that is given up after `seconds`: Ray's client has no time-outs."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(seconds)
+    return in_thread(call, "job server").result(seconds)
 
 
 def _user() -> str:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from renee_ray.config import reason
-from renee_ray.data.storage import PATIENCE_S, patiently
+from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk
 from renee_ray.training.checkpoint import (
     ENCODER,
     MANIFEST,
@@ -232,7 +232,7 @@ class CheckpointWriter:
             try:
                 with filesystem.open_output_stream(path) as sink:
                     facts = write(sink, tensors)
-                _to_disk(filesystem, path)
+                to_disk(filesystem, path)
             except OSError:
                 _remove(filesystem, path)  # a full disk has room again for what matters more
                 raise
@@ -243,14 +243,7 @@ class CheckpointWriter:
     def _publish(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all."""
         filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
-
-        def once() -> None:
-            with filesystem.open_output_stream(f"{path}.tmp") as sink:
-                sink.write(content)
-            _to_disk(filesystem, f"{path}.tmp")
-            filesystem.move(f"{path}.tmp", path)
-
-        patiently(once, f"writing {path}")
+        patiently(lambda: replace_on(filesystem, path, content, durable=True), f"writing {path}")
 
     def _receipts(
         self, own: dict[str, FileFacts], failed: bool
@@ -318,16 +311,6 @@ def _free_memory() -> int:
         return int(found["MemAvailable"]) * 1024
     except (OSError, KeyError):
         return 1 << 62
-
-
-def _to_disk(filesystem: pafs.FileSystem, path: str) -> None:
-    """A local file may otherwise be lost with the machine although its manifest is not."""
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove(filesystem: pafs.FileSystem, path: str) -> None:

@@ -66,15 +66,7 @@ class Checkpoints:
 
     def best(self, metric: str) -> Checkpoint | None:
         """The one of the highest `metric`, of several the earliest; without any, the newest."""
-        whole = list(self.found())
-        scored = [
-            (each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
-            for each in whole
-            if each.checkpoint and not each.problem and metric in each.checkpoint.manifest.metrics
-        ]
-        if scored:
-            return max(scored, key=lambda one: one[:2])[2]
-        return _usable(iter(whole))
+        return _best(list(self.found()), metric)
 
     def prune(self, keep: int, metric: str) -> None:
         """Deletes all but the newest `keep` whole ones and the best, and what was never committed.
@@ -84,7 +76,7 @@ class Checkpoints:
         whole = [each for each in self.found() if not each.problem]
         if not whole:
             return
-        best = self.best(metric)
+        best = _best(whole, metric)
         kept = {each.name for each in whole[:keep]} | ({best.name} if best else set())
         for step, name in self._directories():
             if name not in kept and step <= whole[0].step:
@@ -120,6 +112,17 @@ class Checkpoints:
                 self.filesystem.delete_dir(path)
 
         patiently(delete, f"deleting {path}")
+
+
+def _best(found: list[Found], metric: str) -> Checkpoint | None:
+    scored = [
+        (each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
+        for each in found
+        if each.checkpoint and not each.problem and metric in each.checkpoint.manifest.metrics
+    ]
+    if scored:
+        return max(scored, key=lambda one: one[:2])[2]
+    return _usable(iter(found))
 
 
 def _usable(found: Iterator[Found]) -> Checkpoint | None:

@@ -21,6 +21,13 @@ import yaml
 SOURCE = Path(__file__).parents[2] / "examples" / "LF-DebianPerl-2K.tar.gz"
 POINTS, TESTS = 400, 150
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Of a cluster's head: a node that is gone is noticed in seconds."""
 
 RECIPE: dict[str, Any] = {
     "num_workers": 2,

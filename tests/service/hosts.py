@@ -12,17 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ENVIRONMENT, end
+from .conftest import ENVIRONMENT, HEALTH, end
 
 START_S = 120
 BRIDGE, NET, HEAD_PORT = "rr{0}br", "10.213.{0}", 6379
-HEALTH = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
-"""Of the head: a host that is cut off is noticed in seconds."""
 
 
 def ip(*arguments: str) -> None:

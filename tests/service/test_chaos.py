@@ -29,9 +29,8 @@ from ray.cluster_utils import Cluster
 
 from renee_ray.service.run import RunDirectory
 
-from .conftest import Run, descendants, end, finish, renee_ray, run_of, start
+from .conftest import HEALTH, Run, descendants, end, finish, renee_ray, run_of, start
 from .gateway import BUCKET, Gateway
-from .test_elastic import HEALTH
 from .test_train import assert_same_outcome, newest_commit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -18,17 +18,11 @@ from ray.cluster_utils import Cluster
 from renee_ray.service.run import RunDirectory
 from renee_ray.xfc.labels import split_range
 
-from .conftest import Run, end, finish, renee_ray, run_of, start
+from .conftest import HEALTH, Run, end, finish, renee_ray, run_of, start
 from .test_train import assert_same_outcome, losses, newest_commit, wait_for_commit, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 EPOCHS = 6
-HEALTH = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: str) -> Any:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -225,6 +226,16 @@ def test_curves_are_in_tensorboard(watched: Watched) -> None:
     assert events.Scalars("seconds/classifier")[-1].value > 0
 
 
+def hung_worker(process: subprocess.Popen[str], path: str, seconds: float) -> int:
+    """Stops a worker after the checkpoint of step 5, and kills it later; its process id."""
+    wait_for_commit(process, path, 5)
+    victim = max(workers(process))
+    os.kill(victim, signal.SIGSTOP)
+    time.sleep(seconds)
+    os.kill(victim, signal.SIGKILL)
+    return victim
+
+
 def test_a_worker_that_hangs_is_named_and_replaced(
     trained: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
@@ -234,11 +245,7 @@ def test_a_worker_that_hangs_is_named_and_replaced(
         "timeout_s=15",
     )  # fmt: skip
     try:
-        wait_for_commit(process, path, 5)
-        victim = max(workers(process))
-        os.kill(victim, signal.SIGSTOP)
-        time.sleep(20)
-        os.kill(victim, signal.SIGKILL)
+        victim = hung_worker(process, path, 20)
         run = run_of(path, finish(process))
     finally:
         end(process)
@@ -262,11 +269,7 @@ def test_a_run_that_gives_up_says_who_did_not_come(
         "checkpoint.max_failures=0",
     )  # fmt: skip
     try:
-        wait_for_commit(process, path, 5)
-        victim = max(workers(process))
-        os.kill(victim, signal.SIGSTOP)
-        time.sleep(12)
-        os.kill(victim, signal.SIGKILL)
+        victim = hung_worker(process, path, 12)
         done = finish(process)
     finally:
         end(process)
