@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from renee_ray.config import (
+    OPENMP,
     Config,
     ConvertConfig,
     ExportConfig,
@@ -391,6 +392,8 @@ def checkpoints(run: str, verify: bool, as_json: bool) -> None:
 @cli.group()
 def bench() -> None:
     """Benchmarks; each prints one JSON line, with references timed in turns."""
+    for name, value in OPENMP.items():
+        os.environ.setdefault(name, value)
 
 
 def _sizes(function: Any) -> Any:

@@ -31,6 +31,8 @@ class ConfigError(ReneeError):
 
 YAML_LIMIT = 1 << 20
 """Bytes of a configuration file."""
+OPENMP = {"GOMP_SPINCOUNT": "2000"}
+"""Set before torch loads: its idle threads otherwise spin on the cores of the compiled loops."""
 KEY_DEPTH = 8
 SHOWN = 200
 """Characters of a wrong value in an error's sentence."""

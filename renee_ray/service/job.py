@@ -19,7 +19,7 @@ import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from renee_ray.config import ReneeError, RunConfig
+from renee_ray.config import OPENMP, ReneeError, RunConfig
 from renee_ray.data.storage import storage_error
 from renee_ray.service.threads import in_thread
 from renee_ray.service.wishes import Regroup, SignalHandler
@@ -189,6 +189,7 @@ def worker_environment(config: RunConfig, use_gpu: bool) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or (4 if use_gpu else max(1, cores // config.max_workers))
     return {
+        **OPENMP,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",

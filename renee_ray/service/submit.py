@@ -83,8 +83,8 @@ def connect(address: str) -> JobSubmissionClient:
         ReneeError: nothing answers there, or it refuses the token, or Ray's job client is not
             installed.
     """
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)  # its notices are ours to phrase
+    for module in ("job.sdk", "dashboard_sdk"):  # their notices are ours to phrase
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
     with _only_address(address), _said(address):
         return _within(ANSWER_S, lambda: JobSubmissionClient(address))
 

@@ -38,10 +38,12 @@ class Buffer(ABC):
 
     dropped: bits of the noise that `store` rounds with; 0: it rounds to nearest, or not at all.
     aliased: whether `read` gives the buffer itself.
+    exact_bf16: whether its numbers are bf16 numbers.
     """
 
     dropped = 0
     aliased = False
+    exact_bf16 = False
 
     @abstractmethod
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None: ...
@@ -56,6 +58,10 @@ class Buffer(ABC):
 
         out: may be bfloat16 where it holds every number that the buffer can store.
         """
+
+    @abstractmethod
+    def pick(self, rows: Tensor) -> Tensor:
+        """The rows int64 [m], as a new float32 tensor [m, D]."""
 
     @abstractmethod
     def write(self, start: int, stop: int, rows: Tensor) -> None:
@@ -87,6 +93,9 @@ class Float32(Buffer):
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self.data[start:stop]
 
+    def pick(self, rows: Tensor) -> Tensor:
+        return self.data.index_select(0, rows)
+
     def write(self, start: int, stop: int, rows: Tensor) -> None:
         if rows.data_ptr() != self.data[start:stop].data_ptr():
             self.data[start:stop] = rows
@@ -111,6 +120,10 @@ class Split(Buffer):
         bits.add_(low.copy_(self.low[start:stop]))
         return out
 
+    def pick(self, rows: Tensor) -> Tensor:
+        bits = self.high.index_select(0, rows).view(torch.int16).int().bitwise_left_shift_(16)
+        return bits.add_(self.low.index_select(0, rows)).view(torch.float32)
+
     def write(self, start: int, stop: int, rows: Tensor) -> None:
         self.store(start, stop, _like(rows).copy_(rows), None)
 
@@ -129,6 +142,7 @@ class BFloat16(Buffer):
     """bfloat16 alone; updates survive in expectation, by stochastic rounding."""
 
     dropped = BF16_DROPPED
+    exact_bf16 = True
 
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
         self.data = torch.zeros(rows, dim, dtype=torch.bfloat16, device=device)
@@ -139,6 +153,9 @@ class BFloat16(Buffer):
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         out = _like(self.data[start:stop]) if out is None else out
         return out.copy_(self.data[start:stop])
+
+    def pick(self, rows: Tensor) -> Tensor:
+        return self.data.index_select(0, rows).float()
 
     def write(self, start: int, stop: int, rows: Tensor) -> None:
         self.data[start:stop] = rows
@@ -167,6 +184,9 @@ class Half(Buffer):
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self.master[start:stop]
 
+    def pick(self, rows: Tensor) -> Tensor:
+        return self.master.index_select(0, rows)
+
     def write(self, start: int, stop: int, rows: Tensor) -> None:
         if rows.data_ptr() != self.master[start:stop].data_ptr():
             self.master[start:stop] = rows
@@ -180,6 +200,7 @@ class E4M3(Buffer):
     """float8_e4m3fn alone; see `rounding.round_to_e4m3`."""
 
     dropped = E4M3_DROPPED
+    exact_bf16 = True
 
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
         self.data = torch.zeros(rows, dim, dtype=torch.float8_e4m3fn, device=device)
@@ -189,13 +210,20 @@ class E4M3(Buffer):
         return {"": self.data}
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        out = _like(self.data[start:stop]) if out is None else out
+        return self._expanded(self.data[start:stop], out)
+
+    def pick(self, rows: Tensor) -> Tensor:
+        codes = self.data.view(torch.uint8).index_select(0, rows)
+        return self._expanded(codes.view(torch.float8_e4m3fn), None)
+
+    def _expanded(self, codes: Tensor, out: Tensor | None) -> Tensor:
+        out = _like(codes) if out is None else out
         if out.device.type != "cpu":
-            return out.copy_(self.data[start:stop])
+            return out.copy_(codes)
         from renee_ray.xfc import cpu_kernels  # which imports this module
 
         # torch converts e4m3 one by one, which takes a dozen times as long.
-        cpu_kernels.expand_e4m3(self.data[start:stop], out)
+        cpu_kernels.expand_e4m3(codes, out)
         return out
 
     def write(self, start: int, stop: int, rows: Tensor) -> None:

@@ -5,7 +5,8 @@ BLAS gave it, bf16 or fp32; whatever is in between is fp32:
 
     _update     m <- momentum * m + P + decay * w;  w <- w - lr * m      rounded as stored
     _expansion  e4m3 to the dtype of the matmuls
-    _collect    of each row of scores those above its threshold (`topk`)
+    _collection of each row of scores those above its threshold (`best`)
+    _narrow     fp32 to bf16, and how much is lost (`screen`)
 
 Plain torch takes a pass for every operation and for every change of dtype. Here a row is read,
 computed and written while it is in the nearest cache, by loops short enough to be vectorised:
@@ -55,6 +56,8 @@ _E4M3_NAN = np.uint32(0x7FF00000)
 
 # No fast-math: NaN and the order of roundings are as written.
 compiled = numba.njit(nogil=True, error_model="numpy")
+# Lengths of rows may be summed in any order, which is what lets a sum be vectorised.
+measuring = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
 
 class FusedUpdate(Update):
@@ -91,17 +94,32 @@ def expand_e4m3(codes: Tensor, out: Tensor) -> None:
 
 
 def collect(
-    logits: Tensor, threshold: Tensor, used: Tensor, done: Tensor, scores: Tensor, labels: Tensor,
-    k: int, first: int,
+    logits: Tensor, threshold: Tensor, used: Tensor, scores: Tensor, labels: Tensor, k: int,
+    first: int, offset: Tensor,
 ) -> None:  # fmt: skip
-    """Puts what beats `threshold` [B, 1] after the `used` [B] last of scores, labels [B, k + room].
+    """Puts what beats `threshold` [B, 1] into the places from `used` [B] on of scores and labels.
+
+    A row without room is cut to its k best, in their order, and its threshold raised.
 
     Args:
-        logits: float32 [B, c], of labels from `first` on.
-        done: int64 [B], columns of each row that were looked at; a row ends early at c' < c
-            where its room may not suffice for the next `BLOCK` columns.
+        logits: float32 or bfloat16 [B, c], of labels from `first` on.
+        offset: float32 [c], added to the logits; or [0].
     """
-    over_rows(_collect, (logits, threshold, used, done, scores, labels), 0, k, first)
+    loop = _collection(DTYPES[logits.dtype], bool(len(offset)))
+    over_rows(loop, (logits, threshold, used, scores, labels), 0, k, first, offset.numpy())
+
+
+def narrow(values: Tensor, out: Tensor, measures: Tensor) -> None:
+    """bfloat16 `out` [c, D] nearest to float32 `values` [c, D].
+
+    measures: float32 [c, 2], the lengths of each row of `out` and of `values` - `out`.
+    """
+    over_rows(_narrow, (values, out, measures), 0)
+
+
+def measure(values: Tensor, measures: Tensor) -> None:
+    """Puts the length of each row of bfloat16 `values` [c, D] into float32 `measures`[:, 0]."""
+    over_rows(_measure, (values, measures), 0)
 
 
 def _stored(buffer: Buffer, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -188,26 +206,83 @@ def _expansion(dtype: str) -> Callable[..., None]:
     return expand
 
 
-@compiled
-def _collect(logits, threshold, used, done, scores, labels, _, k, first):
-    columns, room = logits.shape[1], scores.shape[1] - k
-    for i in range(len(logits)):
-        row, least, at, count = logits[i], threshold[i, 0], done[i], used[i]
-        while at < columns:
-            stop = min(at + BLOCK, columns)
-            # Most blocks hold nothing; to count takes vectors of comparisons and no branch.
-            better = np.int32(0)
-            for j in range(at, stop):
-                better += np.int32(row[j] > least)
-            if count + better > room:
-                break
-            if better:
-                for j in range(at, stop):
-                    if row[j] > least:
-                        scores[i, k + count], labels[i, k + count] = row[j], first + j
+@functools.cache
+def _collection(dtype: str, shifted: bool) -> Callable[..., None]:
+    """The loop that collects from scores of `dtype`, with an offset or without."""
+    read = _READ[dtype]
+
+    @compiled
+    def collect(logits, threshold, used, scores, labels, _, k, first, offset):
+        columns, block = logits.shape[1], np.empty(BLOCK, np.float32)
+        for i in range(len(logits)):
+            least, count = threshold[i, 0], used[i]
+            for at in range(0, columns, BLOCK):
+                size = min(BLOCK, columns - at)
+                found = logits[i, at : at + size]
+                read(found, found, block[:size])
+                if shifted:
+                    _add(block[:size], np.float32(1), offset[at : at + size])
+                # Most blocks hold nothing; to count takes vectors of comparisons and no branch.
+                better = np.int32(0)
+                for j in range(size):
+                    better += np.int32(block[j] > least)
+                if not better:
+                    continue
+                if count + better > scores.shape[1]:
+                    count, least = _cut(scores[i], labels[i], k, count)
+                for j in range(size):
+                    if block[j] > least:
+                        scores[i, count], labels[i, count] = block[j], first + at + j
                         count += 1
-            at = stop
-        used[i], done[i] = count, at
+            threshold[i, 0], used[i] = least, count
+
+    return collect
+
+
+@compiled
+def _cut(scores, labels, k, count):
+    """Leaves the k best of `count` in their order; of those equal to the k-th, the first ones."""
+    least = np.partition(scores[:count], count - k)[count - k]
+    above = np.int64(0)
+    for j in range(count):
+        above += np.int64(scores[j] > least)
+    equal, place = k - above, 0
+    for j in range(count):
+        level = scores[j] == least
+        if scores[j] > least or (level and equal > 0):
+            equal -= np.int64(level)
+            scores[place], labels[place] = scores[j], labels[j]
+            place += 1
+    for j in range(place, count):
+        scores[j], labels[j] = -np.inf, -1
+    return place, least
+
+
+@measuring
+def _narrow(values, out, measures, first):
+    dim = values.shape[1]
+    for i in range(len(values)):
+        size, error = np.float32(0), np.float32(0)
+        for j in range(dim):
+            bits = _bits(values[i, j])
+            high = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+            high = high >> np.uint32(16)
+            out[i, j] = np.uint16(high)
+            near = _float(high << np.uint32(16))
+            lost = values[i, j] - near
+            size += near * near
+            error += lost * lost
+        measures[i, 0], measures[i, 1] = np.sqrt(size), np.sqrt(error)
+
+
+@measuring
+def _measure(values, measures, first):
+    for i in range(len(values)):
+        size = np.float32(0)
+        for j in range(values.shape[1]):
+            near = _float(np.uint32(values[i, j]) << np.uint32(16))
+            size += near * near
+        measures[i, 0] = np.sqrt(size)
 
 
 @compiled

@@ -15,6 +15,7 @@ GPU (`kernels`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,6 +50,15 @@ class Pairs:
         self._host_labels = key // width
         self._labels = upload(self._host_labels, device)
         self._rows = upload(key % width, device)
+
+    def of_rows(self, chosen: Tensor) -> Pairs:
+        """Those of the rows int64 [r], ascending, which become the rows 0 .. r - 1."""
+        place = torch.searchsorted(chosen, self._rows)
+        inside = chosen[place.clamp(max=len(chosen) - 1)] == self._rows
+        found = copy.copy(self)
+        found._rows, found._labels = place[inside], self._labels[inside]
+        found._host_labels = self._host_labels[inside.to(HOST)]
+        return found
 
     def by_chunk(self, chunks: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """(rows, columns inside the chunk) of each chunk of local labels [start, stop)."""
@@ -86,9 +96,13 @@ class Shard:
         self.owned, self.weights, self.chunk = owned, weights, chunk
         self.operations = operations or choose_operations(weights)
 
-    def chunks(self, batch: int) -> list[tuple[int, int]]:
-        """Local [start, stop) of each chunk for a global batch of `batch` rows."""
-        size = self.chunk or default_chunk(batch, self.weights, self.operations)
+    def chunks(self, batch: int, each: int = 0) -> list[tuple[int, int]]:
+        """Local [start, stop) of each chunk for a global batch of `batch` rows.
+
+        each: bytes of working memory for a label; 0: what a training step takes.
+        """
+        each = each or buffer_bytes(batch, self.weights, self.operations)
+        size = self.chunk or default_chunk(each, self.weights.device.type)
         n = len(self.owned)
         return [(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -205,10 +219,9 @@ def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     return everywhere - logits[labels, rows].sum(dtype=torch.float64)
 
 
-def default_chunk(batch: int, weights: Weights, operations: Operations) -> int:
-    """Labels whose buffers fit what a chunk may take on the device."""
-    each = buffer_bytes(batch, weights, operations)
-    return max(64, chunk_bytes(weights.device.type) // each // 64 * 64)
+def default_chunk(each: int, device_type: str) -> int:
+    """Labels of `each` bytes of buffers that fit what a chunk may take on the device."""
+    return max(64, chunk_bytes(device_type) // each // 64 * 64)
 
 
 def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -189,7 +190,7 @@ print(json.dumps([pass_over(path) for path in sys.argv[1:]]))
 
 
 def test_memory_does_not_grow_with_rows(opened: Dataset, tmp_path: Path) -> None:
-    """The same part listed 4 and 120 times; all rows at once would take 5 times the bound."""
+    """The same part 4 and 120 times; all rows at once would take 5 times the bound."""
     once = opened.read_rows("train", 0, opened.manifest.num_points("train"))
     part = pa.concat_tables([once] * 24)
     paths = [tile(opened.manifest, part, times, tmp_path / str(times)) for times in (4, 120)]
@@ -204,10 +205,15 @@ def test_memory_does_not_grow_with_rows(opened: Dataset, tmp_path: Path) -> None
 
 
 def tile(manifest: Manifest, part: pa.Table, times: int, path: Path) -> str:
-    """A dataset whose train split is one part file, listed `times` times."""
+    """A dataset whose train split is one part file under `times` names."""
     (path / "train").mkdir(parents=True)
     written = write_part(str(path), "train/part-00000.parquet", 0, part)
-    parts = tuple(replace(written, first=i * len(part)) for i in range(times))
+    parts = tuple(
+        replace(written, path=f"train/part-{i:05d}.parquet", first=i * len(part))
+        for i in range(times)
+    )
+    for other in parts[1:]:
+        os.link(path / written.path, path / other.path)
     splits = {"train": parts, "validation": (), "test": (), "labels": ()}
-    write_manifest(str(path), replace(manifest, splits=splits, other_texts=(), num_labels=0))
+    write_manifest(str(path), replace(manifest, splits=splits, other_texts=()))
     return str(path)

@@ -292,7 +292,8 @@ def test_default_chunk() -> None:
     sizes = []
     for batch, dim in [(256, 384), (1024, 384), (1, 1), (2**14, 768), (0, 384)]:
         weights = Weights("fp32", 3, dim, False, CPU)
-        sizes.append(default_chunk(batch, weights, choose_operations(weights)))
+        each = buffer_bytes(batch, weights, choose_operations(weights))
+        sizes.append(default_chunk(each, "cpu"))
         assert sizes[-1] >= 64
         assert sizes[-1] % 64 == 0
     assert sizes[0] >= sizes[1]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from renee_ray.xfc import best as module
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import Weights
-from renee_ray.xfc.topk import NONE, _Best, merge_topk, shard_topk
+from renee_ray.xfc.topk import NONE, merge_topk, shard_topk
 from tests.xfc.memory import Largest
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ NUM_LABELS, DIM, BATCH = 53, 8, 12
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CPU does and what other devices do."""
     if request.param == "plain torch":
-        monkeypatch.setattr(_Best, "_collect", _Best._compare)
+        monkeypatch.setattr(module, "CompiledBest", module.PlainBest)
 
 
 def weight_of(n: int = NUM_LABELS, dim: int = DIM) -> torch.Tensor:

@@ -1,0 +1,130 @@
+"""Collecting the k best labels of each row while chunks of scores pass by.
+
+Of equal scores the smaller label comes first, at the cut too. Labels must come in ascending order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+NONE = -1
+"""Label id of a place that no label fills."""
+BLOCK = 64
+"""Labels of which the largest score is looked at before each single one."""
+
+
+class Best(ABC):
+    """The k best labels so far of each of B rows, and later ones that may be better.
+
+    scores, labels: [B, k + room]. Only when its room is full is a row cut to its k best, which
+    happens about log(labels) times: of labels in random order the i-th chunk holds k / i that
+    belong among the best up to there.
+    threshold: float32 [B, 1], what a label has to beat.
+    """
+
+    def __init__(self, rows: int, k: int, device: torch.device) -> None:
+        self.k, self.room = k, max(k, 2 * BLOCK)
+        self.scores = torch.full((rows, k + self.room), -torch.inf, device=device)
+        self.labels = torch.full((rows, k + self.room), NONE, dtype=torch.int64, device=device)
+        self.used = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.threshold = torch.full((rows, 1), -torch.inf, device=device)
+
+    @abstractmethod
+    def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
+        """Takes a chunk of labels from `first` on, later than all before.
+
+        Args:
+            logits: float32 or bfloat16 [B, c]; may be overwritten.
+            offset: float32 [c], added to each row, as fp32.
+        """
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(scores [B, k] descending, labels [B, k])."""
+        self._sort()
+        return self.scores[:, : self.k].contiguous(), self.labels[:, : self.k].contiguous()
+
+    def _sort(self) -> None:
+        # Labels ascend among equal scores: a stable sort leaves the smaller label first.
+        self.scores, order = self.scores.sort(dim=1, descending=True, stable=True)
+        self.labels = self.labels.gather(1, order)
+        self.scores[:, self.k :] = -torch.inf
+        self.labels[:, self.k :] = NONE
+        # A banned label has score -inf too, and must not be told apart from an empty place.
+        self.labels[:, : self.k].masked_fill_(self.scores[:, : self.k] == -torch.inf, NONE)
+        self.threshold = self.scores[:, self.k - 1 : self.k].clone()
+
+
+def best_of(rows: int, k: int, device: torch.device) -> Best:
+    """A collector of the k best labels of each row, empty."""
+    return (CompiledBest if device.type == "cpu" else PlainBest)(rows, k, device)
+
+
+class CompiledBest(Best):
+    """On a CPU: a compiled loop over the rows. The first `used` [B] places of a row are taken."""
+
+    def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
+        from renee_ray.xfc.cpu_kernels import collect  # numba, which takes a second to import
+
+        shift = logits.new_empty(0, dtype=torch.float32) if offset is None else offset
+        collect(logits, self.threshold, self.used, self.scores, self.labels, self.k, first, shift)
+
+
+class PlainBest(Best):
+    """In plain torch, for any device.
+
+    The first k places are the best so far, descending; then come `used` [B] labels that beat the
+    last of these.
+    """
+
+    def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
+        logits = logits.float()
+        if offset is not None:
+            logits += offset
+        whole = logits.shape[1] // BLOCK * BLOCK
+        self._add(logits[:, :whole], BLOCK, first)
+        self._add(logits[:, whole:], logits.shape[1] - whole, first + whole)
+
+    def _sort(self) -> None:
+        super()._sort()
+        self.used.zero_()
+
+    def _add(self, logits: Tensor, block: int, first: int) -> None:
+        if not logits.numel():
+            return
+        rows, columns = self._better(logits, block)
+        counts = rows.bincount(minlength=len(logits))
+        if bool((self.used + counts > self.room).any()):
+            self._sort()
+            rows, columns = self._better(logits, block)
+            counts = rows.bincount(minlength=len(logits))
+            if bool((counts > self.room).any()):
+                columns = _chunk_topk(logits, min(self.k, logits.shape[1])).flatten()
+                counts = torch.full_like(counts, len(columns) // len(logits))
+                rows = torch.arange(len(logits), device=rows.device).repeat_interleave(counts)
+        before = counts.cumsum(0) - counts
+        place = self.k + (self.used - before)[rows] + torch.arange(len(rows), device=rows.device)
+        self.scores[rows, place] = logits[rows, columns]
+        self.labels[rows, place] = columns + first
+        self.used += counts
+
+    def _better(self, logits: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """(rows, columns) [m] of what beats the threshold, row by row, columns ascending."""
+        blocks = logits.unflatten(1, (-1, block))
+        # The largest of a block is cheap; most blocks of a late chunk hold nothing better.
+        rows, which = (blocks.amax(dim=2) > self.threshold).nonzero(as_tuple=True)
+        picked = blocks.flatten(0, 1).index_select(0, rows * blocks.shape[1] + which)
+        inside, column = (picked > self.threshold[rows]).nonzero(as_tuple=True)
+        return rows[inside], which[inside] * block + column
+
+
+def _chunk_topk(logits: Tensor, k: int) -> Tensor:
+    """Columns [b, k] of the k largest of each row, ascending; of equal ones the leftmost."""
+    best, where = logits.topk(k, dim=1, sorted=False)
+    # torch.topk takes any of the equal values at its cut: such rows are sorted instead.
+    tied = (logits >= best.amin(dim=1, keepdim=True)).sum(dim=1) > k
+    if bool(tied.any()):
+        where[tied] = logits[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return where.sort(dim=1).values
