@@ -95,7 +95,7 @@ HOSTILE: dict[str, tuple[int, str, bytes]] = {
     "not-an-object": (400, "object", b"[1, 2]"),
     "not-a-number": (400, "k: ", b'{"texts": ["a"], "k": NaN}'),
     "unknown-key": (400, "K: Extra inputs", question("a", K=1)),
-    "key-long": (400, "Extra inputs", question("a", **{"x\x1b" * 5000: 1})),
+    "key-long": (400, "Extra inputs", question("a", **{"x\x1b" * 1000: 1})),
     "texts-none": (400, "at least 1 item", question()),
     "texts-many": (400, "at most 4 items", question(*"abcde")),
     "text-long": (400, "texts.0: String should have at most 1000", question("a" * 1001)),
