@@ -359,12 +359,9 @@ def test_listens_on_loopback_and_shows_no_token_and_ends(service: Service) -> No
         if os.path.exists(f"/proc/{pid}")
     ]
     assert inherited and not any(SECRET.encode() in each for each in inherited)
-    session = next(
-        part for name in family.values() for part in name.split("=") if "session_" in part
-    )
-    directory = Path(
-        session[: session.index("session_")], session[session.index("session_") :].split("/")[0]
-    )
+    links = [link for pid in family for link in Path(f"/proc/{pid}/fd").glob("*")]
+    opened = {os.readlink(link) for link in links if link.is_symlink()}
+    directory = next(Path(*Path(name).parts[:4]) for name in opened if "/ray/session_" in name)
     logs = [path for path in directory.rglob("*") if path.is_file() and "logs" in path.parts]
     assert logs and not any(SECRET.encode() in path.read_bytes() for path in logs)
 
