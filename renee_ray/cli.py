@@ -24,6 +24,7 @@ from renee_ray.config import (
     ReneeError,
     RunConfig,
     ScoreConfig,
+    ServeConfig,
     keys_of,
     make_config,
     parse_overrides,
@@ -238,6 +239,28 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
     found = _call(export_run, run, dst, config)
     shown = ("step", "num_labels", "dim", "max_length", "tail")
     _print({"export": dst, **{key: found[key] for key in shown}}, as_json, f"export {dst}")
+
+
+@cli.command(cls=_Command, keys=ServeConfig)
+@click.argument("run")
+@click.argument("overrides", nargs=-1)
+@_json_option
+def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Answer HTTP requests with the labels that the run at RUN predicts, until Ctrl-C or SIGTERM.
+
+    Requests bear a token: a secret of at least 32 characters that RENEE_RAY_SERVE_TOKEN holds.
+    Says at which URL once it answers, with --json as an object.
+    """
+    config = make_config(ServeConfig, parse_overrides(overrides), where="serve")
+    from renee_ray.service.serve import serve_run
+
+    output = sys.stdout
+
+    def ready(facts: dict[str, Any]) -> None:
+        line = json.dumps(facts) if as_json else f"{run}, step {facts['step']}: {facts['url']}"
+        click.echo(line if as_json else printable(line), file=output)
+
+    _call(serve_run, run, config, ready)
 
 
 @cli.command(context_settings={"allow_interspersed_args": False})

@@ -92,3 +92,19 @@ def _on_loopback() -> Iterator[None]:
                 os.environ[name] = before[name]
             else:
                 del os.environ[name]
+
+
+def replica_on_loopback() -> None:
+    """In a replica of Ray Serve in a local Ray, before its server for other replicas starts.
+
+    That server unpickles what it gets, and Serve 2.60 opens it on every interface, unused as it
+    is by default, after the replica's constructor. It has no switch.
+    """
+    if os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR) != "0":
+        return
+    from ray.serve._private import replica
+
+    listen = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: listen(
+        server, address.replace("[::]", "127.0.0.1")
+    )

@@ -84,7 +84,7 @@ def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> d
         if "split" in score.model_fields_set:
             raise ReneeError(f"split={score.split} has no meaning for the texts of {src}; omit it")
     labels = directory.dataset() if raw else Dataset.open(src)
-    _check(directory, labels)
+    check_labels(directory, labels)
     if destination is not None:
         _check_destination(destination, src, score.overwrite)
     workers = score.num_workers or config.max_workers
@@ -258,7 +258,8 @@ def _voters(
     return labels if labels.manifest.hash == trained_on else directory.dataset()
 
 
-def _check(directory: RunDirectory, dataset: Dataset) -> None:
+def check_labels(directory: RunDirectory, dataset: Dataset) -> None:
+    """Raises ReneeError where a run was trained with other labels or another vocabulary."""
     saved = directory.read(RUN_FILE) or {}
     trained = saved.get("dataset", {})
     for key in ("num_labels", "vocabulary_hash"):

@@ -65,18 +65,27 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
     blocks, lines, with_ids = _indexed(src, scratch)
     if not blocks:
         raise ReneeError(f"{src} holds no texts; there is nothing to predict")
-    vocabulary = tokenizer.load(like.manifest.tokenizer)
-    if vocabulary.hash != like.manifest.vocabulary_hash:
-        raise ReneeError(
-            f"the tokenizer {like.manifest.tokenizer!r} is not the one that {like.path} was "
-            f"converted with; make that one available"
-        )
-    plan = _Plan(blocks, lines, with_ids, scratch, vocabulary.serialised, max_length)
+    plan = _Plan(blocks, lines, with_ids, scratch, vocabulary_of(like), max_length)
     results = list(stream(_write_block, plan, len(blocks)))
     parts = sorted((Part(**each["part"]) for each in results), key=lambda part: part.first)
     splits = {name: tuple(parts) if name == TEXT_SPLIT else () for name in SPLITS}
     replaced = sum(each["replaced_lines"] for each in results)
     return Dataset(scratch, replace(like.manifest, splits=splits)), replaced
+
+
+def vocabulary_of(dataset: Dataset) -> str:
+    """What `tokenizer.encode` takes, to tokenise as a dataset was tokenised.
+
+    Raises:
+        ReneeError: that tokenizer is not to be had.
+    """
+    vocabulary = tokenizer.load(dataset.manifest.tokenizer)
+    if vocabulary.hash != dataset.manifest.vocabulary_hash:
+        raise ReneeError(
+            f"the tokenizer {dataset.manifest.tokenizer!r} is not the one that {dataset.path} was "
+            f"converted with; make that one available"
+        )
+    return vocabulary.serialised
 
 
 def check_texts(src: str) -> list[str]:
