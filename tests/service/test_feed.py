@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from renee_ray.data.dataset import Dataset, Manifest, write_manifest, write_part
+from renee_ray.data.dataset import Dataset, write_manifest, write_part
 from renee_ray.data.order import Order, training_order
 from renee_ray.service.feed import feed
 from renee_ray.training.batch import Batch, Position
@@ -193,7 +194,7 @@ def test_memory_does_not_grow_with_rows(opened: Dataset, tmp_path: Path) -> None
     """The same part 4 and 120 times; all rows at once would take 5 times the bound."""
     once = opened.read_rows("train", 0, opened.manifest.num_points("train"))
     part = pa.concat_tables([once] * 24)
-    paths = [tile(opened.manifest, part, times, tmp_path / str(times)) for times in (4, 120)]
+    paths = [tile(opened, part, times, tmp_path / str(times)) for times in (4, 120)]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, timeout=300
     )
@@ -204,7 +205,7 @@ def test_memory_does_not_grow_with_rows(opened: Dataset, tmp_path: Path) -> None
     assert after - before < bound, f"{before} MiB grew to {after} MiB"
 
 
-def tile(manifest: Manifest, part: pa.Table, times: int, path: Path) -> str:
+def tile(like: Dataset, part: pa.Table, times: int, path: Path) -> str:
     """A dataset whose train split is one part file under `times` names."""
     (path / "train").mkdir(parents=True)
     written = write_part(str(path), "train/part-00000.parquet", 0, part)
@@ -214,6 +215,8 @@ def tile(manifest: Manifest, part: pa.Table, times: int, path: Path) -> str:
     )
     for other in parts[1:]:
         os.link(path / written.path, path / other.path)
-    splits = {"train": parts, "validation": (), "test": (), "labels": ()}
-    write_manifest(str(path), replace(manifest, splits=splits, other_texts=()))
+    shutil.copytree(Path(like.path) / "labels", path / "labels")
+    labels = like.manifest.splits["labels"]
+    splits = {"train": parts, "validation": (), "test": (), "labels": labels}
+    write_manifest(str(path), replace(like.manifest, splits=splits, other_texts=()))
     return str(path)
