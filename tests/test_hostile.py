@@ -892,13 +892,14 @@ CASES = [*DATASETS, *PARTS, *MODELS, *CONFIGS, *SECRETS, *SOURCES, *DESTINATIONS
 
 def test_the_document_lists_every_case_by_number() -> None:
     from . import test_hostile_runs as runs
+    from .service import test_serve as serve
 
     listed = SECURITY.read_text(encoding="utf-8").partition("## Hostile cases")[2]
-    names = set(re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)+)`", listed))
-    assert names == {case.name for case in [*CASES, *runs.CASES]}
-    assert len({case.name for case in [*CASES, *runs.CASES]}) == len(CASES) + len(runs.CASES)
+    names = re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)+)`", listed)
+    known = [*(case.name for case in [*CASES, *runs.CASES]), *serve.WRONG_TOKENS, *serve.HOSTILE]
+    assert sorted(names) == sorted(known) and len(set(known)) == len(known)
     tests = set(re.findall(r"`(test_\w+)`", listed))
-    assert tests <= {*globals(), *vars(runs)}
+    assert tests <= {*globals(), *vars(runs), *vars(serve)}
     numbers = [int(number) for number in re.findall(r"(?:^|, )(\d+)\. `", listed, re.M)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 30
 

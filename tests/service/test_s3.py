@@ -30,7 +30,8 @@ from .conftest import TESTS, Run, descendants
 from .gateway import BUCKET, SECRET_KEY, Gateway
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-OUTAGE_S = 6
+OUTAGE_S = float(os.environ.get("RENEE_RAY_OUTAGE_S", "6"))
+"""Of the gateway, in each command."""
 SRC, DATA, RUN = f"s3://{BUCKET}/source", f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/runs/one"
 
 
@@ -213,7 +214,8 @@ def test_an_export_is_that_to_a_local_directory(
     gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said_by(capsys, "export", RUN, str(tmp_path / "model"))
-    said_by(capsys, "export", RUN, f"s3://{BUCKET}/model")
+    with outage(begun(gateway, "model/encoder", "config"), gateway):
+        said_by(capsys, "export", RUN, f"s3://{BUCKET}/model")
     here, remote = (
         files_of(pafs.LocalFileSystem(), str(tmp_path / "model")),
         files_of(gateway.filesystem(), f"{BUCKET}/model"),

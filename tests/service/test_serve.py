@@ -89,7 +89,7 @@ def door() -> Iterator[int]:
 HOSTILE: dict[str, tuple[int, str, bytes]] = {
     "not-json": (400, "Invalid JSON", b"{texts"),
     "not-utf-8": (400, "Invalid JSON", b'{"texts": ["\xff\xfe"]}'),
-    "nested": (400, "recursion limit", b'{"texts": ' + b"[" * 9000 + b"]" * 9000 + b"}"),
+    "nested-deep": (400, "recursion limit", b'{"texts": ' + b"[" * 9000 + b"]" * 9000 + b"}"),
     "lone-surrogate": (400, "Invalid JSON", b'{"texts": ["\\ud800"]}'),
     "many-digits": (400, "", b'{"texts": ["a"], "k": ' + b"9" * 9000 + b"}"),
     "not-an-object": (400, "object", b"[1, 2]"),
