@@ -218,5 +218,5 @@ def tile(like: Dataset, part: pa.Table, times: int, path: Path) -> str:
     shutil.copytree(Path(like.path) / "labels", path / "labels")
     labels = like.manifest.splits["labels"]
     splits = {"train": parts, "validation": (), "test": (), "labels": labels}
-    write_manifest(str(path), replace(like.manifest, splits=splits, other_texts=()))
+    write_manifest(str(path), replace(like.manifest, splits=splits))
     return str(path)
