@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,6 +126,38 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint(
     np.testing.assert_allclose(losses(run), losses(trained), rtol=1e-3)
     times = [record["time_s"] for record in run.history["steps"]]
     assert max(np.diff(times)) == times[between[0]] - times[between[0] - 1], "steps were redone"
+
+
+def test_a_node_that_is_drained_leaves_a_checkpoint(
+    cluster: Cluster, trained: Run, dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    """As an autoscaler does before a spot node is taken away; then it goes, another comes."""
+    path, nodes = str(tmp_path / "run"), [cluster.add_node(num_cpus=2) for _ in range(2)]
+    process = start(
+        "train", recipe, f"data={dataset}", f"output={path}", "cpus_per_worker=2",
+        "checkpoint.every_steps=0", "evaluation.every=0", "checkpoint.keep=100", "--json",
+        env={"RAY_ADDRESS": cluster.address},
+    )  # fmt: skip
+    try:
+        wait_for_commit(process, path, 0)
+        drain = (
+            "drain-node", "--address", cluster.address, "--node-id", nodes[0].node_id, "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+            "--deadline-remaining-seconds", "300",
+        )  # fmt: skip
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain], check=True)
+        until(lambda: newest_commit(path) > 0, process, "a checkpoint")
+        cluster.add_node(num_cpus=2)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        run = run_of(path, finish(process))
+    finally:
+        end(process)
+    between = [step for step in ranges_of(path) if 0 < step < run.result["step"]]
+    assert len(between) == 1, "not one checkpoint because of the drain"
+    assert "are to be taken away: a checkpoint is written" in run.command.stderr
+    steps = [record["step"] for record in run.history["steps"]]
+    assert steps == list(range(1, trained.result["step"] + 1))
+    np.testing.assert_allclose(losses(run), losses(trained), rtol=1e-3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
