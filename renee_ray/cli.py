@@ -507,7 +507,12 @@ def bench_scale(**settings: Any) -> None:
     "--gib", type=click.FloatRange(min=0.001), default=4.0, show_default=True, help="Of weights."
 )
 @click.option("--dim", type=click.IntRange(min=1), default=384, show_default=True, help="Columns.")
-@click.option("--directory", default=None, help="Where to write; by default a temporary one.")
+@click.option(
+    "--directory",
+    type=click.Path(exists=True, file_okay=False),
+    default=None,
+    help="An existing directory, below which it writes; by default a temporary one.",
+)
 def bench_checkpoint(**settings: Any) -> None:
     """A checkpoint beside training: how long it stalls it, and what resuming reads."""
     from renee_ray.benchmarks.checkpoint import bench_checkpoint as run
