@@ -15,6 +15,9 @@ from renee_ray.config import ReneeError
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+IDLE_MS = 60_000
+"""For which a process that reads may wait for its next window. Ray's own second ends it between
+two windows, and to start another takes a core for four."""
 LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -63,6 +66,7 @@ def _start_local(num_cpus: int) -> None:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.WARNING,
+                    _system_config={"idle_worker_killing_time_threshold_ms": IDLE_MS},
                 )
             return
         except Exception as error:
