@@ -128,7 +128,10 @@ class _Counting:
         with self._inner.open_input_file(path) as self._file:
             yield self
 
-    def read(self, size: int) -> bytes:
+    def size(self) -> int:
+        return int(self._file.size())
+
+    def read(self, size: int | None = None) -> bytes:
         return self._counted(self._file.read(size))
 
     def read_at(self, size: int, offset: int) -> bytes:
