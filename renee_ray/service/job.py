@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from types import FrameType
 from typing import Any
@@ -140,14 +141,21 @@ def interruptible(
         asked.append(time.monotonic())
         on_stop()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    # In a thread, where Ray Train leaves the signals alone.
-    found = in_thread(fit, "fit")
-    try:
+    with at_signals(handle):
+        # In a thread, where Ray Train leaves the signals alone.
+        found = in_thread(fit, "fit")
         while not wait([found], timeout=0.2).done:
             if asked and time.monotonic() - asked[0] > config.checkpoint.grace_s:
                 raise KeyboardInterrupt
         return found.result()
+
+
+@contextlib.contextmanager
+def at_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `handle` and do nothing else meanwhile; in the main thread alone."""
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

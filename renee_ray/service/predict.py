@@ -28,6 +28,7 @@ from renee_ray.service.texts import TEXT_SPLIT, check_texts, tokenise_texts
 from renee_ray.service.train import scoring_feed
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.collectives import Ranks
+from renee_ray.training.encoder import Encoder
 from renee_ray.training.model import build_model
 from renee_ray.training.neighbours import Neighbours
 from renee_ray.training.scoring import (
@@ -164,12 +165,18 @@ def _load(
     offset = prior_offset(read_counts(dataset, model.shard.owned), settings.tail, device)
     neighbours = None
     if voters is not None:
-        length = config.encoder.max_length
-        points = scoring_feed(voters, "train", settings.batch_size, length, ranks)
-        neighbours = Neighbours.embed(
-            model.encoder, points, ranks, device, settings.neighbours, settings.neighbour_weight
-        )
+        neighbours = embed_voters(config, voters, model.encoder, ranks, device)
     return Scorer(model.encoder, model.shard, ranks, device, offset, neighbours)
+
+
+def embed_voters(
+    config: RunConfig, voters: Dataset, encoder: Encoder, ranks: Ranks, device: torch.device
+) -> Neighbours:
+    """The training points of `voters`, embedded; every rank must ask at the same time."""
+    settings, length = config.evaluation, config.encoder.max_length
+    points = scoring_feed(voters, "train", settings.batch_size, length, ranks)
+    count, weight = settings.neighbours, settings.neighbour_weight
+    return Neighbours.embed(encoder, points, ranks, device, count, weight)
 
 
 class _Writer:

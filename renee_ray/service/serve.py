@@ -15,7 +15,6 @@ import math
 import os
 import re
 import secrets
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ except ImportError as error:
 
 from renee_ray.data.storage import absolute
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.job import worker_environment
+from renee_ray.service.job import at_signals, worker_environment
 from renee_ray.service.predict import check_labels, scoring_config
 from renee_ray.service.run import RunDirectory
 from renee_ray.service.texts import vocabulary_of
@@ -71,7 +70,7 @@ def _plan(run: str, settings: ServeConfig) -> tuple[Plan, dict[str, Any]]:
     directory = RunDirectory(absolute(run))
     config, dataset = directory.config(), directory.dataset()
     check_labels(directory, dataset)
-    vocabulary_of(dataset)
+    vocabulary_of(dataset)  # what replicas would fail on is found before there is any
     num_labels = dataset.manifest.num_labels
     shards = settings.num_shards or min(config.max_workers, num_labels)
     if shards > num_labels:
@@ -142,11 +141,12 @@ def _check_gpus(plan: Plan) -> None:
 
 
 def _run(name: str, plan: Plan) -> DeploymentHandle:
+    on_gpu = bool(plan.settings.gpus_per_process)
     options: dict[str, Any] = {
         "ray_actor_options": {
             "num_cpus": 1,
             "num_gpus": plan.settings.gpus_per_process,
-            "runtime_env": {"env_vars": _environment(plan)},
+            "runtime_env": {"env_vars": worker_environment(plan.config, on_gpu)},
         },
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": 5,
@@ -171,10 +171,6 @@ def _run(name: str, plan: Plan) -> DeploymentHandle:
         raise ReneeError(_why(error)) from error
     handle.predict.remote([""], 1).result()  # all of it works, before anyone is told
     return handle
-
-
-def _environment(plan: Plan) -> dict[str, str]:
-    return worker_environment(plan.config, bool(plan.settings.gpus_per_process))
 
 
 def _why(error: Exception) -> str:
@@ -209,8 +205,8 @@ def _answer(
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.timeout_s),
     )
-    server, url = uvicorn.Server(config), _url(listener)
-    with _signals() as stopped:
+    server, url, stopped = uvicorn.Server(config), _url(listener), threading.Event()
+    with at_signals(lambda *_: stopped.set()):
         # In a thread, where uvicorn leaves the signals alone.
         running = in_thread(lambda: server.run([listener]), "http")
         while not server.started and not wait([running], timeout=0.05).done:
@@ -225,18 +221,3 @@ def _answer(
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Set by SIGTERM and SIGINT, which do nothing else meanwhile."""
-    stopped = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: stopped.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -25,14 +25,14 @@ from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.cluster import replica_on_loopback
 from renee_ray.service.job import quiet
+from renee_ray.service.predict import embed_voters
 from renee_ray.service.run import RunDirectory
 from renee_ray.service.texts import vocabulary_of
-from renee_ray.service.train import scoring_feed
 from renee_ray.training.batch import Batch, Position, Ragged, ragged
 from renee_ray.training.checkpoint import Checkpoint
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.encoder import build_encoder
-from renee_ray.training.neighbours import RERANKED, Neighbours
+from renee_ray.training.neighbours import RERANKED
 from renee_ray.training.scoring import prior_offset, read_counts
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.shard import Shard
@@ -116,7 +116,11 @@ class EncoderReplica:
         self._encoder = build_encoder(plan.config.encoder, self._device, plan.config.seed)
         checkpoint.load_encoder(self._encoder)
         self._encoder.eval()
-        self._neighbours = self._voters(plan.config)
+        self._neighbours = None
+        if plan.config.evaluation.neighbours:
+            self._neighbours = embed_voters(
+                plan.config, self._dataset, self._encoder, Ranks(), self._device
+            )
         self._answers.set_max_batch_size(plan.settings.max_batch_size)  # type: ignore[attr-defined]
         self._answers.set_batch_wait_timeout_s(plan.settings.batch_wait_ms / 1000)  # type: ignore[attr-defined]
 
@@ -179,16 +183,6 @@ class EncoderReplica:
             for own, found in zip(asked, texts, strict=True)
             for label, text in zip(own, found, strict=True)
         }
-
-    def _voters(self, config: RunConfig) -> Neighbours | None:
-        settings, ranks = config.evaluation, Ranks()
-        if not settings.neighbours:
-            return None
-        points = scoring_feed(
-            self._dataset, "train", settings.batch_size, config.encoder.max_length, ranks
-        )
-        count, weight = settings.neighbours, settings.neighbour_weight
-        return Neighbours.embed(self._encoder, points, ranks, self._device, count, weight)
 
 
 def only(best: tuple[Tensor, Tensor], ks: Tensor) -> tuple[Tensor, Tensor]:

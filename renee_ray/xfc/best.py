@@ -13,7 +13,7 @@ from torch import Tensor
 NONE = -1
 """Label id of a place that no label fills."""
 BLOCK = 64
-"""Labels of which the largest score is looked at before each single one."""
+"""Labels that are looked at together before each single one; a row's room holds as many."""
 
 
 class Best(ABC):
@@ -43,18 +43,11 @@ class Best(ABC):
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(scores [B, k] descending, labels [B, k])."""
-        self._sort()
-        return self.scores[:, : self.k].contiguous(), self.labels[:, : self.k].contiguous()
-
-    def _sort(self) -> None:
         # Labels ascend among equal scores: a stable sort leaves the smaller label first.
-        self.scores, order = self.scores.sort(dim=1, descending=True, stable=True)
-        self.labels = self.labels.gather(1, order)
-        self.scores[:, self.k :] = -torch.inf
-        self.labels[:, self.k :] = NONE
+        scores, order = self.scores.sort(dim=1, descending=True, stable=True)
+        scores, labels = scores[:, : self.k].contiguous(), self.labels.gather(1, order[:, : self.k])
         # A banned label has score -inf too, and must not be told apart from an empty place.
-        self.labels[:, : self.k].masked_fill_(self.scores[:, : self.k] == -torch.inf, NONE)
-        self.threshold = self.scores[:, self.k - 1 : self.k].clone()
+        return scores, labels.masked_fill_(scores == -torch.inf, NONE)
 
 
 def best_of(rows: int, k: int, device: torch.device) -> Best:
@@ -88,7 +81,10 @@ class PlainBest(Best):
         self._add(logits[:, whole:], logits.shape[1] - whole, first + whole)
 
     def _sort(self) -> None:
-        super()._sort()
+        self.scores[:, : self.k], self.labels[:, : self.k] = self.result()
+        self.scores[:, self.k :] = -torch.inf
+        self.labels[:, self.k :] = NONE
+        self.threshold = self.scores[:, self.k - 1 : self.k].clone()
         self.used.zero_()
 
     def _add(self, logits: Tensor, block: int, first: int) -> None:

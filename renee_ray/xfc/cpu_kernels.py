@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.best import BLOCK, NONE
 from renee_ray.xfc.buffers import E4M3, BFloat16, Buffer, Split
 from renee_ray.xfc.rounding import (
     BF16_DROPPED,
@@ -43,8 +44,6 @@ from renee_ray.xfc.rounding import (
 )
 from renee_ray.xfc.storage import SGD, Update, Weights
 
-BLOCK = 64
-"""Scores that are looked at together."""
 KINDS: dict[type[Buffer], str] = {Split: "split", BFloat16: "bf16", E4M3: "e4m3"}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 INTEGERS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
@@ -254,7 +253,7 @@ def _cut(scores, labels, k, count):
             scores[place], labels[place] = scores[j], labels[j]
             place += 1
     for j in range(place, count):
-        scores[j], labels[j] = -np.inf, -1
+        scores[j], labels[j] = -np.inf, NONE
     return place, least
 
 

@@ -103,11 +103,11 @@ class Narrow:
 
         weights = self.weights
         measures = weights.scratch("measures", stop - start, 2)
-        narrow = weights.weight.operand(start, stop, torch.bfloat16)
-        if narrow is None:
+        if weights.weight.aliased:  # fp32 lies in memory, and no bf16
             narrow = weights.scratch("narrow", stop - start, weights.dim, dtype=torch.bfloat16)
             cpu_kernels.narrow(weights.read(start, stop), narrow, measures)
         else:
+            narrow = weights.operand(start, stop, torch.bfloat16)
             cpu_kernels.measure(narrow, measures)
             measures[:, 1] = measures[:, 0] * HALF_ULP * (not weights.weight.exact_bf16)
         size, error = measures.amax(dim=0).tolist()

@@ -99,14 +99,18 @@ class Weights:
         """Weights [start, stop) as float32, until the next call; may alias the shard."""
         return self._expanded(self.weight, "weight", start, stop)
 
-    def operand(self, start: int, stop: int) -> Tensor:
-        """Weights [start, stop) in `compute_dtype`, until the next call; may alias the shard."""
-        if self.compute_dtype == torch.float32:
+    def operand(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Weights [start, stop) in a dtype, until the next call; may alias the shard.
+
+        dtype: one of those of the storage's matmuls; None: `compute_dtype`.
+        """
+        dtype = dtype or self.compute_dtype
+        if dtype == torch.float32:
             return self.read(start, stop)
-        stored = self.weight.operand(start, stop, self.compute_dtype)
+        stored = self.weight.operand(start, stop, dtype)
         if stored is not None:
             return stored
-        out = self.scratch("operand", stop - start, self.dim, dtype=self.compute_dtype)
+        out = self.scratch("operand", stop - start, self.dim, dtype=dtype)
         return self.weight.read(start, stop, out)
 
     def velocities(self, start: int, stop: int) -> Tensor:
