@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
-from transformers import AutoTokenizer
 
 from renee_ray.config import ExportConfig, ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset
@@ -115,6 +114,8 @@ def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
 
 
 def _write_encoder(target: _Target, encoder: Encoder, settings: RunConfig) -> None:
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         encoder.backbone.save_pretrained(local)
         AutoTokenizer.from_pretrained(

@@ -7,13 +7,13 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from renee_ray.config import EncoderConfig, ReneeError, reason
 from renee_ray.data.models import resolve_model
@@ -21,6 +21,9 @@ from renee_ray.training.collectives import Ranks, sum_gradients
 from renee_ray.training.dropout import draw_fast
 from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.device import native, native_bf16
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +193,9 @@ def _attention(choice: str, device: torch.device) -> str:
 
 
 def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
+    # Seconds to import, and most processes of a run hold no encoder.
+    from transformers import AutoConfig, AutoModel
+
     directory = resolve_model(config.name)
     try:
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -228,6 +234,8 @@ def _check_size(settings: PretrainedConfig, directory: str, attention: str) -> N
                 f"{directory}/config.json has {key:.80}={value:.3g}, above the limit of "
                 f"{MAX_MODULES}; give another encoder"
             )
+    from transformers import AutoModel
+
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(
             settings, attn_implementation=attention, trust_remote_code=False

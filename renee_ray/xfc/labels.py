@@ -10,9 +10,10 @@ cannot represent integers above 2**24.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def split_range(n: int, num_ranks: int, rank: int) -> tuple[int, int]:
@@ -44,6 +45,8 @@ class LabelRange:
 
 def owners(labels: Tensor, num_labels: int, num_ranks: int) -> Tensor:
     """Rank that owns each label. labels: int64 [n]; returns int64 [n]."""
+    import torch  # not above: the processes that read data need ranges and no torch
+
     bounds = torch.tensor(
         [split_range(num_labels, num_ranks, r)[1] for r in range(num_ranks)],
         dtype=torch.int64,
