@@ -1,7 +1,12 @@
-"""Runs a function on R spawned gloo processes, as Ray Train would, and collects the results."""
+"""Runs a function on R gloo processes, as Ray Train would, and collects the results.
+
+They are forked from one process that has done no more than import: to import anew in each of
+them took most of the quick tests' time.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,11 +19,20 @@ import torch.multiprocessing as mp
 
 from renee_ray.training.collectives import Ranks
 
+multiprocessing.set_forkserver_preload(
+    ["renee_ray.service.train", "transformers.models.bert.modeling_bert", "numba"]
+)
+
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """[function(ranks, *args) of each rank]; what it returns must be tensors in containers."""
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_worker, (num_ranks, directory, function, args), nprocs=num_ranks, join=True)
+        mp.start_processes(
+            _worker,
+            (num_ranks, directory, function, args),
+            nprocs=num_ranks,
+            start_method="forkserver",
+        )
         return [
             torch.load(Path(directory, f"{rank}.pt"), weights_only=True)
             for rank in range(num_ranks)
