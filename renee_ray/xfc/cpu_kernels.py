@@ -241,7 +241,7 @@ def _collection(dtype: str, shifted: bool) -> Callable[..., None]:
 @compiled
 def _cut(scores, labels, k, count):
     """Leaves the k best of `count` in their order; of those equal to the k-th, the first ones."""
-    least = np.partition(scores[:count], count - k)[count - k]
+    least = _largest(scores[:count].copy(), k)
     above = np.int64(0)
     for j in range(count):
         above += np.int64(scores[j] > least)
@@ -255,6 +255,30 @@ def _cut(scores, labels, k, count):
     for j in range(place, count):
         scores[j], labels[j] = -np.inf, NONE
     return place, least
+
+
+@compiled
+def _largest(values, k):
+    """The k-th largest, by Hoare's selection; reorders `values`, among which is no NaN.
+
+    numpy's, compiled by numba, would do; but to compile it takes ten seconds in every process.
+    """
+    low, high = 0, len(values) - 1
+    while low < high:
+        pivot, i, j = values[k - 1], low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i, j = i + 1, j - 1
+        if j < k - 1:
+            low = i
+        if i > k - 1:
+            high = j
+    return values[k - 1]
 
 
 @measuring

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,3 +195,19 @@ def test_nothing_is_compiled_in_the_first_step() -> None:
     left, right = factors(torch.float32)
     FusedUpdate(weights, SGD(0.1), 0)(0, LABELS, weights.operand(0, LABELS), left, right)
     assert len(loop.signatures) == before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["random", "few values", "equal", "rising", "falling", "infinite"])
+def test_selection_is_that_of_a_sort(kind: str) -> None:
+    rng = np.random.default_rng(7)
+    for count in (1, 2, 3, 10, 257):
+        values = {
+            "random": rng.standard_normal(count),
+            "few values": rng.integers(0, 3, count),
+            "equal": np.ones(count),
+            "rising": np.arange(count),
+            "falling": -np.arange(count),
+            "infinite": rng.choice([-np.inf, 0, np.inf], count),
+        }[kind].astype(np.float32)
+        for k in {1, 2, count // 2, count - 1, count} & set(range(1, count + 1)):
+            assert cpu_kernels._largest(values.copy(), k) == np.sort(values)[count - k]
