@@ -7,40 +7,16 @@ the last part of the run's path, and `rank`. Only sums and last values are sent,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from ray.util.metrics import Counter, Gauge
-
-from renee_ray.data import storage
+from renee_ray.service.metric import STORAGE_RETRIES, Metric, count_retries, made
 from renee_ray.training.recorder import KINDS, Pace, Totals
-
-TAGS = ("run", "rank")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """kind: `counter` or `gauge`; tags: besides `run` and `rank`."""
-
-    name: str
-    kind: str
-    description: str
-    tags: tuple[str, ...] = ()
-
-    @property
-    def exported(self) -> str:
-        """The name at the endpoint."""
-        return f"ray_{self.name}" + ("_total" if self.kind == "counter" else "")
-
 
 PHASE_SECONDS = Metric(
     "renee_ray_phase_seconds",
     "counter",
     "Seconds by phase of a step and kind of phase (data, own, collective, pause)",
     ("phase", "kind"),
-)
-STORAGE_RETRIES = Metric(
-    "renee_ray_storage_retries", "counter", "Operations of storage that were tried again"
 )
 TOTALS = {
     "steps": Metric("renee_ray_steps", "counter", "Steps made, skipped ones included"),
@@ -77,19 +53,12 @@ METRICS = (
 )  # fmt: skip
 
 
-def count_retries(run: str, rank: int) -> None:
-    """Retries of storage in this process, a task that reads for a worker, count as the worker's."""
-    counter, tags = _made(STORAGE_RETRIES), {"run": run, "rank": str(rank)}
-    assert isinstance(counter, Counter)
-    storage.on_retry[:] = [lambda: counter.inc(1, tags)]
-
-
 class Exported:
     """The series of one worker, in its process."""
 
     def __init__(self, run: str, rank: int) -> None:
         self._tags = {"run": run, "rank": str(rank)}
-        self._series = {m.name: _made(m) for m in METRICS if m is not STORAGE_RETRIES}
+        self._series = {m.name: made(m) for m in METRICS if m is not STORAGE_RETRIES}
         self._before = Totals()
         count_retries(run, rank)
 
@@ -121,8 +90,3 @@ class Exported:
 
     def _set(self, metric: Metric, value: float, /, **tags: str) -> None:
         self._series[metric.name].set(value, self._tags | tags)  # type: ignore[union-attr]
-
-
-def _made(metric: Metric) -> Counter | Gauge:
-    kind = Counter if metric.kind == "counter" else Gauge
-    return kind(metric.name, metric.description, TAGS + metric.tags)

@@ -22,7 +22,7 @@ import ray
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
 from renee_ray.data.rows import BATCH, read_window
-from renee_ray.service.exported import count_retries
+from renee_ray.service.metric import count_retries
 from renee_ray.training.batch import Batch, Position, cut_batches
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ def _tables(
     run: str,
 ) -> list[pa.Table]:
     epochs = {epoch: orders[epoch] for epoch, _ in windows}
+    # As numbers: a task that unpickled a Position would import torch for it, for two seconds.
+    start_epoch, start_batch = start.epoch, start.batch
 
     def read(ids: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         if run:
@@ -106,8 +108,8 @@ def _tables(
             epoch, window = windows[index]
             order = epochs[epoch]
             table = read_window(dataset, order, order.streams_of(rank, num_ranks), window)
-            if epoch == start.epoch:
-                first = int(np.searchsorted(table[BATCH].to_numpy(), start.batch))
+            if epoch == start_epoch:
+                first = int(np.searchsorted(table[BATCH].to_numpy(), start_batch))
                 table = table.slice(first)
             yield table.append_column("epoch", pa.array(np.full(len(table), epoch)))
 
