@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 import ray
 import yaml
+
+from renee_ray.service.cluster import ensure_ray
 
 SOURCE = Path(__file__).parents[2] / "examples" / "LF-DebianPerl-2K.tar.gz"
 POINTS, TESTS = 400, 150
@@ -116,14 +117,8 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def local_ray(environment: None) -> Iterator[None]:
-    """Ray in this process, for a module that calls the service's functions themselves."""
-    ray.init(
-        "local",  # not to a cluster that happens to run on this machine
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    """Ray in this process, as a command starts it, for a module that calls the service itself."""
+    ensure_ray(4)
     yield
     ray.shutdown()
 
