@@ -227,6 +227,8 @@ def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
 
 def _check_size(settings: PretrainedConfig, directory: str, attention: str) -> None:
     """Refuses a description of more weights than there are bytes of them, before they are made."""
+    from transformers import AutoModel
+
     there = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     for key, value in vars(settings).items():
         if isinstance(value, int) and re.search("layer|expert|block", key) and value > MAX_MODULES:
@@ -234,8 +236,6 @@ def _check_size(settings: PretrainedConfig, directory: str, attention: str) -> N
                 f"{directory}/config.json has {key:.80}={value:.3g}, above the limit of "
                 f"{MAX_MODULES}; give another encoder"
             )
-    from transformers import AutoModel
-
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(
             settings, attn_implementation=attention, trust_remote_code=False
