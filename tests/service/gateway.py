@@ -124,9 +124,12 @@ class Gateway:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free, and so is each one's port + 10000, which the server takes for gRPC."""
+    """Ports that are free, and so is each one's port + 10000, which the server takes for gRPC.
+
+    From a random one on, since tests run side by side.
+    """
     found: list[int] = []
-    for port in range(20000 + os.getpid() % 5000, 32000):
+    for port in range(random.randrange(20000, 30000), 32000):
         if all(_is_free(each) for each in (port, port + 10000)):
             found.append(port)
         if len(found) == count:

@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from renee_ray.config import ConvertConfig, ReneeError
@@ -20,18 +18,9 @@ from renee_ray.data.split import Shuffle
 from renee_ray.service import convert_plan
 from renee_ray.service.convert import convert
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "caf\u00e9", "\ufffd"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_local() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init("local", num_cpus=3, include_dashboard=False, logging_level=logging.WARNING)
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
