@@ -20,7 +20,7 @@ import yaml
 from renee_ray.service.cluster import ensure_ray
 
 SOURCE = Path(__file__).parents[2] / "examples" / "LF-DebianPerl-2K.tar.gz"
-POINTS, TESTS = 400, 150
+POINTS, TESTS, LABELS = 320, 120, 800
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -32,12 +32,12 @@ HEALTH = {
 
 RECIPE: dict[str, Any] = {
     "num_workers": 2,
-    "batch_size": 32,
+    "batch_size": 24,
     "epochs": 2,
     "loss_every": 1,
     "timeout_s": 60,
     "threads": 1,
-    "encoder": {"max_length": 12, "autocast": "off", "learning_rate": 5e-5},
+    "encoder": {"max_length": 10, "autocast": "off", "learning_rate": 5e-5},
     "classifier": {"precision": "fp32"},
     "feed": {"streams": 4, "window": 4},
     "checkpoint": {"every_steps": 5},
@@ -125,26 +125,39 @@ def local_ray(environment: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first POINTS training and TESTS test points of LF-DebianPerl-2K, as a repository."""
+    """LF-DebianPerl-2K's first LABELS labels, and the first points of each split that have some."""
     folder = tmp_path_factory.mktemp("source")
-    with tarfile.open(SOURCE) as archive:
-        for member in archive.getmembers():
-            name = Path(member.name).name
-            file = archive.extractfile(member) if member.isfile() else None
-            if file is not None and name.endswith(".txt") and ".names" not in name:
-                (folder / name).write_text(_head(name, file.read().decode()))
+    write_subset(folder)
     return folder
 
 
-def _head(name: str, text: str) -> str:
-    limit = TESTS if name.startswith("tst") else POINTS
-    lines = text.splitlines(keepends=True)
-    if name.endswith("_X_Y.txt"):
-        columns = lines[0].split()[1]
-        return "".join([f"{limit} {columns}\n", *lines[1 : limit + 1]])
-    if name.endswith("filter_labels.txt"):
-        return "".join(line for line in lines if int(line.split()[0]) < limit)
-    return text if name == "Y.txt" else "".join(lines[:limit])
+def write_subset(folder: Path) -> None:
+    """In `folder`, a repository of POINTS training and TESTS test points."""
+    with tarfile.open(SOURCE) as archive:
+        lines = {
+            Path(member.name).name: file.read().decode().removesuffix("\n").split("\n")
+            for member in archive.getmembers()
+            if (file := archive.extractfile(member)) is not None
+        }
+    written = {"Y.txt": lines["Y.txt"][:LABELS]}
+    for split, limit in ("trn", POINTS), ("tst", TESTS):
+        labels = [
+            [pair for pair in row.split() if int(pair.split(":")[0]) < LABELS]
+            for row in lines[f"{split}_X_Y.txt"][1:]
+        ]
+        points = [point for point, found in enumerate(labels) if found][:limit]
+        rows = [" ".join(labels[point]) for point in points]
+        numbers = {str(point): number for number, point in enumerate(points)}
+        filters = [line.split() for line in lines[f"{split}_filter_labels.txt"]]
+        written[f"{split}_X.txt"] = [lines[f"{split}_X.txt"][point] for point in points]
+        written[f"{split}_X_Y.txt"] = [f"{limit} {LABELS}", *rows]
+        written[f"{split}_filter_labels.txt"] = [
+            f"{numbers[point]} {label}"
+            for point, label in filters
+            if point in numbers and int(label) < LABELS
+        ]
+    for name, kept in written.items():
+        (folder / name).write_text("".join(line + "\n" for line in kept))
 
 
 @pytest.fixture(scope="session")

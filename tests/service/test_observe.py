@@ -30,7 +30,7 @@ from renee_ray.service.train import train
 from renee_ray.status import read_status
 from renee_ray.training.recorder import KINDS, Totals
 
-from .conftest import Run, descendants, end, finish, run_of, start
+from .conftest import LABELS, RECIPE, Run, descendants, end, finish, run_of, start
 from .test_train import assert_same_outcome, planned_steps, wait_for_commit, workers
 
 pytestmark = pytest.mark.slow
@@ -173,9 +173,9 @@ def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
     steps = watched.value("ray_renee_ray_steps_total", rank="0")
     assert 0 < steps <= watched.result["step"]
     rows = sum(watched.value("ray_renee_ray_rows_total", rank=rank) for rank in "01")
-    assert 0.8 * steps * 32 <= rows <= 1.2 * steps * 32
+    assert rows == pytest.approx(steps * RECIPE["batch_size"], rel=0.2)
     labels = sum(watched.value("ray_renee_ray_label_rows_total", rank=rank) for rank in "01")
-    assert labels == pytest.approx(rows * 2000, rel=0.25)
+    assert labels == pytest.approx(rows * LABELS, rel=0.1)
     tokens = watched.value("ray_renee_ray_tokens_total", rank="0")
     assert 0.5 < tokens / watched.value("ray_renee_ray_token_cells_total", rank="0") <= 1
     assert watched.value("ray_renee_ray_checkpoint_bytes_total", rank="0") > 20e6

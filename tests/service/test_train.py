@@ -195,9 +195,9 @@ def test_a_finished_run_stays_as_it_is(trained: Run, dataset: str, recipe: str) 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("batch_size=64", ["batch_size=32", "64"]),
+        ("batch_size=64", ["batch_size=24", "64"]),
         ("seed=3", ["seed=0", "3"]),
-        ("encoder.max_length=16", ["max_length", "12", "16"]),
+        ("encoder.max_length=16", ["max_length", "10", "16"]),
     ],
 )
 def test_another_configuration_does_not_resume(
