@@ -73,7 +73,7 @@ def test_each_row_once_after_kills_with_two_three_and_one_workers(
     notes = tmp_path / "notes"
     notes.mkdir()
     made: dict[str, Any] = {"data": dataset, "output": str(tmp_path / "run"), "epochs": EPOCHS}
-    made |= {"batch_size": 32, "timeout_s": 60, "feed": {"streams": 4, "window": 4}}
+    made |= {"batch_size": 24, "timeout_s": 60, "feed": {"streams": 4, "window": 4}}
     total = 0
     # Both kills are between two commits, so that what follows the last one is read again.
     for run, (workers, kill, share) in enumerate([(2, 5, 0.4), (3, 14, 0.75), (1, 10**6, 1)]):
