@@ -133,10 +133,9 @@ class CheckpointWriter:
             self._committed = self._write(name, files, ranges, manifest)
             seconds = time.perf_counter() - started
             size = sum(_size(tensors) for tensors in files.values())
-            self.on_written(
-                Written(state.step, size, seconds if stalled is None else stalled, seconds,
-                        self._committed)
-            )  # fmt: skip
+            step = manifest.state.step  # that of `state` is later by now
+            stood = seconds if stalled is None else stalled
+            self.on_written(Written(step, size, stood, seconds, self._committed))
 
         self._committed = False
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)

@@ -42,17 +42,18 @@ class Worker:
         self.shard = Shard(owned, Weights("fp32", len(owned), DIM, True, CPU))
         self.encoder = nn.Linear(DIM, DIM)
         self.optimizer = adamw(self.encoder, EncoderConfig())  # type: ignore[arg-type]
+        self.state = State(Position(), 0, facts={"num_labels": LABELS})
 
     def at(self, step: int) -> Worker:
         tensors = [*self.shard.weights.tensors().values(), *self.encoder.parameters()]
         with torch.no_grad():
             for tensor in tensors:
                 tensor.fill_(step)
+        self.state.position, self.state.step = Position(0, step), step
         return self
 
-    def save(self, writer: CheckpointWriter, step: int, metrics: dict[str, float]) -> None:
-        state = State(Position(0, step), step, facts={"num_labels": LABELS})
-        writer.save(state, self.encoder, self.optimizer, self.shard, metrics)  # type: ignore[arg-type]
+    def save(self, writer: CheckpointWriter, metrics: dict[str, float]) -> None:
+        writer.save(self.state, self.encoder, self.optimizer, self.shard, metrics)  # type: ignore[arg-type]
 
 
 def saved_step(checkpoint: Checkpoint) -> int:
@@ -79,7 +80,7 @@ def save_some(ranks: Ranks, run: str, background: bool) -> torch.Tensor:
     worker, writer = Worker(ranks), writer_of(Path(run), ranks, background=background)
     committed = []
     for step in (1, 2, 3):
-        worker.at(step).save(writer, step, {})
+        worker.at(step).save(writer, {})
         worker.at(99)  # training goes on while it is written
         committed.append(writer.wait())
     return torch.tensor(committed)
@@ -101,7 +102,7 @@ def fail_on_rank_1(ranks: Ranks, run: str) -> torch.Tensor:
     committed = []
     for step, full in (1, False), (2, True), (3, False):
         writer.checkpoints.filesystem = Failing(full and ranks.rank == 1)  # type: ignore[assignment]
-        worker.at(step).save(writer, step, {})
+        worker.at(step).save(writer, {})
         committed.append(writer.wait())
     return torch.tensor(committed)
 
@@ -132,7 +133,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     worker, writer = Worker(Ranks()), writer_of(tmp_path)
     scores = {1: 5.0, 2: 9.0, 3: 9.0, 4: 1.0, 5: None, 6: 2.0, 7: None}
     for step, score in scores.items():
-        worker.at(step).save(writer, step, {} if score is None else {METRIC: score})
+        worker.at(step).save(writer, {} if score is None else {METRIC: score})
     assert writer.wait()
     assert steps(tmp_path) == [7, 6, 2]
     found = Checkpoints(str(tmp_path))
@@ -157,11 +158,11 @@ def test_the_next_checkpoint_waits_for_the_last(
     written: list[Written] = []
     worker = Worker(Ranks())
     writer = writer_of(tmp_path, on_written=lambda each: written.append(each))
-    worker.at(1).save(writer, 1, {})
+    worker.at(1).save(writer, {})
     order.append("first returned")
     assert not written
     threading.Timer(0.3, may_write.set).start()
-    worker.at(2).save(writer, 2, {})
+    worker.at(2).save(writer, {})
     assert [each.step for each in written] == [1]
     assert writer.wait()
     assert [each.step for each in written] == [1, 2]
@@ -176,7 +177,7 @@ def test_without_memory_for_a_copy_training_waits(
     written: list[Written] = []
     worker, writer = Worker(Ranks()), writer_of(tmp_path, on_written=written.append)
     for step in (1, 2):
-        worker.at(step).save(writer, step, {})
+        worker.at(step).save(writer, {})
         assert len(written) == step, "it returned before the checkpoint was there"
     assert caplog.text.count("no memory for a copy") == 1
     assert steps(tmp_path) == [2, 1]
@@ -247,7 +248,7 @@ def write_and_die(run: Path, point: int) -> int:
         dying = Dying(point)
         writer.checkpoints.filesystem = dying  # type: ignore[assignment]
         worker = Worker(Ranks())
-        worker.at(3).save(writer, 3, {})
+        worker.at(3).save(writer, {})
         writer.wait()
         os.write(writing, str(dying.seen).encode())
         os._exit(0)
@@ -263,7 +264,7 @@ def test_a_writer_killed_at_random_points(tmp_path: Path) -> None:
     before = tmp_path / "before"
     worker, writer = Worker(Ranks()), writer_of(before)
     for step in (1, 2):
-        worker.at(step).save(writer, step, {})
+        worker.at(step).save(writer, {})
     assert writer.wait()
     run = tmp_path / "run"
     shutil.copytree(before, run)
@@ -279,7 +280,7 @@ def test_a_writer_killed_at_random_points(tmp_path: Path) -> None:
         assert newest is not None
         found.add(saved_step(newest))
         # What the dead one left does not hinder the next one, which clears it away.
-        Worker(Ranks()).at(4).save(again := writer_of(run), 4, {})
+        Worker(Ranks()).at(4).save(again := writer_of(run), {})
         assert again.wait()
         assert len(list((run / "checkpoints").iterdir())) == 2
     assert found == {2, 3}
@@ -289,7 +290,7 @@ def test_a_damaged_newest_is_passed_over_and_none_whole_is_an_error(tmp_path: Pa
     worker, writer = Worker(Ranks()), writer_of(tmp_path)
     assert Checkpoints(str(tmp_path)).newest() is None
     for step in (1, 2):
-        worker.at(step).save(writer, step, {})
+        worker.at(step).save(writer, {})
     assert writer.wait()
     found = Checkpoints(str(tmp_path))
     newest, older = (Path(each.checkpoint.path) for each in found.found() if each.checkpoint)
