@@ -88,7 +88,8 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     needle = re.search(r'grep -F -- "(.*)" README', script)
     assert needle
     lines = [line for line in README.splitlines() if needle[1] in line]
-    assert len(lines) == 1 and lines[0].endswith('&& .venv/bin/pytest -n 2 -m ""')
+    tests = '&& .venv/bin/pytest -n 2 -m "not alone" && .venv/bin/pytest -m alone'
+    assert len(lines) == 1 and lines[0].endswith(tests)
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
 
 

@@ -33,7 +33,7 @@ from .conftest import HEALTH, Run, descendants, end, finish, renee_ray, run_of, 
 from .gateway import BUCKET, Gateway
 from .test_train import assert_same_outcome, newest_commit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(3600)]
 KINDS = ("worker", "sigterm", "node", "away", "slow", "full", "truncated")
 FAULTS = int(os.environ.get("RENEE_RAY_CHAOS_FAULTS", len(KINDS)))
 EPOCHS = 4 + 2 * FAULTS

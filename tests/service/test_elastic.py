@@ -23,7 +23,7 @@ from renee_ray.xfc.labels import split_range
 from .conftest import HEALTH, Run, end, finish, renee_ray, run_of, start
 from .test_train import assert_same_outcome, losses, newest_commit, wait_for_commit, workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 EPOCHS = 6
 
 

@@ -16,7 +16,7 @@ from .hosts import Hosts, needs_hosts
 from .test_elastic import until
 from .test_train import assert_same_outcome, newest_commit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_hosts]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200), needs_hosts]
 EPOCHS = 6
 
 
