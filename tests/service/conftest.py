@@ -197,3 +197,14 @@ def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory)
     """An undisturbed run of RECIPE with two workers."""
     path = str(tmp_path_factory.mktemp("runs") / "undisturbed")
     return run_of(path, renee_ray("train", recipe, f"data={dataset}", f"output={path}", "--json"))
+
+
+LONGER = ["epochs=6", "evaluation.every=3"]
+
+
+@pytest.fixture(scope="session")
+def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """As `trained`, with LONGER."""
+    path = str(tmp_path_factory.mktemp("runs") / "longer")
+    settings = [f"data={dataset}", f"output={path}", *LONGER, "--json"]
+    return run_of(path, renee_ray("train", recipe, *settings))

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Run, end, finish, renee_ray, run_of
+from .conftest import LONGER, Run, end, finish, run_of
 from .hosts import Hosts, needs_hosts
 from .test_elastic import until
 from .test_train import assert_same_outcome, newest_commit
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200), needs_hosts]
-EPOCHS = 6
 
 
 @pytest.fixture
@@ -40,10 +39,15 @@ def status_of(run: str) -> dict[str, int]:
 
 
 def test_a_host_is_cut_off_and_another_killed(
-    hosts: Hosts, dataset: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_longer: Run,
+    hosts: Hosts,
+    dataset: str,
+    recipe: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = str(tmp_path / "run")
-    settings = [f"data={dataset}", f"epochs={EPOCHS}", "evaluation.every=3", "--json"]
+    settings = [f"data={dataset}", *LONGER, "--json"]
     process = hosts.head.run(
         sys.executable, "-m", "renee_ray.cli", "train", recipe, *settings, f"output={path}",
         "num_workers=[2,4]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=10",
@@ -73,6 +77,4 @@ def test_a_host_is_cut_off_and_another_killed(
         print(f"\nfrom the fault to a new group of workers: {found}")
     steps = [record["step"] for record in run.history["steps"]]
     assert steps == list(range(1, run.result["step"] + 1)), "a step was lost or repeated"
-    reference = str(tmp_path / "undisturbed")
-    done = renee_ray("train", recipe, *settings, f"output={reference}", "num_workers=2")
-    assert_same_outcome(run, run_of(reference, done), points=2.0)
+    assert_same_outcome(run, trained_longer, points=2.0)
