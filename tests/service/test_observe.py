@@ -241,6 +241,7 @@ def hung_worker(process: subprocess.Popen[str], path: str, seconds: float) -> in
     return victim
 
 
+@pytest.mark.alone  # other tests keep workers from answering in time
 def test_a_worker_that_hangs_is_named_and_replaced(
     trained: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_a_worker_that_hangs_is_named_and_replaced(
     assert (status["state"], status["restarts"]) == ("finished", 1)
 
 
+@pytest.mark.alone  # other tests keep workers from answering in time
 def test_a_run_that_gives_up_says_who_did_not_come(
     dataset: str, recipe: str, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ def run_at(path: Path) -> RunDirectory:
 def test_best_and_last(tmp_path: Path) -> None:
     run, writer, worker = run_at(tmp_path), writer_of(tmp_path), Worker(Ranks())
     for step, score in (1, 5.0), (2, 9.0), (3, 4.0), (4, 3.0):
-        worker.at(step).save(writer, step, {METRIC: score})
+        worker.at(step).save(writer, {METRIC: score})
     assert writer.wait()
     assert run.checkpoint("best").state.step == 2
     assert run.checkpoint("last").state.step == 4
