@@ -21,7 +21,7 @@ def written(run: Path, *steps: int) -> list[Path]:
     """Checkpoints of one rank, the newest first."""
     worker, writer = Worker(Ranks()), writer_of(run)
     for step in steps:
-        worker.at(step).save(writer, step, {})
+        worker.at(step).save(writer, {})
     assert writer.wait()
     return [Path(each.checkpoint.path) for each in Checkpoints(str(run)).found() if each.checkpoint]
 
