@@ -23,7 +23,7 @@ from renee_ray.xfc.labels import split_range
 from .conftest import HEALTH, LONGER, Run, end, finish, renee_ray, run_of, start
 from .test_train import assert_same_outcome, losses, newest_commit, wait_for_commit, workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: str) -> Any:
@@ -57,6 +57,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         made.shutdown()
 
 
+@pytest.mark.alone
 def test_three_workers_then_two_then_four(
     cluster: Cluster, trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint(
     assert max(np.diff(times)) == times[last] - times[last - 1], "steps were redone"
 
 
+@pytest.mark.alone
 def test_a_node_that_is_drained_leaves_a_checkpoint(
     cluster: Cluster, trained: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
@@ -173,4 +175,5 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
     assert f"stopped after step {step}" in stopped.stderr
     assert 5 <= step < trained.result["step"]
     assert json.loads(Path(path, "status.json").read_text())["state"] == "stopped"
-    assert_same_outcome(run_of(path, renee_ray(*arguments)), trained, points=1e-3)
+    if number == signal.SIGTERM:
+        assert_same_outcome(run_of(path, renee_ray(*arguments)), trained, points=1e-3)
