@@ -276,7 +276,7 @@ def test_a_run_that_gives_up_says_who_did_not_come(
         "checkpoint.max_failures=0",
     )  # fmt: skip
     try:
-        victim = hung_worker(process, path, 12)
+        victim = hung_worker(process, path, 18)
         done = finish(process)
     finally:
         end(process)

@@ -76,8 +76,11 @@ def losses(run: Run) -> np.ndarray:
 
 
 def assert_same_outcome(run: Run, reference: Run, points: float) -> None:
-    """Equal losses step by step, and final metrics that differ by `points` percent at most."""
-    np.testing.assert_allclose(losses(run), losses(reference), rtol=1e-3)
+    """Equal losses step by step, and final metrics that differ by `points` percent at most.
+
+    Another number of workers adds up in another order; a batch more or less is 10 percent.
+    """
+    np.testing.assert_allclose(losses(run), losses(reference), rtol=5e-3)
     expected = reference.result["validation"]
     found = run.result["validation"]
     assert found.keys() == expected.keys()
