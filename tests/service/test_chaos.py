@@ -71,7 +71,7 @@ def cluster(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clust
     for name, value in (HEALTH | gateway.env).items():
         monkeypatch.setenv(name, value)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    for _ in range(3):
+    for _ in range(2):
         made.add_node(num_cpus=2)
     try:
         yield made
@@ -159,7 +159,7 @@ def test_faults_at_random(
     settings = [f"epochs={EPOCHS}", "evaluation.every=0", "--json"]
     process = start(
         "train", recipe, f"data=s3://{BUCKET}/dataset", f"output={path}", *settings,
-        "num_workers=[1,3]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=20",
+        "num_workers=[1,2]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=20",
         "checkpoint.max_failures=-1", "checkpoint.keep=3",
         env={"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
     )  # fmt: skip
