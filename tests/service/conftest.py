@@ -204,7 +204,7 @@ LONGER = ["epochs=6", "evaluation.every=3"]
 
 @pytest.fixture(scope="session")
 def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """As `trained`, with LONGER."""
+    """As `trained`, with LONGER; without checkpoints on the way."""
     path = str(tmp_path_factory.mktemp("runs") / "longer")
-    settings = [f"data={dataset}", f"output={path}", *LONGER, "--json"]
-    return run_of(path, renee_ray("train", recipe, *settings))
+    settings = [f"data={dataset}", f"output={path}", "checkpoint.every_steps=0", *LONGER]
+    return run_of(path, renee_ray("train", recipe, *settings, "--json"))

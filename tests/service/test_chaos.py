@@ -188,7 +188,10 @@ def test_faults_at_random(
     for each in RunDirectory(str(path)).checkpoints().found():
         assert each.problem is None
     reference = str(tmp_path / "undisturbed")
-    done = renee_ray("train", recipe, f"data={dataset}", f"output={reference}", *settings)
+    done = renee_ray(
+        "train", recipe, f"data={dataset}", f"output={reference}", "checkpoint.every_steps=0",
+        *settings,
+    )  # fmt: skip
     undisturbed: Run = run_of(reference, done)
     # Each step's loss is that of the same global batch: no row of any epoch lost or repeated.
     assert_same_outcome(run, undisturbed, points=2.0)
