@@ -335,7 +335,7 @@ def test_an_interrupt_at_a_terminal_leaves_the_job_if_told_so(
     head.stop_job(name)
 
 
-def _read_until(terminal: int, text: str, seconds: float = 180) -> str:
+def _read_until(terminal: int, text: str, seconds: float = 400) -> str:
     seen, until = "", time.monotonic() + seconds
     while text not in seen:
         assert time.monotonic() < until, seen
