@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ray
 from ray.util.queue import Empty, Queue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +17,7 @@ from renee_ray.service.watch import Beat, Watch
 
 LINE_SECONDS = 30
 """Where there is no terminal, a line is written this often instead of a bar."""
+FLUSH_SECONDS = 5
 SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
 
 
@@ -24,6 +26,7 @@ class Channel:
 
     def __init__(self, queue: Queue | None, rank: int) -> None:
         self._queue, self._rank = queue, rank
+        self._last: ray.ObjectRef | None = None
 
     def record(self, record: dict[str, Any]) -> None:
         if self._rank == 0:
@@ -41,7 +44,12 @@ class Channel:
 
     def _send(self, record: dict[str, Any]) -> None:
         if self._queue is not None:
-            self._queue.actor.put_nowait.remote(record)  # type: ignore[attr-defined]
+            self._last = self._queue.actor.put_nowait.remote(record)  # type: ignore[attr-defined]
+
+    def flush(self) -> None:
+        """Waits for what was sent, FLUSH_SECONDS at most: for a process that is about to end."""
+        if self._last is not None:
+            ray.wait([self._last], timeout=FLUSH_SECONDS)
 
 
 class _Forward(logging.Handler):
@@ -51,6 +59,9 @@ class _Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._channel.say(record.getMessage())
+
+    def flush(self) -> None:
+        self._channel.flush()
 
 
 class Display:

@@ -36,6 +36,15 @@ TERMINATED = 143
 """Exit status of a process that ended after SIGTERM."""
 
 
+def _end(why: str, number: float) -> None:
+    """Ends this process as soon as the driver has been told."""
+    try:
+        log.warning(why, number)
+        logging.shutdown()  # flushes: the warning goes to the driver through an actor
+    finally:
+        os._exit(TERMINATED)
+
+
 class Wishes:
     """Of this worker's process; asked by any thread, taken by the one that trains."""
 
@@ -68,8 +77,7 @@ class Wishes:
                 self._committed = max(self._committed, written.step)
             self._changed.notify_all()
         if self.terminated and self._fulfilled():
-            log.warning("ended by SIGTERM after the checkpoint of step %d", written.step)
-            os._exit(TERMINATED)
+            _end("ended by SIGTERM after the checkpoint of step %d", written.step)
 
     def checkpoint_within(self, seconds: float) -> bool:
         """Asks for a checkpoint and waits for it; whether it was committed in time."""
@@ -85,8 +93,7 @@ class Wishes:
 
         def late() -> None:
             time.sleep(grace_s)
-            log.warning("ended by SIGTERM after %.0f s without a checkpoint", grace_s)
-            os._exit(TERMINATED)
+            _end("ended by SIGTERM after %.0f s without a checkpoint", grace_s)
 
         threading.Thread(target=late, daemon=True).start()
 
