@@ -262,7 +262,7 @@ def test_an_interrupt_without_a_terminal_leaves_the_job_running(
             if "trying again" in line:
                 break
         process.send_signal(signal.SIGINT)
-        done = finish(process, timeout=30)
+        done = finish(process, timeout=120)
     finally:
         end(process)
     assert done.status == 130
@@ -312,7 +312,7 @@ def test_an_interrupt_at_a_terminal_asks_and_stops_the_job(
         _read_until(terminal, QUESTION)
         os.write(terminal, b"y\n")
         assert "stopping" in _read_until(terminal, "job asked stopped")
-        assert process.wait(30) == 130
+        assert process.wait(120) == 130
     assert head.job("asked")["status"] == "STOPPED"
 
 
@@ -330,7 +330,7 @@ def test_an_interrupt_at_a_terminal_leaves_the_job_if_told_so(
         else:
             process.send_signal(signal.SIGINT)
         _read_until(terminal, "left running; ")
-        assert process.wait(30) == 130
+        assert process.wait(120) == 130
     assert head.job(name)["status"] == "RUNNING"
     head.stop_job(name)
 
