@@ -48,7 +48,8 @@ class Channel:
 
     def flush(self) -> None:
         """Waits for what was sent, FLUSH_SECONDS at most: for a process that is about to end."""
-        if self._last is not None:
+        # Logging flushes again when the interpreter exits, and Ray, asked then, would start anew.
+        if self._last is not None and ray.is_initialized():
             ray.wait([self._last], timeout=FLUSH_SECONDS)
 
 
