@@ -21,7 +21,14 @@ from renee_ray.service.run import RunDirectory
 from renee_ray.xfc.labels import split_range
 
 from .conftest import HEALTH, LONGER, Run, end, finish, renee_ray, run_of, start
-from .test_train import assert_same_outcome, losses, newest_commit, wait_for_commit, workers
+from .test_train import (
+    OTHER_ORDER,
+    assert_same_outcome,
+    losses,
+    newest_commit,
+    wait_for_commit,
+    workers,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -95,7 +102,7 @@ def test_three_workers_then_two_then_four(
     for each in RunDirectory(path).checkpoints().found():
         assert each.checkpoint is not None
         each.checkpoint.verify()
-    assert_same_outcome(run, trained_longer, points=2.0)
+    assert_same_outcome(run, trained_longer, points=2.0, rtol=OTHER_ORDER)
 
 
 def test_a_worker_that_is_told_to_end_leaves_a_checkpoint(

@@ -75,12 +75,13 @@ def losses(run: Run) -> np.ndarray:
     return np.array([record["loss"] for record in run.history["steps"]])
 
 
-def assert_same_outcome(run: Run, reference: Run, points: float) -> None:
-    """Equal losses step by step, and final metrics that differ by `points` percent at most.
+OTHER_ORDER = 5e-3
+"""Relative difference of losses that other numbers of workers add up; a lost batch makes more."""
 
-    Another number of workers adds up in another order; a batch more or less is 10 percent.
-    """
-    np.testing.assert_allclose(losses(run), losses(reference), rtol=5e-3)
+
+def assert_same_outcome(run: Run, reference: Run, points: float, rtol: float = 1e-3) -> None:
+    """Equal losses step by step, and final metrics that differ by `points` percent at most."""
+    np.testing.assert_allclose(losses(run), losses(reference), rtol=rtol)
     expected = reference.result["validation"]
     found = run.result["validation"]
     assert found.keys() == expected.keys()
@@ -180,7 +181,7 @@ def test_a_killed_run_resumes_with_other_numbers_of_workers(
     for step, stopped in stops:
         assert times[step - 1] < stopped < times[step], f"did not go on after step {step}"
     assert_continuous(run, dataset)
-    assert_same_outcome(run, trained, points=3.0)
+    assert_same_outcome(run, trained, points=3.0, rtol=OTHER_ORDER)
     assert RunDirectory(path).config().num_workers == 1
 
 
