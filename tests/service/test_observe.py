@@ -37,6 +37,8 @@ pytestmark = pytest.mark.slow
 
 EPOCHS = 8
 HELD_S, FREE_S = 0.12, 0.04
+WORKER = "ray::RayTrainWorker"
+WORKER_LOGS = "session_2*/logs/worker-*.err"
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
@@ -51,7 +53,7 @@ class Watched:
     """A run and what was seen of it from outside while it went on.
 
     series: last value by (name, sorted tags without Ray's own); states: of `status`; text: on
-    the driver's standard error; lines: of all workers' logs.
+    the driver's standard error; lines: of all workers' logs; held: the rank that was held back.
     """
 
     path: str
@@ -60,6 +62,7 @@ class Watched:
     states: list[dict[str, Any]]
     text: str
     lines: list[dict[str, Any]]
+    held: int
 
     def value(self, name: str, **tags: str) -> float:
         wanted = {"run": "watched", **tags}
@@ -80,6 +83,10 @@ def scraped(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 OUR_TAGS = {"run", "rank"} | {tag for metric in METRICS for tag in metric.tags}
+
+
+def json_lines(log: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.splitlines() if line.startswith("{")]
 
 
 def slow_ranks(states: list[dict[str, Any]]) -> set[int]:
@@ -113,6 +120,7 @@ def watched(
     series: dict[Any, float] = {}
     states: list[dict[str, Any]] = []
     over = threading.Event()
+    held = -1
 
     def look() -> None:
         while not over.wait(2):
@@ -124,14 +132,17 @@ def watched(
     def hold_back() -> None:
         while not over.wait(0.5) and not any(name.endswith("_steps_total") for name, _ in series):
             pass
-        pids = [p for p, line in descendants(os.getpid()).items() if "ray::RayTrainWorker" in line]
+        nonlocal held
+        pid = max(p for p, line in descendants(os.getpid()).items() if WORKER in line)
+        (log,) = Path(temporary).glob(f"session_2*/logs/worker-*-{pid}.err")
+        held = json_lines(log.read_text())[0]["rank"]
         while not over.wait(FREE_S) and not (
-            "the median" in text.getvalue() and slow_ranks(states)
+            f"rank {held} on" in text.getvalue() and held in slow_ranks(states)
         ):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(max(pids), signal.SIGSTOP)
+                os.kill(pid, signal.SIGSTOP)
                 time.sleep(HELD_S)
-                os.kill(max(pids), signal.SIGCONT)
+                os.kill(pid, signal.SIGCONT)
 
     text = io.StringIO()
     threads = [threading.Thread(target=look), threading.Thread(target=hold_back)]
@@ -151,12 +162,12 @@ def watched(
         over.set()
         for thread in threads:
             thread.join()
-        logs = [p.read_text() for p in Path(temporary).glob("session_2*/logs/worker-*.err")]
+        logs = [p.read_text() for p in Path(temporary).glob(WORKER_LOGS)]
         ray.shutdown()
         storage.on_retry.clear()
         shutil.rmtree(temporary, ignore_errors=True)
-    lines = [json.loads(ln) for log in logs for ln in log.splitlines() if ln.startswith("{")]
-    yield Watched(path, result, series, states, text.getvalue(), lines)
+    lines = [line for log in logs for line in json_lines(log)]
+    yield Watched(path, result, series, states, text.getvalue(), lines, held)
 
 
 def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
@@ -188,10 +199,11 @@ def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
 def test_the_worker_that_is_held_back_is_named(watched: Watched) -> None:
     said = re.findall(r"rank (\d) on (\S+ \(\S+\)) is slow: (\S+) times", watched.text)
     assert said, watched.text
-    ranks = {rank for rank, *_ in said}
-    assert len(ranks) == 1
+    # A busy machine may hold back the other for a window too, but never as long.
+    _, rank = max((float(times), int(rank)) for rank, _, times in said)
+    assert rank == watched.held, said
     assert {node for _, node, _ in said} == {said[0][1]} and socket.gethostname() in said[0][1]
-    assert slow_ranks(watched.states) == {int(ranks.pop())}
+    assert watched.held in slow_ranks(watched.states)
 
 
 def test_the_status_goes_with_the_run(watched: Watched) -> None:
