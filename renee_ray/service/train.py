@@ -24,6 +24,7 @@ from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.sinks import check_sinks
 from renee_ray.service.watch import Watch
 from renee_ray.service.wishes import wishes
+from renee_ray.status import STATUS_FILE
 from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import Checkpoint, State, set_moments
 from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
@@ -57,7 +58,7 @@ class Stopped(ReneeError):
 def train(
     config: RunConfig, on_progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Trains, or resumes what is at `config.output`.
+    """Trains, or resumes what is at `config.output`; of a finished run it only tells.
 
     Returns:
         the metrics of the last evaluation, with "step", "skipped" and "best".
@@ -71,8 +72,12 @@ def train(
     check(config, dataset)
     directory = RunDirectory(config.output)
     _check_resumable(config, directory, dataset)
-    if directory.checkpoints().newest() is None:
+    newest = directory.checkpoints().newest()
+    if newest is None:
         directory.refuse_old_format()
+    elif is_finished(directory, newest.state, orders(config, dataset)):
+        on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
+        return _outcome(newest.state)
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": _identity(dataset)})
@@ -108,6 +113,26 @@ def train(
             f"to go on from there"
         )
     return found
+
+
+def is_finished(directory: RunDirectory, state: State, epochs: list[Order]) -> bool:
+    """Whether a checkpoint's state is the end of the run, and `renee-ray status` says so too."""
+    try:
+        status = directory.read(STATUS_FILE) or {}
+    except ReneeError:  # damaged: the workers write another
+        return False
+    at_end = state.step >= sum(order.num_batches for order in epochs)
+    return at_end and status.get("state") == "finished"
+
+
+def _outcome(state: State) -> dict[str, Any]:
+    evals = state.history["evals"]
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "best": state.best,
+        "validation": evals[-1]["metrics"] if evals else {},
+    }
 
 
 def _workers(config: RunConfig) -> str:
@@ -257,14 +282,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         trainer.run(batches)
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
-    evals = trainer.state.history["evals"]
-    return {
-        "step": trainer.state.step,
-        "skipped": trainer.state.skipped,
-        "best": trainer.state.best,
-        "validation": evals[-1]["metrics"] if evals else {},
-        "stopped": trainer.stopped,
-    }
+    return _outcome(trainer.state) | {"stopped": trainer.stopped}
 
 
 def _save(

@@ -15,8 +15,11 @@ import pytest
 from renee_ray.cli import main
 from renee_ray.config import RunConfig, make_config
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.order import training_order
 from renee_ray.service.run import RunDirectory
-from renee_ray.service.train import orders
+from renee_ray.service.train import is_finished, orders
+from renee_ray.status import STATUS_FILE
+from renee_ray.training.checkpoint import State
 
 from .conftest import (
     RECIPE,
@@ -187,12 +190,37 @@ def test_a_killed_run_resumes_with_other_numbers_of_workers(
 
 @slow
 def test_a_finished_run_stays_as_it_is(trained: Run, dataset: str, recipe: str) -> None:
+    def times() -> dict[Path, int]:
+        files = [path for path in Path(trained.path).rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
     again = run_of(
         trained.path,
         renee_ray("train", recipe, f"data={dataset}", f"output={trained.path}", "--json"),
     )
+    assert f"is finished, after step {trained.result['step']}" in again.command.stderr
     assert again.result == trained.result
     assert again.history == trained.history
+    assert times() == before
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "finished"),
+    [
+        (4, '{"state": "finished"}', True),
+        (3, '{"state": "finished"}', False),  # the newest checkpoint was damaged since
+        (4, '{"state": "running"}', False),  # the workers were killed after the last checkpoint
+        (4, "{", False),
+        (4, None, False),
+    ],
+)
+def test_what_is_finished(tmp_path: Path, step: int, status: str | None, finished: bool) -> None:
+    epoch = training_order([20], [], augment=0, seed=0, epoch=0, batch_size=10, streams=1, window=1)
+    if status is not None:
+        (tmp_path / STATUS_FILE).write_text(status)
+    found = is_finished(RunDirectory(str(tmp_path)), State(step=step), [epoch, epoch])
+    assert found == finished
 
 
 @slow
