@@ -18,7 +18,14 @@ ATTEMPTS = 3
 IDLE_MS = 60_000
 """For which a process that reads may wait for its next window. Ray's own second ends it between
 two windows, and to start another takes a core for four."""
-LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "GLOO_SOCKET_IFNAME": "lo"}
+LOCAL = {
+    ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes the only node away
+}
+UNUSED = ("log_monitor", "dashboard", "monitor")
+"""Processes of Ray's that a local cluster has no use for. They send logs to a driver that shows
+none; report, where no dashboard is asked for, that Ray is used; and look after other nodes."""
 
 
 def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
@@ -59,7 +66,7 @@ def _start_local(num_cpus: int) -> None:
     """Ray gives a node a fixed time to start, which a busy machine may exceed: tried thrice."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _on_loopback():
+            with _on_this_machine():
                 ray.init(
                     address="local",
                     num_cpus=max(num_cpus, os.cpu_count() or 1),
@@ -68,6 +75,7 @@ def _start_local(num_cpus: int) -> None:
                     logging_level=logging.WARNING,
                     _system_config={"idle_worker_killing_time_threshold_ms": IDLE_MS},
                 )
+            _end_unused()
             return
         except Exception as error:
             ray.shutdown()
@@ -76,8 +84,15 @@ def _start_local(num_cpus: int) -> None:
             log.warning("Ray did not start in time (attempt %d of %d)", attempt, ATTEMPTS)
 
 
+def _end_unused() -> None:
+    """Ray has no switch for these; they are this process's own children, which it can end."""
+    node = ray._private.worker._global_node
+    for name in UNUSED:
+        getattr(node, f"kill_{name}")(check_alive=False)
+
+
 @contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
+def _on_this_machine() -> Iterator[None]:
     """A Ray started inside, and the collectives of its workers, listen on 127.0.0.1 alone.
 
     Whoever reaches a port of Ray's can run code, and on Linux it listens on every interface. It
@@ -85,13 +100,13 @@ def _on_loopback() -> Iterator[None]:
     of its processes read from the environment.
     """
     before, enabled = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(LOOPBACK)
+    os.environ.update(LOCAL)
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
-        for name in LOOPBACK:
+        for name in LOCAL:
             if name in before:
                 os.environ[name] = before[name]
             else:

@@ -18,6 +18,8 @@ from renee_ray.service.watch import Beat, Watch
 LINE_SECONDS = 30
 """Where there is no terminal, a line is written this often instead of a bar."""
 FLUSH_SECONDS = 5
+WATCH_SECONDS, LATE_SECONDS = 2.0, 0.5
+"""Between two looks at who is silent: each is a call of an actor that shares the workers' cores."""
 SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
 
 
@@ -84,6 +86,7 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        self.queue.actor.put_nowait.remote(None)  # type: ignore[attr-defined]
         self._thread.join(timeout=10)
         self.queue.shutdown(force=True)
 
@@ -91,8 +94,10 @@ class Display:
         show = _bar if self._console.is_terminal else _lines
         with show(self._console) as shown:
             while True:
+                # What workers sent last may come after what this process sent.
+                timeout = LATE_SECONDS if self._stop.is_set() else WATCH_SECONDS
                 try:
-                    record = self.queue.get(timeout=0.5)
+                    record = self.queue.get(timeout=timeout)
                 except Empty:
                     if self._stop.is_set():
                         return

@@ -82,7 +82,7 @@ def renee_ray(*arguments: str) -> Command:
 def descendants(root: int) -> dict[int, str]:
     """The command line of each process below `root`, by process id."""
     listing = subprocess.run(
-        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
     ).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()]
     found: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Where a local Ray, and the training workers in it, listen: on this machine alone."""
+"""A local Ray: where it, and the training workers in it, listen; and which processes it has."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def listening(pids: set[int]) -> set[str]:
     return found
 
 
-def test_a_local_ray_listens_on_loopback_alone() -> None:
+@pytest.fixture(scope="module")
+def local() -> tuple[set[str], list[str]]:
+    """Addresses on which a local Ray listens, and command lines of its processes."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | ENVIRONMENT
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
@@ -57,10 +59,22 @@ def test_a_local_ray_listens_on_loopback_alone() -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        found = listening({process.pid, *descendants(process.pid)})
+        below = descendants(process.pid)
+        return listening({process.pid, *below}), list(below.values())
     finally:
         end(process)
+
+
+def test_a_local_ray_listens_on_loopback_alone(local: tuple[set[str], list[str]]) -> None:
+    found, _ = local
     assert found and found <= LOOPBACK, found
+
+
+def test_a_local_ray_has_no_process_without_a_use(local: tuple[set[str], list[str]]) -> None:
+    _, commands = local
+    assert any("gcs_server" in command for command in commands)
+    for script in ("log_monitor.py", "dashboard/dashboard.py", "autoscaler/_private/monitor.py"):
+        assert not any(script in command for command in commands), commands
 
 
 def test_what_listens_everywhere_is_seen() -> None:
