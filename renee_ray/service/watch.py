@@ -80,18 +80,20 @@ class Watch:
         if self._over:
             return None
         silent, waiting, late = [], [], []
+        longest = 0.0
         front = max((beat.entered for beat, _ in self._beats.values()), default=0)
         for beat, seen in self._beats.values():
             still = beat.seconds + now - seen
             if now - seen > max(self.patience, 3 * beat_seconds(self.timeout_s)):
                 silent.append(f"{beat.who()} has sent nothing for {now - seen:.0f} s; it was in "
                               f"phase `{beat.phase}` of step {beat.step}")  # fmt: skip
-            elif beat.entered == front and _waits(beat) and still > self.patience:
+            elif beat.entered == front and _waits(beat):
                 waiting.append(beat)
+                longest = max(longest, still)
             elif beat.entered < front:
                 late.append(f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
                             f"for {still:.0f} s")  # fmt: skip
-        if not waiting or not (silent or late) or (self._group, front) in self._said:
+        if longest <= self.patience or not (silent or late) or (self._group, front) in self._said:
             return None
         self._said.add((self._group, front))
         culprits = silent or late

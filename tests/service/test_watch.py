@@ -34,6 +34,13 @@ def test_a_worker_that_hangs_elsewhere_is_named_with_its_phase() -> None:
     assert "rank 2" in watch.blamed(80) and watch.blamed(1000) == ""
 
 
+def test_all_that_wait_are_counted_however_long_each_does() -> None:
+    watch = Watch(60)
+    late = replace(GATHER, rank=2, pid=102, entered=897, phase="data")
+    told(watch, [waiting(0, 31), waiting(1, 29), late], now=0)
+    assert "2 others wait for it in phase `gather`" in (watch.complaint(0) or "")
+
+
 def test_several_that_do_not_come_are_all_named() -> None:
     watch = Watch(60)
     late = [replace(GATHER, rank=r, pid=100 + r, entered=890 + r, phase="data") for r in (1, 2)]
