@@ -137,7 +137,7 @@ def watched(
         (log,) = Path(temporary).glob(f"session_2*/logs/worker-*-{pid}.err")
         held = json_lines(log.read_text())[0]["rank"]
         while not over.wait(FREE_S) and not (
-            f"rank {held} on" in text.getvalue() and held in slow_ranks(states)
+            re.search(rf"rank {held} on .* is slow", text.getvalue()) and held in slow_ranks(states)
         ):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
