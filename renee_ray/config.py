@@ -271,7 +271,8 @@ class RunConfig(Config):
     loss_every: int = Field(20, ge=0)
     """Steps between two computations of the loss; 0: never."""
     timeout_s: int = Field(120, ge=5)
-    """Seconds after which a collective that some worker did not join fails."""
+    """Seconds after which a collective inside a step that some worker did not join fails; before
+    a step it has the patience with storage besides (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
     encoder: EncoderConfig = EncoderConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     feed: FeedConfig = FeedConfig()

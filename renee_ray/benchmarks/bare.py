@@ -162,7 +162,7 @@ def _join(rank: int, job: Job, directory: str) -> tuple[Ranks, torch.device]:
             world_size=job.config.max_workers,
             timeout=timedelta(seconds=job.config.timeout_s),
         )
-    return Ranks.of_process_group(), device
+    return Ranks.of_process_group(job.config.timeout_s), device
 
 
 def measure(job: Job, ranks: Ranks, device: torch.device) -> dict[str, Any]:

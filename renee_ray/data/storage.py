@@ -128,6 +128,11 @@ on_retry: list[Callable[[], None]] = []
 """Called before each further attempt of `patiently`, for whoever counts them in this process."""
 
 
+def usual_patience() -> float:
+    """Seconds for which storage that is away is tried again."""
+    return float(os.environ.get(PATIENCE, PATIENCE_S))
+
+
 def patiently(operation: Callable[[], T], what: str, patience: float | None = None) -> T:
     """Calls `operation`, again and again while storage does not answer; logs that once.
 
@@ -140,7 +145,7 @@ def patiently(operation: Callable[[], T], what: str, patience: float | None = No
         OSError: of another kind, or the last one when the patience is at its end.
     """
     if patience is None:
-        patience = float(os.environ.get(PATIENCE, PATIENCE_S))
+        patience = usual_patience()
 
     def say(state: tenacity.RetryCallState) -> None:
         for call in on_retry:

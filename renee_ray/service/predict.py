@@ -130,7 +130,7 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     score = ScoreConfig.model_validate(arguments["score"])
     points: Dataset = arguments["points"]
     labels: Dataset = arguments["labels"]
-    ranks, device = Ranks.of_process_group(), worker_device()
+    ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
     voters: Dataset | None = arguments["voters"]
     checkpoint = RunDirectory(arguments["run"]).checkpoints().at(arguments["checkpoint"])
     scorer = _load(config, labels, voters, checkpoint, ranks, device)

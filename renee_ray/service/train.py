@@ -189,7 +189,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
     quiet()
     config = RunConfig.model_validate(arguments["config"])
     dataset = Dataset(config.data, arguments["manifest"])
-    ranks, device = Ranks.of_process_group(), worker_device()
+    ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
     epochs = orders(config, dataset)
     plan = Plan(
         tuple(order.num_batches for order in epochs),

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import reduce
 from operator import or_
 
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from renee_ray.data.storage import usual_patience
 from renee_ray.xfc.labels import owners
 
 
@@ -41,15 +43,22 @@ class Ranks:
     host: dist.ProcessGroup | None = None
 
     @classmethod
-    def of_process_group(cls) -> Ranks:
-        """Own groups beside the default one, so that DDP's buckets cannot interleave with ours."""
+    def of_process_group(cls, timeout_s: float | None = None) -> Ranks:
+        """Own groups beside the default one, so that DDP's buckets cannot interleave with ours.
+
+        timeout_s: for which a rank waits for the others inside a step. Where it may be storage that
+        keeps one of them (the next batch, a checkpoint), it waits as long as storage is tried again
+        besides. None: torch's half an hour. A new group does not take that of the default one.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
+        step = None if timeout_s is None else timedelta(seconds=timeout_s)
+        with_storage = step and step + timedelta(seconds=usual_patience())
         return cls(
             dist.get_rank(),
             dist.get_world_size(),
-            dist.new_group(),
-            dist.new_group(backend="gloo"),
+            dist.new_group(timeout=step),
+            dist.new_group(backend="gloo", timeout=with_storage),
         )
 
 

@@ -39,6 +39,8 @@ EPOCHS = 8
 HELD_S, FREE_S = 0.12, 0.04
 WORKER = "ray::RayTrainWorker"
 WORKER_LOGS = "session_2*/logs/worker-*.err"
+IMPATIENT = {"RENEE_RAY_STORAGE_PATIENCE_S": "1"}
+"""With storage: between two steps a worker waits for others that much longer than `timeout_s`."""
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
@@ -260,7 +262,7 @@ def test_a_worker_that_hangs_is_named_and_replaced(
     path = str(tmp_path / "run")
     process = start(
         "train", recipe, f"data={dataset}", f"output={path}", "--json", "num_workers=3",
-        "timeout_s=15",
+        "timeout_s=15", env=IMPATIENT,
     )  # fmt: skip
     try:
         victim = hung_worker(process, path, 20)
@@ -285,7 +287,7 @@ def test_a_run_that_gives_up_says_who_did_not_come(
     path = str(tmp_path / "run")
     process = start(
         "train", recipe, f"data={dataset}", f"output={path}", "timeout_s=8",
-        "checkpoint.max_failures=0",
+        "checkpoint.max_failures=0", env=IMPATIENT,
     )  # fmt: skip
     try:
         victim = hung_worker(process, path, 18)

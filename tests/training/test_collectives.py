@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -174,3 +177,27 @@ def test_look_up_answers_in_the_order_of_the_questions(
 def test_all_sum(runs: Runs, num_ranks: int) -> None:
     for result in runs[num_ranks]:
         assert result["sum"].tolist() == [num_ranks * (num_ranks + 1) / 2, 2.0 * num_ranks]
+
+
+def waited_for(_: Ranks, inside: bool) -> torch.Tensor:
+    """Seconds that each rank waits for one that comes 4 s late, with a time-out of 1 s."""
+    os.environ["RENEE_RAY_STORAGE_PATIENCE_S"] = "60"
+    ranks = Ranks.of_process_group(1)
+    if ranks.rank == 1:
+        time.sleep(4)
+    start = time.monotonic()
+    with contextlib.suppress(RuntimeError):  # the late one finds nobody
+        if inside:
+            gather_rows(ranks, torch.zeros(1, DIM), [1, 1])
+        else:
+            row_counts(ranks, 1)
+    waited = torch.tensor(time.monotonic() - start)
+    time.sleep(0 if ranks.rank == 1 else 5 - min(5, float(waited)))
+    return waited
+
+
+def test_a_rank_is_waited_for_as_long_as_storage_may_keep_it() -> None:
+    inside, _ = on_ranks(2, waited_for, True)
+    assert 0.5 < float(inside) < 3
+    before, _ = on_ranks(2, waited_for, False)
+    assert 3 < float(before) < 10
