@@ -108,7 +108,7 @@ def _run_full(job: Job) -> dict[str, Any]:
                 arguments = {
                     "config": config.model_dump(),
                     "manifest": job.dataset.manifest,
-                    "queue": display.queue,
+                    "mail": display.mail,
                     "launched_s": 0.0,
                     "job": job,
                 }

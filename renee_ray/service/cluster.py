@@ -52,6 +52,12 @@ def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
         )
 
 
+def started_here() -> bool:
+    """Whether this process started the Ray that it uses, which then ends with it."""
+    node = ray._private.worker._global_node
+    return node is not None and node.head
+
+
 def _connect() -> None:
     try:
         ray.init(log_to_driver=False)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.util.queue import Empty, Queue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from renee_ray.service.mail import Mail
 from renee_ray.service.watch import Beat, Watch
 
 LINE_SECONDS = 30
@@ -26,8 +26,8 @@ SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
 class Channel:
     """The workers' end: rank 0 sends records, every rank its warnings."""
 
-    def __init__(self, queue: Queue | None, rank: int) -> None:
-        self._queue, self._rank = queue, rank
+    def __init__(self, mail: Mail | None, rank: int) -> None:
+        self._mail, self._rank = mail, rank
         self._last: ray.ObjectRef | None = None
 
     def record(self, record: dict[str, Any]) -> None:
@@ -45,8 +45,8 @@ class Channel:
         logging.getLogger("renee_ray").addHandler(_Forward(self))
 
     def _send(self, record: dict[str, Any]) -> None:
-        if self._queue is not None:
-            self._last = self._queue.actor.put_nowait.remote(record)  # type: ignore[attr-defined]
+        if self._mail is not None:
+            self._last = self._mail.send(record)
 
     def flush(self) -> None:
         """Waits for what was sent, FLUSH_SECONDS at most: for a process that is about to end."""
@@ -76,7 +76,7 @@ class Display:
     def __init__(self, console: Console | None = None, watch: Watch | None = None) -> None:
         self._console = console or Console(stderr=True)
         self.watch = watch
-        self.queue = Queue(actor_options={"num_cpus": 0})
+        self.mail = Mail()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -86,9 +86,9 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self.queue.actor.put_nowait.remote(None)  # type: ignore[attr-defined]
+        self.mail.send({})  # wakes the thread
         self._thread.join(timeout=10)
-        self.queue.shutdown(force=True)
+        self.mail.close()
 
     def _run(self) -> None:
         show = _bar if self._console.is_terminal else _lines
@@ -97,24 +97,22 @@ class Display:
                 # What workers sent last may come after what this process sent.
                 timeout = LATE_SECONDS if self._stop.is_set() else WATCH_SECONDS
                 try:
-                    record = self.queue.get(timeout=timeout)
-                except Empty:
-                    if self._stop.is_set():
-                        return
-                    record = None
-                except Exception:  # the queue's actor went away with the cluster: nothing to show
+                    record = self.mail.receive(timeout)
+                except Exception:  # the actor went away with the cluster: nothing to show
+                    return
+                if record is None and self._stop.is_set():
                     return
                 for each in self._watched(record):
                     shown(each)
 
     def _watched(self, record: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """The record, unless it is a sign of life, and what the watch has to say."""
-        if record is not None and "beat" not in record:
+        if record and "beat" not in record:
             yield record
         if self.watch is None:
             return
         now = time.monotonic()
-        if record is not None and "beat" in record:
+        if record and "beat" in record:
             self.watch.saw(Beat(**record["beat"]), now)
         if complaint := self.watch.complaint(now):
             yield {"text": complaint}

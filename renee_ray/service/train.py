@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.queue import Queue
 
 from renee_ray.config import ReneeError, RunConfig, dotted
 from renee_ray.data.dataset import Dataset
@@ -30,7 +29,7 @@ from renee_ray.training.checkpoint import Checkpoint, State, set_moments
 from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.initialise import initialise_classifier
-from renee_ray.training.loop import STOP, Plan, Trainer
+from renee_ray.training.loop import Plan, Trainer
 from renee_ray.training.model import Model, build_model
 from renee_ray.training.resume import resume
 from renee_ray.training.scoring import Propensities, prior_offset, read_counts
@@ -92,18 +91,16 @@ def train(
         f"{'GPU' if use_gpu else 'CPU'} workers"
     )
     watch, launched_s = Watch(config.timeout_s), time.time()
-    commands = Queue(actor_options={"num_cpus": 0})
-
-    def stop() -> None:
-        on_progress("stopping after a checkpoint; once more to stop at once")
-        commands.actor.put_nowait.remote(STOP)  # type: ignore[attr-defined]
-
     with Display(watch=watch) as display, following(config, watch, launched_s):
+
+        def stop() -> None:
+            on_progress("stopping after a checkpoint; once more to stop at once")
+            display.mail.stop()
+
         arguments = {
             "config": config.model_dump(),
             "manifest": dataset.manifest,
-            "queue": display.queue,
-            "commands": commands,
+            "mail": display.mail,
             "launched_s": launched_s,
         }
         found = launch(train_worker, arguments, config, use_gpu, on_stop=stop)
@@ -196,7 +193,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
         config.evaluation.every,
         config.checkpoint.every_steps,
     )
-    channel = Channel(arguments["queue"], ranks.rank)
+    channel = Channel(arguments["mail"], ranks.rank)
     channel.forward_warnings()
     leave_room_for_reading(config, ranks, device.type == "cuda")
     num_labels = dataset.manifest.num_labels
@@ -276,7 +273,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs, on a fresh start and after every failure."""
     trainer, batches, observer, writer = prepare(arguments)
     if trainer.ranks.rank == 0:
-        wishes.follow(arguments["commands"])
+        wishes.follow(arguments["mail"])
     trainer.wish = lambda: wishes.take(trainer.state.step)
     with observer:
         trainer.run(batches)

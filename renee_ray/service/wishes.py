@@ -10,6 +10,7 @@ A wish of any worker reaches all of them with the row counts of the next step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -25,10 +26,10 @@ from ray.train.v2._internal.execution.callback import (
     WorkerGroupCallback,
 )
 from ray.train.v2._internal.execution.controller.state import ResizingState
-from ray.util.queue import Queue
 
+from renee_ray.service.mail import Mail
 from renee_ray.training.checkpoint_writer import Written
-from renee_ray.training.loop import CHECKPOINT
+from renee_ray.training.loop import CHECKPOINT, STOP
 
 log = logging.getLogger(__name__)
 
@@ -97,17 +98,15 @@ class Wishes:
 
         threading.Thread(target=late, daemon=True).start()
 
-    def follow(self, commands: Queue) -> None:
-        """Takes what the driver sends, as long as this process lives."""
+    def follow(self, mail: Mail) -> None:
+        """Stops when the driver says so."""
 
         def run() -> None:
-            while True:
-                try:
-                    self.ask(commands.get())
-                except Exception:  # the driver and its queue are gone, soon this process too
-                    return
+            with contextlib.suppress(Exception):  # without its driver this process ends too
+                mail.wait_for_stop()
+                self.ask(STOP)
 
-        threading.Thread(target=run, name="commands", daemon=True).start()
+        threading.Thread(target=run, name="stop", daemon=True).start()
 
     def _fulfilled(self) -> bool:
         return self._due is not None and self._committed >= self._due
