@@ -118,7 +118,7 @@ def data_parallel(
         encoder,
         device_ids=None if not on_gpu else [torch.cuda.current_device()],
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
     )
     if gradient == "sum":
         sum_gradients(wrapped, on_last)

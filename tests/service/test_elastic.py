@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from renee_ray.service.run import RunDirectory
 from renee_ray.xfc.labels import split_range
 
-from .conftest import HEALTH, LONGER, Run, end, finish, renee_ray, run_of, start
+from .conftest import HEALTH, LONGER, Run, descendants, end, finish, renee_ray, run_of, start
 from .test_train import (
     OTHER_ORDER,
     assert_same_outcome,
@@ -171,10 +171,13 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
     process = start(*arguments, "evaluation.every=0", "checkpoint.grace_s=120")
     try:
         wait_for_commit(process, path, 5)
+        below = " ".join(descendants(process.pid).values())
         process.send_signal(number)
         stopped = finish(process)
     finally:
         end(process)
+    assert "ray::TrainController" in below and "ray::_Mail" in below
+    assert not re.search("PlacementGroupCleaner|DatasetManager|_QueueActor", below), below
     assert stopped.status == 130, stopped.stderr
     assert stopped.stdout == ""
     assert "Traceback" not in stopped.stderr
