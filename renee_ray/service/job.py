@@ -56,11 +56,11 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         # Workers read for themselves (service/feed.py), so the trainer is given no datasets.
-        unused: list[type] = [DatasetsCallback]
+        unused: tuple[type, ...] = (DatasetsCallback,)
         if started_here():  # what a controller leaves behind ends with this process
-            unused.append(PlacementGroupCleanerCallback)
+            unused += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # V2's
-        return [each for each in callbacks if not isinstance(each, tuple(unused))]
+        return [each for each in callbacks if not isinstance(each, unused)]
 
 
 def _trainer(

@@ -39,7 +39,7 @@ EPOCHS = 8
 HELD_S, FREE_S = 0.12, 0.04
 WORKER = "ray::RayTrainWorker"
 WORKER_LOGS = "session_2*/logs/worker-*.err"
-IMPATIENT = {"RENEE_RAY_STORAGE_PATIENCE_S": "1"}
+IMPATIENT = {storage.PATIENCE: "1"}
 """With storage: between two steps a worker waits for others that much longer than `timeout_s`."""
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 

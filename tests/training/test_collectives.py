@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from renee_ray.data.storage import PATIENCE
 from renee_ray.training import collectives
 from renee_ray.training.collectives import (
     Ranks,
@@ -181,7 +182,7 @@ def test_all_sum(runs: Runs, num_ranks: int) -> None:
 
 def waited_for(_: Ranks, inside: bool) -> torch.Tensor:
     """Seconds that each rank waits for one that comes 4 s late, with a time-out of 1 s."""
-    os.environ["RENEE_RAY_STORAGE_PATIENCE_S"] = "60"
+    os.environ[PATIENCE] = "60"
     ranks = Ranks.of_process_group(1)
     if ranks.rank == 1:
         time.sleep(4)
