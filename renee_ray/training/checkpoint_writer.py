@@ -28,7 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from renee_ray.config import reason
-from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk
+from renee_ray.data.storage import (
+    PATIENCE_S,
+    patiently,
+    replace_on,
+    to_disk,
+    usual_patience,
+)
 from renee_ray.training.checkpoint import (
     ENCODER,
     MANIFEST,
@@ -49,9 +55,16 @@ log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.8
 """Of the memory that is free, what the copies of all ranks of this machine may take."""
-COMMIT_TIMEOUT_S = 4 * PATIENCE_S
-"""For which a rank waits for the others' files: longer than any of them waits for storage."""
 Files = dict[str, dict[str, Tensor]]
+
+
+def commit_timeout() -> timedelta:
+    """For which a rank waits for the others' files.
+
+    It is longer than storage is waited for with the two or three files of a rank. An impatient
+    run does not shorten it, as large files take their time with a store that answers, too.
+    """
+    return 4 * timedelta(seconds=max(PATIENCE_S, usual_patience()))
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class CheckpointWriter:
             self._tidy(self.checkpoints.clear_uncommitted)
         self._token = broadcast_bytes(self.ranks, secrets.token_hex(4).encode()).decode()
         self._group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMIT_TIMEOUT_S))
+            dist.new_group(backend="gloo", timeout=commit_timeout())
             if self.ranks.num_ranks > 1
             else None
         )

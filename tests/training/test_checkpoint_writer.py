@@ -286,6 +286,16 @@ def test_a_writer_killed_at_random_points(tmp_path: Path) -> None:
     assert found == {2, 3}
 
 
+@pytest.mark.parametrize(("patience", "seconds"), [(None, 1200.0), ("1", 1200.0), ("600", 2400.0)])
+def test_the_others_files_are_waited_for_longer_than_storage(
+    patience: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RENEE_RAY_STORAGE_PATIENCE_S", raising=False)
+    if patience is not None:
+        monkeypatch.setenv("RENEE_RAY_STORAGE_PATIENCE_S", patience)
+    assert checkpoint_writer.commit_timeout().total_seconds() == seconds
+
+
 def test_a_damaged_newest_is_passed_over_and_none_whole_is_an_error(tmp_path: Path) -> None:
     worker, writer = Worker(Ranks()), writer_of(tmp_path)
     assert Checkpoints(str(tmp_path)).newest() is None
