@@ -8,6 +8,8 @@ from pathlib import Path
 
 SAMPLE_S = 0.2
 """Seconds between two looks at the memory of all processes."""
+SAMPLES_A_SEARCH = 5
+"""Looks to one search for new processes: that reads of every process of the machine."""
 
 
 class ResidentPeak:
@@ -33,8 +35,11 @@ class ResidentPeak:
         self._thread.join()
 
     def _watch(self) -> None:
+        sample = 0
         while True:
-            found = processes_below()
+            if sample % SAMPLES_A_SEARCH == 0:
+                pids = processes_below()
+            found = {pid: _resident(pid) for pid in pids}
             self.bytes = max(self.bytes, sum(found.values()))
             for pid, resident in found.items():
                 command = _command(pid) if resident > self.greatest else ""
@@ -42,32 +47,38 @@ class ResidentPeak:
                     self.greatest, self.command = resident, command
             if self._over.wait(SAMPLE_S):
                 return
+            sample += 1
 
 
 def resident_bytes() -> int:
     """Resident memory of this process and its descendants now; 0 where there is no /proc."""
-    return sum(processes_below().values())
+    return sum(map(_resident, processes_below()))
 
 
-def processes_below() -> dict[int, int]:
-    """Resident bytes of this process and of each of its descendants, by process id."""
+def processes_below() -> set[int]:
+    """Process ids of this process and of its descendants."""
     parent: dict[int, int] = {}
-    resident: dict[int, int] = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            lines = status.read_text().splitlines()
-        except OSError:  # it has ended meanwhile
-            continue
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        pid = int(status.parent.name)
-        parent[pid] = int(fields["PPid"])
-        resident[pid] = int(fields.get("VmRSS", "0 kB").split()[0]) * 1024
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if name.isdecimal() and (fields := _stat(int(name))):
+            parent[int(name)] = int(fields[1])
     own = {os.getpid()}
-    while True:
-        more = {pid for pid, above in parent.items() if above in own} - own
-        if not more:
-            return {pid: resident[pid] for pid in own if pid in resident}
+    while more := {pid for pid, above in parent.items() if above in own} - own:
         own |= more
+    return own
+
+
+def _resident(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[21]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc(5) lists of a process from its state on, the third of all; none if it has ended."""
+    try:
+        raw = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return []
+    return raw.rpartition(b")")[2].decode().split()  # its name may hold anything
 
 
 def _command(pid: int) -> str:

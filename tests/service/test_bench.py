@@ -63,7 +63,7 @@ def test_memory_of_processes_below_is_counted() -> None:
         try:
             assert child.stdout is not None
             child.stdout.readline()
-            time.sleep(1)
+            time.sleep(2)  # new processes are looked for once a second
         finally:
             child.kill()
             child.wait()
