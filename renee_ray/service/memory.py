@@ -15,7 +15,8 @@ SAMPLES_A_SEARCH = 5
 class ResidentPeak:
     """Highest resident memory while it is entered, sampled.
 
-    Pages that several processes share count once for each: an upper bound.
+    A process counts from the next search on, about a second at most after its start. Pages that
+    several processes share count once for each: an upper bound.
 
     bytes: of all processes together; greatest: of one process that is not Ray's raylet, which
     holds the object store; command: the beginning of its command line.
@@ -35,19 +36,20 @@ class ResidentPeak:
         self._thread.join()
 
     def _watch(self) -> None:
-        sample = 0
         while True:
-            if sample % SAMPLES_A_SEARCH == 0:
-                pids = processes_below()
-            found = {pid: _resident(pid) for pid in pids}
-            self.bytes = max(self.bytes, sum(found.values()))
-            for pid, resident in found.items():
-                command = _command(pid) if resident > self.greatest else ""
-                if command and "raylet/raylet" not in command:
-                    self.greatest, self.command = resident, command
-            if self._over.wait(SAMPLE_S):
-                return
-            sample += 1
+            pids = processes_below()
+            for _ in range(SAMPLES_A_SEARCH):
+                self._look(pids)
+                if self._over.wait(SAMPLE_S):
+                    return
+
+    def _look(self, pids: set[int]) -> None:
+        found = {pid: _resident(pid) for pid in pids}
+        self.bytes = max(self.bytes, sum(found.values()))
+        for pid, resident in found.items():
+            command = _command(pid) if resident > self.greatest else ""
+            if command and "raylet/raylet" not in command:
+                self.greatest, self.command = resident, command
 
 
 def resident_bytes() -> int:
@@ -58,9 +60,9 @@ def resident_bytes() -> int:
 def processes_below() -> set[int]:
     """Process ids of this process and of its descendants."""
     parent: dict[int, int] = {}
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if name.isdecimal() and (fields := _stat(int(name))):
-            parent[int(name)] = int(fields[1])
+    for entry in Path("/proc").glob("[0-9]*"):
+        if fields := _stat(int(entry.name)):
+            parent[int(entry.name)] = int(fields[1])
     own = {os.getpid()}
     while more := {pid for pid, above in parent.items() if above in own} - own:
         own |= more

@@ -28,13 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from renee_ray.config import reason
-from renee_ray.data.storage import (
-    PATIENCE_S,
-    patiently,
-    replace_on,
-    to_disk,
-    usual_patience,
-)
+from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk, usual_patience
 from renee_ray.training.checkpoint import (
     ENCODER,
     MANIFEST,
