@@ -43,11 +43,24 @@ class Best(ABC):
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(scores [B, k] descending, labels [B, k])."""
-        # Labels ascend among equal scores: a stable sort leaves the smaller label first.
-        scores, order = self.scores.sort(dim=1, descending=True, stable=True)
-        scores, labels = scores[:, : self.k].contiguous(), self.labels.gather(1, order[:, : self.k])
+        # Labels ascend among equal scores.
+        scores, labels = leading(self.scores, self.labels, self.k)
         # A banned label has score -inf too, and must not be told apart from an empty place.
         return scores, labels.masked_fill_(scores == -torch.inf, NONE)
+
+
+def leading(scores: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of scores [B, m], descending, and their labels; of equal ones the leftmost."""
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :k].contiguous(), labels.gather(1, order[:, :k])
+
+
+def join(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of several results, of which each has later labels than those before."""
+    if len(found) == 1:
+        return found[0]
+    scores, labels = zip(*found, strict=True)
+    return leading(torch.cat(scores, dim=1), torch.cat(labels, dim=1), k)
 
 
 def best_of(rows: int, k: int, device: torch.device) -> Best:

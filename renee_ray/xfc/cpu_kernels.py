@@ -233,7 +233,8 @@ def _collection(dtype: str, shifted: bool) -> Callable[..., None]:
                     if block[j] > least:
                         scores[i, count], labels[i, count] = block[j], first + at + j
                         count += 1
-            threshold[i, 0], used[i] = least, count
+            # Another thread may have raised it meanwhile.
+            threshold[i, 0], used[i] = max(least, threshold[i, 0]), count
 
     return collect
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -9,25 +12,30 @@ from torch import Tensor
 class Scratch:
     """Named working memory on one device; a buffer grows to the largest size asked for.
 
-    Two calls with one name give the same memory, so a name stands for one use at a time.
+    Two calls of one thread with one name give the same memory, so a name stands for one use at a
+    time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._flat: WeakKeyDictionary[threading.Thread, dict[tuple[str, torch.dtype], Tensor]]
+        self._flat = WeakKeyDictionary()
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous tensor of `shape` with whatever was last written there."""
         size = 1
         for extent in shape:
             size *= extent
-        flat = self._flat.get((name, dtype))
+        own = self._flat.setdefault(threading.current_thread(), {})
+        flat = own.get((name, dtype))
         if flat is None or flat.numel() < size:
             # Scoring runs in inference mode, whose tensors no later training step could change.
             with torch.inference_mode(False):
                 flat = torch.empty(size, dtype=dtype, device=self.device)
-            self._flat[name, dtype] = flat
+            own[name, dtype] = flat
         return flat[:size].view(shape)
 
     def nbytes(self) -> int:
-        return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
+        """Bytes of all threads' buffers."""
+        buffers = [flat for own in self._flat.values() for flat in own.values()]
+        return sum(flat.numel() * flat.element_size() for flat in buffers)

@@ -15,13 +15,15 @@ the shard. Rows where it does not are reported.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.best import NONE, best_of
+from renee_ray.xfc.best import NONE, best_of, join
 from renee_ray.xfc.device import native_bf16
-from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.lanes import run
+from renee_ray.xfc.shard import Chunks, Pairs, Shard
 from renee_ray.xfc.storage import Weights
 
 ROWS = 8
@@ -49,23 +51,26 @@ def screened_topk(
     shard: Shard, embeddings: Tensor, k: int, excluded: Pairs | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `topk.shard_topk`, and whether each row is certain, bool [B]."""
-    scratch, rows = shard.weights.scratch, len(embeddings)
-    narrow = Narrow(shard.weights)
     inputs = embeddings.bfloat16()
-    best = best_of(rows, kept(k), embeddings.device)
     # Of a label there are its products, and its weights as fp32 and bf16; that these pass through
     # a cache twice as small costs less than starting the loops twice as often.
-    chunks = shard.chunks(rows, rows + 3 * shard.weights.dim)
-    banned = excluded.by_chunk(chunks) if excluded is not None else []
-    for i, (start, stop) in enumerate(chunks):
-        products = scratch("screened", rows, stop - start, dtype=torch.bfloat16)
-        torch.mm(inputs, narrow.rows(start, stop).T, out=products)
-        if excluded is not None:
-            products[banned[i]] = -torch.inf
-        best.add(products, start, None if offset is None else offset[start:stop])
-    screened, labels = best.result()
+    lanes = shard.lanes(len(inputs), len(inputs) + 3 * shard.weights.dim)
+    narrows = [Narrow(shard.weights) for _ in lanes]
+    # What a lane has found raises what the others have to beat. Labels with the very same product
+    # are then not told apart by their ids, which does not matter here.
+    threshold = torch.full((len(inputs), 1), -torch.inf)
+    screened, labels = join(
+        run(
+            [
+                partial(_screen, narrow, inputs, chunks, kept(k), threshold, excluded, offset)
+                for narrow, chunks in zip(narrows, lanes, strict=True)
+            ]
+        ),
+        kept(k),
+    )
     shift = 0.0 if offset is None else float(offset.abs().max())
-    bound, worst = narrow.bound(embeddings, inputs), screened[:, k - 1]
+    bounds = [narrow.bound(embeddings, inputs) for narrow in narrows]
+    bound, worst = torch.stack(bounds).amax(dim=0), screened[:, k - 1]
     # Only those are worth an fp32 product that the bound leaves among the k best.
     least = worst - 2.02 * (bound + _rounding(worst, shift))
     close = (screened > least[:, None]).sum(dim=1)
@@ -79,6 +84,29 @@ def screened_topk(
     sure = last + bound + _rounding(last, shift) < scores[:, k - 1]
     sure |= (last == -torch.inf) & bound.isfinite()
     return scores, torch.where(labels == NONE, NONE, labels + shard.owned.start), sure
+
+
+def _screen(
+    narrow: Narrow,
+    inputs: Tensor,
+    chunks: Chunks,
+    k: int,
+    threshold: Tensor,
+    excluded: Pairs | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The k best of some chunks by bf16 products, as far as they beat `threshold`; local labels."""
+    rows, scratch = len(inputs), narrow.weights.scratch
+    best = best_of(rows, k, inputs.device)
+    best.threshold = threshold
+    banned = excluded.by_chunk(chunks) if excluded is not None else []
+    for i, (start, stop) in enumerate(chunks):
+        products = scratch("screened", rows, stop - start, dtype=torch.bfloat16)
+        torch.mm(inputs, narrow.rows(start, stop).T, out=products)
+        if excluded is not None:
+            products[banned[i]] = -torch.inf
+        best.add(products, start, None if offset is None else offset[start:stop])
+    return best.result()
 
 
 def _rounding(products: Tensor, shift: float) -> Tensor:

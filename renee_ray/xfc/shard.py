@@ -16,6 +16,8 @@ GPU (`kernels`).
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,9 +27,14 @@ from torch import Tensor
 
 from renee_ray.xfc.device import chunk_bytes, has_kernels, upload
 from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.lanes import lane_count, run
 from renee_ray.xfc.storage import SGD, Update, Weights, add_product
 
 HOST = torch.device("cpu")
+GRADIENT_BYTES = 10
+"""Of a number of dE in a lane: its sum, and a chunk's part of it as bf16 and as fp32."""
+Chunks = list[tuple[int, int]]
+"""Local [start, stop) of labels that are worked on at once, one after the other."""
 INIT_BLOCK = 1024
 """Labels whose first weights come from one random stream, whoever owns them."""
 
@@ -60,10 +67,13 @@ class Pairs:
         found._host_labels = self._host_labels[inside.to(HOST)]
         return found
 
-    def by_chunk(self, chunks: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        """(rows, columns inside the chunk) of each chunk of local labels [start, stop)."""
-        starts = torch.tensor([start for start, _ in chunks], dtype=torch.int64)
-        bounds = [*torch.searchsorted(self._host_labels, starts).tolist(), len(self._host_labels)]
+    def by_chunk(self, chunks: Chunks) -> list[tuple[Tensor, Tensor]]:
+        """(rows, columns inside the chunk) of each chunk of local labels [start, stop).
+
+        chunks: one after the other, without a gap.
+        """
+        ends = [start for start, _ in chunks] + [stop for _, stop in chunks[-1:]]
+        bounds = torch.searchsorted(self._host_labels, torch.tensor(ends)).tolist()
         return [
             (self._rows[lo:hi], self._labels[lo:hi] - start)
             for (start, _), lo, hi in zip(chunks, bounds, bounds[1:], strict=False)
@@ -96,15 +106,24 @@ class Shard:
         self.owned, self.weights, self.chunk = owned, weights, chunk
         self.operations = operations or choose_operations(weights)
 
-    def chunks(self, batch: int, each: int = 0) -> list[tuple[int, int]]:
-        """Local [start, stop) of each chunk for a global batch of `batch` rows.
+    def lanes(self, batch: int, each: int = 0) -> list[Chunks]:
+        """The chunks of each lane (see `lanes`) for a global batch of `batch` rows.
 
         each: bytes of working memory for a label; 0: what a training step takes.
         """
         each = each or buffer_bytes(batch, self.weights, self.operations)
         size = self.chunk or default_chunk(each, self.weights.device.type)
         n = len(self.owned)
-        return [(start, min(start + size, n)) for start in range(0, n, size)]
+        count = lane_count(n, GRADIENT_BYTES * batch * self.weights.dim, self.weights.device)
+        bounds = itertools.pairwise(n * i // count for i in range(count + 1))
+        return [
+            [(start, min(start + size, last)) for start in range(first, last, size)]
+            for first, last in bounds
+        ]
+
+    def chunks(self, batch: int) -> Chunks:
+        """Those of all lanes, in the order of the labels."""
+        return [chunk for lane in self.lanes(batch) for chunk in lane]
 
     def step(
         self,
@@ -125,25 +144,19 @@ class Shard:
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
         """
-        weights, scratch = self.weights, self.weights.scratch
-        inputs = embeddings.to(weights.compute_dtype)
-        gradient = torch.zeros_like(embeddings, dtype=torch.float32)
-        loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-        update = self.operations.update(weights, sgd, self.owned.start)
-        chunks = self.chunks(len(embeddings))
-        for (start, stop), (rows, columns) in zip(chunks, positives.by_chunk(chunks), strict=True):
-            operand = weights.operand(start, stop)
-            # Labels first: BLAS then reads every operand of the three products as it lies.
-            out = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
-            residual = self.operations.residual(
-                operand, inputs, columns, rows, out, loss if with_loss else None
-            )
-            add_product(gradient, residual.T, operand, 1, 1, scratch)
-            if stop == len(self.owned):
-                on_gradient(gradient)
-            update(start, stop, operand, residual, inputs)
-        if not chunks:
-            on_gradient(gradient)
+        inputs = embeddings.to(self.weights.compute_dtype)
+        update = self.operations.update(self.weights, sgd, self.owned.start)
+        lanes = [
+            _Lane(self, inputs, positives, chunks, update, with_loss)
+            for chunks in self.lanes(len(inputs))
+        ]
+        run([lane.forward for lane in lanes])
+        gradient, loss = lanes[0].gradient, lanes[0].loss
+        for lane in lanes[1:]:
+            gradient += lane.gradient
+            loss += lane.loss
+        on_gradient(gradient)
+        run([lane.finish for lane in lanes])
         return loss
 
     def initialise_normal(self, std: float, seed: int) -> None:
@@ -163,6 +176,48 @@ class Shard:
         """Sets the weights of labels [first, first + len(rows)), given as float32."""
         start = first - self.owned.start
         self.weights.weight.write(start, start + len(rows), rows.to(self.weights.device))
+
+
+class _Lane:
+    """A step's work on some chunks of a shard.
+
+    gradient: dE [B, D] float32; loss: float64 scalar; both of these chunks alone.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        inputs: Tensor,
+        positives: Pairs,
+        chunks: Chunks,
+        update: Update,
+        with_loss: bool,
+    ) -> None:
+        self._shard, self._inputs, self._positives = shard, inputs, positives
+        self._chunks, self._update, self._with_loss = chunks, update, with_loss
+        self.gradient = torch.zeros_like(inputs, dtype=torch.float32)
+        self.loss = torch.zeros((), dtype=torch.float64, device=inputs.device)
+        self.finish: Callable[[], None] = lambda: None
+
+    def forward(self) -> None:
+        """All but the last chunk's update, which `finish` makes."""
+        for (start, stop), pairs in zip(
+            self._chunks, self._positives.by_chunk(self._chunks), strict=True
+        ):
+            self.finish()
+            self.finish = self._forward(start, stop, *pairs)
+
+    def _forward(self, start: int, stop: int, rows: Tensor, columns: Tensor) -> Callable[[], None]:
+        """A chunk's part of dE and of the loss; returns its update."""
+        weights, scratch, inputs = self._shard.weights, self._shard.weights.scratch, self._inputs
+        operand = weights.operand(start, stop)
+        # Labels first: BLAS then reads every operand of the three products as it lies.
+        out = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
+        residual = self._shard.operations.residual(
+            operand, inputs, columns, rows, out, self.loss if self._with_loss else None
+        )
+        add_product(self.gradient, residual.T, operand, 1, 1, scratch)
+        return functools.partial(self._update, start, stop, operand, residual, inputs)
 
 
 def choose_operations(weights: Weights) -> Operations:

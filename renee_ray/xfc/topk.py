@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.best import NONE, best_of
+from renee_ray.xfc.best import NONE, best_of, join, leading
+from renee_ray.xfc.lanes import run
 from renee_ray.xfc.screen import screened_topk, screens
-from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.shard import Chunks, Pairs, Shard
 
 __all__ = ["NONE", "merge_topk", "shard_topk"]
 
@@ -60,17 +62,20 @@ def _plain_topk(
 ) -> tuple[Tensor, Tensor]:
     """By fp32 products with every label."""
     rows, scratch = len(embeddings), shard.weights.scratch
-    best = best_of(rows, k, embeddings.device)
-    chunks = shard.chunks(rows)
-    banned = excluded.by_chunk(chunks) if excluded is not None else []
-    for i, (start, stop) in enumerate(chunks):
-        logits = scratch("scores", rows, stop - start)
-        torch.mm(embeddings, shard.weights.read(start, stop).T, out=logits)
-        if excluded is not None:
-            logits[banned[i]] = -torch.inf
-        shift = None if offset is None else offset[start:stop]
-        best.add(logits, shard.owned.start + start, shift)
-    return best.result()
+
+    def lane(chunks: Chunks) -> tuple[Tensor, Tensor]:
+        best = best_of(rows, k, embeddings.device)
+        banned = excluded.by_chunk(chunks) if excluded is not None else []
+        for i, (start, stop) in enumerate(chunks):
+            logits = scratch("scores", rows, stop - start)
+            torch.mm(embeddings, shard.weights.read(start, stop).T, out=logits)
+            if excluded is not None:
+                logits[banned[i]] = -torch.inf
+            shift = None if offset is None else offset[start:stop]
+            best.add(logits, shard.owned.start + start, shift)
+        return best.result()
+
+    return join(run([partial(lane, chunks) for chunks in shard.lanes(rows)]), k)
 
 
 @functools.cache
@@ -90,6 +95,4 @@ def merge_topk(scores: list[Tensor], labels: list[Tensor], k: int) -> tuple[Tens
     """
     score, label = torch.cat(scores, dim=1), torch.cat(labels, dim=1)
     by_label = label.argsort(dim=1)
-    score, label = score.gather(1, by_label), label.gather(1, by_label)
-    order = score.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return score.gather(1, order), label.gather(1, order)
+    return leading(score.gather(1, by_label), label.gather(1, by_label), k)

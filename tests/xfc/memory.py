@@ -7,14 +7,30 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typing_extensions import Self
 
 
-class Largest(TorchDispatchMode):
-    """`numel` is that of the largest tensor that any operation inside gave."""
+class Watch(TorchDispatchMode):
+    """Sees operations of its own thread, so inside torch has no other.
+
+    numel: what was found.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.numel, self.threads = 0, torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        torch.set_num_threads(1)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        torch.set_num_threads(self.threads)
+
+
+class Largest(Watch):
+    """`numel` is that of the largest tensor that any operation inside gave."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -24,12 +40,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-class Fresh(TorchDispatchMode):
+class Fresh(Watch):
     """`numel` is that of the largest tensor inside whose memory no argument had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

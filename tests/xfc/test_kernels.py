@@ -41,6 +41,12 @@ POSITIVES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter is not made for lanes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
 def normal(*shape: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(DEVICE)

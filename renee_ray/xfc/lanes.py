@@ -1,0 +1,87 @@
+"""Threads that each take a part of a shard's labels, on a CPU.
+
+BLAS divides every product among its threads and waits for the last of them, and so does every
+other operation on a chunk. To wake a thread that sleeps takes a virtual machine some 50 us, ten
+times a chunk. Labels have nothing in common but dE and the k best; so each thread, a lane, takes
+its labels through all operations, BLAS computes on that thread alone, and what the lanes found is
+put together at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LEAST_LABELS = 64
+"""Of a lane: for fewer it is not worth to start one."""
+MOST_BYTES = 512 << 20
+"""What all lanes may take beside their chunks."""
+
+
+def lane_count(labels: int, each: int, device: torch.device) -> int:
+    """Lanes for so many labels: torch's threads, or 1, where the threads share every operation.
+
+    each: bytes of what every lane has for itself, beside its chunk.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or labels < threads * LEAST_LABELS:
+        return 1
+    if threads * each > MOST_BYTES:
+        _log_shared(each >> 20, threads)
+        return 1
+    return threads
+
+
+def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """What each task returns, run at once: the i-th always in lane i, a single one right here.
+
+    What a task raises is raised once all have ended.
+    """
+    if len(tasks) == 1:
+        return [tasks[0]()]
+    inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
+
+    def within(task: Callable[[], T]) -> T:
+        with torch.inference_mode(inference), torch.set_grad_enabled(False):
+            return task()
+
+    running = [
+        thread.submit(within, task)
+        for thread, task in zip(_threads(len(tasks)), tasks, strict=True)
+    ]
+    wait(running)
+    return [lane.result() for lane in running]
+
+
+@functools.cache
+def _threads(lanes: int) -> list[ThreadPoolExecutor]:
+    """Each is one thread, on which torch computes alone.
+
+    One pool would let a thread that is early take two of the tasks, and their buffers with them.
+    """
+    threads = [ThreadPoolExecutor(1, f"classifier lane {i}") for i in range(lanes)]
+    wait([thread.submit(_compute_alone) for thread in threads])
+    torch.set_num_threads(lanes)  # which is also what threads not yet used by torch begin with
+    return threads
+
+
+def _compute_alone() -> None:
+    torch.get_num_threads()  # at its first use in a thread torch would undo the next line
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def _log_shared(mib: int, threads: int) -> None:
+    log.info(
+        "%d threads with %d MiB of gradients each take too much memory: "
+        "they share every matmul of the classifier, which is slower", threads, mib,
+    )  # fmt: skip
