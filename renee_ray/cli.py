@@ -494,7 +494,9 @@ def bench_topk(**settings: Any) -> None:
 )
 @_precision
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Timed.")
-@click.option("--speedup", is_flag=True, help="Beside one worker with as many threads.")
+@click.option(
+    "--speedup", is_flag=True, help="Beside one worker with as many threads, with Ray and without."
+)
 def bench_scale(**settings: Any) -> None:
     """The classifier on Ray Train workers, without momentum: time and memory by labels."""
     from renee_ray.service.bench import bench_scale as run

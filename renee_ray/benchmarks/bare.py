@@ -7,25 +7,18 @@ each position, their tokens dropped already. No loss, no progress, no checkpoint
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from renee_ray.benchmarks.processes import run_processes
 from renee_ray.config import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
@@ -120,53 +113,27 @@ class ClockedShard(Shard):
 
 
 def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, Any]:
-    """Figures of the timed steps, from rank 0.
+    """What `measure` gives on rank 0 of processes as `run_processes` starts them."""
+    config = job.config
+    return run_processes(
+        measure,
+        {"job": job},
+        config.max_workers,
+        use_gpu=job.use_gpu,
+        timeout_s=config.timeout_s,
+        environment=environment,
+        niceness=niceness,
+    )
 
-    Args:
-        environment: variables that the processes start with, such as their threads.
-        niceness: added to that of this process.
+
+def measure(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:
+    """Figures of the timed steps, on every rank.
 
     Returns:
         seconds of all timed steps, and classifier_seconds of them on a CPU, else None (a GPU works
         behind the host's back); rows of the global batches; tokens, cells of the padded matrices,
         of all ranks; threads; precision; weights, as `weight_norms` of the end.
     """
-    with tempfile.TemporaryDirectory(prefix="renee-ray-bare-") as directory:
-        with _environment(environment):
-            mp.spawn(_worker, (job, directory, niceness), nprocs=job.config.max_workers)
-        found: dict[str, Any] = json.loads(Path(directory, "figures.json").read_text())
-        return found
-
-
-def _worker(rank: int, job: Job, directory: str, niceness: int) -> None:
-    os.nice(niceness)
-    ranks, device = _join(rank, job, directory)
-    try:
-        figures = measure(job, ranks, device)
-        if rank == 0:
-            Path(directory, "figures.json").write_text(json.dumps(figures))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _join(rank: int, job: Job, directory: str) -> tuple[Ranks, torch.device]:
-    device = torch.device("cuda", rank) if job.use_gpu else torch.device("cpu")
-    if job.use_gpu:
-        torch.cuda.set_device(device)
-    if job.config.max_workers > 1:
-        dist.init_process_group(
-            "nccl" if job.use_gpu else "gloo",
-            init_method=f"file://{directory}/rendezvous",
-            rank=rank,
-            world_size=job.config.max_workers,
-            timeout=timedelta(seconds=job.config.timeout_s),
-        )
-    return Ranks.of_process_group(job.config.timeout_s), device
-
-
-def measure(job: Job, ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """The figures of `run_bare`, on every rank."""
     config = job.config.model_copy(update={"loss_every": 0})
     model = build_model(config, job.dataset.manifest.num_labels, ranks, device, training=True)
     shard = ClockedShard.of(model.shard)
@@ -227,14 +194,3 @@ def weight_norms(model: Model, ranks: Ranks) -> tuple[float, float]:
     for start, stop in model.shard.chunks(1):
         own += weights.read(start, stop).double().square().sum().cpu()
     return float(np.sqrt(encoder)), float(all_sum(ranks, own).sqrt())
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -5,7 +5,9 @@ the same for all, and a few labels each. Every step sees all of them, each rank 
 rows and L / R labels, so what crosses the ranks is what crosses them in training.
 
 For a speed-up rank 0 holds all labels besides its own, and steps on them alone while the others
-wait, in turns with the steps of all: both meet the same machine, and the same batch.
+wait, in turns with the steps of all: both meet the same machine, and the same batch. Where Ray
+was started for this, the same is then measured in processes without it: on a machine whose cores
+all train, its idle processes take their time from the steps of all, and less from one worker's.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from renee_ray.benchmarks.problem import Problem, make_problem
+from renee_ray.benchmarks.processes import run_processes
 from renee_ray.config import ReneeError, RunConfig, make_config
-from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.job import decide_gpu, launch, worker_device
+from renee_ray.service.cluster import ensure_ray, started_here
+from renee_ray.service.job import NICENESS, decide_gpu, launch, worker_device, worker_environment
 from renee_ray.service.memory import ResidentPeak
 from renee_ray.training.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
 from renee_ray.xfc.labels import LabelRange, split_range
@@ -48,11 +52,12 @@ def bench_scale(
 
     Returns:
         step_s, the median of `steps`; with `speedup`, one_worker_step_s, the same of one worker,
-        and speedup, their quotient; seconds_per_million_labels; initialise_s, of the first
-        weights; bytes_per_weight; peak_rss_gib, resident memory of this process and all below it
-        together (Ray's own and every worker's), at its highest; loss_first and loss_last, the BCE
-        of a point summed over labels; threads, of a worker. A sweep: these of each size, and the
-        slope of step_s over labels.
+        speedup, their quotient, and, unless RAY_ADDRESS is set, bare_step_s,
+        bare_one_worker_step_s and bare_speedup, the same without Ray; seconds_per_million_labels;
+        initialise_s, of the first weights; bytes_per_weight; peak_rss_gib, resident memory of
+        this process and all below it together (Ray's own and every worker's), at its highest;
+        loss_first and loss_last, the BCE of a point summed over labels; threads, of a worker. A
+        sweep: these of each size, and the slope of step_s over labels.
 
     Raises:
         ReneeError: a speed-up of one worker, or the cluster has too few CPUs.
@@ -80,7 +85,24 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
     use_gpu = decide_gpu("auto", workers)
     with ResidentPeak() as peak:
         found = launch(scale_worker, arguments, config, use_gpu)
-    return {**arguments, **found, "peak_rss_gib": peak.bytes / 2**30, "workers": workers}
+    found |= {"peak_rss_gib": peak.bytes / 2**30, "workers": workers}
+    if arguments["speedup"] and started_here():
+        ray.shutdown()
+        found |= _without_ray(config, arguments, use_gpu)
+    return {**arguments, **found}
+
+
+def _without_ray(config: RunConfig, arguments: dict[str, Any], use_gpu: bool) -> dict[str, float]:
+    found = run_processes(
+        measure,
+        arguments,
+        config.max_workers,
+        use_gpu=use_gpu,
+        timeout_s=TIMEOUT_S,
+        environment=worker_environment(config, use_gpu),
+        niceness=NICENESS,
+    )
+    return {f"bare_{name}": found[name] for name in ("step_s", "one_worker_step_s", "speedup")}
 
 
 def scale_worker(arguments: dict[str, Any]) -> dict[str, Any]:

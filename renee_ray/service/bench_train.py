@@ -31,12 +31,10 @@ from renee_ray.benchmarks.bare import Clock, Job, run_bare, weight_norms
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.job import launch, worker_environment
+from renee_ray.service.job import NICENESS, launch, worker_environment
 from renee_ray.service.progress import Display
 from renee_ray.service.train import check, orders, prepare
 
-NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
-"""Of Ray's workers, as Ray sets it: on a machine with other work it decides who gets the cores."""
 WARMUP = 10
 """Untimed steps: pages and buffers are new, and Ray Data reads the second group meanwhile."""
 

@@ -28,6 +28,9 @@ from renee_ray.service.cluster import started_here
 from renee_ray.service.threads import in_thread
 from renee_ray.service.wishes import Regroup, SignalHandler
 
+NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
+"""Of Ray's workers, as Ray sets it: on a machine with other work it decides who gets the cores."""
+
 
 def launch(
     function: Callable[[dict[str, Any]], Any],

@@ -77,7 +77,7 @@ def screened_topk(
     few = int(close.amax().clamp(k, kept(k) - 1))
     last = screened[:, few]
     labels = labels[:, :few].sort(dim=1).values  # equal scores then leave the smaller one first
-    scores = few_products(shard.weights, embeddings, labels, offset)
+    scores = few_products(shard.weights, embeddings, labels, offset, len(lanes))
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     scores, labels = scores[:, :k].contiguous(), labels.gather(1, order)[:, :k]
     # NaN, of numbers that are not finite, is never certain; a row that lost no label always is.
@@ -151,7 +151,7 @@ class Narrow:
 
 
 def few_products(
-    weights: Weights, embeddings: Tensor, labels: Tensor, offset: Tensor | None
+    weights: Weights, embeddings: Tensor, labels: Tensor, offset: Tensor | None, lanes: int = 1
 ) -> Tensor:
     """Scores float32 [B, m] of the local labels int64 [B, m] of each row; -inf for `NONE`.
 
@@ -159,12 +159,17 @@ def few_products(
     """
     scores = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
     own = torch.arange(ROWS, device=labels.device)
-    for start in range(0, len(labels), ROWS):
-        first = min(start, len(labels) - ROWS)
-        rows = slice(first, first + ROWS)
-        picked = labels[rows].clamp(min=0)
-        products = embeddings[rows] @ weights.weight.pick(picked.flatten()).T
-        scores[rows] = products.view(ROWS, *picked.shape)[own, own]
-        if offset is not None:
-            scores[rows] += offset[picked]
+
+    def lane(starts: range) -> None:
+        for start in starts:
+            first = min(start, len(labels) - ROWS)
+            rows = slice(first, first + ROWS)
+            picked = labels[rows].clamp(min=0)
+            products = embeddings[rows] @ weights.weight.pick(picked.flatten()).T
+            found = products.view(ROWS, *picked.shape)[own, own]
+            # Assigned in one go: the last rows may be another lane's too, with the same scores.
+            scores[rows] = found if offset is None else found + offset[picked]
+
+    starts = range(0, len(labels), ROWS)
+    run([partial(lane, starts[i::lanes]) for i in range(lanes)])
     return scores.masked_fill_(labels == NONE, -torch.inf)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from renee_ray.benchmarks import bare
+from renee_ray.benchmarks import bare, processes
 from renee_ray.benchmarks.bare import Clock, Job, held_batches, measure, weight_norms
 from renee_ray.config import RunConfig, make_config
 from renee_ray.data.dataset import Dataset
@@ -60,7 +60,7 @@ def tiny_model(config: RunConfig, num_labels: int, ranks: Ranks, *_: Any, **__: 
 
 def measured(ranks: Ranks, job: Job) -> dict[str, Any]:
     bare.build_model = tiny_model  # type: ignore[assignment]  # in a process of its own
-    return measure(job, ranks, CPU)
+    return measure(ranks, CPU, job)
 
 
 def by_hand(job: Job) -> tuple[float, float]:
@@ -123,6 +123,6 @@ def test_the_clock_counts_from_asking_to_asking(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_environment_is_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    with bare._environment({"OMP_NUM_THREADS": "3", "SOMETHING_NEW": "x"}):
+    with processes._environment({"OMP_NUM_THREADS": "3", "SOMETHING_NEW": "x"}):
         assert (os.environ["OMP_NUM_THREADS"], os.environ["SOMETHING_NEW"]) == ("3", "x")
     assert os.environ["OMP_NUM_THREADS"] == "7" and "SOMETHING_NEW" not in os.environ

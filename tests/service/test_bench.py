@@ -84,5 +84,7 @@ def test_bench_scale_through_ray_train() -> None:
     assert found["loss_last"] < found["loss_first"]
     assert 0.1 < found["peak_rss_gib"] < 50
     assert {"step_s", "seconds_per_million_labels", "initialise_s"} <= set(found)
-    assert found["speedup"] == pytest.approx(found["one_worker_step_s"] / found["step_s"])
+    for by in ("", "bare_"):
+        quotient = found[f"{by}one_worker_step_s"] / found[f"{by}step_s"]
+        assert found[f"{by}speedup"] == pytest.approx(quotient)
     assert (found["workers"], found["threads"]) == (2, 1)
