@@ -107,7 +107,7 @@ class Shard:
         self.operations = operations or choose_operations(weights)
 
     def lanes(self, batch: int, each: int = 0) -> list[Chunks]:
-        """The chunks of each lane (see `lanes`) for a global batch of `batch` rows.
+        """The chunks of each lane (see module `lanes`) for a global batch of `batch` rows.
 
         each: bytes of working memory for a label; 0: what a training step takes.
         """
@@ -138,8 +138,8 @@ class Shard:
 
         Args:
             embeddings: [B, D] float32, finite.
-            on_gradient: called with dE [B, D] float32 once it is complete, before the last
-                chunk is updated: what it starts (a reduce-scatter) overlaps that update.
+            on_gradient: called with dE [B, D] float32 once it is complete, before the last chunk
+                of each lane is updated: what it starts (a reduce-scatter) overlaps that update.
 
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
