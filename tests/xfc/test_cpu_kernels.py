@@ -197,7 +197,10 @@ def test_nothing_is_compiled_in_the_first_step() -> None:
     assert len(loop.signatures) == before  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", ["random", "few values", "equal", "rising", "falling", "infinite"])
+@pytest.mark.parametrize(
+    "kind",
+    ["random", "few values", "equal", "rising", "falling", "infinite", "zeros", "subnormal"],
+)
 def test_selection_is_that_of_a_sort(kind: str) -> None:
     rng = np.random.default_rng(7)
     for count in (1, 2, 3, 10, 257):
@@ -208,6 +211,8 @@ def test_selection_is_that_of_a_sort(kind: str) -> None:
             "rising": np.arange(count),
             "falling": -np.arange(count),
             "infinite": rng.choice([-np.inf, 0, np.inf], count),
+            "zeros": rng.choice([-1.0, -0.0, 0.0, 1.0], count),
+            "subnormal": rng.standard_normal(count) * 1e-41,
         }[kind].astype(np.float32)
         for k in {1, 2, count // 2, count - 1, count} & set(range(1, count + 1)):
-            assert cpu_kernels._largest(values.copy(), k) == np.sort(values)[count - k]
+            assert cpu_kernels._largest(values, k) == np.sort(values)[count - k]
