@@ -64,7 +64,6 @@ def bench_scale(
     """
     if speedup and workers == 1:
         raise ReneeError("--speedup compares with one worker; give more --workers")
-    ensure_ray(workers)
     settings = {
         "dim": dim, "batch": batch, "precision": precision, "steps": steps, "speedup": speedup,
     }  # fmt: skip
@@ -76,6 +75,7 @@ def bench_scale(
 
 
 def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    ensure_ray(workers)  # which the size before may have stopped
     streams = max(8, workers)
     config = make_config(
         RunConfig,
