@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from renee_ray import cli
+from renee_ray.service import bench
 from renee_ray.service.bench import measure
 from renee_ray.service.memory import ResidentPeak, resident_bytes
 from renee_ray.training.collectives import Ranks
@@ -75,7 +77,7 @@ def test_memory_of_processes_below_is_counted() -> None:
 def test_bench_scale_through_ray_train() -> None:
     command = renee_ray(
         "bench", "scale", "--labels", "3001", "--dim", "8", "--batch", "10", "--workers", "2",
-        "--precision", "bf16_sr", "--steps", "2", "--speedup",
+        "--precision", "bf16_sr", "--steps", "2",
     )  # fmt: skip
     assert command.status == 0, command.stderr
     (line,) = command.stdout.splitlines()
@@ -84,7 +86,22 @@ def test_bench_scale_through_ray_train() -> None:
     assert found["loss_last"] < found["loss_first"]
     assert 0.1 < found["peak_rss_gib"] < 50
     assert {"step_s", "seconds_per_million_labels", "initialise_s"} <= set(found)
-    for by in ("", "bare_"):
-        quotient = found[f"{by}one_worker_step_s"] / found[f"{by}step_s"]
-        assert found[f"{by}speedup"] == pytest.approx(quotient)
     assert (found["workers"], found["threads"]) == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_sweep_with_speedups_starts_ray_anew_for_each_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(bench, "SWEEP", (1001, 3001))
+    sizes = ("--dim", "8", "--batch", "10", "--workers", "2", "--steps", "2")
+    assert cli.main(["bench", "scale", *sizes, "--speedup"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    first, second = found["sweep"]
+    assert (first["labels"], second["labels"]) == (1001, 3001)
+    slope = (second["step_s"] - first["step_s"]) / 2000e-6
+    assert found["slope_seconds_per_million_labels"] == pytest.approx(slope)
+    for size, by in itertools.product((first, second), ("", "bare_")):
+        quotient = size[f"{by}one_worker_step_s"] / size[f"{by}step_s"]
+        assert size[f"{by}speedup"] == pytest.approx(quotient)
