@@ -216,6 +216,9 @@ class E4M3(Buffer):
         codes = self.data.view(torch.uint8).index_select(0, rows)
         return self._expanded(codes.view(torch.float8_e4m3fn), None)
 
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        return self.data[start:stop] if dtype == torch.float8_e4m3fn else None
+
     def _expanded(self, codes: Tensor, out: Tensor | None) -> Tensor:
         out = _like(codes) if out is None else out
         if out.device.type != "cpu":

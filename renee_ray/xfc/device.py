@@ -5,7 +5,7 @@
     bf16_split   bf16                                                    fp32, of the exact weights
     bf16_sr      bf16                                                    fp32
     fp16         fp16                                                    fp32, of the master weights
-    fp8_sr       bf16                                                    fp32
+    fp8_sr       bf16; the logits e4m3, on a GPU that has it             fp32
 
 Elsewhere a chunk is expanded to fp32 in a buffer before it is multiplied. A CPU without bf16
 instructions emulates bf16 products, ten times slower than fp32 ones on AVX2.
@@ -36,6 +36,13 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
+
+
+def native_e4m3(device: torch.device) -> bool:
+    """Whether the device multiplies e4m3 matrices in hardware: NVIDIA's from Ada on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:

@@ -4,16 +4,19 @@ For c labels with operand W [c, D] (the weights w in the dtype of the matmuls), 
 E [B, D] and velocities m; whatever is in between is fp32:
 
     _residual    Z = W E';  G = sigmoid(Z)                [c, B]; sums of softplus(Z) if asked
+                 (of e4m3 numbers Z = W E' s, with a factor s of each row)
     _positives   z = W[l] . E[i];  G[l, i] = -sigmoid(-z)   for every pair (l, i)
     _update      m <- momentum * m + G E + decay * w;  w <- w - lr * m      rounded as stored
 
 Neither Z nor the gradient G E is ever in memory: they live in the registers of the tile that
-computes them. W, E and G are of one dtype: fp32, bf16 or fp16. The residual of a positive is
+computes them. W, E and G are of one dtype: fp32, bf16 or fp16; for Z alone W and E may be e4m3,
+which a GPU multiplies twice as fast. The other products would need e4m3 copies of W and E that
+lie the other way, and a G of four digits: they stay bf16. The residual of a positive is
 computed anew from its logit, since sigmoid(z) - 1 would lose all digits in bf16. That a kernel
 of its own does so, with one program for each pair, keeps tiles free of searches and lets a
 label be positive in every row.
 
-The weights are read and written as integers (see `buffers`), which needs no fp8 instructions.
+The update reads and writes weights as integers (see `buffers`), which needs no fp8 instructions.
 Import this module only to use it: it needs triton, which comes with torch for CUDA.
 """
 
@@ -51,18 +54,50 @@ def residual(
     operand: Tensor, inputs: Tensor, labels: Tensor, rows: Tensor, out: Tensor, loss: Tensor | None
 ) -> Tensor:
     """`shard.residual` on a GPU."""
+    return _launch(operand, inputs, None, labels, rows, out, loss)
+
+
+def scaled_residual(
+    operand: Tensor,
+    inputs: Tensor,
+    scales: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    loss: Tensor | None,
+) -> Tensor:
+    """As `residual`, for e4m3 numbers: row i of E is scales[i] * inputs[i].
+
+    Args:
+        operand: [c, D]; inputs: [B, D]; both float8_e4m3fn. scales: float32 [B].
+        out: [c, B], of any of the other dtypes.
+    """
+    return _launch(operand, inputs, scales, labels, rows, out, loss)
+
+
+def _launch(
+    operand: Tensor,
+    inputs: Tensor,
+    scales: Tensor | None,
+    labels: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    loss: Tensor | None,
+) -> Tensor:
     (c, dim), batch = operand.shape, len(inputs)
     grid = (triton.cdiv(batch, TILE), triton.cdiv(c, TILE))
-    with_loss = loss is not None
-    sums = inputs.new_empty(grid if with_loss else (0,), dtype=torch.float32)
-    logits = inputs.new_empty(len(rows) if with_loss else 0, dtype=torch.float32)
+    with_loss, scaled = loss is not None, scales is not None
+    sums = out.new_empty(grid if with_loss else (0,), dtype=torch.float32)
+    logits = out.new_empty(len(rows) if with_loss else 0, dtype=torch.float32)
+    factors = sums if scales is None else scales
     depth = TILE_BYTES // inputs.element_size()
     _residual[grid](
-        operand, inputs, out, sums, c, batch, dim, with_loss, TILE, depth, **SETTINGS
+        operand, inputs, factors, out, sums, c, batch, dim, scaled, with_loss, TILE, depth,
+        **SETTINGS,
     )  # fmt: skip
     if len(rows):
         _positives[(len(rows),)](
-            operand, inputs, out, logits, labels, rows, batch, dim, with_loss, TILE
+            operand, inputs, factors, out, logits, labels, rows, batch, dim, scaled, with_loss, TILE
         )
     if loss is not None:
         loss += sums.sum(dtype=torch.float64) - logits.sum(dtype=torch.float64)
@@ -111,8 +146,9 @@ def _product(a, b, a_step, b_step, a_inside, b_inside, depth, TILE: tl.constexpr
 
 @triton.jit(do_not_specialize=["c"])
 def _residual(
-    weight, inputs, out, sums, c, batch,
-    DIM: tl.constexpr, LOSS: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr,
+    weight, inputs, scales, out, sums, c, batch,
+    DIM: tl.constexpr, SCALED: tl.constexpr, LOSS: tl.constexpr,
+    TILE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -120,6 +156,8 @@ def _residual(
     left = weight + row.to(tl.int64)[:, None] * DIM + k[None, :]
     right = inputs + column.to(tl.int64)[None, :] * DIM + k[:, None]
     z = _product(left, right, 1, 1, row < c, column < batch, DIM, TILE, K)
+    if SCALED:
+        z *= tl.load(scales + column, mask=column < batch, other=0.0)[None, :]
     inside = (row < c)[:, None] & (column < batch)[None, :]
     at = row.to(tl.int64)[:, None] * batch + column[None, :]
     tl.store(out + at, (1 / (1 + tl.exp(-z))).to(out.dtype.element_ty), mask=inside)
@@ -135,8 +173,8 @@ def _residual(
 
 @triton.jit
 def _positives(
-    weight, inputs, out, logits, labels, rows, batch,
-    DIM: tl.constexpr, LOSS: tl.constexpr, K: tl.constexpr,
+    weight, inputs, scales, out, logits, labels, rows, batch,
+    DIM: tl.constexpr, SCALED: tl.constexpr, LOSS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     label, row = tl.load(labels + pair), tl.load(rows + pair)
@@ -147,6 +185,8 @@ def _positives(
         right = tl.load(inputs + row * DIM + at, mask=at < DIM, other=0.0)
         total += left.to(tl.float32) * right.to(tl.float32)
     z = tl.sum(total, axis=0)
+    if SCALED:
+        z *= tl.load(scales + row)
     tl.store(out + label * batch + row, (-1 / (1 + tl.exp(z))).to(out.dtype.element_ty))
     if LOSS:
         tl.store(logits + pair, z)

@@ -48,14 +48,27 @@ class Noise:
         stream: number of the tensor that is rounded, so that two of them get other noise.
         bits: at most 24.
         dim: D, columns; first: global id of local row 0.
+        opposite: 2**bits - 1 less each integer: what was rounded up by much is then rounded
+            down by much, which takes a sum back (see module `undo`).
     """
 
     def __init__(
-        self, seed: int, step: int, stream: int, bits: int, dim: int, first: int, scratch: Scratch
+        self,
+        seed: int,
+        step: int,
+        stream: int,
+        bits: int,
+        dim: int,
+        first: int,
+        scratch: Scratch,
+        *,
+        opposite: bool = False,
     ) -> None:
         drawn = np.random.default_rng([seed, step, stream])
         self.key = int(drawn.integers(-(2**63), 2**63, dtype=np.int64))
         pool = drawn.integers(0, 2**bits, STRIDE * PERIOD + dim, dtype=np.int32)
+        if opposite:
+            pool ^= 2**bits - 1
         self.base = upload(torch.from_numpy(pool), scratch.device)
         self._dim, self.bits, self.first, self._scratch = dim, bits, first, scratch
 
@@ -123,3 +136,15 @@ def round_to_e4m3(values: Tensor, noise: Tensor, scratch: Scratch) -> None:
     shifted = torch.abs(values, out=scratch("e4m3 shifted", *values.shape)).add_(power, alpha=2)
     shifted.view(torch.int32).add_(noise).bitwise_and_(-1 << E4M3_DROPPED)
     torch.copysign(shifted.sub_(power, alpha=2), values, out=values)
+
+
+def scaled_e4m3(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes float8_e4m3fn [B, D], scales float32 [B]): row i of values is scales[i] * codes[i].
+
+    To the nearest, after each row's largest number was brought to the largest of e4m3: below
+    2**-15 of that its numbers have fewer than the four digits of the others.
+    """
+    # A row of zeros stays one: the scale is no divisor by zero.
+    scales = values.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny * E4M3_MAX)
+    scales /= E4M3_MAX
+    return (values / scales[:, None]).to(torch.float8_e4m3fn), scales

@@ -25,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.device import chunk_bytes, has_kernels, upload
+from renee_ray.xfc.buffers import E4M3
+from renee_ray.xfc.device import chunk_bytes, has_kernels, native_e4m3, upload
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.lanes import lane_count, run
+from renee_ray.xfc.rounding import scaled_e4m3
 from renee_ray.xfc.storage import SGD, Update, Weights, add_product
 
 HOST = torch.device("cpu")
@@ -82,10 +84,27 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Operations:
-    """How a chunk is computed: `residual`, and `update` as `storage.Update`."""
+    """How a chunk is computed: `residual`, and `update` as `storage.Update`.
+
+    scaled: `residual` from e4m3 numbers (see `kernels.scaled_residual`), if logits come from these.
+    """
 
     residual: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     update: type[Update]
+    scaled: (
+        Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None
+    ) = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """E of a global batch, as it is multiplied.
+
+    wide: [B, D] in the compute dtype; scaled: as of `rounding.scaled_e4m3`, for the logits alone.
+    """
+
+    wide: Tensor
+    scaled: tuple[Tensor, Tensor] | None
 
 
 class Shard:
@@ -144,11 +163,11 @@ class Shard:
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
         """
-        inputs = embeddings.to(self.weights.compute_dtype)
+        inputs = self.inputs(embeddings)
         update = self.operations.update(self.weights, sgd, self.owned.start)
         lanes = [
             _Lane(self, inputs, positives, chunks, update, with_loss)
-            for chunks in self.lanes(len(inputs))
+            for chunks in self.lanes(len(embeddings))
         ]
         run([lane.forward for lane in lanes])
         gradient, loss = lanes[0].gradient, lanes[0].loss
@@ -158,6 +177,27 @@ class Shard:
         on_gradient(gradient)
         run([lane.finish for lane in lanes])
         return loss
+
+    def inputs(self, embeddings: Tensor) -> Inputs:
+        """Of embeddings [B, D] float32."""
+        scaled = scaled_e4m3(embeddings) if self.operations.scaled else None
+        return Inputs(embeddings.to(self.weights.compute_dtype), scaled)
+
+    def residual(
+        self,
+        operand: Tensor,
+        inputs: Inputs,
+        chunk: tuple[int, int],
+        pairs: tuple[Tensor, Tensor],
+        out: Tensor,
+        loss: Tensor | None,
+    ) -> Tensor:
+        """The function `residual` of a chunk [start, stop), for its `operand` and its `pairs`."""
+        rows, columns = pairs
+        if self.operations.scaled is None or inputs.scaled is None:
+            return self.operations.residual(operand, inputs.wide, columns, rows, out, loss)
+        codes = self.weights.operand(*chunk, torch.float8_e4m3fn)
+        return self.operations.scaled(codes, *inputs.scaled, columns, rows, out, loss)
 
     def initialise_normal(self, std: float, seed: int) -> None:
         """W ~ N(0, std); the row of a label depends on (seed, label) only, not on the shards."""
@@ -187,7 +227,7 @@ class _Lane:
     def __init__(
         self,
         shard: Shard,
-        inputs: Tensor,
+        inputs: Inputs,
         positives: Pairs,
         chunks: Chunks,
         update: Update,
@@ -195,26 +235,24 @@ class _Lane:
     ) -> None:
         self._shard, self._inputs, self._positives = shard, inputs, positives
         self._chunks, self._update, self._with_loss = chunks, update, with_loss
-        self.gradient = torch.zeros_like(inputs, dtype=torch.float32)
-        self.loss = torch.zeros((), dtype=torch.float64, device=inputs.device)
+        self.gradient = torch.zeros_like(inputs.wide, dtype=torch.float32)
+        self.loss = torch.zeros((), dtype=torch.float64, device=inputs.wide.device)
         self.finish: Callable[[], None] = lambda: None
 
     def forward(self) -> None:
         """All but the last chunk's update, which `finish` makes."""
-        for (start, stop), pairs in zip(
-            self._chunks, self._positives.by_chunk(self._chunks), strict=True
-        ):
+        for chunk, pairs in zip(self._chunks, self._positives.by_chunk(self._chunks), strict=True):
             self.finish()
-            self.finish = self._forward(start, stop, *pairs)
+            self.finish = self._forward(chunk, pairs)
 
-    def _forward(self, start: int, stop: int, rows: Tensor, columns: Tensor) -> Callable[[], None]:
+    def _forward(self, chunk: tuple[int, int], pairs: tuple[Tensor, Tensor]) -> Callable[[], None]:
         """A chunk's part of dE and of the loss; returns its update."""
-        weights, scratch, inputs = self._shard.weights, self._shard.weights.scratch, self._inputs
-        operand = weights.operand(start, stop)
+        (start, stop), scratch = chunk, self._shard.weights.scratch
+        operand, inputs = self._shard.weights.operand(start, stop), self._inputs.wide
         # Labels first: BLAS then reads every operand of the three products as it lies.
         out = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
-        residual = self._shard.operations.residual(
-            operand, inputs, columns, rows, out, self.loss if self._with_loss else None
+        residual = self._shard.residual(
+            operand, self._inputs, chunk, pairs, out, self.loss if self._with_loss else None
         )
         add_product(self.gradient, residual.T, operand, 1, 1, scratch)
         return functools.partial(self._update, start, stop, operand, residual, inputs)
@@ -234,7 +272,9 @@ def choose_operations(weights: Weights) -> Operations:
     elif has_kernels(weights.device):
         from renee_ray.xfc import kernels  # needs triton, which not every machine has
 
-        return Operations(kernels.residual, kernels.FusedUpdate)
+        narrow = isinstance(weights.weight, E4M3) and native_e4m3(weights.device)
+        scaled = kernels.scaled_residual if narrow else None
+        return Operations(kernels.residual, kernels.FusedUpdate, scaled)
     return Operations(residual, Update)
 
 

@@ -143,13 +143,7 @@ class Update:
 
     def __init__(self, weights: Weights, sgd: SGD, first: int) -> None:
         self._weights, self._sgd, self._first = weights, sgd, first
-        streams = (weights.weight, weights.velocity)
-        self._noise = [
-            Noise(sgd.seed, sgd.step, stream, buffer.dropped, weights.dim, first, weights.scratch)
-            if buffer is not None and buffer.dropped
-            else None
-            for stream, buffer in enumerate(streams)
-        ]
+        self._noise = step_noise(weights, sgd, first)
 
     def __call__(
         self, start: int, stop: int, operand: Tensor, residual: Tensor, inputs: Tensor
@@ -174,6 +168,24 @@ class Update:
             weight.sub_(velocity, alpha=sgd.lr)
             weights.velocity.store(start, stop, velocity, self._noise[1])
         weights.weight.store(start, stop, weight, self._noise[0])
+
+
+def step_noise(
+    weights: Weights, sgd: SGD, first: int, *, opposite: bool = False
+) -> list[Noise | None]:
+    """That of the weights and of the velocities at a step, None where nothing is rounded so.
+
+    first: global id of the shard's first label; opposite: as for `Noise`.
+    """
+    return [
+        Noise(
+            sgd.seed, sgd.step, stream, buffer.dropped, weights.dim, first, weights.scratch,
+            opposite=opposite,
+        )
+        if buffer is not None and buffer.dropped
+        else None
+        for stream, buffer in enumerate((weights.weight, weights.velocity))
+    ]  # fmt: skip
 
 
 def add_product(

@@ -8,17 +8,24 @@ the step left and G(w) = sigmoid(E w) - y:
     momentum    w = w' + lr * m';    m = (m' - G(w)' E - weight_decay * w) / momentum
     without     w = (w' + lr * G(w)' E) / (1 - lr * weight_decay)    by iteration from w = w'
 
-What comes back differs from what was there by the storage's own rounding.
+A storage that rounds stochastically left w' = floor(w - u + n), in units of its spacing, with u
+the update and n the noise in [0, 1). Since w has the storage's digits, w = ceil(w' + u - n):
+what is stored is w' + u, rounded with the opposite noise. That gives back the very number,
+except where a power of two lies between, at which the spacing changes. Rounded to nearest, most
+small updates would stay: there w' is as far from w as it can be, and not by u. With momentum,
+what m' was before it was rounded is not known, and m comes back to within a spacing.
 """
 
 from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
-from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import SGD
+from renee_ray.xfc.rounding import Noise
+from renee_ray.xfc.shard import Inputs, Pairs, Shard
+from renee_ray.xfc.storage import SGD, add_product, step_noise
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +42,11 @@ def undo_step(shard: Shard, embeddings: Tensor, positives: Pairs, sgd: SGD) -> N
     with momentum there is no such limit.
     """
     weights = shard.weights
-    inputs = embeddings.to(weights.compute_dtype)
+    inputs = shard.inputs(embeddings)
+    noise = step_noise(weights, sgd, shard.owned.start, opposite=True)
     chunks = shard.chunks(len(embeddings))
-    for (start, stop), pairs in zip(chunks, positives.by_chunk(chunks), strict=True):
-        chunk = _Chunk(shard, start, stop, inputs, pairs)
+    for bounds, pairs in zip(chunks, positives.by_chunk(chunks), strict=True):
+        chunk = _Chunk(shard, bounds, inputs, pairs, noise)
         if weights.velocity is None:
             chunk.invert(sgd)
         else:
@@ -51,43 +59,45 @@ class _Chunk:
     def __init__(
         self,
         shard: Shard,
-        start: int,
-        stop: int,
-        inputs: Tensor,
+        bounds: tuple[int, int],
+        inputs: Inputs,
         pairs: tuple[Tensor, Tensor],
+        noise: list[Noise | None],
     ) -> None:
-        self.weights, self.start, self.stop = shard.weights, start, stop
-        self._residual = shard.operations.residual
-        self.inputs, self.pairs = inputs, pairs
+        self._shard, self._weights, self._bounds = shard, shard.weights, bounds
+        self._inputs, self._pairs, self._noise = inputs, pairs, noise
 
     def invert_with_momentum(self, sgd: SGD) -> None:
-        velocity = self.weights.velocities(self.start, self.stop).clone()
-        weight = self._read() + sgd.lr * velocity
-        self._write(weight)
-        velocity -= self._gradient() + sgd.weight_decay * weight
-        assert self.weights.velocity is not None
-        self.weights.velocity.write(self.start, self.stop, velocity / sgd.momentum)
+        velocity = self._weights.velocities(*self._bounds).clone()
+        self._store(self._read().add_(velocity, alpha=sgd.lr))
+        velocity -= self._gradient().add_(self._read(), alpha=sgd.weight_decay)
+        assert self._weights.velocity is not None
+        self._weights.velocity.store(*self._bounds, velocity.div_(sgd.momentum), self._noise[1])
 
     def invert(self, sgd: SGD) -> None:
         after = before = self._read()
         for _ in range(ITERATIONS):
             last, before = before, after + sgd.lr * self._gradient()
             before /= 1 - sgd.lr * sgd.weight_decay
-            self._write(before)
+            self._store(before.clone())
             if (before - last).abs().max() <= TOLERANCE * before.abs().max():
                 return
-        log.warning("an update of labels from %d on could be taken back only in part", self.start)
+        log.warning(
+            "an update of labels from %d on could be taken back only in part",
+            self._shard.owned.start + self._bounds[0],
+        )
 
     def _read(self) -> Tensor:
-        return self.weights.read(self.start, self.stop).clone()
+        return self._weights.read(*self._bounds).clone()
 
-    def _write(self, weight: Tensor) -> None:
-        self.weights.weight.write(self.start, self.stop, weight)
+    def _store(self, weight: Tensor) -> None:
+        self._weights.weight.store(*self._bounds, weight, self._noise[0])
 
     def _gradient(self) -> Tensor:
         """G' E at the weights as they are stored, float32 [stop - start, D]."""
-        operand = self.weights.operand(self.start, self.stop)
-        rows, columns = self.pairs
-        out = operand.new_empty(self.stop - self.start, len(self.inputs))
-        residual = self._residual(operand, self.inputs, columns, rows, out, None)
-        return (residual @ self.inputs).float()
+        operand, scratch = self._weights.operand(*self._bounds), self._weights.scratch
+        out = operand.new_empty(len(operand), len(self._inputs.wide))
+        residual = self._shard.residual(operand, self._inputs, self._bounds, self._pairs, out, None)
+        gradient = torch.zeros(operand.shape, device=operand.device)
+        add_product(gradient, residual, self._inputs.wide, 1, 1, scratch)
+        return gradient

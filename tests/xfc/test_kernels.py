@@ -16,9 +16,10 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.rounding import PERIOD
+from renee_ray.xfc.rounding import PERIOD, scaled_e4m3
 from renee_ray.xfc.shard import Operations, Pairs, Shard, residual
 from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
+from renee_ray.xfc.undo import undo_step
 from tests.xfc.interpreter import DEVICE, load_kernels
 
 kernels = load_kernels()
@@ -31,6 +32,10 @@ OPERATIONS = {
 LABELS, BATCH, DIM = 150, 139, 40
 SINGLE = 2.0**-21
 """Error of a few operations in fp32, relative to the largest number that they meet."""
+E4M3_SUM = 2.0**-12 if DEVICE.type == "cuda" else SINGLE
+"""Of a sum of e4m3 products, relative to its largest term: GPUs may keep no more digits."""
+SMALLEST = 2.0**-126
+"""Of the normal fp32 numbers."""
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half the spacing of a dtype, relative to a number."""
 POSITIVES = {
@@ -96,6 +101,75 @@ def test_loss_of_improbable_labels_keeps_its_digits() -> None:
     out = torch.empty(3, 5, device=DEVICE)
     kernels.residual(operand.to(DEVICE), inputs.to(DEVICE), *none, out, loss)
     assert float(loss) == pytest.approx(15 * math.log1p(math.exp(-17)), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", POSITIVES)
+def test_residual_and_loss_of_e4m3_numbers(kind: str) -> None:
+    """Exact products of these numbers, and no other rounding than that of the result."""
+    operand = normal(LABELS, DIM, seed=1).to(torch.float8_e4m3fn)
+    embeddings = (
+        normal(BATCH, DIM, seed=2)
+        * (10.0 ** torch.arange(-3, 2).to(DEVICE))[:, None][torch.arange(BATCH) % 5]
+    )
+    inputs, scales = scaled_e4m3(embeddings)
+    labels, rows = columns(POSITIVES[kind])
+    out = torch.empty(LABELS, BATCH, dtype=torch.bfloat16, device=DEVICE)
+    loss = torch.ones((), dtype=torch.float64, device=DEVICE)
+    found = kernels.scaled_residual(operand, inputs, scales, labels, rows, out, loss)
+    assert found is out
+
+    logits = operand.double() @ (inputs.double() * scales.double()[:, None]).T
+    target = torch.zeros_like(logits)
+    target[labels, rows] = 1
+    exact = logits.sigmoid() * (1 - target) - (-logits).sigmoid() * target
+    terms = operand.double().abs() @ (inputs.double().abs() * scales.double()[:, None]).T
+    tolerance = (2.0**-8 + 2 * E4M3_SUM * (1 + terms)) * exact.abs() + SMALLEST
+    assert ((found.double() - exact).abs() <= tolerance).all()
+    dense = binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    assert float(loss - 1) == pytest.approx(float(dense), rel=1e-5 + E4M3_SUM)
+    again = kernels.scaled_residual(
+        operand, inputs, scales, labels, rows, torch.empty_like(out), None
+    )
+    assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_with_e4m3_logits(momentum: float) -> None:
+    """Only the logits see E rounded; dE and the gradient of the weights take it whole."""
+    weights = make_weights("fp8_sr", momentum, torch.float32, LABELS)
+    operations = Operations(kernels.residual, kernels.FusedUpdate, kernels.scaled_residual)
+    shard = Shard(LabelRange(0, LABELS, LABELS), weights, 70, operations)
+    stored, embeddings = weights.read(0, LABELS).double(), normal(BATCH, DIM, seed=4)
+    step = 0.9 * weights.velocities(0, LABELS).double() if momentum else 0.0
+    rows = torch.tensor([0, 0, 5, 138, 77])
+    labels = torch.tensor([0, 149, 149, 3, 80])
+    pairs = Pairs(rows, labels, shard.owned, DEVICE)
+    seen: list[torch.Tensor] = []
+    sgd = SGD(0.002, momentum)
+    shard.step(embeddings, pairs, sgd, on_gradient=lambda found: seen.append(found.clone()))
+
+    codes, scales = scaled_e4m3(embeddings)
+    narrow = codes.double() * scales.double()[:, None]
+
+    def gradients(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = (read @ stored.T).sigmoid()
+        residual[rows, labels] -= 1
+        return residual @ stored, residual.T @ embeddings.double()
+
+    (dE, dW), (whole, _) = gradients(narrow), gradients(embeddings.double())
+    tolerance = 1e-5 + E4M3_SUM
+    assert (seen[0] - dE).norm() < tolerance * dE.norm()
+    assert (whole - dE).norm() > 10 * tolerance * dE.norm(), "E is rounded for the logits"
+    after = stored - 0.002 * (dW + step)
+    # Rounded stochastically, to one of the two neighbours.
+    error = (weights.read(0, LABELS) - after).abs()
+    assert (error <= 2.0**-3 * after.abs() + 2.0**-9 + 1e-3 * E4M3_SUM).all()
+    moved = weights.read(0, LABELS) - stored
+    assert moved.norm() > 0.5 * (after - stored).norm()
+
+    undo_step(shard, embeddings, pairs, sgd)
+    left = weights.read(0, LABELS) - stored
+    assert abs(float((left * moved).sum() / moved.square().sum())) < 0.2
 
 
 def test_without_loss_the_residual_is_the_same() -> None:
@@ -311,11 +385,13 @@ INTEGER = {"fp32": "*fp32", "split": "*i16", "bf16": "*i16", "e4m3": "*u8"}
 
 def compile(kernel, capability, pointer, k, **constants):
     constants |= {"DIM": 80, "TILE": 32, "K": k, "LOSS": True}
+    constants["SCALED"] = pointer == "*fp8e4nv"
     stored = {"weight": constants.get("WEIGHT"), "velocity": constants.get("VELOCITY")}
-    types = {name: pointer for name in ("weight", "inputs", "out", "residual")}
+    types = {name: pointer for name in ("weight", "inputs", "residual")}
+    types["out"] = "*bf16" if pointer == "*fp8e4nv" else pointer
     types |= {name: INTEGER[kind] for name, kind in stored.items() if kind}
     types |= {f"{name}_rest": INTEGER[kind] for name, kind in stored.items() if kind}
-    types |= {name: "*fp32" for name in ("sums", "logits")}
+    types |= {name: "*fp32" for name in ("sums", "logits", "scales")}
     types |= {name: "*i64" for name in ("labels", "rows")}
     types |= {name: "*i32" for name in ("weight_base", "velocity_base")}
     types |= {name: "i64" for name in ("weight_key", "velocity_key", "first")}
@@ -325,6 +401,9 @@ def compile(kernel, capability, pointer, k, **constants):
     source = ASTSource(kernel, signature, {n: c for n, c in constants.items() if n in names})
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
+for capability in (89, 90):
+    compile(kernels._residual, capability, "*fp8e4nv", 128)
+    compile(kernels._positives, capability, "*fp8e4nv", 128)
 for capability in (80, 90):
     for pointer, k in (("*bf16", 64), ("*fp32", 32)):
         compile(kernels._residual, capability, pointer, k)

@@ -57,6 +57,42 @@ def test_it_inverts_the_step(precision: str, momentum: float) -> None:
     assert distance(contents(shard), before) <= TOLERANCE[precision]
 
 
+COMPUTES = [
+    (name, dtype)
+    for name, storage in STORAGES.items()
+    for dtype in sorted({torch.float32, storage.compute}, key=str)
+]
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("precision", "compute"), COMPUTES)
+def test_nothing_of_an_update_smaller_than_the_spacing_stays(
+    precision: str, compute: torch.dtype, momentum: float, rate: float
+) -> None:
+    """Most weights then stay as they are, and a few move by far more than their update."""
+    torch.manual_seed(0)
+    labels, dim, batch = 4000, 32, 8
+    weights = Weights(precision, labels, dim, momentum > 0, torch.device("cpu"), compute)
+    shard = Shard(LabelRange(0, labels, labels), weights)
+    shard.initialise_normal(0.05, seed=1)
+    positives = Pairs(torch.arange(batch), torch.randint(0, labels, (batch,)), shard.owned)
+    for step in range(3):
+        shard.step(torch.randn(batch, dim), positives, SGD(rate, momentum, 0.01, step=step))
+    embeddings, sgd = torch.randn(batch, dim), SGD(rate, momentum, 0.01, step=3)
+    before = weights.read(0, labels).clone()
+    shard.step(embeddings, positives, sgd)
+    moved = weights.read(0, labels) - before
+    assert float(moved.abs().max()) > 0
+    undo_step(shard, embeddings, positives, sgd)
+    left = weights.read(0, labels) - before
+    # Of e4m3 numbers every eighth is a power of two, from where some do not come back.
+    limit = 0.1 if precision == "fp8_sr" else 0.03
+    assert abs(float((left * moved).sum() / moved.square().sum())) < limit
+    if precision in ("bf16_sr", "fp8_sr"):
+        assert float((left == 0).double().mean()) > 0.9
+
+
 def test_it_says_so_where_the_iteration_does_not_converge(caplog: pytest.LogCaptureFixture) -> None:
     shard, embeddings, positives = trained("fp32", 0.0)
     sgd = SGD(0.2, 0.0, 0.0, step=3)
