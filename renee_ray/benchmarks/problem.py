@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from renee_ray.config import ReneeError
+from renee_ray.xfc.device import free_memory
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.storage import Weights
 
 POSITIVES_PER_ROW = 5
 CHUNKS = (256, 512, 1024, 2048, 4096)
-"""Chunk sizes among which the bare matmuls take the fastest."""
+"""Chunk sizes among which, besides the shard's own, the bare matmuls take the fastest."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Problem:
     def owned(self) -> LabelRange:
         return LabelRange(0, self.num_labels, self.num_labels)
 
-    def shard(self, precision: str, momentum: float, compute: torch.dtype | None = None) -> Shard:
+    def shard(self, precision: str, momentum: float) -> Shard:
         """All labels, with weights N(0, 0.02)."""
         dim, device = self.embeddings.shape[1], self.embeddings.device
-        weights = Weights(precision, self.num_labels, dim, momentum > 0, device, compute)
+        weights = Weights(precision, self.num_labels, dim, momentum > 0, device)
         shard = Shard(self.owned, weights)
         shard.initialise_normal(0.02, seed=0)
         return shard
@@ -51,8 +53,23 @@ def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Pro
     return Problem(labels, embeddings.to(device), pairs[:, 0], pairs[:, 1])
 
 
-def chunk_sizes(labels: int) -> list[int]:
-    return sorted({min(size, labels) for size in CHUNKS})
+def chunk_sizes(labels: int, own: int) -> list[int]:
+    """own: labels of a chunk of the shard."""
+    return sorted({min(size, labels) for size in (*CHUNKS, own)})
+
+
+def check_memory(labels: int, numbers: int, device: torch.device) -> None:
+    """Whether arrays of so many float32 `numbers` in all will fit.
+
+    Raises:
+        ReneeError: they will not.
+    """
+    free = free_memory(device)
+    if 4 * numbers > free:
+        raise ReneeError(
+            f"--labels {labels} and its references need {4 * numbers / 2**30:,.1f} GiB and "
+            f"{free / 2**30:,.1f} GiB of memory are free; give fewer --labels, or a lower --dim"
+        )
 
 
 def default_device() -> torch.device:

@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from renee_ray.benchmarks.problem import Problem, chunk_sizes, default_device, make_problem
+from renee_ray.benchmarks.problem import (
+    Problem,
+    check_memory,
+    chunk_sizes,
+    default_device,
+    make_problem,
+)
 from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
 from renee_ray.xfc.storage import SGD
 
@@ -42,9 +48,14 @@ def bench_step(
         step_s, gemm_s, ratio_to_gemm, reference_s, speedup_vs_reference, autograd_s;
         bytes_per_weight of the shard, momentum included; peak_extra_bytes of the first step,
         beyond the shard; and what was timed: precision, compute, chunk, labels, dim, batch,
-        momentum, threads.
+        momentum, reference_momentum (the published algorithm has 0.9 always), threads.
+
+    Raises:
+        ReneeError: it does not fit in memory.
     """
     device = device or default_device()
+    # Weights, their velocities and gradients, of all that is compared; logits, targets, residuals.
+    check_memory(labels, labels * (12 * dim + 6 * batch), device)
     problem = make_problem(labels, dim, batch, device)
     shard, positives = problem.shard(precision, momentum), problem.positives()
     weights = shard.weights
@@ -56,7 +67,8 @@ def bench_step(
     # Freed memory that is still resident would hide some of the step's own buffers.
     extra = max(peak_extra_bytes(step, device), weights.scratch.nbytes())
     compute = weights.compute_dtype
-    sizes = chunk_sizes(labels)
+    chunk = shard.chunks(batch)[0][1]
+    sizes = chunk_sizes(labels, chunk)
     best = fastest({size: bare_matmuls(problem, size, compute) for size in sizes}, device)
     taken = interleaved(
         {
@@ -79,11 +91,12 @@ def bench_step(
         "peak_extra_bytes": extra,
         "precision": weights.precision,
         "compute": str(compute).removeprefix("torch."),
-        "chunk": shard.chunks(batch)[0][1],
+        "chunk": chunk,
         "labels": labels,
         "dim": dim,
         "batch": batch,
         "momentum": momentum,
+        "reference_momentum": REFERENCE_MOMENTUM,
         "threads": torch.get_num_threads(),
     }
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renee_ray.benchmarks.problem import Problem, chunk_sizes, default_device, make_problem
+from renee_ray.benchmarks.problem import (
+    Problem,
+    check_memory,
+    chunk_sizes,
+    default_device,
+    make_problem,
+)
 from renee_ray.benchmarks.timing import fastest, interleaved
 from renee_ray.xfc.topk import shard_topk
 
@@ -16,15 +22,19 @@ from renee_ray.xfc.topk import shard_topk
 def bench_topk(
     labels: int, dim: int, batch: int, k: int, repeats: int, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """Medians of `repeats` interleaved rounds, in seconds; all in fp32.
+    """Medians of `repeats` interleaved rounds, in seconds, on fp32 weights.
 
     Returns:
         topk_s, of `shard_topk`; gemm_s, the logits' matmul over chunks of the fastest size;
         ratio_to_gemm; torch_topk_s, full logits [B, L] and torch.topk; speedup_vs_torch;
         identical, whether scores and labels are bit for bit those of a stable sort of the full
         logits (torch.topk puts equal scores in any order); and what was timed.
+
+    Raises:
+        ReneeError: it does not fit in memory.
     """
     device = device or default_device()
+    check_memory(labels, labels * (dim + 5 * batch), device)  # weights; logits, and 8-byte places
     problem = make_problem(labels, dim, batch, device)
     shard = problem.shard("fp32", 0)
     weight, inputs = shard.weights.read(0, labels), problem.embeddings
@@ -32,7 +42,8 @@ def bench_topk(
     def plain() -> tuple[Tensor, ...]:
         return tuple((inputs @ weight.T).topk(min(k, labels), dim=1))
 
-    matmuls = {size: bare_matmul(problem, weight, size) for size in chunk_sizes(labels)}
+    chunk = shard.chunks(batch)[0][1]
+    matmuls = {size: bare_matmul(problem, weight, size) for size in chunk_sizes(labels, chunk)}
     taken = interleaved(
         {
             "topk": lambda: shard_topk(shard, inputs, k),
@@ -54,7 +65,7 @@ def bench_topk(
             torch.equal(ours[:, : min(k, labels)], theirs)
             for ours, theirs in zip(found, wanted, strict=True)
         ),
-        "chunk": shard.chunks(batch)[0][1],
+        "chunk": chunk,
         "labels": labels,
         "dim": dim,
         "batch": batch,

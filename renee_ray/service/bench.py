@@ -55,7 +55,8 @@ def bench_scale(
         speedup, their quotient, and, unless RAY_ADDRESS is set, bare_step_s,
         bare_one_worker_step_s and bare_speedup, the same without Ray; seconds_per_million_labels;
         initialise_s, of the first weights; bytes_per_weight; peak_rss_gib, resident memory of
-        this process and all below it together (Ray's own and every worker's), at its highest;
+        this process and all below it together (Ray's own and every worker's), at its highest, or
+        null if RAY_ADDRESS is set;
         loss_first and loss_last, the BCE of a point summed over labels; threads, of a worker. A
         sweep: these of each size, and the slope of step_s over labels.
 
@@ -85,7 +86,9 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
     use_gpu = decide_gpu("auto", workers)
     with ResidentPeak() as peak:
         found = launch(scale_worker, arguments, config, use_gpu)
-    found |= {"peak_rss_gib": peak.bytes / 2**30, "workers": workers}
+    # Of another's Ray neither processes nor machines are known here.
+    resident = peak.bytes / 2**30 if started_here() else None
+    found |= {"peak_rss_gib": resident, "workers": workers}
     if arguments["speedup"] and started_here():
         ray.shutdown()
         found |= _without_ray(config, arguments, use_gpu)
@@ -145,6 +148,7 @@ def measure(
     found = {
         "step_s": taken,
         "seconds_per_million_labels": taken / labels * 1e6,
+        "precision": shard.weights.precision,
         "bytes_per_weight": int(all_sum(ranks, held)) / (labels * dim),
         "initialise_s": initialise_s,
         "loss_first": first,
@@ -193,5 +197,8 @@ def _step(
     )
     gradient = pending[0].wait()
     # On a GPU this is what waits for the step to end.
-    assert bool(torch.isfinite(gradient).all()), "the step diverged"
+    if not bool(torch.isfinite(gradient).all()):
+        raise ReneeError(
+            f"step {step} diverged: the gradient is not finite; give fewer --steps or a lower --dim"
+        )
     return float(all_sum(ranks, loss.cpu())) / batch

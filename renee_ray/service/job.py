@@ -25,8 +25,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from renee_ray.config import OPENMP, ReneeError, RunConfig
 from renee_ray.data.storage import storage_error
 from renee_ray.service.cluster import started_here
-from renee_ray.service.threads import in_thread
 from renee_ray.service.wishes import Regroup, SignalHandler
+from renee_ray.training.threads import in_thread
 
 NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
 """Of Ray's workers, as Ray sets it: on a machine with other work it decides who gets the cores."""

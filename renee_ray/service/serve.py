@@ -43,7 +43,7 @@ from renee_ray.service.job import at_signals, worker_environment
 from renee_ray.service.predict import check_labels, scoring_config
 from renee_ray.service.run import RunDirectory
 from renee_ray.service.texts import vocabulary_of
-from renee_ray.service.threads import in_thread
+from renee_ray.training.threads import in_thread
 
 STARTS = 2
 """Times that a replica may fail to start before the service is given up."""

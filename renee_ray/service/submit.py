@@ -30,7 +30,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from renee_ray.config import ReneeError
 from renee_ray.service.job_files import pack, packed_name
-from renee_ray.service.threads import in_thread
+from renee_ray.training.threads import in_thread
 
 T = TypeVar("T")
 

@@ -6,9 +6,11 @@ A step ends by waiting for the GPU, which must not then wait for the next batch 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
 from typing import TypeVar
+
+from renee_ray.training.threads import in_thread
 
 T = TypeVar("T")
 
@@ -19,14 +21,14 @@ def one_ahead(items: Iterator[T], count: int) -> Iterator[T]:
     Raises:
         Exception: what `items` raises, in place of the item.
     """
-    pool = ThreadPoolExecutor(1, "ahead")
     ended = object()
     wanted = islice(items, count)
-    try:
-        pending = pool.submit(next, wanted, ended)
-        while (item := pending.result()) is not ended:
-            pending = pool.submit(next, wanted, ended)
-            yield item  # type: ignore[misc]  # not `ended`
-    finally:
-        # Not waited for: the last item may be one that never comes.
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    def make() -> Future[T | object]:
+        # A daemon: the last item may be one that never comes, and the process ends all the same.
+        return in_thread(lambda: next(wanted, ended), "ahead")
+
+    pending = make()
+    while (item := pending.result()) is not ended:
+        pending = make()
+        yield item  # type: ignore[misc]  # not `ended`

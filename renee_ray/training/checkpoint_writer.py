@@ -42,6 +42,7 @@ from renee_ray.training.checkpoints import Checkpoints
 from renee_ray.training.collectives import Ranks, broadcast_bytes
 from renee_ray.training.encoder import Encoder
 from renee_ray.training.tensor_file import FileFacts, write
+from renee_ray.xfc.device import free_memory
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.shard import Shard
 
@@ -180,7 +181,7 @@ class CheckpointWriter:
             return True
         needed = sum(_size(tensors) for tensors in files.values())
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_ranks))
-        if needed * beside <= SHARE_OF_MEMORY * _free_memory():
+        if needed * beside <= SHARE_OF_MEMORY * free_memory(torch.device("cpu")):
             return True
         self.background = False
         log.warning(
@@ -307,16 +308,6 @@ def _named(
 
 def _size(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _free_memory() -> int:
-    """Bytes that the kernel can give without swapping; without /proc, no limit is known."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = {line.partition(":")[0]: line.split()[1] for line in file}
-        return int(found["MemAvailable"]) * 1024
-    except (OSError, KeyError):
-        return 1 << 62
 
 
 def _remove(filesystem: pafs.FileSystem, path: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from renee_ray.training.batch import Batch
+from renee_ray.xfc.device import upload
 
 
 class GradientCache:
@@ -37,7 +38,10 @@ class GradientCache:
         self, encoder: nn.Module, batch: Batch, micro_batch: int, device: torch.device
     ) -> None:
         self._encoder, self._batch, self._device = encoder, batch, device
-        *again, self._kept_rows = batch.micro_batches(micro_batch)
+        *again, kept = batch.micro_batches(micro_batch)
+        # Uploaded before anything is queued, and not waited for.
+        order = upload(torch.from_numpy(np.concatenate([*again, kept])), device)
+        self._places = list(order.split([len(rows) for rows in (*again, kept)]))
         self._again: list[tuple[np.ndarray, list[Tensor]]] = []
         parts = []
         for rows in again:
@@ -45,20 +49,19 @@ class GradientCache:
             with torch.no_grad():
                 parts.append(self._forward(rows))
         with self._reduction(at_once=not again):
-            self._kept = self._forward(self._kept_rows)
-        places = torch.from_numpy(np.concatenate([*again, self._kept_rows])).to(device)
+            self._kept = self._forward(kept)
         computed = torch.cat([*parts, self._kept.detach()])
-        self.embeddings = torch.empty_like(computed).index_copy_(0, places, computed)
+        self.embeddings = torch.empty_like(computed).index_copy_(0, order, computed)
 
     def backward(self, gradient: Tensor) -> None:
         """Adds the encoder's gradient for d loss / d embeddings [b_r, D]; once only."""
         with self._reduction(at_once=not self._again):
-            self._kept.backward(gradient[self._kept_rows])
+            self._kept.backward(gradient[self._places.pop()])
         del self._kept
         while self._again:
             rows, state = self._again.pop()
             with self._reduction(at_once=not self._again), _random_numbers(state, self._device):
-                self._forward(rows).backward(gradient[rows])
+                self._forward(rows).backward(gradient[self._places.pop()])
 
     def _forward(self, rows: np.ndarray) -> Tensor:
         # A rank without rows still joins DDP's reduction: with one blank row, cut off again.

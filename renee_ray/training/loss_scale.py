@@ -2,9 +2,9 @@
 
 Gradients inside an fp16 encoder may be too small for fp16, whose smallest number is 6e-8. dE is
 therefore multiplied by a scale before the encoder's backward, and the parameters' gradients, in
-fp32, are divided by it. The classifier needs none: its residuals lie within [-1, 1], and its
-gradients exist only in fp32. The scale is halved at each overflow, whose step is skipped, and
-doubled after `GROWTH_STEPS` steps without one.
+fp32, are divided by it. The classifier needs none: its residuals lie within [-1, 1], and the
+gradients of its weights are added up in fp32. The scale is halved at each overflow, whose step
+is skipped, and doubled after `GROWTH_STEPS` steps without one.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@
                                              in micro-batches (training/gradient_cache)
     AdamW on the encoder, its gradient summed over ranks and divided by the scale
 
-A step whose embeddings or whose encoder's gradient are not finite is skipped by every rank on
-both sides. All ranks see the same E, so they decide alike without another message, before any
-weight has changed. The gradient is known only when the classifier is updated already: its update
-is taken back then (xfc/undo.py), if it is not finite on any rank.
+A step whose embeddings, in the classifier's dtype, or whose encoder's gradient are not finite is
+skipped by every rank on both sides. All ranks see the same E, so they decide alike without
+another message, before any weight has changed. The gradient is known only when the classifier is
+updated already: its update is taken back then (xfc/undo.py), if it is not finite on any rank.
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ class Step:
             kept_embeddings = own.embeddings * kept
             enter("gather")
             everyone = gather_rows(self.ranks, kept_embeddings, counts)
-            finite = bool(torch.isfinite(everyone).all())
-            if not finite:
+            # As the classifier multiplies them: beyond 65,504 fp16 has no numbers.
+            operands = everyone.to(self.shard.weights.compute_dtype)
+            if not bool(torch.isfinite(operands).all()):
                 enter("encoder_backward")
                 own.backward(torch.zeros_like(own.embeddings))
                 self.optimizer.zero_grad(set_to_none=True)

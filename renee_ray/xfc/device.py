@@ -97,6 +97,18 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or those that the kernel can give without swapping (Linux says how many)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = {line.partition(":")[0]: line.split()[1] for line in file}
+        return int(found["MemAvailable"]) * 1024
+    except (OSError, KeyError):
+        return 1 << 62
+
+
 def chunk_bytes(device_type: str) -> int:
     """Bytes that the buffers of one chunk of labels may take together.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -68,10 +69,14 @@ def _threads(lanes: int) -> list[ThreadPoolExecutor]:
 
     One pool would let a thread that is early take two of the tasks, and their buffers with them.
     """
+    before = torch.get_num_threads()
     threads = [ThreadPoolExecutor(1, f"classifier lane {i}") for i in range(lanes)]
     wait([thread.submit(_compute_alone) for thread in threads])
-    torch.set_num_threads(lanes)  # which is also what threads not yet used by torch begin with
+    torch.set_num_threads(before)  # which is also what threads not yet used by torch begin with
     return threads
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of these threads
 
 
 def _compute_alone() -> None:

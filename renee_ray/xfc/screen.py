@@ -54,7 +54,7 @@ def screened_topk(
     inputs = embeddings.bfloat16()
     # Of a label there are its products, and its weights as fp32 and bf16; that these pass through
     # a cache twice as small costs less than starting the loops twice as often.
-    lanes = shard.lanes(len(inputs), len(inputs) + 3 * shard.weights.dim)
+    lanes = shard.lanes(len(inputs), len(inputs) + 3 * shard.weights.dim, gradient=False)
     narrows = [Narrow(shard.weights) for _ in lanes]
     # What a lane has found raises what the others have to beat. Labels with the very same product
     # are then not told apart by their ids, which does not matter here.
@@ -138,7 +138,8 @@ class Narrow:
             narrow = weights.operand(start, stop, torch.bfloat16)
             cpu_kernels.measure(narrow, measures)
             measures[:, 1] = measures[:, 0] * HALF_ULP * (not weights.weight.exact_bf16)
-        size, error = measures.amax(dim=0).tolist()
+        # NaN, which is of no order, must not hide the others: no row is certain then.
+        size, error = measures.nan_to_num(nan=torch.inf).amax(dim=0).tolist()
         self.size, self.error = max(self.size, size), max(self.error, error)
         return narrow
 
@@ -167,8 +168,8 @@ def few_products(
             picked = labels[rows].clamp(min=0)
             products = embeddings[rows] @ weights.weight.pick(picked.flatten()).T
             found = products.view(ROWS, *picked.shape)[own, own]
-            # Assigned in one go: the last rows may be another lane's too, with the same scores.
-            scores[rows] = found if offset is None else found + offset[picked]
+            found = found if offset is None else found + offset[picked]
+            scores[start : start + ROWS] = found[start - first :]  # those before are another's
 
     starts = range(0, len(labels), ROWS)
     run([partial(lane, starts[i::lanes]) for i in range(lanes)])

@@ -8,7 +8,8 @@ What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3
 
 Neither logits nor dW ever exist for more than one chunk of labels, and where the matmuls are
 fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
-Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size.
+Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size,
+but in steps whose loss is asked for.
 Fewer passes over memory do the same on a CPU (`cpu_kernels`) and, where triton is there, on a
 GPU (`kernels`).
 """
@@ -125,15 +126,17 @@ class Shard:
         self.owned, self.weights, self.chunk = owned, weights, chunk
         self.operations = operations or choose_operations(weights)
 
-    def lanes(self, batch: int, each: int = 0) -> list[Chunks]:
+    def lanes(self, batch: int, each: int = 0, *, gradient: bool = True) -> list[Chunks]:
         """The chunks of each lane (see module `lanes`) for a global batch of `batch` rows.
 
         each: bytes of working memory for a label; 0: what a training step takes.
+        gradient: whether each lane has a dE of its own.
         """
         each = each or buffer_bytes(batch, self.weights, self.operations)
         size = self.chunk or default_chunk(each, self.weights.device.type)
         n = len(self.owned)
-        count = lane_count(n, GRADIENT_BYTES * batch * self.weights.dim, self.weights.device)
+        own = GRADIENT_BYTES * batch * self.weights.dim * gradient
+        count = lane_count(n, own, self.weights.device)
         bounds = itertools.pairwise(n * i // count for i in range(count + 1))
         return [
             [(start, min(start + size, last)) for start in range(first, last, size)]
@@ -272,8 +275,8 @@ def choose_operations(weights: Weights) -> Operations:
     elif has_kernels(weights.device):
         from renee_ray.xfc import kernels  # needs triton, which not every machine has
 
-        narrow = isinstance(weights.weight, E4M3) and native_e4m3(weights.device)
-        scaled = kernels.scaled_residual if narrow else None
+        narrow = isinstance(weights.weight, E4M3) and weights.compute_dtype == torch.bfloat16
+        scaled = kernels.scaled_residual if narrow and native_e4m3(weights.device) else None
         return Operations(kernels.residual, kernels.FusedUpdate, scaled)
     return Operations(residual, Update)
 

@@ -88,7 +88,10 @@ class Weights:
         self.precision = choose_precision(precision, device)
         storage = STORAGES[self.precision]
         if compute not in (None, torch.float32, storage.compute):
-            raise ValueError(f"{self.precision} is multiplied in fp32 or {storage.compute}")
+            raise ValueError(
+                f"compute {compute}: {self.precision} is multiplied in torch.float32 or "
+                f"{storage.compute}"
+            )
         self.compute_dtype = compute or choose_compute(storage.compute, self.precision, device)
         self.rows, self.dim, self.device = rows, dim, device
         self.scratch = Scratch(device)

@@ -75,7 +75,7 @@ def _plain_topk(
             best.add(logits, shard.owned.start + start, shift)
         return best.result()
 
-    return join(run([partial(lane, chunks) for chunks in shard.lanes(rows)]), k)
+    return join(run([partial(lane, chunks) for chunks in shard.lanes(rows, gradient=False)]), k)
 
 
 @functools.cache

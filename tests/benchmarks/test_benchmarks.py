@@ -44,6 +44,7 @@ def test_bench_step(
     assert found["bytes_per_weight"] == bytes_per_weight
     assert found["ratio_to_gemm"] == pytest.approx(found["step_s"] / found["gemm_s"])  # type: ignore[operator]
     assert (found["precision"], found["labels"], found["dim"]) == (precision, 700, 16)
+    assert (found["momentum"], found["reference_momentum"]) == (float(momentum), 0.9)
 
 
 @pytest.mark.parametrize("k", [5, 900])
@@ -59,6 +60,14 @@ def test_wrong_flags_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["bench", "step", "--precision", "fp7"]) == 2
     assert cli.main(["bench", "step", "--momentum", "1"]) == 2
     assert "fp7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["step", "topk"])
+def test_what_memory_cannot_hold_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", name, "--labels", "1000000000000"]) == 1
+    message = capsys.readouterr().err
+    assert "--labels 1000000000000" in message
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

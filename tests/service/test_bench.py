@@ -33,6 +33,7 @@ def test_the_loss_falls_alike_on_any_number_of_ranks(precision: str, bytes_per_w
     one, *two = [*on_ranks(1, measured, precision), *on_ranks(2, measured, precision)]
     for found in (one, *two):
         assert found["bytes_per_weight"] == bytes_per_weight
+        assert found["precision"] == precision
         assert found["loss_last"] < 0.95 * found["loss_first"]
         assert found["loss_first"] == pytest.approx(3001 * 0.693, rel=0.02)
         assert found["loss_last"] == pytest.approx(one["loss_last"], rel=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -53,3 +55,20 @@ def test_an_error_takes_the_place_of_its_item() -> None:
     assert next(items) == 1
     with pytest.raises(ValueError, match="torn"):
         next(items)
+
+
+NEVER = """
+import threading
+from renee_ray.training.ahead import one_ahead
+
+def items():
+    yield 1
+    threading.Event().wait()
+
+for item in one_ahead(items(), 5):
+    raise SystemExit(3)
+"""
+
+
+def test_a_process_ends_though_its_next_item_never_comes() -> None:
+    assert subprocess.run([sys.executable, "-c", NEVER], timeout=60).returncode == 3

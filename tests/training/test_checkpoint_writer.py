@@ -173,7 +173,7 @@ def test_the_next_checkpoint_waits_for_the_last(
 def test_without_memory_for_a_copy_training_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checkpoint_writer, "_free_memory", lambda: 100)
+    monkeypatch.setattr(checkpoint_writer, "free_memory", lambda device: 100)
     written: list[Written] = []
     worker, writer = Worker(Ranks()), writer_of(tmp_path, on_written=written.append)
     for step in (1, 2):

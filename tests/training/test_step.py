@@ -85,14 +85,15 @@ def distributed(
     gradient: str = "sum",
     poisoned: int = -1,
     poisoned_backward: int = -1,
+    poison: float = torch.nan,
     loss_scale: LossScale | None = None,
     micro_batch: int = 0,
     sparse: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Trains on this rank's rows of each batch; returns its shard, the encoder and the losses.
 
-    poisoned, poisoned_backward: steps in which rank 0 has a NaN in its embeddings, or in the
-    gradient of one matrix of its encoder.
+    poisoned, poisoned_backward: steps in which rank 0 has its embeddings, or the gradient of one
+    matrix of its encoder, multiplied by `poison`.
     """
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
     compute = STORAGES[precision].compute
@@ -118,9 +119,9 @@ def distributed(
     for number in range(STEPS):
         batch = batch_of(ranks, number)
         if number == poisoned and ranks.rank == 0:
-            hook = encoder.out.register_forward_hook(lambda *call: call[-1] * torch.nan)
+            hook = encoder.out.register_forward_hook(lambda *call: call[-1] * poison)
         if number == poisoned_backward and ranks.rank == 0:
-            hook = encoder.out.weight.register_hook(lambda gradient: gradient * torch.nan)
+            hook = encoder.out.weight.register_hook(lambda gradient: gradient * poison)
         result = step(batch, number, RULE, with_loss=True)
         if number in (poisoned, poisoned_backward) and ranks.rank == 0:
             hook.remove()
@@ -206,6 +207,7 @@ def variants(ranks: Ranks) -> dict[str, Trajectory]:
         "bf16_split": distributed(ranks, "bf16_split"),
         "mean": distributed(ranks, "fp32", "mean"),
         "poisoned": distributed(ranks, "fp32", poisoned=4),
+        "beyond_fp16": distributed(ranks, "fp16", poisoned=4, poison=1e8),
         "poisoned_backward": distributed(ranks, "fp32", poisoned_backward=4),
         "micro_batches_backward": distributed(
             ranks, "fp32", poisoned_backward=4, micro_batch=2, sparse=True
@@ -280,6 +282,16 @@ def test_a_step_with_embeddings_that_are_not_finite_is_skipped_by_all(
     found = of(runs, num_ranks, variant)
     found["loss"] = found["loss"][torch.arange(STEPS) != 4]
     assert difference(found, oracle(without=[4])) < 1e-5
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_so_is_one_whose_embeddings_fp16_cannot_hold(runs: Runs, num_ranks: int) -> None:
+    """They are finite fp32 numbers, and so is dE; the weights would not be."""
+    results = [result["beyond_fp16"] for result in runs[num_ranks]]
+    assert [result["skipped"].tolist() for result in results] == [[4]] * num_ranks
+    found = of(runs, num_ranks, "beyond_fp16")
+    found["loss"] = found["loss"][torch.arange(STEPS) != 4]
+    assert difference(found, oracle(without=[4])) < 4 * 2**-8
 
 
 @pytest.mark.parametrize("variant", ["poisoned_backward", "micro_batches_backward"])

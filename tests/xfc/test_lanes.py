@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -195,3 +197,21 @@ def test_threads_share_the_matmuls_of_few_labels_and_of_large_gradients(
         assert [lane_count(10**6, 200 << 20, CPU) for _ in range(2)] == [1, 1]
     (message,) = caplog.messages
     assert "4 threads with 200 MiB" in message
+
+
+def test_a_process_that_was_forked_starts_lanes_of_its_own() -> None:
+    code = (
+        "import os\nfrom renee_ray.xfc.lanes import run\ntasks = [lambda: 1] * 2\nrun(tasks)\n"
+        "pid = os.fork()\nif not pid:\n    os._exit(sum(run(tasks)))\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 2
+
+
+def test_scoring_has_lanes_however_large_a_gradient_would_be(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(lanes, "MOST_BYTES", 100)
+    shard = make_shard("fp32")
+    assert len(shard.lanes(BATCH)) == 1
+    assert len(shard.lanes(BATCH, gradient=False)) == threads

@@ -108,6 +108,19 @@ def test_a_label_of_huge_or_no_value(value: float) -> None:
     assert torch.equal(found[1], wanted.indices[:, :9] + FIRST)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_label_without_value_does_not_hide_how_large_others_are(value: float) -> None:
+    """The best label is chosen by a part that bf16 cannot hold, in the same chunk."""
+    weight = drawn(LABELS, DIM) * 1e-3
+    weight[:, 0] = 8.0
+    weight[100, 0], weight[700:760, 0] = 8.031, 8.03  # the same bf16 number
+    inputs = torch.zeros(BATCH, DIM)
+    inputs[:, 0] = 1 + 2**-6
+    weight[300, 5] = value
+    found = shard_topk(shard_of(weight), inputs, 1)
+    assert torch.equal(found[1], torch.full((BATCH, 1), 100 + FIRST))
+
+
 def test_the_bound_holds() -> None:
     """Of every pair, for weights of very different lengths."""
     weight = drawn(LABELS, DIM) * torch.logspace(-3, 2, LABELS)[:, None]
