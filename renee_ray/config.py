@@ -138,11 +138,11 @@ class EncoderConfig(Config):
 class ClassifierConfig(Config):
     """The fully connected classifier (XFC), one shard of labels per worker."""
 
-    precision: Literal["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"] = "bf16_split"
+    precision: Literal["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"] = "auto"
     """Storage of the weights: fp32; bf16_split, the same in two halves; bf16_sr and fp8_sr, 2 and
     1 bytes, rounded stochastically; fp16, an fp32 master with an fp16 copy; auto: bf16_sr where the
-    device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but fp32 multiply in bf16, or
-    fp16, where the device does so natively."""
+    first worker's device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but fp32
+    multiply in bf16, or fp16, where the device does so natively."""
     init: Literal["normal", "label_text"] = "label_text"
     """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
     init_std: float = Field(0.02, ge=0)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from renee_ray.config import RunConfig
-from renee_ray.training.collectives import Ranks
+from renee_ray.training.collectives import Ranks, broadcast_bytes
 from renee_ray.training.encoder import Encoder, build_encoder
+from renee_ray.xfc.device import choose_precision
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import Weights
@@ -38,6 +39,8 @@ def build_model(
     encoder = build_encoder(config.encoder, device, config.seed)
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
     momentum = training and config.classifier.momentum > 0
-    precision = precision or config.classifier.precision
+    # Of one kind on all ranks, whatever devices they have: it is that of one checkpoint.
+    wanted = precision or choose_precision(config.classifier.precision, device)
+    precision = broadcast_bytes(ranks, wanted.encode()).decode()
     weights = Weights(precision, len(owned), encoder.dim, momentum, device)
     return Model(encoder, Shard(owned, weights, config.classifier.chunk))

@@ -10,6 +10,14 @@ from renee_ray.config import RunConfig
 from renee_ray.training import model as module
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.model import build_model
+from renee_ray.xfc import device
+from tests.training.gloo import on_ranks
+
+
+class Vectors(nn.Module):
+    """What a shard asks of an encoder."""
+
+    dim = 4
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -17,16 +25,28 @@ from renee_ray.training.model import build_model
 def test_a_checkpoints_precision_goes_before_that_of_the_configuration(
     monkeypatch: pytest.MonkeyPatch, momentum: float, training: bool
 ) -> None:
-    encoder = nn.Linear(3, 4)
-    encoder.dim = 4  # type: ignore[assignment]
-    monkeypatch.setattr(module, "build_encoder", lambda *arguments: encoder)
+    monkeypatch.setattr(module, "build_encoder", lambda *arguments: Vectors())
     config = RunConfig.model_validate(
         {"data": "d", "output": "o", "classifier": {"precision": "auto", "momentum": momentum}}
     )
-    ranks, cpu = Ranks(1, 3), torch.device("cpu")
+    ranks, cpu = Ranks(), torch.device("cpu")
     model = build_model(config, 11, ranks, cpu, training=training, precision="fp8_sr")
     assert model.shard.weights.precision == "fp8_sr"
     kept = training and momentum > 0
     assert model.shard.weights.nbytes() == len(model.shard.owned) * 4 * (3 if kept else 1)
     fresh = build_model(config, 11, ranks, cpu, training=training)
     assert fresh.shard.weights.precision in ("fp32", "bf16_sr")
+
+
+def on_devices(ranks: Ranks, first: bool) -> str:
+    """What a rank of few or of many devices chooses; `first`: whether rank 0's has bf16."""
+    device.native_bf16 = lambda _: (ranks.rank == 0) == first
+    module.build_encoder = lambda *arguments: Vectors()  # type: ignore[assignment, return-value]
+    config = RunConfig.model_validate({"data": "d", "output": "o"})
+    model = build_model(config, 11, ranks, torch.device("cpu"), training=True)
+    return model.shard.weights.precision
+
+
+@pytest.mark.parametrize(("first", "wanted"), [(True, "bf16_sr"), (False, "fp32")])
+def test_ranks_with_other_devices_choose_as_the_first(first: bool, wanted: str) -> None:
+    assert on_ranks(2, on_devices, first) == [wanted] * 2
