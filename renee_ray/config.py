@@ -142,7 +142,7 @@ class ClassifierConfig(Config):
     """Storage of the weights: fp32; bf16_split, the same in two halves; bf16_sr and fp8_sr, 2 and
     1 bytes, rounded stochastically; fp16, an fp32 master with an fp16 copy; auto: bf16_sr where the
     first worker's device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but fp32
-    multiply in bf16, or fp16, where the device does so natively."""
+    multiply in bf16, or fp16, where the device does so natively; fp8_sr's logits in e4m3."""
     init: Literal["normal", "label_text"] = "label_text"
     """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
     init_std: float = Field(0.02, ge=0)

@@ -199,6 +199,6 @@ def _step(
     # On a GPU this is what waits for the step to end.
     if not bool(torch.isfinite(gradient).all()):
         raise ReneeError(
-            f"step {step} diverged: the gradient is not finite; give fewer --steps or a lower --dim"
+            f"step {step} diverged: the gradient is not finite; give a smaller --batch"
         )
     return float(all_sum(ranks, loss.cpu())) / batch

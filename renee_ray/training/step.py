@@ -108,8 +108,8 @@ class Step:
             enter("gather")
             everyone = gather_rows(self.ranks, kept_embeddings, counts)
             # As the classifier multiplies them: beyond 65,504 fp16 has no numbers.
-            operands = everyone.to(self.shard.weights.compute_dtype)
-            if not bool(torch.isfinite(operands).all()):
+            dtype = self.shard.weights.compute_dtype
+            if not bool(torch.isfinite(everyone.to(dtype)).all()):
                 enter("encoder_backward")
                 own.backward(torch.zeros_like(own.embeddings))
                 self.optimizer.zero_grad(set_to_none=True)

@@ -146,6 +146,7 @@ class BFloat16(Buffer):
 
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
         self.data = torch.zeros(rows, dim, dtype=torch.bfloat16, device=device)
+        self._scratch = scratch
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.data}
@@ -162,7 +163,7 @@ class BFloat16(Buffer):
 
     def store(self, start: int, stop: int, rows: Tensor, noise: Noise | None) -> None:
         assert noise is not None
-        round_to_bf16(rows, noise.rows(start, stop))
+        round_to_bf16(rows, noise.rows(start, stop), self._scratch)
         self.data[start:stop] = rows
 
     def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:

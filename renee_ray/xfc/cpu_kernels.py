@@ -332,6 +332,13 @@ def _noise(base, key, label, dim, bits):
 
 
 @compiled
+def _flipped(value, noise, bits):
+    """The noise of a value of these fp32 bits: see `rounding._flip_below_zero`."""
+    negative = np.uint32(0) - (value >> np.uint32(31))
+    return np.uint32(np.uint32(noise) ^ (negative & np.uint32((1 << bits) - 1)))
+
+
+@compiled
 def _float(bits):
     return np.uint32(bits).view(np.float32)
 
@@ -378,7 +385,8 @@ def _write_fp32(stored, rest, values, noise, offset):
 @compiled
 def _write_bf16(stored, rest, values, noise, offset):
     for j in range(len(values)):
-        bits = np.uint32(_bits(values[j]) + np.uint32(noise[j] ^ offset))
+        bits = _bits(values[j])
+        bits = np.uint32(bits + _flipped(bits, noise[j] ^ offset, BF16_DROPPED))
         stored[j] = np.uint16(bits >> np.uint32(16))
 
 
@@ -399,9 +407,8 @@ def _write_e4m3(stored, rest, values, noise, offset):
         size = _E4M3_LARGEST if size > _E4M3_LARGEST else size
         exponent = np.int32(max(np.int32(_bits(size) >> np.uint32(23)), np.int32(121)))
         shifted = np.float32(size + np.float32(2) * _float(exponent << 23))
-        leading = np.int32(
-            np.uint32(_bits(shifted) + np.uint32(noise[j] ^ offset)) >> np.uint32(E4M3_DROPPED)
-        )
+        added = _flipped(_bits(value), noise[j] ^ offset, E4M3_DROPPED)
+        leading = np.int32(np.uint32(_bits(shifted) + added) >> np.uint32(E4M3_DROPPED))
         code = ((exponent - 120) << 3) + leading - ((exponent + 1) << 4) - 8
         code = code if value == value else np.int32(127)
         stored[j] = np.uint8(code | ((_bits(value) >> np.uint32(24)) & np.uint32(128)))

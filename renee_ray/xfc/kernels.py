@@ -10,11 +10,12 @@ E [B, D] and velocities m; whatever is in between is fp32:
 
 Neither Z nor the gradient G E is ever in memory: they live in the registers of the tile that
 computes them. W, E and G are of one dtype: fp32, bf16 or fp16; for Z alone W and E may be e4m3,
-which a GPU multiplies twice as fast. The other products would need e4m3 copies of W and E that
-lie the other way, and a G of four digits: they stay bf16. The residual of a positive is
-computed anew from its logit, since sigmoid(z) - 1 would lose all digits in bf16. That a kernel
-of its own does so, with one program for each pair, keeps tiles free of searches and lets a
-label be positive in every row.
+which a GPU multiplies twice as fast. The sums are then what its tensor cores keep (on Hopper
+14 binary digits), which is more than numbers of four digits are worth. The other products
+would need e4m3 copies of W and E that lie the other way, and a G of four digits: they stay bf16.
+The residual of a positive is computed anew from its logit, since sigmoid(z) - 1 would lose all
+digits in bf16. That a kernel of its own does so, with one program for each pair, keeps tiles
+free of searches and lets a label be positive in every row.
 
 The update reads and writes weights as integers (see `buffers`), which needs no fp8 instructions.
 Import this module only to use it: it needs triton, which comes with torch for CUDA.
@@ -254,11 +255,11 @@ def _write(stored, rest, at, inside, value, base, key, label, column, KIND: tl.c
         tl.store(rest + at, bits.to(tl.int16), mask=inside)
         tl.store(stored + at, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside)
     elif KIND == "bf16":
-        bits += _noise(base, key, label, column, inside, _BF16_DROPPED)
+        bits += _noise(base, key, label, column, inside, value, _BF16_DROPPED)
         tl.store(stored + at, (bits >> 16).to(tl.int16), mask=inside)
     else:
         # As rounding.round_to_e4m3; the leading bits of the mantissa are then the code's last.
-        noise = _noise(base, key, label, column, inside, _E4M3_DROPPED)
+        noise = _noise(base, key, label, column, inside, value, _E4M3_DROPPED)
         size = tl.minimum(tl.abs(value), _E4M3_MAX)
         exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 121)
         shifted = size + 2 * (exponent << 23).to(tl.float32, bitcast=True)
@@ -269,8 +270,8 @@ def _write(stored, rest, at, inside, value, base, key, label, column, KIND: tl.c
 
 
 @triton.jit
-def _noise(base, key, label, column, inside, BITS: tl.constexpr):
-    """`rounding.Noise.rows` of these labels and columns."""
+def _noise(base, key, label, column, inside, value, BITS: tl.constexpr):
+    """`rounding.Noise.rows` of these labels and columns, flipped where their value is negative."""
     hashed = label.to(tl.uint64)
     unsigned = key.to(tl.uint64)
     hashed = ((hashed ^ (hashed >> 32)) + unsigned) * _FACTOR_0
@@ -278,4 +279,6 @@ def _noise(base, key, label, column, inside, BITS: tl.constexpr):
     hashed = ((hashed ^ (hashed >> 32)) + unsigned) * _FACTOR_2
     offset = (hashed >> (64 - BITS)).to(tl.int32)
     at = (label % _PERIOD).to(tl.int32)[:, None] * _STRIDE + column[None, :]
-    return tl.load(base + at, mask=inside, other=0) ^ offset[:, None]
+    sign = value.to(tl.int32, bitcast=True) >> 31  # all bits, or none
+    flipped = (sign.to(tl.uint32, bitcast=True) >> (32 - BITS)).to(tl.int32)
+    return tl.load(base + at, mask=inside, other=0) ^ offset[:, None] ^ flipped

@@ -2,7 +2,8 @@
 
 A number x between its neighbours a < b of the coarser format becomes b with probability
 (x - a) / (b - a), so that the expectation is x and small updates are not lost. Done on the
-bits: add a uniform integer to the bits that will be dropped, then drop them.
+bits: add a uniform integer to the bits that will be dropped, then drop them (of a negative
+number, whose size this is done to, the integer with all its bits flipped).
 
 Noise of column j of label l at one step, with ^ the exclusive or:
 
@@ -48,8 +49,7 @@ class Noise:
         stream: number of the tensor that is rounded, so that two of them get other noise.
         bits: at most 24.
         dim: D, columns; first: global id of local row 0.
-        opposite: 2**bits - 1 less each integer: what was rounded up by much is then rounded
-            down by much, which takes a sum back (see module `undo`).
+        opposite: all bits flipped, for the rounding that takes a sum back (see module `undo`).
     """
 
     def __init__(
@@ -113,8 +113,13 @@ BF16_DROPPED = 16
 E4M3_DROPPED = 19
 
 
-def round_to_bf16(values: Tensor, noise: Tensor) -> None:
-    """Rounds fp32 `values` in place to numbers of bf16; noise: int32 of `BF16_DROPPED` bits."""
+def round_to_bf16(values: Tensor, noise: Tensor, scratch: Scratch) -> None:
+    """Rounds fp32 `values` in place to numbers of bf16.
+
+    Args:
+        noise: int32 of `BF16_DROPPED` bits; is overwritten.
+    """
+    _flip_below_zero(values, noise, BF16_DROPPED, scratch)
     bits = values.view(torch.int32)
     bits.add_(noise).bitwise_and_(-1 << BF16_DROPPED)
 
@@ -127,8 +132,9 @@ def round_to_e4m3(values: Tensor, noise: Tensor, scratch: Scratch) -> None:
     the four leading bits of the mantissa. So 19 bits are rounded away there.
 
     Args:
-        noise: int32 of `E4M3_DROPPED` bits.
+        noise: int32 of `E4M3_DROPPED` bits; is overwritten.
     """
+    _flip_below_zero(values, noise, E4M3_DROPPED, scratch)
     values.clamp_(-E4M3_MAX, E4M3_MAX)
     power = scratch("e4m3 power", *values.shape)
     torch.bitwise_and(values.view(torch.int32), _EXPONENT, out=power.view(torch.int32))
@@ -138,11 +144,23 @@ def round_to_e4m3(values: Tensor, noise: Tensor, scratch: Scratch) -> None:
     torch.copysign(shifted.sub_(power, alpha=2), values, out=values)
 
 
+def _flip_below_zero(values: Tensor, noise: Tensor, bits: int, scratch: Scratch) -> None:
+    """Flips all bits of the noise of negative values.
+
+    Sign and size are stored apart, so what is rounded is the size. Flipped, more noise means
+    a greater number, and not a greater size, for values of either sign: an update can then be
+    taken back across zero too (see module `undo`).
+    """
+    sign = scratch("noise sign", *values.shape, dtype=torch.int32)
+    torch.bitwise_right_shift(values.view(torch.int32), 31, out=sign)
+    noise.bitwise_xor_(sign.bitwise_and_(2**bits - 1))
+
+
 def scaled_e4m3(values: Tensor) -> tuple[Tensor, Tensor]:
     """(codes float8_e4m3fn [B, D], scales float32 [B]): row i of values is scales[i] * codes[i].
 
     To the nearest, after each row's largest number was brought to the largest of e4m3: below
-    2**-15 of that its numbers have fewer than the four digits of the others.
+    2**-14 of that, numbers have fewer than the four binary digits of the others.
     """
     # A row of zeros stays one: the scale is no divisor by zero.
     scales = values.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny * E4M3_MAX)

@@ -139,7 +139,7 @@ class Narrow:
             cpu_kernels.measure(narrow, measures)
             measures[:, 1] = measures[:, 0] * HALF_ULP * (not weights.weight.exact_bf16)
         # NaN, which is of no order, must not hide the others: no row is certain then.
-        size, error = measures.nan_to_num(nan=torch.inf).amax(dim=0).tolist()
+        size, error = measures.nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=0).tolist()
         self.size, self.error = max(self.size, size), max(self.error, error)
         return narrow
 

@@ -159,7 +159,7 @@ class Shard:
         """Trains the shard on one global batch.
 
         Args:
-            embeddings: [B, D] float32, finite.
+            embeddings: [B, D] float32, finite, also in the compute dtype.
             on_gradient: called with dE [B, D] float32 once it is complete, before the last chunk
                 of each lane is updated: what it starts (a reduce-scatter) overlaps that update.
 

@@ -13,7 +13,7 @@ the update and n the noise in [0, 1). Since w has the storage's digits, w = ceil
 what is stored is w' + u, rounded with the opposite noise. That gives back the very number,
 except where a power of two lies between, at which the spacing changes. Rounded to nearest, most
 small updates would stay: there w' is as far from w as it can be, and not by u. With momentum,
-what m' was before it was rounded is not known, and m comes back to within a spacing.
+what m' was before it was rounded is not known: m comes back to about a spacing of m' / momentum.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from renee_ray.xfc.storage import SGD, add_product, step_noise
 
 log = logging.getLogger(__name__)
 
+COPIES = 12
+"""Of a weight in fp32, at most, while it is worked on: plain torch on any device."""
 ITERATIONS = 50
 TOLERANCE = 1e-7
 """Largest change of a weight, relative to the largest weight, at which the iteration ends."""
@@ -44,7 +46,9 @@ def undo_step(shard: Shard, embeddings: Tensor, positives: Pairs, sgd: SGD) -> N
     weights = shard.weights
     inputs = shard.inputs(embeddings)
     noise = step_noise(weights, sgd, shard.owned.start, opposite=True)
-    chunks = shard.chunks(len(embeddings))
+    # Labels are independent: chunks whose fp32 copies take no more than the step's buffers did.
+    each = COPIES * 4 * weights.dim + 4 * len(embeddings)
+    chunks = [chunk for lane in shard.lanes(len(embeddings), each) for chunk in lane]
     for bounds, pairs in zip(chunks, positives.by_chunk(chunks), strict=True):
         chunk = _Chunk(shard, bounds, inputs, pairs, noise)
         if weights.velocity is None:

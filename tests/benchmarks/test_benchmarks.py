@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from renee_ray import cli
+from renee_ray.benchmarks import problem as problem_module
 from renee_ray.benchmarks.checkpoint import bench_checkpoint
 from renee_ray.benchmarks.problem import make_problem
 from renee_ray.benchmarks.step import LR, autograd, bare_matmuls, reference
@@ -63,7 +64,10 @@ def test_wrong_flags_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("name", ["step", "topk"])
-def test_what_memory_cannot_hold_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_memory_cannot_hold_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problem_module, "free_memory", lambda device: 1 << 40)
     assert cli.main(["bench", name, "--labels", "1000000000000"]) == 1
     message = capsys.readouterr().err
     assert "--labels 1000000000000" in message

@@ -61,11 +61,15 @@ NEVER = """
 import threading
 from renee_ray.training.ahead import one_ahead
 
+asked = threading.Event()
+
 def items():
     yield 1
+    asked.set()
     threading.Event().wait()
 
 for item in one_ahead(items(), 5):
+    asked.wait()
     raise SystemExit(3)
 """
 

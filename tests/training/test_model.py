@@ -39,8 +39,8 @@ def test_a_checkpoints_precision_goes_before_that_of_the_configuration(
 
 
 def on_devices(ranks: Ranks, first: bool) -> str:
-    """What a rank of few or of many devices chooses; `first`: whether rank 0's has bf16."""
-    device.native_bf16 = lambda _: (ranks.rank == 0) == first
+    """What a rank chooses, where only rank 0 or, without `first`, only the others have bf16."""
+    device.native_bf16 = lambda device: (ranks.rank == 0) == first  # type: ignore[assignment]
     module.build_encoder = lambda *arguments: Vectors()  # type: ignore[assignment, return-value]
     config = RunConfig.model_validate({"data": "d", "output": "o"})
     model = build_model(config, 11, ranks, torch.device("cpu"), training=True)

@@ -32,9 +32,9 @@ def noise_of(
 def rounded(kind: str, values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     out = values.clone()
     if kind == "bf16":
-        round_to_bf16(out, noise)
+        round_to_bf16(out, noise.clone(), Scratch(CPU))
     else:
-        round_to_e4m3(out, noise, Scratch(CPU))
+        round_to_e4m3(out, noise.clone(), Scratch(CPU))
     return out
 
 

@@ -110,15 +110,15 @@ def test_a_label_of_huge_or_no_value(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_label_without_value_does_not_hide_how_large_others_are(value: float) -> None:
-    """The best label is chosen by a part that bf16 cannot hold, in the same chunk."""
-    weight = drawn(LABELS, DIM) * 1e-3
-    weight[:, 0] = 8.0
-    weight[100, 0], weight[700:760, 0] = 8.031, 8.03  # the same bf16 number
-    inputs = torch.zeros(BATCH, DIM)
-    inputs[:, 0] = 1 + 2**-6
-    weight[300, 5] = value
+    """The best label is one whose product bf16 loses, in the chunk of that without value."""
+    weight, inputs = torch.zeros(LABELS, DIM), torch.zeros(BATCH, DIM)
+    inputs[:, :3] = 1
+    weight[200:260, 2] = 0.05
+    weight[200, 2] = 0.06  # well above those that bf16 leaves out
+    weight[300, :2] = torch.tensor([100.0, -99.9])
+    weight[100, 5] = value
     found = shard_topk(shard_of(weight), inputs, 1)
-    assert torch.equal(found[1], torch.full((BATCH, 1), 100 + FIRST))
+    assert torch.equal(found[1], torch.full((BATCH, 1), 300 + FIRST))
 
 
 def test_the_bound_holds() -> None:

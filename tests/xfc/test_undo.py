@@ -52,7 +52,7 @@ def test_it_inverts_the_step(precision: str, momentum: float) -> None:
     sgd = SGD(0.05, momentum, 0.01, step=3)
     shard.step(embeddings, positives, sgd)
     # The test can fail: what is taken back is larger than what may remain.
-    assert distance(contents(shard), before) > 1.5 * TOLERANCE[precision]
+    assert distance(contents(shard), before) > 1.2 * TOLERANCE[precision]
     undo_step(shard, embeddings, positives, sgd)
     assert distance(contents(shard), before) <= TOLERANCE[precision]
 
@@ -64,33 +64,48 @@ COMPUTES = [
 ]
 
 
-@pytest.mark.parametrize("rate", [1e-5, 1e-3])
+@pytest.mark.parametrize(("std", "rate"), [(0.05, 1e-5), (0.05, 1e-3), (0.002, 1e-4)])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize(("precision", "compute"), COMPUTES)
-def test_nothing_of_an_update_smaller_than_the_spacing_stays(
-    precision: str, compute: torch.dtype, momentum: float, rate: float
+def test_nothing_stays_of_an_update_however_small(
+    precision: str, compute: torch.dtype, momentum: float, std: float, rate: float
 ) -> None:
-    """Most weights then stay as they are, and a few move by far more than their update."""
+    """Below the spacing most weights stay as they are, and few move by far more than their update.
+
+    Of e4m3 numbers of that deviation of 0.002 some third are zeros.
+    """
     torch.manual_seed(0)
     labels, dim, batch = 4000, 32, 8
     weights = Weights(precision, labels, dim, momentum > 0, torch.device("cpu"), compute)
     shard = Shard(LabelRange(0, labels, labels), weights)
-    shard.initialise_normal(0.05, seed=1)
-    positives = Pairs(torch.arange(batch), torch.randint(0, labels, (batch,)), shard.owned)
+    shard.initialise_normal(std, seed=1)
+    wanted = torch.randint(0, labels, (batch,))
+    positives = Pairs(torch.arange(batch), wanted, shard.owned)
     for step in range(3):
         shard.step(torch.randn(batch, dim), positives, SGD(rate, momentum, 0.01, step=step))
     embeddings, sgd = torch.randn(batch, dim), SGD(rate, momentum, 0.01, step=3)
-    before = weights.read(0, labels).clone()
+    before, velocity = weights.read(0, labels).clone(), torch.zeros(())
+    if weights.velocity is not None:
+        velocity = weights.velocities(0, labels).clone()
+    residual = (before @ embeddings.T).sigmoid()
+    residual[wanted, torch.arange(batch)] -= 1
+    update = -rate * (momentum * velocity + residual @ embeddings + 0.01 * before)
+
+    def along(change: torch.Tensor) -> float:
+        return float((change.double() * update).sum() / update.double().square().sum())
+
     shard.step(embeddings, positives, sgd)
     moved = weights.read(0, labels) - before
-    assert float(moved.abs().max()) > 0
+    assert along(moved) == pytest.approx(1, abs=0.2), "in expectation it is the update"
     undo_step(shard, embeddings, positives, sgd)
     left = weights.read(0, labels) - before
     # Of e4m3 numbers every eighth is a power of two, from where some do not come back.
-    limit = 0.1 if precision == "fp8_sr" else 0.03
-    assert abs(float((left * moved).sum() / moved.square().sum())) < limit
-    if precision in ("bf16_sr", "fp8_sr"):
-        assert float((left == 0).double().mean()) > 0.9
+    limit = 0.1 if precision == "fp8_sr" else 0.02
+    assert abs(along(left)) < limit
+    assert float(left.norm()) < 0.3 * float(moved.norm())
+    if weights.velocity is not None:
+        kept = float((weights.velocities(0, labels) - velocity).norm() / velocity.norm())
+        assert kept < 0.02
 
 
 def test_it_says_so_where_the_iteration_does_not_converge(caplog: pytest.LogCaptureFixture) -> None:
