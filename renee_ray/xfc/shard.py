@@ -143,9 +143,9 @@ class Shard:
             for first, last in bounds
         ]
 
-    def chunks(self, batch: int) -> Chunks:
-        """Those of all lanes, in the order of the labels."""
-        return [chunk for lane in self.lanes(batch) for chunk in lane]
+    def chunks(self, batch: int, each: int = 0) -> Chunks:
+        """Those of all `lanes`, in the order of the labels."""
+        return [chunk for lane in self.lanes(batch, each) for chunk in lane]
 
     def step(
         self,

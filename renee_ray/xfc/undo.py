@@ -48,7 +48,7 @@ def undo_step(shard: Shard, embeddings: Tensor, positives: Pairs, sgd: SGD) -> N
     noise = step_noise(weights, sgd, shard.owned.start, opposite=True)
     # Labels are independent: chunks whose fp32 copies take no more than the step's buffers did.
     each = COPIES * 4 * weights.dim + 4 * len(embeddings)
-    chunks = [chunk for lane in shard.lanes(len(embeddings), each) for chunk in lane]
+    chunks = shard.chunks(len(embeddings), each)
     for bounds, pairs in zip(chunks, positives.by_chunk(chunks), strict=True):
         chunk = _Chunk(shard, bounds, inputs, pairs, noise)
         if weights.velocity is None:

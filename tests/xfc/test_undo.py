@@ -49,10 +49,10 @@ def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 def test_it_inverts_the_step(precision: str, momentum: float) -> None:
     shard, embeddings, positives = trained(precision, momentum)
     before = contents(shard)
-    sgd = SGD(0.05, momentum, 0.01, step=3)
+    sgd = SGD(0.1, momentum, 0.01, step=3)
     shard.step(embeddings, positives, sgd)
     # The test can fail: what is taken back is larger than what may remain.
-    assert distance(contents(shard), before) > 1.2 * TOLERANCE[precision]
+    assert distance(contents(shard), before) > 1.5 * TOLERANCE[precision]
     undo_step(shard, embeddings, positives, sgd)
     assert distance(contents(shard), before) <= TOLERANCE[precision]
 
