@@ -52,39 +52,19 @@ _FACTOR_0, _FACTOR_1, _FACTOR_2 = (tl.constexpr(factor % 2**64) for factor in FA
 
 
 def residual(
-    operand: Tensor, inputs: Tensor, labels: Tensor, rows: Tensor, out: Tensor, loss: Tensor | None
-) -> Tensor:
-    """`shard.residual` on a GPU."""
-    return _launch(operand, inputs, None, labels, rows, out, loss)
-
-
-def scaled_residual(
     operand: Tensor,
     inputs: Tensor,
-    scales: Tensor,
     labels: Tensor,
     rows: Tensor,
     out: Tensor,
     loss: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """As `residual`, for e4m3 numbers: row i of E is scales[i] * inputs[i].
+    """`shard.residual` on a GPU; with `scales`, of e4m3 numbers: row i of E is scales[i] inputs[i].
 
     Args:
-        operand: [c, D]; inputs: [B, D]; both float8_e4m3fn. scales: float32 [B].
-        out: [c, B], of any of the other dtypes.
+        scales: float32 [B]; operand and inputs are then float8_e4m3fn, and out has another dtype.
     """
-    return _launch(operand, inputs, scales, labels, rows, out, loss)
-
-
-def _launch(
-    operand: Tensor,
-    inputs: Tensor,
-    scales: Tensor | None,
-    labels: Tensor,
-    rows: Tensor,
-    out: Tensor,
-    loss: Tensor | None,
-) -> Tensor:
     (c, dim), batch = operand.shape, len(inputs)
     grid = (triton.cdiv(batch, TILE), triton.cdiv(c, TILE))
     with_loss, scaled = loss is not None, scales is not None

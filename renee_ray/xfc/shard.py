@@ -87,14 +87,12 @@ class Pairs:
 class Operations:
     """How a chunk is computed: `residual`, and `update` as `storage.Update`.
 
-    scaled: `residual` from e4m3 numbers (see `kernels.scaled_residual`), if logits come from these.
+    scaled: whether logits come from e4m3 numbers, whose scales `residual` then takes as well.
     """
 
-    residual: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    residual: Callable[..., Tensor]
     update: type[Update]
-    scaled: (
-        Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None
-    ) = None
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,10 +195,11 @@ class Shard:
     ) -> Tensor:
         """The function `residual` of a chunk [start, stop), for its `operand` and its `pairs`."""
         rows, columns = pairs
-        if self.operations.scaled is None or inputs.scaled is None:
+        if inputs.scaled is None:
             return self.operations.residual(operand, inputs.wide, columns, rows, out, loss)
         codes = self.weights.operand(*chunk, torch.float8_e4m3fn)
-        return self.operations.scaled(codes, *inputs.scaled, columns, rows, out, loss)
+        narrow, scales = inputs.scaled
+        return self.operations.residual(codes, narrow, columns, rows, out, loss, scales)
 
     def initialise_normal(self, std: float, seed: int) -> None:
         """W ~ N(0, std); the row of a label depends on (seed, label) only, not on the shards."""
@@ -276,7 +275,7 @@ def choose_operations(weights: Weights) -> Operations:
         from renee_ray.xfc import kernels  # needs triton, which not every machine has
 
         narrow = isinstance(weights.weight, E4M3) and weights.compute_dtype == torch.bfloat16
-        scaled = kernels.scaled_residual if narrow and native_e4m3(weights.device) else None
+        scaled = narrow and native_e4m3(weights.device)
         return Operations(kernels.residual, kernels.FusedUpdate, scaled)
     return Operations(residual, Update)
 

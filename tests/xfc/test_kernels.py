@@ -115,7 +115,7 @@ def test_residual_and_loss_of_e4m3_numbers(kind: str) -> None:
     labels, rows = columns(POSITIVES[kind])
     out = torch.empty(LABELS, BATCH, dtype=torch.bfloat16, device=DEVICE)
     loss = torch.ones((), dtype=torch.float64, device=DEVICE)
-    found = kernels.scaled_residual(operand, inputs, scales, labels, rows, out, loss)
+    found = kernels.residual(operand, inputs, labels, rows, out, loss, scales)
     assert found is out
 
     logits = operand.double() @ (inputs.double() * scales.double()[:, None]).T
@@ -127,9 +127,7 @@ def test_residual_and_loss_of_e4m3_numbers(kind: str) -> None:
     assert ((found.double() - exact).abs() <= tolerance).all()
     dense = binary_cross_entropy_with_logits(logits, target, reduction="sum")
     assert float(loss - 1) == pytest.approx(float(dense), rel=1e-5 + E4M3_SUM)
-    again = kernels.scaled_residual(
-        operand, inputs, scales, labels, rows, torch.empty_like(out), None
-    )
+    again = kernels.residual(operand, inputs, labels, rows, torch.empty_like(out), None, scales)
     assert torch.equal(again, out)
 
 
@@ -137,7 +135,7 @@ def test_residual_and_loss_of_e4m3_numbers(kind: str) -> None:
 def test_a_step_with_e4m3_logits(momentum: float) -> None:
     """Only the logits see E rounded; dE and the gradient of the weights take it whole."""
     weights = make_weights("fp8_sr", momentum, torch.float32, LABELS)
-    operations = Operations(kernels.residual, kernels.FusedUpdate, kernels.scaled_residual)
+    operations = Operations(kernels.residual, kernels.FusedUpdate, scaled=True)
     shard = Shard(LabelRange(0, LABELS, LABELS), weights, 70, operations)
     stored, embeddings = weights.read(0, LABELS).double(), normal(BATCH, DIM, seed=4)
     step = 0.9 * weights.velocities(0, LABELS).double() if momentum else 0.0

@@ -94,7 +94,8 @@ def test_an_operand_is_the_weight_in_the_dtype_of_the_matmuls(
 
 def test_matmuls_in_a_dtype_that_is_not_the_storages_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"torch\.float16: fp8_sr is multiplied in torch\.float32 or torch\.bfloat16"
+        ValueError,
+        match=r"torch\.float16: fp8_sr is multiplied in torch\.float32 or torch\.bfloat16",
     ):
         Weights("fp8_sr", 10, 4, False, CPU, torch.float16)
 
