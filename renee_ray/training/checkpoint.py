@@ -303,13 +303,19 @@ def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, 
 def set_moments(
     encoder: Encoder, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
 ) -> None:
-    """Puts the optimizer where `moments_of` found another one."""
-    for name, parameter in encoder.named_parameters():
-        names = [f"{name}.{key}" for key in MOMENTS]
+    """Puts the optimizer where `moments_of` found another one.
+
+    torch's own loading knows on which device each kind of AdamW wants its `step`.
+    """
+    names = {parameter: name for name, parameter in encoder.named_parameters()}
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    state = {}
+    for index, parameter in enumerate(parameters):
+        own = {key: f"{names[parameter]}.{key}" for key in MOMENTS}
         # Before its first step AdamW has no state, and must not find a part of one.
-        if not all(each in moments for each in names):
-            continue
-        values = (moments[each].to(parameter.device) for each in names)
-        optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True)) | {
-            "step": moments["step"].clone()
-        }
+        if all(name in moments for name in own.values()):
+            # Loading shares what is on the right device already, and each step is counted in place.
+            state[index] = {key: moments[name] for key, name in own.items()} | {
+                "step": moments["step"].clone()
+            }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -249,6 +249,19 @@ def test_encoder_and_optimizer_go_on_bit_for_bit(tmp_path: Path, steps: int) -> 
         assert not torch.equal(fresh[0].weight, encoder[0].weight), "moments matter"  # type: ignore[index]
 
 
+def test_the_optimizers_step_lies_where_fused_adamw_wants_it(tmp_path: Path) -> None:
+    """On the parameter's device, which is not the host's memory when that is a GPU."""
+    moments = write(tmp_path).moments()
+    encoder, optimizer = model()
+    encoder.to("meta")  # which has no fused kernel, so its optimizer is told afterwards
+    elsewhere = torch.optim.AdamW(encoder.parameters())
+    elsewhere.param_groups[0]["fused"] = optimizer.param_groups[0]["fused"]
+    set_moments(encoder, elsewhere, moments)  # type: ignore[arg-type]
+    assert len(elsewhere.state) == len(list(encoder.parameters()))
+    for state in elsewhere.state.values():
+        assert {each.device.type for each in state.values()} == {"meta"}
+
+
 SECOND = shard_name(5, 11)
 
 
