@@ -110,7 +110,7 @@ def _save(ranks: Ranks, shard: Shard, run: str) -> dict[str, Any]:
     optimizer = adamw(encoder, EncoderConfig())  # type: ignore[arg-type]
     written: list[Written] = []
     writer = CheckpointWriter(Checkpoints(run), ranks, 1, "P@1", on_written=written.append)
-    writer.reserve(shard)
+    writer.reserve(encoder, shard)  # type: ignore[arg-type]
     dist.barrier(group=ranks.host)
     writer.save(State(), encoder, optimizer, shard, {})  # type: ignore[arg-type]
     assert writer.wait()

@@ -215,7 +215,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
         settings.background,
         lambda written: _written(written, observer),
     )
-    writer.reserve(model.shard)
+    writer.reserve(model.encoder, model.shard)
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
     trainer = Trainer(
         config,

@@ -7,7 +7,8 @@
     save      of the next checkpoint waits for the thread first
 
 Training stands still for the copy alone. It needs as much memory as the shard (on a GPU: of the
-host); where that is not to be had, files are written before `save` returns, which is logged once.
+host); where one rank has not got that, all write their files before `save` returns, which is
+logged once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,9 +31,11 @@ from torch import Tensor
 
 from renee_ray.config import reason
 from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk, usual_patience
+from renee_ray.memory import available_bytes
 from renee_ray.training.checkpoint import (
     ENCODER,
     MANIFEST,
+    MOMENTS,
     OPTIMIZER,
     Manifest,
     State,
@@ -39,10 +43,9 @@ from renee_ray.training.checkpoint import (
     shard_name,
 )
 from renee_ray.training.checkpoints import Checkpoints
-from renee_ray.training.collectives import Ranks, broadcast_bytes
+from renee_ray.training.collectives import Ranks, all_sum, broadcast_bytes
 from renee_ray.training.encoder import Encoder
 from renee_ray.training.tensor_file import FileFacts, write
-from renee_ray.xfc.device import free_memory
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.shard import Shard
 
@@ -89,6 +92,7 @@ class CheckpointWriter:
     background: bool = True
     on_written: Callable[[Written], None] = lambda written: None
     _copies: dict[str, Tensor] = field(default_factory=dict)
+    _reserved: bool = False
     _thread: threading.Thread | None = None
     _committed: bool = True
 
@@ -102,14 +106,24 @@ class CheckpointWriter:
             else None
         )
 
-    def reserve(self, shard: Shard) -> None:
-        """Takes the memory of the copies now: its first use costs more than a copy into it."""
+    def reserve(self, encoder: Encoder, shard: Shard) -> None:
+        """Takes the memory of the copies now: its first use costs more than a copy into it.
+
+        All ranks call it alike, and write beside training if each of them has that memory.
+        """
+        if self._reserved or not self.background:
+            return
+        self._reserved = True
+        tensors = shard.weights.tensors()
+        needed = _size(tensors)
+        if self.ranks.rank == 0:
+            moments = len(MOMENTS) * _size(dict(encoder.named_parameters()))
+            needed += _size(encoder.state_dict()) + moments
+        self.background = self._all_have(needed)
         if self.background and len(shard.owned):
             name = shard_name(shard.owned.start, shard.owned.stop)
-            tensors = shard.weights.tensors()
-            if self._fits({name: tensors}):
-                for key, tensor in tensors.items():
-                    self._copy(f"{name} {key}", tensor)
+            for key, tensor in tensors.items():
+                self._copy(f"{name} {key}", tensor)
 
     def save(
         self,
@@ -121,17 +135,17 @@ class CheckpointWriter:
     ) -> None:
         """Starts a checkpoint; waits for the one before it."""
         self.wait()
+        self.reserve(encoder, shard)
         started = time.perf_counter()
         files = self._files(encoder, optimizer, shard)
         name = f"step-{state.step:09d}-{self._token}"
-        in_background = self.background and self._fits(files)
-        if in_background:
+        if self.background:
             files = {
                 file: {key: self._copy(f"{file} {key}", t) for key, t in tensors.items()}
                 for file, tensors in files.items()
             }
         manifest = Manifest(copy.deepcopy(state), dict(metrics), {}, time.time())
-        stalled = time.perf_counter() - started if in_background else None
+        stalled = time.perf_counter() - started if self.background else None
         ranges = [
             split_range(shard.owned.num_labels, self.ranks.num_ranks, rank)
             for rank in range(self.ranks.num_ranks)
@@ -148,7 +162,7 @@ class CheckpointWriter:
         self._committed = False
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
-        if not in_background:
+        if not self.background:
             self.wait()
 
     def wait(self) -> bool:
@@ -170,25 +184,20 @@ class CheckpointWriter:
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         kept = self._copies.get(key)
         if kept is None or kept.shape != tensor.shape:
-            # Pinned, a copy from a GPU runs at the speed of the bus.
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._copies[key] = kept
+            kept = self._copies[key] = _host_memory(tensor)
         return kept.copy_(tensor)
 
-    def _fits(self, files: Files) -> bool:
-        """Whether there is memory for the copies; those there are already are kept."""
-        if self._copies:
-            return True
-        needed = sum(_size(tensors) for tensors in files.values())
+    def _all_have(self, needed: int) -> bool:
+        """Whether every rank has memory for its copies, beside the others of its machine."""
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_ranks))
-        if needed * beside <= SHARE_OF_MEMORY * free_memory(torch.device("cpu")):
-            return True
-        self.background = False
-        log.warning(
-            "no memory for a copy of %.1f GB: training waits while checkpoints are written",
-            needed / 1e9,
-        )
-        return False
+        short = needed * beside > SHARE_OF_MEMORY * available_bytes()
+        if short:
+            log.warning(
+                "rank %d has no memory for a copy of %.1f GB: training waits while checkpoints "
+                "are written; checkpoint.background=false says so from the start",
+                self.ranks.rank, needed / 1e9,
+            )  # fmt: skip
+        return not bool(all_sum(self.ranks, torch.tensor(int(short))))
 
     def _write(
         self, name: str, files: Files, ranges: list[tuple[int, int]], manifest: Manifest
@@ -308,6 +317,22 @@ def _named(
 
 def _size(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _host_memory(like: Tensor) -> Tensor:
+    """Memory for copies of `like`.
+
+    A copy from a GPU runs at the speed of the bus where the pages are pinned. torch's own pinned
+    memory would take the next power of two of bytes: 32 GiB for a shard of 17.
+    """
+    kept = torch.empty(like.shape, dtype=like.dtype)
+    if like.is_cuda and like.numel():
+        cudart, address = torch.cuda.cudart(), kept.data_ptr()
+        if failed := int(cudart.cudaHostRegister(address, kept.nbytes, 0)):
+            log.warning("%d bytes cannot be pinned (CUDA error %d)", kept.nbytes, failed)
+        else:
+            weakref.finalize(kept, cudart.cudaHostUnregister, address).atexit = False
+    return kept
 
 
 def _remove(filesystem: pafs.FileSystem, path: str) -> None:

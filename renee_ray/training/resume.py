@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -48,6 +49,9 @@ def resume(
         if not bool(all_sum(ranks, torch.tensor(int(problem is not None)))):
             return model, checkpoint, moments
         damaged.add(checkpoint.name)
+        # There may be no memory for two models, and the error's frames refer to this one in cycles.
+        del model, moments
+        gc.collect()
 
 
 def _chosen(checkpoints: Checkpoints, ranks: Ranks, damaged: set[str]) -> Checkpoint | None:

@@ -173,7 +173,7 @@ def test_the_next_checkpoint_waits_for_the_last(
 def test_without_memory_for_a_copy_training_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checkpoint_writer, "free_memory", lambda device: 100)
+    monkeypatch.setattr(checkpoint_writer, "available_bytes", lambda: 100)
     written: list[Written] = []
     worker, writer = Worker(Ranks()), writer_of(tmp_path, on_written=written.append)
     for step in (1, 2):
@@ -181,6 +181,23 @@ def test_without_memory_for_a_copy_training_waits(
         assert len(written) == step, "it returned before the checkpoint was there"
     assert caplog.text.count("no memory for a copy") == 1
     assert steps(tmp_path) == [2, 1]
+
+
+def save_with_little_memory(ranks: Ranks, run: str) -> torch.Tensor:
+    """[whether it was there when `save` returned, whether it was committed], on any rank."""
+    if ranks.rank == 1:
+        checkpoint_writer.available_bytes = lambda: 100  # type: ignore[assignment]
+    written: list[Written] = []
+    worker = Worker(ranks)
+    writer = writer_of(Path(run), ranks, on_written=written.append)
+    writer.reserve(worker.encoder, worker.shard)  # type: ignore[arg-type]
+    worker.at(1).save(writer, {})
+    return torch.tensor([not writer.background, len(written) == 1, writer.wait()])
+
+
+def test_ranks_agree_whether_they_write_beside_training(tmp_path: Path) -> None:
+    for found in on_ranks(2, save_with_little_memory, str(tmp_path)):
+        assert found.tolist() == [True, True, True]
 
 
 # ---------------------------------------------------------------------------------- killed writers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_the_newest_that_all_can_read(tmp_path: Path, num_ranks: int) -> None:
     flip_last(file)
     for each in on_ranks(num_ranks, resumed, str(tmp_path)):
         assert each.tolist() == [1, 1, 1, 1]
+
+
+def test_a_damaged_one_makes_room_first(tmp_path: Path) -> None:
+    newest, _ = written(tmp_path, 1, 2)
+    (file,) = newest.glob("classifier-*")
+    flip_last(file)
+    built: list[weakref.ref[torch.Tensor]] = []
+
+    def build(checkpoint: Checkpoint | None) -> Model:
+        assert all(each() is None for each in built), "two models are in memory"
+        worker = Worker(Ranks())
+        tensors = [*worker.shard.weights.tensors().values(), *worker.encoder.parameters()]
+        built.extend(map(weakref.ref, tensors))
+        return Model(worker.encoder, worker.shard)  # type: ignore[arg-type]
+
+    _, checkpoint, _ = resume(Checkpoints(str(tmp_path)), Ranks(), build)
+    assert checkpoint is not None and checkpoint.state.step == 1
 
 
 def test_nothing_and_nothing_readable(tmp_path: Path) -> None:
