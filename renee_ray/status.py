@@ -7,6 +7,7 @@ the workers are there and when the run has failed:
     launched_s, restarts        when the command was given; how often workers were started anew
     record                      the last one of training/loop: step, loss, rows a second, ...
     step, phase, phase_s        steps done, what that worker is doing, and for how long
+    doing                       how far it is with that, where it takes long before the first step
     ranks                       of every worker: node, seconds of a step, its own part of it
     checkpoint, evaluation, best, skipped
 """
@@ -103,7 +104,7 @@ def state_of(content: Mapping[str, Any], age: float) -> tuple[str, str]:
     phase, seconds = content.get("phase", ""), content.get("phase_s", 0.0) + age
     if phase in WAITS_FOR and content.get("phase_s", 0.0) > WAITING_S:
         return "waiting", f"{WAITS_FOR[phase]}, for {duration(seconds)}"
-    return "running", f"phase `{phase}`"
+    return "running", content.get("doing") or f"phase `{phase}`"
 
 
 def status_text(status: Mapping[str, Any]) -> RenderableType:

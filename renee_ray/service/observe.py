@@ -237,6 +237,7 @@ class Status:
             "step": self._state.step,
             "phase": place.phase,
             "phase_s": place.seconds,
+            "doing": recorder.doing,
             "skipped": self._state.skipped,
             "evaluation": evals[-1] if evals else None,
             "best": max(evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None),

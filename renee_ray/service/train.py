@@ -243,6 +243,8 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
             lambda: scoring_feed(dataset, "train", config.evaluation.batch_size, length, ranks),
             ranks,
             device,
+            observer.recorder,
+            channel.say,
         )
     batches = feed(
         dataset,

@@ -1,4 +1,4 @@
-"""First weights of the classifier, the same whatever the number of ranks.
+"""First weights of the classifier: the same, but for rounding, whatever the number of ranks.
 
 `label_text` starts where a nearest-neighbour search would stop. With e the embeddings of the
 training points (mean mu, mean norm rho), for every label l that n_l of N points have:
@@ -17,6 +17,7 @@ constant the prior needs weights of a norm that drowns the rest in dE = G W.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -32,8 +33,12 @@ from renee_ray.training.batch import Batch, Ragged, pad, ragged, truncate
 from renee_ray.training.collectives import Ranks, all_sum, gather_rows, route, row_counts
 from renee_ray.training.encoder import Encoder
 from renee_ray.training.model import Model
+from renee_ray.training.recorder import Recorder
+from renee_ray.training.rounds import Rounds
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
+
+log = logging.getLogger(__name__)
 
 TEXT_BLOCK = 16384
 """Labels whose texts are read and embedded at a time."""
@@ -51,11 +56,14 @@ def initialise_classifier(
     points: Callable[[], Iterable[Batch]],
     ranks: Ranks,
     device: torch.device,
+    recorder: Recorder | None = None,
+    say: Callable[[str], None] = log.info,
 ) -> None:
     """Fills this rank's shard.
 
     Args:
         points: this rank's training points, once; every rank draws equally many batches.
+        recorder, say: are told how far it is.
 
     A dataset without label texts leaves `label_text` with the labels' points alone.
 
@@ -73,10 +81,17 @@ def initialise_classifier(
         )
     training = model.encoder.training
     model.encoder.eval()
+    num_points = dataset.manifest.num_points("train")
+    if not settings.init_centroid:
+        num_points = min(num_points, MOMENT_BATCHES * config.evaluation.batch_size)
+    recorder = recorder or Recorder()
+    over_points = Rounds(ranks, "first weights: training points", num_points, recorder, say)
+    num_labels = dataset.manifest.num_labels
     with torch.inference_mode():
-        survey = _over_points(model, points(), config, dataset, ranks, device)
+        survey = _over_points(model, points(), config, dataset, over_points, device)
         bias = _add_constant(model.encoder, survey, settings.init_constant)
-        _write_rows(model, config, dataset, survey, bias, device)
+        over_labels = Rounds(ranks, "first weights: label texts", num_labels, recorder, say)
+        _write_rows(model, config, dataset, survey, bias, over_labels, device)
         wanted = survey.labels_per_point
         _add_to_rows(model.shard, _calibrated(model.shard, survey, bias, wanted, ranks) * bias)
     model.encoder.train(training)
@@ -112,10 +127,10 @@ def _over_points(
     points: Iterable[Batch],
     config: RunConfig,
     dataset: Dataset,
-    ranks: Ranks,
+    rounds: Rounds,
     device: torch.device,
 ) -> Survey:
-    encoder, owned = model.encoder, model.shard.owned
+    encoder, owned, ranks = model.encoder, model.shard.owned, rounds.ranks
     dim, wanted = encoder.dim, config.classifier.init_centroid > 0
     centroids = torch.zeros(len(owned), dim, device=device) if wanted else None
     second = torch.zeros(dim, dim, dtype=torch.float64)
@@ -133,6 +148,8 @@ def _over_points(
         sampled.append(host[torch.from_numpy(splitmix64(batch.points.astype(np.uint64)) < limit)])
         if centroids is not None:
             _add_to_centroids(centroids, batch, own, owned, ranks, device)
+        rounds.add(len(batch))
+    rounds.finish()
     mine = torch.cat(sampled)
     sample = gather_rows(ranks, mine.to(device), row_counts(ranks, len(mine)))
     for sums in (second, total, scalars):
@@ -153,7 +170,12 @@ def _add_to_centroids(
     pairs = batch.pairs(sum(counts[: ranks.rank]))
     rows, labels = route(ranks, *pairs, owned.num_labels)
     everyone = gather_rows(ranks, _unit(own), counts)
-    centroids.index_add_(0, (labels - owned.start).to(device), everyone[rows.to(device)])
+    # A GPU would add up repeated indices in any order, and no two runs would begin alike.
+    order = torch.argsort(labels, stable=True)
+    found, lengths = labels[order].unique_consecutive(return_counts=True)
+    of_label = everyone[rows[order].to(device)]
+    sums = torch.segment_reduce(of_label, "sum", lengths=lengths.to(device), unsafe=True)
+    centroids[(found - owned.start).to(device)] += sums
 
 
 def _add_constant(encoder: Encoder, survey: Survey, norm: float) -> Tensor:
@@ -171,6 +193,7 @@ def _write_rows(
     dataset: Dataset,
     survey: Survey,
     bias: Tensor,
+    rounds: Rounds,
     device: torch.device,
 ) -> None:
     settings, shard = config.classifier, model.shard
@@ -178,7 +201,9 @@ def _write_rows(
     points = manifest.num_points("train") + manifest.num_points("validation")
     mean = survey.mean.float().to(device)
     scale = settings.init_scale / survey.norm
-    for first, texts, counts in _embed_labels(model.encoder, config, dataset, shard.owned, device):
+    for first, texts, counts in _embed_labels(
+        model.encoder, config, dataset, shard.owned, rounds, device
+    ):
         # Without texts every label has the same empty one: no information, so no part in it.
         rows = _unit(texts - model.encoder.constant) * manifest.has_label_texts
         if survey.centroids is not None:
@@ -188,6 +213,7 @@ def _write_rows(
         prior = torch.from_numpy(np.log(np.maximum(counts, 0.5) / points)).float().to(device)
         shift = prior - scale * (rows @ mean)
         shard.write(first, scale * rows + shift[:, None] * bias)
+    rounds.finish()
 
 
 def _calibrated(shard: Shard, survey: Survey, bias: Tensor, wanted: float, ranks: Ranks) -> float:
@@ -214,19 +240,33 @@ def _add_to_rows(shard: Shard, row: Tensor) -> None:
 
 
 def _embed_labels(
-    encoder: Encoder, config: RunConfig, dataset: Dataset, owned: LabelRange, device: torch.device
+    encoder: Encoder,
+    config: RunConfig,
+    dataset: Dataset,
+    owned: LabelRange,
+    rounds: Rounds,
+    device: torch.device,
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
     """(first label, embeddings [n, D], train counts int64 [n]) of blocks of the owned labels."""
     for first in range(owned.start, owned.stop, TEXT_BLOCK):
         stop = min(first + TEXT_BLOCK, owned.stop)
         table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
         tokens = truncate(ragged(table["input_ids"]), config.encoder.max_length)
-        embedded = embed_texts(encoder, tokens, dataset.manifest.pad_id, device)
+        embedded = embed_texts(encoder, tokens, dataset.manifest.pad_id, device, rounds.add)
         yield first, embedded, table["train_count"].to_numpy()
 
 
-def embed_texts(encoder: Encoder, tokens: Ragged, pad_id: int, device: torch.device) -> Tensor:
-    """Embeddings [n, D] float32 of tokenised texts, computed in batches of similar length."""
+def embed_texts(
+    encoder: Encoder,
+    tokens: Ragged,
+    pad_id: int,
+    device: torch.device,
+    on_batch: Callable[[int], object] = lambda rows: None,
+) -> Tensor:
+    """Embeddings [n, D] float32 of tokenised texts, computed in batches of similar length.
+
+    on_batch: is given the number of texts of each batch once they are embedded.
+    """
     out = torch.empty(len(tokens), encoder.dim, device=device)
     order = np.argsort(tokens.lengths, kind="stable")
     for start in range(0, len(order), TEXT_BATCH):
@@ -234,6 +274,7 @@ def embed_texts(encoder: Encoder, tokens: Ragged, pad_id: int, device: torch.dev
         ids, mask = pad(tokens.take(rows), pad_id)
         embedded = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
         out[torch.from_numpy(rows).to(device)] = embedded
+        on_batch(len(rows))
     return out
 
 

@@ -32,6 +32,7 @@ from renee_ray.training.collectives import (
     row_counts,
 )
 from renee_ray.training.encoder import Encoder
+from renee_ray.training.rounds import Rounds
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import Weights
@@ -72,10 +73,13 @@ class Neighbours:
         """Embeds this rank's training points, `batches`; every rank may have another number."""
         encoder.eval()
         rows, labels = [torch.zeros(0, encoder.dim, device=device)], [Ragged.of_lists([])]
+        rounds = Rounds(ranks, "training points")
         for batch in batches:
             own = encoder(*batch.tokens(device))[: len(batch)]
             rows.append(_unit(own - encoder.constant))
             labels.append(batch.labels)
+            rounds.add(len(batch))
+        rounds.finish()
         values = torch.cat(rows)
         rows.clear()
         counts = row_counts(ranks, len(values))

@@ -40,6 +40,7 @@ KINDS = {
     "optimizer": "own",
     "loss": "collective",
     "start": "pause",
+    "first_weights": "pause",
     "evaluation": "pause",
     "evaluation_data": "pause",
     "checkpoint": "pause",
@@ -106,6 +107,7 @@ class Recorder:
     """What one rank does; `enter` and the counts are called by it, the rest by anybody.
 
     paces: of every rank, in rank order, as of the last sample.
+    doing: how far it is, where that takes long and is no step.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -116,6 +118,7 @@ class Recorder:
         self._sampled = Totals()
         self._place = (0, "start", 0, time.monotonic())
         self.paces: list[Pace] = []
+        self.doing = ""
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """The phase before ends, this one begins; `step`: its number from 1, where one begins."""

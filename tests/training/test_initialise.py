@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from torch import nn
 
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset
+from renee_ray.training import initialise as initialise_module
 from renee_ray.training.batch import Batch, Position, Ragged
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.initialise import embed_texts, initialise_classifier
 from renee_ray.training.model import Model
+from renee_ray.training.recorder import Recorder
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import Weights
@@ -80,11 +83,13 @@ def initialise(ranks: Ranks, path: str, centroid: float = CENTROID) -> dict[str,
     shard = Shard(owned, Weights("fp32", len(owned), DIM, False, CPU), chunk=4)
     encoder = Bag()
     model = Model(encoder, shard)  # type: ignore[arg-type]
-    config = config_of(init_centroid=centroid)
-    initialise_classifier(model, config, dataset, lambda: batches_of(dataset, ranks), ranks, CPU)
+    config, recorder = config_of(init_centroid=centroid), Recorder()
+    points = lambda: batches_of(dataset, ranks)  # noqa: E731
+    initialise_classifier(model, config, dataset, points, ranks, CPU, recorder)
     assert encoder.training, "the mode is put back"
     return {"weight": shard.weights.weight.read(0, len(owned)).clone(),
-            "constant": encoder.constant.clone()}  # fmt: skip
+            "constant": encoder.constant.clone(),
+            "rounds": torch.tensor(recorder.place().entered)}  # fmt: skip
 
 
 def both(ranks: Ranks, path: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -180,6 +185,28 @@ def test_world_sizes_agree(runs: Runs, num_ranks: int, kind: str) -> None:
     assert error(whole(runs, num_ranks, kind), whole(runs, 1, kind)) < 1e-5
 
 
+def initialise_finely(ranks: Ranks, path: str) -> torch.Tensor:
+    initialise_module.TEXT_BATCH = 2
+    return initialise(ranks, path)["rounds"]
+
+
+def test_ranks_meet_after_every_batch_of_texts(dataset: Dataset) -> None:
+    """So that none waits for another's texts longer than one batch takes."""
+    points = -(-dataset.manifest.num_points("train") // BATCH) + 1
+    for rounds in on_ranks(3, initialise_finely, dataset.path):
+        assert int(rounds) == points + 2 + 1, "4 labels in batches of 2, and the end"
+
+
+def test_a_batch_without_any_label_adds_nothing(dataset: Dataset) -> None:
+    centroids = torch.zeros(11, DIM)
+    batch = batches_of(dataset, Ranks())[0]
+    bare = replace(batch, labels=Ragged.of_lists([[]] * len(batch)))
+    own = torch.ones(len(batch), DIM)
+    owned = LabelRange(0, 11, 11)
+    initialise_module._add_to_centroids(centroids, bare, own, owned, Ranks(), CPU)
+    assert not centroids.any()
+
+
 def test_texts_are_embedded_in_their_own_order() -> None:
     encoder = Bag().eval()
     rows = [[3, 4, 5, 6], [7], [8, 9], [1, 2, 3]]
@@ -201,8 +228,6 @@ def test_normal_needs_neither_texts_nor_points(tmp_path: Path, dataset: Dataset)
 
 
 def test_neither_texts_nor_centroids_is_refused(dataset: Dataset) -> None:
-    from dataclasses import replace
-
     bare = Dataset(dataset.path, replace(dataset.manifest, has_label_texts=False))
     shard = Shard(LabelRange(0, 11, 11), Weights("fp32", 11, DIM, False, CPU))
     model = Model(Bag(), shard)  # type: ignore[arg-type]
