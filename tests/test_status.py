@@ -37,6 +37,7 @@ CONTENT: dict[str, Any] = {
     ("changed", "age", "state", "words"),
     [
         ({}, 5, "running", "phase `classifier`"),
+        ({"phase": "start", "doing": "texts embedded: 5"}, 5, "running", "texts embedded: 5"),
         ({}, 61, "unknown", "nothing was heard for 1:01; it was in phase `classifier`"),
         ({"phase": "data", "phase_s": 20.0}, 5, "waiting", "for data, for 0:25"),
         ({"phase": "data", "phase_s": 2.0}, 5, "running", "data"),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.config import RunConfig
+from renee_ray.config import ReneeError, RunConfig
 from renee_ray.training.ahead import one_ahead
 from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import State
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT, STOP = 1, 2
 """What a rank may wish for: a checkpoint after the step at hand; to end the run with it."""
+MOST_SKIPPED = 100
+"""Steps in a row whose skipping ends a run. A loss scale that has to fit first takes 24 at most."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Trainer:
         settings = self.config.encoder
         if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
             self.state.loss_scale = LossScale.start()
+        self._skipped_in_a_row = self.state.step if self.state.skipped == self.state.step else 0
         self.optimizer = adamw(self.model.encoder, settings)
         # What is compiled has dense gradients only.
         tokens = (
@@ -157,6 +160,9 @@ class Trainer:
         """Trains on the remaining batches, which begin at `state.position`.
 
         `stopped`, afterwards: a rank wished for the end before it was reached.
+
+        Raises:
+            ReneeError: on all ranks; the steps were skipped, all of the run or many in a row.
         """
         evaluations = self.plan.evaluation_steps()
         every = self.plan.checkpoint_every
@@ -217,12 +223,26 @@ class Trainer:
         state = self.state
         state.step += 1
         state.skipped += result.skipped
-        if result.skipped:
-            log.warning("step %d: a value was not finite; skipped by all workers", state.step)
+        self._follow_skipped(result.skipped)
         last = done.batch + 1 == self.plan.batches[done.epoch]
         state.position = (
             Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
         )
+
+    def _follow_skipped(self, skipped: bool) -> None:
+        step, before = self.state.step, self._skipped_in_a_row
+        self._skipped_in_a_row = before + 1 if skipped else 0
+        if self.ranks.rank == 0 and skipped and not before:
+            log.warning("step %d: a value was not finite; skipped by all workers", step)
+        if self.ranks.rank == 0 and not skipped and before > 1:
+            log.warning("steps %d to %d were skipped", step - before, step - 1)
+        if self._skipped_in_a_row >= min(MOST_SKIPPED, self.plan.total):
+            raise ReneeError(
+                f"all of the last {self._skipped_in_a_row} steps, up to step {step}, were skipped: "
+                f"the embeddings or the encoder's gradient are not finite; lower "
+                f"encoder.learning_rate and classifier.learning_rate or set encoder.autocast=off "
+                f"and classifier.precision=fp32, and give another output"
+            )
 
     def _record(self, batch: Batch, result: StepResult, tokens: int, cells: int) -> None:
         self.recorder.count(

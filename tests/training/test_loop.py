@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 import pytest
 import torch
 
-from renee_ray.config import RunConfig, make_config
+from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.training.batch import Batch, Position, Ragged
+from renee_ray.training.checkpoint import State
 from renee_ray.training.collectives import Ranks
-from renee_ray.training.loop import Plan, Trainer
+from renee_ray.training.loop import MOST_SKIPPED, Plan, Trainer
 from renee_ray.training.model import Model
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -62,13 +65,14 @@ def test_a_share_that_rounds_to_above_the_last_epoch_ends_with_the_end(share: fl
     assert max(plan.evaluation_steps()) == plan.total
 
 
-def trainer_of(encoder: Bag, config: RunConfig, steps: int) -> Trainer:
+def trainer_of(encoder: Bag, config: RunConfig, steps: int, state: State | None = None) -> Trainer:
     shard = Shard(LabelRange(0, LABELS, LABELS), Weights("fp32", LABELS, DIM, True, CPU))
     shard.write(0, first_weights())
     return Trainer(
         config, Model(encoder, shard), Ranks(), CPU, plan(1.0, steps),  # type: ignore[arg-type]
         validation=lambda: [], propensities=None, offset=None,
         on_progress=lambda record: None, on_checkpoint=lambda metrics: None,
+        state=state or State(),
     )  # fmt: skip
 
 
@@ -94,6 +98,55 @@ def trained_by(**feed: object) -> tuple[torch.Tensor, list[int]]:
     with torch.no_grad():
         embedded = encoder(torch.from_numpy(row.values)[None], torch.ones(1, 6))
     return (embedded @ shard.weights.read(0, LABELS).T)[0], tokens
+
+
+def run_poisoned(steps: int, poisoned: Container[int], state: State | None = None) -> Trainer:
+    """A run in whose `poisoned` steps, numbered from 0, no embedding is finite."""
+    config = make_config(RunConfig, {"data": "", "output": "", "loss_every": 0})
+    trainer = trainer_of(encoder := Bag(), config, steps, state)
+    row, none = Ragged.of_lists([[1, 4]]), Ragged.of_lists([[]])
+    first = trainer.state.step
+
+    def poison(_: object, __: object, found: torch.Tensor) -> torch.Tensor:
+        return found * (torch.nan if trainer.state.step in poisoned else 1.0)
+
+    encoder.out.register_forward_hook(poison)
+    trainer.run(
+        Batch(Position(0, step), np.arange(1), row, Ragged.of_lists([[0]]), none, 0)
+        for step in range(first, steps)
+    )
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("steps", "poisoned", "step"),
+    [(300, range(150, 300), 150 + MOST_SKIPPED), (7, range(7), 7)],
+    ids=["many", "all of a short run"],
+)
+def test_a_run_that_only_skips_ends_with_an_error(
+    steps: int, poisoned: range, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ReneeError, match=rf"up to step {step}, .*learning_rate"):
+        run_poisoned(steps, poisoned)
+    assert caplog.text.count("skipped by all workers") == 1
+
+
+def test_so_does_one_that_was_resumed() -> None:
+    with pytest.raises(ReneeError, match="all of the last 7 steps"):
+        run_poisoned(7, range(7), State(Position(0, 5), 5, skipped=5))
+
+
+def test_a_row_of_skipped_steps_is_said_once_with_its_length(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    most = MOST_SKIPPED - 1
+    trainer = run_poisoned(300, {3, *range(10, 10 + most), *range(150, 150 + most)})
+    assert trainer.state.skipped == 1 + 2 * most
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split(":")[0] for text in said] == [
+        "step 4", "step 11", f"steps 11 to {10 + most} were skipped",
+        "step 151", f"steps 151 to {150 + most} were skipped",
+    ]  # fmt: skip
 
 
 def test_filter_labels_are_trained_as_the_configuration_says() -> None:
