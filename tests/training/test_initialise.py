@@ -22,6 +22,7 @@ from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import Weights
 from tests.data.tiny import PAD, write_tiny
+from tests.devices import DEVICES
 from tests.training.gloo import on_ranks
 
 CPU = torch.device("cpu")
@@ -77,18 +78,20 @@ def batches_of(dataset: Dataset, ranks: Ranks) -> list[Batch]:
     return out
 
 
-def initialise(ranks: Ranks, path: str, centroid: float = CENTROID) -> dict[str, torch.Tensor]:
+def initialise(
+    ranks: Ranks, path: str, centroid: float = CENTROID, device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
     dataset = Dataset.open(path)
     owned = LabelRange.of_rank(dataset.manifest.num_labels, ranks.num_ranks, ranks.rank)
-    shard = Shard(owned, Weights("fp32", len(owned), DIM, False, CPU), chunk=4)
-    encoder = Bag()
+    shard = Shard(owned, Weights("fp32", len(owned), DIM, False, device), chunk=4)
+    encoder = Bag().to(device)
     model = Model(encoder, shard)  # type: ignore[arg-type]
     config, recorder = config_of(init_centroid=centroid), Recorder()
     points = lambda: batches_of(dataset, ranks)  # noqa: E731
-    initialise_classifier(model, config, dataset, points, ranks, CPU, recorder)
+    initialise_classifier(model, config, dataset, points, ranks, device, recorder)
     assert encoder.training, "the mode is put back"
-    return {"weight": shard.weights.weight.read(0, len(owned)).clone(),
-            "constant": encoder.constant.clone(),
+    return {"weight": shard.weights.weight.read(0, len(owned)).cpu().clone(),
+            "constant": encoder.constant.cpu().clone(),
             "rounds": torch.tensor(recorder.place().entered)}  # fmt: skip
 
 
@@ -173,6 +176,15 @@ def test_equals_the_formula(runs: Runs, dataset: Dataset, num_ranks: int, kind: 
     assert error(whole(runs, num_ranks, kind), wanted["weight"]) < 1e-3
     for result in runs[num_ranks]:
         assert error(result[kind]["constant"], wanted["constant"]) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_begins_alike_each_time(dataset: Dataset, device: str) -> None:
+    first, again = (
+        initialise(Ranks(), dataset.path, device=torch.device(device)) for _ in range(2)
+    )
+    assert torch.equal(first["weight"], again["weight"])
+    assert error(first["weight"], dense(dataset)["weight"]) < 1e-3
 
 
 def test_the_centroid_makes_a_difference(runs: Runs) -> None:

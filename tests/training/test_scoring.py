@@ -14,6 +14,7 @@ from renee_ray.training.scoring import Propensities, Scorer, evaluate
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import Weights
+from tests.devices import DEVICES
 from tests.test_metrics import KS, RECALL_KS, brute_force
 from tests.training.gloo import on_ranks
 
@@ -65,12 +66,12 @@ def inverse() -> np.ndarray:
     return inverse_propensity(np.arange(LABELS) ** 2, 500, 0.55, 1.5)
 
 
-def score(ranks: Ranks) -> dict[str, torch.Tensor]:
+def score(ranks: Ranks, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
-    shard = Shard(owned, Weights("bf16_split", len(owned), DIM, False, CPU), chunk=4)
-    shard.write(owned.start, weight()[owned.start : owned.stop])
-    encoder = Sum()
-    scorer = Scorer(encoder, shard, ranks, CPU)  # type: ignore[arg-type]
+    shard = Shard(owned, Weights("bf16_split", len(owned), DIM, False, device), chunk=4)
+    shard.write(owned.start, weight()[owned.start : owned.stop].to(device))
+    encoder = Sum().to(device)
+    scorer = Scorer(encoder, shard, ranks, device)  # type: ignore[arg-type]
     batches = []
     for number, listed in enumerate(points()):
         mine = listed[slice(*split_range(len(listed), ranks.num_ranks, ranks.rank))]
@@ -120,6 +121,13 @@ def test_metrics_equal_brute_force_on_every_rank(
         assert found == pytest.approx(wanted, abs=1e-9)
     unfiltered = expected(dense(filtered=False))
     assert abs(unfiltered["P@1"] - wanted["P@1"]) > 1, "the filter makes a difference"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_metrics_equal_brute_force_on_every_device(device: str) -> None:
+    found = score(Ranks(), torch.device(device))
+    metrics = {name: float(v) for name, v in found.items() if "labels" not in name}
+    assert metrics == pytest.approx(expected(dense()), abs=1e-9)
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)

@@ -8,6 +8,7 @@ from torch import nn
 
 from renee_ray.training.collectives import Ranks
 from renee_ray.training.token_gradient import TokenGradient
+from tests.devices import DEVICES
 from tests.training.gloo import on_ranks
 
 TOKENS, WIDTH, STEPS = 50, 3, 4
@@ -25,16 +26,16 @@ def upstream(step: int, rank: int, few: bool) -> torch.Tensor:
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step - 3 * rank + 9))
 
 
-def gradients(ranks: Ranks, few: bool, mean: bool) -> torch.Tensor:
-    encoder = nn.ModuleList([nn.Embedding(8, WIDTH), nn.Embedding(TOKENS, WIDTH)])
+def gradients(ranks: Ranks, few: bool, mean: bool, device: str = "cpu") -> torch.Tensor:
+    encoder = nn.ModuleList([nn.Embedding(8, WIDTH), nn.Embedding(TOKENS, WIDTH)]).to(device)
     tokens = TokenGradient(encoder, ranks, mean=mean)
     found = []
     for step in range(STEPS):
-        vectors = encoder[1](ids_of(step, ranks.rank, few))
-        vectors.backward(upstream(step, ranks.rank, few))
+        vectors = encoder[1](ids_of(step, ranks.rank, few).to(device))
+        vectors.backward(upstream(step, ranks.rank, few).to(device))
         tokens.reduce()
         assert tokens.weight.grad is not None
-        found.append(tokens.weight.grad.clone())
+        found.append(tokens.weight.grad.cpu().clone())
         encoder.zero_grad(set_to_none=True)
     return torch.stack(found)
 
@@ -57,3 +58,10 @@ def test_equals_the_dense_sum_in_every_step(num_ranks: int, few: bool, mean: boo
         assert torch.equal(each, found[0]), "replicas would drift apart"
         torch.testing.assert_close(each.double(), expected, rtol=1e-5, atol=1e-6)
     assert (expected[1] != expected[0]).any(), "what a step wrote has to be cleared"
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["gathered", "summed dense"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_so_it_does_on_every_device(device: str, few: bool) -> None:
+    found = gradients(Ranks(), few, False, device)
+    torch.testing.assert_close(found.double(), wanted(1, few), rtol=1e-5, atol=1e-6)
