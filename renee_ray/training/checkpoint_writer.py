@@ -19,8 +19,7 @@ import os
 import secrets
 import threading
 import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -45,7 +44,7 @@ from renee_ray.training.checkpoint import (
 from renee_ray.training.checkpoints import Checkpoints
 from renee_ray.training.collectives import Ranks, all_sum, broadcast_bytes
 from renee_ray.training.encoder import Encoder
-from renee_ray.training.tensor_file import FileFacts, write
+from renee_ray.training.tensor_file import Copy, FileFacts, write
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.shard import Shard
 
@@ -53,7 +52,7 @@ log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.8
 """Of the memory that is free, what the copies of all ranks of this machine may take."""
-Files = dict[str, dict[str, Tensor]]
+Files = Mapping[str, Mapping[str, Tensor | Copy]]
 
 
 def commit_timeout() -> timedelta:
@@ -91,7 +90,7 @@ class CheckpointWriter:
     metric: str
     background: bool = True
     on_written: Callable[[Written], None] = lambda written: None
-    _copies: dict[str, Tensor] = field(default_factory=dict)
+    _copies: dict[str, Copy] = field(default_factory=dict)
     _reserved: bool = False
     _thread: threading.Thread | None = None
     _committed: bool = True
@@ -115,11 +114,10 @@ class CheckpointWriter:
             return
         self._reserved = True
         tensors = shard.weights.tensors()
-        needed = _size(tensors)
+        copied = list(tensors.values())
         if self.ranks.rank == 0:
-            moments = len(MOMENTS) * _size(dict(encoder.named_parameters()))
-            needed += _size(encoder.state_dict()) + moments
-        self.background = self._all_have(needed)
+            copied += [*encoder.state_dict().values(), *len(MOMENTS) * list(encoder.parameters())]
+        self.background = self._all_have(sum(map(Copy.bytes_like, copied)))
         if self.background and len(shard.owned):
             name = shard_name(shard.owned.start, shard.owned.stop)
             for key, tensor in tensors.items():
@@ -137,12 +135,12 @@ class CheckpointWriter:
         self.wait()
         self.reserve(encoder, shard)
         started = time.perf_counter()
-        files = self._files(encoder, optimizer, shard)
+        files: Files = (own := self._files(encoder, optimizer, shard))
         name = f"step-{state.step:09d}-{self._token}"
         if self.background:
             files = {
                 file: {key: self._copy(f"{file} {key}", t) for key, t in tensors.items()}
-                for file, tensors in files.items()
+                for file, tensors in own.items()
             }
         manifest = Manifest(copy.deepcopy(state), dict(metrics), {}, time.time())
         stalled = time.perf_counter() - started if self.background else None
@@ -154,7 +152,7 @@ class CheckpointWriter:
         def run() -> None:
             self._committed = self._write(name, files, ranges, manifest)
             seconds = time.perf_counter() - started
-            size = sum(_size(tensors) for tensors in files.values())
+            size = sum(t.nbytes for tensors in files.values() for t in tensors.values())
             step = manifest.state.step  # that of `state` is later by now
             stood = seconds if stalled is None else stalled
             self.on_written(Written(step, size, stood, seconds, self._committed))
@@ -172,8 +170,10 @@ class CheckpointWriter:
             self._thread = None
         return self._committed
 
-    def _files(self, encoder: Encoder, optimizer: torch.optim.Optimizer, shard: Shard) -> Files:
-        files: Files = {}
+    def _files(
+        self, encoder: Encoder, optimizer: torch.optim.Optimizer, shard: Shard
+    ) -> dict[str, dict[str, Tensor]]:
+        files: dict[str, dict[str, Tensor]] = {}
         if len(shard.owned):
             files[shard_name(shard.owned.start, shard.owned.stop)] = shard.weights.tensors()
         if self.ranks.rank == 0:
@@ -181,11 +181,11 @@ class CheckpointWriter:
             files[OPTIMIZER] = moments_of(encoder, optimizer)
         return files
 
-    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+    def _copy(self, key: str, tensor: Tensor) -> Copy:
         kept = self._copies.get(key)
         if kept is None or kept.shape != tensor.shape:
-            kept = self._copies[key] = _host_memory(tensor)
-        return kept.copy_(tensor)
+            kept = self._copies[key] = Copy.like(tensor)
+        return kept.take(tensor)
 
     def _all_have(self, needed: int) -> bool:
         """Whether every rank has memory for its copies, beside the others of its machine."""
@@ -240,7 +240,7 @@ class CheckpointWriter:
         except OSError as error:
             log.warning("old checkpoints of %s remain (%s)", self.checkpoints.run, reason(error))
 
-    def _write_file(self, name: str, tensors: dict[str, Tensor]) -> FileFacts:
+    def _write_file(self, name: str, tensors: Mapping[str, Tensor | Copy]) -> FileFacts:
         filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
 
         def once() -> FileFacts:
@@ -313,26 +313,6 @@ def _named(
         for rank, files in enumerate(everyone)
         for kind, facts in files.items()
     }
-
-
-def _size(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _host_memory(like: Tensor) -> Tensor:
-    """Memory for copies of `like`.
-
-    A copy from a GPU runs at the speed of the bus where the pages are pinned. torch's own pinned
-    memory would take the next power of two of bytes: 32 GiB for a shard of 17.
-    """
-    kept = torch.empty(like.shape, dtype=like.dtype)
-    if like.is_cuda and like.numel():
-        cudart, address = torch.cuda.cudart(), kept.data_ptr()
-        if failed := int(cudart.cudaHostRegister(address, kept.nbytes, 0)):
-            log.warning("%d bytes cannot be pinned (CUDA error %d)", kept.nbytes, failed)
-        else:
-            weakref.finalize(kept, cudart.cudaHostUnregister, address).atexit = False
-    return kept
 
 
 def _remove(filesystem: pafs.FileSystem, path: str) -> None:

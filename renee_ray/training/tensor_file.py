@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -28,6 +28,8 @@ BLOCK = 1 << 20
 """Bytes that share a checksum: what is read at least."""
 STRIDE = 16 * BLOCK
 """Bytes that are in memory at once."""
+PIECE = 64 * STRIDE
+"""Of a copy: pinned memory is taken in powers of two of bytes, so a shard of 17 GiB takes 17."""
 HEADER_LIMIT = 1 << 24
 SUMS = "crc32"
 DTYPES = {
@@ -57,19 +59,54 @@ class FileFacts:
     header_crc32: int
 
 
-def write(sink: BinaryIO, tensors: dict[str, Tensor]) -> FileFacts:
+@dataclass(frozen=True)
+class Copy:
+    """A tensor's bytes in pieces uint8, all but the last of PIECE."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    pieces: list[Tensor]
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> Copy:
+        """Memory of the host for a copy; pinned, one from a GPU runs at the speed of the bus."""
+        sizes = [min(PIECE, tensor.nbytes - start) for start in range(0, tensor.nbytes, PIECE)]
+        pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda) for size in sizes]
+        return cls(tensor.dtype, tensor.shape, pieces)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.pieces))
+
+    @classmethod
+    def bytes_like(cls, tensor: Tensor) -> int:
+        """Bytes of memory that `like` takes."""
+        whole, rest = divmod(tensor.nbytes, PIECE)
+        if tensor.is_cuda and rest:
+            rest = 1 << (rest - 1).bit_length()
+        return whole * PIECE + rest
+
+    def take(self, tensor: Tensor) -> Copy:
+        """Copies a contiguous tensor of this dtype and shape."""
+        parts = _bytes_of(tensor).split(PIECE)
+        for piece, part in zip(self.pieces, parts, strict=False):  # an empty one has no piece
+            piece.copy_(part)
+        return self
+
+
+def write(sink: BinaryIO, tensors: Mapping[str, Tensor | Copy]) -> FileFacts:
     """Writes `tensors`, which are contiguous; those on a GPU pass through memory in strides."""
     entries: dict[str, Any] = {}
     sums: dict[str, str] = {}
     offset = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         entries[name] = {
             "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + size],
         }
-        sums[name] = "".join(f"{zlib.crc32(block):08x}" for block in _pieces(tensor, BLOCK))
+        sums[name] = "".join(f"{zlib.crc32(block):08x}" for block in _parts(tensor, BLOCK))
         offset += size
     entries["__metadata__"] = {f"{SUMS} {name}": value for name, value in sums.items()}
     text = json.dumps(entries).encode()
@@ -77,15 +114,19 @@ def write(sink: BinaryIO, tensors: dict[str, Tensor]) -> FileFacts:
     header = len(text).to_bytes(8, "little") + text
     sink.write(header)
     for tensor in tensors.values():
-        for piece in _pieces(tensor, STRIDE):
-            sink.write(piece)
+        for part in _parts(tensor, STRIDE):
+            sink.write(part)
     return FileFacts(len(header) + offset, zlib.crc32(header))
 
 
-def _pieces(tensor: Tensor, size: int) -> Iterator[memoryview]:
-    flat = _bytes_of(tensor)
-    for start in range(0, len(flat), size):
-        yield flat[start : start + size].cpu().numpy().data
+def _parts(tensor: Tensor | Copy, size: int) -> Iterator[memoryview]:
+    for flat in _flat(tensor):
+        for start in range(0, len(flat), size):
+            yield flat[start : start + size].cpu().numpy().data
+
+
+def _flat(tensor: Tensor | Copy) -> list[Tensor]:
+    return tensor.pieces if isinstance(tensor, Copy) else [_bytes_of(tensor)]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

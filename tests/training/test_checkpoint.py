@@ -29,7 +29,7 @@ from renee_ray.training.checkpoint import (
 from renee_ray.training.checkpoints import Checkpoints
 from renee_ray.training.encoder import adamw
 from renee_ray.training.loss_scale import LossScale
-from renee_ray.training.tensor_file import FileFacts, TensorFile
+from renee_ray.training.tensor_file import Copy, FileFacts, TensorFile
 from renee_ray.training.tensor_file import write as write_tensors
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
@@ -260,6 +260,30 @@ def test_the_optimizers_step_lies_where_fused_adamw_wants_it(tmp_path: Path) -> 
     assert len(elsewhere.state) == len(list(encoder.parameters()))
     for state in elsewhere.state.values():
         assert {each.device.type for each in state.values()} == {"meta"}
+
+
+def test_a_copy_in_pieces_is_written_as_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pinned memory of a GiB at most is taken for it, not the next power of two of all of it."""
+    monkeypatch.setattr(tensor_file, "BLOCK", 8)
+    monkeypatch.setattr(tensor_file, "STRIDE", 16)
+    monkeypatch.setattr(tensor_file, "PIECE", 64)
+    tensors = {
+        "of pieces": torch.randn(8, 8), "odd": torch.randn(11, 9).bfloat16(),
+        "one number": torch.tensor(3.0), "nothing": torch.zeros(0, 4),
+    }  # fmt: skip
+    copies = {name: Copy.like(tensor).take(tensor) for name, tensor in tensors.items()}
+    assert [len(copy.pieces) for copy in copies.values()] == [4, 4, 1, 0]
+    for name, copy in copies.items():
+        assert copy.nbytes == tensors[name].nbytes == Copy.bytes_like(tensors[name])
+        assert max((len(piece) for piece in copy.pieces), default=0) <= 64
+    facts = []
+    for path, each in (tmp_path / "tensors", tensors), (tmp_path / "copies", copies):
+        with path.open("wb") as sink:
+            facts.append(write_tensors(sink, each))
+    assert facts[0] == facts[1]
+    assert (tmp_path / "tensors").read_bytes() == (tmp_path / "copies").read_bytes()
 
 
 SECOND = shard_name(5, 11)
