@@ -34,6 +34,7 @@ from renee_ray.config import (
 )
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Config)
 
 progress = Console(stderr=True)
 
@@ -68,6 +69,10 @@ class _Command(click.Command):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Distributed training of extreme multi-label text classifiers on Ray."""
+
+
+def _configured(model: type[C], overrides: Sequence[str], command: str) -> C:
+    return make_config(model, parse_overrides(overrides, model), where=command)
 
 
 def _json_option(function: Any) -> Any:
@@ -107,7 +112,7 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 @_json_option
 def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Turn a folder SRC, of the XML repository or of Parquet, into a dataset directory DST."""
-    config = make_config(ConvertConfig, parse_overrides(overrides), where="convert")
+    config = _configured(ConvertConfig, overrides, "convert")
     from renee_ray.service.convert import convert as run
 
     manifest = _call(run, src, dst, config, _say)
@@ -195,7 +200,7 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 @_json_option
 def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Score the run at RUN on a split of DATASET: P, nDCG, PSP, PSnDCG and recall at k."""
-    config = make_config(ScoreConfig, parse_overrides(overrides), where="evaluate")
+    config = _configured(ScoreConfig, overrides, "evaluate")
     from renee_ray.service.predict import evaluate_run
 
     found = _call(evaluate_run, run, dataset, config)
@@ -214,7 +219,7 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
     SRC is a dataset directory, or raw texts: a .txt or .txt.gz file with a text a line, or
     Parquet, a file or a directory, with a column `text` (and `point_id`, else the row number).
     """
-    config = make_config(ScoreConfig, parse_overrides(overrides), where="predict")
+    config = _configured(ScoreConfig, overrides, "predict")
     from renee_ray.service.predict import predict_run
 
     found = _call(predict_run, run, src, dst, config)
@@ -233,7 +238,7 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
     Parquet, and export.json, which says how a score comes about. Votes of neighbours
     (evaluation.neighbours) are no part of it.
     """
-    config = make_config(ExportConfig, parse_overrides(overrides), where="export")
+    config = _configured(ExportConfig, overrides, "export")
     from renee_ray.service.export import export_run
 
     found = _call(export_run, run, dst, config)
@@ -251,7 +256,7 @@ def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Requests bear a token: a secret of at least 32 characters that RENEE_RAY_SERVE_TOKEN holds.
     Says at which URL once it answers, with --json as an object.
     """
-    config = make_config(ServeConfig, parse_overrides(overrides), where="serve")
+    config = _configured(ServeConfig, overrides, "serve")
     from renee_ray.service.serve import serve_run
 
     output = sys.stdout
@@ -355,9 +360,8 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
         refuse_password(argument, f"an argument of {job}")
     path: str | None = parsed.get("config")
     layers = [read_yaml(path)] if path else []
-    made = make_config(
-        command.keys, *layers, parse_overrides(parsed["overrides"]), where=path or job
-    )
+    overrides = parse_overrides(parsed["overrides"], command.keys)
+    made = make_config(command.keys, *layers, overrides, where=path or job)
     places = {
         name.upper(): parsed[name] for name in ("run", "dataset", "src", "dst") if name in parsed
     }
@@ -527,7 +531,7 @@ def bench_checkpoint(**settings: Any) -> None:
 @click.argument("overrides", nargs=-1)
 def bench_convert(src: str, overrides: tuple[str, ...]) -> None:
     """The conversion of SRC beside the bare tokenizer on the same texts; nothing is kept."""
-    config = make_config(ConvertConfig, parse_overrides(overrides), where="bench convert")
+    config = _configured(ConvertConfig, overrides, "bench convert")
     from renee_ray.service.bench_convert import bench_convert as run
 
     click.echo(json.dumps(_call(run, src, config)))
