@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from renee_ray.config import (
     read_yaml,
     redacted,
 )
+from renee_ray.program import INTERRUPTED, at_signals, interrupted, program, unwinding
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Config)
@@ -330,8 +332,9 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
         click.echo(text, nl=False, err=as_json)
 
     follower = service.Follower(client, submission, write, _say, options["patience_s"])
-    details = _follow(follower, submission)
-    ctx.exit(130 if details is None else _job_ended(submission, details, as_json))
+    with at_signals(signal.default_int_handler):
+        details = _follow(follower, submission)
+    ctx.exit(INTERRUPTED if details is None else _job_ended(submission, details, as_json))
 
 
 def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
@@ -579,7 +582,7 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
 
 def _call(function: Callable[..., T], *arguments: Any) -> T:
     """Calls; Ray's own notices, which it writes to standard output, go to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), unwinding():
         return function(*arguments)
 
 
@@ -628,24 +631,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("renee-ray: interrupted")
-        return 130
+        return INTERRUPTED
     except Exception as error:
+        if interrupted():
+            _say("renee-ray: interrupted")
+            return INTERRUPTED
         found = _user_error(error)
         if found is None:
             raise
         _say(f"renee-ray: {found}", style="red")
         return found.status
-
-
-def program() -> int:
-    """As `main`, with the arguments of this process, which ends then.
-
-    What Ray's threads still have to say must not follow the result on standard output.
-    """
-    status = main()
-    sys.stdout.flush()
-    sys.stdout = sys.stderr
-    return status
 
 
 def _user_error(error: Exception) -> ReneeError | None:
@@ -663,4 +658,4 @@ def _user_error(error: Exception) -> ReneeError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(program())
+    program()
