@@ -77,6 +77,20 @@ def _configured(model: type[C], overrides: Sequence[str], command: str) -> C:
     return make_config(model, parse_overrides(overrides, model), where=command)
 
 
+class _Path(click.ParamType):
+    """A path or a URL; an empty one, of a variable that is not set, is refused."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if param is not None and not value.strip():
+            raise ReneeError(f"{param.human_readable_name} is empty; give a path")
+        return value
+
+
+PATH = _Path()
+
+
 def _json_option(function: Any) -> Any:
     return click.option(
         "--json", "as_json", is_flag=True, help="Write one JSON object to standard output."
@@ -108,27 +122,32 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command(cls=_Command, keys=ConvertConfig)
-@click.argument("src")
-@click.argument("dst")
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Turn a folder SRC, of the XML repository or of Parquet, into a dataset directory DST."""
     config = _configured(ConvertConfig, overrides, "convert")
-    from renee_ray.service.convert import convert as run
+    from renee_ray.conversion_report import conversion_text
+    from renee_ray.service import convert as service
 
-    manifest = _call(run, src, dst, config, _say)
+    manifest = _call(service.convert, src, dst, config, _say)
     facts = {
         "dataset": dst,
         "labels": manifest.num_labels,
         **{split: manifest.num_points(split) for split in ("train", "validation", "test")},
         "statistics": manifest.statistics,
+        "hints": getattr(service, "hints", lambda manifest: [])(manifest),
     }
-    _print(facts, as_json, f"dataset {dst}")
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        Console().print(conversion_text(facts), highlight=False)
 
 
 @cli.command()
-@click.argument("dataset")
+@click.argument("dataset", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
 @click.option(
     "--batch-size",
@@ -162,7 +181,7 @@ def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: 
 
 
 @cli.command(cls=_Command, keys=RunConfig)
-@click.argument("config")
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -174,7 +193,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=PATH)
 @click.option("--watch", is_flag=True, help="Show it again every ten seconds, until Ctrl-C.")
 @_json_option
 def status(run: str, watch: bool, as_json: bool) -> None:
@@ -196,8 +215,8 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
-@click.argument("run")
-@click.argument("dataset")
+@click.argument("run", type=PATH)
+@click.argument("dataset", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -210,9 +229,9 @@ def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) 
 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
-@click.argument("run")
-@click.argument("src")
-@click.argument("dst")
+@click.argument("run", type=PATH)
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -229,8 +248,8 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
 
 
 @cli.command(cls=_Command, keys=ExportConfig)
-@click.argument("run")
-@click.argument("dst")
+@click.argument("run", type=PATH)
+@click.argument("dst", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -249,7 +268,7 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
 
 
 @cli.command(cls=_Command, keys=ServeConfig)
-@click.argument("run")
+@click.argument("run", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -271,8 +290,10 @@ def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command(context_settings={"allow_interspersed_args": False})
-@click.option("--address", help="URL of the job server.  [default: Ray's, or port 8265 here]")
-@click.option("--working-dir", help="The clone that the job takes along.  [default: this one]")
+@click.option("--address", type=PATH, help="URL of the job server.  [default: Ray's, or port 8265]")
+@click.option(
+    "--working-dir", type=PATH, help="The clone that it takes along.  [default: this one]"
+)
 @click.option(
     "--env", "env", multiple=True, metavar="NAME[=VALUE]", help="A variable that the job gets."
 )
@@ -395,7 +416,7 @@ def _follow(follower: Any, submission: Any) -> Any:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 @_json_option
 def checkpoints(run: str, verify: bool, as_json: bool) -> None:
@@ -530,7 +551,7 @@ def bench_checkpoint(**settings: Any) -> None:
 
 
 @bench.command("convert", cls=_Command, keys=ConvertConfig)
-@click.argument("src")
+@click.argument("src", type=PATH)
 @click.argument("overrides", nargs=-1)
 def bench_convert(src: str, overrides: tuple[str, ...]) -> None:
     """The conversion of SRC beside the bare tokenizer on the same texts; nothing is kept."""
@@ -541,7 +562,7 @@ def bench_convert(src: str, overrides: tuple[str, ...]) -> None:
 
 
 @bench.command("feed")
-@click.argument("dataset")
+@click.argument("dataset", type=PATH)
 @click.option(
     "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
 )
@@ -556,7 +577,7 @@ def bench_feed(**settings: Any) -> None:
 
 
 @bench.command("train", cls=_Command, keys=RunConfig)
-@click.argument("config")
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
 @click.option(
     "--steps",

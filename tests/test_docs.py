@@ -17,7 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ALLOWED_IMPORTS = {
     "service": {
-        "data", "xfc", "training", "benchmarks", "metrics", "report", "status", "config", "service",
+        "data", "xfc", "training", "benchmarks", "metrics", "report", "status", "config", "program",
+        "service",
     },
     "training": {"data", "xfc", "training", "metrics", "config"},
     "data": {"data", "xfc.labels", "config"},
