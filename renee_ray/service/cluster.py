@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import psutil
 import ray
 from ray._private import ray_constants
 
@@ -61,16 +62,20 @@ def started_here() -> bool:
 
 
 def leave_ray(orderly: bool) -> None:
-    """Before this process ends by os._exit: the kernel then ends the Ray that it started.
+    """Before this process ends by os._exit: the Ray that it started, or was starting, is killed.
+
+    Its raylet would end with this process, by the kernel, but leave two agents behind.
 
     orderly: no thread is inside Ray, whose shutdown would crash then; a cluster is taken leave of.
     """
-    if not ray.is_initialized():
-        return
     if started_here():
         ray._private.worker._global_node.destroy_external_storage()  # what was spilled to disk
     elif orderly:
         ray.shutdown()
+    for act in (psutil.Process.suspend, psutil.Process.kill):  # none can start another meanwhile
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                act(process)
 
 
 @contextlib.contextmanager

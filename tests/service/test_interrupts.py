@@ -27,13 +27,13 @@ CRASH = re.compile(r"Traceback|Exception ignored|Segmentation fault|Fatal Python
 BY_KEYBOARD, TO_PROCESS, TERM = "the process group gets SIGINT", "SIGINT", "SIGTERM"
 
 
-def alive(pids: list[int]) -> list[int]:
+def alive(family: dict[int, str]) -> dict[int, str]:
     """Those of the processes that have not ended."""
-    found = []
-    for pid in pids:
+    found = {}
+    for pid, what in family.items():
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append(pid)
+                found[pid] = what
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
@@ -41,14 +41,14 @@ def alive(pids: list[int]) -> list[int]:
 
 def interrupt(
     process: subprocess.Popen[str], after: float, how: str
-) -> tuple[Command, float, list[int]] | None:
+) -> tuple[Command, float, dict[int, str]] | None:
     """(how it ended, seconds that it took, what is left of its family); None: it was sooner."""
     began = time.monotonic()
     while time.monotonic() - began < after:
         if process.poll() is not None:
             return None
         time.sleep(0.01)
-    family = list(descendants(process.pid))
+    family = descendants(process.pid)
     sent = time.monotonic()
     if how == BY_KEYBOARD:
         os.killpg(process.pid, signal.SIGINT)
