@@ -2,7 +2,7 @@
 
 import sys
 
-from renee_ray.cli import main
+from renee_ray.program import program
 
 if __name__ == "__main__":
-    sys.exit(main(["predict", *sys.argv[1:]]))
+    program(["predict", *sys.argv[1:]])

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +33,10 @@ from renee_ray.config import (
     read_yaml,
     redacted,
 )
+from renee_ray.program import INTERRUPTED, at_signals, interrupted, program, unwinding
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Config)
 
 progress = Console(stderr=True)
 
@@ -70,6 +73,24 @@ def cli() -> None:
     """Distributed training of extreme multi-label text classifiers on Ray."""
 
 
+def _configured(model: type[C], overrides: Sequence[str], command: str) -> C:
+    return make_config(model, parse_overrides(overrides, model), where=command)
+
+
+class _Path(click.ParamType):
+    """A path or a URL; an empty one, of a variable that is not set, is refused."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if param is not None and not value.strip():
+            raise ReneeError(f"{param.human_readable_name} is empty; give a path")
+        return value
+
+
+PATH = _Path()
+
+
 def _json_option(function: Any) -> Any:
     return click.option(
         "--json", "as_json", is_flag=True, help="Write one JSON object to standard output."
@@ -101,27 +122,32 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command(cls=_Command, keys=ConvertConfig)
-@click.argument("src")
-@click.argument("dst")
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Turn a folder SRC, of the XML repository or of Parquet, into a dataset directory DST."""
-    config = make_config(ConvertConfig, parse_overrides(overrides), where="convert")
-    from renee_ray.service.convert import convert as run
+    config = _configured(ConvertConfig, overrides, "convert")
+    from renee_ray.conversion_report import conversion_text
+    from renee_ray.service import convert as service
 
-    manifest = _call(run, src, dst, config, _say)
+    manifest = _call(service.convert, src, dst, config, _say)
     facts = {
         "dataset": dst,
         "labels": manifest.num_labels,
         **{split: manifest.num_points(split) for split in ("train", "validation", "test")},
         "statistics": manifest.statistics,
+        "hints": getattr(service, "hints", lambda manifest: [])(manifest),
     }
-    _print(facts, as_json, f"dataset {dst}")
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        Console().print(conversion_text(facts), highlight=False)
 
 
 @cli.command()
-@click.argument("dataset")
+@click.argument("dataset", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
 @click.option(
     "--batch-size",
@@ -155,7 +181,7 @@ def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: 
 
 
 @cli.command(cls=_Command, keys=RunConfig)
-@click.argument("config")
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -167,7 +193,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=PATH)
 @click.option("--watch", is_flag=True, help="Show it again every ten seconds, until Ctrl-C.")
 @_json_option
 def status(run: str, watch: bool, as_json: bool) -> None:
@@ -189,13 +215,13 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
-@click.argument("run")
-@click.argument("dataset")
+@click.argument("run", type=PATH)
+@click.argument("dataset", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Score the run at RUN on a split of DATASET: P, nDCG, PSP, PSnDCG and recall at k."""
-    config = make_config(ScoreConfig, parse_overrides(overrides), where="evaluate")
+    config = _configured(ScoreConfig, overrides, "evaluate")
     from renee_ray.service.predict import evaluate_run
 
     found = _call(evaluate_run, run, dataset, config)
@@ -203,9 +229,9 @@ def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) 
 
 
 @cli.command(cls=_Command, keys=ScoreConfig)
-@click.argument("run")
-@click.argument("src")
-@click.argument("dst")
+@click.argument("run", type=PATH)
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -214,7 +240,7 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
     SRC is a dataset directory, or raw texts: a .txt or .txt.gz file with a text a line, or
     Parquet, a file or a directory, with a column `text` (and `point_id`, else the row number).
     """
-    config = make_config(ScoreConfig, parse_overrides(overrides), where="predict")
+    config = _configured(ScoreConfig, overrides, "predict")
     from renee_ray.service.predict import predict_run
 
     found = _call(predict_run, run, src, dst, config)
@@ -222,8 +248,8 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
 
 
 @cli.command(cls=_Command, keys=ExportConfig)
-@click.argument("run")
-@click.argument("dst")
+@click.argument("run", type=PATH)
+@click.argument("dst", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -233,7 +259,7 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
     Parquet, and export.json, which says how a score comes about. Votes of neighbours
     (evaluation.neighbours) are no part of it.
     """
-    config = make_config(ExportConfig, parse_overrides(overrides), where="export")
+    config = _configured(ExportConfig, overrides, "export")
     from renee_ray.service.export import export_run
 
     found = _call(export_run, run, dst, config)
@@ -242,7 +268,7 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
 
 
 @cli.command(cls=_Command, keys=ServeConfig)
-@click.argument("run")
+@click.argument("run", type=PATH)
 @click.argument("overrides", nargs=-1)
 @_json_option
 def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -251,7 +277,7 @@ def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Requests bear a token: a secret of at least 32 characters that RENEE_RAY_SERVE_TOKEN holds.
     Says at which URL once it answers, with --json as an object.
     """
-    config = make_config(ServeConfig, parse_overrides(overrides), where="serve")
+    config = _configured(ServeConfig, overrides, "serve")
     from renee_ray.service.serve import serve_run
 
     output = sys.stdout
@@ -264,8 +290,10 @@ def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command(context_settings={"allow_interspersed_args": False})
-@click.option("--address", help="URL of the job server.  [default: Ray's, or port 8265 here]")
-@click.option("--working-dir", help="The clone that the job takes along.  [default: this one]")
+@click.option("--address", type=PATH, help="URL of the job server.  [default: Ray's, or port 8265]")
+@click.option(
+    "--working-dir", type=PATH, help="The clone that it takes along.  [default: this one]"
+)
 @click.option(
     "--env", "env", multiple=True, metavar="NAME[=VALUE]", help="A variable that the job gets."
 )
@@ -325,8 +353,9 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
         click.echo(text, nl=False, err=as_json)
 
     follower = service.Follower(client, submission, write, _say, options["patience_s"])
-    details = _follow(follower, submission)
-    ctx.exit(130 if details is None else _job_ended(submission, details, as_json))
+    with at_signals(signal.default_int_handler):
+        details = _follow(follower, submission)
+    ctx.exit(INTERRUPTED if details is None else _job_ended(submission, details, as_json))
 
 
 def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
@@ -355,9 +384,8 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
         refuse_password(argument, f"an argument of {job}")
     path: str | None = parsed.get("config")
     layers = [read_yaml(path)] if path else []
-    made = make_config(
-        command.keys, *layers, parse_overrides(parsed["overrides"]), where=path or job
-    )
+    overrides = parse_overrides(parsed["overrides"], command.keys)
+    made = make_config(command.keys, *layers, overrides, where=path or job)
     places = {
         name.upper(): parsed[name] for name in ("run", "dataset", "src", "dst") if name in parsed
     }
@@ -388,7 +416,7 @@ def _follow(follower: Any, submission: Any) -> Any:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 @_json_option
 def checkpoints(run: str, verify: bool, as_json: bool) -> None:
@@ -523,18 +551,18 @@ def bench_checkpoint(**settings: Any) -> None:
 
 
 @bench.command("convert", cls=_Command, keys=ConvertConfig)
-@click.argument("src")
+@click.argument("src", type=PATH)
 @click.argument("overrides", nargs=-1)
 def bench_convert(src: str, overrides: tuple[str, ...]) -> None:
     """The conversion of SRC beside the bare tokenizer on the same texts; nothing is kept."""
-    config = make_config(ConvertConfig, parse_overrides(overrides), where="bench convert")
+    config = _configured(ConvertConfig, overrides, "bench convert")
     from renee_ray.service.bench_convert import bench_convert as run
 
     click.echo(json.dumps(_call(run, src, config)))
 
 
 @bench.command("feed")
-@click.argument("dataset")
+@click.argument("dataset", type=PATH)
 @click.option(
     "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
 )
@@ -549,7 +577,7 @@ def bench_feed(**settings: Any) -> None:
 
 
 @bench.command("train", cls=_Command, keys=RunConfig)
-@click.argument("config")
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
 @click.option(
     "--steps",
@@ -575,7 +603,7 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
 
 def _call(function: Callable[..., T], *arguments: Any) -> T:
     """Calls; Ray's own notices, which it writes to standard output, go to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), unwinding():
         return function(*arguments)
 
 
@@ -624,24 +652,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("renee-ray: interrupted")
-        return 130
+        return INTERRUPTED
     except Exception as error:
+        if interrupted():
+            _say("renee-ray: interrupted")
+            return INTERRUPTED
         found = _user_error(error)
         if found is None:
             raise
         _say(f"renee-ray: {found}", style="red")
         return found.status
-
-
-def program() -> int:
-    """As `main`, with the arguments of this process, which ends then.
-
-    What Ray's threads still have to say must not follow the result on standard output.
-    """
-    status = main()
-    sys.stdout.flush()
-    sys.stdout = sys.stderr
-    return status
 
 
 def _user_error(error: Exception) -> ReneeError | None:
@@ -659,4 +679,4 @@ def _user_error(error: Exception) -> ReneeError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(program())
+    program()

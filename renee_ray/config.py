@@ -1,19 +1,35 @@
 """Run configuration: frozen, validated where it is made, one grammar for files and overrides.
 
 A configuration is a YAML mapping; `key=value` arguments override it, dotted for
-nested keys, each value read as YAML. Anything wrong raises `ConfigError` with one
-sentence that names the key, the value and the remedy.
+nested keys (grammar.py). Anything wrong raises `ConfigError` with one sentence that
+names the key, the value, where it stands and the remedy.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from renee_ray.grammar import (
+    COMMAND_LINE,
+    Layer,
+    NotYaml,
+    WrongKey,
+    add_override,
+    parse_file,
+)
 
 
 class ReneeError(Exception):
@@ -33,9 +49,9 @@ YAML_LIMIT = 1 << 20
 """Bytes of a configuration file."""
 OPENMP = {"GOMP_SPINCOUNT": "2000"}
 """Set before torch loads: its idle threads otherwise spin on the cores of the compiled loops."""
-KEY_DEPTH = 8
 SHOWN = 200
 """Characters of a wrong value in an error's sentence."""
+IN_YAML = {"a valid boolean": "true or false", "a valid tuple": "a list, as [a, b]"}
 _CREDENTIALS = re.compile(r"(\w://)[^\s/?#'\"]*:[^\s?#'\"]*@|(\ws?3a?://)[^\s/?#'\"]*@")
 _SECRET = re.compile(
     r"([?&][^=&\s'\"]*(?:secret|token|key|sig|signature|password|credential)[^=&\s'\"]*=)"
@@ -65,18 +81,39 @@ def reason(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def named(text: str) -> str:
+    """A path or a name. Raises ValueError where it is empty, as a variable that is not set is."""
+    if not text.strip():
+        raise ValueError("it is empty; give a path or a name")
+    return text
+
+
+Name = Annotated[str, AfterValidator(named)]
+
+
 class Config(BaseModel):
     """Base of every configuration: immutable, unknown keys refused, docs below each field."""
 
+    # Strict: pydantic would else make a boolean of the word `yes`, and a number of `1_000`.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_list(cls, value: Any) -> Any:
+        """YAML and JSON know no tuples."""
+        return tuple(value) if isinstance(value, list) else value
 
 
 class ConvertConfig(Config):
     """`renee-ray convert SRC DST`"""
 
-    tokenizer: str = "sentence-transformers/all-MiniLM-L6-v2"
+    tokenizer: Name = "sentence-transformers/all-MiniLM-L6-v2"
     """Hugging Face name or directory of the tokenizer (a fast one)."""
     max_length: int = Field(128, ge=4)
     """Tokens kept of each text, special tokens included; training may cut further."""
@@ -97,7 +134,7 @@ class ConvertConfig(Config):
 class EncoderConfig(Config):
     """The text encoder, trained data-parallel."""
 
-    name: str = "sentence-transformers/all-MiniLM-L6-v2"
+    name: Name = "sentence-transformers/all-MiniLM-L6-v2"
     """Hugging Face name or directory of the encoder."""
     weights: str = ""
     """File of initial weights: safetensors or a torch state_dict, as NGAME's M1; empty: none."""
@@ -241,9 +278,9 @@ class ObserveConfig(Config):
 class RunConfig(Config):
     """`renee-ray train CONFIG`"""
 
-    data: str
+    data: Name
     """Dataset directory, made by `renee-ray convert`."""
-    output: str
+    output: Name
     """Run directory; a run that is already there is resumed."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initial weights, order and dropout."""
@@ -353,7 +390,7 @@ class ExportConfig(Config):
 class ServeConfig(Config):
     """`renee-ray serve RUN`"""
 
-    host: str = "127.0.0.1"
+    host: Name = "127.0.0.1"
     """Address to listen on: by default this machine alone; 0.0.0.0: all networks it is in."""
     port: int = Field(8000, ge=0, lt=2**16)
     """TCP port; 0: any free one."""
@@ -402,33 +439,26 @@ class ServeConfig(Config):
 C = TypeVar("C", bound=Config)
 
 
-def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`; each value is read as YAML.
+def parse_overrides(arguments: Iterable[str], model: type[Config] = RunConfig) -> Layer:
+    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`, by the grammar of grammar.py.
 
     Raises:
         ConfigError: an argument without `=`, or a value that is no YAML.
     """
-    tree: dict[str, Any] = {}
+    layer, texts = Layer(), _texts(model)
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
             raise ConfigError(f"argument {argument!r} is not of the form key=value")
         try:
-            value = _load_yaml(text) if text else ""
-        except _NotYaml as error:
+            add_override(layer, key, text, texts)
+        except WrongKey as error:
+            raise ConfigError(str(error)) from None
+        except NotYaml as error:
             raise ConfigError(
                 f"the value of {argument!r:.{SHOWN}} is not YAML{error}; quote it"
             ) from error
-        *parents, leaf = key.split(".")
-        if len(parents) >= KEY_DEPTH:
-            raise ConfigError(f"{key!r:.{SHOWN}} is no key: no key has so many parts")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key!r} is set below {parent!r}, which has a value already")
-        node[leaf] = value
-    return tree
+    return layer
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -440,11 +470,13 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def make_config(model: type[C], *layers: dict[str, Any], where: str = "the configuration") -> C:
+def make_config(model: type[C], *layers: Mapping[str, Any], where: str = "the configuration") -> C:
     """`model` from mappings, later ones winning key by key.
 
+    where: what an error names for a key that no `Layer` knows the place of.
+
     Raises:
-        ConfigError: one sentence with the key, the value and the remedy.
+        ConfigError: one sentence with the key, the value, its place and the remedy.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -452,10 +484,10 @@ def make_config(model: type[C], *layers: dict[str, Any], where: str = "the confi
     try:
         return model.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_sentence(model, error, where)) from None
+        raise ConfigError(_sentence(model, error, layers, where)) from None
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, model: type[Config] = RunConfig) -> Layer:
     """The mapping in a YAML file.
 
     Raises:
@@ -466,52 +498,27 @@ def read_yaml(path: str) -> dict[str, Any]:
             raw = file.read(YAML_LIMIT + 1)
         if len(raw) > YAML_LIMIT:
             raise ConfigError(f"{path} is longer than {YAML_LIMIT} bytes; give a configuration")
-        content = _load_yaml(raw.decode("utf-8"))
+        return parse_file(raw.decode("utf-8"), path, _texts(model))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: it is not in UTF-8") from error
-    except _NotYaml as error:
-        mark = getattr(error.__cause__, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line} is not valid YAML{error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no mapping of keys to values")
-    return content
+    except NotYaml as error:
+        line = f", line {error.line}" if error.line else ""
+        what = f": {error}" if isinstance(error, WrongKey) else f" is not valid YAML{error}"
+        raise ConfigError(f"{path}{line}{what}") from error
 
 
-class _NotYaml(Exception):
-    """Text that is no YAML, or none of a configuration; says so from a colon on, or nothing."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only: no aliases, whose expansion has no bound, and each key once."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise _NotYaml(": a configuration may not use aliases (*name)")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise _NotYaml(f": it has the key {name!r:.80} twice")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(text: str) -> Any:
-    """What the text says. Raises _NotYaml."""
-    try:
-        return yaml.load(text, _Loader)
-    except _NotYaml:
-        raise
-    except RecursionError:
-        raise _NotYaml(": it is nested too deeply") from None
-    except Exception as error:  # constructors of scalars raise what their conversion raises
-        raise _NotYaml("") from error
+def _texts(model: type[Config], prefix: str = "") -> set[str]:
+    """The dotted keys that hold a text."""
+    found = set()
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            found |= _texts(kind, f"{prefix}{name}.")
+        elif kind is str:
+            found.add(prefix + name)
+    return found
 
 
 def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -528,26 +535,36 @@ def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, s
         yield prefix + name, text, default, " ".join((field.description or "").split())
 
 
-def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
     for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+        if isinstance(value, dict):
+            node = into[key] if isinstance(into.get(key), dict) else {}
+            _merge(node, value)
+            into[key] = node
         else:
-            into[key] = dict(value) if isinstance(value, dict) else value
+            into[key] = value
 
 
-def _sentence(model: type[Config], error: ValidationError, where: str) -> str:
+def _sentence(
+    model: type[Config], error: ValidationError, layers: Iterable[Mapping[str, Any]], where: str
+) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    names = [name for name, *_ in keys_of(model)]
+    for layer in layers:
+        if isinstance(layer, Layer):
+            where = layer.place_of(key) or where
     if first["type"] == "extra_forbidden":
-        names = [name for name, *_ in keys_of(model)]
         near = difflib.get_close_matches(key[:SHOWN], names, 1, 0.0)
         return f"{where} has no key {key!r:.{SHOWN}}; did you mean {near[0]!r}?"
     if first["type"] == "missing":
         return f"{where} lacks {key!r}; add {key}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
+    for python, yaml in IN_YAML.items():
+        message = message.replace(python, yaml)
     if not key:
         return message
-    return (
-        f"{key}={first['input']!r:.{SHOWN}} in {where} is wrong: {message[0].lower()}{message[1:]}"
-    )
+    # Of a key with several types, pydantic names the type that it tried first as well.
+    key = next((name for name in names if key.startswith(f"{name}.")), key)
+    at = f"on {where}" if where == COMMAND_LINE else f"in {where}"
+    return f"{key}={first['input']!r:.{SHOWN}} {at} is wrong: {message[0].lower()}{message[1:]}"

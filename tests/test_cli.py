@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from renee_ray import cli
 from renee_ray.config import ReneeError
+from renee_ray.conversion_report import conversion_text
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -37,10 +41,18 @@ def test_help_lists_every_command_and_key(capsys: pytest.CaptureFixture[str]) ->
         (("convert", "src", "dst", "max_length"), "not of the form key=value"),
         (("convert", "no-such-folder", "dst"), "no-such-folder"),
         (("quickstart", "epoch=3"), "did you mean 'epochs'?"),
-        (("quickstart", "epochs=0"), "epochs=0 in quickstart is wrong"),
+        (("quickstart", "epochs=0"), "epochs=0 on the command line is wrong"),
         (("quickstart", "data=somewhere"), "use `renee-ray train"),
         (("quickstart", "output=s3://bucket/x"), "is no local directory"),
         (("quickstart", "num_workers=9"), "raise feed.streams"),
+        (("convert", "", "dst"), "SRC is empty"),
+        (("convert", "src", ""), "DST is empty"),
+        (("train", ""), "CONFIG is empty"),
+        (("predict", "run", "src", " "), "DST is empty"),
+        (("inspect", ""), "DATASET is empty"),
+        (("status", ""), "RUN is empty"),
+        (("quickstart", "output="), "output='' is no local directory"),
+        (("convert", "src", "dst", "tokenizer="), "tokenizer='' on the command line is wrong"),
         (("evaluate", "no-such-run", "no-such-dataset"), "no-such-run is not a run of renee_ray"),
     ],
 )
@@ -109,6 +121,29 @@ def test_evaluate_prints_json_or_a_table(
     assert status == 0 and json.loads(out) == found
     status, out, _ = run(capsys, "evaluate", "run", "data")
     assert status == 0 and "50.00" in out and "75.50" in out and "test split, step 7" in out
+
+
+def test_convert_ends_with_a_table_of_what_is_in_it_and_what_was_odd() -> None:
+    train = {"points": 2840, "tokens_mean": 24.4, "tokens_max": 47, "at_max_length": 0}
+    train |= {"labels_mean": 1.926, "labels_max": 10, "label_pairs": 5470, "filter_pairs": 9}
+    labels = {"points": 800, "tokens_mean": 22.9, "tokens_max": 45, "replaced_lines": 0}
+    facts = {
+        "dataset": "sets/x",
+        "labels": 800,
+        "statistics": {
+            "train": train | {"duplicate_pairs": 0, "replaced_lines": 1234, "zero_values": 0},
+            "labels": labels | {"share_of_labels_by_train_count": {"0": 0.5}},
+        },
+        "hints": ["label 0 has no point; are the ids one-based?"],
+    }
+    with Console(file=io.StringIO(), width=80) as console, console.capture() as captured:
+        console.print(conversion_text(facts), highlight=False)
+    text = captured.get()
+    assert "sets/x: 800 labels" in text
+    assert re.search(r"train .* 2,840 .* 24.4 .* 47 .* 0 .* 1.926 .* 10 ", text)
+    last = text.rstrip().splitlines()[-2:]
+    assert [line.strip() for line in last] == ["train: 1,234 replaced lines", facts["hints"][0]]
+    assert not re.search("duplicate|zero|share|filter", text)
 
 
 def _raise(error: BaseException) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,79 @@ REQUIRED: dict[str, Any] = {"data": "d", "output": "o"}
         (["path=s3://bucket/x=y"], {"path": "s3://bucket/x=y"}),
         (["a='1'"], {"a": "1"}),
         (["a=[1, 2]"], {"a": [1, 2]}),
+        (["a={b: 1, c: {d: 2}}", "a.b=3"], {"a": {"b": 3, "c": {"d": 2}}}),
+        (["a.b=3", "a={c: 1}"], {"a": {"b": 3, "c": 1}}),
     ],
 )
 def test_overrides(arguments: list[str], tree: dict[str, Any]) -> None:
     assert parse_overrides(arguments) == tree
+
+
+SCALARS: list[tuple[str, Any]] = [
+    *((word, word) for word in ("no", "yes", "off", "on", "y", "No", "10:00", "1_000", "2026-11-28",
+                                "0b11", "1__0", "0o8", "0x", "e5", ".", "<<", "=", "nan", "inf")),
+    ("true", True), ("FALSE", False), ("null", None), ("~", None),
+    ("010", 10), ("0o10", 8), ("0x1F", 31), ("-7", -7), ("+7", 7),
+    ("1e-4", 1e-4), (".5", 0.5), ("5.", 5.0), ("-1.5E+3", -1500.0), ("-.inf", -math.inf),
+]  # fmt: skip
+"""Plain scalars as YAML 1.2's core schema reads them; YAML 1.1 reads the first ones otherwise."""
+
+
+@pytest.mark.parametrize(("text", "value"), SCALARS)
+def test_scalars_mean_the_same_in_files_and_overrides(
+    tmp_path: Path, text: str, value: Any
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"seed: {text}\nnum_workers: [{text}]\n")
+    file, given = read_yaml(str(path)), parse_overrides([f"seed={text}", f"num_workers=[{text}]"])
+    assert file == given == {"seed": value, "num_workers": [value]}
+    assert type(file["seed"]) is type(given["seed"]) is type(value)
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "auto"])
+def test_use_gpu_is_a_word(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: d\noutput: o\nuse_gpu: {word}\nencoder:\n  autocast: off\n")
+    made = make_config(RunConfig, read_yaml(str(path)))
+    assert (made.use_gpu, made.encoder.autocast) == (word, "off")
+    layers = parse_overrides([f"use_gpu={word}", "encoder.autocast=off"])
+    made = make_config(RunConfig, REQUIRED, layers)
+    assert (made.use_gpu, made.encoder.autocast) == (word, "off")
+    assert make_config(ScoreConfig, parse_overrides([f"use_gpu={word}"], ScoreConfig))
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "1", "'true'"])
+def test_only_true_and_false_are_booleans(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^encoder\.compile=.* should be true or false$"):
+        make_config(RunConfig, REQUIRED, parse_overrides([f"encoder.compile={text}"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, text) for text in ("123", "007", "null", "2026-11-28", "runs/x #3", "a: b", "[x]",
+                                    "{x}", "*x", "!x y", "'x", "x=y", " x", "@x", "C:\\x")),
+        ("'a b'", "a b"), ('"a\\tb"', "a\tb"), ("''x''", "''x''"),
+    ],
+)  # fmt: skip
+def test_a_text_stands_as_it_is_unless_it_is_quoted(text: str, value: str) -> None:
+    made = make_config(RunConfig, REQUIRED, parse_overrides([f"output={text}"]))
+    assert made.output == value
+
+
+def test_a_text_in_a_file_may_look_like_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: 007\noutput: 2026-11-28  # tonight\nencoder: {name: null}\n")
+    made = make_config(RunConfig, read_yaml(str(path)))
+    assert (made.data, made.output, made.encoder.name) == ("007", "2026-11-28", "null")
+
+
+@pytest.mark.parametrize("key", ["data", "output", "encoder.name"])
+@pytest.mark.parametrize("text", ["", " ", "''"])
+def test_a_path_is_not_empty(key: str, text: str) -> None:
+    """`output=$UNSET` would else mean the current directory."""
+    with pytest.raises(ConfigError, match=rf"^{key}=.* on the command line .* it is empty"):
+        make_config(RunConfig, REQUIRED, parse_overrides([f"{key}={text}"]))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +120,7 @@ def test_overrides(arguments: list[str], tree: dict[str, Any]) -> None:
         (["=3"], "'=3' is not of the form key=value"),
         (["a=[1"], "'a=[1' is not YAML"),
         (["a=1", "a.b=2"], "'a.b' is set below 'a'"),
+        (["a={b: 1, b: 2}"], "has the key 'a.b' twice"),
     ],
 )
 def test_wrong_overrides(arguments: list[str], message: str) -> None:
@@ -137,9 +208,38 @@ def test_yaml_file(tmp_path: Path) -> None:
     assert read_yaml(str(path)) == {"seed": 3, "encoder": {"dropout": 0.25}}
 
 
+def test_a_file_may_have_dotted_keys(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("encoder.dropout: 0.25\nencoder:\n  name: x\n")
+    assert read_yaml(str(path)) == {"encoder": {"dropout": 0.25, "name": "x"}}
+
+
+def test_an_error_names_where_the_value_stands(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: d\noutput: o\nbatch_size: 0\nencoder:\n  dropout: 2\n  droput: 1\n")
+    good = ["batch_size=8", "encoder.dropout=0"]
+    for overrides, sentence in (
+        ([], f"batch_size=0 in {path}, line 3 is wrong"),
+        (good[:1], f"encoder.dropout=2 in {path}, line 5 is wrong"),
+        (good, f"{path}, line 6 has no key 'encoder.droput'"),
+        (["batch_size=-1"], "batch_size=-1 on the command line is wrong"),
+        (["encoder=3", *good[:1]], "encoder=3 on the command line is wrong"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            make_config(RunConfig, read_yaml(str(path)), parse_overrides(overrides), where="both")
+    with pytest.raises(ConfigError, match="the command line has no key 'encodr'"):
+        make_config(RunConfig, REQUIRED, parse_overrides(["encodr.name=x"]), where="recipe")
+    with pytest.raises(ConfigError, match="num_workers='x' on the command line is wrong"):
+        make_config(RunConfig, REQUIRED, parse_overrides(["num_workers=x"]), where="recipe")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"encoder: 3\nencoder.name: x\n", "line 2: 'encoder.name' is set below 'encoder'"),
+        (b"encoder.name: y\nencoder:\n  name: x\n", "line 3 .* the key 'encoder.name' twice"),
+        (b"encoder: {name: y}\nencoder: {dropout: 0}\n", "line 2 .* the key 'encoder' twice"),
+        (b"? [a]\n: 1\n", "a key is no word"),
         (None, "cannot read .*: No such file"),
         (b"- 1\n- 2\n", "holds no mapping"),
         (b"", "holds no mapping"),

@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALLOWED_IMPORTS = {
     "service": {
         "data", "xfc", "training", "benchmarks", "metrics", "report", "status", "config", "memory",
+        "program",
         "service",
     },
     "training": {"data", "xfc", "training", "metrics", "config", "memory"},

@@ -564,7 +564,7 @@ CONFIGS = [
     Case("override-dunder", override("__class__.__init__.__globals__=1"), "has no key '__class__'"),
     Case(
         "override-python-object",
-        override("seed=!!python/object/apply:os.system ['COMMAND']"),
+        override("num_workers=[!!python/object/apply:os.system ['COMMAND']]"),
         "is not YAML",
     ),
     Case("override-laughs", override("seed=[&a [x], *a]"), "may not use aliases"),

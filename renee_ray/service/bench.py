@@ -80,7 +80,7 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
     streams = max(8, workers)
     config = make_config(
         RunConfig,
-        {"data": "", "output": "", "num_workers": workers, "batch_size": streams},
+        {"data": "unused", "output": "unused", "num_workers": workers, "batch_size": streams},
         {"feed": {"streams": streams}, "timeout_s": TIMEOUT_S, "threads": threads},
     )
     use_gpu = decide_gpu("auto", workers)

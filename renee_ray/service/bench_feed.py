@@ -42,7 +42,7 @@ def bench_feed(dataset: str, workers: int, batch: int) -> dict[str, Any]:
     streams = max(8, workers)
     config = make_config(
         RunConfig,
-        {"data": opened.path, "output": "", "num_workers": workers, "batch_size": batch},
+        {"data": opened.path, "output": "unused", "num_workers": workers, "batch_size": batch},
         {"feed": {"streams": streams, "window": WINDOW}},
     )
     ensure_ray(workers + 1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
+import psutil
 import ray
 from ray._private import ray_constants
 
@@ -40,10 +42,11 @@ def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            _connect()
-        else:
-            _start_local(max(min_cpus, local_cpus))
+        with _sigterm_left_alone():
+            if os.environ.get("RAY_ADDRESS"):
+                _connect()
+            else:
+                _start_local(max(min_cpus, local_cpus))
     have = ray.cluster_resources().get("CPU", 0)
     if have < min_cpus:
         raise ReneeError(
@@ -56,6 +59,37 @@ def started_here() -> bool:
     """Whether this process started the Ray that it uses, which then ends with it."""
     node = ray._private.worker._global_node
     return node is not None and node.head
+
+
+def leave_ray(orderly: bool) -> None:
+    """Before this process ends by os._exit: the Ray that it started, or was starting, is killed.
+
+    Its raylet would end with this process, by the kernel, but leave two agents behind.
+
+    orderly: no thread is inside Ray, whose shutdown would crash then; a cluster is taken leave of.
+    """
+    if started_here():
+        ray._private.worker._global_node.destroy_external_storage()  # what was spilled to disk
+    elif orderly:
+        ray.shutdown()
+    for act in (psutil.Process.suspend, psutil.Process.kill):  # none can start another meanwhile
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                act(process)
+
+
+@contextlib.contextmanager
+def _sigterm_left_alone() -> Iterator[None]:
+    """Ray would set a handler that ends the process by SystemExit, in place of one that is set."""
+    from ray._private import utils
+
+    take = utils.set_sigterm_handler
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = take
 
 
 def _connect() -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import wait
-from types import FrameType
 from typing import Any
 
 import ray
@@ -24,6 +23,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from renee_ray.config import OPENMP, ReneeError, RunConfig
 from renee_ray.data.storage import storage_error
+from renee_ray.program import at_signals
 from renee_ray.service.cluster import started_here
 from renee_ray.service.wishes import Regroup, SignalHandler
 from renee_ray.training.threads import in_thread
@@ -38,11 +38,12 @@ def launch(
     config: RunConfig,
     use_gpu: bool,
     *,
-    on_stop: Callable[[], None] | None = None,
+    on_stop: Callable[[], bool] | None = None,
 ) -> Any:
     """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
 
-    on_stop: asks the workers to end, at the first SIGTERM or SIGINT; None: they are just ended.
+    on_stop: asks the workers to end, at the first SIGTERM or SIGINT, and returns whether they have
+        anything to save; None: they are just ended.
 
     Raises:
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
@@ -140,43 +141,36 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
 
 
 def interruptible(
-    fit: Callable[[], Any], on_stop: Callable[[], None] | None, config: RunConfig
+    fit: Callable[[], Any], on_stop: Callable[[], bool] | None, config: RunConfig
 ) -> Any:
     """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
 
-    A second one, or `checkpoint.grace_s` without an end, interrupts at once.
+    A second one, or `checkpoint.grace_s` without an end, interrupts at once, as does the first
+    where `on_stop` says that there is nothing to save.
 
     Raises:
         KeyboardInterrupt: interrupted at once.
     """
-    if on_stop is None or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         return fit()
-    asked: list[float] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(time.monotonic())
-        on_stop()
-
-    with at_signals(handle):
-        # In a thread, where Ray Train leaves the signals alone.
-        found = in_thread(fit, "fit")
+    # In a thread, where Ray Train leaves the signals alone.
+    found = in_thread(fit, "fit")
+    if on_stop is None:
         while not wait([found], timeout=0.2).done:
-            if asked and time.monotonic() - asked[0] > config.checkpoint.grace_s:
-                raise KeyboardInterrupt
+            pass
         return found.result()
-
-
-@contextlib.contextmanager
-def at_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `handle` and do nothing else meanwhile; in the main thread alone."""
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    signals: list[int] = []
+    limit = math.inf
+    with at_signals(lambda number, frame: signals.append(number)):
+        while not wait([found], timeout=0.2).done:
+            if signals and limit == math.inf:
+                limit = time.monotonic() + (config.checkpoint.grace_s if on_stop() else 0)
+            if len(signals) > 1 or time.monotonic() > limit:
+                break
+        else:
+            return found.result()
+    signal.raise_signal(signal.SIGINT)  # now as if it came first: program.py sees to the end
+    raise KeyboardInterrupt
 
 
 def _unwrapped(fit: Callable[[], Any]) -> Any:

@@ -136,7 +136,7 @@ def configuration(overrides: Mapping[str, Any]) -> tuple[Path, RunConfig]:
     root = Path(output).expanduser().resolve()
     layers = (
         read_yaml(str(RECIPE)),
-        dict(overrides),
+        overrides,
         {"data": str(root / "dataset"), "output": str(root / "run")},
     )
     return root, make_config(RunConfig, *layers, where="quickstart")

@@ -93,9 +93,11 @@ def train(
     watch, launched_s = Watch(config.timeout_s), time.time()
     with Display(watch=watch) as display, following(config, watch, launched_s):
 
-        def stop() -> None:
-            on_progress("stopping after a checkpoint; once more to stop at once")
-            display.mail.stop()
+        def stop() -> bool:
+            if watch.training:
+                on_progress("stopping after a checkpoint; once more to stop at once")
+                display.mail.stop()
+            return watch.training
 
         arguments = {
             "config": config.model_dump(),

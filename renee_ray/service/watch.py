@@ -67,6 +67,11 @@ class Watch:
     def patience(self) -> float:
         return min(PATIENT_S, self.timeout_s / 2)
 
+    @property
+    def training(self) -> bool:
+        """Whether the workers have come so far that a checkpoint can be asked for."""
+        return any(beat.phase != "start" for beat, _ in self._beats.values())
+
     def saw(self, beat: Beat, now: float) -> None:
         """A beat came; `now`: seconds of a clock that only goes forward."""
         if beat.group > self._group:

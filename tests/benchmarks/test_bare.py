@@ -28,7 +28,7 @@ from tests.training.test_step import DIM, Bag
 CPU = torch.device("cpu")
 POINTS = (30, 11)
 SETTINGS: dict[str, Any] = {
-    "data": "", "output": "", "batch_size": 8, "loss_every": 1, "warmup": 0.5,
+    "data": "unused", "output": "unused", "batch_size": 8, "loss_every": 1, "warmup": 0.5,
     "encoder": {"max_length": 7, "learning_rate": 0.01},
     "classifier": {"precision": "fp32", "learning_rate": 0.1},
     "feed": {"streams": 4, "window": 2, "token_dropout": 0.3},

@@ -57,11 +57,12 @@ def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Pope
     """Starts `renee-ray arguments`, which starts its own Ray."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.Popen(
-        [sys.executable, "-m", "renee_ray.cli", *arguments],
+        [sys.executable, "-m", "renee_ray.program", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment | ENVIRONMENT | (env or {}),
+        start_new_session=True,  # a process group, as a shell makes one of each command
     )
 
 

@@ -79,8 +79,8 @@ def trainer_of(encoder: Bag, config: RunConfig, steps: int, state: State | None 
 def trained_by(**feed: object) -> tuple[torch.Tensor, list[int]]:
     """(scores of all labels for the one point that is trained on, tokens of each step)."""
     config = make_config(
-        RunConfig, {"data": "", "output": "", "loss_every": 0, "feed": feed, "warmup": 0.0},
-        {"encoder": {"learning_rate": 0.0}},
+        RunConfig, {"data": "unused", "output": "unused", "loss_every": 0, "feed": feed},
+        {"warmup": 0.0, "encoder": {"learning_rate": 0.0}},
     )  # fmt: skip
     encoder = Bag()
     tokens: list[int] = []
@@ -170,5 +170,5 @@ def test_token_dropout_reaches_the_encoder() -> None:
 def test_an_fp16_encoder_gets_a_loss_scale(autocast: torch.dtype | None) -> None:
     encoder = Bag()
     encoder.autocast = autocast
-    config = make_config(RunConfig, {"data": "", "output": ""})
+    config = make_config(RunConfig, {"data": "unused", "output": "unused"})
     assert trainer_of(encoder, config, 1).state.loss_scale.dynamic == (autocast == torch.float16)

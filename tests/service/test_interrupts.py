@@ -1,0 +1,108 @@
+"""Ctrl-C and SIGTERM at random moments of a command's life: imports, Ray's start, work, the end.
+
+RENEE_RAY_INTERRUPTS: how many a command, 2 by default; RENEE_RAY_SEED: of the moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import LONGER, Command, Run, descendants, end, finish, renee_ray, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(3600)]
+
+TIMES = int(os.environ.get("RENEE_RAY_INTERRUPTS", "2"))
+SEED = int(os.environ.get("RENEE_RAY_SEED", "0"))
+EARLIEST_S, LIMIT_S = 0.3, 15.0
+CRASH = re.compile(r"Traceback|Exception ignored|Segmentation fault|Fatal Python error|\*\*\* SIG")
+BY_KEYBOARD, TO_PROCESS, TERM = "the process group gets SIGINT", "SIGINT", "SIGTERM"
+
+
+def alive(family: dict[int, str]) -> dict[int, str]:
+    """Those of the processes that have not ended."""
+    found = {}
+    for pid, what in family.items():
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found[pid] = what
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def interrupt(
+    process: subprocess.Popen[str], after: float, how: str
+) -> tuple[Command, float, dict[int, str]] | None:
+    """(how it ended, seconds that it took, what is left of its family); None: it was sooner."""
+    began = time.monotonic()
+    while time.monotonic() - began < after:
+        if process.poll() is not None:
+            return None
+        time.sleep(0.01)
+    family = descendants(process.pid)
+    sent = time.monotonic()
+    if how == BY_KEYBOARD:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT if how == TO_PROCESS else signal.SIGTERM)
+    ended = finish(process, timeout=60)
+    seconds = time.monotonic() - sent
+    while alive(family) and time.monotonic() - sent < LIMIT_S:
+        time.sleep(0.1)
+    return ended, seconds, alive(family)
+
+
+@pytest.fixture
+def commands(source: Path, recipe: str, trained: Run, dataset: str, tmp_path: Path) -> Callable:
+    def command(name: str, number: int) -> list[str]:
+        to = str(tmp_path / f"{name}-{number}")
+        return {
+            "convert": ["convert", str(source), to, "part_rows=64", "overwrite=true"],
+            "train": ["train", recipe, f"data={dataset}", f"output={to}", *LONGER],
+            "evaluate": ["evaluate", trained.path, dataset],
+            "predict": ["predict", trained.path, dataset, to, "overwrite=true"],
+            "export": ["export", trained.path, to, "overwrite=true"],
+        }[name]
+
+    return command
+
+
+@pytest.mark.parametrize("name", ["convert", "train", "evaluate", "predict", "export"])
+def test_an_interrupt_ends_a_command_soon_and_it_can_be_given_again(
+    name: str, commands: Callable[[str, int], list[str]]
+) -> None:
+    began = time.monotonic()
+    whole = renee_ray(*commands(name, 0))
+    assert whole.status == 0, whole.stderr
+    duration = time.monotonic() - began
+    choose = random.Random(f"{SEED} {name}")
+    for number in range(TIMES):
+        after = choose.uniform(EARLIEST_S, duration)
+        how = choose.choice([BY_KEYBOARD, TO_PROCESS, TERM])
+        process = start(*commands(name, 1))
+        try:
+            found = interrupt(process, after, how)
+        finally:
+            end(process)
+        what = f"{name} {number}: {how} after {after:.2f} of {duration:.1f} s"
+        if found is None:
+            print(f"{what}: it had ended")
+            continue
+        ended, seconds, left = found
+        print(f"{what}: {ended.status} in {seconds:.1f} s: {ended.stderr.splitlines()[-1:]}")
+        assert ended.status == 130, (what, ended)
+        assert seconds < LIMIT_S, (what, ended)
+        assert not CRASH.search(ended.stderr), (what, ended)
+        assert re.search(r"^renee-ray: (interrupted|stopped after step)", ended.stderr, re.M), what
+        assert not left, (what, left)
+    again = renee_ray(*commands(name, 1))
+    assert again.status == 0, again.stderr
