@@ -40,6 +40,7 @@ from renee_ray.data.untrusted import parse_json, read_bounded, refuse_links_out
 CLAIM = "_converting.json"
 SCRATCH = "_scratch"
 TEMPORARY = (f"{MANIFEST}.tmp", f"{CLAIM}.tmp")
+FILE, DIRECTORY, LINK = "file", "directory", "link"
 MANIFEST_KEYS = {"format_version", "vocabulary_hash", "splits"}
 """Of a manifest of any version."""
 
@@ -244,24 +245,33 @@ class Destination:
             ours |= {CLAIM, *TEMPORARY, *self._claim.parts}
             ours.add(self.scratch.removeprefix(f"{self.path}/"))
             directories.add(SCRATCH)
-        for info in self._listing(""):
-            name = info.base_name
-            if name not in directories or info.type != pafs.FileType.Directory or self._link(name):
-                if name not in ours or self._link(name):
-                    yield name
-                continue
-            for inside in self._listing(name):
-                path = f"{name}/{inside.base_name}"
-                if path not in ours or self._link(path):
-                    yield path
+        for name, kind in self._entries(""):
+            if name in directories and kind == DIRECTORY:
+                expected = DIRECTORY if name == SCRATCH else FILE
+                for inside, kind in self._entries(name):
+                    if f"{name}/{inside}" not in ours or kind != expected:
+                        yield f"{name}/{inside}"
+            elif name not in ours or kind != FILE:
+                yield name
 
-    def _listing(self, name: str) -> list[pafs.FileInfo]:
-        found = storage.listing(f"{self.path}/{name}".rstrip("/"))
-        return sorted(found, key=lambda info: info.path)
-
-    def _link(self, name: str) -> bool:
+    def _entries(self, name: str) -> list[tuple[str, str]]:
+        """(name, kind) of what is in the directory, or in one that is in it."""
         filesystem, root = self._located
-        return isinstance(filesystem, pafs.LocalFileSystem) and os.path.islink(f"{root}/{name}")
+        path = f"{root}/{name}"
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            infos = storage.listing(f"{self.path}/{name}".rstrip("/"))
+            directory = pafs.FileType.Directory
+            return sorted((i.base_name, DIRECTORY if i.type == directory else FILE) for i in infos)
+        if not os.path.isdir(path):
+            return []
+        with os.scandir(path) as found:  # pyarrow does not list a link that leads nowhere
+            return sorted((entry.name, _kind(entry)) for entry in found)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink():
+        return LINK
+    return DIRECTORY if entry.is_dir() else FILE
 
 
 def _needed(name: str) -> bool:

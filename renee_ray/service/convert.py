@@ -56,9 +56,8 @@ def convert(
         found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
-        manifest = destination.published(signature)
-        with _claimed(destination, signature, on_progress) as scratch:
-            if manifest is None:
+        if (manifest := destination.published(signature)) is None:
+            with _claimed(destination, signature, on_progress) as scratch:
                 on_progress(f"reading {src}")
                 ensure_ray()
                 if isinstance(found, xmlrepo.Source):
@@ -67,12 +66,31 @@ def convert(
                 made = write_parts(found, dst, scratch, vocabulary, config, declare, on_progress)
                 manifest = _manifest(made, vocabulary, config)
                 layout.write_manifest(dst, manifest)
+        destination.release()
     except OSError as error:
         raise ReneeError(
             f"cannot convert {src} to {dst}: {reason(error)}; "
             f"check that both can be reached and written"
         ) from error
     return manifest
+
+
+def hints(manifest: Manifest) -> list[str]:
+    """Sentences on what may be wrong with a source though it could be converted."""
+    labels = manifest.statistics["labels"]
+    least, greatest = labels["least_id"], labels["greatest_id"]
+    unused = labels["share_of_labels_by_train_count"]["0"]
+    # Label texts would have been one too few, and most labels of a source have a point.
+    if (
+        manifest.has_label_texts
+        or (least, greatest) != (1, manifest.num_labels - 1)
+        or unused > 0.5
+    ):
+        return []
+    return [
+        f"no point has label 0, and labels 1 to {greatest} are there: ids count from 0, so if the "
+        f"source counts from 1, subtract 1 from its labels and convert it again"
+    ]
 
 
 def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> Manifest:
@@ -110,7 +128,6 @@ def _claimed(
     except ReneeError:
         destination.abandon()
         raise
-    destination.release()
 
 
 def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> str:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import Part
+from renee_ray.data.dataset import MAX_LABELS, Part
 from renee_ray.data.lines import Int64s, SourceError
 from renee_ray.data.parquet_source import ParquetSource
 from renee_ray.data.raw import Raw, RawSplit
@@ -82,7 +82,7 @@ def write_parts(
     plan = _plan(source, dst, scratch, vocabulary, config)
     prepare = with_filters if isinstance(source, Raw) else with_vocabulary
     plan = prepare(plan, on_progress)
-    plan, totals, paths = _partitioned(plan, config.part_rows, on_progress)
+    plan, totals, paths = _partitioned(plan, config, on_progress)
     before_writing(paths)
     splits: dict[str, list[Part]] = {name: [] for name in layout.SPLITS}
     bands, others = Counter[str](), {}
@@ -148,33 +148,31 @@ def _plan(
 
 
 def _partitioned(
-    plan: Plan, chosen: int, on_progress: Callable[[str], None]
+    plan: Plan, config: ConvertConfig, on_progress: Callable[[str], None]
 ) -> tuple[Plan, dict[str, Counter[str]], list[str]]:
-    """The plan with what each bucket and each range of labels is to read, and paths of all parts.
-
-    chosen: rows of a part, or 0.
-    """
+    """The plan with what each bucket and range of labels is to read, and paths of all parts."""
     files: dict[str, list[Groups]] = defaultdict(list)
     totals: dict[str, Counter[str]] = {name: Counter() for name in layout.SPLITS}
-    greatest, any_label = -1, False
+    least, greatest, any_label = MAX_LABELS, -1, False
     for result in run(_partition, plan, len(plan.blocks), "blocks read", on_progress):
         for what, groups in result["files"]:
             files[what].append(tuple(groups))
         for name, counts in result["totals"].items():
             _add(totals[name], counts)
-        greatest = max(greatest, result["greatest"])
+        least, greatest = min(least, result["least"]), max(greatest, result["greatest"])
         any_label |= result["train_pairs"] > 0
     if not any_label:
         raise SourceError(
             f"{plan.source.labelled_path} gives no training point a label; there is nothing to "
             f"learn"
         )
+    totals["labels"]["least_id"], totals["labels"]["greatest_id"] = least, greatest
     num_labels = greatest + 1 if plan.num_labels is None else plan.num_labels
     sorted_files = {what: tuple(sorted(groups)) for what, groups in files.items()}
     tasks = [(name, key) for name in POINTS for key in keys_of(sorted_files.get(name, ()))]
     tasks += [("labels", key) for key in range(-(-num_labels // plan.bucket_rows))]
     rows = {name: totals[name]["rows"] for name in POINTS} | {"labels": num_labels}
-    sizes = {name: part_rows(chosen, n, plan.bucket_rows) for name, n in rows.items()}
+    sizes = {name: part_rows(config.part_rows, n, plan.bucket_rows) for name, n in rows.items()}
     plan = replace(
         plan,
         num_labels=num_labels,
@@ -192,13 +190,17 @@ def _partitioned(
 
 def _partition(plan: Plan, i: int) -> dict[str, Any]:
     name, _, held = plan.blocks[i]
-    files, counts, greatest, pairs = [], [COUNTS.empty_table()], -1, 0
+    files, counts, pairs = [], [COUNTS.empty_table()], 0
+    least, greatest = MAX_LABELS, -1
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     read = text_points if isinstance(plan.source, Raw) else parquet_points
     for number, (points, odd) in enumerate(read(plan, i)):
         for column in ("labels", "filter_labels"):
             values = points[column].combine_chunks().flatten()
-            greatest = max(greatest, pc.max(values).as_py() if len(values) else -1)
+            if len(values):
+                ends = pc.min_max(values)
+                least = min(least, ends["min"].as_py())
+                greatest = max(greatest, ends["max"].as_py())
             pairs += len(values) if column == "labels" else 0
         for split, rows, buckets in _destinations(plan, name, points["point_id"].to_numpy(), held):
             mine = points.take(pa.array(rows))
@@ -216,6 +218,7 @@ def _partition(plan: Plan, i: int) -> dict[str, Any]:
     return {
         "files": files,
         "totals": totals,
+        "least": least,
         "greatest": greatest,
         "train_pairs": pairs if name == "train" else 0,
     }
@@ -380,7 +383,7 @@ def _add(total: Counter[str], more: Mapping[str, int]) -> None:
 def _statistics(totals: dict[str, Counter[str]], bands: Counter[str]) -> dict[str, Any]:
     """Counts for people. What was odd in the lines or rows of train (duplicate_pairs, zero_values,
     empty_texts, replaced_lines, replaced_bytes) is of its whole source, the points held out for
-    validation included."""
+    validation included. least_id and greatest_id: of the labels that some point has."""
     statistics: dict[str, Any] = {}
     for split, total in totals.items():
         one: dict[str, float] = dict(total)
