@@ -84,8 +84,14 @@ def _attempt(
 ) -> str:
     try:
         return attempt(work, plan, i, journal)
-    except (ReneeError, OSError) as error:
-        return json.dumps({"error": str(error), "interrupted": isinstance(error, OSError)})
+    except ReneeError as error:
+        return json.dumps({"error": str(error), "interrupted": False})
+    except OSError as error:
+        sentence = (
+            f"a task cannot read or write ({reason(error)}); check that source and destination "
+            f"can be reached and have room, then run the command again"
+        )
+        return json.dumps({"error": sentence, "interrupted": True})
 
 
 def attempt(
