@@ -121,8 +121,8 @@ class ConvertConfig(Config):
     """Share of the training points held out for choosing a model, by a seeded hash of the id."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the global shuffle and of the validation split."""
-    part_rows: int = Field(2048, ge=1)
-    """Rows of a part file: a few seconds of training."""
+    part_rows: int = Field(0, ge=0)
+    """Rows of a part file; 0: 2,048, or so many that no split has more than about 1,000 files."""
     propensity_a: float = Field(0.55, gt=0)
     """A of the propensity model (Jain et al., KDD 2016)."""
     propensity_b: float = Field(1.5, ge=0)

@@ -29,6 +29,7 @@ from renee_ray.config import EncoderConfig, ReneeError, printable, redacted
 from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer, xmlrepo
 from renee_ray.data.dataset import MANIFEST_LIMIT, Dataset
+from renee_ray.data.destination import Destination
 from renee_ray.data.lines import (
     GRAIN_BYTES,
     MAX_LINE_BYTES,
@@ -802,7 +803,7 @@ def cleared(place: Place) -> Made:
     path = tiny(place)
     (path / "train").rename(place.outside / "train")
     (path / "train").symlink_to(place.outside / "train")
-    return lambda: layout.clear(str(path))
+    return lambda: Destination(str(path), str(place.given / "src"), True)
 
 
 def claimed(place: Place) -> Made:

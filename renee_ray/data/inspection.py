@@ -32,6 +32,8 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 WINDOW, STREAMS = 64, 8
 """Batches and pieces of a batch that are ordered by length together, as `FeedConfig` has them."""
 SHOWN_LABELS = 10
+SHOWN_TEXT, SHOWN_LABEL_TEXT = 400, 80
+"""Characters of a point's text and of a label's."""
 
 
 @dataclass
@@ -371,7 +373,7 @@ def _samples(dataset: Dataset, samples: int) -> list[dict[str, Any]]:
     return [
         {
             "point_id": row["point_id"],
-            "text": text,
+            "text": shortened(text, SHOWN_TEXT),
             "labels": [_label_text(dataset, label) for label in row["labels"][:SHOWN_LABELS]],
             "more_labels": max(len(row["labels"]) - SHOWN_LABELS, 0),
         }
@@ -381,7 +383,12 @@ def _samples(dataset: Dataset, samples: int) -> list[dict[str, Any]]:
 
 def _label_text(dataset: Dataset, label: int) -> str:
     text = dataset.read_rows("labels", label, label + 1, ["text"])["text"][0].as_py()
-    return text or f"label {label}"
+    return shortened(text, SHOWN_LABEL_TEXT) or f"label {label}"
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text for people, of about `limit` characters at most; says how long it is if it was cut."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
 def _has_nulls(column: pa.ChunkedArray) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -122,6 +123,19 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
             f"install the fsspec package of {scheme}://"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two paths or URLs are the same, or one is in the other; links are followed."""
+    (kind, first), (other_kind, second) = _place(one), _place(other)
+    return kind == other_kind and (first.startswith(second) or second.startswith(first))
+
+
+def _place(path: str) -> tuple[str, str]:
+    filesystem, root = filesystem_of(path)
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    real = os.path.realpath(root) if local else posixpath.normpath(root)
+    return filesystem.type_name, f"{real.rstrip('/')}/"
 
 
 on_retry: list[Callable[[], None]] = []
@@ -243,8 +257,13 @@ def make_directory(path: str, patience: float | None = None) -> None:
 
 
 def remove(path: str) -> None:
-    """Removes a file, or a directory with all that is in it, patiently; nothing if neither."""
+    """Removes a file, or a directory with all that is in it, patiently; nothing if neither.
+
+    Raises:
+        ReneeError: it is a symbolic link.
+    """
     filesystem, root = filesystem_of(path)
+    refuse_link(filesystem, root)
 
     def delete() -> None:
         kind = filesystem.get_file_info(root).type

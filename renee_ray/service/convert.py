@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import pyarrow.fs as pafs
 
@@ -23,6 +22,7 @@ from renee_ray.config import ConvertConfig, ReneeError, reason
 from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer, xmlrepo
 from renee_ray.data.dataset import Manifest
+from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.parquet_source import ParquetSource, index_parquet, is_parquet
 from renee_ray.data.raw import Raw
 from renee_ray.service.cluster import ensure_ray
@@ -30,8 +30,6 @@ from renee_ray.service.convert_parts import Converted, write_parts
 from renee_ray.service.convert_plan import JOURNAL
 from renee_ray.service.convert_text import index_text
 from renee_ray.service.tasks import Interrupted
-
-SCRATCH, SIGNATURE = "_scratch", "signature"
 
 
 def silent(message: str) -> None:
@@ -47,32 +45,52 @@ def convert(
 
     Raises:
         ReneeError: bad input (the sentence names file, line and value), a `dst` that is taken,
-            no such tokenizer. Nothing that opens as a dataset is left at `dst` then, unless the
-            source was refused before a dataset to be overwritten was touched. What was cut off
+            no such tokenizer. Nothing of the conversion is left at `dst` then; a dataset to be
+            overwritten is as it was, unless only a text of a label was bad. What was cut off
             goes on with the same command, where it was.
     """
     src, dst = storage.absolute(src), storage.absolute(dst)
-    _check_destination(dst, config.overwrite)
-    found: xmlrepo.Source | Raw | ParquetSource
-    found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
-    vocabulary = tokenizer.load(config.tokenizer)
     try:
-        signature = _signature(src, vocabulary, config)
-        with _scratch(dst, signature, on_progress) as scratch:
-            on_progress(f"reading {src}")
-            ensure_ray()
-            if isinstance(found, xmlrepo.Source):
-                found = index_text(found, scratch, on_progress)
-            clear = partial(_clear_once, dst, f"{scratch}/{JOURNAL}")
-            made = write_parts(found, dst, scratch, vocabulary, config, clear, on_progress)
-            manifest = _manifest(made, vocabulary, config)
-            layout.write_manifest(dst, manifest)
+        destination = Destination(dst, src, config.overwrite)
+        found: xmlrepo.Source | Raw | ParquetSource
+        found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
+        vocabulary = tokenizer.load(config.tokenizer)
+        signature = _signature(src, dst, vocabulary, config)
+        if (manifest := destination.published(signature)) is None:
+            with _claimed(destination, signature, on_progress) as scratch:
+                on_progress(f"reading {src}")
+                ensure_ray()
+                if isinstance(found, xmlrepo.Source):
+                    found = index_text(found, scratch, on_progress)
+                declare = destination.declare
+                made = write_parts(found, dst, scratch, vocabulary, config, declare, on_progress)
+                manifest = _manifest(made, vocabulary, config)
+                layout.write_manifest(dst, manifest)
+        destination.release()
     except OSError as error:
         raise ReneeError(
             f"cannot convert {src} to {dst}: {reason(error)}; "
             f"check that both can be reached and written"
         ) from error
     return manifest
+
+
+def hints(manifest: Manifest) -> list[str]:
+    """Sentences on what may be wrong with a source though it could be converted."""
+    labels = manifest.statistics["labels"]
+    least, greatest = labels["least_id"], labels["greatest_id"]
+    unused = labels["share_of_labels_by_train_count"]["0"]
+    # Label texts would have been one too few, and most labels of a source have a point.
+    if (
+        manifest.has_label_texts
+        or (least, greatest) != (1, manifest.num_labels - 1)
+        or unused > 0.5
+    ):
+        return []
+    return [
+        f"no point has label 0, and labels 1 to {greatest} are there: ids count from 0, so if the "
+        f"source counts from 1, subtract 1 from its labels and convert it again"
+    ]
 
 
 def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> Manifest:
@@ -92,66 +110,40 @@ def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: Convert
     )
 
 
-# -------------------------------------------------------------------------------- destination
-
-
-def _check_destination(dst: str, overwrite: bool) -> None:
-    filesystem, root = storage.filesystem_of(dst)
-    kind = filesystem.get_file_info(root).type
-    if kind == pafs.FileType.NotFound:
-        return
-    if kind == pafs.FileType.File:
-        raise ReneeError(f"{dst} is a file; give a directory for the dataset")
-    if overwrite:
-        return
-    if layout.has_manifest(dst):
-        raise ReneeError(f"{dst} already holds a dataset; give another directory or overwrite=true")
-    ours = {*layout.SPLITS, SCRATCH, f"{layout.MANIFEST}.tmp"}
-    names = {info.base_name for info in filesystem.get_file_info(pafs.FileSelector(root))}
-    if others := sorted(names - ours):
-        raise ReneeError(
-            f"{dst} exists already and holds other things ({others[0]!r}); give another "
-            f"directory or overwrite=true, which leaves them alone"
-        )
-
-
-def _clear_once(dst: str, journal: str) -> None:
-    """Removes an earlier dataset, but not the parts of a conversion that is going on."""
-    if storage.read_file(f"{journal}/cleared") is None:
-        layout.clear(dst)
-        storage.write_file(f"{journal}/cleared", b"yes")
-
-
 @contextmanager
-def _scratch(dst: str, signature: str, on_progress: Callable[[str], None]) -> Iterator[str]:
-    """A directory beside the parts, which every node that writes can read.
+def _claimed(
+    destination: Destination, signature: str, on_progress: Callable[[str], None]
+) -> Iterator[str]:
+    """The directory of scratch files.
 
     It outlives a conversion that was cut off, and serves the next one of the same signature.
     """
-    path = f"{dst.rstrip('/')}/{SCRATCH}"
-    if storage.read_file(f"{path}/{SIGNATURE}") == signature.encode():
-        on_progress(f"going on with the conversion to {dst} that was cut off")
-    else:
-        storage.remove(path)
-        storage.make_directory(f"{path}/{JOURNAL}")
-        storage.write_file(f"{path}/{SIGNATURE}", signature.encode())
+    if destination.claim(signature):
+        on_progress(f"going on with the conversion to {destination.path} that was cut off")
+    storage.make_directory(f"{destination.scratch}/{JOURNAL}")
     try:
-        yield path
+        yield destination.scratch
     except (Interrupted, OSError):
         raise
     except ReneeError:
-        storage.remove(path)
+        destination.abandon()
         raise
-    storage.remove(path)
 
 
-def _signature(src: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> str:
-    """What parts depend on: the source's files, the tokenizer, the configuration."""
+def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> str:
+    """What parts depend on: the source's files, the tokenizer, the configuration.
+
+    Raises:
+        ReneeError: a file of the source is one of `dst`.
+    """
     files = [
         (info.path, info.size, info.mtime_ns)
         for info in storage.listing(src, recursive=True)
         if info.type == pafs.FileType.File
     ]
+    if isinstance(storage.filesystem_of(src)[0], pafs.LocalFileSystem):
+        for path, _, _ in files:
+            refuse_overlap(path, dst)
     settings = config.model_dump(exclude={"overwrite"})
     content = [layout.FORMAT_VERSION, vocabulary.hash, settings, sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import Part
+from renee_ray.data.dataset import MAX_LABELS, Part
 from renee_ray.data.lines import Int64s, SourceError
 from renee_ray.data.parquet_source import ParquetSource
 from renee_ray.data.raw import Raw, RawSplit
@@ -36,6 +36,7 @@ from renee_ray.service.convert_plan import (
     Plan,
     bucket_rows,
     keys_of,
+    part_rows,
     read_groups,
     run,
     write_groups,
@@ -66,21 +67,23 @@ def write_parts(
     scratch: str,
     vocabulary: tokenizer.Vocabulary,
     config: ConvertConfig,
-    before_writing: Callable[[], None],
+    before_writing: Callable[[list[str]], None],
     on_progress: Callable[[str], None],
 ) -> Converted:
     """Writes all parts; the caller writes the manifest.
 
     Args:
-        before_writing: called when all points have been read and found good.
+        before_writing: called with the paths of all parts that will be written, when all points
+            have been read and found good.
 
     Raises:
         ReneeError: bad rows (the sentence names file and line or row).
     """
     plan = _plan(source, dst, scratch, vocabulary, config)
     prepare = with_filters if isinstance(source, Raw) else with_vocabulary
-    plan, totals = _partitioned(prepare(plan, on_progress), on_progress)
-    before_writing()
+    plan = prepare(plan, on_progress)
+    plan, totals, paths = _partitioned(plan, config, on_progress)
+    before_writing(paths)
     splits: dict[str, list[Part]] = {name: [] for name in layout.SPLITS}
     bands, others = Counter[str](), {}
     for result in run(_write_parts, plan, len(plan.tasks), "buckets written", on_progress):
@@ -133,7 +136,6 @@ def _plan(
         vocabulary.serialised,
         tokenizer.size(vocabulary.serialised),
         config.max_length,
-        config.part_rows,
         size,
         shuffle,
         tuple((*block, number) for block, number in zip(blocks, before, strict=True)),
@@ -146,41 +148,59 @@ def _plan(
 
 
 def _partitioned(
-    plan: Plan, on_progress: Callable[[str], None]
-) -> tuple[Plan, dict[str, Counter[str]]]:
-    """The plan with what each bucket and each range of labels is to read."""
+    plan: Plan, config: ConvertConfig, on_progress: Callable[[str], None]
+) -> tuple[Plan, dict[str, Counter[str]], list[str]]:
+    """The plan with what each bucket and range of labels is to read, and paths of all parts."""
     files: dict[str, list[Groups]] = defaultdict(list)
     totals: dict[str, Counter[str]] = {name: Counter() for name in layout.SPLITS}
-    greatest, any_label = -1, False
+    least, greatest, any_label = MAX_LABELS, -1, False
     for result in run(_partition, plan, len(plan.blocks), "blocks read", on_progress):
         for what, groups in result["files"]:
             files[what].append(tuple(groups))
         for name, counts in result["totals"].items():
             _add(totals[name], counts)
-        greatest = max(greatest, result["greatest"])
+        least, greatest = min(least, result["least"]), max(greatest, result["greatest"])
         any_label |= result["train_pairs"] > 0
     if not any_label:
         raise SourceError(
             f"{plan.source.labelled_path} gives no training point a label; there is nothing to "
             f"learn"
         )
+    totals["labels"]["least_id"], totals["labels"]["greatest_id"] = least, greatest
     num_labels = greatest + 1 if plan.num_labels is None else plan.num_labels
     sorted_files = {what: tuple(sorted(groups)) for what, groups in files.items()}
     tasks = [(name, key) for name in POINTS for key in keys_of(sorted_files.get(name, ()))]
     tasks += [("labels", key) for key in range(-(-num_labels // plan.bucket_rows))]
-    files_of_plan = plan.files | sorted_files
-    return replace(plan, num_labels=num_labels, files=files_of_plan, tasks=tuple(tasks)), totals
+    rows = {name: totals[name]["rows"] for name in POINTS} | {"labels": num_labels}
+    sizes = {name: part_rows(config.part_rows, n, plan.bucket_rows) for name, n in rows.items()}
+    plan = replace(
+        plan,
+        num_labels=num_labels,
+        files=plan.files | sorted_files,
+        tasks=tuple(tasks),
+        part_rows=sizes,
+    )
+    paths = [
+        layout.part_path(name, index)
+        for name, n in rows.items()
+        for index in range(-(-n // sizes[name]))
+    ]
+    return plan, totals, paths
 
 
 def _partition(plan: Plan, i: int) -> dict[str, Any]:
     name, _, held = plan.blocks[i]
-    files, counts, greatest, pairs = [], [COUNTS.empty_table()], -1, 0
+    files, counts, pairs = [], [COUNTS.empty_table()], 0
+    least, greatest = MAX_LABELS, -1
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     read = text_points if isinstance(plan.source, Raw) else parquet_points
     for number, (points, odd) in enumerate(read(plan, i)):
         for column in ("labels", "filter_labels"):
             values = points[column].combine_chunks().flatten()
-            greatest = max(greatest, pc.max(values).as_py() if len(values) else -1)
+            if len(values):
+                ends = pc.min_max(values)
+                least = min(least, ends["min"].as_py())
+                greatest = max(greatest, ends["max"].as_py())
             pairs += len(values) if column == "labels" else 0
         for split, rows, buckets in _destinations(plan, name, points["point_id"].to_numpy(), held):
             mine = points.take(pa.array(rows))
@@ -198,6 +218,7 @@ def _partition(plan: Plan, i: int) -> dict[str, Any]:
     return {
         "files": files,
         "totals": totals,
+        "least": least,
         "greatest": greatest,
         "train_pairs": pairs if name == "train" else 0,
     }
@@ -257,10 +278,11 @@ def _write_points(plan: Plan, split: str, bucket: int) -> dict[str, Any]:
     order = np.argsort(plan.shuffle.keys(points) if split == "train" else points)
     table = table.take(pa.array(order))
     parts = []
-    for start in range(0, len(table), plan.part_rows):
+    size = plan.part_rows[split]
+    for start in range(0, len(table), size):
         first = bucket * plan.bucket_rows + start
-        path = layout.part_path(split, first // plan.part_rows)
-        rows = table.slice(start, plan.part_rows)
+        path = layout.part_path(split, first // size)
+        rows = table.slice(start, size)
         parts.append(asdict(layout.write_part(plan.dst, path, first, rows)))
     return {"split": split, "parts": parts}
 
@@ -275,9 +297,9 @@ def _write_labels(plan: Plan, index: int) -> dict[str, Any]:
         counts[at] += found["train"].to_numpy()
         filters[at] += found["filter"].to_numpy()
     texts, totals = _label_texts(plan, first, first + size)
-    parts, others = [], []
-    for start in range(0, size, plan.part_rows):
-        here = slice(start, min(start + plan.part_rows, size))
+    parts, others, rows = [], [], plan.part_rows["labels"]
+    for start in range(0, size, rows):
+        here = slice(start, min(start + rows, size))
         texts_of_part = texts[here]
         columns = {
             "label_id": pa.array(np.arange(first + here.start, first + here.stop)),
@@ -288,7 +310,7 @@ def _write_labels(plan: Plan, index: int) -> dict[str, Any]:
         }
         table = pa.table(columns, schema=layout.LABELS)
         _add(totals, _text_totals(table, plan.max_length))
-        path = layout.part_path("labels", (first + start) // plan.part_rows)
+        path = layout.part_path("labels", (first + start) // rows)
         parts.append(asdict(layout.write_part(plan.dst, path, first + start, table)))
         others.append(int((filters[here] == 0).sum()))
     bands = np.searchsorted(BANDS, counts)
@@ -361,7 +383,7 @@ def _add(total: Counter[str], more: Mapping[str, int]) -> None:
 def _statistics(totals: dict[str, Counter[str]], bands: Counter[str]) -> dict[str, Any]:
     """Counts for people. What was odd in the lines or rows of train (duplicate_pairs, zero_values,
     empty_texts, replaced_lines, replaced_bytes) is of its whole source, the points held out for
-    validation included."""
+    validation included. least_id and greatest_id: of the labels that some point has."""
     statistics: dict[str, Any] = {}
     for split, total in totals.items():
         one: dict[str, float] = dict(total)

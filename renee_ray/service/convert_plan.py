@@ -7,7 +7,7 @@ where each begins: int64 keys, offsets and their number. A task reads its key's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,9 @@ from renee_ray.service.tasks import Reporter, stream
 
 BUCKET_ROWS = 1 << 19
 """Rows of a bucket of the shuffle, and labels of a range, about: what a task holds."""
+
+PART_ROWS, PARTS = 2048, 1024
+"""Rows of a part at the least, and parts of a split at the most, where the user chose neither."""
 
 JOURNAL = "done"
 """Directory of scratch with the results of tasks, for a conversion that is cut off."""
@@ -42,6 +45,7 @@ class Plan:
     vocabulary: where it is made of strings, the first id of each of its buckets, and their number.
     files: the scratch files by what is in them.
     tasks: (what, key) of each task that reads scratch files.
+    part_rows: rows of a part of each split that is written.
     """
 
     source: Raw | ParquetSource
@@ -50,7 +54,6 @@ class Plan:
     tokenizer: str
     vocabulary_size: int
     max_length: int
-    part_rows: int
     bucket_rows: int
     shuffle: Shuffle
     blocks: tuple[tuple[str, Block, int], ...]
@@ -58,11 +61,21 @@ class Plan:
     vocabulary: tuple[int, ...] = ()
     num_labels: int | None = None
     tasks: tuple[tuple[str, int], ...] = ()
+    part_rows: dict[str, int] = field(default_factory=dict)
 
 
-def bucket_rows(part_rows: int) -> int:
-    """A multiple of `part_rows`."""
-    return part_rows * max(1, BUCKET_ROWS // part_rows)
+def bucket_rows(chosen: int) -> int:
+    """Rows of a bucket: a multiple of the rows of a part, `chosen` by the user if not 0."""
+    least = chosen or PART_ROWS
+    return least * max(1, BUCKET_ROWS // least)
+
+
+def part_rows(chosen: int, rows: int, bucket: int) -> int:
+    """Rows of a part in a split of so many `rows`: `chosen`, or so many that parts are few."""
+    size = chosen or PART_ROWS
+    while not chosen and rows > PARTS * size and bucket % (2 * size) == 0:
+        size *= 2
+    return size
 
 
 def run(

@@ -20,6 +20,8 @@ from renee_ray.config import ReneeError, reason
 from renee_ray.data.storage import read_file, replace_file
 
 SECONDS_BETWEEN_MESSAGES = 1.0
+REFUSED = "refused.txt"
+"""File of a journal with the sentence that ends the conversion."""
 
 
 class Interrupted(ReneeError):
@@ -36,7 +38,8 @@ def stream(
             again, so that what was cut off goes on where it was.
 
     Raises:
-        ReneeError: the sentence of the first task that failed.
+        ReneeError: the sentence of the first task that failed; with a journal when all others have
+            ended, so that none writes any more.
         Interrupted: a task died or could not read or write.
     """
     if tasks == 0:
@@ -53,14 +56,21 @@ def stream(
             run, batch_size=None, batch_format="pyarrow", num_cpus=1
         )
         try:
+            refusal: str | None = None
             batch: pa.Table
             for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for text in batch.column("result").to_pylist():
                     result = json.loads(text)
-                    if "error" in result:
-                        kind = Interrupted if result["interrupted"] else ReneeError
-                        raise kind(result["error"])
-                    yield result
+                    if "error" not in result:
+                        yield result
+                    elif result["interrupted"]:
+                        raise Interrupted(result["error"])
+                    elif journal is None:
+                        raise ReneeError(result["error"])
+                    else:
+                        refusal = refusal or result["error"]
+            if refusal is not None:
+                raise ReneeError(refusal)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise Interrupted(
@@ -74,20 +84,37 @@ def _attempt(
 ) -> str:
     try:
         return attempt(work, plan, i, journal)
-    except (ReneeError, OSError) as error:
-        return json.dumps({"error": str(error), "interrupted": isinstance(error, OSError)})
+    except ReneeError as error:
+        return json.dumps({"error": str(error), "interrupted": False})
+    except OSError as error:
+        sentence = (
+            f"a task cannot read or write ({reason(error)}); check that source and destination "
+            f"can be reached and have room, then run the command again"
+        )
+        return json.dumps({"error": sentence, "interrupted": True})
 
 
 def attempt(
     work: Callable[[Any, int], dict[str, Any]], plan: Any, i: int, journal: str | None
 ) -> str:
-    """The result of work(plan, i) as JSON, from the journal where it is there."""
+    """The result of work(plan, i) as JSON, from the journal where it is there.
+
+    A user's error is kept there too, and ends all tasks that have not begun.
+    """
     if journal is None:
         return json.dumps(work(plan, i))
-    name = f"{journal}/{work.__name__}-{i}.json"
+    name, refused = f"{journal}/{work.__name__}-{i}.json", f"{journal}/{REFUSED}"
+    if (sentence := read_file(refused)) is not None:
+        raise ReneeError(sentence.decode())
     if (known := read_file(name)) is not None:
         return known.decode()
-    result = json.dumps(work(plan, i))
+    try:
+        result = json.dumps(work(plan, i))
+    except Interrupted:
+        raise
+    except ReneeError as error:
+        replace_file(refused, str(error).encode())
+        raise
     # Whole or not at all: a reader of half a result would take it for one.
     replace_file(name, result.encode())
     return result

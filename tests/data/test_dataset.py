@@ -14,6 +14,8 @@ from renee_ray.data import split
 from renee_ray.data.dataset import Dataset, DatasetError, Manifest, Part
 from renee_ray.data.split import Shuffle, splitmix64
 
+from .tiny import make_splits
+
 TRAIN = Part("train/part-00000.parquet", 3, 0, 100, "0" * 64)
 
 
@@ -52,7 +54,7 @@ def label_table(start: int, stop: int) -> pa.Table:
 def written(tmp_path: Path) -> Dataset:
     """2,500 labels in parts of 2000 (two row groups), 0 and 500."""
     path = str(tmp_path / "set")
-    layout.clear(path)
+    make_splits(path)
     parts = []
     for index, (start, stop) in enumerate([(0, 2000), (2000, 2000), (2000, 2500)]):
         relative = layout.part_path("labels", index)
@@ -209,16 +211,9 @@ def test_open_refuses_what_the_manifest_does_not_say(written: Dataset) -> None:
         Dataset.open(written.path)
 
 
-def test_clear_removes_parts_only(written: Dataset) -> None:
-    keep = Path(written.path, "train", "mine.txt")
-    keep.write_text("x")
-    layout.clear(written.path)
-    assert [path for path in Path(written.path).rglob("*") if path.is_file()] == [keep]
-
-
 def test_any_fsspec_filesystem() -> None:
     path = "memory://bucket/set"
-    layout.clear(path)
+    make_splits(path)
     part = layout.write_part(path, layout.part_path("labels", 0), 0, label_table(0, 5))
     layout.write_manifest(path, manifest(labels=(part,)))
     assert Dataset.open(path).read_rows("labels", 1, 3).equals(label_table(1, 3))

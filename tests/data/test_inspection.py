@@ -16,6 +16,8 @@ from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset, DatasetError
 from renee_ray.data.inspection import inspect
 
+from .tiny import make_splits
+
 TRAIN = [  # labels, filter labels
     ([0, 2], [3]),
     ([1], []),
@@ -27,7 +29,7 @@ TRAIN = [  # labels, filter labels
 def dataset(tmp_path: Path) -> Dataset:
     """Three training points, one of validation, one of test; five labels in two parts."""
     path = str(tmp_path / "set")
-    layout.clear(path)
+    make_splits(path)
     write = {
         "train": [points([2, 0, 3], TRAIN)],
         "validation": [points([1], [([4], [])])],

@@ -10,8 +10,15 @@ import pyarrow as pa
 
 from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset, Manifest, Part
+from renee_ray.data.storage import make_directory
 
 PAD = 0
+
+
+def make_splits(path: str) -> None:
+    """The directories of a dataset's parts."""
+    for split in layout.SPLITS:
+        make_directory(f"{path}/{split}")
 
 
 def write_tiny(
@@ -28,7 +35,7 @@ def write_tiny(
     """Parts of these numbers of rows; tokens in [1, vocabulary), up to three labels a point."""
     rng = np.random.default_rng(seed)
     num_labels = sum(labels)
-    layout.clear(str(path))
+    make_splits(str(path))
     splits: dict[str, tuple[Part, ...]] = {}
     counts = np.zeros(num_labels, dtype=np.int64)
     for split, sizes in (("train", train), ("validation", validation), ("test", test)):

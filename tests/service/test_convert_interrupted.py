@@ -1,0 +1,168 @@
+"""A conversion that is cut off at each of its steps in turn, and the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tenacity
+from tokenizers import Tokenizer, models
+
+from renee_ray.config import ConvertConfig
+from renee_ray.data.dataset import Dataset
+from renee_ray.service import convert as service
+from renee_ray.service import convert_plan
+from renee_ray.service.tasks import attempt
+
+from ..data.test_destination import tree, write
+
+POINTS, LABELS = 20, 20
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks one after another instead of on Ray, and several of each stage."""
+
+    def stream(
+        work: Callable[..., Any], plan: Any, tasks: int, journal: str | None = None
+    ) -> Iterator[Any]:
+        for i in range(tasks):
+            yield json.loads(attempt(work, plan, i, journal))
+
+    monkeypatch.setattr(convert_plan, "stream", stream)
+    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 16)
+    monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt before one of the operations on storage, counted from 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.left = number
+        call = tenacity.Retrying.__call__
+
+        def counted(retrying: Any, operation: Callable[[], Any]) -> Any:
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+            return call(retrying, operation)
+
+        monkeypatch.setattr(tenacity.Retrying, "__call__", counted)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(3)
+    rows = [sorted({int(i) for i in rng.integers(0, LABELS, 3)}) for _ in range(POINTS)]
+    pairs = "".join(" ".join(f"{i}:1" for i in row) + "\n" for row in rows)
+    files = {
+        "trn_X.txt": "".join(f"red {i}\n" for i in range(POINTS)),
+        "trn_X_Y.txt": f"{POINTS} {LABELS}\n{pairs}",
+        "trn_filter_labels.txt": "3 4\n",
+        "Y.txt": "".join(f"label {i}\n" for i in range(LABELS)),
+    }
+    for name, text in files.items():
+        write(tmp_path / "src" / name, text.encode())
+    return tmp_path / "src"
+
+
+@pytest.fixture(autouse=True)
+def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = {"[UNK]": 0, "red": 1, "label": 2}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    (tmp_path / "model").mkdir()
+    made.save(str(tmp_path / "model" / "tokenizer.json"))
+    monkeypatch.chdir(tmp_path)
+
+
+def config(**changes: Any) -> ConvertConfig:
+    fixed = {"tokenizer": "./model", "validation": 0.2, "part_rows": 16, "max_length": 8}
+    return ConvertConfig(**{**fixed, **changes})
+
+
+def converted(source: Path, dst: Path, settings: ConvertConfig) -> dict[str, bytes | None]:
+    service.convert(str(source), str(dst), settings)
+    assert Dataset.open(str(dst))
+    return tree(dst)
+
+
+def before_nothing(source: Path, dst: Path) -> bool:
+    return False
+
+
+def before_dataset(source: Path, dst: Path) -> bool:
+    converted(source, dst, config(part_rows=10))
+    write(dst / "train" / "notes.txt")
+    return True
+
+
+def before_other(source: Path, dst: Path) -> bool:
+    """Another conversion was cut off when it had written its parts."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(service.layout, "write_manifest", interrupt)
+        service.convert(str(source), str(dst), config(part_rows=10))
+    return False
+
+
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        before_nothing,
+        pytest.param(before_dataset, marks=pytest.mark.slow),
+        pytest.param(before_other, marks=pytest.mark.slow),
+    ],
+)
+def test_at_each_operation_on_storage(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[Path, Path], bool],
+) -> None:
+    wanted = {seed: converted(source, tmp_path / f"{seed}", config(seed=seed)) for seed in (0, 1)}
+    for number in range(10_000):
+        dst = tmp_path / f"dst-{number}"
+        overwrite = before(source, dst)
+        with monkeypatch.context() as patch:
+            steps = Interrupting(patch, number)
+            with contextlib.suppress(KeyboardInterrupt):
+                service.convert(str(source), str(dst), config(overwrite=overwrite))
+        if steps.left >= 0:
+            break
+        # Every third time other settings are tried next, so that what was cut off is of no use.
+        seed = int(number % 3 == 2 and not (dst / "dataset.json").exists())
+        found = converted(source, dst, config(overwrite=overwrite, seed=seed))
+        if overwrite:
+            assert found.pop("train/notes.txt") == b"the user's"
+        assert found == wanted[seed]
+    assert number > 30
+
+
+def test_at_any_moment(source: Path, tmp_path: Path) -> None:
+    """A signal, as of Ctrl-C, wherever Python is just then; again and again until it is done."""
+    wanted = converted(source, tmp_path / "wanted", config())
+    rng = np.random.default_rng()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(10):
+            dst = tmp_path / f"dst-{number}"
+            for _ in range(5):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.1))
+                    service.convert(str(source), str(dst), config(overwrite=True))
+                except KeyboardInterrupt:
+                    continue
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            assert converted(source, dst, config(overwrite=True)) == wanted
+    finally:
+        signal.signal(signal.SIGALRM, before)
