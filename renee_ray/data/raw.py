@@ -101,6 +101,7 @@ def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[RawSplit, int
         raise SourceError(
             f"{texts.path} has {texts.rows} lines and {labels.path} has labels for {labels.rows} "
             f"rows; make one line of labels for each text"
+            + (f" (its {texts.returns} carriage returns end no line)" if texts.returns else "")
         )
     return RawSplit(texts, labels, filters), header[1] if header else None
 

@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from renee_ray.config import reason
-from renee_ray.data.lines import Block, Int64s, Lines, SourceError, read
+from renee_ray.data.lines import Block, Int64s, Lines, SourceError, lone_returns, read
 from renee_ray.data.storage import filesystem_of
 
 Bools = NDArray[np.bool_]
@@ -74,15 +74,13 @@ _NAMES = {
 }
 
 
-def find(path: str) -> Source:
-    """The files in folder `path` (local, or a URL).
+def find(path: str) -> Source | None:
+    """The files in folder `path` (local, or a URL); None without a training set.
 
     Raises:
-        SourceError: no such folder, no training set in it, or half a split.
+        SourceError: half a split.
     """
     filesystem, root = filesystem_of(path)
-    if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-        raise SourceError(f"{path} is not a directory; give the folder of the raw data")
     base = path.rstrip("/")
     files = {
         role: next(
@@ -99,10 +97,7 @@ def find(path: str) -> Source:
     is_json = files["trn_X"] is None and files["trn_json"] is not None
     train = _split_files(base, "trn", files, is_json)
     if train is None:
-        raise SourceError(
-            f"{path} has no training set: neither trn_X.txt with trn_X_Y.txt nor trn.json "
-            f"(each may end in .gz); give the folder that holds them"
-        )
+        return None
     return Source(
         path,
         is_json,
@@ -139,6 +134,14 @@ class Texts:
     replaced_lines: int
     """Lines with at least one byte that is not UTF-8."""
     replaced_bytes: int
+
+    def odd(self) -> dict[str, int]:
+        """Counts for a conversion's statistics."""
+        return {
+            "empty_texts": sum(not text.strip() for text in self.texts),
+            "replaced_lines": self.replaced_lines,
+            "replaced_bytes": self.replaced_bytes,
+        }
 
 
 def texts_of(block: Block) -> Texts:
@@ -223,6 +226,12 @@ class _Tokens:
     @classmethod
     def of(cls, block: Block) -> _Tokens:
         data = np.frombuffer(block.data, np.uint8)
+        if len(inner := lone_returns(block.data)):
+            row = int(np.searchsorted(block.starts, inner[0], side="right")) - 1
+            raise SourceError(
+                f"{block.where(row)}: a carriage return within the line; end every line with a "
+                f"line feed"
+            )
         inside = np.zeros(len(data) + 2, dtype=bool)
         inside[1:-1] = ~_SPACE[data]
         edges = np.flatnonzero(inside[1:] != inside[:-1])
@@ -460,7 +469,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _text_of(record: dict[str, Any], where: str) -> tuple[str, int]:
-    """The text, and how many lone surrogates (from \\ud800 escapes) were replaced in it."""
+    """The text, and how many characters were replaced in it."""
     parts = []
     for name in ("title", "content"):
         value = record.get(name)
@@ -468,6 +477,11 @@ def _text_of(record: dict[str, Any], where: str) -> tuple[str, int]:
             raise SourceError(f"{where}: {name} is {value!r:.60}; write a string")
         parts.append(value or "")
     text = " ".join(part for part in parts if part)
+    return whole_characters(text)
+
+
+def whole_characters(text: str) -> tuple[str, int]:
+    """The text, and how many lone surrogates (from \\ud800 escapes) were replaced in it."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from renee_ray.config import ConvertConfig
-from renee_ray.data import xmlrepo
-from renee_ray.data.parquet_source import index_parquet, is_parquet, slices
+from renee_ray.data.parquet_columns import texts_of
+from renee_ray.data.parquet_source import ParquetSource, slices
+from renee_ray.data.source import find_source
 from renee_ray.data.storage import absolute
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert import convert
@@ -87,15 +88,15 @@ def measure(src: str, name: str, max_length: int) -> dict[str, float]:
 
 
 def _texts(src: str) -> list[str]:
-    if is_parquet(src):
-        blocks = index_parquet(src).train.blocks
+    found = find_source(src)
+    if isinstance(found, ParquetSource):
         return [
             text
-            for block in blocks
+            for block in found.train.blocks
             for _, rows in slices(block, ["text"])
-            for text in rows["text"].to_pylist()
+            for text in texts_of(rows["text"]).texts
         ]
-    path = xmlrepo.find(src).train.texts
+    path = found.train.texts
     return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
 
 

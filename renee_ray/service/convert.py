@@ -23,8 +23,9 @@ from renee_ray.config import ConvertConfig, ReneeError, reason
 from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer, xmlrepo
 from renee_ray.data.dataset import Manifest
-from renee_ray.data.parquet_source import ParquetSource, index_parquet, is_parquet
+from renee_ray.data.parquet_source import ParquetSource
 from renee_ray.data.raw import Raw
+from renee_ray.data.source import find_source
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert_parts import Converted, write_parts
 from renee_ray.service.convert_plan import JOURNAL
@@ -53,8 +54,7 @@ def convert(
     """
     src, dst = storage.absolute(src), storage.absolute(dst)
     _check_destination(dst, config.overwrite)
-    found: xmlrepo.Source | Raw | ParquetSource
-    found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
+    found: xmlrepo.Source | Raw | ParquetSource = find_source(src, config.labels)
     vocabulary = tokenizer.load(config.tokenizer)
     try:
         signature = _signature(src, vocabulary, config)
@@ -63,6 +63,9 @@ def convert(
             ensure_ray()
             if isinstance(found, xmlrepo.Source):
                 found = index_text(found, scratch, on_progress)
+            elif isinstance(found, ParquetSource):
+                for note in found.notes:
+                    on_progress(note)
             clear = partial(_clear_once, dst, f"{scratch}/{JOURNAL}")
             made = write_parts(found, dst, scratch, vocabulary, config, clear, on_progress)
             manifest = _manifest(made, vocabulary, config)

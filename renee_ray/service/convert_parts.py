@@ -41,7 +41,7 @@ from renee_ray.service.convert_plan import (
     write_groups,
 )
 from renee_ray.service.convert_text import text_blocks, text_labels, text_points, with_filters
-from renee_ray.service.label_ids import with_vocabulary
+from renee_ray.service.label_ids import refuse_multi_hot, with_vocabulary
 
 COUNTS = pa.schema({"label": pa.int64(), "train": pa.int64(), "filter": pa.int64()})
 BANDS = (0, 1, 5, 20, 100)
@@ -79,7 +79,7 @@ def write_parts(
     """
     plan = _plan(source, dst, scratch, vocabulary, config)
     prepare = with_filters if isinstance(source, Raw) else with_vocabulary
-    plan, totals = _partitioned(prepare(plan, on_progress), on_progress)
+    plan, totals = _partitioned(prepare(plan, on_progress), config.labels, on_progress)
     before_writing()
     splits: dict[str, list[Part]] = {name: [] for name in layout.SPLITS}
     bands, others = Counter[str](), {}
@@ -146,7 +146,7 @@ def _plan(
 
 
 def _partitioned(
-    plan: Plan, on_progress: Callable[[str], None]
+    plan: Plan, labels_are: str, on_progress: Callable[[str], None]
 ) -> tuple[Plan, dict[str, Counter[str]]]:
     """The plan with what each bucket and each range of labels is to read."""
     files: dict[str, list[Groups]] = defaultdict(list)
@@ -164,6 +164,9 @@ def _partitioned(
             f"{plan.source.labelled_path} gives no training point a label; there is nothing to "
             f"learn"
         )
+    if labels_are == "auto":
+        duplicates = sum(total["duplicate_pairs"] for total in totals.values())
+        refuse_multi_hot(plan.source, greatest, duplicates)
     num_labels = greatest + 1 if plan.num_labels is None else plan.num_labels
     sorted_files = {what: tuple(sorted(groups)) for what, groups in files.items()}
     tasks = [(name, key) for name in POINTS for key in keys_of(sorted_files.get(name, ()))]
@@ -309,10 +312,9 @@ def _label_texts(plan: Plan, start: int, stop: int) -> tuple[pa.Array, Counter[s
     """Texts of labels [start, stop), empty where the source has none, and what was odd in them."""
     if not plan.source.has_label_texts:
         return pa.array([""] * (stop - start), pa.string()), Counter()
-    if isinstance(plan.source, Raw):
-        texts, odd = text_labels(plan, start, stop)
-        return texts, Counter(odd)
-    return parquet_labels(plan, start, stop), Counter()
+    read = text_labels if isinstance(plan.source, Raw) else parquet_labels
+    texts, odd = read(plan, start, stop)
+    return texts, Counter(odd)
 
 
 def _encoded(plan: Plan, texts: pa.Array) -> pa.Array:

@@ -19,6 +19,8 @@ import ray.data
 from renee_ray.config import ReneeError, reason
 from renee_ray.data.storage import read_file, replace_file
 
+log = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_MESSAGES = 1.0
 
 
@@ -76,6 +78,11 @@ def _attempt(
         return attempt(work, plan, i, journal)
     except (ReneeError, OSError) as error:
         return json.dumps({"error": str(error), "interrupted": isinstance(error, OSError)})
+    except Exception as error:
+        # Nothing that the same command would do better: its sentence, and the traceback for us.
+        log.exception("a task of %s failed", work.__name__)
+        sentence = f"a task failed ({type(error).__name__}: {reason(error):.300}); see Ray's logs"
+        return json.dumps({"error": sentence, "interrupted": False})
 
 
 def attempt(
