@@ -155,7 +155,7 @@ def _check_complete(way: str, numbers: list[tuple[str, str]]) -> None:
     """Raises SourceError unless files `NUMBER-of-COUNT` are all there, each once."""
     count = max(int(count) for _, count in numbers)
     have = sorted(int(number) for number, _ in numbers)
-    if have != list(range(count)):
+    if len(have) != count or have != list(range(len(have))):
         raise SourceError(
             f"{way}: of the {count} files that the names tell of, {len(have)} are there, with the "
             f"numbers {have!s:.60}; there must be one of each"
@@ -167,7 +167,7 @@ def parquet_files(directory: str) -> list[str]:
     base, (_, root) = directory.rstrip("/"), filesystem_of(directory)
     names = []
     for info in listing(base, recursive=True):
-        name = info.path[len(root.rstrip("/")) + 1 :]
+        name = info.path.strip("/")[len(root.strip("/")) :].strip("/")
         hidden = any(part.startswith((".", "_")) for part in name.split("/"))
         if info.type == pafs.FileType.File and name.endswith(".parquet") and not hidden:
             names.append(name)
@@ -237,7 +237,7 @@ def _width(table: Table) -> int:
             lists = plain(chunk)
             if not pa.types.is_null(lists.type) and len(lists.flatten()):
                 return int(pc.max(pc.list_value_length(lists)).as_py())
-    raise SourceError(f"{table.blocks[0].path} gives no training point a label")
+    raise SourceError(f"{table.blocks[0].path} gives no training point a label; give labels")
 
 
 def table_of(

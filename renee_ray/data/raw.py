@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from renee_ray.data.lines import Lines, SourceError
-from renee_ray.data.xmlrepo import Source, SplitFiles, header_of
+from renee_ray.data.source import Source, SplitFiles
+from renee_ray.data.xmlrepo import header_of
 
 
 @dataclass(frozen=True)

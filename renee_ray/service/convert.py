@@ -21,11 +21,11 @@ import pyarrow.fs as pafs
 
 from renee_ray.config import ConvertConfig, ReneeError, reason
 from renee_ray.data import dataset as layout
-from renee_ray.data import storage, tokenizer, xmlrepo
+from renee_ray.data import storage, tokenizer
 from renee_ray.data.dataset import Manifest
 from renee_ray.data.parquet_source import ParquetSource
 from renee_ray.data.raw import Raw
-from renee_ray.data.source import find_source
+from renee_ray.data.source import Source, find_source
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert_parts import Converted, write_parts
 from renee_ray.service.convert_plan import JOURNAL
@@ -54,14 +54,14 @@ def convert(
     """
     src, dst = storage.absolute(src), storage.absolute(dst)
     _check_destination(dst, config.overwrite)
-    found: xmlrepo.Source | Raw | ParquetSource = find_source(src, config.labels)
+    found: Source | Raw | ParquetSource = find_source(src, config.labels)
     vocabulary = tokenizer.load(config.tokenizer)
     try:
         signature = _signature(src, vocabulary, config)
         with _scratch(dst, signature, on_progress) as scratch:
             on_progress(f"reading {src}")
             ensure_ray()
-            if isinstance(found, xmlrepo.Source):
+            if isinstance(found, Source):
                 found = index_text(found, scratch, on_progress)
             elif isinstance(found, ParquetSource):
                 for note in found.notes:

@@ -22,7 +22,8 @@ from renee_ray.data import tokenizer, xmlrepo
 from renee_ray.data.lines import Counted, Int64s, Lines, Range, count, cuts, lines_of, ranges, read
 from renee_ray.data.parquet_source import Block
 from renee_ray.data.raw import Raw, RawSplit, agreed, files_of
-from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS, Source
+from renee_ray.data.source import Source
+from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS
 from renee_ray.service.convert_plan import Groups, Plan, read_groups, run, write_groups
 
 

@@ -291,6 +291,7 @@ REFUSED = {
         hub("train-00000-of-00003", "train-00002-of-00003"),
         r"train-\*\.parquet: of the 3 files .* 2 are there",
     ),
+    "hub-immense": refused(hub("train-00000-of-99999999999"), "1 are there"),
     "hub-twice": refused(hub("train-00000-of-00001", "train-00000-of-00001-abc"), "one of each"),
     "a-column-less": refused(
         files(train__a=rows(), train__b=rows().drop_columns("labels")),

@@ -11,6 +11,7 @@ from renee_ray.data import lines as module
 from renee_ray.data import xmlrepo
 from renee_ray.data.lines import Block, Lines, SourceError, count, cuts, lines_of, ranges, read
 from renee_ray.data.raw import Raw, agreed, files_of
+from renee_ray.data.source import Source, find_source
 
 
 def lines_at(path: Path | str, scratch: Path | str = "nowhere") -> Lines:
@@ -48,8 +49,8 @@ def source(tmp_path: Path, **files: str | bytes | None) -> str:
 
 
 def indexed(path: str) -> Raw:
-    found = xmlrepo.find(path)
-    assert found is not None
+    found = find_source(path)
+    assert isinstance(found, Source)
     return agreed(found, {file: lines_at(file) for file in files_of(found)})
 
 
