@@ -119,6 +119,9 @@ class ConvertConfig(Config):
     """Tokens kept of each text, special tokens included; training may cut further."""
     validation: float = Field(0.02, ge=0, lt=1)
     """Share of the training points held out for choosing a model, by a seeded hash of the id."""
+    labels: Literal["auto", "ids", "multi-hot"] = "auto"
+    """What numbers in `labels` of Parquet are: ids, or (multi-hot) a 0 or 1 for every label.
+    auto: ids, but lists that look multi-hot are refused."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the global shuffle and of the validation split."""
     part_rows: int = Field(0, ge=0)

@@ -2,7 +2,8 @@
 
 A task counts the line ends in a range of bytes, a number for each grain of it. Rows are then read
 from the grain where they begin: what is kept of a file is a number a grain. Lines end at b"\\n"
-and nowhere else: a text may hold Unicode's line separators.
+and nowhere else: a text may hold Unicode's line separators. A file with more carriage returns
+within its lines than lines is refused: they are the line ends of another system.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Counted:
     """Lines of the range up to the last that holds more than white space."""
     is_open: bool
     """The last byte is no line end."""
+    returns: int
+    """Carriage returns within lines."""
 
 
 def ranges(path: str, scratch: str) -> list[Range]:
@@ -139,7 +142,7 @@ def _copied(grains: Iterator[bytes], path: str) -> Iterator[bytes]:
 
 def _counted(grains: Iterator[bytes], part: Range) -> Counted:
     newlines: list[int] = []
-    size = begin = solid = before = 0
+    size = begin = solid = before = returns = 0
     last = b"\n"
     for grain in grains:
         if part.start == size == 0:
@@ -147,9 +150,19 @@ def _counted(grains: Iterator[bytes], part: Range) -> Counted:
         if filled := len(grain.rstrip()):
             solid = before + grain.count(b"\n", 0, filled) + 1
         newlines.append(grain.count(b"\n"))
+        returns += len(lone_returns(last + grain))
         before += newlines[-1]
         size, last = size + len(grain), grain[-1:]
-    return Counted(newlines, size, begin, solid, last != b"\n")
+    return Counted(newlines, size, begin, solid, last != b"\n", returns)
+
+
+def lone_returns(data: bytes) -> Int64s:
+    """Places of the carriage returns that end no line: another byte follows, and not one more."""
+    if b"\r" not in data:
+        return np.zeros(0, dtype=np.int64)
+    values = np.frombuffer(data, np.uint8)
+    places = np.flatnonzero(values[:-1] == 13)
+    return places[~np.isin(values[places + 1], (10, 13))]
 
 
 def _length_of_mark(head: bytes, path: str) -> int:
@@ -181,6 +194,8 @@ class Lines:
     """Rows up to the last that holds more than white space."""
     skipped: int = 0
     """Lines before row 0: 1 with a header."""
+    returns: int = 0
+    """Carriage returns within lines."""
 
     def where(self, row: int) -> str:
         return f"{self.path}:{self.skipped + row + 1}"
@@ -228,6 +243,12 @@ class Block:
 def lines_of(parts: list[Range], counted: list[Counted]) -> Lines:
     """The file whose ranges, all and in order, are `parts`."""
     newlines = np.cumsum([0, *(n for each in counted for n in each.newlines)], dtype=np.int64)
+    returns = sum(each.returns for each in counted)
+    if returns and returns >= newlines[-1]:
+        raise SourceError(
+            f"{parts[0].path} has {newlines[-1]} line feeds and {returns} carriage returns that "
+            f"none follows; write a line feed at the end of each line (and spaces within texts)"
+        )
     _refuse_long_lines(parts[0].path, newlines)
     size, begin = sum(each.size for each in counted), counted[0].begin
     rows = int(newlines[-1]) + int(counted[-1].is_open and size > begin)
@@ -236,7 +257,9 @@ def lines_of(parts: list[Range], counted: list[Counted]) -> Lines:
         solid = before + each.solid if each.solid else solid
         before += sum(each.newlines)
     stored_at = parts[0].unpack_to or parts[0].path
-    return Lines(parts[0].path, stored_at, newlines, size, begin, rows, min(solid, rows))
+    solid = min(solid, rows)
+    path = parts[0].path
+    return Lines(path, stored_at, newlines, size, begin, rows, solid, returns=returns)
 
 
 def _refuse_long_lines(path: str, newlines: Int64s) -> None:

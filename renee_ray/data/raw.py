@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from renee_ray.data.lines import Lines, SourceError
-from renee_ray.data.xmlrepo import Source, SplitFiles, header_of
+from renee_ray.data.source import Source, SplitFiles
+from renee_ray.data.xmlrepo import header_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[RawSplit, int
         raise SourceError(
             f"{texts.path} has {texts.rows} lines and {labels.path} has labels for {labels.rows} "
             f"rows; make one line of labels for each text"
+            + (f" (its {texts.returns} carriage returns end no line)" if texts.returns else "")
         )
     return RawSplit(texts, labels, filters), header[1] if header else None
 

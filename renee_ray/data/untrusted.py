@@ -121,7 +121,9 @@ def check_row_groups(
     Raises:
         ValueError: they take more.
     """
-    metadata = open_parquet().metadata
+    file = open_parquet()
+    metadata = file.metadata
+    sizes = {each.name: _fixed_size(each.type) for each in file.schema_arrow}
     rows = sum(metadata.row_group(group).num_rows for group in groups)
     limit = min(max(LEAST_BYTES, rows * BYTES_A_ROW), MOST_BYTES)
     leaves = _leaves(metadata, columns)
@@ -133,6 +135,8 @@ def check_row_groups(
             encoded, values = chunk.total_uncompressed_size, chunk.num_values
             if min(encoded, values) < 0:
                 raise ValueError("a column with a negative size")
+            size = sizes.get(_root(metadata, leaf), 0)
+            values = max(values, metadata.row_group(group).num_rows * size)
             sure += values * (LEVEL_BYTES + (fixed or 0)) + encoded
             if fixed is None and chunk.has_dictionary_page:
                 # Each value may be the dictionary's only and enormous entry.
@@ -143,6 +147,15 @@ def check_row_groups(
     if sure + most > limit:
         _measure(open_parquet(read_dictionary=_paths(metadata, packed)), groups, packed, limit)
     return rows
+
+
+def _fixed_size(kind: pa.DataType) -> int:
+    """Values of a row in memory, null or not, if it is a list of fixed size; else 0."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _fixed_size(kind.storage_type)
+    if any(_fixed_size(kind.field(i).type) for i in range(kind.num_fields)):
+        raise ValueError("lists of fixed size within another type")
+    return kind.list_size if pa.types.is_fixed_size_list(kind) else 0
 
 
 def rows_of(metadata: pq.FileMetaData) -> int:

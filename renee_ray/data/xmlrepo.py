@@ -1,12 +1,9 @@
-"""Reading an Extreme Classification Repository folder: lines to records, errors named file:line.
+"""Files of the Extreme Classification Repository: lines to records, errors named file:line.
 
-Two layouts are understood, each file plain or with .gz added:
-
-    texts   {trn,tst}_X.txt (a text a line), {trn,tst}_X_Y.txt (its labels), Y.txt (a label a line)
-    JSON    {trn,tst}.json (title, content, target_ind, target_rel), lbl.json (title, content)
-
-and with both, optionally, {trn,tst}_filter_labels.txt (`row label` a line). A label line is
-`id:value id:value ...`; a first line `rows columns` may precede.
+    texts    a text a line
+    labels   `id:value id:value ...` a line; a first line `rows columns` may precede
+    filters  `row label` a line
+    JSON     an object a line: title, content, target_ind, target_rel
 
 What is parsed is a block of lines (data/lines.py). Label ids are int64 from the first byte.
 """
@@ -18,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from renee_ray.config import reason
-from renee_ray.data.lines import Block, Int64s, Lines, SourceError, read
-from renee_ray.data.storage import filesystem_of
+from renee_ray.data.lines import Block, Int64s, Lines, SourceError, lone_returns, read
 
 Bools = NDArray[np.bool_]
 
@@ -34,98 +29,6 @@ MAX_LABELS = 2**31
 """A header that says more is taken for damage; the largest sets known have 10**8."""
 MAX_INFERRED_LABELS = 10**8
 """Without a header and without label texts, a larger id is taken for damage."""
-
-
-# ------------------------------------------------------------------------------------- files
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """Paths of one split's files; None where there is none."""
-
-    texts: str
-    labels: str | None
-    """None: the labels are in the JSON lines of `texts`."""
-    filters: str | None
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files of a folder."""
-
-    path: str
-    is_json: bool
-    train: SplitFiles
-    test: SplitFiles | None
-    label_texts: str | None
-
-
-_NAMES = {
-    "trn_X": ("trn_X.txt", "raw/trn_X.txt"),
-    "tst_X": ("tst_X.txt", "raw/tst_X.txt"),
-    "Y": ("Y.txt", "raw/Y.txt"),
-    "trn_X_Y": ("trn_X_Y.txt",),
-    "tst_X_Y": ("tst_X_Y.txt",),
-    "trn_filter": ("trn_filter_labels.txt", "filter_labels_train.txt"),
-    "tst_filter": ("tst_filter_labels.txt", "filter_labels_test.txt"),
-    "trn_json": ("trn.json",),
-    "tst_json": ("tst.json",),
-    "lbl_json": ("lbl.json",),
-}
-
-
-def find(path: str) -> Source:
-    """The files in folder `path` (local, or a URL).
-
-    Raises:
-        SourceError: no such folder, no training set in it, or half a split.
-    """
-    filesystem, root = filesystem_of(path)
-    if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-        raise SourceError(f"{path} is not a directory; give the folder of the raw data")
-    base = path.rstrip("/")
-    files = {
-        role: next(
-            (
-                f"{base}/{name}{suffix}"
-                for name in names
-                for suffix in ("", ".gz")
-                if filesystem.get_file_info(f"{root}/{name}{suffix}").type == pafs.FileType.File
-            ),
-            None,
-        )
-        for role, names in _NAMES.items()
-    }
-    is_json = files["trn_X"] is None and files["trn_json"] is not None
-    train = _split_files(base, "trn", files, is_json)
-    if train is None:
-        raise SourceError(
-            f"{path} has no training set: neither trn_X.txt with trn_X_Y.txt nor trn.json "
-            f"(each may end in .gz); give the folder that holds them"
-        )
-    return Source(
-        path,
-        is_json,
-        train,
-        _split_files(base, "tst", files, is_json),
-        files["lbl_json" if is_json else "Y"],
-    )
-
-
-def _split_files(
-    base: str, split: str, files: dict[str, str | None], is_json: bool
-) -> SplitFiles | None:
-    filters = files[f"{split}_filter"]
-    if is_json:
-        objects = files[f"{split}_json"]
-        return SplitFiles(objects, None, filters) if objects else None
-    texts, labels = files[f"{split}_X"], files[f"{split}_X_Y"]
-    if texts and labels:
-        return SplitFiles(texts, labels, filters)
-    if texts or labels:
-        there, missing = texts or labels, f"{split}_X.txt" if labels else f"{split}_X_Y.txt"
-        raise SourceError(f"{there} is there but {base}/{missing} is missing; add it (or its .gz)")
-    return None
 
 
 # -------------------------------------------------------------------------------------- texts
@@ -139,6 +42,14 @@ class Texts:
     replaced_lines: int
     """Lines with at least one byte that is not UTF-8."""
     replaced_bytes: int
+
+    def odd(self) -> dict[str, int]:
+        """Counts for a conversion's statistics."""
+        return {
+            "empty_texts": sum(not text.strip() for text in self.texts),
+            "replaced_lines": self.replaced_lines,
+            "replaced_bytes": self.replaced_bytes,
+        }
 
 
 def texts_of(block: Block) -> Texts:
@@ -223,6 +134,12 @@ class _Tokens:
     @classmethod
     def of(cls, block: Block) -> _Tokens:
         data = np.frombuffer(block.data, np.uint8)
+        if len(inner := lone_returns(block.data)):
+            row = int(np.searchsorted(block.starts, inner[0], side="right")) - 1
+            raise SourceError(
+                f"{block.where(row)}: a carriage return within the line; end every line with a "
+                f"line feed"
+            )
         inside = np.zeros(len(data) + 2, dtype=bool)
         inside[1:-1] = ~_SPACE[data]
         edges = np.flatnonzero(inside[1:] != inside[:-1])
@@ -460,7 +377,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _text_of(record: dict[str, Any], where: str) -> tuple[str, int]:
-    """The text, and how many lone surrogates (from \\ud800 escapes) were replaced in it."""
+    """The text, and how many characters were replaced in it."""
     parts = []
     for name in ("title", "content"):
         value = record.get(name)
@@ -468,6 +385,11 @@ def _text_of(record: dict[str, Any], where: str) -> tuple[str, int]:
             raise SourceError(f"{where}: {name} is {value!r:.60}; write a string")
         parts.append(value or "")
     text = " ".join(part for part in parts if part)
+    return whole_characters(text)
+
+
+def whole_characters(text: str) -> tuple[str, int]:
+    """The text, and how many lone surrogates (from \\ud800 escapes) were replaced in it."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from renee_ray.config import ConvertConfig
-from renee_ray.data import xmlrepo
-from renee_ray.data.parquet_source import index_parquet, is_parquet, slices
+from renee_ray.data.parquet_columns import texts_of
+from renee_ray.data.parquet_source import ParquetSource, slices
+from renee_ray.data.source import find_source
 from renee_ray.data.storage import absolute
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert import convert
@@ -65,12 +66,13 @@ def bench_convert(src: str, config: ConvertConfig) -> dict[str, Any]:
 def _tokenizer_rate(src: str, config: ConvertConfig) -> float:
     """In a process of its own: the tokenizer's threads must not be set up in this one."""
     command = [sys.executable, "-m", __name__, src, config.tokenizer, str(config.max_length)]
+    command.append(config.labels)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout)["rows_per_second"])
 
 
-def measure(src: str, name: str, max_length: int) -> dict[str, float]:
+def measure(src: str, name: str, max_length: int, labels_are: str) -> dict[str, float]:
     """Rows a second of `encode_batch_fast` on the training texts of `src`."""
     from tokenizers import Tokenizer
 
@@ -79,25 +81,25 @@ def measure(src: str, name: str, max_length: int) -> dict[str, float]:
     made = Tokenizer.from_str(tokenizer.load(name).serialised)
     made.no_padding()
     made.enable_truncation(max_length)
-    texts = _texts(src)
+    texts = _texts(src, labels_are)
     start = time.perf_counter()
     for first in range(0, len(texts), CHUNK):
         made.encode_batch_fast(texts[first : first + CHUNK])
     return {"rows_per_second": len(texts) / (time.perf_counter() - start)}
 
 
-def _texts(src: str) -> list[str]:
-    if is_parquet(src):
-        blocks = index_parquet(src).train.blocks
+def _texts(src: str, labels_are: str) -> list[str]:
+    found = find_source(src, labels_are)
+    if isinstance(found, ParquetSource):
         return [
             text
-            for block in blocks
+            for block in found.train.blocks
             for _, rows in slices(block, ["text"])
-            for text in rows["text"].to_pylist()
+            for text in texts_of(rows["text"]).texts
         ]
-    path = xmlrepo.find(src).train.texts
+    path = found.train.texts
     return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])))

@@ -20,11 +20,12 @@ import pyarrow.fs as pafs
 
 from renee_ray.config import ConvertConfig, ReneeError, reason
 from renee_ray.data import dataset as layout
-from renee_ray.data import storage, tokenizer, xmlrepo
+from renee_ray.data import storage, tokenizer
 from renee_ray.data.dataset import Manifest
 from renee_ray.data.destination import Destination, refuse_overlap
-from renee_ray.data.parquet_source import ParquetSource, index_parquet, is_parquet
+from renee_ray.data.parquet_source import ParquetSource
 from renee_ray.data.raw import Raw
+from renee_ray.data.source import Source, find_source
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert_parts import Converted, write_parts
 from renee_ray.service.convert_plan import JOURNAL
@@ -52,16 +53,18 @@ def convert(
     src, dst = storage.absolute(src), storage.absolute(dst)
     try:
         destination = Destination(dst, src, config.overwrite)
-        found: xmlrepo.Source | Raw | ParquetSource
-        found = index_parquet(src) if is_parquet(src) else xmlrepo.find(src)
+        found: Source | Raw | ParquetSource = find_source(src, config.labels)
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
         if (manifest := destination.published(signature)) is None:
             with _claimed(destination, signature, on_progress) as scratch:
                 on_progress(f"reading {src}")
                 ensure_ray()
-                if isinstance(found, xmlrepo.Source):
+                if isinstance(found, Source):
                     found = index_text(found, scratch, on_progress)
+                elif isinstance(found, ParquetSource):
+                    for note in found.notes:
+                        on_progress(note)
                 declare = destination.declare
                 made = write_parts(found, dst, scratch, vocabulary, config, declare, on_progress)
                 manifest = _manifest(made, vocabulary, config)

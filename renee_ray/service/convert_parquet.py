@@ -12,14 +12,8 @@ import pyarrow.compute as pc
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
 from renee_ray.data.lines import Int64s, SourceError
-from renee_ray.data.parquet_source import (
-    Block,
-    ParquetSource,
-    label_columns,
-    read_block,
-    slices,
-    where,
-)
+from renee_ray.data.parquet_columns import texts_of
+from renee_ray.data.parquet_source import Block, ParquetSource, label_columns, slices, where
 from renee_ray.service.convert_plan import Plan, read_groups
 from renee_ray.service.label_ids import Ids, ids_of_block
 
@@ -35,37 +29,37 @@ def parquet_points(plan: Plan, i: int) -> Iterator[tuple[pa.Table, dict[str, int
     table = plan.source.split(name)
     ids = ids_of_block(plan, i)
     first = "input_ids" if "input_ids" in table.columns else "text"
-    for rows, piece in slices(block, [first, *label_columns(table)]):
-        points, duplicates = _points(plan, block, ids, rows, piece)
-        yield points, {"duplicate_pairs": duplicates}
+    for rows, piece in slices(block, [first, *label_columns(table)], plan.source.width):
+        yield _points(plan, block, ids, rows, piece)
 
 
 def _points(
-    plan: Plan, block: Block, ids: Ids, rows: Int64s, piece: pa.Table
-) -> tuple[pa.Table, int]:
-    """Rows as the dataset has them, and how many labels came twice in a row."""
+    plan: Plan, block: Block, ids: Ids, rows: Int64s, piece: dict[str, pa.Array]
+) -> tuple[pa.Table, dict[str, int]]:
+    """Rows as the dataset has them, and counts of what was odd in them."""
     columns: dict[str, pa.Array] = {"point_id": pa.array(rows)}
-    if "input_ids" in piece.column_names:
-        columns["input_ids"] = _given_ids(plan, block, rows, piece["input_ids"].combine_chunks())
+    odd = {"duplicate_pairs": 0}
+    if "input_ids" in piece:
+        columns["input_ids"] = _given_ids(plan, block, rows, piece["input_ids"])
     else:
-        texts = piece["text"].to_pylist()
-        columns["input_ids"] = tokenizer.encode(plan.tokenizer, texts, plan.max_length)
-    duplicates = 0
+        texts = texts_of(piece["text"])
+        columns["input_ids"] = tokenizer.encode(plan.tokenizer, texts.texts, plan.max_length)
+        odd |= texts.odd()
     for name in ("labels", "filter_labels"):
-        if name in piece.column_names:
-            lists = piece[name].combine_chunks()
+        if name in piece:
+            lists = piece[name]
             columns[name], twice = _sorted_lists(_lengths(lists), ids.of(block, rows, name, lists))
-            duplicates += twice if name == "labels" else 0
+            odd["duplicate_pairs"] += twice if name == "labels" else 0
         else:
             nothing = pa.array([], type=pa.int64())
             offsets = pa.array(np.zeros(len(rows) + 1, dtype=np.int32))
             columns[name] = pa.ListArray.from_arrays(offsets, nothing)
-    return pa.table(columns, schema=layout.POINTS), duplicates
+    return pa.table(columns, schema=layout.POINTS), odd
 
 
 def _given_ids(plan: Plan, block: Block, rows: Int64s, lists: pa.Array) -> pa.Array:
     """Tokens that the source has already, cut to max_length as a text's would be."""
-    values = pc.cast(lists.flatten(), pa.int64()).to_numpy(zero_copy_only=False)
+    values = lists.flatten().to_numpy()
     bad = ~((values >= 0) & (values < plan.vocabulary_size))
     if bad.any():
         at = int(np.argmax(bad))
@@ -102,22 +96,28 @@ def _sorted_lists(lengths: Int64s, values: Int64s) -> tuple[pa.ListArray, int]:
     return lists, int((~kept).sum())
 
 
-def parquet_labels(plan: Plan, start: int, stop: int) -> pa.Array:
-    """Texts of labels [start, stop): the table's, else the labels themselves."""
+def parquet_labels(plan: Plan, start: int, stop: int) -> tuple[pa.Array, dict[str, int]]:
+    """Texts of labels [start, stop), and counts of what was odd in them.
+
+    They are the table's, else the names in the metadata, else the labels themselves.
+    """
     assert isinstance(plan.source, ParquetSource)
-    table, found = plan.source.labels, list[tuple[int, pa.ChunkedArray]]()
+    table, found = plan.source.labels, list[tuple[int, pa.Array]]()
+    if plan.source.class_names is not None:
+        found.append((0, pa.array(plan.source.class_names, pa.string())))
     if table is not None:
         column = "text" if "text" in table.columns else "label"
         for block in table.blocks:
             if block.first < stop and block.first + block.rows > start:
-                found.append((block.first, read_block(block, [column])[column]))
+                found += [(int(rows[0]), piece[column]) for rows, piece in slices(block, [column])]
     for bucket, (first, end) in enumerate(pairwise(plan.vocabulary)):
         if first < stop and end > start:
             groups = read_groups(plan, "vocabulary", bucket)
-            found += [(first, labels["label"]) for _, labels in groups]
+            found += [(first, labels["label"].combine_chunks()) for _, labels in groups]
     pieces = [
-        texts.slice(max(start - first, 0), stop - max(start, first)).cast(pa.string())
+        pc.cast(texts.slice(max(start - first, 0), stop - max(start, first)), pa.large_binary())
         for first, texts in found
+        if first < stop and first + len(texts) > start
     ]
-    chunks = [chunk for piece in pieces for chunk in piece.chunks]
-    return pc.fill_null(pa.concat_arrays([pa.array([], pa.string()), *chunks]), "")
+    texts = texts_of(pa.concat_arrays([pa.array([], pa.large_binary()), *pieces]))
+    return pa.array(texts.texts, pa.string()), texts.odd()

@@ -42,7 +42,7 @@ from renee_ray.service.convert_plan import (
     write_groups,
 )
 from renee_ray.service.convert_text import text_blocks, text_labels, text_points, with_filters
-from renee_ray.service.label_ids import with_vocabulary
+from renee_ray.service.label_ids import refuse_multi_hot, with_vocabulary
 
 COUNTS = pa.schema({"label": pa.int64(), "train": pa.int64(), "filter": pa.int64()})
 BANDS = (0, 1, 5, 20, 100)
@@ -166,6 +166,9 @@ def _partitioned(
             f"{plan.source.labelled_path} gives no training point a label; there is nothing to "
             f"learn"
         )
+    if config.labels == "auto":
+        duplicates = sum(total["duplicate_pairs"] for total in totals.values())
+        refuse_multi_hot(plan.source, greatest, duplicates)
     totals["labels"]["least_id"], totals["labels"]["greatest_id"] = least, greatest
     num_labels = greatest + 1 if plan.num_labels is None else plan.num_labels
     sorted_files = {what: tuple(sorted(groups)) for what, groups in files.items()}
@@ -331,10 +334,9 @@ def _label_texts(plan: Plan, start: int, stop: int) -> tuple[pa.Array, Counter[s
     """Texts of labels [start, stop), empty where the source has none, and what was odd in them."""
     if not plan.source.has_label_texts:
         return pa.array([""] * (stop - start), pa.string()), Counter()
-    if isinstance(plan.source, Raw):
-        texts, odd = text_labels(plan, start, stop)
-        return texts, Counter(odd)
-    return parquet_labels(plan, start, stop), Counter()
+    read = text_labels if isinstance(plan.source, Raw) else parquet_labels
+    texts, odd = read(plan, start, stop)
+    return texts, Counter(odd)
 
 
 def _encoded(plan: Plan, texts: pa.Array) -> pa.Array:

@@ -22,7 +22,8 @@ from renee_ray.data import tokenizer, xmlrepo
 from renee_ray.data.lines import Counted, Int64s, Lines, Range, count, cuts, lines_of, ranges, read
 from renee_ray.data.parquet_source import Block
 from renee_ray.data.raw import Raw, RawSplit, agreed, files_of
-from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS, Source, Texts
+from renee_ray.data.source import Source
+from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS
 from renee_ray.service.convert_plan import Groups, Plan, read_groups, run, write_groups
 
 
@@ -148,7 +149,7 @@ def text_points(plan: Plan, i: int) -> Iterator[tuple[pa.Table, dict[str, int]]]
         "labels": _lists(found.offsets(block.rows), found.labels),
         "filter_labels": _lists(filters.offsets(block.rows), filters.labels),
     }
-    counts = {"duplicate_pairs": found.duplicates, "zero_values": found.zeros, **_odd(texts)}
+    counts = {"duplicate_pairs": found.duplicates, "zero_values": found.zeros, **texts.odd()}
     yield pa.table(columns, schema=layout.POINTS), counts
 
 
@@ -171,12 +172,4 @@ def text_labels(plan: Plan, start: int, stop: int) -> tuple[pa.Array, dict[str, 
         texts = xmlrepo.parse_objects(lines, None, with_labels=False)[0]
     else:
         texts = xmlrepo.texts_of(lines)
-    return pa.array(texts.texts, pa.string()), _odd(texts)
-
-
-def _odd(texts: Texts) -> dict[str, int]:
-    return {
-        "empty_texts": sum(not text.strip() for text in texts.texts),
-        "replaced_lines": texts.replaced_lines,
-        "replaced_bytes": texts.replaced_bytes,
-    }
+    return pa.array(texts.texts, pa.string()), texts.odd()

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from renee_ray.data.lines import Int64s, SourceError
 from renee_ray.data.parquet_source import Block, ParquetSource, label_columns, slices, where
+from renee_ray.data.raw import Raw
 from renee_ray.data.xmlrepo import MAX_INFERRED_LABELS
 from renee_ray.service import convert_plan
 from renee_ray.service.convert_plan import Groups, Plan, read_groups, run, write_groups
@@ -62,6 +63,26 @@ def with_vocabulary(plan: Plan, on_progress: Callable[[str], None]) -> Plan:
     return replace(plan, vocabulary=tuple(firsts), num_labels=firsts[-1])
 
 
+def refuse_multi_hot(source: Raw | ParquetSource, greatest: int, duplicates: int) -> None:
+    """Refuses lists of 0 and 1 for every label that were read as ids.
+
+    Args:
+        greatest: the greatest id. duplicates: ids that a point has already.
+
+    Raises:
+        SourceError: there are ids 0 and 1 alone, and points that have one more than once.
+    """
+    if greatest > 1 or not duplicates:
+        return
+    numbers = isinstance(source, ParquetSource) and not source.labels_are_strings
+    remedy = "labels=multi-hot to read" if numbers else "the ids of each point's labels instead of"
+    raise SourceError(
+        f"{source.labelled_path} has no label but the first two, repeated within rows, as in lists "
+        f"of 0 and 1 for every label (multi-hot); give {remedy} those, or labels=ids if they are "
+        f"ids"
+    )
+
+
 def _strings(plan: Plan, i: int) -> dict[str, Any]:
     """Distinct labels of a block of points; all of the table's, with their rows."""
     assert isinstance(plan.source, ParquetSource)
@@ -70,12 +91,9 @@ def _strings(plan: Plan, i: int) -> dict[str, Any]:
     columns = ["label"] if of_table else label_columns(plan.source.split(name))
     found: list[pa.Array] = []
     for _, rows in slices(block, columns):
-        for column in columns:
-            values = rows[column].combine_chunks()
+        for values in rows.values():
             found.append(pc.cast(values if of_table else values.flatten(), pa.string()))
     labels = pa.concat_arrays(found)
-    if labels.null_count:
-        raise SourceError(f"{block.path} has a label that is null in row group {block.group}")
     labels = labels if of_table else pc.unique(labels)
     ids = np.arange(block.first, block.first + len(labels)) if of_table else np.full(len(labels), i)
     hashes = pd.util.hash_array(labels.to_numpy(zero_copy_only=False))
@@ -140,17 +158,13 @@ class Ids:
             SourceError: a value is no label.
         """
         values = lists.flatten()
-        if values.null_count:
-            bad = values.is_null().to_numpy(zero_copy_only=False)
-            _refuse(block, rows, lists, bad, column, self.num_labels)
         limit = self.num_labels
         if self.labels is not None:
-            strings = pc.cast(values, pa.string())
-            at = pc.index_in(strings, value_set=self.labels)
+            at = pc.index_in(pc.cast(values, pa.string()), value_set=self.labels)
             ids = np.append(self.ids, -1)[pc.fill_null(at, -1).to_numpy()]
             bad = ids < 0
         else:
-            ids = pc.cast(values, pa.int64()).to_numpy()
+            ids = values.to_numpy()
             limit = MAX_INFERRED_LABELS if limit is None else limit
             bad = (ids < 0) | (ids >= limit)
         if bad.any():

@@ -19,6 +19,8 @@ import ray.data
 from renee_ray.config import ReneeError, reason
 from renee_ray.data.storage import read_file, replace_file
 
+log = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_MESSAGES = 1.0
 REFUSED = "refused.txt"
 """File of a journal with the sentence that ends the conversion."""
@@ -92,6 +94,11 @@ def _attempt(
             f"can be reached and have room, then run the command again"
         )
         return json.dumps({"error": sentence, "interrupted": True})
+    except Exception as error:
+        # Nothing that the same command would do better: its sentence, and the traceback for us.
+        log.exception("a task of %s failed", work.__name__)
+        sentence = f"a task failed ({type(error).__name__}: {reason(error):.300}); see Ray's logs"
+        return json.dumps({"error": sentence, "interrupted": False})
 
 
 def attempt(

@@ -1,14 +1,18 @@
 """Raw texts to predict for, tokenised by Ray Data tasks into a split of points without labels.
 
     SRC.txt, SRC.txt.gz     a text a line; its point_id is the line's number, from 0
-    SRC.parquet, SRC/       one Parquet file, or all of a directory in the order of their names;
-                            column `text`, and `point_id` int64 if the row number shall not do
+    SRC.parquet, SRC/       one Parquet file, or all of a directory in the order of their paths;
+                            column `text`, and `point_id`, integers, if the row number shall not do
+
+A blank line is an empty text, and so is a null.
 
 Lines are counted by tasks (service/convert_text.py), Parquet's footers are read by the driver.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,11 +31,14 @@ from renee_ray.data.dataset import (
     write_part,
 )
 from renee_ray.data.lines import Lines, cuts, read
-from renee_ray.data.parquet_source import Block, check_text_column, slices, table_of
+from renee_ray.data.parquet_columns import texts_of
+from renee_ray.data.parquet_source import Block, parquet_files, slices, table_of
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.service.convert_plan import JOURNAL
 from renee_ray.service.convert_text import counted
 from renee_ray.service.tasks import stream
+
+log = logging.getLogger(__name__)
 
 TEXT_SPLIT = "test"
 """The split of the scratch dataset that the texts become."""
@@ -57,7 +64,7 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
         number of texts that were not UTF-8 and had bytes replaced)
 
     Raises:
-        ReneeError: no such source, no column `text`, a text that is missing, no text at all.
+        ReneeError: no such source, no column `text`, an id that is missing, no text at all.
     """
     src = absolute(src)
     for directory in (TEXT_SPLIT, JOURNAL):
@@ -88,6 +95,12 @@ def vocabulary_of(dataset: Dataset) -> str:
     return vocabulary.serialised
 
 
+_KINDS = (
+    "a dataset directory, a .txt or .txt.gz file with a text a line, or Parquet, a file or a "
+    "directory, with a column 'text' (CSV and JSON lines are not read yet)"
+)
+
+
 def check_texts(src: str) -> list[str]:
     """The Parquet files of a source of texts; none for a text file.
 
@@ -97,60 +110,49 @@ def check_texts(src: str) -> list[str]:
     src = absolute(src)
     filesystem, root = filesystem_of(src)
     kind = filesystem.get_file_info(root).type
+    if kind == pafs.FileType.NotFound:
+        raise ReneeError(f"{src} does not exist; give {_KINDS}")
     if kind == pafs.FileType.File and src.endswith((".txt", ".txt.gz")):
         return []
     if kind == pafs.FileType.File and src.endswith(".parquet"):
         return [src]
-    if kind == pafs.FileType.Directory:
-        found = filesystem.get_file_info(pafs.FileSelector(root))
-        names = sorted(info.base_name for info in found if info.base_name.endswith(".parquet"))
-        if names:
-            return [f"{src.rstrip('/')}/{name}" for name in names]
-    raise ReneeError(
-        f"{src} is neither a dataset directory nor texts: give a .txt or .txt.gz file with a text "
-        f"a line, or Parquet with a column 'text'"
-    )
+    if kind == pafs.FileType.Directory and (files := parquet_files(src)):
+        return files
+    raise ReneeError(f"{src} is neither a dataset directory nor texts; give {_KINDS}")
 
 
 def _indexed(src: str, scratch: str) -> tuple[tuple[Block, ...], Lines | None, bool]:
     """(blocks of rows, the file if its rows are lines, whether rows have ids of their own)."""
     files = check_texts(src)
     if files:
-        table = table_of(files)
-        _check_columns(files[0], table.columns)
+        table = table_of(files, ("text",), ("point_id",))
         return table.blocks, None, "point_id" in table.columns
     lines = counted([src], scratch, lambda message: None)[src]
+    if lines.returns:
+        log.warning("%s: %d carriage returns end no line and stay in texts", src, lines.returns)
     blocks = tuple(Block(src, 0, start, stop - start) for start, stop in cuts(lines.rows, lines))
     return blocks, lines, False
 
 
-def _check_columns(path: str, columns: dict[str, pa.DataType]) -> None:
-    """Raises ReneeError unless the columns are those of texts to predict for."""
-    check_text_column(path, columns)
-    kind = columns.get("point_id", pa.int64())
-    if not pa.types.is_int64(kind):
-        raise ReneeError(f"{path} has a column 'point_id' of type {kind}; it must be int64")
-
-
 def _write_block(plan: _Plan, i: int) -> dict[str, Any]:
-    block, replaced = plan.blocks[i], 0
+    block, tables, replaced = plan.blocks[i], [], 0
+    for ids, texts in _texts(plan, block):
+        tables.append(_tokenised(plan, texts.texts, ids))
+        replaced += texts.replaced_lines
+    part = write_part(plan.scratch, part_path(TEXT_SPLIT, i), block.first, tables)
+    return {"part": asdict(part), "replaced_lines": replaced}
+
+
+def _texts(plan: _Plan, block: Block) -> Iterator[tuple[pa.Array, xmlrepo.Texts]]:
+    """(ids, texts) of the block, in slices."""
     if plan.lines is not None:
         stop = block.first + block.rows
         texts = xmlrepo.texts_of(read(plan.lines, block.first, stop))
-        replaced = texts.replaced_lines
-        tables = [_tokenised(plan, texts.texts, pa.array(np.arange(block.first, stop)))]
-    else:
-        columns = ["text"] + (["point_id"] if plan.with_ids else [])
-        tables = [
-            _tokenised(
-                plan,
-                table["text"].to_pylist(),
-                table["point_id"].combine_chunks() if plan.with_ids else pa.array(rows),
-            )
-            for rows, table in slices(block, columns)
-        ]
-    part = write_part(plan.scratch, part_path(TEXT_SPLIT, i), block.first, tables)
-    return {"part": asdict(part), "replaced_lines": replaced}
+        yield pa.array(np.arange(block.first, stop)), texts
+        return
+    columns = ["text"] + (["point_id"] if plan.with_ids else [])
+    for rows, piece in slices(block, columns):
+        yield piece.get("point_id", pa.array(rows)), texts_of(piece["text"])
 
 
 def _tokenised(plan: _Plan, texts: list[str], ids: pa.Array) -> pa.Table:

@@ -11,6 +11,7 @@ from renee_ray.data import lines as module
 from renee_ray.data import xmlrepo
 from renee_ray.data.lines import Block, Lines, SourceError, count, cuts, lines_of, ranges, read
 from renee_ray.data.raw import Raw, agreed, files_of
+from renee_ray.data.source import Source, find_source
 
 
 def lines_at(path: Path | str, scratch: Path | str = "nowhere") -> Lines:
@@ -48,7 +49,8 @@ def source(tmp_path: Path, **files: str | bytes | None) -> str:
 
 
 def indexed(path: str) -> Raw:
-    found = xmlrepo.find(path)
+    found = find_source(path)
+    assert isinstance(found, Source)
     return agreed(found, {file: lines_at(file) for file in files_of(found)})
 
 
@@ -65,7 +67,8 @@ def indexed(path: str) -> Raw:
         (b"a\r\n\r\nb\r\n", [b"a", b"", b"b"]),
         (b"\xef\xbb\xbfa\nb\n", [b"a", b"b"]),
         (b"\xef\xbb\xbf", []),
-        ("a\u2028b\x0bc\x85d\re\n".encode(), ["a\u2028b\x0bc\x85d\re".encode()]),
+        ("a\u2028b\x0bc\x85d\re\nf\n".encode(), ["a\u2028b\x0bc\x85d\re".encode(), b"f"]),
+        (b"a\r\r\nb\r", [b"a\r", b"b"]),
     ],
 )
 def test_lines_end_at_newlines_only(tmp_path: Path, data: bytes, lines: list[bytes]) -> None:
@@ -390,7 +393,6 @@ def test_no_test_split(tmp_path: Path) -> None:
         ({"trn_X": None}, r"/trn_X_Y\.txt is there but .*/trn_X\.txt is missing; add it"),
         ({"trn_X_Y": None}, r"/trn_X\.txt is there but .*/trn_X_Y\.txt is missing; add it"),
         ({"tst_X_Y": None}, r"/tst_X\.txt is there but .*/tst_X_Y\.txt is missing; add it"),
-        ({"trn_X": None, "trn_X_Y": None}, r"has no training set: neither trn_X\.txt with"),
     ],
 )
 def test_folders_that_disagree(tmp_path: Path, files: dict[str, str | None], message: str) -> None:
@@ -398,6 +400,20 @@ def test_folders_that_disagree(tmp_path: Path, files: dict[str, str | None], mes
         indexed(source(tmp_path, **files))
 
 
-def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="nowhere is not a directory; give the folder"):
-        xmlrepo.find(str(tmp_path / "nowhere"))
+def test_carriage_returns_are_no_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts may have a few in their lines; labels have none; a file of them alone is refused."""
+    assert indexed(source(tmp_path, trn_X="a\rb\nc\nd\n")).train.texts.returns == 1
+    found = indexed(source(tmp_path, trn_X_Y="3 4\n0:1\n1:1\r3:1\n2:1\n"))
+    labels = found.train.labels
+    assert labels is not None
+    with pytest.raises(SourceError, match=r"trn_X_Y\.txt:3: a carriage return within the line"):
+        xmlrepo.parse_pairs(read(labels, 0, 3), 4)
+    with pytest.raises(
+        SourceError, match=r"3 lines and .* 4 rows.* 1 carriage returns end no line"
+    ):
+        indexed(source(tmp_path, trn_X="a\rb\nc\nd\n", trn_X_Y="0\n1\n2\n3\n"))
+    for grain in (1, 2, 1 << 20):
+        monkeypatch.setattr(module, "GRAIN_BYTES", grain)
+        for ending in ("\r", "\n", ""):
+            with pytest.raises(SourceError, match=r"trn_X\.txt has . line feeds and [23] carriage"):
+                indexed(source(tmp_path, trn_X="a\rb\rc\rd"[: -1 if ending else None] + ending))

@@ -191,10 +191,12 @@ def test_tokens_that_are_there_already(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "strings", "sentence"),
     [
-        ({"labels": [[0]]}, False, "rename the one that holds the texts to 'text'"),
+        ({"labels": [[0]]}, False, "rename the one with the texts to 'text'"),
         ({"text": ["a"]}, False, "rename the one with the labels to 'labels'"),
         ({"text": [1], "labels": [[0]]}, False, "column 'text' of type int64"),
-        ({"text": ["a", None], "labels": [[0], [1]]}, False, "row 1 of row group 0 has no text"),
+        ({"input_ids": [[1], None], "labels": [[0], [1]]}, False, "row 1 .* has no input_ids"),
+        ({"input_ids": [[1], []], "labels": [[0], [1]]}, False, "row 1 .* has no input_ids"),
+        ({"input_ids": [[1], [None]], "labels": [[0], [1]]}, False, "row 1 .* null in input_ids"),
         ({"text": ["a", "b"], "labels": [[0], [3, -4]]}, False, "row 1 of row group 0 has -4"),
         ({"text": ["a", "b"], "labels": [[], []]}, False, "gives no training point a label"),
         ({"text": [], "labels": []}, False, "has no training row"),
@@ -245,7 +247,7 @@ def test_a_label_twice_in_the_table_is_named(
 def test_files_that_differ_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "src/train/0.parquet", {"text": ["a"], "labels": [[1]]}, strings=False)
     write(tmp_path, "src/train/1.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
-    with pytest.raises(ReneeError, match=r"1\.parquet has the columns .* make them equal"):
+    with pytest.raises(ReneeError, match=r"1\.parquet has .*'labels' that is list of string"):
         service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
     (tmp_path / "src" / "train" / "1.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ReneeError, match=r"1\.parquet is not Parquet"):

@@ -218,7 +218,7 @@ def sorted_rows(table: pa.Table) -> list[dict[str, list[int]]]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: None, ["neither a dataset directory nor texts"]),
+        (lambda p: None, ["does not exist", "text"]),
         (lambda p: p.mkdir(), ["neither a dataset directory nor texts"]),
         (lambda p: p.write_text(""), ["no texts"]),
         (lambda p: p.write_bytes(b"PAR1 not"), ["not Parquet"]),
@@ -227,11 +227,24 @@ def sorted_rows(table: pa.Table) -> list[dict[str, list[int]]]:
         (lambda p: pq.write_table(pa.table({"text": [1]}), p), ["'text'", "int64", "string"]),
         (
             lambda p: pq.write_table(pa.table({"text": ["a"], "point_id": ["b"]}), p),
-            ["'point_id'", "int64"],
+            ["'point_id'", "int64", "leave it out"],
         ),
-        (lambda p: pq.write_table(pa.table({"text": ["a", None]}), p), ["row 1", "text"]),
+        (
+            lambda p: pq.write_table(
+                pa.table({"text": ["a", "b"], "point_id": pa.array([1, 2**63], pa.uint64())}), p
+            ),
+            ["row 1", "9223372036854775808", "point_id"],
+        ),
+        (
+            lambda p: pq.write_table(pa.table({"text": ["a", "b"], "point_id": [1, None]}), p),
+            ["row 1", "no point_id"],
+        ),
+        (lambda p: p.write_bytes(b"a\rb\r"), ["carriage returns", "line feed"]),
     ],
-    ids=["none", "empty", "blank", "damaged", "footer", "column", "type", "id", "null"],
+    ids=[
+        *["none", "empty", "blank", "damaged", "footer", "column", "type", "id"],
+        *["beyond", "null", "returns"],
+    ],
 )
 def test_raw_texts_that_cannot_be_read(
     trained: Run,
@@ -240,7 +253,7 @@ def test_raw_texts_that_cannot_be_read(
     make: Callable[[Path], object],
     words: list[str],
 ) -> None:
-    name = {"no texts": "raw.txt"}.get(words[0], "raw.parquet")
+    name = "raw.txt" if words[0] in ("no texts", "carriage returns") else "raw.parquet"
     raw = tmp_path / ("raw" if "neither" in words[0] else name)
     make(raw)
     assert main(["predict", trained.path, str(raw), str(tmp_path / "out")]) == 1

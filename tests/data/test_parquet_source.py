@@ -1,0 +1,87 @@
+"""What is read of a Parquet source before any row is, and of damaged files."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from renee_ray.data.lines import SourceError
+from renee_ray.data.parquet_columns import common_kind, kind_of
+from renee_ray.data.parquet_source import index_parquet, slices
+from renee_ray.service.tasks import _attempt
+
+from .sources import rows
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "common"),
+    [
+        ("string", "string", "string"),
+        ("nothing", "list of string", "list of string"),
+        ("nothing", "list of nothing", "list of nothing"),
+        ("list of nothing", "list of integer", "list of integer"),
+        ("list of nothing", "string", None),
+        ("list of integer", "list of number", "list of number"),
+        ("list of integer", "list of string", None),
+        ("string", "list of string", None),
+    ],
+)
+def test_common_kinds(first: str, second: str, common: str | None) -> None:
+    assert common_kind(first, second) == common_kind(second, first) == common
+
+
+def test_kinds_of_types() -> None:
+    string = pa.dictionary(pa.int8(), pa.string_view())
+    assert kind_of(string) == "string" and kind_of(pa.list_view(string)) == "list of string"
+    assert (
+        kind_of(pa.bool8()) == "integer" and kind_of(pa.list_(pa.float16(), 3)) == "list of number"
+    )
+    for other in (pa.list_(pa.list_(pa.int8())), pa.struct([]), pa.decimal128(5), pa.date32()):
+        assert kind_of(other) == ""
+
+
+def test_a_damaged_page_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(rows(), path, compression="zstd", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[60:90] = bytes(30)
+    path.write_bytes(data)
+    (block,) = index_parquet(str(tmp_path)).train.blocks
+    with pytest.raises(SourceError, match=r"train\.parquet cannot be read .* in row group 0"):
+        next(slices(block, ["text"]))
+
+
+def test_any_error_in_a_task_comes_out_as_a_sentence() -> None:
+    """It is no interruption: the same command would fail again, so nothing is kept for it."""
+
+    def work(plan: Any, i: int) -> dict[str, Any]:
+        raise UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "unexpected end of data")
+
+    result = json.loads(_attempt(work, None, 0, None))
+    assert result["interrupted"] is False
+    assert "UnicodeDecodeError" in result["error"] and "unexpected end" in result["error"]
+
+
+def test_null_lists_of_a_fixed_size_do_not_fill_memory(tmp_path: Path) -> None:
+    """Null lists are nothing in the file, and all their values in memory."""
+    size = 10**6
+    narrow = pa.array([None] * 1000, pa.list_(pa.int64()))
+    schema = pa.schema([("text", pa.string()), ("labels", pa.list_(pa.int64(), size))])
+    with pq.ParquetWriter(
+        tmp_path / "train.parquet",
+        pa.schema([("text", pa.string()), ("labels", narrow.type)]),
+        store_schema=False,
+    ) as writer:
+        encoded = base64.b64encode(schema.serialize().to_pybytes())
+        writer.add_key_value_metadata({"ARROW:schema": encoded})
+        writer.write_table(pa.table({"text": np.full(1000, "a"), "labels": narrow}))
+    (block,) = index_parquet(str(tmp_path)).train.blocks
+    with pytest.raises(SourceError, match="would decode to"):
+        next(slices(block, ["labels"]))

@@ -1,0 +1,88 @@
+"""Sources of every kind: read to the same dataset, or refused with a sentence and nothing left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.data import tokenizer
+from renee_ray.data.dataset import Dataset
+from renee_ray.service import convert as service
+
+from ..data.sources import KINDS, REFUSED, Kind
+from .test_convert_parquet import in_this_process
+
+__all__ = ["in_this_process"]
+
+
+def convert(kind: Kind, path: Path) -> Dataset:
+    kind.write(path / "src")
+    config = ConvertConfig.model_validate({"validation": 0, "max_length": 16, **kind.settings})
+    service.convert(str(path / "src"), str(path / "dst"), config)
+    return Dataset.open(str(path / "dst"))
+
+
+def check(kind: Kind, made: Dataset) -> None:
+    """Texts, labels and label texts are those that the kind says."""
+    points = made.read_rows("train", 0, len(kind.labels)).sort_by("point_id")
+    vocabulary = tokenizer.load(made.manifest.tokenizer).serialised
+    assert made.manifest.num_points("train") == len(kind.labels)
+    assert points["labels"].to_pylist() == kind.labels
+    wanted = tokenizer.encode(vocabulary, kind.texts, 16)
+    assert points["input_ids"].to_pylist() == wanted.to_pylist()
+    labels = made.read_rows("labels", 0, made.manifest.num_labels)
+    number = max(max(row, default=0) for row in kind.labels) + 1
+    assert labels["text"].to_pylist() == (kind.names or [""] * number)
+    assert made.manifest.has_label_texts == bool(kind.names and any(kind.names))
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_that_are_read(tmp_path: Path, name: str) -> None:
+    check(KINDS[name], convert(KINDS[name], tmp_path))
+
+
+def refuse(kind: Kind, sentence: str, path: Path) -> None:
+    with pytest.raises(ReneeError, match=sentence) as caught:
+        convert(kind, path)
+    text = str(caught.value)
+    assert "\n" not in text and "DataType" not in text and len(text) < 600
+    assert not (path / "dst" / "_scratch").exists() and not list(path.glob("dst/**/*.*"))
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("name", REFUSED)
+def test_kinds_that_are_refused(tmp_path: Path, name: str) -> None:
+    refuse(*REFUSED[name], tmp_path)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_was_odd_is_counted_and_what_is_not_read_is_said(tmp_path: Path) -> None:
+    made = convert(KINDS["not-utf8"], tmp_path)
+    counts = made.manifest.statistics["train"]
+    assert (counts["replaced_lines"], counts["replaced_bytes"], counts["empty_texts"]) == (1, 1, 0)
+    null = convert(KINDS["null-text"], tmp_path / "null").manifest.statistics["train"]
+    assert (null["empty_texts"], null["without_labels"]) == (1, 0)
+    none = convert(KINDS["null-rows"], tmp_path / "none").manifest.statistics["train"]
+    assert (none["without_labels"], none["filter_pairs"]) == (1, 1)
+    KINDS["hub"].write(tmp_path / "hub")
+    said: list[str] = []
+    config = ConvertConfig(validation=0)
+    service.convert(str(tmp_path / "hub"), str(tmp_path / "d"), config, said.append)
+    assert any("validation-00000-of-00001.parquet is not read" in text for text in said)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("name", ["spark", "not-utf8", "multi-hot", "class-label", "list-view"])
+def test_on_ray(tmp_path: Path, name: str) -> None:
+    check(KINDS[name], convert(KINDS[name], tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("name", ["uint64-beyond", "multi-hot", "cr-only", "label-not-utf8"])
+def test_refused_on_ray(tmp_path: Path, name: str) -> None:
+    refuse(*REFUSED[name], tmp_path)
