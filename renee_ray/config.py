@@ -177,7 +177,8 @@ class FeedConfig(Config):
     token_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a training point's tokens left out, others in every epoch; never first or last."""
     streams: int = Field(8, ge=1)
-    """Pieces of a global batch; a worker reads whole streams, so num_workers may not exceed it."""
+    """Pieces of a global batch, each read from places of its own. Where num_workers exceeds it,
+    workers read the same places and each keeps its rows, which costs CPU time."""
     window: int = Field(64, ge=1)
     """Batches inside which rows are ordered by length."""
     prefetch: int = Field(4, ge=1)
@@ -289,7 +290,7 @@ class RunConfig(Config):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @model_validator(mode="after")
-    def _streams_fit(self) -> RunConfig:
+    def _batch_can_be_cut(self) -> RunConfig:
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
@@ -300,10 +301,10 @@ class RunConfig(Config):
                 f"batch_size {self.batch_size} is not a multiple of feed.streams "
                 f"{self.feed.streams}; change one of them"
             )
-        if self.max_workers > self.feed.streams:
+        if self.max_workers > self.batch_size:
             raise ValueError(
-                f"num_workers {self.max_workers} exceeds feed.streams {self.feed.streams}; "
-                f"raise feed.streams"
+                f"num_workers {self.max_workers} exceeds batch_size {self.batch_size}, and each "
+                f"worker takes rows of every batch; raise batch_size"
             )
         return self
 

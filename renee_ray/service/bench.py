@@ -77,11 +77,10 @@ def bench_scale(
 
 def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
     ensure_ray(workers)  # which the size before may have stopped
-    streams = max(8, workers)
     config = make_config(
         RunConfig,
-        {"data": "", "output": "", "num_workers": workers, "batch_size": streams},
-        {"feed": {"streams": streams}, "timeout_s": TIMEOUT_S, "threads": threads},
+        {"data": "", "output": "", "num_workers": workers, "batch_size": 8 * workers},
+        {"timeout_s": TIMEOUT_S, "threads": threads},
     )
     use_gpu = decide_gpu("auto", workers)
     with ResidentPeak() as peak:

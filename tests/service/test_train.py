@@ -289,7 +289,7 @@ def test_errors_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFix
     cases = [
         ([str(recipe), data, output], "renee-ray convert"),
         ([str(recipe), data, output, "batchsize=3"], "'batch_size'"),
-        ([str(recipe), data, output, "num_workers=9"], "feed.streams"),
+        ([str(recipe), data, output, "num_workers=33"], "raise batch_size"),
         ([str(recipe), data, output, "batch_size=many"], "batch_size='many'"),
         ([str(recipe), data, output, "evaluation.metric=P@2"], "evaluation.metric"),
         ([str(recipe), output], "data=VALUE"),
