@@ -220,7 +220,7 @@ class CheckpointConfig(Config):
     before workers are regrouped."""
     max_failures: int = Field(3, ge=-1)
     """Lost workers that a run survives; -1: any number. Nodes that Ray was told to drain, as spot
-    nodes are, do not count."""
+    nodes are, do not count; a user's error ends the run at once."""
 
 
 class ObserveConfig(Config):
@@ -262,7 +262,8 @@ class RunConfig(Config):
     cpus_per_worker: int = Field(0, ge=0)
     """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
     threads: int = Field(0, ge=0)
-    """Torch threads of a worker on CPU; 0: the machine's cores divided among its workers."""
+    """Threads of a worker; 0: its node's cores divided among the workers there, beside a GPU at
+    most 4."""
     batch_size: int = Field(256, ge=1)
     """Points of a global batch."""
     epochs: int = Field(10, ge=1)

@@ -62,9 +62,9 @@ def train(
     """
     dataset = Dataset.open(config.data)
     config = config.model_copy(update={"data": dataset.path, "output": absolute(config.output)})
-    check(config, dataset)
     directory = RunDirectory(config.output)
-    config = _resumed(config, directory, dataset, on_progress)
+    config = resumed(config, directory, dataset, on_progress)
+    check(config, dataset)
     newest = directory.checkpoints().newest()
     if newest is None:
         directory.refuse_old_format()
@@ -73,7 +73,7 @@ def train(
         return _outcome(newest.state)
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
-    directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": _identity(dataset)})
+    directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": identity(dataset)})
     if not dataset.manifest.has_label_texts:
         on_progress(
             f"{dataset.path} has no label texts: feed.augment has no effect, and "
@@ -319,7 +319,8 @@ def _facts(dataset: Dataset, model: Model) -> dict[str, Any]:
     }
 
 
-def _identity(dataset: Dataset) -> dict[str, Any]:
+def identity(dataset: Dataset) -> dict[str, Any]:
+    """What run.json says of the dataset, and a resumed run's dataset must have too."""
     manifest = dataset.manifest
     return {
         "path": dataset.path,
@@ -348,7 +349,7 @@ def check(config: RunConfig, dataset: Dataset) -> None:
         raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")
 
 
-def _resumed(
+def resumed(
     config: RunConfig,
     directory: RunDirectory,
     dataset: Dataset,
@@ -370,7 +371,7 @@ def _resumed(
                 f"{directory.path} is a run with {key}={before[key]!r} and not {value!r}; "
                 f"give the same configuration to resume it, or another output"
             )
-    for key, value in _identity(dataset).items():
+    for key, value in identity(dataset).items():
         if key != "path" and saved["dataset"].get(key) != value:
             raise ReneeError(
                 f"{directory.path} was trained on a dataset with {key}="
