@@ -23,7 +23,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from renee_ray.config import ReneeError
-from renee_ray.data.storage import is_transient, storage_error
+from renee_ray.data.storage import REFUSED, storage_error
 
 CODE_RESTARTS = 3
 """However many lost workers a run survives."""
@@ -67,7 +67,8 @@ def workers_beside_reading(cpus: float, each: float) -> float:
 
 def user_error(error: BaseException) -> ReneeError | None:
     """The user's error in what Ray wrapped, or storage's in one sentence, if there is one."""
-    found = sorted(filter(_is_told, _causes(error)), key=_passes)
+    causes = list(_causes(error))
+    found = [*filter(_is_final, causes), *filter(_is_of_storage, causes)]
     if not found:
         return None
     first = found[0]
@@ -76,7 +77,7 @@ def user_error(error: BaseException) -> ReneeError | None:
 
 def is_final(error: BaseException) -> bool:
     """Whether it is a user's error, which another attempt would meet again."""
-    return any(_is_told(each) and not _passes(each) for each in _causes(error))
+    return any(map(_is_final, _causes(error)))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -95,15 +96,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         queue += [*failures.values(), *(getattr(current, name, None) for name in others)]
 
 
-def _is_told(error: BaseException) -> bool:
-    """Whether people are told of it in a sentence."""
+def _is_final(error: BaseException) -> bool:
     if isinstance(error, ReneeError | PermissionError):
         return True
+    return _is_of_storage(error) and any(mark in str(error) for mark in REFUSED)
+
+
+def _is_of_storage(error: BaseException) -> bool:
     return isinstance(error, OSError) and "AWS Error" in str(error)
-
-
-def _passes(error: BaseException) -> bool:
-    return not isinstance(error, ReneeError) and is_transient(error)
 
 
 def _said(error: BaseException) -> str:

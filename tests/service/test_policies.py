@@ -70,6 +70,7 @@ def test_a_users_error_ends_the_job_at_once(
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory"),
         OSError(AWAY),
+        OSError("When reading 'a/b': AWS Error UNKNOWN (HTTP status 429)"),
         OSError(errno.ENOSPC, "No space left on device"),
     ],
 )
