@@ -225,7 +225,10 @@ def _unwrapped(fit: Callable[[], Any]) -> Any:
     try:
         return fit()
     except Exception as error:
-        raise user_error(error) or error from error
+        found = user_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
 
 
 def threads_of(config: RunConfig, use_gpu: bool, sharing: int) -> int:
