@@ -44,7 +44,7 @@ def test_help_lists_every_command_and_key(capsys: pytest.CaptureFixture[str]) ->
         (("quickstart", "epochs=0"), "epochs=0 on the command line is wrong"),
         (("quickstart", "data=somewhere"), "use `renee-ray train"),
         (("quickstart", "output=s3://bucket/x"), "is no local directory"),
-        (("quickstart", "num_workers=9"), "raise feed.streams"),
+        (("quickstart", "num_workers=65"), "raise batch_size"),
         (("convert", "", "dst"), "SRC is empty"),
         (("convert", "src", ""), "DST is empty"),
         (("train", ""), "CONFIG is empty"),
