@@ -418,31 +418,29 @@ class Dataset:
         ]
         return pa.concat_tables(tables) if tables else _empty(split, columns)
 
-    def read_other_texts(self, start: int, stop: int) -> pa.Table:
-        """label_id and input_ids of the labels that are not `is_point`, counted among themselves.
+    def read_other_texts(self, part: Part, count: int) -> pa.Table:
+        """label_id and input_ids of the labels of `part` that are not `is_point`.
 
-        Whole parts are read, since where they begin within one is not known.
+        The whole part is read, since where they stand in it is not known.
 
         Raises:
-            DatasetError: as in read_part, or a part has another number of them.
+            DatasetError: as in read_part, or they are not `count`.
         """
         columns = ["label_id", "input_ids"]
-        found = [_empty("labels", columns)]
-        first = 0
-        for part, count in zip(
-            self.manifest.splits["labels"], self.manifest.other_texts, strict=True
-        ):
-            if first < stop and first + count > start:
-                table = self.read_part(part, [*columns, "is_point"])
-                texts = table.filter(pc.invert(table["is_point"])).select(columns)
-                if len(texts) != count:
-                    raise DatasetError(
-                        f"{self.where(part.path)} has {len(texts)} labels that are no points and "
-                        f"{MANIFEST} says {count}; convert the source again"
-                    )
-                found.append(texts.slice(max(start - first, 0), stop - max(start, first)))
-            first += count
-        return pa.concat_tables(found)
+        table = self.read_part(part, [*columns, "is_point"])
+        texts = table.filter(pc.invert(table["is_point"])).select(columns)
+        if len(texts) != count:
+            raise DatasetError(
+                f"{self.where(part.path)} has {len(texts)} labels that are no points and "
+                f"{MANIFEST} says {count}; convert the source again"
+            )
+        return texts
+
+    def read_rows_of(
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Rows [start, stop) of `part`, as in read_rows."""
+        return self._read(part, start, stop, columns)
 
     def _read(
         self,

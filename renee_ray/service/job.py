@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from renee_ray.config import OPENMP, ReneeError, RunConfig
 from renee_ray.data.storage import storage_error
 from renee_ray.service.cluster import started_here
+from renee_ray.service.lease import LeaseLost
 from renee_ray.service.wishes import Regroup, SignalHandler
 from renee_ray.training.threads import in_thread
 
@@ -39,10 +41,12 @@ def launch(
     use_gpu: bool,
     *,
     on_stop: Callable[[], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Any:
     """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
 
     on_stop: asks the workers to end, at the first SIGTERM or SIGINT; None: they are just ended.
+    check: is called several times a second; what it raises is raised.
 
     Raises:
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
@@ -51,7 +55,8 @@ def launch(
     # Checkpoints are our own business, so Ray Train has nothing to keep.
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
         trainer = _trainer(function, arguments, config, use_gpu, scratch)
-        return _unwrapped(lambda: interruptible(trainer.fit, on_stop, config)).return_value
+        fit = partial(interruptible, trainer.fit, on_stop, config, check)
+        return _unwrapped(fit).return_value
 
 
 class _Trainer(TorchTrainer):
@@ -140,7 +145,10 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
 
 
 def interruptible(
-    fit: Callable[[], Any], on_stop: Callable[[], None] | None, config: RunConfig
+    fit: Callable[[], Any],
+    on_stop: Callable[[], None] | None,
+    config: RunConfig,
+    check: Callable[[], None] = lambda: None,
 ) -> Any:
     """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
 
@@ -149,7 +157,7 @@ def interruptible(
     Raises:
         KeyboardInterrupt: interrupted at once.
     """
-    if on_stop is None or threading.current_thread() is not threading.main_thread():
+    if on_stop is None:
         return fit()
     asked: list[float] = []
 
@@ -159,10 +167,12 @@ def interruptible(
         asked.append(time.monotonic())
         on_stop()
 
-    with at_signals(handle):
+    in_main = threading.current_thread() is threading.main_thread()
+    with at_signals(handle) if in_main else contextlib.nullcontext():
         # In a thread, where Ray Train leaves the signals alone.
         found = in_thread(fit, "fit")
         while not wait([found], timeout=0.2).done:
+            check()
             if asked and time.monotonic() - asked[0] > config.checkpoint.grace_s:
                 raise KeyboardInterrupt
         return found.result()
@@ -183,6 +193,8 @@ def _unwrapped(fit: Callable[[], Any]) -> Any:
     """Calls; a ReneeError that a worker raised comes out as itself."""
     try:
         return fit()
+    except LeaseLost:  # of this process
+        raise
     except Exception as error:
         raise user_error(error) or error from error
 
