@@ -15,10 +15,11 @@ own, RUN/lease-TOKEN.json, and writes to no other.
 7.  Two drivers a and b cannot both hold it, however long a write may take. Each writes before it
     lists, so one of them lists after both have written, and sees the other:
     `write_a < list_a and write_b < list_b` implies `write_a < list_b or write_b < list_a`.
-8.  A holder deletes the dead claims, and its own names them (`instead_of`).
-9.  Every BEAT_S it lists the directory and writes its claim with a higher count.
-10. A holder whose claim is gone, or named by another one, has lost the lease, and ends its
-    workers. If storage does not answer, or shows an empty directory, it tries again.
+8.  A holder deletes the dead claims. Every BEAT_S it lists the directory and writes its claim
+    with a higher count. If storage does not answer, or shows an empty directory, it tries again.
+9.  A holder whose claim is gone has lost the lease, and ends its workers.
+10. Two may hold it for a beat, if one was held up for DEAD_S, or its claim was deleted by hand
+    while it wrote it. Both see the other then: the one of the smaller (since_s, token) has lost.
 
 This demands that a listing shows what was written before it, as local disks and S3 do.
 """
@@ -85,8 +86,8 @@ class Lease:
         self.run, self._say, self._beat_s, self._dead_s = run.rstrip("/"), say, beat_s, dead_s
         self._filesystem, root = filesystem_of(run)
         self._root = root.rstrip("/")
-        self._token, self._instead_of = "", list[str]()
-        self._since, self._beats, self._lost = _now(), 0, ""
+        self._token, self._since, self._beats = "", 0.0, 0
+        self._holds, self._lost = False, ""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
@@ -114,11 +115,12 @@ class Lease:
     def _won(self) -> bool:
         """Waits until no driver is alive; whether the lease is then this one's."""
         dead = self._all_dead()
-        self._token, self._instead_of = secrets.token_hex(8), sorted(dead)
+        self._token, self._since = secrets.token_hex(8), time.time()
         self._patiently(self._write)
         if _tokens(self._patiently(self._names)) <= dead | {self._token}:
             for token in dead:
                 self._patiently(partial(self._delete, token))
+            self._holds = True
             return True
         self._patiently(partial(self._delete, self._token))
         return False
@@ -147,19 +149,20 @@ class Lease:
             if not alive:
                 return set(found)
             if not said:
+                who = " and ".join(_who(_fields(found[token])) for token in alive)
                 self._say(
-                    f"{_who(_fields(found[alive[0]]))} may be training {self.run}: waiting for a "
-                    f"sign of life, {self._dead_s:.0f} s at most"
+                    f"{self.run} may be being trained by {who}: waiting for a sign of life, "
+                    f"{self._dead_s:.0f} s at most"
                 )
             said = True
             time.sleep(pause)
 
     def _held(self, token: str, claim: dict[str, Any]) -> str:
         return (
-            f"{self.run} is being trained by {_who(claim)} since {claim.get('since')}, last "
-            f"heartbeat at {claim.get('beat_at')} of its clock; stop that driver, or wait for its "
-            f"end; to take over from one that you cannot reach, delete {self._where(token)} and "
-            f"give the command again"
+            f"{self.run} is being trained by {_who(claim)} since {_time(claim, 'since_s')} (last "
+            f"heartbeat: {_time(claim, 'beat_s')}, by its clock); wait for its end, or stop it; to "
+            f"take over from one that you cannot reach, delete {self._where(token)} and give the "
+            f"command again"
         )
 
     def _run(self) -> None:
@@ -179,25 +182,27 @@ class Lease:
         """Looks whether the claim is still the one that counts, and renews it."""
         names = self._names()
         tokens = _tokens(names)
-        others = tokens - {self._token}
-        for token in others & set(self._instead_of):  # written again by one that was held up
-            self._delete(token)
-        claims = [_fields(self._content(token) or b"") for token in others - set(self._instead_of)]
-        heirs = [claim for claim in claims if self._token in (claim.get("instead_of") or ())]
-        if self._token in tokens and not heirs:
+        others = [
+            (since, token, claim)
+            for token in tokens - {self._token}
+            if (claim := _fields(self._content(token) or b"")).get("holds") is True
+            and isinstance(since := claim.get("since_s"), int | float)
+        ]
+        newest = max(others, default=None, key=lambda each: each[:2])
+        if self._token in tokens and (newest is None or newest[:2] < (self._since, self._token)):
             self._write()
-        elif not others and RUN_FILE not in names:
+        elif newest is None and RUN_FILE not in names:
             raise FileNotFoundError(f"{self.run} is empty: its disk may be away")
         elif not self._closed.is_set():
-            by = _who((heirs or claims or [{}])[0]) if claims else "somebody who deleted its lease"
+            by = _who(newest[2]) if newest else f"whoever deleted {self._where(self._token)}"
             self._lost = f"{self.run} was taken over by {by}; this driver ends its workers"
 
     def _write(self) -> None:
         self._beats += 1
         content = {
-            "host": socket.gethostname(), "pid": os.getpid(), "process": _process(os.getpid()),
-            "since": self._since, "beat_at": _now(), "beats": self._beats,
-            "instead_of": self._instead_of,
+            "host": socket.gethostname(), "pid": os.getpid(), "process": process_name(os.getpid()),
+            "since_s": self._since, "beat_s": time.time(), "beats": self._beats,
+            "holds": self._holds,
         }  # fmt: skip
         name = self._name(self._token)
         for each in name, f"{name}.tmp":
@@ -205,9 +210,9 @@ class Lease:
         replace_on(self._filesystem, name, json.dumps(content, indent=1).encode())
 
     def _release(self) -> None:
-        """Takes the claim away, unless it is another driver's turn already."""
+        """Takes the claim away."""
         try:
-            if self._token and not self._lost:
+            if self._token:
                 release = partial(self._delete, self._token)
                 patiently(release, f"releasing {self.run}", RELEASE_S)
         except Exception as error:  # the next driver finds it dead
@@ -254,8 +259,10 @@ def _tokens(names: set[str]) -> set[str]:
     return {match[1] for match in map(CLAIM.fullmatch, names) if match}
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+def _time(claim: dict[str, Any], name: str) -> str:
+    seconds = claim.get(name)
+    known = isinstance(seconds, int | float) and 0 <= seconds < 1e11
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)) if known else "?"
 
 
 def _fields(content: bytes) -> dict[str, Any]:
@@ -272,7 +279,7 @@ def _fields(content: bytes) -> dict[str, Any]:
 
 
 def _who(claim: dict[str, Any]) -> str:
-    return f"the driver on {claim.get('host')} (process {claim.get('pid')})"
+    return f"the driver on {claim.get('host', '?')} (process {claim.get('pid', '?')})"
 
 
 def _gone(claim: dict[str, Any]) -> bool:
@@ -280,7 +287,7 @@ def _gone(claim: dict[str, Any]) -> bool:
     pid, process = claim.get("pid"), claim.get("process")
     if type(pid) is not int or pid <= 0 or not isinstance(process, str):
         return False
-    here, _, _ = _process(os.getpid()).rpartition(" ")
+    here, _, _ = process_name(os.getpid()).rpartition(" ")
     if not here or process.rpartition(" ")[0] != here:
         return False
     try:
@@ -289,11 +296,11 @@ def _gone(claim: dict[str, Any]) -> bool:
         return True
     except OSError:
         return False
-    now = _process(pid)
+    now = process_name(pid)
     return bool(now) and now != process
 
 
-def _process(pid: int) -> str:
+def process_name(pid: int) -> str:
     """Names a process for all time: the boot and namespace of this process, and when it started.
 
     Empty where /proc does not tell; a process that has ended, and is not yet waited for, started
