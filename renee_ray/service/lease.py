@@ -121,6 +121,7 @@ class Lease:
             for token in dead:
                 self._patiently(partial(self._delete, token))
             self._holds = True
+            self._patiently(self._write)
             return True
         self._patiently(partial(self._delete, self._token))
         return False
