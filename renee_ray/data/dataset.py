@@ -417,34 +417,34 @@ class Dataset:
         ]
         return pa.concat_tables(tables) if tables else _empty(split, columns)
 
-    def read_other_texts(self, start: int, stop: int) -> pa.Table:
-        """label_id and input_ids of the labels that are not `is_point`, counted among themselves.
+    def read_other_texts(self, part: Part, count: int, start: int, stop: int) -> pa.Table:
+        """label_id and input_ids of labels of `part`: [start, stop) of the `count` not `is_point`.
 
         Where they are in a part is not known before `is_point` of all of it has been read.
 
         Raises:
-            DatasetError: as in read_part, or a part has another number of them.
+            DatasetError: as in read_part, or there are not `count` of them.
         """
         columns = ["label_id", "input_ids"]
-        found = [_empty("labels", columns)]
-        first = 0
-        for part, count in zip(
-            self.manifest.splits["labels"], self.manifest.other_texts, strict=True
-        ):
-            if first < stop and first + count > start:
-                is_point = self.read_part(part, ["is_point"])["is_point"].to_numpy()
-                places = np.flatnonzero(~is_point)
-                if len(places) != count:
-                    raise DatasetError(
-                        f"{self.where(part.path)} has {len(places)} labels that are no points and "
-                        f"{MANIFEST} says {count}; convert the source again"
-                    )
-                places = places[max(start - first, 0) : stop - first]
-                low = int(places[0])
-                table = self._read(part, low, int(places[-1]) + 1, columns)
-                found.append(table.take(pa.array(places - low)))
-            first += count
-        return pa.concat_tables(found)
+        is_point = self.read_part(part, ["is_point"])["is_point"].to_numpy()
+        places = np.flatnonzero(~is_point)
+        if len(places) != count:
+            raise DatasetError(
+                f"{self.where(part.path)} has {len(places)} labels that are no points and "
+                f"{MANIFEST} says {count}; convert the source again"
+            )
+        places = places[start:stop]
+        if not len(places):
+            return _empty("labels", columns)
+        low = int(places[0])
+        table = self._read(part, low, int(places[-1]) + 1, columns)
+        return table.take(pa.array(places - low))
+
+    def read_rows_of(
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Rows [start, stop) of `part`, as in read_rows."""
+        return self._read(part, start, stop, columns)
 
     def _read(
         self,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -63,9 +64,14 @@ class Order:
     epoch: int = 0
     shuffled: bool = True
 
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Rows before each source, and at last of all."""
+        return np.cumsum([0, *(source.rows for source in self.sources)])
+
     @property
     def total(self) -> int:
-        return sum(source.rows for source in self.sources)
+        return int(self._starts[-1])
 
     @property
     def per_stream(self) -> int:
@@ -97,7 +103,7 @@ class Order:
         first, end = split_range(self.total, self.streams, stream)
         size = self.window * self.per_stream
         start, stop = min(first + window * size, end), min(first + (window + 1) * size, end)
-        return list(_cut(self.sources, start, stop))
+        return list(self._cut(start, stop))
 
     def arrange(
         self, lengths: np.ndarray, stream: int, window: int, slots: range
@@ -127,6 +133,15 @@ class Order:
         own = (slot >= slots.start) & (slot < slots.stop)
         ordered = np.concatenate([cut, rows[full * size :]])
         return ordered[own], window * self.window + batch[own]
+
+    def _cut(self, start: int, stop: int) -> Iterator[Span]:
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        for source, offset in zip(self.sources[first:], self._starts[first:], strict=False):
+            if offset >= stop:
+                return
+            lo, hi = max(start - int(offset), 0), min(stop - int(offset), source.rows)
+            if lo < hi:
+                yield Span(source.split, source.first + lo, source.first + hi)
 
 
 def training_order(
@@ -170,12 +185,3 @@ def scoring_order(split: str, parts: list[int], *, batch_size: int, num_ranks: i
 def _sources(split: str, parts: list[int]) -> list[Source]:
     firsts = np.concatenate([[0], np.cumsum(parts)])
     return [Source(split, int(firsts[i]), rows) for i, rows in enumerate(parts) if rows]
-
-
-def _cut(sources: tuple[Source, ...], start: int, stop: int) -> Iterator[Span]:
-    offset = 0
-    for source in sources:
-        lo, hi = max(start, offset), min(stop, offset + source.rows)
-        if lo < hi:
-            yield Span(source.split, source.first + lo - offset, source.first + hi - offset)
-        offset += source.rows

@@ -2,36 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renee_ray.data.dataset import POINTS, Dataset
+from renee_ray.data.dataset import POINTS, Dataset, Manifest, Part
 from renee_ray.data.order import OTHER_TEXTS, Order, Span
 
 BATCH = "batch"
 """Column added to a window's rows: the number of the row's batch in the epoch."""
 
 
-def read_window(dataset: Dataset, order: Order, slots: range, window: int) -> pa.Table:
-    """The rows of one window that are in some slots of their batches, in the order of these.
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a part; of `OTHER_TEXTS`, of those `count` rows that it has of them."""
 
-    Returns:
-        point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, and
-        `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
+    split: str
+    part: Part
+    count: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """All that is needed to read some rows of a window, and nothing that grows with the dataset.
+
+    dataset: without its parts; order: without its sources; slots: of every batch, whose rows are
+    wanted; number: of the window; pieces: of each stream that has some of them.
     """
-    tables, batches = [], []
-    for stream in order.streams_of(slots):
-        table = pa.concat_tables(
-            [_read(dataset, span) for span in order.spans(stream, window)] or [POINTS.empty_table()]
+
+    dataset: Dataset
+    order: Order
+    slots: range
+    number: int
+    pieces: dict[int, list[Piece]]
+
+    @classmethod
+    def of(cls, dataset: Dataset, order: Order, slots: range, number: int) -> Window:
+        manifest = dataset.manifest
+        spans = {stream: order.spans(stream, number) for stream in order.streams_of(slots)}
+        splits = {span.split for each in spans.values() for span in each}
+        starts = {split: _starts(manifest, split) for split in splits}
+        bare = replace(manifest, splits={}, other_texts=(), statistics={})
+        return cls(
+            Dataset(dataset.path, bare),
+            replace(order, sources=()),
+            slots,
+            number,
+            {
+                stream: [piece for span in each for piece in _pieces(manifest, starts, span)]
+                for stream, each in spans.items()
+            },
         )
-        rows, numbers = order.arrange(list_lengths(table["input_ids"]), stream, window, slots)
-        tables.append(table.take(pa.array(rows)))
-        batches.append(numbers)
-    merged = np.concatenate(batches)
-    by_batch = np.argsort(merged, kind="stable")
-    table = pa.concat_tables(tables).take(pa.array(by_batch))
-    return table.append_column(BATCH, pa.array(merged[by_batch])).combine_chunks()
+
+    def read(self) -> pa.Table:
+        """The rows that are in the slots of their batches, in the order of these.
+
+        Returns:
+            point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, and
+            `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
+        """
+        tables, batches = [], []
+        for stream, pieces in self.pieces.items():
+            table = pa.concat_tables(
+                [_read(self.dataset, piece) for piece in pieces] or [POINTS.empty_table()]
+            )
+            lengths = list_lengths(table["input_ids"])
+            rows, numbers = self.order.arrange(lengths, stream, self.number, self.slots)
+            tables.append(table.take(pa.array(rows)))
+            batches.append(numbers)
+        merged = np.concatenate(batches)
+        by_batch = np.argsort(merged, kind="stable")
+        table = pa.concat_tables(tables).take(pa.array(by_batch))
+        return table.append_column(BATCH, pa.array(merged[by_batch])).combine_chunks()
+
+
+def read_window(dataset: Dataset, order: Order, slots: range, window: int) -> pa.Table:
+    """`Window.read` of some slots of the batches."""
+    return Window.of(dataset, order, slots, window).read()
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -39,13 +91,35 @@ def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     return pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
-def _read(dataset: Dataset, span: Span) -> pa.Table:
-    if span.split == OTHER_TEXTS:
-        table = dataset.read_other_texts(span.start, span.stop)
-    elif span.split == "labels":
-        table = dataset.read_rows("labels", span.start, span.stop, ["label_id", "input_ids"])
+def _starts(manifest: Manifest, split: str) -> np.ndarray:
+    """Rows before each part of a split, and at last of all; of `OTHER_TEXTS`, those alone."""
+    others = split == OTHER_TEXTS
+    return np.cumsum(
+        [0, *(manifest.other_texts if others else (part.rows for part in manifest.splits[split]))]
+    )
+
+
+def _pieces(manifest: Manifest, starts: dict[str, np.ndarray], span: Span) -> Iterator[Piece]:
+    """A span by part."""
+    begins = starts[span.split]
+    parts = manifest.splits["labels" if span.split == OTHER_TEXTS else span.split]
+    index = int(np.searchsorted(begins, span.start, side="right")) - 1
+    while index < len(parts) and (first := int(begins[index])) < span.stop:
+        count = int(begins[index + 1]) - first
+        start, stop = max(span.start - first, 0), min(span.stop - first, count)
+        if start < stop:
+            yield Piece(span.split, parts[index], count, start, stop)
+        index += 1
+
+
+def _read(dataset: Dataset, piece: Piece) -> pa.Table:
+    if piece.split == OTHER_TEXTS:
+        table = dataset.read_other_texts(piece.part, piece.count, piece.start, piece.stop)
+    elif piece.split == "labels":
+        columns = ["label_id", "input_ids"]
+        table = dataset.read_rows_of(piece.part, piece.start, piece.stop, columns)
     else:
-        return dataset.read_rows(span.split, span.start, span.stop)
+        return dataset.read_rows_of(piece.part, piece.start, piece.stop)
     ids = table["label_id"].to_numpy()
     ones = np.arange(len(ids) + 1, dtype=np.int32)
     return pa.table(

@@ -106,7 +106,7 @@ def _run_full(job: Job) -> dict[str, Any]:
             with Display() as display:
                 arguments = {
                     "config": config.model_dump(),
-                    "manifest": job.dataset.manifest,
+                    "manifest_hash": job.dataset.manifest.hash,
                     "mail": display.mail,
                     "launched_s": 0.0,
                     "job": job,

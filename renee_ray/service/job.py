@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +28,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from renee_ray.config import OPENMP, ReneeError, RunConfig
 from renee_ray.program import at_signals
 from renee_ray.service.cluster import started_here
+from renee_ray.service.lease import LeaseLost
 from renee_ray.service.observe import node_name
 from renee_ray.service.policies import (
     Elastic,
@@ -50,11 +53,13 @@ def launch(
     use_gpu: bool,
     *,
     on_stop: Callable[[], bool] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Any:
     """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
 
     on_stop: asks the workers to end, at the first SIGTERM or SIGINT, and returns whether they have
         anything to save; None: they are just ended.
+    check: is called several times a second; what it raises is raised.
 
     Raises:
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
@@ -63,7 +68,8 @@ def launch(
     # Checkpoints are our own business, so Ray Train has nothing to keep.
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
         trainer = _trainer(_worker(function, config, use_gpu), arguments, config, use_gpu, scratch)
-        return _unwrapped(lambda: interruptible(trainer.fit, on_stop, config)).return_value
+        fit = partial(interruptible, trainer.fit, on_stop, config, check)
+        return _unwrapped(fit).return_value
 
 
 def _worker(
@@ -182,7 +188,10 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
 
 
 def interruptible(
-    fit: Callable[[], Any], on_stop: Callable[[], bool] | None, config: RunConfig
+    fit: Callable[[], Any],
+    on_stop: Callable[[], bool] | None,
+    config: RunConfig,
+    check: Callable[[], None] = lambda: None,
 ) -> Any:
     """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
 
@@ -192,19 +201,16 @@ def interruptible(
     Raises:
         KeyboardInterrupt: interrupted at once.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return fit()
     # In a thread, where Ray Train leaves the signals alone.
     found = in_thread(fit, "fit")
-    if on_stop is None:
-        while not wait([found], timeout=0.2).done:
-            pass
-        return found.result()
+    in_main = threading.current_thread() is threading.main_thread()
     signals: list[int] = []
     limit = math.inf
-    with at_signals(lambda number, frame: signals.append(number)):
+    take = at_signals(lambda number, frame: signals.append(number))
+    with take if in_main and on_stop is not None else contextlib.nullcontext():
         while not wait([found], timeout=0.2).done:
-            if signals and limit == math.inf:
+            check()
+            if signals and on_stop is not None and limit == math.inf:
                 limit = time.monotonic() + (config.checkpoint.grace_s if on_stop() else 0)
             if len(signals) > 1 or time.monotonic() > limit:
                 break
@@ -218,6 +224,8 @@ def _unwrapped(fit: Callable[[], Any]) -> Any:
     """Calls; a ReneeError that a worker raised comes out as itself."""
     try:
         return fit()
+    except LeaseLost:  # of this process
+        raise
     except Exception as error:
         found = user_error(error)
         if found is None or found is error:

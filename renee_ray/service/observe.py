@@ -2,7 +2,7 @@
 
 Every worker has an `Observer`. The training thread hands it records; a thread of its own sends a
 beat to the driver and sums to Prometheus every few seconds, another one of rank 0 writes
-status.json. None of them can fail the training: what cannot be written is said once and dropped.
+status.json and history.json. None of them can fail the training or make a step wait.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -23,9 +22,11 @@ import torch
 
 from renee_ray.config import ReneeError, RunConfig, reason
 from renee_ray.service.exported import Exported
+from renee_ray.service.history import BackgroundWriter, History
+from renee_ray.service.lease import LeaseLost
 from renee_ray.service.logs import log_lines
 from renee_ray.service.progress import Channel, line
-from renee_ray.service.run import RunDirectory
+from renee_ray.service.run import HISTORY_FILE, RunDirectory
 from renee_ray.service.sinks import Sinks
 from renee_ray.service.watch import Beat, Stragglers, Watch, beat_seconds
 from renee_ray.status import STATUS_FILE, STATUS_VERSION
@@ -39,6 +40,8 @@ STATUS_SECONDS = 10.0
 """Between two writes of status.json."""
 LINE_SECONDS = 30.0
 """Between two lines of progress in rank 0's log."""
+CLOSE_S, FAILED_CLOSE_S = 30.0, 5.0
+"""For which the end of a run, or of a worker that fails, waits for these files."""
 NAME_BYTES = 64
 """Of a node's name, as it travels between ranks."""
 TIMED_OUT = re.compile(r"tim(ed|e) ?-?out", re.IGNORECASE)
@@ -50,6 +53,7 @@ class Observer:
 
     Args:
         launched_s: when the driver started this job: tells a restart from a resumption.
+        history: the curves up to `state`; None but on rank 0.
 
     recorder: for the training to write to; stopped: whether it ended before its end.
     """
@@ -64,6 +68,7 @@ class Observer:
         channel: Channel,
         state: State,
         launched_s: float,
+        history: History | None,
     ) -> None:
         self._config, self._ranks, self._channel, self._state = config, ranks, channel, state
         self.recorder = Recorder(device)
@@ -77,7 +82,9 @@ class Observer:
         self._sinks = Sinks(config, ranks.rank, state.step)
         settings = config.observe
         self._stragglers = Stragglers(settings.straggler_factor, settings.straggler_window_s)
-        self._status = Status(config, self._nodes, state, launched_s) if ranks.rank == 0 else None
+        self._status = (
+            Status(config, self._nodes, state, launched_s, history) if history is not None else None
+        )
         self._before, self._last_line = Totals(), 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observe", daemon=True)
@@ -104,8 +111,10 @@ class Observer:
         self._tell(ended=True)
         if error is None:
             self._sinks.close()
-            if self._status is not None:
-                self._status.ended(self.recorder, "stopped" if self.stopped else "finished")
+        if self._status is not None and error is None:
+            self._status.ended(self.recorder, "stopped" if self.stopped else "finished")
+        elif self._status is not None:
+            self._status.close(FAILED_CLOSE_S)
 
     def record(self, record: dict[str, Any]) -> None:
         """A record of training/loop; its recorder has just exchanged the paces."""
@@ -128,9 +137,15 @@ class Observer:
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """The validation split was scored."""
         if self._status is not None:
+            self._status.evaluated()
             self._exported.validation(metrics)
             self._sinks.validation(step, metrics)
             log.info("validation after step %d: %s", step, metrics)
+
+    def write_history(self) -> None:
+        """Has the curves written, beside training."""
+        if self._status is not None:
+            self._status.write_history()
 
     def checkpointed(self, step: int, seconds: float, written: int) -> None:
         """A checkpoint of `step` has ended, of which this rank wrote so many bytes."""
@@ -172,19 +187,20 @@ class Observer:
 
 
 class Status:
-    """RUN/status.json, as rank 0 writes it: what renee_ray/status.py reads.
-
-    A write that fails is said once, and the next one tried at its time.
-    """
+    """RUN/status.json, which renee_ray/status.py reads, and RUN/history.json, by rank 0."""
 
     def __init__(
-        self, config: RunConfig, nodes: list[str], state: State, launched_s: float
+        self,
+        config: RunConfig,
+        nodes: list[str],
+        state: State,
+        launched_s: float,
+        history: History,
     ) -> None:
         self._directory, self._state, self._nodes = RunDirectory(config.output), state, nodes
         self._metric = config.evaluation.metric
-        self._pool = ThreadPoolExecutor(1, "status")
-        self._writing: Future[None] | None = None
-        self._written, self._failed = -STATUS_SECONDS, False
+        self._history, self._writer = history, BackgroundWriter(self._directory)
+        self._written = -STATUS_SECONDS
         before = quietly_read(self._directory)
         again = before.get("launched_s") == launched_s and before.get("groups", 0) > 0
         self._content: dict[str, Any] = before | {
@@ -200,11 +216,11 @@ class Status:
         }
         if again:
             log.warning("the workers were started again; they go on after step %d", state.step)
-        if state.history["steps"]:
-            self._take(state.history["steps"][-1])
+        self._content["record"] = history.steps[-1] if history.steps else None
 
     def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
-        self._take(record)
+        self._history.add(record)
+        self._content["record"] = record
         self._content["ranks"] = [
             {
                 "rank": rank, "node": self._nodes[rank], "step_s": pace.step, "own_s": pace.own,
@@ -213,25 +229,30 @@ class Status:
             for rank, pace in enumerate(recorder.paces)
         ]  # fmt: skip
 
+    def evaluated(self) -> None:
+        if self._state.evaluation is not None:
+            self._history.evals.append(self._state.evaluation)
+
     def checkpointed(self, step: int, seconds: float, written: int) -> None:
         self._content["checkpoint"] = {"step": step, "time_s": time.time(), "seconds": seconds}
 
     def ended(self, recorder: Recorder, state: str) -> None:
         self._content |= {"state": state, "reason": ""}
         self._now(recorder)
-        self._pool.shutdown(wait=True)
+        self.close(CLOSE_S)
+
+    def close(self, seconds: float) -> None:
+        self._writer.close(seconds)
+
+    def write_history(self) -> None:
+        self._writer.put(HISTORY_FILE, self._history.content())
 
     def write_now_and_then(self, recorder: Recorder) -> None:
-        idle = self._writing is None or self._writing.done()
-        if idle and time.monotonic() - self._written >= STATUS_SECONDS:
+        if time.monotonic() - self._written >= STATUS_SECONDS:
             self._now(recorder)
-
-    def _take(self, record: dict[str, Any]) -> None:
-        self._content["record"] = record
 
     def _now(self, recorder: Recorder) -> None:
         self._written, place = time.monotonic(), recorder.place()
-        evals, metric = self._state.history["evals"], self._metric
         self._content |= {
             "time_s": time.time(),
             "step": self._state.step,
@@ -239,19 +260,11 @@ class Status:
             "phase_s": place.seconds,
             "doing": recorder.doing,
             "skipped": self._state.skipped,
-            "evaluation": evals[-1] if evals else None,
-            "best": max(evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None),
-            "metric": metric,
+            "evaluation": self._state.evaluation,
+            "best": self._history.best(self._metric),
+            "metric": self._metric,
         }
-        self._writing = self._pool.submit(self._write, dict(self._content))
-
-    def _write(self, content: dict[str, Any]) -> None:
-        try:
-            self._directory.write(STATUS_FILE, content, STATUS_SECONDS)
-        except (OSError, ReneeError) as error:
-            if not self._failed:
-                log.warning("%s is not written: %s", STATUS_FILE, reason(error))
-            self._failed = True
+        self._writer.put(STATUS_FILE, dict(self._content))
 
 
 @contextlib.contextmanager
@@ -266,6 +279,8 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
     _change(directory, "waiting", "for the workers to start", launched_s)
     try:
         yield
+    except LeaseLost:  # status.json is another driver's
+        raise
     except BaseException as error:
         blamed = watch.blamed(time.monotonic())
         found = (

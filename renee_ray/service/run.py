@@ -1,8 +1,10 @@
 """A run's directory: its configuration, what is known of it, and its checkpoints.
 
-run.json         configuration and dataset, as it was started last
-history.json     losses and evaluations
-checkpoints/     training/checkpoint.py
+run.json            configuration and dataset, as it was started last
+history.json        losses and evaluations (service/history.py)
+status.json         how it is (renee_ray/status.py)
+lease-TOKEN.json    the driver that trains it now (service/lease.py)
+checkpoints/        training/checkpoint.py
 """
 
 from __future__ import annotations

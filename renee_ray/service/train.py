@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import ray
 
 from renee_ray.config import ReneeError, RunConfig, dotted, make_config
 from renee_ray.data.dataset import Dataset
@@ -13,11 +15,13 @@ from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_ord
 from renee_ray.data.storage import absolute
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import feed
+from renee_ray.service.feed import Epochs, feed
+from renee_ray.service.history import History
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
+from renee_ray.service.lease import Lease, LeaseLost
 from renee_ray.service.observe import Observer, following, run_name
 from renee_ray.service.progress import Channel, Display, evaluation_line
-from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory
+from renee_ray.service.run import RUN_FILE, RunDirectory
 from renee_ray.service.sinks import check_sinks
 from renee_ray.service.watch import Watch
 from renee_ray.service.wishes import wishes
@@ -58,6 +62,7 @@ def train(
 
     Raises:
         ReneeError: the dataset, the run directory or the cluster do not fit the configuration.
+        LeaseHeld, LeaseLost: another driver trains this run, or has taken it over.
         Stopped: by a signal, after a checkpoint.
     """
     dataset = Dataset.open(config.data)
@@ -70,10 +75,25 @@ def train(
         directory.refuse_old_format()
     elif is_finished(directory, newest.state, orders(config, dataset)):
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
-        return _outcome(newest.state)
+        return _outcome(newest.state, config)
+    with Lease(directory.path, on_progress) as lease:
+        # Another driver may have started the run since.
+        config = resumed(config, directory, dataset, on_progress=lambda text: None)
+        try:
+            return _train(config, dataset, lease, on_progress)
+        except LeaseLost:
+            ray.shutdown()  # and with it the workers
+            raise
+
+
+def _train(
+    config: RunConfig, dataset: Dataset, lease: Lease, on_progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Trains as the holder of the run's lease."""
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
-    directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": identity(dataset)})
+    known = identity(dataset)
+    RunDirectory(config.output).write(RUN_FILE, {"config": config.model_dump(), "dataset": known})
     if not dataset.manifest.has_label_texts:
         on_progress(
             f"{dataset.path} has no label texts: feed.augment has no effect, and "
@@ -95,11 +115,11 @@ def train(
 
         arguments = {
             "config": config.model_dump(),
-            "manifest": dataset.manifest,
+            "manifest_hash": known["manifest_hash"],
             "mail": display.mail,
             "launched_s": launched_s,
         }
-        found = launch(train_worker, arguments, config, use_gpu, on_stop=stop)
+        found = launch(train_worker, arguments, config, use_gpu, on_stop=stop, check=lease.check)
     if found.pop("stopped"):
         raise Stopped(
             f"stopped after step {found['step']}, with a checkpoint; give the same command again "
@@ -108,7 +128,7 @@ def train(
     return found
 
 
-def is_finished(directory: RunDirectory, state: State, epochs: list[Order]) -> bool:
+def is_finished(directory: RunDirectory, state: State, epochs: Iterable[Order]) -> bool:
     """Whether a checkpoint's state is the end of the run, and `renee-ray status` says so too."""
     try:
         status = directory.read(STATUS_FILE) or {}
@@ -118,13 +138,12 @@ def is_finished(directory: RunDirectory, state: State, epochs: list[Order]) -> b
     return at_end and status.get("state") == "finished"
 
 
-def _outcome(state: State) -> dict[str, Any]:
-    evals = state.history["evals"]
+def _outcome(state: State, config: RunConfig) -> dict[str, Any]:
     return {
         "step": state.step,
         "skipped": state.skipped,
-        "best": state.best,
-        "validation": evals[-1]["metrics"] if evals else {},
+        "best": state.best.get(config.evaluation.metric),
+        "validation": state.evaluation["metrics"] if state.evaluation else {},
     }
 
 
@@ -134,15 +153,17 @@ def _workers(config: RunConfig) -> str:
     return f"{config.min_workers} to {config.max_workers}"
 
 
-def orders(config: RunConfig, dataset: Dataset) -> list[Order]:
-    """The order of every epoch of a run."""
+def orders(config: RunConfig, dataset: Dataset) -> Sequence[Order]:
+    """The order of every epoch of a run, made when it is asked for."""
     manifest = dataset.manifest
     # A point whose filter labels are positives teaches the texts of these labels already.
     others = config.feed.filter_labels == "positive"
     texts = manifest.other_texts if others else [part.rows for part in manifest.splits["labels"]]
-    return [
-        training_order(
-            [part.rows for part in manifest.splits["train"]],
+    points = [part.rows for part in manifest.splits["train"]]
+
+    def made(epoch: int) -> Order:
+        return training_order(
+            points,
             list(texts) if manifest.has_label_texts else [],
             augment=config.feed.augment,
             texts=OTHER_TEXTS if others else "labels",
@@ -152,8 +173,8 @@ def orders(config: RunConfig, dataset: Dataset) -> list[Order]:
             streams=config.feed.streams,
             window=config.feed.window,
         )
-        for epoch in range(config.epochs)
-    ]
+
+    return Epochs(made, config.epochs)
 
 
 def scoring_feed(
@@ -181,7 +202,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
     """What a worker trains with."""
     quiet()
     config = RunConfig.model_validate(arguments["config"])
-    dataset = Dataset(config.data, arguments["manifest"])
+    dataset = _same_dataset(config.data, arguments["manifest_hash"])
     ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
     epochs = orders(config, dataset)
     plan = Plan(
@@ -200,7 +221,8 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
     checkpoints = RunDirectory(config.output).checkpoints()
     model, checkpoint, moments = resume(checkpoints, ranks, build)
     state = checkpoint.state if checkpoint else State(facts=_facts(dataset, model))
-    observer = Observer(config, ranks, device, channel, state, arguments["launched_s"])
+    history = _history(config, checkpoint, state) if ranks.rank == 0 else None
+    observer = Observer(config, ranks, device, channel, state, arguments["launched_s"], history)
     settings = config.checkpoint
     writer = CheckpointWriter(
         checkpoints,
@@ -265,7 +287,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         trainer.run(batches)
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
-    return _outcome(trainer.state) | {"stopped": trainer.stopped}
+    return _outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
 
 
 def _save(
@@ -280,11 +302,11 @@ def _save(
     observer.recorder.enter("checkpoint")
     if metrics:
         observer.evaluated(state.step, metrics)
+    # First, so that no checkpoint is ahead of the curves that a resumed run reads.
+    observer.write_history()
     writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
-    if trainer.ranks.rank == 0:
-        RunDirectory(trainer.config.output).write(HISTORY_FILE, state.history)
-        if metrics:
-            channel.say(evaluation_line(state.step, metrics))
+    if metrics and trainer.ranks.rank == 0:
+        channel.say(evaluation_line(state.step, metrics))
 
 
 def _written(written: Written, observer: Observer) -> None:
@@ -300,8 +322,8 @@ def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
         ReneeError: it could not be written.
     """
     state, model = trainer.state, trainer.model
-    evals = state.history["evals"]
-    metrics = evals[-1]["metrics"] if evals and evals[-1]["step"] == state.step else {}
+    last = state.evaluation
+    metrics = last["metrics"] if last and last["step"] == state.step else {}
     for _ in range(LAST_ATTEMPTS):
         if writer.wait():
             return
@@ -312,6 +334,21 @@ def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
             f"the last checkpoint of {trainer.config.output}, of step {state.step}, cannot be "
             f"written; see the warnings, then give the same command again"
         )
+
+
+def _same_dataset(path: str, manifest_hash: str) -> Dataset:
+    """The dataset as the driver found it. The manifest, which may be large, is read anew."""
+    dataset = Dataset.without_check(path)
+    if dataset.manifest.hash != manifest_hash:
+        raise ReneeError(
+            f"{path} was converted anew while it was trained on; train to another output"
+        )
+    return dataset
+
+
+def _history(config: RunConfig, checkpoint: Checkpoint | None, state: State) -> History:
+    earlier = checkpoint.manifest.history if checkpoint else None
+    return History.read(RunDirectory(config.output), state, earlier)
 
 
 def _facts(dataset: Dataset, model: Model) -> dict[str, Any]:

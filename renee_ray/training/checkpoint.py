@@ -37,7 +37,8 @@ from renee_ray.xfc.shard import Shard
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 3
+FORMAT_VERSION, WITH_HISTORY = 4, 3
+"""Both are read; before 4, State held the run's history."""
 MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MANIFEST_LIMIT, MOST_STEPS = 1 << 28, 1 << 53
@@ -53,32 +54,40 @@ class State:
     """What a run is besides its tensors.
 
     position: the next batch; step: optimizer steps taken or skipped so far; skipped: those
-    left out; loss_scale: of the encoder's gradient; best: best validation score so far; history:
-    as in RUN/history.json; facts: what a reader must know to build the model.
+    left out; loss_scale: of the encoder's gradient; best: the greatest value of each metric so
+    far; evaluation: the last one, {"step", "epoch", "metrics"}, or None; facts: what a reader must
+    know to build the model.
     """
 
     position: Position = field(default_factory=Position)
     step: int = 0
     skipped: int = 0
     loss_scale: LossScale = field(default_factory=LossScale)
-    best: float | None = None
-    history: dict[str, list[dict[str, Any]]] = field(
-        default_factory=lambda: {"steps": [], "evals": []}
-    )
+    best: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def evaluated(self, epoch: float, metrics: dict[str, float]) -> None:
+        """Takes the metrics of an evaluation after `step` steps."""
+        self.evaluation = {"step": self.step, "epoch": epoch, "metrics": metrics}
+        self.best = {
+            name: max(value, self.best.get(name, value)) for name, value in metrics.items()
+        }
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint consists of. metrics: of the evaluation at this step, else empty.
 
-    time_s: seconds since 1970 at its commit.
+    time_s: seconds since 1970 at its commit; history: as in RUN/history.json, where the format is
+    WITH_HISTORY.
     """
 
     state: State
     metrics: dict[str, float]
     files: dict[str, FileFacts]
     time_s: float
+    history: dict[str, list[dict[str, Any]]] | None = None
 
     @property
     def size(self) -> int:
@@ -92,7 +101,9 @@ class Manifest:
                 yield name, int(match[1]), int(match[2])
 
     def to_json(self) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        del content["history"]
+        return json.dumps(content)
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
@@ -100,7 +111,7 @@ class Manifest:
         try:
             raw = json.loads(text)
             version = raw.pop("format_version")
-            if version != FORMAT_VERSION:
+            if version not in (FORMAT_VERSION, WITH_HISTORY):
                 raise CheckpointError(
                     f"{where} has format version {version!r} and this renee_ray reads "
                     f"{FORMAT_VERSION}; use the renee_ray that wrote it"
@@ -116,11 +127,25 @@ class Manifest:
             metrics = raw.pop("metrics")
             if not all(isinstance(value, int | float) for value in metrics.values()):
                 raise ValueError("metrics")
-            return cls(_state(raw.pop("state")), metrics, files, float(raw.pop("time_s")))
+            history = _history(raw["state"]) if version == WITH_HISTORY else None
+            return cls(_state(raw["state"]), metrics, files, float(raw["time_s"]), history)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{where} is damaged ({reason(error)}); use another checkpoint"
             ) from None
+
+
+def _history(raw: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Takes the history out of a state WITH_HISTORY, which leaves a state as it is now."""
+    history: dict[str, list[dict[str, Any]]] = raw.pop("history")
+    if not all(isinstance(history[name], list) for name in ("steps", "evals")):
+        raise ValueError("history")
+    raw["best"], raw["evaluation"] = {}, None
+    for each in history["evals"]:
+        raw["evaluation"] = each
+        for name, value in each["metrics"].items():
+            raw["best"][name] = max(value, raw["best"].get(name, value))
+    return history
 
 
 def _state(raw: dict[str, Any]) -> State:
@@ -134,8 +159,12 @@ def _state(raw: dict[str, Any]) -> State:
         raise ValueError("counts of steps")
     if not isinstance(state.facts, dict):
         raise ValueError("facts")
-    if not all(isinstance(state.history[name], list) for name in ("steps", "evals")):
-        raise ValueError("history")
+    last = state.evaluation
+    figures = [*state.best.values(), *(last["metrics"].values() if last else ())]
+    if not all(isinstance(figure, int | float) for figure in figures):
+        raise ValueError("figures of evaluations")
+    if last and type(last["step"]) is not int:
+        raise ValueError("the step of an evaluation")
     return state
 
 

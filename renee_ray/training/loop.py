@@ -166,7 +166,7 @@ class Trainer:
         """
         evaluations = self.plan.evaluation_steps()
         every = self.plan.checkpoint_every
-        if self.state.step == 0 and not self.state.history["evals"]:
+        if self.state.step == 0 and self.state.evaluation is None:
             self.on_checkpoint(self._evaluate())
         meter, started = Meter(), time.perf_counter()
         ready: Iterator[Batch] = map(self.prepared, batches)
@@ -275,7 +275,6 @@ class Trainer:
             * (meter.seconds / meter.steps if meter.steps else 0.0),
             "time_s": time.time(),
         }
-        self.state.history["steps"].append(record)
         self.on_progress(record)
 
     def _evaluate(self) -> dict[str, float]:
@@ -284,13 +283,7 @@ class Trainer:
         scorer = Scorer(self.model.encoder, self.model.shard, self.ranks, self.device, self.offset)
         batches = self.recorder.each(self.validation(), "evaluation_data", "evaluation")
         metrics = evaluate(scorer, batches, self.propensities)
-        epoch = self.plan.epochs_done(self.state.step)
-        self.state.history["evals"].append(
-            {"step": self.state.step, "epoch": epoch, "metrics": metrics}
-        )
-        # Of all evaluations: a resumed run may have been given another metric.
-        name = self.config.evaluation.metric
-        self.state.best = max(each["metrics"][name] for each in self.state.history["evals"])
+        self.state.evaluated(self.plan.epochs_done(self.state.step), metrics)
         return metrics
 
 

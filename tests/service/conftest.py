@@ -46,6 +46,9 @@ RECIPE: dict[str, Any] = {
 }
 
 
+DISK = 1600 << 20
+
+
 @dataclass(frozen=True)
 class Command:
     """A `renee-ray` process that has ended."""
@@ -124,6 +127,20 @@ def local_ray(environment: None) -> Iterator[None]:
     ensure_ray(4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, so that it can be full."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and mounts")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,55 @@
+"""What the tasks that read for a worker carry, and what a worker keeps of the order."""
+
+from __future__ import annotations
+
+import hashlib
+
+from ray import cloudpickle
+
+from renee_ray.data.dataset import FORMAT_VERSION, Dataset, Manifest, Part, part_path
+from renee_ray.data.order import OTHER_TEXTS, Order, training_order
+from renee_ray.data.rows import Window
+from renee_ray.service.feed import Epochs, reading
+from renee_ray.training.batch import Position
+
+
+def test_a_task_carries_its_window_and_not_the_dataset() -> None:
+    """49,000 parts, and label texts as points: their manifest has 6 MB."""
+    parts, labels = many_parts("train", 49_000), many_parts("labels", 1000)
+    manifest = Manifest(
+        FORMAT_VERSION, "t", "h", 32, 0, 2048 * len(labels), True, 0.5, 0.5,
+        {"train": parts, "validation": (), "test": (), "labels": labels}, (1024,) * len(labels), {},
+    )  # fmt: skip
+    order = training_order(
+        [part.rows for part in parts], list(manifest.other_texts), augment=0.5, texts=OTHER_TEXTS,
+        seed=0, epoch=1, batch_size=1024, streams=8, window=64,
+    )  # fmt: skip
+    windows = [
+        Window.of(Dataset("/data", manifest), order, order.streams_of(0, 2), number)
+        for number in (5, 6)
+    ]
+    assert sum(len(pieces) for window in windows for pieces in window.pieces.values()) > 20
+    assert len(cloudpickle.dumps(reading(windows, Position(1, 3), "run", 0))) < 30_000
+    assert len(cloudpickle.dumps(manifest)) > 5_000_000
+
+
+def many_parts(split: str, count: int) -> tuple[Part, ...]:
+    names = (part_path(split, number) for number in range(count))
+    return tuple(
+        Part(name, 2048, 2048 * number, 400_000, hashlib.sha256(name.encode()).hexdigest())
+        for number, name in enumerate(names)
+    )
+
+
+def test_the_orders_of_two_epochs_are_kept_at_most() -> None:
+    made: list[int] = []
+
+    def make(epoch: int) -> Order:
+        made.append(epoch)
+        return training_order([20], [], augment=0, seed=0, epoch=epoch, batch_size=4, streams=1,
+                              window=1)  # fmt: skip
+
+    epochs = Epochs(make, 5)
+    assert [order.epoch for order in epochs] == list(range(5)) == made
+    assert epochs[-1].epoch == 4 and len(made) == 5
+    assert [order.epoch for order in epochs[:2]] == [0, 1] and len(made) == 7

@@ -1,0 +1,317 @@
+"""One writer of a run: the lease on a local disk, in object storage, and between real commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from renee_ray.data.storage import replace_file
+from renee_ray.service.lease import CLAIM, Lease, LeaseHeld, LeaseLost
+from renee_ray.service.run import RUN_FILE
+
+from .conftest import descendants, end, finish, renee_ray, run_of, start
+from .gateway import BUCKET, Gateway
+from .test_train import newest_commit, wait_for_commit
+
+BEAT_S, DEAD_S, PATIENT_S = 0.1, 3.0, 60.0
+ELSEWHERE = {"host": "elsewhere", "pid": 7, "process": "another-boot pid:[1] 5", "beats": 3}
+
+
+def lease(run: str, **settings: Any) -> Lease:
+    return Lease(run, **{"beat_s": BEAT_S, "dead_s": DEAD_S, **settings})
+
+
+def until(true: Callable[[], Any]) -> None:
+    limit = time.monotonic() + PATIENT_S
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(BEAT_S / 5)
+
+
+def lost(held: Lease) -> str:
+    """What a driver is told, once it has lost its lease."""
+    said: list[str] = []
+
+    def told() -> bool:
+        try:
+            held.check()
+        except LeaseLost as error:
+            said.append(str(error))
+        return bool(said)
+
+    until(told)
+    return said[0]
+
+
+def claims(run: str) -> list[Path]:
+    return sorted(path for path in Path(run).iterdir() if CLAIM.fullmatch(path.name))
+
+
+def write_claim(run: str, token: str = "0" * 16, **changed: Any) -> Path:
+    path = Path(run, f"lease-{token}.json")
+    path.write_text(json.dumps(ELSEWHERE | changed))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    (tmp_path / RUN_FILE).write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def anywhere(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A run on a local disk, and in object storage."""
+    if request.param == "local":
+        yield str(tmp_path / "run")
+        return
+    gateway = Gateway(tmp_path)
+    try:
+        gateway.start()
+        for name, value in gateway.env.items():
+            monkeypatch.setenv(name, value)
+        yield f"s3://{BUCKET}/run"
+    finally:
+        gateway.kill()
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(run: str) -> None:
+    with lease(run):
+        (claim,) = claims(run)
+        with pytest.raises(LeaseHeld, match=f"process {os.getpid()}.*delete {claim}"):
+            lease(run).__enter__()
+        assert claims(run) == [claim]
+    assert claims(run) == [], "released"
+    with lease(run) as second:
+        second.check()
+
+
+def test_an_error_releases_it(run: str) -> None:
+    with pytest.raises(KeyboardInterrupt), lease(run):
+        raise KeyboardInterrupt
+    assert claims(run) == []
+
+
+@pytest.fixture(scope="module")
+def gone() -> dict[str, Any]:
+    """What the claim of a process of this host says that has ended."""
+    code = "import os\nfrom renee_ray.service.lease import process_name as n\nprint(n(os.getpid()))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    name = process.communicate()[0].strip()
+    return ELSEWHERE | {"pid": process.pid, "process": name}
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_of_two_that_race_one_wins(anywhere: str, gone: dict[str, Any], taken_over: bool) -> None:
+    """Many times, also for the lease of a driver that is dead."""
+    replace_file(f"{anywhere}/{RUN_FILE}", b"{}") if "://" in anywhere else Path(anywhere).mkdir()
+    for number in range(8 if "://" in anywhere else 30):
+        if taken_over:
+            replace_file(f"{anywhere}/lease-{number:016x}.json", json.dumps(gone).encode())
+        gate, settled = threading.Barrier(2, timeout=PATIENT_S), threading.Barrier(2)
+
+        def race(gate: threading.Barrier, settled: threading.Barrier) -> int:
+            gate.wait()
+            try:
+                with lease(anywhere) as mine:
+                    settled.wait(PATIENT_S)  # until the other is refused, or holds it too
+                    mine.check()
+                    return 1
+            except LeaseHeld:
+                settled.wait(PATIENT_S)
+                return 0
+
+        with ThreadPoolExecutor(2) as pool:
+            raced = [pool.submit(race, gate, settled) for _ in range(2)]
+            assert sum(each.result() for each in raced) == 1, f"round {number}"
+
+
+def test_a_driver_of_this_host_that_is_gone_is_taken_over_at_once(
+    run: str, gone: dict[str, Any]
+) -> None:
+    claim = write_claim(run, **gone)
+    with lease(run, dead_s=1e6):
+        assert claim not in claims(run)
+    write_claim(run, **gone | {"pid": os.getpid()})  # its number is another process's now
+    with lease(run, dead_s=1e6):
+        pass
+
+
+def test_a_driver_elsewhere_is_dead_once_it_is_silent(run: str) -> None:
+    write_claim(run)
+    Path(run, "lease-1111111111111111.json").write_text("damaged")
+    said: list[str] = []
+    with lease(run, say=said.append):
+        assert len(claims(run)) == 1
+    assert len(said) == 1 and "elsewhere (process 7)" in said[0] and "3 s at most" in said[0]
+
+
+def test_a_driver_elsewhere_that_beats_is_alive(run: str) -> None:
+    over = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not over.wait(BEAT_S):
+            count += 1
+            replace_file(str(claim), json.dumps(ELSEWHERE | {"beats": count}).encode())
+
+    claim = write_claim(run)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(LeaseHeld, match=r"elsewhere \(process 7\).*delete"):
+            lease(run).__enter__()
+    finally:
+        over.set()
+        thread.join()
+
+
+def beats(run: str) -> int:
+    """Of the only driver."""
+    (claim,) = claims(run)
+    return int(json.loads(claim.read_text())["beats"])
+
+
+def test_a_driver_that_was_held_up_finds_its_lease_taken(run: str) -> None:
+    """As after SIGSTOP: it is silent, and then even writes its claim again."""
+    with lease(run, beat_s=1e6) as first:
+        until(lambda: beats(run) > 2)
+        (claim,) = claims(run)
+        before = claim.read_text()
+        with lease(run) as second:
+            assert claim not in claims(run)
+            claim.write_text(before)
+            first._beat()
+            assert "taken over by the driver on" in lost(first)
+            time.sleep(5 * BEAT_S)
+            second.check()
+    assert claims(run) == []
+
+
+def test_who_deletes_the_claim_takes_over(run: str) -> None:
+    with lease(run) as first:
+        now = beats(run)
+        until(lambda: beats(run) > now)
+        claims(run)[0].unlink()
+        with lease(run) as second:
+            assert "was taken over by" in lost(first)
+            second.check()
+    assert claims(run) == []
+
+
+def test_storage_that_is_away_takes_no_lease(run: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The directory is gone, as with a disk that is unmounted, and comes back."""
+    with lease(run) as held:
+        os.rename(run, run + ".away")
+        until(lambda: "is not renewed" in caplog.text)
+        os.mkdir(run)
+        time.sleep(5 * BEAT_S)
+        held.check()
+        os.rmdir(run)
+        os.rename(run + ".away", run)
+        (claim,) = claims(run)
+        before = claim.read_text()
+        until(lambda: claim.read_text() != before)
+        held.check()
+    assert caplog.text.count("is not renewed") == 1
+
+
+@pytest.mark.slow
+def test_an_object_store_that_is_away_takes_no_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway, run = Gateway(tmp_path), f"s3://{BUCKET}/run"
+    try:
+        gateway.start()
+        for name, value in gateway.env.items():
+            monkeypatch.setenv(name, value)
+        with lease(run) as held:
+            replace_file(f"{run}/{RUN_FILE}", b"{}")
+            gateway.kill()
+            until(lambda: "is not renewed" in caplog.text)
+            held.check()
+            gateway.start()
+            with pytest.raises(LeaseHeld):
+                lease(run).__enter__()
+            held.check()
+        with lease(run):
+            pass
+    finally:
+        gateway.kill()
+
+
+def alive(pid: int) -> str:
+    """The command line of a process; empty where it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
+
+
+def assert_gone(processes: dict[int, str]) -> None:
+    """Of a driver that has ended, all processes below it end too."""
+    until(lambda: not any(line in alive(pid) for pid, line in processes.items()))
+
+
+@pytest.mark.slow
+def test_two_drivers_on_one_run(dataset: str, recipe: str, tmp_path: Path) -> None:
+    """Refused while the first lives; takes over when its claim is deleted, or it is killed."""
+    path = str(tmp_path / "run")
+    command = ["train", recipe, f"data={dataset}", f"output={path}", "--json", "epochs=8"]
+    command += ["evaluation.every=4"]
+    first = start(*command)
+    try:
+        wait_for_commit(first, path, 5)
+        refused = renee_ray(*command)
+        assert refused.status == 1 and refused.stdout == ""
+        sentence = refused.stderr.splitlines()[-1]
+        assert f"is being trained by the driver on {socket.gethostname()}" in sentence
+        (claim,) = claims(path)
+        assert f"(process {first.pid})" in sentence and f"delete {claim}" in sentence
+        assert "Traceback" not in refused.stderr
+        assert first.poll() is None, first.communicate()
+
+        family = descendants(first.pid)
+        assert any("RayTrainWorker" in line for line in family.values())
+        claim.unlink()
+        ended = finish(first)
+        assert ended.status == 1 and "was taken over by" in ended.stderr.splitlines()[-1]
+        assert "Traceback" not in ended.stderr
+        assert_gone(family)
+        assert json.loads(Path(path, "status.json").read_text())["state"] == "running", (
+            "not its own"
+        )
+    finally:
+        end(first)
+
+    at = newest_commit(path)
+    killed = start(*command)
+    try:
+        wait_for_commit(killed, path, at + 5)
+        family = descendants(killed.pid)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        assert len(claims(path)) == 1
+        run = run_of(path, renee_ray(*command))
+        assert_gone(family)
+    finally:
+        end(killed)
+    assert claims(path) == []
+    steps = [record["step"] for record in run.history["steps"]]
+    assert steps == list(range(1, run.result["step"] + 1)), "a step was lost or repeated"
+    evaluated = [record["step"] for record in run.history["evals"]]
+    assert len(evaluated) == 3 and evaluated == sorted(set(evaluated))
