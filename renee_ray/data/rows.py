@@ -14,6 +14,8 @@ from renee_ray.data.order import OTHER_TEXTS, Order, Span
 
 BATCH = "batch"
 """Column added to a window's rows: the number of the row's batch in the epoch."""
+ROW = "row"
+"""Column added to a window's rows: the number of the row in its split."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Piece:
     count: int
     start: int
     stop: int
+
+    @property
+    def first(self) -> int:
+        """The number of its first row in the split."""
+        return self.part.first + self.start
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,14 @@ class Window:
         """The rows that are in the slots of their batches, in the order of these.
 
         Returns:
-            point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, and
-            `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
+            point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, `ROW` int64
+            and `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
         """
         tables, batches = [], []
         for stream, pieces in self.pieces.items():
             table = pa.concat_tables(
-                [_read(self.dataset, piece) for piece in pieces] or [POINTS.empty_table()]
+                [_numbered(_read(self.dataset, piece), piece.first) for piece in pieces]
+                or [_numbered(POINTS.empty_table(), 0)]
             )
             lengths = list_lengths(table["input_ids"])
             rows, numbers = self.order.arrange(lengths, stream, self.number, self.slots)
@@ -110,6 +118,10 @@ def _pieces(manifest: Manifest, starts: dict[str, np.ndarray], span: Span) -> It
         if start < stop:
             yield Piece(span.split, parts[index], count, start, stop)
         index += 1
+
+
+def _numbered(table: pa.Table, first: int) -> pa.Table:
+    return table.append_column(ROW, pa.array(np.arange(first, first + len(table))))
 
 
 def _read(dataset: Dataset, piece: Piece) -> pa.Table:

@@ -110,6 +110,7 @@ def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: Convert
         splits=made.splits,
         other_texts=made.other_texts,
         statistics=made.statistics,
+        labels_hash=made.labels_hash,
     )
 
 
@@ -148,5 +149,5 @@ def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: Con
         for path, _, _ in files:
             refuse_overlap(path, dst)
     settings = config.model_dump(exclude={"overwrite"})
-    content = [layout.FORMAT_VERSION, vocabulary.hash, settings, sorted(files)]
+    content = [layout.FORMAT_VERSION, "labels_hash", vocabulary.hash, settings, sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
