@@ -7,9 +7,9 @@
 Only what one of the two names is ever removed or written over; all else is somebody's. So each
 name is declared before the file is made, and a declaration goes after the files that it names:
 
-    claim      _converting.json, then scratch files
-    declare    names of old and new parts; dataset.json and the old parts go; names of new parts
-    (the manifest is written: dataset.json)
+    claim      _converting.json is written, then scratch files
+    declare    names of old and new parts; dataset.json and the old parts go; then new parts alone
+               are named, and written; then dataset.json
     release    scratch files go, then _converting.json
 
 A conversion that is cut off anywhere in this leaves names of all that it left.
@@ -76,7 +76,8 @@ class Destination:
         self._located = storage.filesystem_of(path)
         refuse_overlap(src, path)
         filesystem, root = self._located
-        if filesystem.get_file_info(root).type == pafs.FileType.File:
+        there = storage.patiently(lambda: filesystem.get_file_info(root), f"reading {path}")
+        if there.type == pafs.FileType.File:
             raise ReneeError(f"{path} is a file; give a directory for the dataset")
         refuse_links_out(filesystem, root, path)
         self._claim = self._read_claim()
