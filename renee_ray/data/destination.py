@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow.fs as pafs
 
@@ -210,10 +211,16 @@ class Destination:
             return None
         splits = found["splits"]
         listed = list(splits.values()) if isinstance(splits, dict) else [None]
-        if not all(isinstance(parts, list) for parts in listed):
-            return None
-        items = [item.get("path") if isinstance(item, dict) else None for p in listed for item in p]
-        return frozenset(items) if all(map(is_part_path, items)) else None
+        paths = set[str]()
+        for parts in listed:
+            if not isinstance(parts, list):
+                return None
+            for part in parts:
+                path = part.get("path") if isinstance(part, dict) else None
+                if not is_part_path(path):
+                    return None
+                paths.add(path)
+        return frozenset(paths)
 
     # ------------------------------------------------------------------------------ refusals
 
@@ -280,7 +287,7 @@ def _needed(name: str) -> bool:
     return name in (MANIFEST, CLAIM, SCRATCH, *TEMPORARY, *SPLITS) or is_part_path(name)
 
 
-def _object(content: bytes | None) -> dict[str, object] | None:
+def _object(content: bytes | None) -> dict[str, Any] | None:
     try:
         found = None if content is None else parse_json(content)
     except ValueError:

@@ -94,6 +94,22 @@ def converted(source: Path, dst: Path, settings: ConvertConfig) -> dict[str, byt
     return tree(dst)
 
 
+def test_a_refusal_ends_the_tasks_that_have_not_begun(tmp_path: Path) -> None:
+    begun: list[int] = []
+
+    def work(plan: Any, i: int) -> dict[str, Any]:
+        begun.append(i)
+        if i == 1:
+            raise ReneeError("row 7 is bad")
+        return {"i": i}
+
+    assert json.loads(attempt(work, None, 0, str(tmp_path))) == {"i": 0}
+    for i in (1, 2, 0):
+        with pytest.raises(ReneeError, match=r"^row 7 is bad$"):
+            attempt(work, None, i, str(tmp_path))
+    assert begun == [0, 1]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_source_is_never_its_own_destination(
     source: Path, tmp_path: Path, overwrite: bool
