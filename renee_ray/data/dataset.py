@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -605,7 +605,7 @@ def schema_of(split: str) -> pa.Schema:
     return LABELS if split == "labels" else POINTS
 
 
-def is_part_path(path: object) -> bool:
+def is_part_path(path: object) -> TypeGuard[str]:
     """Whether `path` is SPLIT/part-NUMBER.parquet."""
     if not isinstance(path, str):
         return False

@@ -7,9 +7,9 @@
 Only what one of the two names is ever removed or written over; all else is somebody's. So each
 name is declared before the file is made, and a declaration goes after the files that it names:
 
-    claim      _converting.json, then scratch files
-    declare    names of old and new parts; dataset.json and the old parts go; names of new parts
-    (the manifest is written: dataset.json)
+    claim      _converting.json is written, then scratch files
+    declare    names of old and new parts; dataset.json and the old parts go; then new parts alone
+               are named, and written; then dataset.json
     release    scratch files go, then _converting.json
 
 A conversion that is cut off anywhere in this leaves names of all that it left.
@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow.fs as pafs
 
@@ -76,7 +77,8 @@ class Destination:
         self._located = storage.filesystem_of(path)
         refuse_overlap(src, path)
         filesystem, root = self._located
-        if filesystem.get_file_info(root).type == pafs.FileType.File:
+        there = storage.patiently(lambda: filesystem.get_file_info(root), f"reading {path}")
+        if there.type == pafs.FileType.File:
             raise ReneeError(f"{path} is a file; give a directory for the dataset")
         refuse_links_out(filesystem, root, path)
         self._claim = self._read_claim()
@@ -209,10 +211,16 @@ class Destination:
             return None
         splits = found["splits"]
         listed = list(splits.values()) if isinstance(splits, dict) else [None]
-        if not all(isinstance(parts, list) for parts in listed):
-            return None
-        items = [item.get("path") if isinstance(item, dict) else None for p in listed for item in p]
-        return frozenset(items) if all(map(is_part_path, items)) else None
+        paths = set[str]()
+        for parts in listed:
+            if not isinstance(parts, list):
+                return None
+            for part in parts:
+                path = part.get("path") if isinstance(part, dict) else None
+                if not is_part_path(path):
+                    return None
+                paths.add(path)
+        return frozenset(paths)
 
     # ------------------------------------------------------------------------------ refusals
 
@@ -279,7 +287,7 @@ def _needed(name: str) -> bool:
     return name in (MANIFEST, CLAIM, SCRATCH, *TEMPORARY, *SPLITS) or is_part_path(name)
 
 
-def _object(content: bytes | None) -> dict[str, object] | None:
+def _object(content: bytes | None) -> dict[str, Any] | None:
     try:
         found = None if content is None else parse_json(content)
     except ValueError:

@@ -57,9 +57,9 @@ def convert(
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
         if (manifest := destination.published(signature)) is None:
+            on_progress(f"reading {src}")
+            ensure_ray()
             with _claimed(destination, signature, on_progress) as scratch:
-                on_progress(f"reading {src}")
-                ensure_ray()
                 if isinstance(found, Source):
                     found = index_text(found, scratch, on_progress)
                 elif isinstance(found, ParquetSource):

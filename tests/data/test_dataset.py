@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.data import dataset as layout
@@ -51,8 +53,9 @@ def label_table(start: int, stop: int) -> pa.Table:
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Dataset:
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """2,500 labels in parts of 2000 (two row groups), 0 and 500."""
+    monkeypatch.setattr(layout, "ROW_GROUP_ROWS", 1024)
     path = str(tmp_path / "set")
     make_splits(path)
     parts = []
@@ -183,6 +186,18 @@ def test_a_flipped_byte_is_noticed_where_it_is_read(written: Dataset) -> None:
     flip(Path(written.path, first.path), 100)
     with pytest.raises(DatasetError, match=r"part-00000\.parquet cannot be read .*CRC"):
         written.read_part(first)
+
+
+def test_other_texts_are_read_with_the_row_groups_that_have_them(written: Dataset) -> None:
+    first = Path(written.path, written.manifest.splits["labels"][0].path)
+    groups = pq.read_metadata(first)
+    (ids,) = [i for i in range(groups.num_columns) if "input_ids" in groups.schema.column(i).path]
+    flip(first, groups.row_group(1).column(ids).data_page_offset + 60)
+    changed = replace(written.manifest, other_texts=(1000, 0, 250))
+    found = Dataset(written.path, changed).read_other_texts(10, 20)
+    assert found["label_id"].to_pylist() == list(range(21, 41, 2))
+    with pytest.raises(DatasetError, match="cannot be read"):
+        Dataset(written.path, changed).read_other_texts(500, 520)
 
 
 def flip(path: Path, place: int) -> None:

@@ -88,6 +88,19 @@ def test_what_is_in_it(dataset: Dataset) -> None:
     assert "not decoded" in facts["samples"][0]["text"]
 
 
+def test_a_long_text_is_cut(dataset: Dataset) -> None:
+    long = "\u00e4" * 2_000_000
+
+    def change(table: pa.Table) -> pa.Table:
+        return table.set_column(1, "text", pa.array([long] * len(table)))
+
+    rewrite(dataset, "labels", change)
+    facts = inspect(Dataset.open(dataset.path), batch_size=2)
+    (shown, _), *_ = [sample["labels"] for sample in facts["samples"]]
+    assert len(shown) < 200 and shown.endswith("… (2,000,000 characters)")
+    assert len(json.dumps(facts)) < 20_000
+
+
 def test_a_right_one_is_verified(dataset: Dataset) -> None:
     assert inspect(dataset, batch_size=2, verify=True)["problems"] == []
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tenacity
 from tokenizers import Tokenizer, models
 
-from renee_ray.config import ConvertConfig
+from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data.dataset import Dataset
 from renee_ray.service import convert as service
 from renee_ray.service import convert_plan
@@ -90,6 +92,52 @@ def converted(source: Path, dst: Path, settings: ConvertConfig) -> dict[str, byt
     service.convert(str(source), str(dst), settings)
     assert Dataset.open(str(dst))
     return tree(dst)
+
+
+def test_a_refusal_ends_the_tasks_that_have_not_begun(tmp_path: Path) -> None:
+    begun: list[int] = []
+
+    def work(plan: Any, i: int) -> dict[str, Any]:
+        begun.append(i)
+        if i == 1:
+            raise ReneeError("row 7 is bad")
+        return {"i": i}
+
+    assert json.loads(attempt(work, None, 0, str(tmp_path))) == {"i": 0}
+    for i in (1, 2, 0):
+        with pytest.raises(ReneeError, match=r"^row 7 is bad$"):
+            attempt(work, None, i, str(tmp_path))
+    assert begun == [0, 1]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_source_is_never_its_own_destination(
+    source: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    """`convert X X` and `convert ANYTHING X`, where X holds a user's training file."""
+    theirs = tmp_path / "theirs"
+    (theirs / "train").mkdir(parents=True)
+    table = pa.table({"text": ["a"], "labels": [[0]]})
+    pq.write_table(table, theirs / "train" / "part-0.parquet")
+    before = tree(theirs)
+    for src in theirs, source:
+        with pytest.raises(
+            ReneeError, match=r"are the same|part-0\.parquet is in the way|holds other"
+        ):
+            service.convert(str(src), str(theirs), config(overwrite=overwrite))
+    assert tree(theirs) == before
+
+
+def test_a_source_of_links_into_the_destination(source: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    converted(source, dst, config())
+    before = tree(dst)
+    linked = tmp_path / "linked" / "train.parquet"
+    linked.parent.mkdir()
+    linked.symlink_to(dst / "train" / "part-00000.parquet")
+    with pytest.raises(ReneeError, match=r"linked/train\.parquet and .*/dst are the same, or"):
+        service.convert(str(linked.parent), str(dst), config(overwrite=True))
+    assert tree(dst) == before
 
 
 def before_nothing(source: Path, dst: Path) -> bool:

@@ -99,16 +99,10 @@ def outage(until: Callable[[], bool], gateway: Gateway) -> Iterator[None]:
         cutting.result()
 
 
-def there(gateway: Gateway, path: str) -> Callable[[], bool]:
-    """Whether there is such a file or directory by now."""
-    files = gateway.filesystem()
-    return lambda: files.get_file_info(f"{BUCKET}/{path}").type != pafs.FileType.NotFound
-
-
 def begun(gateway: Gateway, path: str, name: str) -> Callable[[], bool]:
-    """Whether something whose name begins so is in a directory by now."""
+    """Whether something whose name begins so is somewhere in a directory by now."""
     files = gateway.filesystem()
-    selector = pafs.FileSelector(f"{BUCKET}/{path}", allow_not_found=True)
+    selector = pafs.FileSelector(f"{BUCKET}/{path}", allow_not_found=True, recursive=True)
     return lambda: any(info.base_name.startswith(name) for info in files.get_file_info(selector))
 
 
@@ -126,7 +120,7 @@ def working() -> Callable[[], bool]:
 def dataset_on_s3(gateway: Gateway, source: Path, local_ray: None) -> str:
     remote = gateway.filesystem()
     pafs.copy_files(str(source), f"{BUCKET}/source", pafs.LocalFileSystem(), remote)
-    with outage(there(gateway, "dataset/_scratch/done/_count-0.json"), gateway):
+    with outage(begun(gateway, "dataset/_scratch", "_count-0.json"), gateway):
         assert main(["convert", SRC, DATA, "validation=0.1", "part_rows=64"]) == 0
     return DATA
 
