@@ -75,11 +75,12 @@ def refuse_multi_hot(source: Raw | ParquetSource, greatest: int, duplicates: int
     if greatest > 1 or not duplicates:
         return
     numbers = isinstance(source, ParquetSource) and not source.labels_are_strings
-    remedy = "labels=multi-hot to read" if numbers else "the ids of each point's labels instead of"
+    remedy = "give labels=multi-hot to read them so, or labels=ids if they are ids"
+    if not numbers:
+        remedy = "write the ids of each point's labels, or give labels=ids if they are ids"
     raise SourceError(
-        f"{source.labelled_path} has no label but the first two, repeated within rows, as in lists "
-        f"of 0 and 1 for every label (multi-hot); give {remedy} those, or labels=ids if they are "
-        f"ids"
+        f"{source.labelled_path} has the labels 0 and 1 alone and repeats them in rows, as rows "
+        f"with a 0 or 1 for every label (multi-hot) do; {remedy}"
     )
 
 

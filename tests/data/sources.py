@@ -235,7 +235,9 @@ REFUSED = {
     "multi-hot-float": refused(
         typed(labels=pa.list_(pa.float32()), values=FLAGS), "list<element: float>.*labels=multi-hot"
     ),
-    "multi-hot-lines": refused(files(**TEXT | {"trn_X_Y.txt": FLAG_LINES}), "or labels=ids"),
+    "multi-hot-lines": refused(
+        files(**TEXT | {"trn_X_Y.txt": FLAG_LINES}), "write the ids .* labels="
+    ),
     "multi-hot-text": refused(files(**TEXT), "labels=multi-hot is for Parquet", **MULTI_HOT),
     "multi-hot-value": refused(
         typed(values=[*FLAGS[:5], [0, 2, 0, 0]]),
