@@ -94,7 +94,7 @@ def _sigterm_left_alone() -> Iterator[None]:
 
 def _connect() -> None:
     try:
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ReneeError(
             f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}; start it, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -153,17 +154,14 @@ def interruptible(
     """
     if threading.current_thread() is not threading.main_thread():
         return fit()
-    # In a thread, where Ray Train leaves the signals alone.
-    found = in_thread(fit, "fit")
-    if on_stop is None:
-        while not wait([found], timeout=0.2).done:
-            pass
-        return found.result()
     signals: list[int] = []
     limit = math.inf
-    with at_signals(lambda number, frame: signals.append(number)):
+    taken = at_signals(lambda number, frame: signals.append(number))
+    with taken if on_stop else contextlib.nullcontext():
+        # In a thread, where Ray Train leaves the signals alone.
+        found = in_thread(fit, "fit")
         while not wait([found], timeout=0.2).done:
-            if signals and limit == math.inf:
+            if on_stop and signals and limit == math.inf:
                 limit = time.monotonic() + (config.checkpoint.grace_s if on_stop() else 0)
             if len(signals) > 1 or time.monotonic() > limit:
                 break
