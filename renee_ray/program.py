@@ -109,7 +109,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _State.unwinding and not _State.asked:
         _State.asked = 1
         # An exception that comes at any point may come inside a callback, which reports it.
-        sys.unraisablehook = threading.excepthook = lambda *_: None
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
         raise KeyboardInterrupt
 
 
