@@ -62,6 +62,15 @@ TAKES_IT = """
             time.sleep(0.01)
     print(taken, flush=True)
 """
+FORKS = """
+    import os, signal
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    time.sleep(0.3)
+"""
 LINE = "renee-ray: interrupted\n"
 
 
@@ -106,6 +115,10 @@ def test_the_end_comes_though_the_main_thread_does_not(body: str) -> None:
     """And an exception that is lost in a callback is not reported."""
     status, _, err = run(body, signal.SIGINT, clean_up_s=1)
     assert (status, err) == (130, LINE)
+
+
+def test_a_forked_child_has_signals_of_its_own() -> None:
+    assert run(FORKS)[:2] == (0, "-15\n")
 
 
 def test_a_fault_of_ours_has_its_traceback() -> None:
