@@ -67,6 +67,7 @@ FORKS = """
     child = os.fork()
     if child == 0:
         time.sleep(60)
+    time.sleep(1)  # it has begun
     os.kill(child, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     time.sleep(0.3)
