@@ -24,7 +24,7 @@ TIMES = int(os.environ.get("RENEE_RAY_INTERRUPTS", "2"))
 SEED = int(os.environ.get("RENEE_RAY_SEED", "0"))
 EARLIEST_S, LIMIT_S = 0.3, 15.0
 CRASH = re.compile(r"Traceback|Exception ignored|Segmentation fault|Fatal Python error|\*\*\* SIG")
-NOISE = re.compile(r"Warning|WARNING|INFO|RAY_|\bray\.|\bRay\b", re.MULTILINE)
+NOISE = re.compile(r"Warning|WARNING|INFO|RAY_|\bray\.|\bRay\b")
 """Of Ray and torch, which a user can do nothing about."""
 BY_KEYBOARD, TO_PROCESS, TERM = "the process group gets SIGINT", "SIGINT", "SIGTERM"
 
@@ -90,9 +90,7 @@ def test_an_interrupt_ends_a_command_soon_and_it_can_be_given_again(
     choose = random.Random(f"{SEED} {name}")
     for number in range(TIMES):
         after = choose.uniform(EARLIEST_S, duration)
-        how = choose.choice([NOISE = re.compile(r"Warning|WARNING|INFO|RAY_|\bray\.|\bRay\b", re.MULTILINE)
-"""Of Ray and torch, which a user can do nothing about."""
-BY_KEYBOARD, TO_PROCESS, TERM])
+        how = choose.choice([BY_KEYBOARD, TO_PROCESS, TERM])
         process = start(*commands(name, 1))
         try:
             found = interrupt(process, after, how)
