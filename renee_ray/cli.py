@@ -133,7 +133,7 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
     from renee_ray.service import convert as service
 
     manifest = _call(service.convert, src, dst, config, _say)
-    facts = {
+    facts: dict[str, Any] = {
         "dataset": dst,
         "labels": manifest.num_labels,
         **{split: manifest.num_points(split) for split in ("train", "validation", "test")},

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 KEY_DEPTH = 8
 COMMAND_LINE = "the command line"
 TREE = "tag:yaml.org,2002:"
+SCALARS = {f"{TREE}{name}" for name in ("str", "null", "bool", "int", "float")}
 
 
 class NotYaml(Exception):
@@ -70,7 +71,7 @@ class Layer(dict[str, Any]):
 class _Loader(yaml.SafeLoader):
     """The core schema, without aliases, whose expansion has no bound."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -133,6 +134,7 @@ def add_override(layer: Layer, key: str, text: str, texts: Collection[str]) -> N
         layer.add(key, _unquoted(text), COMMAND_LINE)
     elif text[:1] in ("[", "{", '"', "'"):
         node = _composed(text)
+        assert node is not None
         leaves = [(key, node)]
         if isinstance(node, yaml.MappingNode) and node.value:
             leaves = [(name, below) for name, below, _ in _leaves(node, f"{key}.", set())]
@@ -173,7 +175,7 @@ def _unquoted(text: str) -> str:
 
 def _value(node: yaml.Node, is_text: bool) -> Any:
     """What a node stands for."""
-    if is_text and isinstance(node, yaml.ScalarNode) and node.tag.startswith(TREE):
+    if is_text and isinstance(node, yaml.ScalarNode) and node.tag in SCALARS:
         return node.value
     try:
         return _Loader("").construct_document(node)

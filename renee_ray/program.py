@@ -42,6 +42,7 @@ def program(arguments: Sequence[str] | None = None) -> NoReturn:
     wake, woken = _pipe()
     for number in BOTH:
         signal.signal(number, _handle)
+    os.register_at_fork(after_in_child=_forget)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(wake,), name="signals", daemon=True).start()
     try:
@@ -49,6 +50,7 @@ def program(arguments: Sequence[str] | None = None) -> NoReturn:
 
         status = main(arguments)
         sys.stdout.flush()
+        sys.stderr.flush()
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -105,11 +107,19 @@ def _pipe() -> tuple[int, int]:
     return read, write
 
 
+def _forget() -> None:
+    """In a forked child, whose signals are its own."""
+    signal.set_wakeup_fd(-1)
+    for number in BOTH:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     if _State.unwinding and not _State.asked:
         _State.asked = 1
         # An exception that comes at any point may come inside a callback, which reports it.
-        sys.unraisablehook = threading.excepthook = lambda *_: None
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
         raise KeyboardInterrupt
 
 

@@ -240,6 +240,7 @@ def test_an_error_names_where_the_value_stands(tmp_path: Path) -> None:
         (b"encoder.name: y\nencoder:\n  name: x\n", "line 3 .* the key 'encoder.name' twice"),
         (b"encoder: {name: y}\nencoder: {dropout: 0}\n", "line 2 .* the key 'encoder' twice"),
         (b"? [a]\n: 1\n", "a key is no word"),
+        (b"data: !!python/name:os.system x\n", "line 1 is not valid YAML"),
         (None, "cannot read .*: No such file"),
         (b"- 1\n- 2\n", "holds no mapping"),
         (b"", "holds no mapping"),

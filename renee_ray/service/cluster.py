@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import ray
@@ -57,8 +58,13 @@ def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
 
 def started_here() -> bool:
     """Whether this process started the Ray that it uses, which then ends with it."""
+    return _started() is not None
+
+
+def _started() -> Any:
+    """The node of a Ray that this process started; None without."""
     node = ray._private.worker._global_node
-    return node is not None and node.head
+    return node if node is not None and node.head else None
 
 
 def leave_ray(orderly: bool) -> None:
@@ -68,8 +74,8 @@ def leave_ray(orderly: bool) -> None:
 
     orderly: no thread is inside Ray, whose shutdown would crash then; a cluster is taken leave of.
     """
-    if started_here():
-        ray._private.worker._global_node.destroy_external_storage()  # what was spilled to disk
+    if (node := _started()) is not None:
+        node.destroy_external_storage()  # what was spilled to disk
     elif orderly:
         ray.shutdown()
     for act in (psutil.Process.suspend, psutil.Process.kill):  # none can start another meanwhile
@@ -94,7 +100,7 @@ def _sigterm_left_alone() -> Iterator[None]:
 
 def _connect() -> None:
     try:
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ReneeError(
             f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}; start it, or "
@@ -126,9 +132,8 @@ def _start_local(num_cpus: int) -> None:
 
 def _end_unused() -> None:
     """Ray has no switch for these; they are this process's own children, which it can end."""
-    node = ray._private.worker._global_node
     for name in UNUSED:
-        getattr(node, f"kill_{name}")(check_alive=False)
+        getattr(_started(), f"kill_{name}")(check_alive=False)
 
 
 @contextlib.contextmanager

@@ -201,13 +201,13 @@ def interruptible(
     Raises:
         KeyboardInterrupt: interrupted at once.
     """
-    # In a thread, where Ray Train leaves the signals alone.
-    found = in_thread(fit, "fit")
     in_main = threading.current_thread() is threading.main_thread()
     signals: list[int] = []
     limit = math.inf
     take = at_signals(lambda number, frame: signals.append(number))
     with take if in_main and on_stop is not None else contextlib.nullcontext():
+        # In a thread, where Ray Train leaves the signals alone.
+        found = in_thread(fit, "fit")
         while not wait([found], timeout=0.2).done:
             check()
             if signals and on_stop is not None and limit == math.inf:

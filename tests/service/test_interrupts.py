@@ -24,6 +24,8 @@ TIMES = int(os.environ.get("RENEE_RAY_INTERRUPTS", "2"))
 SEED = int(os.environ.get("RENEE_RAY_SEED", "0"))
 EARLIEST_S, LIMIT_S = 0.3, 15.0
 CRASH = re.compile(r"Traceback|Exception ignored|Segmentation fault|Fatal Python error|\*\*\* SIG")
+NOISE = re.compile(r"Warning|WARNING|INFO|RAY_|\bray\.|\bRay\b")
+"""Of Ray and torch, which a user can do nothing about."""
 BY_KEYBOARD, TO_PROCESS, TERM = "the process group gets SIGINT", "SIGINT", "SIGTERM"
 
 
@@ -83,6 +85,7 @@ def test_an_interrupt_ends_a_command_soon_and_it_can_be_given_again(
     began = time.monotonic()
     whole = renee_ray(*commands(name, 0))
     assert whole.status == 0, whole.stderr
+    assert not NOISE.search(whole.stderr), whole.stderr
     duration = time.monotonic() - began
     choose = random.Random(f"{SEED} {name}")
     for number in range(TIMES):

@@ -120,3 +120,12 @@ def test_of_two_ranks_the_slow_one_is_named() -> None:
     stragglers = Stragglers(factor=1.5, window_s=0.5)
     stragglers.add(paces(1, 1.6), 0)
     assert stragglers.add(paces(1, 1.6), 1) == [(1, pytest.approx(1.6))]
+
+
+def test_workers_are_training_once_one_has_left_the_start() -> None:
+    watch = Watch(60)
+    assert not watch.training
+    place = {"step": 0, "entered": 0, "seconds": 0.0}
+    for rank, phase, training in ((0, "start", False), (1, "data", True), (1, "start", False)):
+        watch.saw(Beat(1, rank, "n", 1, phase=phase, **place), 0.0)
+        assert watch.training is training
