@@ -30,7 +30,7 @@ from renee_ray.service.run import RunDirectory
 
 from .conftest import HEALTH, Run, descendants, end, finish, renee_ray, run_of, start
 from .gateway import BUCKET, Gateway
-from .test_train import OTHER_ORDER, assert_same_outcome, newest_commit, wait_for_commit
+from .test_train import OTHER_ORDER, assert_same_outcome, newest_commit
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(3600)]
 KINDS = ("worker", "sigterm", "node", "away", "slow", "full", "truncated")
@@ -109,7 +109,16 @@ class Chaos:
         process.send_signal(signal.SIGCONT)
 
     def full(self) -> None:
-        fill(self.run.parent, self.random.uniform(2, 6))
+        ballast = self.run.parent / "ballast"
+        try:
+            with ballast.open("wb") as file:
+                while True:
+                    file.write(bytes(1 << 20))
+                    file.flush()
+        except OSError:
+            time.sleep(self.random.uniform(2, 6))
+        finally:
+            ballast.unlink(missing_ok=True)
 
     def truncated(self) -> None:
         newest = RunDirectory(str(self.run)).checkpoints().newest()
@@ -117,37 +126,6 @@ class Chaos:
             file = self.random.choice(sorted(Path(newest.path).glob("*.safetensors")))
             os.truncate(file, file.stat().st_size - 100)
         self.worker()
-
-
-def fill(disk: Path, seconds: float) -> None:
-    """Leaves no room on a disk for some seconds."""
-    ballast = disk / "ballast"
-    try:
-        with ballast.open("wb") as file:
-            while True:
-                file.write(bytes(1 << 20))
-                file.flush()
-    except OSError:
-        time.sleep(seconds)
-    finally:
-        ballast.unlink(missing_ok=True)
-
-
-def test_a_full_disk_is_no_failure(disk: Path, dataset: str, recipe: str) -> None:
-    path = disk / "run"
-    process = start(
-        "train", recipe, f"data={dataset}", f"output={path}", "epochs=6", "evaluation.every=0",
-        "checkpoint.every_steps=1", "checkpoint.max_failures=0", "--json",
-    )  # fmt: skip
-    try:
-        wait_for_commit(process, str(path), 3)
-        fill(disk, 8)
-        run = run_of(str(path), finish(process))
-    finally:
-        end(process)
-    assert "No space left on device" in run.command.stderr, "the disk was never full"
-    steps = [record["step"] for record in run.history["steps"]]
-    assert steps == list(range(1, run.result["step"] + 1)), "a step was lost or repeated"
 
 
 def test_faults_at_random(
