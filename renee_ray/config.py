@@ -177,7 +177,8 @@ class FeedConfig(Config):
     token_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a training point's tokens left out, others in every epoch; never first or last."""
     streams: int = Field(8, ge=1)
-    """Pieces of a global batch; a worker reads whole streams, so num_workers may not exceed it."""
+    """Pieces of a global batch, each read from places of its own. Where num_workers exceeds it,
+    workers read the same places and each keeps its rows, which costs CPU time."""
     window: int = Field(64, ge=1)
     """Batches inside which rows are ordered by length."""
     prefetch: int = Field(4, ge=1)
@@ -219,7 +220,7 @@ class CheckpointConfig(Config):
     before workers are regrouped."""
     max_failures: int = Field(3, ge=-1)
     """Lost workers that a run survives; -1: any number. Nodes that Ray was told to drain, as spot
-    nodes are, do not count."""
+    nodes are, do not count; a user's error ends the run at once."""
 
 
 class ObserveConfig(Config):
@@ -261,7 +262,8 @@ class RunConfig(Config):
     cpus_per_worker: int = Field(0, ge=0)
     """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
     threads: int = Field(0, ge=0)
-    """Torch threads of a worker on CPU; 0: the machine's cores divided among its workers."""
+    """Threads of a worker; 0: its node's cores divided among the workers there, beside a GPU at
+    most 4."""
     batch_size: int = Field(256, ge=1)
     """Points of a global batch."""
     epochs: int = Field(10, ge=1)
@@ -289,7 +291,7 @@ class RunConfig(Config):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @model_validator(mode="after")
-    def _streams_fit(self) -> RunConfig:
+    def _batch_can_be_cut(self) -> RunConfig:
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
@@ -300,10 +302,10 @@ class RunConfig(Config):
                 f"batch_size {self.batch_size} is not a multiple of feed.streams "
                 f"{self.feed.streams}; change one of them"
             )
-        if self.max_workers > self.feed.streams:
+        if self.max_workers > self.batch_size:
             raise ValueError(
-                f"num_workers {self.max_workers} exceeds feed.streams {self.feed.streams}; "
-                f"raise feed.streams"
+                f"num_workers {self.max_workers} exceeds batch_size {self.batch_size}, and each "
+                f"worker takes rows of every batch; raise batch_size"
             )
         return self
 

@@ -40,7 +40,7 @@ def test_help_lists_every_command_and_key(capsys: pytest.CaptureFixture[str]) ->
         (("quickstart", "epochs=0"), "epochs=0 in quickstart is wrong"),
         (("quickstart", "data=somewhere"), "use `renee-ray train"),
         (("quickstart", "output=s3://bucket/x"), "is no local directory"),
-        (("quickstart", "num_workers=9"), "raise feed.streams"),
+        (("quickstart", "num_workers=65"), "raise batch_size"),
         (("evaluate", "no-such-run", "no-such-dataset"), "no-such-run is not a run of renee_ray"),
     ],
 )

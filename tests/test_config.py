@@ -83,7 +83,7 @@ def test_later_layers_win_key_by_key() -> None:
         ({"encoder": 3}, "encoder=3"),
         ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 100, "feed": {"streams": 8}}, "batch_size 100 is not a multiple"),
-        ({"num_workers": 9}, "num_workers 9 exceeds feed.streams 8; raise feed.streams"),
+        ({"num_workers": 257}, "num_workers 257 exceeds batch_size 256"),
     ],
 )
 def test_wrong_values_are_named_in_one_sentence(tree: dict[str, Any], message: str) -> None:

@@ -180,9 +180,9 @@ def held_batches(job: Job, ranks: Ranks) -> list[Batch]:
 
 def _tables(job: Job, ranks: Ranks) -> Iterator[pa.Table]:
     for epoch, order in enumerate(job.orders):
-        streams = order.streams_of(ranks.rank, ranks.num_ranks)
+        slots = order.slots_of(ranks.rank, ranks.num_ranks)
         for window in range(order.num_windows):
-            table = read_window(job.dataset, order, streams, window)
+            table = read_window(job.dataset, order, slots, window)
             yield table.append_column("epoch", pa.array(np.full(len(table), epoch)))
 
 

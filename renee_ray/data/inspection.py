@@ -352,7 +352,7 @@ def _padding(dataset: Dataset, batch_size: int) -> float | None:
     )  # fmt: skip
     if order.total == 0:
         return None
-    table = read_window(dataset, order, range(streams), 0)
+    table = read_window(dataset, order, order.slots_of(0, 1), 0)
     sizes, batches = list_lengths(table["input_ids"]), table[BATCH].to_numpy()
     starts = np.flatnonzero(np.diff(batches, prepend=-1))
     cells = np.maximum.reduceat(sizes, starts) * np.diff(np.append(starts, len(sizes)))

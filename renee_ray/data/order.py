@@ -7,12 +7,13 @@
                by length, cut into batches of `batch_size // S`, and the batches shuffled by a
                permutation that all streams share, so that what meets in a global batch is of
                about the same length
-    batch b    of the whole: the b-th batch of every stream, in stream order
+    batch b    of the whole: the b-th batch of every stream, in stream order, so that each row
+               has a slot in [0, B) of its batch
 
-A worker reads whole streams: rank r of R those in [r*S // R, (r+1)*S // R). Nothing else
-depends on R, so any number of workers sees the same global batches, every row exactly once
-an epoch, and a position (epoch, batch) is all that a resumed run needs. No part is read by
-two workers but those in which a stream begins or ends.
+Rank r of R takes the rows in slots [r*B // R, (r+1)*B // R) of every batch. Nothing else depends
+on R, so any number of workers sees the same global batches, every row exactly once an epoch, and
+a position (epoch, batch) is all that a resumed run needs. A stream is read by one worker where R
+divides S, and by the R / S workers that share its slots where S divides R.
 """
 
 from __future__ import annotations
@@ -83,9 +84,13 @@ class Order:
         start, stop = split_range(self.total, self.streams, stream)
         return stop - start
 
-    def streams_of(self, rank: int, num_ranks: int) -> range:
-        """Streams that a rank reads."""
-        return range(*split_range(self.streams, num_ranks, rank))
+    def slots_of(self, rank: int, num_ranks: int) -> range:
+        """Slots of every global batch whose rows a rank takes."""
+        return range(*split_range(self.streams * self.per_stream, num_ranks, rank))
+
+    def streams_of(self, slots: range) -> range:
+        """Streams that have rows in these slots."""
+        return range(slots.start // self.per_stream, -(-slots.stop // self.per_stream))
 
     def spans(self, stream: int, window: int) -> list[Span]:
         """What to read for one window of a stream."""
@@ -95,15 +100,16 @@ class Order:
         return list(_cut(self.sources, start, stop))
 
     def arrange(
-        self, lengths: np.ndarray, stream: int, window: int
+        self, lengths: np.ndarray, stream: int, window: int, slots: range
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Order of a window's rows, and the batch that each belongs to.
+        """The rows of a window that are in `slots`, in their order, and the batch of each.
 
         Args:
-            lengths: int [n] tokens of the rows, in the order of `spans`.
+            lengths: int [n] tokens of the window's rows, in the order of `spans`.
 
         Returns:
-            (rows int64 [n]: a permutation; batches int64 [n]: ascending numbers in the epoch)
+            (rows int64 [m]: distinct indices into `lengths`; batches int64 [m]: ascending numbers
+            in the epoch)
         """
         n, size = len(lengths), self.per_stream
         key = [self.seed, self.epoch, window]
@@ -116,8 +122,11 @@ class Order:
         if self.shuffled:
             places = np.random.default_rng([*key, 0]).permutation(full)
         cut = rows[: full * size].reshape(full, size)[places].reshape(-1)
-        batches = window * self.window + np.arange(n) // size
-        return np.concatenate([cut, rows[full * size :]]), batches
+        batch, place = np.divmod(np.arange(n), size)
+        slot = stream * size + place
+        own = (slot >= slots.start) & (slot < slots.stop)
+        ordered = np.concatenate([cut, rows[full * size :]])
+        return ordered[own], window * self.window + batch[own]
 
 
 def training_order(

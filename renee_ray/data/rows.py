@@ -13,19 +13,19 @@ BATCH = "batch"
 """Column added to a window's rows: the number of the row's batch in the epoch."""
 
 
-def read_window(dataset: Dataset, order: Order, streams: range, window: int) -> pa.Table:
-    """The rows of some streams in one window, in the order of their batches.
+def read_window(dataset: Dataset, order: Order, slots: range, window: int) -> pa.Table:
+    """The rows of one window that are in some slots of their batches, in the order of these.
 
     Returns:
         point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, and
         `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
     """
     tables, batches = [], []
-    for stream in streams:
+    for stream in order.streams_of(slots):
         table = pa.concat_tables(
             [_read(dataset, span) for span in order.spans(stream, window)] or [POINTS.empty_table()]
         )
-        rows, numbers = order.arrange(list_lengths(table["input_ids"]), stream, window)
+        rows, numbers = order.arrange(list_lengths(table["input_ids"]), stream, window, slots)
         tables.append(table.take(pa.array(rows)))
         batches.append(numbers)
     merged = np.concatenate(batches)

@@ -39,11 +39,10 @@ def bench_feed(dataset: str, workers: int, batch: int) -> dict[str, Any]:
         the worker that took most.
     """
     opened = Dataset.open(dataset)
-    streams = max(8, workers)
     config = make_config(
         RunConfig,
         {"data": opened.path, "output": "", "num_workers": workers, "batch_size": batch},
-        {"feed": {"streams": streams, "window": WINDOW}},
+        {"feed": {"window": WINDOW}},
     )
     ensure_ray(workers + 1)
     arguments = {"config": config.model_dump(), "dataset": opened}

@@ -2,7 +2,7 @@
 
 Ray Data has no seekable position and its splits give no order, so the order is not asked of
 it: a Ray dataset is a list of windows to come, each task reads one window of this worker's
-streams with `data.rows.read_window`, and `preserve_order` keeps them in sequence.
+rows with `data.rows.read_window`, and `preserve_order` keeps them in sequence.
 
 A Ray dataset here is `prefetch` windows long and read whole while the ones before it are
 consumed. One endless execution would be simpler, but Ray Data 2.60 polls without a pause as
@@ -81,7 +81,10 @@ def _read_ahead(
         pending = executor.submit(read, groups[0])
         for following in [*groups[1:], None]:
             if pending not in wait([pending], timeout=PATIENT_S).done:
-                log.warning("no data for %d s: storage is slow or away; waiting for it", PATIENT_S)
+                log.warning(
+                    "no data for %d s: storage is slow or away, or no CPU of the cluster is free "
+                    "to read; waiting for it", PATIENT_S,
+                )  # fmt: skip
             tables = pending.result()
             if following is not None:
                 pending = executor.submit(read, following)
@@ -107,7 +110,7 @@ def _tables(
         for index in ids["id"]:
             epoch, window = windows[index]
             order = epochs[epoch]
-            table = read_window(dataset, order, order.streams_of(rank, num_ranks), window)
+            table = read_window(dataset, order, order.slots_of(rank, num_ranks), window)
             if epoch == start_epoch:
                 first = int(np.searchsorted(table[BATCH].to_numpy(), start_batch))
                 table = table.slice(first)

@@ -239,6 +239,7 @@ def scoring_config(config: RunConfig, score: ScoreConfig, workers: int) -> RunCo
     placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
     return config.model_copy(
         update={"num_workers": workers, "evaluation": settings, "encoder": encoder}
+        | {"batch_size": workers * config.feed.streams}  # of training: it bounds num_workers
         | {key: getattr(score, key) for key in placed}
     )
 

@@ -52,7 +52,7 @@ def tables(
     for epoch in range(first.epoch, len(orders)):
         order = orders[epoch]
         for window in range(order.num_windows):
-            table = read_window(dataset, order, order.streams_of(rank, num_ranks), window)
+            table = read_window(dataset, order, order.slots_of(rank, num_ranks), window)
             if epoch == first.epoch:
                 table = table.slice(int(np.searchsorted(table[BATCH].to_numpy(), first.batch)))
             out.append(table.append_column("epoch", pa.array(np.full(len(table), epoch))))
@@ -116,7 +116,7 @@ def test_a_window_holds_whole_rows_and_texts_with_their_own_label(dataset: Datas
     order = order_of(dataset)
     seen = {}
     for window in range(order.num_windows):
-        table = read_window(dataset, order, range(order.streams), window)
+        table = read_window(dataset, order, order.slots_of(0, 1), window)
         assert table.column_names == ["point_id", "input_ids", "labels", "filter_labels", BATCH]
         assert table.schema.field("point_id").type == pa.int64()
         assert table.schema.field("input_ids").type.value_type == pa.int32()
@@ -129,7 +129,7 @@ def test_a_window_holds_whole_rows_and_texts_with_their_own_label(dataset: Datas
     assert seen == wanted
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 6])
 def test_batches_hold_every_row_once_and_are_the_same_for_any_number_of_ranks(
     dataset: Dataset, num_ranks: int
 ) -> None:

@@ -89,7 +89,7 @@ def test_every_row_once_an_epoch(opened: Dataset, alone: list[tuple[Position, li
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [3, 8])
 def test_any_number_of_ranks_sees_the_same_batches(
     opened: Dataset, alone: list[tuple[Position, list[int]]], num_ranks: int
 ) -> None:

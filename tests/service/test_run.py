@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, RunConfig, ScoreConfig
+from renee_ray.service.predict import scoring_config
 from renee_ray.service.run import RUN_FILE, RunDirectory
 from renee_ray.training.collectives import Ranks
 
@@ -49,3 +50,9 @@ def test_a_directory_that_nothing_committed_is_no_checkpoint(tmp_path: Path) -> 
         run.checkpoint("last")
     with pytest.raises(ReneeError, match="no name of a checkpoint"):
         run.checkpoints().at("../other")
+
+
+def test_more_workers_may_score_than_a_batch_of_training_has_rows(tmp_path: Path) -> None:
+    config = scoring_config(run_at(tmp_path).config(), ScoreConfig(), 300)
+    assert config.batch_size >= 300, "as each worker makes it of what it is sent"
+    assert RunConfig.model_validate(config.model_dump()).num_workers == 300
