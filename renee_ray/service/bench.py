@@ -25,7 +25,14 @@ from renee_ray.benchmarks.problem import Problem, make_problem
 from renee_ray.benchmarks.processes import run_processes
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.service.cluster import ensure_ray, started_here
-from renee_ray.service.job import NICENESS, decide_gpu, launch, worker_device, worker_environment
+from renee_ray.service.job import (
+    NICENESS,
+    decide_gpu,
+    launch,
+    threads_of,
+    worker_device,
+    worker_environment,
+)
 from renee_ray.service.memory import ResidentPeak
 from renee_ray.training.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
 from renee_ray.xfc.labels import LabelRange, split_range
@@ -77,11 +84,10 @@ def bench_scale(
 
 def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
     ensure_ray(workers)  # which the size before may have stopped
-    streams = max(8, workers)
     config = make_config(
         RunConfig,
-        {"data": "", "output": "", "num_workers": workers, "batch_size": streams},
-        {"feed": {"streams": streams}, "timeout_s": TIMEOUT_S, "threads": threads},
+        {"data": "", "output": "", "num_workers": workers, "batch_size": 8 * workers},
+        {"timeout_s": TIMEOUT_S, "threads": threads},
     )
     use_gpu = decide_gpu("auto", workers)
     with ResidentPeak() as peak:
@@ -102,7 +108,7 @@ def _without_ray(config: RunConfig, arguments: dict[str, Any], use_gpu: bool) ->
         config.max_workers,
         use_gpu=use_gpu,
         timeout_s=TIMEOUT_S,
-        environment=worker_environment(config, use_gpu),
+        environment=worker_environment(threads_of(config, use_gpu, config.max_workers)),
         niceness=NICENESS,
     )
     return {f"bare_{name}": found[name] for name in ("step_s", "one_worker_step_s", "speedup")}

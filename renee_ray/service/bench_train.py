@@ -31,7 +31,7 @@ from renee_ray.benchmarks.bare import Clock, Job, run_bare, weight_norms
 from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.job import NICENESS, launch, worker_environment
+from renee_ray.service.job import NICENESS, launch, threads_of, worker_environment
 from renee_ray.service.progress import Display
 from renee_ray.service.train import check, orders, prepare
 
@@ -66,7 +66,8 @@ def bench_train(
     full, bare = [], []
     for number in range(1, repeats + 1):
         on_progress(f"round {number} of {repeats}: {job.total} steps without Ray, then with it")
-        environment = worker_environment(job.config, job.use_gpu)
+        threads = threads_of(job.config, job.use_gpu, job.config.max_workers)
+        environment = worker_environment(threads)
         bare.append(run_bare(job, environment, NICENESS))
         full.append(_run_full(job))
     return _figures(job, full, bare)

@@ -14,20 +14,31 @@ from concurrent.futures import wait
 from types import FrameType
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.train
 import torch
+from ray._private.utils import get_num_cpus
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from renee_ray.config import OPENMP, ReneeError, RunConfig
-from renee_ray.data.storage import storage_error
 from renee_ray.service.cluster import started_here
+from renee_ray.service.observe import node_name
+from renee_ray.service.policies import (
+    Elastic,
+    Failures,
+    is_final,
+    user_error,
+    workers_beside_reading,
+)
 from renee_ray.service.wishes import Regroup, SignalHandler
 from renee_ray.training.threads import in_thread
 
+GPU_THREADS = 4
+"""At most, of a worker that has a GPU."""
 NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
 """Of Ray's workers, as Ray sets it: on a machine with other work it decides who gets the cores."""
 
@@ -50,20 +61,49 @@ def launch(
     check_placement(config, use_gpu, ray.nodes())
     # Checkpoints are our own business, so Ray Train has nothing to keep.
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
-        trainer = _trainer(function, arguments, config, use_gpu, scratch)
+        trainer = _trainer(_worker(function, config, use_gpu), arguments, config, use_gpu, scratch)
         return _unwrapped(lambda: interruptible(trainer.fit, on_stop, config)).return_value
 
 
-class _Trainer(TorchTrainer):
-    """Without actors that do nothing for it: an idle process of Ray's polls, and takes 0.2 GB."""
+def _worker(
+    function: Callable[[dict[str, Any]], Any], config: RunConfig, use_gpu: bool
+) -> Callable[[dict[str, Any]], Any]:
+    """`function` as each worker runs it: with its share of the node's cores, and a user's error
+    as itself, since what it was raised from does not travel; on a cluster with the node's name."""
 
-    def _create_default_callbacks(self) -> list[Any]:
+    def work(arguments: dict[str, Any]) -> Any:
+        sharing = ray.train.get_context().get_local_world_size()
+        use_threads(threads_of(config, use_gpu, sharing))
+        try:
+            return function(arguments)
+        except Exception as error:
+            if not is_final(error):
+                raise
+            several = sum(node["Alive"] for node in ray.nodes()) > 1
+            raise ReneeError(
+                f"{user_error(error)}{f' (on node {node_name()})' if several else ''}"
+            ) from error
+
+    return work
+
+
+class _Trainer(TorchTrainer):
+    """With our own policies, and without actors that do nothing for it: an idle process of Ray's
+    polls, and takes 0.2 GB."""
+
+    def _initialize_and_run_controller(self, **of_controller: Any) -> Any:
         # Workers read for themselves (service/feed.py), so the trainer is given no datasets.
         unused: tuple[type, ...] = (DatasetsCallback,)
         if started_here():  # what a controller leaves behind ends with this process
             unused += (PlacementGroupCleanerCallback,)
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # V2's
-        return [each for each in callbacks if not isinstance(each, unused)]
+        callbacks = [each for each in of_controller["callbacks"] if not isinstance(each, unused)]
+        run: Any = self.run_config
+        scaling: Any = self.scaling_config
+        failures = Failures(run.failure_config)
+        of_controller |= {"callbacks": callbacks, "failure_policy": failures}
+        if scaling.elasticity_enabled:
+            of_controller["scaling_policy"] = Elastic(scaling)
+        return super()._initialize_and_run_controller(**of_controller)  # type: ignore[misc]
 
 
 def _trainer(
@@ -89,7 +129,7 @@ def _trainer(
             name="job",
             failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
             callbacks=[SignalHandler(grace_s), Regroup(grace_s)],  # type: ignore[list-item]
-            worker_runtime_env={"env_vars": worker_environment(config, use_gpu)},
+            worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
 
@@ -117,8 +157,9 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
         min(int(resources.get(name, 0) // count) for name, count in needs.items() if count)
         for resources in able
     ]
-    spare = sum(resources.get("CPU", 0) for resources in alive) - config.min_workers * needs["CPU"]
-    if config.cpus_per_worker and spare < 1:
+    cpus = sum(resources.get("CPU", 0) for resources in alive)
+    beside = workers_beside_reading(cpus, needs["CPU"])
+    if config.cpus_per_worker and beside < config.min_workers:
         raise ReneeError(
             f"cpus_per_worker={config.cpus_per_worker} for {config.min_workers} workers leaves no "
             f"CPU of the cluster to read data with; lower it or add a node"
@@ -184,42 +225,38 @@ def _unwrapped(fit: Callable[[], Any]) -> Any:
     try:
         return fit()
     except Exception as error:
-        raise user_error(error) or error from error
+        found = user_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
 
 
-def user_error(error: BaseException | None) -> ReneeError | None:
-    """The ReneeError at the root of what Ray wrapped, if there is one."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        current = queue.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, ReneeError):
-            return ReneeError(str(current).splitlines()[-1].removeprefix("renee_ray.config."))
-        if isinstance(current, OSError) and "AWS Error" in str(current):
-            return storage_error(OSError(_said(current)))
-        failures = getattr(current, "worker_failures", None) or {}
-        queue += [current.__cause__, getattr(current, "cause", None), *failures.values()]
-    return None
+def threads_of(config: RunConfig, use_gpu: bool, sharing: int) -> int:
+    """Threads of one of `sharing` workers on this node, whose cores they divide."""
+    # What a container may use of its node, too; Ray counts in the same way what a node has.
+    cores = min(len(os.sched_getaffinity(0)), int(get_num_cpus(True)))
+    each = max(1, cores // sharing)
+    return config.threads or (min(each, GPU_THREADS) if use_gpu else each)
 
 
-def _said(error: BaseException) -> str:
-    """What an error that Ray wrapped said itself, without the traceback."""
-    return next(line for line in reversed(str(error).splitlines()) if "AWS Error" in line)
+def worker_environment(threads: int = 1) -> dict[str, str]:
+    """What a worker's libraries read when they load.
 
-
-def worker_environment(config: RunConfig, use_gpu: bool) -> dict[str, str]:
-    """Threads must be set before torch loads: cores are shared by the workers of a machine."""
-    cores = len(os.sched_getaffinity(0))
-    threads = config.threads or (4 if use_gpu else max(1, cores // config.max_workers))
+    threads: until `use_threads`, where a worker can only say on its node how many there are.
+    """
     return {
         **OPENMP,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
+
+
+def use_threads(threads: int) -> None:
+    """Sets what OMP_NUM_THREADS sets, in a process whose libraries have read it already."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    pa.set_cpu_count(threads)
 
 
 def decide_gpu(choice: str, num_workers: int) -> bool:

@@ -39,7 +39,7 @@ except ImportError as error:
 
 from renee_ray.data.storage import absolute
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.job import at_signals, worker_environment
+from renee_ray.service.job import at_signals, threads_of, worker_environment
 from renee_ray.service.predict import check_labels, scoring_config
 from renee_ray.service.run import RunDirectory
 from renee_ray.service.texts import vocabulary_of
@@ -142,11 +142,12 @@ def _check_gpus(plan: Plan) -> None:
 
 def _run(name: str, plan: Plan) -> DeploymentHandle:
     on_gpu = bool(plan.settings.gpus_per_process)
+    threads = threads_of(plan.config, on_gpu, plan.config.max_workers)
     options: dict[str, Any] = {
         "ray_actor_options": {
             "num_cpus": 1,
             "num_gpus": plan.settings.gpus_per_process,
-            "runtime_env": {"env_vars": worker_environment(plan.config, on_gpu)},
+            "runtime_env": {"env_vars": worker_environment(threads)},
         },
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": 5,

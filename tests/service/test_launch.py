@@ -1,0 +1,110 @@
+"""Worker functions as jobs of a real cluster: errors, threads, the CPU that reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from renee_ray.config import ReneeError, RunConfig, make_config
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.feed import READ_CPUS
+from renee_ray.service.job import launch
+from renee_ray.service.train import scoring_feed
+from renee_ray.training.collectives import Ranks, all_sum
+
+from ..data.tiny import write_tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: None) -> Iterator[Cluster]:
+    """Two nodes of two CPUs each, which this process has joined."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    made.add_node(num_cpus=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", made.address)
+        ensure_ray(3)
+        yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def configured(**settings: Any) -> RunConfig:
+    return make_config(RunConfig, {"data": "", "output": "", **settings})
+
+
+@pytest.mark.parametrize("max_failures", [3, -1])
+def test_a_users_error_in_one_worker_ends_the_job_at_once(
+    cluster: Cluster, tmp_path: Path, max_failures: int
+) -> None:
+    """The other one waits for it in a collective, for ten minutes if it is let."""
+    started = tmp_path / "started"
+
+    def work(arguments: dict[str, Any]) -> None:
+        ranks = Ranks.of_process_group(600)
+        with started.open("a") as file:
+            file.write(f"{ranks.rank}\n")
+        if ranks.rank == 1:
+            raise ReneeError("part-3.parquet is damaged; convert it again")
+        all_sum(ranks, torch.zeros(1))
+
+    config = configured(checkpoint={"max_failures": max_failures})
+    with pytest.raises(ReneeError) as found:
+        launch(work, {}, config, use_gpu=False)
+    assert str(found.value).startswith("part-3.parquet is damaged; convert it again (on node ")
+    assert sorted(started.read_text().split()) == ["0", "1"]
+
+
+def test_a_damaged_part_that_a_task_reads_for_a_worker_ends_the_job_at_once(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    dataset, started = write_tiny(tmp_path / "set"), tmp_path / "started"
+    part = Path(dataset.path, dataset.manifest.splits["test"][0].path)
+    content = bytearray(part.read_bytes())
+    content[len(content) // 4] ^= 0xFF
+    part.write_bytes(content)
+
+    def work(arguments: dict[str, Any]) -> None:
+        with started.open("a") as file:
+            file.write("1\n")
+        list(scoring_feed(dataset, "test", 4, 9, Ranks()))
+
+    with pytest.raises(ReneeError) as found:
+        launch(work, {}, configured(num_workers=1), use_gpu=False)
+    assert part.name in str(found.value) and "\n" not in str(found.value)
+    assert started.read_text() == "1\n"
+
+
+def test_threads_are_those_of_the_workers_node(cluster: Cluster) -> None:
+    """The driver may use one core; the worker has its node to itself."""
+
+    def work(arguments: dict[str, Any]) -> tuple[int, str, int]:
+        cores = len(os.sched_getaffinity(0))
+        return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], cores
+
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        threads, variable, cores = launch(work, {}, configured(num_workers=1), use_gpu=False)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert threads == int(variable) == cores == len(before)
+    assert launch(work, {}, configured(num_workers=1, threads=3), use_gpu=False)[:2] == (3, "3")
+
+
+def test_elastic_workers_leave_a_cpu_to_what_reads(cluster: Cluster) -> None:
+    def work(arguments: dict[str, Any]) -> int:
+        reading = ray.remote(num_cpus=READ_CPUS)(lambda: 1)  # type: ignore[call-overload]
+        ray.get(reading.remote(), timeout=60)
+        return ray.train.get_context().get_world_size()
+
+    config = configured(num_workers=[2, 8], checkpoint={"max_failures": 0})
+    assert launch(work, {}, config, use_gpu=False) == 3
