@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.fs as pafs
+from pydantic import ValidationError
 
-from renee_ray.config import ReneeError, RunConfig, make_config
+from renee_ray.config import SHOWN, ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import (
     filesystem_of,
@@ -68,7 +69,18 @@ class RunDirectory:
             )
         self._part(saved, "dataset")
         config = self._part(saved, "config")
-        return make_config(RunConfig, config, where=f"{self.path}/{RUN_FILE}")
+        where = f"{self.path}/{RUN_FILE}"
+        try:
+            return RunConfig.model_validate(config)
+        except ValidationError as error:
+            unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
+        if unknown:
+            key = ".".join(str(part) for part in unknown[0]["loc"])
+            raise ReneeError(
+                f"{where} has the key {key!r:.{SHOWN}}, which this version of renee_ray does not "
+                f"know; use the version that made the run"
+            )
+        return make_config(RunConfig, config, where=where)
 
     def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
         """An object in run.json."""

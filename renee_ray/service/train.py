@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray
-
-from renee_ray.config import ReneeError, RunConfig, dotted
+from renee_ray.config import ReneeError, RunConfig, dotted, make_config
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.storage import absolute
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed
-from renee_ray.service.job import decide_gpu, launch, placement, quiet, worker_device
+from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.observe import Observer, following, run_name
 from renee_ray.service.progress import Channel, Display, evaluation_line
 from renee_ray.service.run import HISTORY_FILE, RUN_FILE, RunDirectory
@@ -40,10 +38,6 @@ MAY_CHANGE = {
     "cpus_per_worker", "regroup_s",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
-BEFORE = {
-    "feed.filter_labels": "negative", "feed.token_dropout": 0.0, "encoder.micro_batch": 0,
-}  # fmt: skip
-"""What runs did whose configuration does not have these keys yet."""
 LAST_ATTEMPTS, LAST_PAUSE_S = 5, 20.0
 """To write the last checkpoint once more, where a disk is full, say."""
 
@@ -68,9 +62,9 @@ def train(
     """
     dataset = Dataset.open(config.data)
     config = config.model_copy(update={"data": dataset.path, "output": absolute(config.output)})
-    check(config, dataset)
     directory = RunDirectory(config.output)
-    _check_resumable(config, directory, dataset)
+    config = resumed(config, directory, dataset, on_progress)
+    check(config, dataset)
     newest = directory.checkpoints().newest()
     if newest is None:
         directory.refuse_old_format()
@@ -79,7 +73,7 @@ def train(
         return _outcome(newest.state)
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
-    directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": _identity(dataset)})
+    directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": identity(dataset)})
     if not dataset.manifest.has_label_texts:
         on_progress(
             f"{dataset.path} has no label texts: feed.augment has no effect, and "
@@ -195,7 +189,6 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
     )
     channel = Channel(arguments["mail"], ranks.rank)
     channel.forward_warnings()
-    leave_room_for_reading(config, ranks, device.type == "cuda")
     num_labels = dataset.manifest.num_labels
 
     def build(checkpoint: Checkpoint | None) -> Model:
@@ -256,17 +249,6 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
         run=run_name(config),
     )
     return Prepared(trainer, batches, observer, writer)
-
-
-def leave_room_for_reading(config: RunConfig, ranks: Ranks, use_gpu: bool) -> None:
-    """Raises ReneeError where the workers have taken every CPU: reading would wait for ever."""
-    each = placement(config, use_gpu)["resources_per_worker"]["CPU"]
-    spare = ray.cluster_resources().get("CPU", 0) - ranks.num_ranks * each
-    if spare < 1:
-        raise ReneeError(
-            f"{ranks.num_ranks} workers leave no CPU of the cluster to read data with; lower "
-            f"num_workers={config.num_workers} or add a node with more CPUs"
-        )
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -337,7 +319,8 @@ def _facts(dataset: Dataset, model: Model) -> dict[str, Any]:
     }
 
 
-def _identity(dataset: Dataset) -> dict[str, Any]:
+def identity(dataset: Dataset) -> dict[str, Any]:
+    """What run.json says of the dataset, and a resumed run's dataset must have too."""
     manifest = dataset.manifest
     return {
         "path": dataset.path,
@@ -366,23 +349,36 @@ def check(config: RunConfig, dataset: Dataset) -> None:
         raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")
 
 
-def _check_resumable(config: RunConfig, directory: RunDirectory, dataset: Dataset) -> None:
+def resumed(
+    config: RunConfig,
+    directory: RunDirectory,
+    dataset: Dataset,
+    on_progress: Callable[[str], None],
+) -> RunConfig:
+    """The configuration to go on with: what was not given now is as the run has it.
+
+    Raises:
+        ReneeError: the run that is there has another configuration or dataset.
+    """
     saved = directory.read(RUN_FILE)
     if saved is None:
-        return
-    directory.config()  # is it one that we may write to?
-    before = {**BEFORE, **dict(dotted(saved["config"]))}
-    now = dict(dotted(config.model_dump()))
-    for key, value in now.items():
-        if key.partition(".")[0] not in MAY_CHANGE and before.get(key) != value:
+        return config
+    own = directory.config().model_dump(exclude=MAY_CHANGE)
+    given, before = config.model_dump(exclude_unset=True), dict(dotted(own))
+    for key, value in dotted(given):
+        if before.get(key, value) != value:
             raise ReneeError(
-                f"{directory.path} is a run with {key}={before.get(key)!r} and not {value!r}; "
+                f"{directory.path} is a run with {key}={before[key]!r} and not {value!r}; "
                 f"give the same configuration to resume it, or another output"
             )
-    for key, value in _identity(dataset).items():
+    for key, value in identity(dataset).items():
         if key != "path" and saved["dataset"].get(key) != value:
             raise ReneeError(
                 f"{directory.path} was trained on a dataset with {key}="
                 f"{saved['dataset'].get(key)!r} and {dataset.path} has {value!r}; "
                 f"give the same dataset to resume it, or another output"
             )
+    for key, value in dotted(config.model_dump()):
+        if before.get(key, value) != value:
+            on_progress(f"{directory.path} goes on with its {key}={before[key]!r}, not {value!r}")
+    return make_config(RunConfig, own, given)

@@ -17,6 +17,8 @@ import pytest
 import ray
 import yaml
 
+from renee_ray.config import EncoderConfig
+from renee_ray.data.models import resolve_model
 from renee_ray.service.cluster import ensure_ray
 
 SOURCE = Path(__file__).parents[2] / "examples" / "LF-DebianPerl-2K.tar.gz"
@@ -174,6 +176,28 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random one-layer encoder with MiniLM's vocabulary, as a directory."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    path = str(tmp_path_factory.mktemp("encoder"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(EncoderConfig().name))
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ).save_pretrained(path)
+    return path
 
 
 @dataclass(frozen=True)

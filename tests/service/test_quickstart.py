@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.config import ReneeError
-from renee_ray.data.models import resolve_model
 from renee_ray.service import quickstart
 from renee_ray.training.batch import Ragged
 from tests.service.conftest import Command, renee_ray
@@ -100,35 +99,13 @@ def test_examples_show_what_is_right(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random one-layer encoder with MiniLM's vocabulary, as a directory."""
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    path = str(tmp_path_factory.mktemp("encoder"))
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MINILM))
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-        )
-    ).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quickstart") / "out"
 
 
 @pytest.fixture(scope="module")
-def first(encoder: str, output: Path) -> Command:
-    done = renee_ray("quickstart", f"output={output}", f"encoder.name={encoder}", "epochs=1")
+def first(tiny_encoder: str, output: Path) -> Command:
+    done = renee_ray("quickstart", f"output={output}", f"encoder.name={tiny_encoder}", "epochs=1")
     assert done.status == 0, done.stderr
     return done
 
@@ -147,9 +124,11 @@ def test_it_prints_figures_and_examples_and_writes_a_report(first: Command, outp
 
 
 @pytest.mark.slow
-def test_a_second_call_gives_the_same_figures(first: Command, encoder: str, output: Path) -> None:
+def test_a_second_call_gives_the_same_figures(
+    first: Command, tiny_encoder: str, output: Path
+) -> None:
     again = renee_ray(
-        "quickstart", f"output={output}", f"encoder.name={encoder}", "epochs=1", "--json"
+        "quickstart", f"output={output}", f"encoder.name={tiny_encoder}", "epochs=1", "--json"
     )
     assert again.status == 0, again.stderr
     found = json.loads(again.stdout)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from renee_ray.cli import main
-from renee_ray.config import RunConfig, make_config
+from renee_ray.config import ReneeError, RunConfig, make_config
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
-from renee_ray.service.run import RunDirectory
-from renee_ray.service.train import is_finished, orders
+from renee_ray.service.run import RUN_FILE, RunDirectory
+from renee_ray.service.train import identity, is_finished, orders, resumed
 from renee_ray.status import STATUS_FILE
 from renee_ray.training.checkpoint import State
 
+from ..data.tiny import write_tiny
 from .conftest import (
     RECIPE,
     Run,
@@ -223,6 +226,38 @@ def test_what_is_finished(tmp_path: Path, step: int, status: str | None, finishe
     assert found == finished
 
 
+def test_what_is_not_given_is_as_the_run_has_it(tmp_path: Path) -> None:
+    """A run of an earlier version: another default then, keys that it does not have yet."""
+    dataset = write_tiny(tmp_path / "set")
+    directory, said = RunDirectory(str(tmp_path / "run")), list[str]()
+
+    def resume(**given: Any) -> RunConfig:
+        config = make_config(RunConfig, {"data": dataset.path, "output": directory.path}, given)
+        return resumed(config, directory, dataset, said.append)
+
+    assert resume(epochs=3).epochs == 3, "nothing is there yet"
+    saved: dict[str, Any] = resume(epochs=3, classifier={"precision": "bf16_split"}).model_dump()
+    del saved["feed"]["token_dropout"], saved["encoder"]["micro_batch"], saved["regroup_s"]
+    saved |= {"num_workers": 4, "seed": 7}
+    directory.write(RUN_FILE, {"config": saved, "dataset": identity(dataset)})
+
+    config = resume(num_workers=3, feed={"window": 64}, encoder={"micro_batch": 0})
+    assert (config.epochs, config.seed, config.classifier.precision) == (3, 7, "bf16_split")
+    assert (config.num_workers, config.regroup_s) == (3, 60.0)
+    assert resume().num_workers == 2, "as every key that may change"
+    assert any("classifier.precision='bf16_split', not 'auto'" in line for line in said)
+    for given, words in (
+        ({"seed": 0}, "seed=7 and not 0"),
+        ({"classifier": {"precision": "auto"}}, "classifier.precision='bf16_split' and not 'auto'"),
+        ({"feed": {"token_dropout": 0.1}}, "feed.token_dropout=0.0 and not 0.1"),
+    ):
+        with pytest.raises(ReneeError, match=re.escape(words)):
+            resume(**given)
+    directory.write(RUN_FILE, {"config": saved | {"undo": 1}, "dataset": identity(dataset)})
+    with pytest.raises(ReneeError, match="the key 'undo', which this version of"):
+        resume()
+
+
 @slow
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -289,7 +324,7 @@ def test_errors_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFix
     cases = [
         ([str(recipe), data, output], "renee-ray convert"),
         ([str(recipe), data, output, "batchsize=3"], "'batch_size'"),
-        ([str(recipe), data, output, "num_workers=9"], "feed.streams"),
+        ([str(recipe), data, output, "num_workers=33"], "raise batch_size"),
         ([str(recipe), data, output, "batch_size=many"], "batch_size='many'"),
         ([str(recipe), data, output, "evaluation.metric=P@2"], "evaluation.metric"),
         ([str(recipe), output], "data=VALUE"),
@@ -298,3 +333,22 @@ def test_errors_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFix
     for arguments, words in cases:
         assert words in one_line(main(["train", *arguments]), capsys)
     assert not (tmp_path / "run").exists()
+
+
+@slow
+@pytest.mark.alone
+def test_more_workers_than_streams(
+    dataset: str, recipe: str, tiny_encoder: str, tmp_path: Path
+) -> None:
+    """16 workers of one thread, without a word on feed.streams."""
+    path = str(tmp_path / "run")
+    done = renee_ray(
+        "train", recipe, f"data={dataset}", f"output={path}", f"encoder.name={tiny_encoder}",
+        "num_workers=16", "batch_size=32", "epochs=1", "evaluation.every=0",
+        "checkpoint.every_steps=0", "--json",
+    )  # fmt: skip
+    run = run_of(path, done)
+    assert len(json.loads(Path(path, "status.json").read_text())["ranks"]) == 16
+    points = Dataset.open(dataset).manifest.num_points("train")
+    assert run.result["step"] == len(run.history["steps"]) == -(-points // 32)
+    assert np.isfinite(losses(run)).all()
