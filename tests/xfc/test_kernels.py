@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ kernels = load_kernels()
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 OPERATIONS = {
-    True: Operations(kernels.residual, kernels.FusedUpdate),
+    True: Operations(kernels.residual, kernels.FusedUpdate, kernels.PADDING),
     False: Operations(residual, Update),
 }
 LABELS, BATCH, DIM = 150, 139, 40
@@ -135,7 +136,7 @@ def test_residual_and_loss_of_e4m3_numbers(kind: str) -> None:
 def test_a_step_with_e4m3_logits(momentum: float) -> None:
     """Only the logits see E rounded; dE and the gradient of the weights take it whole."""
     weights = make_weights("fp8_sr", momentum, torch.float32, LABELS)
-    operations = Operations(kernels.residual, kernels.FusedUpdate, scaled=True)
+    operations = replace(OPERATIONS[True], scaled=True)
     shard = Shard(LabelRange(0, LABELS, LABELS), weights, 70, operations)
     stored, embeddings = weights.read(0, LABELS).double(), normal(BATCH, DIM, seed=4)
     step = 0.9 * weights.velocities(0, LABELS).double() if momentum else 0.0
@@ -347,6 +348,31 @@ def test_an_empty_batch_and_an_empty_shard() -> None:
     assert loss == 0
 
 
+@pytest.mark.parametrize("batch", [1, 63, 65, 1000])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_step_on_any_number_of_rows(compute: torch.dtype, batch: int) -> None:
+    """Whatever was left behind the rows of G."""
+    weights = make_weights("bf16_split", 0.0, compute, LABELS)
+    shard = Shard(LabelRange(0, LABELS, LABELS), weights, 70, OPERATIONS[True])
+    stored, inputs = weights.read(0, LABELS).double(), normal(batch, DIM, seed=4)
+    weights.scratch("logits", 70, OPERATIONS[True].padded(batch), dtype=compute).fill_(torch.nan)
+    rows = torch.arange(batch)
+    pairs = Pairs(rows, rows * 37 % LABELS, shard.owned, DEVICE)
+    seen: list[torch.Tensor] = []
+    loss = shard.step(inputs, pairs, SGD(0.01), with_loss=True, on_gradient=seen.append)
+    logits = inputs.double() @ stored.T
+    target = torch.zeros_like(logits)
+    target[rows, rows * 37 % LABELS] = 1
+    residual = logits.sigmoid() - target
+    unit = 32 * SINGLE if compute == torch.float32 else 2 * ROUNDING[compute]
+    dense = binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    assert float(loss) == pytest.approx(float(dense), rel=unit)
+    exact, step = residual @ stored, residual.T @ inputs.double()
+    assert (seen[0] - exact).norm() < unit * exact.norm()
+    moved = stored - weights.read(0, LABELS)
+    assert (moved / 0.01 - step).norm() < 2 * unit * step.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("fused", [True, False])
@@ -371,6 +397,64 @@ def test_a_step_on_a_gpu_equals_float64_on_the_stored_weights(precision: str, fu
     spacing = SPACING.get(precision, 0.0)
     moved = (after - stored).norm()
     assert (weights.read(0, n) - after).norm() < unit * moved + spacing * after.norm()
+
+
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from renee_ray.xfc import kernels
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Operations, Pairs, Shard
+from renee_ray.xfc.storage import SGD, Weights
+
+torch.set_num_threads(1)
+backend = make_backend(GPUTarget("cuda", 90, 32))
+names = ("_residual", "_positives", "_update")
+compiled, grids = {name: set() for name in names}, []
+
+def watch(name):
+    kernel = getattr(kernels, name)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+    def run(*args, grid, warmup, **options):
+        compiled[name].add(str(bind(*args, **options)[1]))
+        grids.append(grid)
+
+    kernel.run = run
+
+for name in names:
+    watch(name)
+operations = Operations(kernels.residual, kernels.FusedUpdate, kernels.PADDING)
+shard = Shard(
+    LabelRange(0, 300, 300),
+    Weights("bf16_sr", 300, 48, True, torch.device("cpu"), torch.bfloat16), 64, operations,
+)
+for batch in (1, 63, 65, 992, 1000, 1024):
+    rows = torch.arange(batch)
+    pairs = Pairs(rows, (rows * 37 + 5) % 300, shard.owned)
+    shard.step(torch.zeros(batch, 48), pairs, SGD(0.1))
+assert {name: len(found) for name, found in compiled.items()} == dict.fromkeys(names, 1), compiled
+bare = torch.zeros(0, dtype=torch.int64)
+many = torch.zeros(1, 64, dtype=torch.bfloat16).expand(9_000_000, 64)
+kernels.residual(many, torch.zeros(64, 64, dtype=torch.bfloat16), bare, bare, many, None)
+assert all(axis <= 65535 for grid in grids for axis in grid[1:]), grids
+"""
+
+
+def run_without_interpreter(code: str, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_batch_size_compiles_anew_and_no_chunk_is_too_long(tmp_path: Path) -> None:
+    """What a launch asks of the compiler, and its grid; without a GPU nothing is launched."""
+    run_without_interpreter(LAUNCH, tmp_path)
 
 
 COMPILE = """
@@ -416,9 +500,4 @@ for capability in (80, 90):
 @pytest.mark.slow
 def test_kernels_compile_for_two_generations_of_gpus(tmp_path: Path) -> None:
     """The interpreter accepts what the compiler may not; compiling needs no GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_without_interpreter(COMPILE, tmp_path)
