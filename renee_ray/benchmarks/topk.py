@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from renee_ray.benchmarks.problem import (
     make_problem,
 )
 from renee_ray.benchmarks.timing import fastest, interleaved
-from renee_ray.xfc.topk import shard_topk
+from renee_ray.xfc.topk import NONE, shard_topk
+
+CHECKED = 4096
+"""Labels whose exact scores are computed at once."""
 
 
 def bench_topk(
@@ -27,8 +30,10 @@ def bench_topk(
     Returns:
         topk_s, of `shard_topk`; gemm_s, the logits' matmul over chunks of the fastest size;
         ratio_to_gemm; torch_topk_s, full logits [B, L] and torch.topk; speedup_vs_torch;
-        identical, whether scores and labels are bit for bit those of a stable sort of the full
-        logits (torch.topk puts equal scores in any order); and what was timed.
+        same_but_ties and greatest_difference, of `against_exact` in float64, and the greatest
+        rounding that it allows; identical, whether scores and labels are bit for bit those of a
+        stable sort of the full logits, which depends on the device (see `xfc/topk.py`); and
+        what was timed.
 
     Raises:
         ReneeError: it does not fit in memory.
@@ -55,6 +60,12 @@ def bench_topk(
     )
     wanted = best_by_sorting(inputs @ weight.T, min(k, labels))
     found = shard_topk(shard, inputs, k)
+    allowed = rounding(inputs, weight)
+    exact = (
+        (start, inputs.double() @ weight[start : start + CHECKED].double().T)
+        for start in range(0, labels, CHECKED)
+    )
+    same, difference = against_exact(found, exact, allowed)
     return {
         "topk_s": taken["topk"],
         "gemm_s": taken["gemm"],
@@ -65,6 +76,9 @@ def bench_topk(
             torch.equal(ours[:, : min(k, labels)], theirs)
             for ours, theirs in zip(found, wanted, strict=True)
         ),
+        "same_but_ties": same,
+        "greatest_difference": difference,
+        "rounding": float(allowed.max()),
         "chunk": chunk,
         "labels": labels,
         "dim": dim,
@@ -72,6 +86,50 @@ def bench_topk(
         "k": k,
         "threads": torch.get_num_threads(),
     }
+
+
+def rounding(inputs: Tensor, weight: Tensor) -> Tensor:
+    """The bound on the rounding of a row's scores that `xfc/topk.py` states, float64 [B]."""
+    longest = torch.linalg.vector_norm(weight, dim=1).max().double()
+    lengths = torch.linalg.vector_norm(inputs.double(), dim=1)
+    return inputs.shape[1] * 1.01 * 2.0**-24 * lengths * longest
+
+
+def against_exact(
+    found: tuple[Tensor, Tensor], exact: Iterable[tuple[int, Tensor]], allowed: Tensor
+) -> tuple[bool, float]:
+    """Compares a top-k with exact scores z.
+
+    It is the same but for ties if no label comes twice; scores descend, of equal ones the smaller
+    label first; each is within `allowed` of its label's z; and no other label has a z that is
+    greater than the last score by more. A label then precedes all whose z is less by more than
+    twice that.
+
+    Args:
+        found: (scores float32 [B, k], labels int64 [B, k]), `NONE` where there is none.
+        exact: (first label, z float64 [B, c]) of all labels, chunk by chunk; is overwritten.
+        allowed: float64 [B].
+
+    Returns:
+        (whether it is the same but for ties, greatest |score - z|)
+    """
+    scores, labels = found[0].double(), found[1]
+    own, others = torch.full_like(scores, -torch.inf), torch.full_like(allowed, -torch.inf)
+    for first, z in exact:
+        here = (labels >= first) & (labels < first + z.shape[1])
+        rows, places = here.nonzero(as_tuple=True)
+        columns = labels[rows, places] - first
+        own[rows, places] = z[rows, columns]
+        z[rows, columns] = -torch.inf
+        others = torch.maximum(others, z.amax(dim=1))
+    off = torch.where(own == scores, 0.0, (own - scores).abs())
+    falls = scores[:, :-1] > scores[:, 1:]
+    rises = (labels[:, :-1] < labels[:, 1:]) | (labels[:, 1:] == NONE)
+    ordered = falls | ((scores[:, :-1] == scores[:, 1:]) & rises)
+    in_order = labels.sort(dim=1).values
+    twice = (in_order[:, :-1] == in_order[:, 1:]) & (in_order[:, 1:] != NONE)
+    within = (off <= allowed[:, None]).all() & (others <= scores[:, -1] + allowed).all()
+    return bool(within & ordered.all() & ~twice.any()), float(off.max())
 
 
 def best_by_sorting(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,9 @@ from torch import Tensor
 NONE = -1
 """Label id of a place that no label fills."""
 BLOCK = 64
-"""Labels that are looked at together before each single one; a row's room holds as many."""
+"""Labels that are looked at together before each single one; a row's room holds two such blocks."""
+SPARSE = 32
+"""Where more than one block in so many may hold a better label, the chunk's own top-k is taken."""
 
 
 class Best(ABC):
@@ -83,6 +85,9 @@ class PlainBest(Best):
 
     The first k places are the best so far, descending; then come `used` [B] labels that beat the
     last of these.
+
+    Works in at most 4 bytes for each number of a chunk of 64 rows or more, and 16 KiB a row: lists
+    of what is better take up to 64 bytes an entry, so they are made only where they are short.
     """
 
     def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
@@ -103,37 +108,53 @@ class PlainBest(Best):
     def _add(self, logits: Tensor, block: int, first: int) -> None:
         if not logits.numel():
             return
-        rows, columns = self._better(logits, block)
-        counts = rows.bincount(minlength=len(logits))
-        if bool((self.used + counts > self.room).any()):
-            self._sort()
-            rows, columns = self._better(logits, block)
-            counts = rows.bincount(minlength=len(logits))
-            if bool((counts > self.room).any()):
-                columns = _chunk_topk(logits, min(self.k, logits.shape[1])).flatten()
-                counts = torch.full_like(counts, len(columns) // len(logits))
-                rows = torch.arange(len(logits), device=rows.device).repeat_interleave(counts)
+        found = self._better(logits, block)
+        if found is None:
+            self._sort()  # which raises the threshold, and makes room for k
+            found = self._better(logits, block)
+        rows, columns, counts = _chunk_topk(logits, self.k) if found is None else found
         before = counts.cumsum(0) - counts
         place = self.k + (self.used - before)[rows] + torch.arange(len(rows), device=rows.device)
         self.scores[rows, place] = logits[rows, columns]
         self.labels[rows, place] = columns + first
         self.used += counts
 
-    def _better(self, logits: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """(rows, columns) [m] of what beats the threshold, row by row, columns ascending."""
+    def _better(self, logits: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What beats the threshold, as `_chunk_topk` returns it; None: too much of a row or of all.
+
+        While a row has no threshold, all of it does.
+        """
         blocks = logits.unflatten(1, (-1, block))
-        # The largest of a block is cheap; most blocks of a late chunk hold nothing better.
-        rows, which = (blocks.amax(dim=2) > self.threshold).nonzero(as_tuple=True)
+        # The largest of a block is cheap; most blocks of a late chunk hold nothing better. A block
+        # with a NaN, whose maximum is NaN, is looked at.
+        largest = blocks.amax(dim=2)
+        rows, which = (largest <= self.threshold).logical_not_().nonzero(as_tuple=True)
+        if len(rows) > len(logits) * max(2, blocks.shape[1] // SPARSE):
+            return None
         picked = blocks.flatten(0, 1).index_select(0, rows * blocks.shape[1] + which)
         inside, column = (picked > self.threshold[rows]).nonzero(as_tuple=True)
-        return rows[inside], which[inside] * block + column
+        rows, columns = rows[inside], which[inside] * block + column
+        counts = rows.bincount(minlength=len(logits))
+        if bool((self.used + counts > self.room).any()):
+            return None
+        return rows, columns, counts
 
 
-def _chunk_topk(logits: Tensor, k: int) -> Tensor:
-    """Columns [b, k] of the k largest of each row, ascending; of equal ones the leftmost."""
-    best, where = logits.topk(k, dim=1, sorted=False)
-    # torch.topk takes any of the equal values at its cut: such rows are sorted instead.
-    tied = (logits >= best.amin(dim=1, keepdim=True)).sum(dim=1) > k
-    if bool(tied.any()):
-        where[tied] = logits[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
-    return where.sort(dim=1).values
+def _chunk_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of each row, of equal ones the leftmost; a NaN becomes -inf.
+
+    Returns:
+        (rows int64 [m], columns int64 [m] ascending in each row, their number int64 [B])
+    """
+    batch, k = len(logits), min(k, logits.shape[1])
+    logits.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    best, columns = logits.topk(min(k + 1, logits.shape[1]), dim=1)
+    columns = columns[:, :k]
+    if best.shape[1] > k:
+        # torch.topk takes any of the equal values at its cut: such rows are sorted, few at a time.
+        tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1)
+        for some in tied.split(-(-batch // SPARSE)):
+            columns[some] = logits[some].argsort(dim=1, descending=True, stable=True)[:, :k]
+    counts = columns.new_full((batch,), k)
+    rows = torch.arange(batch, device=logits.device).repeat_interleave(k)
+    return rows, columns.sort(dim=1).values.flatten(), counts

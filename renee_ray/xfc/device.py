@@ -14,7 +14,6 @@ instructions emulates bf16 products, ten times slower than fp32 ones on AVX2.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -76,14 +75,21 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether `kernels` is to be used there: a GPU that Triton supports, and triton."""
+    """Whether `kernels` is to be used there: a GPU on which one of them was compiled and ran."""
     if device.type != "cuda":
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         log.warning("Triton does not support this GPU: the classifier takes a slower path")
         return False
-    if importlib.util.find_spec("triton") is None:
-        log.warning("triton is not installed: the classifier takes a slower path on the GPU")
+    try:
+        from renee_ray.xfc import kernels  # needs triton, which not every machine has
+
+        kernels.try_out(device)
+    except Exception as error:  # a missing package, compiler or header, or a driver too old
+        log.warning(
+            "Triton's kernels do not run here, so the classifier takes a slower path on the GPU: "
+            "%s: %s", type(error).__name__, error,
+        )  # fmt: skip
         return False
     return True
 

@@ -8,6 +8,9 @@ E [B, D] and velocities m; whatever is in between is fp32:
     _positives   z = W[l] . E[i];  G[l, i] = -sigmoid(-z)   for every pair (l, i)
     _update      m <- momentum * m + G E + decay * w;  w <- w - lr * m      rounded as stored
 
+A row of G is followed by zeros up to its stride, a multiple of `PADDING`. Kernels are compiled for
+that stride alone, so every B reads and writes G by 16 bytes, and a new B compiles nothing.
+
 Neither Z nor the gradient G E is ever in memory: they live in the registers of the tile that
 computes them. W, E and G are of one dtype: fp32, bf16 or fp16; for Z alone W and E may be e4m3,
 which a GPU multiplies twice as fast. The sums are then what its tensor cores keep (on Hopper
@@ -38,6 +41,8 @@ TILE = 128
 """Rows and columns of what one program computes."""
 TILE_BYTES = 128
 """Of each row or column, what a program multiplies at once."""
+PADDING = 64
+"""Numbers by which a row of G is padded: 128 bytes of bf16."""
 SETTINGS: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
 
 KINDS: dict[type[Buffer], str] = {
@@ -49,6 +54,17 @@ _PERIOD, _STRIDE = tl.constexpr(PERIOD), tl.constexpr(STRIDE)
 _BF16_DROPPED, _E4M3_DROPPED = tl.constexpr(BF16_DROPPED), tl.constexpr(E4M3_DROPPED)
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _FACTOR_0, _FACTOR_1, _FACTOR_2 = (tl.constexpr(factor % 2**64) for factor in FACTORS)
+
+
+def try_out(device: torch.device) -> None:
+    """Compiles and runs the smallest of kernels, and raises whatever prevents it.
+
+    Triton is more than its package: it starts a C compiler, which needs Python's headers.
+    """
+    number = torch.zeros(1, device=device)
+    _increment[(1,)](number)
+    if float(number) != 1:
+        raise RuntimeError("a kernel that adds 1 to 0 did not give 1")
 
 
 def residual(
@@ -63,23 +79,25 @@ def residual(
     """`shard.residual` on a GPU; with `scales`, of e4m3 numbers: row i of E is scales[i] inputs[i].
 
     Args:
+        out: its rows are followed by zeros up to its stride, which are written too.
         scales: float32 [B]; operand and inputs are then float8_e4m3fn, and out has another dtype.
     """
-    (c, dim), batch = operand.shape, len(inputs)
-    grid = (triton.cdiv(batch, TILE), triton.cdiv(c, TILE))
+    (c, dim), batch, stride = operand.shape, len(inputs), out.stride(0)
+    tiles = triton.cdiv(batch, TILE) * triton.cdiv(c, TILE)
     with_loss, scaled = loss is not None, scales is not None
-    sums = out.new_empty(grid if with_loss else (0,), dtype=torch.float32)
+    sums = out.new_empty(tiles if with_loss else 0, dtype=torch.float32)
     logits = out.new_empty(len(rows) if with_loss else 0, dtype=torch.float32)
     factors = sums if scales is None else scales
     depth = TILE_BYTES // inputs.element_size()
-    _residual[grid](
-        operand, inputs, factors, out, sums, c, batch, dim, scaled, with_loss, TILE, depth,
+    _residual[(tiles,)](
+        operand, inputs, factors, out, sums, c, batch, stride, dim, scaled, with_loss, TILE, depth,
         **SETTINGS,
     )  # fmt: skip
     if len(rows):
         _positives[(len(rows),)](
-            operand, inputs, factors, out, logits, labels, rows, batch, dim, scaled, with_loss, TILE
-        )
+            operand, inputs, factors, out, logits, labels, rows, stride, dim, scaled, with_loss,
+            TILE,
+        )  # fmt: skip
     if loss is not None:
         loss += sums.sum(dtype=torch.float64) - logits.sum(dtype=torch.float64)
     return out
@@ -95,11 +113,12 @@ class FusedUpdate(Update):
         weight, velocity = weights.weight, weights.velocity
         noise = [(each.base, each.key) if each else (residual, 0) for each in self._noise]
         batch, dim = inputs.shape
-        _update[triton.cdiv(dim, TILE), triton.cdiv(stop - start, TILE)](
+        _update[(triton.cdiv(dim, TILE) * triton.cdiv(stop - start, TILE),)](
             residual, inputs,
             *_stored(weight, start, stop), *_stored(velocity or weight, start, stop),
             *noise[0], *noise[1],
-            self._first + start, stop - start, batch, sgd.lr, sgd.momentum, sgd.weight_decay,
+            self._first + start, stop - start, batch, residual.stride(0),
+            sgd.lr, sgd.momentum, sgd.weight_decay,
             KINDS[type(weight)], KINDS[type(velocity)] if velocity else "none",
             dim, TILE, TILE_BYTES // inputs.element_size(), **SETTINGS,
         )  # fmt: skip
@@ -112,49 +131,69 @@ def _stored(buffer: Buffer, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _product(a, b, a_step, b_step, a_inside, b_inside, depth, TILE: tl.constexpr, K: tl.constexpr):
-    """a @ b in fp32 [TILE, TILE], from pointers to their first K columns [TILE, K] and rows."""
+def _increment(number):
+    tl.store(number, tl.load(number) + 1)
+
+
+@triton.jit
+def _tile(across, TILE: tl.constexpr):
+    """Rows and columns of this program's tile, of `across` tiles side by side.
+
+    A grid's first axis alone may have more than 65,535 programs.
+    """
+    program, own = tl.program_id(0), tl.arange(0, TILE)
+    return program // across * TILE + own, program % across * TILE + own
+
+
+@triton.jit
+def _product(
+    a, b, a_step, b_step, a_inside, b_inside, width, depth, TILE: tl.constexpr, K: tl.constexpr
+):
+    """a @ b in fp32 [TILE, TILE], from pointers to their first K columns [TILE, K] and rows.
+
+    width: columns of a; depth: rows of b, the others of which count as zeros.
+    """
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
     for k in range(0, depth, K):
-        inside = k + tl.arange(0, K) < depth
-        left = tl.load(a, mask=a_inside[:, None] & inside[None, :], other=0.0)
-        right = tl.load(b, mask=inside[:, None] & b_inside[None, :], other=0.0)
+        at = k + tl.arange(0, K)
+        left = tl.load(a, mask=a_inside[:, None] & (at < width)[None, :], other=0.0)
+        right = tl.load(b, mask=(at < depth)[:, None] & b_inside[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
         a += K * a_step
         b += K * b_step
     return total
 
 
-@triton.jit(do_not_specialize=["c"])
+@triton.jit(do_not_specialize=["c", "batch"])
 def _residual(
-    weight, inputs, scales, out, sums, c, batch,
+    weight, inputs, scales, out, sums, c, batch, stride,
     DIM: tl.constexpr, SCALED: tl.constexpr, LOSS: tl.constexpr,
     TILE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row, column = _tile(tl.cdiv(batch, TILE), TILE)
     k = tl.arange(0, K)
     left = weight + row.to(tl.int64)[:, None] * DIM + k[None, :]
     right = inputs + column.to(tl.int64)[None, :] * DIM + k[:, None]
-    z = _product(left, right, 1, 1, row < c, column < batch, DIM, TILE, K)
+    z = _product(left, right, 1, 1, row < c, column < batch, DIM, DIM, TILE, K)
     if SCALED:
         z *= tl.load(scales + column, mask=column < batch, other=0.0)[None, :]
     inside = (row < c)[:, None] & (column < batch)[None, :]
-    at = row.to(tl.int64)[:, None] * batch + column[None, :]
-    tl.store(out + at, (1 / (1 + tl.exp(-z))).to(out.dtype.element_ty), mask=inside)
+    padded = (row < c)[:, None] & (column < stride)[None, :]
+    at = row.to(tl.int64)[:, None] * stride + column[None, :]
+    sigmoid = tl.where(inside, 1 / (1 + tl.exp(-z)), 0.0)
+    tl.store(out + at, sigmoid.to(out.dtype.element_ty), mask=padded)
     if LOSS:
         power = tl.exp(-tl.abs(z))
         # log(1 + power), without losing the digits of a small power.
         above = 1 + power
         log = tl.where(above == 1, power, tl.log(above) * (power / (above - 1)))
         softplus = tl.where(inside, tl.maximum(z, 0.0) + log, 0.0)
-        place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(sums + place, tl.sum(tl.sum(softplus, axis=1), axis=0))
+        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(softplus, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels", "rows"])
 def _positives(
-    weight, inputs, scales, out, logits, labels, rows, batch,
+    weight, inputs, scales, out, logits, labels, rows, stride,
     DIM: tl.constexpr, SCALED: tl.constexpr, LOSS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -168,25 +207,24 @@ def _positives(
     z = tl.sum(total, axis=0)
     if SCALED:
         z *= tl.load(scales + row)
-    tl.store(out + label * batch + row, (-1 / (1 + tl.exp(z))).to(out.dtype.element_ty))
+    tl.store(out + label * stride + row, (-1 / (1 + tl.exp(z))).to(out.dtype.element_ty))
     if LOSS:
         tl.store(logits + pair, z)
 
 
-@triton.jit(do_not_specialize=["weight_key", "velocity_key", "first", "c"])
+@triton.jit(do_not_specialize=["weight_key", "velocity_key", "first", "c", "batch"])
 def _update(
     residual, inputs, weight, weight_rest, velocity, velocity_rest,
     weight_base, weight_key, velocity_base, velocity_key,
-    first, c, batch, lr, momentum, decay,
+    first, c, batch, stride, lr, momentum, decay,
     WEIGHT: tl.constexpr, VELOCITY: tl.constexpr,
     DIM: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row, column = _tile(tl.cdiv(DIM, TILE), TILE)
     k = tl.arange(0, K)
-    left = residual + row.to(tl.int64)[:, None] * batch + k[None, :]
+    left = residual + row.to(tl.int64)[:, None] * stride + k[None, :]
     right = inputs + k[:, None] * DIM + column[None, :]
-    step = _product(left, right, 1, DIM, row < c, column < DIM, batch, TILE, K)
+    step = _product(left, right, 1, DIM, row < c, column < DIM, stride, batch, TILE, K)
     inside = (row < c)[:, None] & (column < DIM)[None, :]
     at = row.to(tl.int64)[:, None] * DIM + column[None, :]
     label = first + row.to(tl.int64)

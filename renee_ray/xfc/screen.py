@@ -1,4 +1,6 @@
-"""The k best labels by bf16 products of all and fp32 products of few: exact, in half the time.
+"""The k best labels by bf16 products of all and fp32 products of few, in half the time.
+
+The result is as good as by fp32 products alone (`topk` says how good that is).
 
 A CPU with bf16 instructions multiplies bf16 two to three times as fast as fp32. With e' and w'
 the embedding and a weight rounded to bf16, and a the product e'.w' as computed,
@@ -27,8 +29,8 @@ from renee_ray.xfc.shard import Chunks, Pairs, Shard
 from renee_ray.xfc.storage import Weights
 
 ROWS = 8
-"""Rows whose few products are one matmul, of which 1/ROWS is used: a lone row is not multiplied
-by the same code as a batch, and its scores would differ in their last bit."""
+"""Rows whose few products are one matmul, of which 1/ROWS is used: on most CPUs a lone row is
+not multiplied by the same code as a batch, and its scores would differ in their last bit."""
 HALF_ULP = 2.0**-8
 """Of bf16, relative to the number."""
 

@@ -87,12 +87,18 @@ class Pairs:
 class Operations:
     """How a chunk is computed: `residual`, and `update` as `storage.Update`.
 
+    padding: the rows of G are padded to a multiple of it.
     scaled: whether logits come from e4m3 numbers, whose scales `residual` then takes as well.
     """
 
     residual: Callable[..., Tensor]
     update: type[Update]
+    padding: int = 1
     scaled: bool = False
+
+    def padded(self, batch: int) -> int:
+        """Numbers that a row of G takes in memory for a batch of so many rows, at least 1."""
+        return -(-max(batch, 1) // self.padding) * self.padding
 
 
 @dataclass(frozen=True)
@@ -190,11 +196,18 @@ class Shard:
         inputs: Inputs,
         chunk: tuple[int, int],
         pairs: tuple[Tensor, Tensor],
-        out: Tensor,
         loss: Tensor | None,
     ) -> Tensor:
-        """The function `residual` of a chunk [start, stop), for its `operand` and its `pairs`."""
+        """The function `residual` of a chunk [start, stop), for its `operand` and its `pairs`.
+
+        Returns:
+            G [stop - start, B], until the next call.
+        """
         rows, columns = pairs
+        batch = len(inputs.wide)
+        shape = len(operand), self.operations.padded(batch)
+        # Labels first: BLAS then reads every operand of the three products as it lies.
+        out = self.weights.scratch("logits", *shape, dtype=inputs.wide.dtype)[:, :batch]
         if inputs.scaled is None:
             return self.operations.residual(operand, inputs.wide, columns, rows, out, loss)
         codes = self.weights.operand(*chunk, torch.float8_e4m3fn)
@@ -251,11 +264,8 @@ class _Lane:
         """A chunk's part of dE and of the loss; returns its update."""
         (start, stop), scratch = chunk, self._shard.weights.scratch
         operand, inputs = self._shard.weights.operand(start, stop), self._inputs.wide
-        # Labels first: BLAS then reads every operand of the three products as it lies.
-        out = scratch("logits", stop - start, len(inputs), dtype=inputs.dtype)
-        residual = self._shard.residual(
-            operand, self._inputs, chunk, pairs, out, self.loss if self._with_loss else None
-        )
+        loss = self.loss if self._with_loss else None
+        residual = self._shard.residual(operand, self._inputs, chunk, pairs, loss)
         add_product(self.gradient, residual.T, operand, 1, 1, scratch)
         return functools.partial(self._update, start, stop, operand, residual, inputs)
 
@@ -272,11 +282,11 @@ def choose_operations(weights: Weights) -> Operations:
             cpu_kernels.compile_for(weights)
             return Operations(residual, cpu_kernels.FusedUpdate)
     elif has_kernels(weights.device):
-        from renee_ray.xfc import kernels  # needs triton, which not every machine has
+        from renee_ray.xfc import kernels
 
         narrow = isinstance(weights.weight, E4M3) and weights.compute_dtype == torch.bfloat16
         scaled = narrow and native_e4m3(weights.device)
-        return Operations(kernels.residual, kernels.FusedUpdate, scaled)
+        return Operations(kernels.residual, kernels.FusedUpdate, kernels.PADDING, scaled)
     return Operations(residual, Update)
 
 
@@ -331,6 +341,6 @@ def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:
     """
     item, plain = weights.compute_dtype.itemsize, operations.update is Update
     if weights.device.type == "cuda" and not plain:
-        return item * max(batch, 1) + item * weights.dim
+        return item * operations.padded(batch) + item * weights.dim
     for_each = item + 36 if plain and not weights.weight.aliased else 8
     return (item + 8) * max(batch, 1) + for_each * weights.dim

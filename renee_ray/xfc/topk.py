@@ -3,7 +3,19 @@
 What it equals: `torch.topk(E @ W.T, k)` after the excluded pairs were set to -inf,
 without ever holding [rows, labels]. Scores are fp32 products of the fp32 weights, since
 bf16 logits tie by the dozen; of labels with equal scores the one with the smaller id comes
-first, at the cut too, so that the result depends neither on chunks nor on shards.
+first, at the cut too. So the order of (score, label) is total, and ranks that merge what
+shards found agree: each pair of a row and a label has one score, its owner's.
+
+How a score is rounded is not promised. BLAS adds up products in an order that depends on the
+device and on the shape: a CPU with AMX multiplies 8 rows otherwise than 256, and cuBLAS has a
+kernel for each shape. With another batch, chunk or number of shards a score e.w may thus differ,
+by at most 2 r, where (any order of D sums; rounding error 2^-24 of fp32)
+
+    |score - e.w|  <=  r  =  1.01 D 2^-24 |e| |w|
+
+and labels whose exact scores are no further apart than that may swap places. All others are
+those of the exact products.
+
 Rows that have fewer than k labels left are filled with label -1 and score -inf.
 
 Where the device multiplies bf16 faster, most labels are ruled out by bf16 products (`screen`).
@@ -19,9 +31,11 @@ import torch
 from torch import Tensor
 
 from renee_ray.xfc.best import NONE, best_of, join, leading
+from renee_ray.xfc.buffers import Split
 from renee_ray.xfc.lanes import run
 from renee_ray.xfc.screen import screened_topk, screens
 from renee_ray.xfc.shard import Chunks, Pairs, Shard
+from renee_ray.xfc.storage import Weights
 
 __all__ = ["NONE", "merge_topk", "shard_topk"]
 
@@ -75,7 +89,17 @@ def _plain_topk(
             best.add(logits, shard.owned.start + start, shift)
         return best.result()
 
-    return join(run([partial(lane, chunks) for chunks in shard.lanes(rows, gradient=False)]), k)
+    lanes = shard.lanes(rows, label_bytes(rows, shard.weights), gradient=False)
+    return join(run([partial(lane, chunks) for chunks in lanes]), k)
+
+
+def label_bytes(rows: int, weights: Weights) -> int:
+    """Bytes of working memory for a label of a chunk, at most, for so many rows.
+
+    All are fp32: its scores, and as much again to find the best (`best.PlainBest`); its weights,
+    with the lower halves of `buffers.Split`. What depends on the rows alone is not counted.
+    """
+    return 8 * max(rows, 64) + (8 if isinstance(weights.weight, Split) else 4) * weights.dim
 
 
 @functools.cache

@@ -100,8 +100,7 @@ class _Chunk:
     def _gradient(self) -> Tensor:
         """G' E at the weights as they are stored, float32 [stop - start, D]."""
         operand, scratch = self._weights.operand(*self._bounds), self._weights.scratch
-        out = operand.new_empty(len(operand), len(self._inputs.wide))
-        residual = self._shard.residual(operand, self._inputs, self._bounds, self._pairs, out, None)
+        residual = self._shard.residual(operand, self._inputs, self._bounds, self._pairs, None)
         gradient = torch.zeros(operand.shape, device=operand.device)
         add_product(gradient, residual, self._inputs.wide, 1, 1, scratch)
         return gradient

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
@@ -54,3 +56,24 @@ class Fresh(Watch):
 
 def _memory(leaf: Any) -> int | None:
     return leaf.untyped_storage().data_ptr() if isinstance(leaf, torch.Tensor) else None
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes that torch's allocator gives out at once while `function` runs, at most.
+
+    What operations allocate inside counts too, which no dispatch mode sees.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = peak = 0
+    for _, change in sorted(changes, key=lambda each: each[0]):
+        now += change
+        peak = max(peak, now)
+    return peak

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ import torch
 from renee_ray.xfc import device as module
 from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes, has_kernels
 from renee_ray.xfc.storage import STORAGES, Weights
+from tests.xfc.interpreter import DEVICE, load_kernels
 
 CPU = torch.device("cpu")
 
@@ -55,22 +61,62 @@ def test_a_cache_that_a_cloud_host_reports_is_not_believed(monkeypatch: pytest.M
     assert chunk_bytes("cpu") == 1 << 20
 
 
-@pytest.mark.parametrize(
-    ("capability", "installed", "expected"),
-    [((9, 0), True, True), ((9, 0), False, False), ((7, 5), True, False)],
-)
-def test_kernels_where_triton_is_there_and_supports_the_gpu(
-    capability: tuple[int, int],
-    installed: bool,
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def kernels_on_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> bool:
+    """What `has_kernels` says of a GPU each time that it is asked."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: installed or None)
     has_kernels.cache_clear()
+    try:
+        return all([has_kernels(torch.device("cuda", 0)) for _ in range(3)])
+    finally:
+        has_kernels.cache_clear()
+
+
+def test_no_kernels_on_a_gpu_that_triton_does_not_support(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert not has_kernels(CPU)
-    for _ in range(3):
-        assert has_kernels(torch.device("cuda", 0)) == expected
-    assert sum("slower path" in record.message for record in caplog.records) == (not expected)
-    has_kernels.cache_clear()
+    assert not caplog.records
+    assert not kernels_on_cuda(monkeypatch, (7, 5))
+    assert [record.message.count("slower path") for record in caplog.records] == [1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that cannot reach a GPU")
+def test_no_kernels_where_none_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fails is the trial itself, for what this machine lacks: triton, or a GPU."""
+    assert not kernels_on_cuda(monkeypatch, (9, 0))
+    assert [record.message.count("slower path") for record in caplog.records] == [1]
+    assert re.search(r"Error: .{10,}", caplog.records[0].message), "the reason is told"
+
+
+@pytest.mark.parametrize("reason", [None, "Failed to find C compiler"])
+def test_kernels_are_tried_before_they_are_chosen(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = load_kernels()
+    kernels.try_out(DEVICE)
+
+    def try_out(device: torch.device) -> None:
+        if reason is not None:
+            raise RuntimeError(reason)
+
+    monkeypatch.setattr(kernels, "try_out", try_out)
+    assert kernels_on_cuda(monkeypatch, (9, 0)) == (reason is None)
+    assert [reason in record.message for record in caplog.records] == [True] * (reason is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_a_gpu_machine_without_a_c_compiler_takes_the_slower_path(tmp_path: Path) -> None:
+    code = (
+        "import torch; from renee_ray.xfc.device import has_kernels;"
+        "print(has_kernels(torch.device('cuda', 0)))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "PATH")}
+    environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout == "False\n", done.stderr[-2000:]
+    assert done.stderr.count("slower path") == 1

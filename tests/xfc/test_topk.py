@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from renee_ray.benchmarks.topk import against_exact, rounding
 from renee_ray.xfc import best as module
+from renee_ray.xfc import shard as shard_module
+from renee_ray.xfc import topk as topk_module
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.storage import STORAGES, Weights
 from renee_ray.xfc.topk import NONE, merge_topk, shard_topk
-from tests.xfc.memory import Largest
+from tests.xfc.memory import Largest, peak_bytes
 
 CPU = torch.device("cpu")
 NUM_LABELS, DIM, BATCH = 53, 8, 12
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=[pytest.mark.gpu, needs_gpu])]
 
 
 @pytest.fixture(autouse=True, params=["compiled", "plain torch"])
@@ -184,6 +191,91 @@ def test_long_shards_equal_a_stable_sort(kind: str, chunk: int, k: int) -> None:
     scores, labels = shard_topk(shard, inputs, k, Pairs(rows, banned, owned))
     assert torch.equal(scores, wanted.values[:, :k])
     assert torch.equal(labels, wanted.indices[:, :k] + 5)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("precision", STORAGES)
+def test_every_storage_gives_the_labels_of_exact_scores(
+    precision: str, device: torch.device
+) -> None:
+    """All but ties: in three shards, with an offset, without the best and the worst labels."""
+    n, dim, batch, k = 2000, 64, 24, 30
+    weight = weight_of(n, dim).to(device) / 8
+    inputs = inputs_of(batch, dim).to(device)
+    offset = weight_of(n, 1).flatten().to(device)
+    found, stored, banned = [], [], []
+    for owned in (LabelRange(a, b, n) for a, b in ((0, 700), (700, 701), (701, n))):
+        weights = Weights(precision, len(owned), dim, False, device)
+        shard = Shard(owned, weights, 300)
+        shard.write(owned.start, weight[owned.start : owned.stop])
+        stored.append(weights.read(0, len(owned)).clone())
+        z = inputs @ stored[-1].T + offset[owned.start : owned.stop]
+        ends = torch.cat([z.argmax(1), z.argmin(1)]).cpu() + owned.start
+        rows = torch.arange(batch).repeat(2)
+        pairs = torch.stack([rows, ends], 1).unique(dim=0)[owned.start == 700 :]
+        banned.append(pairs)
+        excluded = Pairs(pairs[:, 0], pairs[:, 1], owned, device)
+        found.append(shard_topk(shard, inputs, k, excluded, offset[owned.start : owned.stop]))
+    best = merge_topk(*map(list, zip(*found, strict=True)), k)
+    whole = torch.cat(stored)
+    exact = inputs.double() @ whole.double().T + offset.double()
+    allowed = rounding(inputs, whole) + 2.0**-24 * exact.abs().amax(dim=1)
+    pairs = torch.cat(banned).to(device)
+    exact[pairs[:, 0], pairs[:, 1]] = -torch.inf
+
+    def same(scores: torch.Tensor, labels: torch.Tensor) -> bool:
+        return against_exact((scores, labels), [(0, exact.clone())], allowed)[0]
+
+    assert same(*best)
+    # Scores of numbers with 8 binary digits are noticed, and so is any other label or order.
+    narrow = inputs.bfloat16().float() @ whole.bfloat16().float().T + offset
+    narrow[pairs[:, 0], pairs[:, 1]] = -torch.inf
+    assert not same(*narrow.topk(k, dim=1))
+    assert not same(best[0].roll(1, 0), best[1])
+    assert not same(best[0], best[1].flip(1))
+    assert not same(*(each[:, 1:] for each in best))
+    assert not same(best[0], best[1][:, :1].expand(-1, k))
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16_split", "fp8_sr"])
+@pytest.mark.parametrize("kind", ["normal", "ascending", "equal", "clustered"])
+def test_memory_is_that_of_a_chunk(
+    kind: str, precision: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first chunk on, which has no threshold, whatever the order of the scores."""
+    n, dim, batch, k, limit = 12_000, 16, 128, 50, 2 << 20
+    monkeypatch.setattr(shard_module, "chunk_bytes", lambda device_type: limit)
+    monkeypatch.setattr(topk_module, "screens", lambda *given: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    score = {
+        "normal": weight_of(n, 1).flatten(),
+        "ascending": torch.arange(n) / n,
+        "equal": torch.zeros(n),
+        "clustered": torch.arange(n) / n * (torch.arange(n) // 64 % 40 < 2),
+    }[kind]
+    shard = Shard(LabelRange(0, n, n), Weights(precision, n, dim, False, device))
+    shard.write(0, score[:, None] * weight_of(1, dim).abs())
+    inputs = inputs_of(batch, dim).abs().to(device)
+    small = Shard(LabelRange(0, 9, 9), Weights(precision, 9, dim, False, device))
+    shard_topk(small, inputs, k)  # what libraries take once
+    peak = peak_bytes(lambda: shard_topk(shard, inputs, k), device)
+    each_row = 36 * (k + max(k, 2 * module.BLOCK))  # the best ones, and once more while sorted
+    assert limit / 4 < peak < limit + batch * each_row
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_score_without_value_hides_no_other(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk_module, "screens", lambda *given: False)
+    weight, inputs = weight_of(2000), inputs_of()
+    for label in (5, 700, 1990):  # in a chunk that has no threshold, and in later ones
+        weight[label] = value * inputs[0].sign()
+    shard = shard_of(LabelRange(0, 2000, 2000), weight, 600)
+    logits = (inputs @ weight.T).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+    wanted = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(shard_topk(shard, inputs, 9)[1], wanted.indices[:, :9])
 
 
 def test_no_rows_and_no_labels() -> None:
