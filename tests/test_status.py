@@ -120,7 +120,7 @@ def test_a_run_from_before_there_was_a_status_file(tmp_path: Path) -> None:
         ({"format_version": 99}, "version 99"),
         ({"format_version": 1}, "damaged"),
         (CONTENT | {"time_s": "now"}, "damaged"),
-    ],  # fmt: skip
+    ],
 )
 def test_a_status_file_that_is_of_no_use(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(ReneeError, match=words):
