@@ -64,7 +64,11 @@ def read_status(run: str, now: float) -> dict[str, Any]:
             f"{run}/{STATUS_FILE} has format version {found.get('format_version')!r} and this "
             f"renee_ray reads {STATUS_VERSION}; use the renee_ray that trains the run"
         )
-    return described(found if found is not None else _of_history(run), now) | {"run": run}
+    try:
+        return described(found if found is not None else _of_history(run), now) | {"run": run}
+    except (LookupError, TypeError, AttributeError):
+        name = "history.json" if found is None else STATUS_FILE
+        raise _damaged(run, name) from None
 
 
 def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -190,8 +194,12 @@ def _json(run: str, name: str) -> dict[str, Any] | None:
         if not isinstance(found, dict):
             raise ValueError
     except ValueError:
-        raise ReneeError(f"{run}/{name} is damaged; wait for the run to write it again") from None
+        raise _damaged(run, name) from None
     return found
+
+
+def _damaged(run: str, name: str) -> ReneeError:
+    return ReneeError(f"{run}/{name} is damaged; wait for the run to write it again")
 
 
 def _of_history(run: str) -> dict[str, Any]:

@@ -115,7 +115,13 @@ def test_a_run_from_before_there_was_a_status_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "status.json is damaged"), ("[]", "damaged"), ({"format_version": 99}, "version 99")],
+    [
+        ("{", "status.json is damaged"),
+        ("[]", "damaged"),
+        ({"format_version": 99}, "version 99"),
+        ({"format_version": 1}, "damaged"),
+        (CONTENT | {"time_s": "now"}, "damaged"),
+    ],
 )
 def test_a_status_file_that_is_of_no_use(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(ReneeError, match=words):

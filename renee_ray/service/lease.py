@@ -152,7 +152,7 @@ class Lease:
             if not said:
                 who = " and ".join(_who(_fields(found[token])) for token in alive)
                 self._say(
-                    f"{self.run} may be being trained by {who}: waiting for a sign of life, "
+                    f"{self.run} belongs to {who}: waiting for a sign of life, "
                     f"{self._dead_s:.0f} s at most"
                 )
             said = True
