@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +188,15 @@ def test_a_flipped_byte_is_noticed_where_it_is_read(written: Dataset) -> None:
 
 
 def test_other_texts_are_read_with_the_row_groups_that_have_them(written: Dataset) -> None:
-    first = Path(written.path, written.manifest.splits["labels"][0].path)
-    groups = pq.read_metadata(first)
+    part = written.manifest.splits["labels"][0]
+    file = Path(written.path, part.path)
+    groups = pq.read_metadata(file)
     (ids,) = [i for i in range(groups.num_columns) if "input_ids" in groups.schema.column(i).path]
-    flip(first, groups.row_group(1).column(ids).data_page_offset + 60)
-    changed = replace(written.manifest, other_texts=(1000, 0, 250))
-    found = Dataset(written.path, changed).read_other_texts(10, 20)
+    flip(file, groups.row_group(1).column(ids).data_page_offset + 60)
+    found = written.read_other_texts(part, 1000, 10, 20)
     assert found["label_id"].to_pylist() == list(range(21, 41, 2))
     with pytest.raises(DatasetError, match="cannot be read"):
-        Dataset(written.path, changed).read_other_texts(500, 520)
+        written.read_other_texts(part, 1000, 500, 520)
 
 
 def flip(path: Path, place: int) -> None:
