@@ -58,7 +58,7 @@ class Run:
         self.device, self.checkpoints = torch.device(device), Checkpoints(str(path))
         self.losses: list[float] = []
         self.config = make_config(
-            RunConfig, {"data": "", "output": str(path), "loss_every": 1, "warmup": 0.0},
+            RunConfig, {"data": "unused", "output": str(path), "loss_every": 1, "warmup": 0.0},
             {"encoder": {"name": encoder, "autocast": autocast, "dropout": 0.2, "micro_batch": 5,
                          "learning_rate": 1e-3, "internal_dropout": 0.0, "clip_norm": 1.0},
              "classifier": {"precision": precision, "learning_rate": 0.05}},

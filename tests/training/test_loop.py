@@ -102,7 +102,7 @@ def trained_by(**feed: object) -> tuple[torch.Tensor, list[int]]:
 
 def run_poisoned(steps: int, poisoned: Container[int], state: State | None = None) -> Trainer:
     """A run in whose `poisoned` steps, numbered from 0, no embedding is finite."""
-    config = make_config(RunConfig, {"data": "", "output": "", "loss_every": 0})
+    config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})
     trainer = trainer_of(encoder := Bag(), config, steps, state)
     row, none = Ragged.of_lists([[1, 4]]), Ragged.of_lists([[]])
     first = trainer.state.step
