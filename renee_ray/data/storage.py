@@ -284,7 +284,11 @@ def is_transient(error: BaseException) -> bool:
     return error.__cause__ is not None and is_transient(error.__cause__)
 
 
-def storage_error(error: OSError) -> ReneeError:
+def storage_error(
+    error: OSError,
+    what: str = "storage failed",
+    remedy: str = "check the path and the endpoint",
+) -> ReneeError:
     """One sentence for people."""
     text = reason(error)
     if any(mark in text for mark in REFUSED):
@@ -292,7 +296,7 @@ def storage_error(error: OSError) -> ReneeError:
             f"the object store refuses the credentials in the environment, or they have no right "
             f"to this ({text}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the path"
         )
-    return ReneeError(f"storage failed ({text}); check the path and the endpoint")
+    return ReneeError(f"{what} ({text}); {remedy}")
 
 
 def _s3(region: str) -> pafs.S3FileSystem:

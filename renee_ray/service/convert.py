@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import pyarrow.fs as pafs
 
-from renee_ray.config import ConvertConfig, ReneeError, reason
+from renee_ray.config import ConvertConfig, ReneeError
 from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer
 from renee_ray.data.dataset import Manifest
@@ -71,10 +71,11 @@ def convert(
                 layout.write_manifest(dst, manifest)
         destination.release()
     except OSError as error:
-        raise ReneeError(
-            f"cannot convert {src} to {dst}: {reason(error)}; "
-            f"check that both can be reached and written"
-        ) from error
+        what, remedy = (
+            f"cannot convert {src} to {dst}",
+            "check that both can be reached and written",
+        )
+        raise storage.storage_error(error, what, remedy) from error
     return manifest
 
 

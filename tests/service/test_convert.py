@@ -357,6 +357,6 @@ def test_no_such_tokenizer(tmp_path: Path) -> None:
 
 def test_a_destination_that_cannot_be_written(tmp_path: Path, model: str) -> None:
     src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
-    with pytest.raises(ReneeError, match=r"^cannot convert .* to .*Y/dst: .*; check that both"):
+    with pytest.raises(ReneeError, match=r"^cannot convert .* to .*Y/dst \(.*\); check that both"):
         write(tmp_path, {"Y": "a file"})
         convert(src, str(tmp_path / "Y" / "dst"), config_of(model))
