@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup
 
 from renee_ray.config import ReneeError
 
@@ -110,6 +111,8 @@ def _connect() -> None:
 
 def _start_local(num_cpus: int) -> None:
     """Ray gives a node a fixed time to start, which a busy machine may exceed: tried thrice."""
+    # It warns that it asks for a token by default, which is as it should be.
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with _on_this_machine():
