@@ -27,7 +27,7 @@ from safetensors.torch import save
 
 from renee_ray.config import ExportConfig, ReneeError, RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.models import resolve_model
+from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, listing, make_directory, remove, write_file
 from renee_ray.service.run import RunDirectory
 from renee_ray.training.checkpoint import Checkpoint
@@ -57,6 +57,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     Raises:
         ReneeError: no run, no checkpoint, its dataset is gone, or `destination` is taken.
     """
+    quiet()
     directory = RunDirectory(absolute(run))
     settings, dataset = directory.config(), directory.dataset()
     checkpoint = directory.checkpoint(config.checkpoint)
