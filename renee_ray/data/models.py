@@ -124,3 +124,11 @@ def _shipped_directory(name: str) -> str | None:
         return None
     directory = Path(next(iter(spec.submodule_search_locations))) / "model"
     return str(directory) if directory.is_dir() else None
+
+
+def quiet() -> None:
+    """Keeps transformers from writing bars and notices to the terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

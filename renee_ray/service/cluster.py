@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
+from ray._private.authentication import authentication_token_setup
 
 from renee_ray.config import ReneeError
 
@@ -86,16 +88,21 @@ def leave_ray(orderly: bool) -> None:
 
 @contextlib.contextmanager
 def _sigterm_left_alone() -> Iterator[None]:
-    """Ray would set a handler that ends the process by SystemExit, in place of one that is set."""
-    from ray._private import utils
+    """Keeps a handler of SIGTERM that somebody has set.
 
-    take = utils.set_sigterm_handler
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        utils.set_sigterm_handler = lambda handler: None
+    Ray would put one in its place that ends the process by SystemExit; and its C++ part another,
+    below Python's, that prints a stack.
+    """
+    handler, take = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    ours = threading.current_thread() is threading.main_thread() and handler != signal.SIG_DFL
+    if ours:
+        utils.set_sigterm_handler = lambda theirs: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = take
+        if ours:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _connect() -> None:
@@ -110,6 +117,8 @@ def _connect() -> None:
 
 def _start_local(num_cpus: int) -> None:
     """Ray gives a node a fixed time to start, which a busy machine may exceed: tried thrice."""
+    # It warns that it asks for a token by default, which is as it should be.
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with _on_this_machine():

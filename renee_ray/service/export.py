@@ -26,7 +26,7 @@ from safetensors.torch import save
 
 from renee_ray.config import ExportConfig, RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.models import resolve_model
+from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, make_directory, write_file
 from renee_ray.service.labels import check_labels
 from renee_ray.service.output import Output
@@ -59,6 +59,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     Raises:
         ReneeError: no run, no checkpoint, its dataset is gone, or `destination` is taken.
     """
+    quiet()
     directory = RunDirectory(absolute(run))
     settings, dataset = directory.config(), directory.dataset()
     check_labels(directory, dataset)

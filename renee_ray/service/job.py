@@ -26,6 +26,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from renee_ray.config import OPENMP, ReneeError, RunConfig
+from renee_ray.data import models
 from renee_ray.program import at_signals
 from renee_ray.service.cluster import started_here
 from renee_ray.service.lease import LeaseLost
@@ -283,8 +284,5 @@ def worker_device() -> torch.device:
 
 def quiet() -> None:
     """Keeps a worker's libraries from writing bars and notices into the driver's terminal."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    models.quiet()
     logging.getLogger("ray.data").setLevel(logging.ERROR)

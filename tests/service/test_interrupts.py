@@ -24,7 +24,7 @@ TIMES = int(os.environ.get("RENEE_RAY_INTERRUPTS", "2"))
 SEED = int(os.environ.get("RENEE_RAY_SEED", "0"))
 EARLIEST_S, LIMIT_S = 0.3, 15.0
 CRASH = re.compile(r"Traceback|Exception ignored|Segmentation fault|Fatal Python error|\*\*\* SIG")
-NOISE = re.compile(r"Warning|WARNING|INFO|RAY_|\bray\.|\bRay\b")
+NOISE = re.compile(r"it/s|Warning|WARNING|INFO|RAY_|\bray\.|\bRay\b")
 """Of Ray and torch, which a user can do nothing about."""
 BY_KEYBOARD, TO_PROCESS, TERM = "the process group gets SIGINT", "SIGINT", "SIGTERM"
 

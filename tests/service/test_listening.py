@@ -82,3 +82,17 @@ def test_what_listens_everywhere_is_seen() -> None:
 
     with socket.create_server(("0.0.0.0", 0)):
         assert listening({os.getpid()}) & ANY
+
+
+def test_it_starts_without_a_word(tmp_path: Path) -> None:
+    """As users start it, who have not set RAY_AUTH_MODE: their token is made then."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment | {"HOME": str(tmp_path)},
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
