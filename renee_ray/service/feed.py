@@ -142,6 +142,8 @@ def _tables(windows: Sequence[Window], start: Position, run: str, rank: int) -> 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    # Wrapped in Ray Data's own, what was raised does not come with it from another process.
+    context.raise_original_map_exception = True
     rows = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
         reading(windows, start, run, rank), batch_size=None, num_cpus=READ_CPUS
     )

@@ -285,4 +285,4 @@ def worker_device() -> torch.device:
 def quiet() -> None:
     """Keeps a worker's libraries from writing bars and notices into the driver's terminal."""
     models.quiet()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised besides

@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from renee_ray.config import ReneeError
+from renee_ray.config import ReneeError, reason
 from renee_ray.data.storage import REFUSED, storage_error
 
 CODE_RESTARTS = 3
@@ -72,7 +72,10 @@ def user_error(error: BaseException) -> ReneeError | None:
     if not found:
         return None
     first = found[0]
-    return first if isinstance(first, ReneeError) else storage_error(OSError(_said(first)))
+    if not isinstance(first, ReneeError):
+        return storage_error(OSError(_said(first)))
+    # Ray Data appends lines on its retries to what a task raised.
+    return ReneeError(reason(first)) if "\n" in str(first) else first
 
 
 def is_final(error: BaseException) -> bool:

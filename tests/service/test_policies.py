@@ -47,7 +47,10 @@ def attempts(failures: dict[int, Exception], max_failures: int, most: int = 20) 
     ("error", "words"),
     [
         (ReneeError("part 3 is damaged; convert it again"), "part 3 is damaged; convert it again"),
-        (of_task(DatasetError("x.parquet is cut short; restore it")), "x.parquet is cut short"),
+        (
+            of_task(DatasetError("x.parquet is cut short; restore it\nFailed after 1/1 attempts")),
+            "x.parquet is cut short",
+        ),
         (OSError(REFUSED), "refuses the credentials"),
         (of_task(OSError(REFUSED)), "refuses the credentials"),
         (OSError(errno.EACCES, "Permission denied", "/runs/a"), "/runs/a"),
