@@ -227,6 +227,10 @@ def test_every_storage_gives_the_labels_of_exact_scores(
         return against_exact((scores, labels), [(0, exact.clone())], allowed)[0]
 
     assert same(*best)
+    # Other last bits, as another BLAS gives them, and the order that follows from them.
+    nudged = best[0] + 0.3 * allowed[:, None].float() * inputs_of(batch, k).sign().to(device)
+    order = nudged.argsort(dim=1, descending=True)
+    assert same(nudged.gather(1, order), best[1].gather(1, order))
     # Scores of numbers with 8 binary digits are noticed, and so is any other label or order.
     narrow = inputs.bfloat16().float() @ whole.bfloat16().float().T + offset
     narrow[pairs[:, 0], pairs[:, 1]] = -torch.inf
