@@ -5,6 +5,7 @@ SIGINT and SIGTERM mean the same:
     the first    before the work has begun (`unwinding`), the end; then, KeyboardInterrupt in the
                  main thread, which gives back what the command holds, for CLEAN_UP_S at most
     the second   the end, at once
+    a late one   the work is done: nothing, the command says what came of it and ends as it would
     meanwhile    a command may take them for itself (`at_signals`), as training does, which asks
                  its workers for a checkpoint
 
@@ -30,10 +31,12 @@ BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class _State:
-    """asked: signals so far; unwinding: whether the first becomes an exception."""
+    """asked: signals so far; unwinding: whether the first becomes an exception; done: whether the
+    work is, so that the same command would find it so."""
 
     asked = 0
     unwinding = False
+    done = False
     leaving = threading.Lock()
 
 
@@ -65,6 +68,7 @@ def unwinding() -> Iterator[None]:
     _State.unwinding = True
     try:
         yield
+        _State.done = True
     finally:
         _State.unwinding = False
 
@@ -130,6 +134,8 @@ def _watch(wake: int) -> None:
         if signal.getsignal(numbers[0]) is not _handle:
             continue  # a command has taken it for itself
         seen += 1
+        if _State.done and seen == 1:
+            continue
         if seen > 1 or not (_State.unwinding or _State.asked):
             leave(INTERRUPTED, "renee-ray: interrupted")
         clock = threading.Timer(CLEAN_UP_S, leave, (INTERRUPTED, "renee-ray: interrupted"))

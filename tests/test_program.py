@@ -62,6 +62,11 @@ TAKES_IT = """
             time.sleep(0.01)
     print(taken, flush=True)
 """
+DONE = """
+    with unwinding():
+        pass
+    ready(); time.sleep(1); print("result", flush=True)
+"""
 FORKS = """
     import os, signal
     child = os.fork()
@@ -109,6 +114,11 @@ def test_a_command_may_take_signals_for_itself() -> None:
 
 def test_a_second_signal_ends_it_at_once() -> None:
     assert run(HANGS, signal.SIGINT, signal.SIGINT) == (130, "", LINE)
+
+
+def test_a_signal_after_the_work_is_done_loses_no_result() -> None:
+    """Else a finished conversion would look interrupted, and the same command be refused."""
+    assert run(DONE, signal.SIGINT) == (0, "result\n", "")
 
 
 @pytest.mark.parametrize("body", [INSIDE_A_LIBRARY, IN_A_CALLBACK])

@@ -16,6 +16,8 @@ from renee_ray.training.recorder import KINDS, Pace
 
 PATIENT_S = 30.0
 """Seconds that workers wait for one of them without the driver saying so."""
+BEFORE_STEPS = {"start", "first_weights"}
+"""Phases in which there is nothing to save yet."""
 
 
 def beat_seconds(timeout_s: float) -> float:
@@ -70,7 +72,7 @@ class Watch:
     @property
     def training(self) -> bool:
         """Whether the workers have come so far that a checkpoint can be asked for."""
-        return any(beat.phase != "start" for beat, _ in self._beats.values())
+        return any(beat.phase not in BEFORE_STEPS for beat, _ in self._beats.values())
 
     def saw(self, beat: Beat, now: float) -> None:
         """A beat came; `now`: seconds of a clock that only goes forward."""
