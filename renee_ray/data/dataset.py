@@ -127,6 +127,9 @@ class Manifest:
     """Of each part of labels, the labels that are not `is_point`."""
     statistics: dict[str, Any]
     """Counts of the conversion, for people."""
+    labels_hash: str = ""
+    """Of the labels' numbers and texts, as `hash_labels`; empty where an earlier renee_ray wrote
+    the manifest."""
 
     def num_points(self, split: str) -> int:
         """Rows of `split` ("labels" too)."""
@@ -139,7 +142,10 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        content = asdict(self)
+        if not self.labels_hash:  # runs know a manifest without it by its hash
+            del content["labels_hash"]
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -171,6 +177,9 @@ class Manifest:
                 raise _damaged(
                     where, f"has {name}={raw[name]!r:.40}, which is not in [{least}, {most}]"
                 )
+        labels_hash = raw.get("labels_hash", "")
+        if not _is(labels_hash, str) or not re.fullmatch("[0-9a-f]{64}|", labels_hash):
+            raise _damaged(where, f"has labels_hash={labels_hash!r:.80}, which is no hash")
         for name in ("tokenizer", "vocabulary_hash"):
             if len(raw[name]) > MAX_TEXT or not raw[name].isprintable():
                 raise _damaged(where, f"has {name}={raw[name]!r:.80}, which is no name")
@@ -378,6 +387,20 @@ class Dataset:
                 found.update(block)
         return found.hexdigest()
 
+    def labels_hash(self) -> str:
+        """The manifest's, or the same from the label texts where it has none.
+
+        Raises:
+            DatasetError: as in read_part.
+        """
+        if self.manifest.labels_hash:
+            return self.manifest.labels_hash
+        hashes = (
+            hash_labels(part.first, self.read_part(part, ["text"])["text"])
+            for part in self.manifest.splits["labels"]
+        )
+        return add_hashes(hashes)
+
     def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of `part`; `columns` None means every column.
 
@@ -556,6 +579,23 @@ def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[
 def _empty(split: str, columns: Sequence[str] | None) -> pa.Table:
     table = schema_of(split).empty_table()
     return table if columns is None else table.select(list(columns))
+
+
+def hash_labels(first: int, texts: pa.Array | pa.ChunkedArray) -> str:
+    """A hash of labels `first`, `first` + 1, ... with these texts: whatever parts they come in.
+
+    The sum, modulo 2^256, of the SHA-256 of each label's number and text, so that ranges of labels
+    are hashed apart and `add_hashes` gives the hash of all.
+    """
+    return add_hashes(
+        hashlib.sha256(f"{label} {text}".encode()).hexdigest()
+        for label, text in enumerate(texts.to_pylist(), first)
+    )
+
+
+def add_hashes(hashes: Iterable[str]) -> str:
+    """The hash of all labels of which these are the hashes."""
+    return f"{sum(int(each, 16) for each in hashes) % 2**256:064x}"
 
 
 def schema_of(split: str) -> pa.Schema:

@@ -150,11 +150,13 @@ def training_order(
     return Order(tuple(sources[i] for i in shuffle), batch_size, streams, window, seed, epoch)
 
 
-def scoring_order(split: str, parts: list[int], *, batch_size: int, num_ranks: int) -> Order:
+def scoring_order(
+    split: str, parts: list[int], *, batch_size: int, num_ranks: int, window: int = 16
+) -> Order:
     """Every row of a split once, each rank a contiguous range, in windows ordered by length."""
     per_stream = -(-batch_size // num_ranks)
     return Order(
-        tuple(_sources(split, parts)), per_stream * num_ranks, num_ranks, 16, shuffled=False
+        tuple(_sources(split, parts)), per_stream * num_ranks, num_ranks, window, shuffled=False
     )
 
 

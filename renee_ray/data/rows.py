@@ -11,20 +11,25 @@ from renee_ray.data.order import OTHER_TEXTS, Order, Span
 
 BATCH = "batch"
 """Column added to a window's rows: the number of the row's batch in the epoch."""
+ROW = "row"
+"""Column added to a window's rows: the number of the row in its split."""
 
 
 def read_window(dataset: Dataset, order: Order, streams: range, window: int) -> pa.Table:
     """The rows of some streams in one window, in the order of their batches.
 
     Returns:
-        point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, and
-        `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
+        point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, `ROW` int64,
+        and `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
     """
     tables, batches = [], []
     for stream in streams:
+        spans = order.spans(stream, window)
         table = pa.concat_tables(
-            [_read(dataset, span) for span in order.spans(stream, window)] or [POINTS.empty_table()]
+            [_read(dataset, span) for span in spans] or [POINTS.empty_table()]
         )
+        places = [np.arange(span.start, span.stop) for span in spans]
+        table = table.append_column(ROW, pa.array(np.concatenate([np.zeros(0, int), *places])))
         rows, numbers = order.arrange(list_lengths(table["input_ids"]), stream, window)
         tables.append(table.take(pa.array(rows)))
         batches.append(numbers)

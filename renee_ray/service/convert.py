@@ -89,6 +89,7 @@ def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: Convert
         splits=made.splits,
         other_texts=made.other_texts,
         statistics=made.statistics,
+        labels_hash=made.labels_hash,
     )
 
 
@@ -153,5 +154,5 @@ def _signature(src: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig
         if info.type == pafs.FileType.File
     ]
     settings = config.model_dump(exclude={"overwrite"})
-    content = [layout.FORMAT_VERSION, vocabulary.hash, settings, sorted(files)]
+    content = [layout.FORMAT_VERSION, "labels_hash", vocabulary.hash, settings, sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

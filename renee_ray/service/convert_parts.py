@@ -57,6 +57,7 @@ class Converted:
     has_label_texts: bool
     splits: dict[str, tuple[Part, ...]]
     other_texts: tuple[int, ...]
+    labels_hash: str
     statistics: dict[str, Any]
 
 
@@ -82,7 +83,7 @@ def write_parts(
     plan, totals = _partitioned(prepare(plan, on_progress), on_progress)
     before_writing()
     splits: dict[str, list[Part]] = {name: [] for name in layout.SPLITS}
-    bands, others = Counter[str](), {}
+    bands, others, hashes = Counter[str](), {}, []
     for result in run(_write_parts, plan, len(plan.tasks), "buckets written", on_progress):
         splits[result["split"]] += [Part(**part) for part in result["parts"]]
         if result["split"] != "labels":
@@ -90,6 +91,7 @@ def write_parts(
         for part, number in zip(result["parts"], result["others"], strict=True):
             others[part["first"]] = number
         bands.update(result["bands"])
+        hashes.append(result["hash"])
         _add(totals["labels"], result["totals"])
     ordered = {
         name: tuple(sorted(parts, key=lambda part: part.first)) for name, parts in splits.items()
@@ -100,6 +102,7 @@ def write_parts(
         source.has_label_texts,
         ordered,
         tuple(others[part.first] for part in ordered["labels"]),
+        layout.add_hashes(hashes),
         _statistics(totals, bands),
     )
 
@@ -302,6 +305,7 @@ def _write_labels(plan: Plan, index: int) -> dict[str, Any]:
         "others": others,
         "bands": named | weighted,
         "totals": totals,
+        "hash": layout.hash_labels(first, texts),
     }
 
 

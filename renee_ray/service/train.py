@@ -28,6 +28,7 @@ from renee_ray.training.batch import Batch, Position
 from renee_ray.training.checkpoint import Checkpoint, State, set_moments
 from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
 from renee_ray.training.collectives import Ranks
+from renee_ray.training.encoder import check_positions
 from renee_ray.training.initialise import initialise_classifier
 from renee_ray.training.loop import Plan, Trainer
 from renee_ray.training.model import Model, build_model
@@ -161,11 +162,11 @@ def orders(config: RunConfig, dataset: Dataset) -> list[Order]:
 
 
 def scoring_feed(
-    dataset: Dataset, split: str, batch_size: int, max_length: int, ranks: Ranks
+    dataset: Dataset, split: str, batch_size: int, max_length: int, ranks: Ranks, **options: int
 ) -> Iterator[Batch]:
-    """This rank's rows of a split, once."""
+    """This rank's rows of a split, once. options: of `scoring_order`."""
     parts = [part.rows for part in dataset.manifest.splits[split]]
-    order = scoring_order(split, parts, batch_size=batch_size, num_ranks=ranks.num_ranks)
+    order = scoring_order(split, parts, batch_size=batch_size, num_ranks=ranks.num_ranks, **options)
     return feed(
         dataset, [order], ranks.rank, ranks.num_ranks, start=Position(), max_length=max_length
     )
@@ -346,6 +347,7 @@ def _identity(dataset: Dataset) -> dict[str, Any]:
         "tokenizer": manifest.tokenizer,
         "vocabulary_hash": manifest.vocabulary_hash,
         "has_label_texts": manifest.has_label_texts,
+        "labels_hash": manifest.labels_hash,
         "manifest_hash": manifest.hash,
     }
 
@@ -361,6 +363,7 @@ def check(config: RunConfig, dataset: Dataset) -> None:
             f"that of encoder.name={config.encoder.name!r}; convert it with "
             f"tokenizer={config.encoder.name}"
         )
+    check_positions(config.encoder, manifest.max_length)
     check_sinks(config)
     if config.encoder.weights and not Path(config.encoder.weights).is_file():
         raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")
@@ -380,7 +383,8 @@ def _check_resumable(config: RunConfig, directory: RunDirectory, dataset: Datase
                 f"give the same configuration to resume it, or another output"
             )
     for key, value in _identity(dataset).items():
-        if key != "path" and saved["dataset"].get(key) != value:
+        # Earlier runs have no hash of the labels, whose dataset's manifest_hash tells as much.
+        if key not in ("path", "labels_hash") and saved["dataset"].get(key) != value:
             raise ReneeError(
                 f"{directory.path} was trained on a dataset with {key}="
                 f"{saved['dataset'].get(key)!r} and {dataset.path} has {value!r}; "

@@ -74,7 +74,8 @@ class Batch:
     """This rank's rows of the global batch at `position`; possibly none.
 
     points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
-    of each row; filtered: labels never to be predicted for a row.
+    of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the numbers of
+    the rows in their split, or None where they are of none.
     """
 
     position: Position
@@ -84,6 +85,7 @@ class Batch:
     filtered: Ragged
     pad_id: int
     pad_multiple: int = 1
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.points)
@@ -216,6 +218,7 @@ def _batch(
     position: Position, pieces: list[pa.Table], pad_id: int, max_length: int, pad_multiple: int
 ) -> Batch:
     table = pa.concat_tables(pieces) if pieces else POINTS.empty_table()
+    rows = table["row"].to_numpy() if pieces else np.zeros(0, dtype=np.int64)
     return Batch(
         position,
         table["point_id"].to_numpy(),
@@ -224,6 +227,7 @@ def _batch(
         ragged(table["filter_labels"]),
         pad_id,
         pad_multiple,
+        rows,
     )
 
 

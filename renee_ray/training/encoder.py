@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MAX_MODULES = 4096
 """Layers, or experts, of an encoder."""
+POSITION_TABLES = {"position_embeddings", "embed_positions", "wpe"}
+"""What models call their table of a vector for each position."""
 
 
 class Encoder(nn.Module):
@@ -194,13 +196,12 @@ def _attention(choice: str, device: torch.device) -> str:
 
 def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     # Seconds to import, and most processes of a run hold no encoder.
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     directory = resolve_model(config.name)
-    try:
-        settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        attention = _attention(config.attention, device)
-        _check_size(settings, directory, attention)
+    attention = _attention(config.attention, device)
+    with _loading(config.name):
+        settings = _described(directory, attention)[0]
         if config.internal_dropout is not None:
             for key in _dropout_keys(settings):
                 setattr(settings, key, config.internal_dropout)
@@ -212,23 +213,68 @@ def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
             use_safetensors=True,
             dtype=torch.float32,
         )
-    except ReneeError:
-        raise
-    except Exception as error:  # the library raises what the files of a model happen to cause
-        raise ReneeError(
-            f"encoder.name={config.name!r:.200} cannot be loaded ({type(error).__name__}: "
-            f"{reason(error):.200}); give a model that has config.json and model.safetensors"
-        ) from error
     # DDP waits for the gradient of every parameter, and mean pooling never calls the pooler.
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return model
 
 
-def _check_size(settings: PretrainedConfig, directory: str, attention: str) -> None:
-    """Refuses a description of more weights than there are bytes of them, before they are made."""
-    from transformers import AutoModel
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Raises ReneeError for whatever the library raises: what a model's files happen to cause."""
+    try:
+        yield
+    except ReneeError:
+        raise
+    except Exception as error:
+        raise ReneeError(
+            f"encoder.name={name!r:.200} cannot be loaded ({type(error).__name__}: "
+            f"{reason(error):.200}); give a model that has config.json and model.safetensors"
+        ) from error
 
+
+def check_positions(config: EncoderConfig, max_length: int) -> None:
+    """Raises ReneeError where a text may have more tokens than the encoder has positions.
+
+    max_length: of the dataset.
+    """
+    longest = min(config.max_length, max_length)
+    limit = max_positions(config.name)
+    if limit is not None and longest > limit:
+        raise ReneeError(
+            f"encoder.name={config.name!r:.200} has {limit} positions, and encoder.max_length="
+            f"{config.max_length} of a dataset of max_length={max_length} allows texts of "
+            f"{longest} tokens; train with encoder.max_length={limit} at most"
+        )
+
+
+def max_positions(name: str) -> int | None:
+    """Tokens of a text that an encoder has position vectors for; None: it needs none for each.
+
+    Told by the tables of a model without weights. Some tables begin with rows of no position:
+    those up to the padding's (as of RoBERTa), or rows beyond what config.json counts (as of OPT).
+    Relative and rotary positions have no such table.
+    """
+    with _loading(name):
+        settings, model = _described(resolve_model(name), "eager")
+    said = getattr(settings, "max_position_embeddings", None)
+    limits = []
+    for path, table in model.named_modules():
+        weight, padding = getattr(table, "weight", None), getattr(table, "padding_idx", None)
+        if path.rpartition(".")[2] in POSITION_TABLES and isinstance(weight, Tensor):
+            rows = min(len(weight), said) if isinstance(said, int) else len(weight)
+            limits.append(rows if padding is None else rows - padding - 1)
+    return min(limits, default=None)
+
+
+def _described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """(a model's configuration, the model without weights).
+
+    Refuses a description of more weights than there are bytes of them, before they are made.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     there = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     for key, value in vars(settings).items():
         if isinstance(value, int) and re.search("layer|expert|block", key) and value > MAX_MODULES:
@@ -246,6 +292,7 @@ def _check_size(settings: PretrainedConfig, directory: str, attention: str) -> N
             f"{directory}/config.json describes {weights} weights and its safetensors files have "
             f"{there} bytes; give an encoder whose files belong together"
         )
+    return settings, model
 
 
 def _dropout_keys(settings: object) -> list[str]:
