@@ -17,12 +17,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ALLOWED_IMPORTS = {
     "service": {
-        "data", "xfc", "training", "benchmarks", "metrics", "report", "status", "config", "service",
+        "data", "xfc", "training", "benchmarks", "metrics", "report", "status", "config", "memory",
+        "service",
     },
-    "training": {"data", "xfc", "training", "metrics", "config"},
-    "data": {"data", "xfc.labels", "config"},
-    "benchmarks": {"benchmarks", "data", "xfc", "training", "config"},
-    "xfc": {"xfc", "config"},
+    "training": {"data", "xfc", "training", "metrics", "config", "memory"},
+    "data": {"data", "xfc.labels", "config", "memory"},
+    "benchmarks": {"benchmarks", "data", "xfc", "training", "config", "memory"},
+    "xfc": {"xfc", "config", "memory"},
 }  # fmt: skip
 """Each room imports only rooms below it (data/order.py takes its one integer split from xfc)."""
 

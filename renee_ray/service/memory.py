@@ -1,10 +1,10 @@
-"""Resident memory of this process and of all below it, by /proc (Linux)."""
+"""Resident memory of this process and of all below it."""
 
 from __future__ import annotations
 
-import os
 import threading
-from pathlib import Path
+
+import psutil
 
 SAMPLE_S = 0.2
 """Seconds between two looks at the memory of all processes."""
@@ -37,55 +37,41 @@ class ResidentPeak:
 
     def _watch(self) -> None:
         while True:
-            pids = processes_below()
+            processes = processes_below()
             for _ in range(SAMPLES_A_SEARCH):
-                self._look(pids)
+                self._look(processes)
                 if self._over.wait(SAMPLE_S):
                     return
 
-    def _look(self, pids: set[int]) -> None:
-        found = {pid: _resident(pid) for pid in pids}
+    def _look(self, processes: list[psutil.Process]) -> None:
+        found = {process: _resident(process) for process in processes}
         self.bytes = max(self.bytes, sum(found.values()))
-        for pid, resident in found.items():
-            command = _command(pid) if resident > self.greatest else ""
+        for process, resident in found.items():
+            command = _command(process) if resident > self.greatest else ""
             if command and "raylet/raylet" not in command:
                 self.greatest, self.command = resident, command
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process and its descendants now; 0 where there is no /proc."""
+    """Resident memory of this process and its descendants now."""
     return sum(map(_resident, processes_below()))
 
 
-def processes_below() -> set[int]:
-    """Process ids of this process and of its descendants."""
-    parent: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        if fields := _stat(int(entry.name)):
-            parent[int(entry.name)] = int(fields[1])
-    own = {os.getpid()}
-    while more := {pid for pid, above in parent.items() if above in own} - own:
-        own |= more
-    return own
+def processes_below() -> list[psutil.Process]:
+    """This process and its descendants."""
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
 
 
-def _resident(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[21]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
-
-
-def _stat(pid: int) -> list[str]:
-    """What proc(5) lists of a process from its state on, the third of all; none if it has ended."""
+def _resident(process: psutil.Process) -> int:
     try:
-        raw = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return []
-    return raw.rpartition(b")")[2].decode().split()  # its name may hold anything
+        return process.memory_info().rss
+    except psutil.Error:  # it has ended
+        return 0
 
 
-def _command(pid: int) -> str:
+def _command(process: psutil.Process) -> str:
     try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
+        return " ".join(process.cmdline())[:80]
+    except psutil.Error:
         return ""
-    return raw.replace(b"\0", b" ").decode(errors="replace").strip()[:80]

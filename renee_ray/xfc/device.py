@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from renee_ray.memory import available_bytes
+
 log = logging.getLogger(__name__)
 
 GPU_CHUNK_BYTES = 256 << 20
@@ -98,15 +100,8 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or those that the kernel can give without swapping (Linux says how many)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = {line.partition(":")[0]: line.split()[1] for line in file}
-        return int(found["MemAvailable"]) * 1024
-    except (OSError, KeyError):
-        return 1 << 62
+    """Bytes that can still be had: of a GPU, or of the machine or its container."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def chunk_bytes(device_type: str) -> int:
