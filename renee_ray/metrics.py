@@ -163,6 +163,11 @@ class MetricSums:
             self.recall[column] += _ratio(hit[:, :k].sum(axis=1), per_point).sum()
         self.points += n
 
+    @property
+    def any_label(self) -> bool:
+        """Whether a point has a true label; without one every metric is 0, and says nothing."""
+        return bool((self.at_k[_PS_BEST] > 0).any())  # an inverse propensity is at least 1
+
     def metrics(self) -> dict[str, float]:
         """Percent, by name and cut-off: "P@1", "nDCG@3", "PSP@5", "PSnDCG@1", "recall@10", ..."""
         families = {

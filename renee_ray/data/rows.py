@@ -25,9 +25,7 @@ def read_window(dataset: Dataset, order: Order, streams: range, window: int) -> 
     tables, batches = [], []
     for stream in streams:
         spans = order.spans(stream, window)
-        table = pa.concat_tables(
-            [_read(dataset, span) for span in spans] or [POINTS.empty_table()]
-        )
+        table = pa.concat_tables([_read(dataset, span) for span in spans] or [POINTS.empty_table()])
         places = [np.arange(span.start, span.stop) for span in spans]
         table = table.append_column(ROW, pa.array(np.concatenate([np.zeros(0, int), *places])))
         rows, numbers = order.arrange(list_lengths(table["input_ids"]), stream, window)

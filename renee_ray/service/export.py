@@ -1,6 +1,7 @@
 """A trained run in files that need neither Ray nor renee_ray to be read.
 
     export.json                     what is here, and how a score comes about; written last
+                                    (until then `_claim.json`, service/output.py)
     encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
     head.safetensors                constant [D]; bottleneck [D, H] where the encoder has one
     classifier-NNNNN.safetensors    weight float32 [n, D] of a range of labels
@@ -12,11 +13,9 @@ wherever the export goes.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,23 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
 
-from renee_ray.config import ExportConfig, ReneeError, RunConfig
+from renee_ray.config import ExportConfig, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.models import resolve_model
-from renee_ray.data.storage import absolute, listing, make_directory, remove, write_file
+from renee_ray.data.storage import absolute, make_directory, write_file
+from renee_ray.service.labels import check_labels
+from renee_ray.service.output import Output
 from renee_ray.service.run import RunDirectory
 from renee_ray.training.checkpoint import Checkpoint
-from renee_ray.training.encoder import Encoder, build_encoder
+from renee_ray.training.encoder import Encoder, build_encoder, check_positions
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.storage import Weights
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
+HEAD, ENCODER = "head.safetensors", "encoder"
 OURS = re.compile(
-    r"export\.json|encoder|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
+    rf"{ENCODER}/[^/]+|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 RANGE_BYTES = 1 << 28
 """Of the classifier in a file, about."""
@@ -59,17 +61,29 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     """
     directory = RunDirectory(absolute(run))
     settings, dataset = directory.config(), directory.dataset()
+    check_labels(directory, dataset)
+    check_positions(settings.encoder, dataset.manifest.max_length)
     checkpoint = directory.checkpoint(config.checkpoint)
-    target = _Target(absolute(destination))
-    target.claim(config.overwrite)
+    output = output_at(absolute(destination))
+    output.check(config.overwrite)
     # The checkpoint has all weights: the file that training began with is not looked at.
     plain = settings.encoder.model_copy(update={"compile": False, "weights": ""})
     encoder = build_encoder(plain, CPU, 0)
     checkpoint.load_encoder(encoder)
-    _write_encoder(target, encoder, settings)
+    owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
+    with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
+        _save_encoder(local, encoder, settings)
+        saved = sorted(Path(local).iterdir())
+        files = [f"{ENCODER}/{file.name}" for file in saved] + [HEAD]
+        files += [name for index in range(len(owned)) for name in _range_names(index)]
+        output.claim(files)
+        make_directory(f"{output.path}/{ENCODER}")
+        for file in saved:
+            write_file(f"{output.path}/{ENCODER}/{file.name}", file.read_bytes())
+    write_file(f"{output.path}/{HEAD}", _head(encoder))
     ranges = [
-        _write_range(target, index, owned, checkpoint, dataset, encoder.dim)
-        for index, owned in enumerate(_ranges(dataset.manifest.num_labels, encoder.dim))
+        _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
+        for index, each in enumerate(owned)
     ]
     content = {
         "format_version": FORMAT_VERSION,
@@ -81,30 +95,13 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "score": SCORE,
         "ranges": ranges,
     }
-    target.write(MANIFEST, json.dumps(content, indent=1).encode())
+    output.publish(content, files)
     return content
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The directory that is written."""
-
-    path: str
-
-    def claim(self, overwrite: bool) -> None:
-        """Empties the directory; the file that declares an earlier export complete goes first."""
-        names = {info.base_name for info in listing(self.path)}
-        if names and (MANIFEST not in names or not all(map(OURS.fullmatch, names))):
-            raise ReneeError(f"{self.path} holds other files; give an empty directory")
-        if names and not overwrite:
-            raise ReneeError(f"{self.path} holds an export already; add overwrite=true")
-        base = self.path.rstrip("/")
-        for name in sorted(names, key=lambda name: name != MANIFEST):
-            remove(f"{base}/{name}")
-        make_directory(f"{base}/encoder")
-
-    def write(self, name: str, content: bytes | pa.Buffer) -> None:
-        write_file(f"{self.path.rstrip('/')}/{name}", content)
+def output_at(path: str) -> Output:
+    keys = frozenset({"format_version", "step", "ranges"})
+    return Output(path.rstrip("/"), "an export", (MANIFEST,), keys, OURS, ENCODER)
 
 
 def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
@@ -113,24 +110,28 @@ def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
         yield LabelRange(start, min(start + size, num_labels), num_labels)
 
 
-def _write_encoder(target: _Target, encoder: Encoder, settings: RunConfig) -> None:
+def _save_encoder(local: str, encoder: Encoder, settings: RunConfig) -> None:
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
-        encoder.backbone.save_pretrained(local)
-        AutoTokenizer.from_pretrained(
-            resolve_model(settings.encoder.name), trust_remote_code=False, local_files_only=True
-        ).save_pretrained(local)
-        for file in sorted(Path(local).iterdir()):
-            target.write(f"encoder/{file.name}", file.read_bytes())
+    encoder.backbone.save_pretrained(local)
+    AutoTokenizer.from_pretrained(
+        resolve_model(settings.encoder.name), trust_remote_code=False, local_files_only=True
+    ).save_pretrained(local)
+
+
+def _head(encoder: Encoder) -> bytes:
     head = {"constant": encoder.constant}
     if encoder.bottleneck is not None:
         head["bottleneck"] = encoder.bottleneck.weight.detach()
-    target.write("head.safetensors", save(head))
+    return save(head)
+
+
+def _range_names(index: int) -> tuple[str, str]:
+    return f"classifier-{index:05d}.safetensors", f"labels-{index:05d}.parquet"
 
 
 def _write_range(
-    target: _Target,
+    destination: str,
     index: int,
     owned: LabelRange,
     checkpoint: Checkpoint,
@@ -139,12 +140,13 @@ def _write_range(
 ) -> dict[str, Any]:
     weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
     checkpoint.load_shard(Shard(owned, weights), momentum=False)
-    names = f"classifier-{index:05d}.safetensors", f"labels-{index:05d}.parquet"
-    target.write(names[0], save({"weight": weights.weight.read(0, len(owned)).contiguous()}))
+    names = _range_names(index)
+    weight = weights.weight.read(0, len(owned)).contiguous()
+    write_file(f"{destination}/{names[0]}", save({"weight": weight}))
     table = dataset.read_rows(
         "labels", owned.start, owned.stop, ["label_id", "text", "train_count"]
     )
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    target.write(names[1], buffer.getvalue())
+    write_file(f"{destination}/{names[1]}", buffer.getvalue())
     return {"start": owned.start, "stop": owned.stop, "classifier": names[0], "labels": names[1]}

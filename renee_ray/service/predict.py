@@ -7,120 +7,192 @@ whatever number of workers wrote it, and scores its own rows.
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.fs as pafs
+import ray.train
 import torch
 
 from renee_ray.config import EvalConfig, ReneeError, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import absolute, listing, make_directory, remove, write_file
+from renee_ray.data.storage import absolute, filesystem_of, patiently
+from renee_ray.memory import available_bytes
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
+from renee_ray.service.labels import check_labels
+from renee_ray.service.output import Output
+from renee_ray.service.predictions import Layout, Writer
 from renee_ray.service.run import RUN_FILE, RunDirectory
 from renee_ray.service.texts import TEXT_SPLIT, check_texts, tokenise_texts
 from renee_ray.service.train import scoring_feed
 from renee_ray.training.checkpoint import Checkpoint
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.encoder import Encoder
+from renee_ray.training.collectives import Ranks, all_sum
+from renee_ray.training.encoder import Encoder, check_positions
 from renee_ray.training.model import build_model
-from renee_ray.training.neighbours import Neighbours
+from renee_ray.training.neighbours import RERANKED, Neighbours
 from renee_ray.training.scoring import (
     Propensities,
     Scorer,
-    evaluate,
+    metric_sums,
     prior_offset,
     read_counts,
+    topk_bytes,
 )
-from renee_ray.xfc.topk import NONE
 
-PART_ROWS = 16384
-MANIFEST = "predictions.json"
+log = logging.getLogger(__name__)
+
+MANIFESTS = ("_predictions.json", "predictions.json")
+"""Files beside Parquet begin with `_`: readers of a directory pass over them."""
 SCRATCH = "_texts"
-OURS = re.compile(rf"predictions\.json|part-\d+-\d+\.parquet|{SCRATCH}")
+MAX_PAIRS = 1 << 31
+"""Of rows and labels in a batch of a rank: Arrow's lists count them in 32 bits."""
+OURS = re.compile(rf"part-\d{{5}}-\d{{5}}\.parquet|part-\d{{12}}\.parquet|{SCRATCH}/")
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
     """Metrics of a run's checkpoint on a split, in percent, with "points", "step" and "split".
 
     Raises:
-        ReneeError: no run, no checkpoint, or a dataset of another kind.
+        ReneeError: no run, no checkpoint, a dataset of another kind or with other labels, or
+            no point of the split has a label.
     """
-    return _score(run, data, score, None)
+    directory = RunDirectory(absolute(run))
+    directory.config()
+    _check_source(data, "dataset")
+    points, split = Dataset.open(data), str(score.split)
+    scoring = _Scoring.of(directory, points, score)
+    nothing = ReneeError(f"no point of split={split} of {points.path} has a label; give another")
+    counts = points.manifest.statistics.get(split)
+    if isinstance(counts, dict) and counts.get("label_pairs") == 0:
+        raise nothing
+    found = scoring.run(points, split)
+    if found["metrics"] is None:
+        raise nothing
+    return {"split": split, **found}
 
 
 def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dict[str, Any]:
     """Writes the k best labels of every point of a split to `destination`/part-*.parquet.
 
     Columns: point_id int64, label_ids list<int64> (best first), scores list<float>, with
-    `texts` also label_texts list<string>. Filter labels are left out before the cut; a row is
-    shorter than k where fewer labels remain. `predictions.json` is written last.
+    `texts` also label_texts list<string>. Rows, and the names of the parts, are in the order of
+    the input. Filter labels are left out before the cut; a row is shorter than k where fewer
+    labels remain. `_predictions.json` is written last.
 
     Args:
         src: a dataset directory, or raw texts as service/texts.py reads them (then the
             labels are those of the dataset that the run was trained on).
 
     Raises:
-        ReneeError: as `evaluate_run`, `src` is neither, or there are predictions at
-            `destination` already.
+        ReneeError: as `evaluate_run`, `src` is neither, or there is something else, or there are
+            predictions already, at `destination`.
     """
     destination = absolute(destination)
-    found = _score(run, src, score, destination)
-    write_file(f"{destination.rstrip('/')}/{MANIFEST}", json.dumps(found, indent=1).encode())
-    return found
-
-
-def _score(run: str, src: str, score: ScoreConfig, destination: str | None) -> dict[str, Any]:
+    output = Output(destination, "predictions", MANIFESTS, frozenset({"k", "step"}), OURS)
     directory = RunDirectory(absolute(run))
-    config = directory.config()
-    raw = destination is not None and not has_manifest(src)
+    directory.config()
+    _check_source(src, "dataset, or texts,")
+    raw = not has_manifest(src)
     if raw:
         check_texts(src)
         if "split" in score.model_fields_set:
             raise ReneeError(f"split={score.split} has no meaning for the texts of {src}; omit it")
     labels = directory.dataset() if raw else Dataset.open(src)
-    check_labels(directory, labels)
-    if destination is not None:
-        _check_destination(destination, src, score.overwrite)
-    workers = score.num_workers or config.max_workers
-    ensure_ray(workers + 1)
-    config = scoring_config(config, score, workers)
-    voters = _voters(directory, labels, config.evaluation, score)
-    checkpoint = directory.checkpoint(score.checkpoint)
-    length = min(config.encoder.max_length, labels.manifest.max_length)
+    num_labels = labels.manifest.num_labels
+    if score.k > num_labels:
+        log.warning("k=%d is cut to the %d labels that there are", score.k, num_labels)
+        score = score.model_copy(update={"k": num_labels})
+    scoring = _Scoring.of(directory, labels, score)
+    _check_apart(destination, src)
+    output.check(score.overwrite)
+    points, split = labels, str(score.split)
+    facts: dict[str, Any] = {"split": split}
     with contextlib.ExitStack() as stack:
-        points, split = labels, str(score.split)
-        facts: dict[str, Any] = {"split": split}
         if raw:
-            assert destination is not None
-            scratch = stack.enter_context(_scratch(f"{destination.rstrip('/')}/{SCRATCH}"))
-            points, replaced = tokenise_texts(src, scratch, labels, length)
+            scratch = stack.enter_context(output.scratch(SCRATCH))
+            ensure_ray(scoring.workers + 1)
+            points, replaced = tokenise_texts(src, scratch, labels, scoring.max_length)
             split, facts = TEXT_SPLIT, {"source": src, "replaced_lines": replaced}
-        if not points.manifest.num_points(split):
+        found = {**facts, **scoring.run(points, split, output)}
+    output.publish(found, scoring.layout(points, split).parts())
+    return found
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """A run that is about to score, with everything checked that can be before there is Ray."""
+
+    directory: RunDirectory
+    config: RunConfig
+    score: ScoreConfig
+    checkpoint: Checkpoint
+    labels: Dataset
+    voters: Dataset | None
+
+    @classmethod
+    def of(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> _Scoring:
+        """labels: the dataset whose labels are predicted.
+
+        Raises:
+            ReneeError: they are not the run's, the encoder cannot read so long texts, or there
+                is no checkpoint.
+        """
+        config = directory.config()
+        check_labels(directory, labels)
+        check_positions(config.encoder, labels.manifest.max_length)
+        config = scoring_config(config, score, score.num_workers or config.max_workers)
+        voters = _voters(directory, labels, config.evaluation, score)
+        checkpoint = directory.checkpoint(score.checkpoint)
+        return cls(directory, config, score, checkpoint, labels, voters)
+
+    @property
+    def workers(self) -> int:
+        return self.config.max_workers
+
+    @property
+    def max_length(self) -> int:
+        return min(self.config.encoder.max_length, self.labels.manifest.max_length)
+
+    def layout(self, points: Dataset, split: str) -> Layout:
+        """How predictions for the points are written."""
+        rows = points.manifest.num_points(split)
+        return Layout(rows, self.workers, self.score.batch_size, self.score.k)
+
+    def run(self, points: Dataset, split: str, output: Output | None = None) -> dict[str, Any]:
+        """ "step", "points", and "metrics", or "k" where predictions are written to `output`.
+
+        Those have then been claimed, and are not yet published.
+        """
+        rows = points.manifest.num_points(split)
+        if not rows:
             raise ReneeError(f"{points.path} has no points in split={split}; choose another")
-        if destination is not None:
-            _clear(destination, keep_scratch=raw)
+        ensure_ray(self.workers + 1)
+        use_gpu = decide_gpu(self.score.use_gpu, self.workers)
+        layout = None if output is None else self.layout(points, split)
+        if layout is not None:
+            scratch = [] if points is self.labels else [f"{SCRATCH}/"]
+            output.claim([*layout.parts(), *scratch])
         arguments = {
-            "config": config.model_dump(),
-            "score": score.model_dump(),
+            "config": self.config.model_dump(),
+            "score": self.score.model_dump(),
             "points": points,
             "split": split,
-            "labels": labels,
-            "voters": voters,
-            "run": directory.path,
+            "labels": self.labels,
+            "voters": self.voters,
+            "run": self.directory.path,
             # Named once for all workers: a training beside us may publish another meanwhile.
-            "checkpoint": checkpoint.name,
-            "destination": destination,
+            "checkpoint": self.checkpoint.name,
+            "layout": layout,
+            "destination": None if output is None else output.path,
         }
-        use_gpu = decide_gpu(score.use_gpu, workers)
-        found = launch(score_worker, arguments, config, use_gpu)
-    return {**facts, "step": checkpoint.state.step, **found}
+        found = launch(score_worker, arguments, self.config, use_gpu)
+        if "refused" in found:
+            raise ReneeError(found["refused"])
+        return {"step": self.checkpoint.state.step, "points": rows, **found}
 
 
 def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -132,19 +204,46 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     labels: Dataset = arguments["labels"]
     ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
     voters: Dataset | None = arguments["voters"]
+    layout: Layout | None = arguments["layout"]
+    if layout and (refused := _beyond_memory(layout, labels, voters, ranks, device)):
+        return {"refused": refused}
     checkpoint = RunDirectory(arguments["run"]).checkpoints().at(arguments["checkpoint"])
     scorer = _load(config, labels, voters, checkpoint, ranks, device)
+    window = {"window": layout.window} if layout else {}
     split, length = arguments["split"], config.encoder.max_length
-    batches = scoring_feed(points, split, score.batch_size, length, ranks)
-    facts = {"points": points.manifest.num_points(split)}
-    if arguments["destination"] is None:
-        propensities = Propensities.read(labels, scorer.shard.owned, ranks)
-        return {**facts, "metrics": evaluate(scorer, batches, propensities)}
-    writer = _Writer(arguments["destination"], ranks.rank, labels if score.texts else None)
+    batches = scoring_feed(points, split, score.batch_size, length, ranks, **window)
+    if layout is None:
+        sums = metric_sums(scorer, batches, Propensities.read(labels, scorer.shard.owned, ranks))
+        return {"metrics": sums.metrics() if sums.any_label else None}
+    texts = labels if score.texts else None
+    writer = Writer(arguments["destination"], layout.part_rows, texts)
     for batch, scores, best in scorer.predict(batches, score.k):
-        writer.add(batch.points, best.numpy(), scores.numpy())
+        writer.add(batch, best.numpy(), scores.numpy())
     writer.close()
-    return {**facts, "k": score.k}
+    return {"k": score.k}
+
+
+def _beyond_memory(
+    layout: Layout, labels: Dataset, voters: Dataset | None, ranks: Ranks, device: torch.device
+) -> str | None:
+    """Why the k best labels of a batch cannot be held; all ranks come to the same."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = available_bytes() // ray.train.get_context().get_local_world_size()
+    everyone = torch.zeros(ranks.num_ranks, dtype=torch.int64)
+    everyone[ranks.rank] = free
+    least = int(all_sum(ranks, everyone).min())
+    rows, k = min(layout.batch_size, layout.rows), layout.k
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    wanted = k if voters is None else max(k, RERANKED)
+    needed = topk_bytes(rows, wanted, labels.manifest.num_labels, ranks.num_ranks, threads)
+    if needed <= least and k * -(-rows // ranks.num_ranks) < MAX_PAIRS:
+        return None
+    return (
+        f"k={k} for batches of {rows} points takes {needed / 2**30:.3g} GiB in each worker, and "
+        f"{least / 2**30:.3g} GiB are free; lower k or batch_size"
+    )
 
 
 def _load(
@@ -177,56 +276,6 @@ def embed_voters(
     points = scoring_feed(voters, "train", settings.batch_size, length, ranks)
     count, weight = settings.neighbours, settings.neighbour_weight
     return Neighbours.embed(encoder, points, ranks, device, count, weight)
-
-
-class _Writer:
-    """One rank's predictions, as part files of `PART_ROWS` rows."""
-
-    def __init__(self, destination: str, rank: int, texts: Dataset | None) -> None:
-        self._destination = destination.rstrip("/")
-        self._rank, self._texts = rank, texts
-        self._tables: list[pa.Table] = []
-        self._rows = self._parts = 0
-
-    def add(self, points: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> None:
-        """points int64 [b], labels int64 [b, k] and scores float32 [b, k], best first."""
-        kept = labels != NONE
-        offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]).astype(np.int32))
-        columns = {
-            "point_id": pa.array(points),
-            "label_ids": pa.ListArray.from_arrays(offsets, pa.array(labels[kept])),
-            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores[kept])),
-        }
-        if self._texts is not None:
-            texts = label_texts(self._texts, labels[kept])
-            columns["label_texts"] = pa.ListArray.from_arrays(offsets, texts)
-        self._tables.append(pa.table(columns))
-        self._rows += len(points)
-        if self._rows >= PART_ROWS:
-            self.close()
-
-    def close(self) -> None:
-        """Writes what has been added since the last part."""
-        if not self._rows:
-            return
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.concat_tables(self._tables), buffer, compression="zstd")
-        name = f"part-{self._rank:05d}-{self._parts:05d}.parquet"
-        write_file(f"{self._destination}/{name}", buffer.getvalue())
-        self._tables, self._rows, self._parts = [], 0, self._parts + 1
-
-
-def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
-    """Texts of any labels int64 [m]; reads only the parts that hold one of them."""
-    ids, inverse = np.unique(labels, return_inverse=True)
-    pieces = []
-    for part in dataset.manifest.splits["labels"]:
-        inside = ids[(ids >= part.first) & (ids < part.first + part.rows)]
-        if len(inside):
-            texts = dataset.read_part(part, ["text"])["text"].combine_chunks()
-            pieces.append(texts.take(pa.array(inside - part.first)))
-    texts = pa.concat_arrays(pieces) if pieces else pa.array([], type=pa.string())
-    return texts.take(pa.array(inverse))
 
 
 def scoring_config(config: RunConfig, score: ScoreConfig, workers: int) -> RunConfig:
@@ -265,53 +314,29 @@ def _voters(
     return labels if labels.manifest.hash == trained_on else directory.dataset()
 
 
-def check_labels(directory: RunDirectory, dataset: Dataset) -> None:
-    """Raises ReneeError where a run was trained with other labels or another vocabulary."""
-    saved = directory.read(RUN_FILE) or {}
-    trained = saved.get("dataset", {})
-    for key in ("num_labels", "vocabulary_hash"):
-        have = getattr(dataset.manifest, key)
-        if trained.get(key) != have:
-            raise ReneeError(
-                f"{directory.path} was trained with {key}={trained.get(key)!r} and "
-                f"{dataset.path} has {have!r}; convert it with the run's tokenizer and labels"
-            )
+def _check_source(path: str, wanted: str) -> None:
+    """Raises ReneeError where nothing is at `path`, or what is no `wanted`."""
+    filesystem, root = filesystem_of(path)
+    kind = patiently(lambda: filesystem.get_file_info(root), f"reading {path}").type
+    if kind == pafs.FileType.NotFound:
+        raise ReneeError(f"{path} does not exist; give a {wanted} that does")
+    if kind == pafs.FileType.File and wanted == "dataset":
+        raise ReneeError(
+            f"{path} is a file; give the directory of a dataset, made by `renee-ray convert`"
+        )
+    if not has_manifest(path) and RunDirectory(absolute(path)).read(RUN_FILE) is not None:
+        raise ReneeError(f"{path} is a run; give a {wanted} after the run")
 
 
-@contextlib.contextmanager
-def _scratch(path: str) -> Iterator[str]:
-    """A directory for the tokenised texts: every node that can write predictions can read it."""
-    remove(path)
-    try:
-        yield path
-    finally:
-        remove(path)
-
-
-def _check_destination(destination: str, src: str, overwrite: bool) -> None:
+def _check_apart(destination: str, src: str) -> None:
+    """Raises ReneeError where what is written would be in what is read, or the reverse."""
     inside, outside = _real(absolute(src)), _real(destination)
     if inside.startswith(outside):
         raise ReneeError(f"{src} lies in {destination}, which is overwritten; give another one")
     if outside.startswith(inside):
         raise ReneeError(f"{destination} lies in {src}, which is only read; give another one")
-    names = [info.base_name for info in listing(destination)]
-    if MANIFEST in names and not overwrite:
-        raise ReneeError(f"{destination} holds predictions already; add overwrite=true")
-    if not all(OURS.fullmatch(name) for name in names):
-        raise ReneeError(f"{destination} holds other files; give an empty directory")
 
 
 def _real(path: str) -> str:
     """A directory so that those inside it begin with it, links followed."""
     return (path if "://" in path else os.path.realpath(path)).rstrip("/") + "/"
-
-
-def _clear(destination: str, *, keep_scratch: bool) -> None:
-    """Removes earlier predictions, the file that declares them complete first."""
-    base = destination.rstrip("/")
-    make_directory(base)
-    for name in sorted(
-        (info.base_name for info in listing(base)), key=lambda name: name != MANIFEST
-    ):
-        if name != SCRATCH or not keep_scratch:
-            remove(f"{base}/{name}")

@@ -40,9 +40,11 @@ except ImportError as error:
 from renee_ray.data.storage import absolute
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import at_signals, worker_environment
-from renee_ray.service.predict import check_labels, scoring_config
+from renee_ray.service.labels import check_labels
+from renee_ray.service.predict import scoring_config
 from renee_ray.service.run import RunDirectory
 from renee_ray.service.texts import vocabulary_of
+from renee_ray.training.encoder import check_positions
 from renee_ray.training.threads import in_thread
 
 STARTS = 2
@@ -70,6 +72,7 @@ def _plan(run: str, settings: ServeConfig) -> tuple[Plan, dict[str, Any]]:
     directory = RunDirectory(absolute(run))
     config, dataset = directory.config(), directory.dataset()
     check_labels(directory, dataset)
+    check_positions(config.encoder, dataset.manifest.max_length)
     vocabulary_of(dataset)  # what replicas would fail on is found before there is any
     num_labels = dataset.manifest.num_labels
     shards = settings.num_shards or min(config.max_workers, num_labels)

@@ -81,8 +81,12 @@ class ShardReplica:
 
     @torch.inference_mode()
     def topk(self, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of embeddings float32 [B, D], scores float32 and labels int64 [B, k] as `shard_topk`."""
+        """Of embeddings float32 [B, D], scores float32 and labels int64 [B, k] as `shard_topk`.
+
+        k is the number of this range's labels where it is greater.
+        """
         rows = torch.tensor(embeddings, device=self._shard.weights.device)
+        k = min(k, len(self._shard.owned))
         scores, labels = shard_topk(self._shard, rows, k, offset=self._offset)
         return scores.cpu().numpy(), labels.cpu().numpy()
 
@@ -132,9 +136,10 @@ class EncoderReplica:
     @serve.batch(batch_size_fn=num_texts)
     async def _answers(self, questions: list[Question]) -> list[list[list[dict[str, Any]]]]:
         texts = [text for question in questions for text in question.texts]
-        ks = torch.tensor([question.k for question in questions for _ in question.texts])
+        most = self._dataset.manifest.num_labels
+        ks = torch.tensor([min(question.k, most) for question in questions for _ in question.texts])
         embeddings = await asyncio.to_thread(self._embed, texts)
-        wanted = ks if self._neighbours is None else ks.clamp(min=RERANKED)
+        wanted = ks if self._neighbours is None else ks.clamp(min=min(RERANKED, most))
         found = await asyncio.gather(
             *(shard.topk.remote(embeddings, int(wanted.max())) for shard in self._shards)
         )

@@ -83,6 +83,7 @@ class Neighbours:
         owned = LabelRange(first, first + len(values), sum(counts))
         shard = Shard(owned, Weights("fp32", len(owned), encoder.dim, False, device))
         shard.write(first, values)
+        count = max(1, min(count, owned.num_labels))
         return cls(shard, _joined(labels), encoder.constant, ranks, count, weight)
 
     def add(

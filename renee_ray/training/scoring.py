@@ -54,7 +54,7 @@ class Scorer:
 
         Returns:
             (scores float32 [b, k] descending, labels int64 [b, k]) in host memory; label -1
-            where fewer than k labels remain.
+            where fewer than k labels remain. k is the number of labels where it is greater.
         """
         counts = row_counts(self.ranks, len(batch))
         first = sum(counts[: self.ranks.rank])
@@ -63,8 +63,10 @@ class Scorer:
         own = self.encoder(*batch.tokens(self.device))[: len(batch)]
         everyone = gather_rows(self.ranks, own, counts)
         excluded = Pairs(*pairs, owned, self.device)
-        wanted = k if self.neighbours is None else max(k, RERANKED)
-        scores, labels = shard_topk(self.shard, everyone, wanted, excluded, self.offset)
+        k = min(k, owned.num_labels)
+        wanted = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
+        width = min(wanted, _largest_shard(owned.num_labels, self.ranks.num_ranks))
+        scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
         best = merge_topk(
             return_rows(self.ranks, scores, counts),
             return_rows(self.ranks, labels, counts),
@@ -83,6 +85,20 @@ class Scorer:
                 yield batch, *self.topk(batch, k)
         finally:
             self.encoder.train(training)
+
+
+def _largest_shard(num_labels: int, num_ranks: int) -> int:
+    return -(-num_labels // num_ranks)
+
+
+def topk_bytes(rows: int, k: int, num_labels: int, num_ranks: int, threads: int) -> int:
+    """Bytes, about, that a rank takes for the k best labels of a global batch of so many rows.
+
+    A pair of score and label takes 12 bytes. Each thread collects 2 k a row and sorts them; the
+    shards' lists are joined, sent, and merged.
+    """
+    width = min(k, _largest_shard(num_labels, num_ranks))
+    return 12 * rows * width * (4 * threads + 9)
 
 
 def read_counts(dataset: Dataset, owned: LabelRange) -> np.ndarray:
@@ -134,9 +150,20 @@ def evaluate(
     recall_ks: tuple[int, ...] = (10, 100),
 ) -> dict[str, float]:
     """Metrics in percent of all ranks' rows together."""
+    return metric_sums(scorer, batches, propensities, ks, recall_ks).metrics()
+
+
+def metric_sums(
+    scorer: Scorer,
+    batches: Iterable[Batch],
+    propensities: Propensities,
+    ks: tuple[int, ...] = KS,
+    recall_ks: tuple[int, ...] = (10, 100),
+) -> MetricSums:
+    """The sums that they come from."""
     sums = MetricSums.zeros(ks, recall_ks)
     for batch, _, labels in scorer.predict(batches, max(*ks, *recall_ks)):
         true = batch.labels
         sums.add(labels.numpy(), true.values, true.offsets, None, propensities.of(true.values))
     vector = all_sum(scorer.ranks, torch.from_numpy(sums.vector()))
-    return MetricSums.from_vector(vector.numpy(), ks, recall_ks).metrics()
+    return MetricSums.from_vector(vector.numpy(), ks, recall_ks)

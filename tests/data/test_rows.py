@@ -10,7 +10,7 @@ import pytest
 
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
-from renee_ray.data.rows import BATCH, read_window
+from renee_ray.data.rows import BATCH, ROW, read_window
 from renee_ray.training.batch import Batch, Position, cut_batches
 from tests.data.tiny import PAD, write_tiny
 
@@ -117,7 +117,14 @@ def test_a_window_holds_whole_rows_and_texts_with_their_own_label(dataset: Datas
     seen = {}
     for window in range(order.num_windows):
         table = read_window(dataset, order, range(order.streams), window)
-        assert table.column_names == ["point_id", "input_ids", "labels", "filter_labels", BATCH]
+        assert table.column_names == [
+            "point_id",
+            "input_ids",
+            "labels",
+            "filter_labels",
+            ROW,
+            BATCH,
+        ]
         assert table.schema.field("point_id").type == pa.int64()
         assert table.schema.field("input_ids").type.value_type == pa.int32()
         assert table.schema.field("labels").type.value_type == pa.int64()
@@ -166,6 +173,7 @@ def numbered(rows: list[tuple[int, int]]) -> pa.Table:
         "input_ids": pa.array([[7]] * len(rows), pa.list_(pa.int32())),
         "labels": pa.array([[1]] * len(rows), pa.list_(pa.int64())),
         "filter_labels": pa.array([[]] * len(rows), pa.list_(pa.int64())),
+        ROW: np.arange(len(rows)),
         BATCH: np.array([batch for _, batch in rows], dtype=np.int64),
         "epoch": np.array([epoch for epoch, _ in rows], dtype=np.int64),
     }

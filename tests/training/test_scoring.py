@@ -92,7 +92,7 @@ def runs() -> dict[int, list[dict[str, torch.Tensor]]]:
 
 
 def dense(*, filtered: bool = True) -> list[list[int]]:
-    """All labels of each point, best first, filter labels gone, filled with -1 up to 30."""
+    """All labels of each point, best first, filter labels gone, filled with -1."""
     encoder = Sum().eval()
     rows = []
     for tokens, _, gone in [point for batch in points() for point in batch]:
@@ -101,7 +101,7 @@ def dense(*, filtered: bool = True) -> list[list[int]]:
         best = [
             i for i in logits.argsort(descending=True).tolist() if not filtered or i not in gone
         ]
-        rows.append(best + [-1] * (30 - len(best)))
+        rows.append(best + [-1] * (LABELS - len(best)))
     return rows
 
 
