@@ -776,7 +776,12 @@ def run_directory(place: Place, dataset: Path) -> Path:
     made = Dataset.open(str(dataset)).manifest
     saved = {
         "config": {"data": str(dataset), "output": str(path)},
-        "dataset": {"num_labels": made.num_labels, "vocabulary_hash": made.vocabulary_hash},
+        "dataset": {
+            "path": str(dataset),
+            "num_labels": made.num_labels,
+            "vocabulary_hash": made.vocabulary_hash,
+            "manifest_hash": made.hash,
+        },
     }
     (path / "run.json").write_text(json.dumps(saved))
     return path
@@ -806,13 +811,14 @@ def cleared(place: Place) -> Made:
 
 
 def claimed(place: Place) -> Made:
-    from renee_ray.service.export import _Target
+    from renee_ray.service.export import output_at
 
     path = place.given / "home"
     (path / "thesis").mkdir(parents=True)
     (path / "thesis" / "thesis.tex").write_text("years of work")
-    (path / "export.json").write_text("{}")
-    return lambda: _Target(str(path)).claim(True)
+    manifest = {"format_version": 1, "step": 1, "ranges": [], "files": ["thesis/thesis.tex"]}
+    (path / "export.json").write_text(json.dumps(manifest))
+    return lambda: output_at(str(path)).check(True)
 
 
 DESTINATIONS = [

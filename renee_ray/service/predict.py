@@ -64,12 +64,11 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
     directory.config()
     _check_source(data, "dataset")
     points, split = Dataset.open(data), str(score.split)
-    scoring = _Scoring.of(directory, points, score)
     nothing = ReneeError(f"no point of split={split} of {points.path} has a label; give another")
     counts = points.manifest.statistics.get(split)
-    if isinstance(counts, dict) and counts.get("label_pairs") == 0:
+    if isinstance(counts, dict) and counts.get("label_pairs") == 0 < counts.get("points", 0):
         raise nothing
-    found = scoring.run(points, split)
+    found = _Scoring.of(directory, points, score).run(points, split)
     if found["metrics"] is None:
         raise nothing
     return {"split": split, **found}

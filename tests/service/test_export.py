@@ -118,5 +118,10 @@ def test_what_is_there_is_not_overwritten(
     assert main(["export", trained.path, str(path), "overwrite=true"]) == 1
     assert "holds other files" in capsys.readouterr().err
     (path / "added").unlink()
+    # As an export leaves it that is killed on its way: the next one begins anew.
+    (path / "export.json").rename(path / "_claim.json")
+    (path / "head.safetensors").unlink()
+    assert main(["export", trained.path, str(path)]) == 0
+    assert not (path / "_claim.json").exists()
     assert main(["export", trained.path, str(path), "overwrite=true"]) == 0
     assert json.loads(before)["step"] == json.loads((path / "export.json").read_text())["step"]

@@ -7,14 +7,17 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.cli import main
+from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset
 
 from .conftest import TESTS, Run
@@ -37,9 +40,11 @@ def predicted(
              f"texts={str(num_workers == 1).lower()}", "--json"]
         )  # fmt: skip
         assert status == 0
-        found = json.loads((path / "predictions.json").read_text())
+        found = json.loads((path / "_predictions.json").read_text())
         assert (found["split"], found["points"], found["k"]) == ("test", TESTS, K)
-        tables[num_workers] = pads.dataset(sorted(map(str, path.glob("part-*.parquet")))).to_table()
+        assert found["files"] == sorted(each.name for each in path.glob("*.parquet"))
+        tables[num_workers] = pads.dataset(path).to_table()
+        assert pd.read_parquet(path)["point_id"].tolist() == list(range(TESTS))
     return tables
 
 
@@ -64,7 +69,7 @@ def test_each_point_once_and_best_first(
     predicted: dict[int, pa.Table], rows: dict[int, dict[str, list[int]]], num_workers: int
 ) -> None:
     found = predicted[num_workers].to_pylist()
-    assert sorted(row["point_id"] for row in found) == sorted(rows)
+    assert [row["point_id"] for row in found] == list(rows)
     assert any(rows[i]["filter_labels"] for i in rows)
     for row in found:
         labels, scores = row["label_ids"], row["scores"]
@@ -191,12 +196,12 @@ def test_raw_texts(
     arguments = ["predict", trained.path, str(raw), str(destination), f"k={K + 1}", "texts=true"]
     assert main(arguments) == 0
     assert sorted(p.name for p in destination.iterdir() if p.suffix != ".parquet") == [
-        "predictions.json"
+        "_predictions.json"
     ]
-    found = pads.dataset(sorted(map(str, destination.glob("part-*.parquet")))).to_table()
+    found = pads.dataset(destination).to_table()
     by_id = {row["point_id"]: row for row in found.to_pylist()}
     numbers = range(TESTS) if kind == "txt.gz" else [1000 + TESTS - i for i in range(TESTS)]
-    assert sorted(by_id) == sorted(numbers)
+    assert found["point_id"].to_pylist() == list(numbers), "the order of the input"
     for number, expected in zip(numbers, sorted_rows(predicted[1]), strict=True):
         got = by_id[number]
         assert len(got["label_texts"]) == len(got["label_ids"]) == K + 1
@@ -218,7 +223,7 @@ def sorted_rows(table: pa.Table) -> list[dict[str, list[int]]]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: None, ["neither a dataset directory nor texts"]),
+        (lambda p: None, ["does not exist"]),
         (lambda p: p.mkdir(), ["neither a dataset directory nor texts"]),
         (lambda p: p.write_text(""), ["no texts"]),
         (lambda p: p.write_bytes(b"PAR1 not"), ["not Parquet"]),
@@ -257,7 +262,7 @@ def test_a_taken_destination_is_refused(
 ) -> None:
     destination = tmp_path / "taken"
     destination.mkdir()
-    (destination / "predictions.json").write_text("{}")
+    (destination / "predictions.json").write_text('{"k": 5, "step": 3}')
     (destination / "part-00000-00000.parquet").write_text("precious")
     assert main(["predict", trained.path, dataset, str(destination)]) == 1
     error = capsys.readouterr().err
@@ -268,6 +273,56 @@ def test_a_taken_destination_is_refused(
     assert main(["predict", run, dataset, str(destination), "overwrite=true"]) == 1
     assert "norun" in capsys.readouterr().err
     assert (destination / "part-00000-00000.parquet").read_text() == "precious"
+
+
+def test_more_labels_than_there_are(
+    trained: Run, dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """k is cut to their number; a batch whose labels memory cannot hold is refused."""
+    labels, out = Dataset.open(dataset).manifest.num_labels, tmp_path / "out"
+    raw = tmp_path / "raw.txt"
+    raw.write_text("a much longer text comes first here\n\nshort\n")
+    assert main(["predict", trained.path, str(raw), str(out), "k=10000000000"]) == 0
+    assert capfd.readouterr().err.count(f"k=10000000000 is cut to the {labels} labels") == 1
+    found = pads.dataset(out).to_table()
+    assert found["point_id"].to_pylist() == [0, 1, 2]
+    for row in found["label_ids"].to_pylist():
+        assert sorted(row) == list(range(labels))
+
+    # What a killed command leaves is begun anew, and a file of somebody's is not touched.
+    manifest = json.loads((out / "_predictions.json").read_text())
+    (out / "_predictions.json").rename(out / "_claim.json")
+    mine = out / "part-00000-00000.parquet"
+    mine.write_text("mine")
+    assert main(["predict", trained.path, str(raw), str(out), "k=3", "overwrite=true"]) == 1
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert main(["predict", trained.path, str(raw), str(out), "k=3", "num_workers=3"]) == 0
+    assert not (out / "_claim.json").exists()
+    found = pads.dataset(out).to_table()
+    assert found["point_id"].to_pylist() == [0, 1, 2]
+    assert {len(row) for row in found["label_ids"].to_pylist()} == {3}
+    assert len(list(out.glob("*.parquet"))) == 3 > len(manifest["files"])
+
+
+def test_a_split_whose_points_have_no_label(
+    trained: Run, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found while scoring, where the manifest has no counts."""
+    opened, path = Dataset.open(dataset), tmp_path / "bare"
+    shutil.copytree(dataset, path)
+    parts = []
+    for part in opened.manifest.splits["test"]:
+        table = opened.read_part(part)
+        at = table.column_names.index("labels")
+        none = pa.array([[]] * len(table), table.schema.field(at).type)
+        table = table.set_column(at, "labels", none)
+        parts.append(layout.write_part(str(path), part.path, part.first, table))
+    splits = {**opened.manifest.splits, "test": tuple(parts)}
+    manifest = replace(opened.manifest, splits=splits, statistics={})
+    layout.write_manifest(str(path), manifest)
+    assert main(["evaluate", trained.path, str(path), "num_workers=1"]) == 1
+    assert "no point of split=test" in capsys.readouterr().err
 
 
 def test_another_vocabulary_is_refused(

@@ -1,0 +1,100 @@
+"""Parts of predictions, in the order of the rows, from windows in the order of their lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pytest
+
+from renee_ray.data.dataset import Dataset, Part
+from renee_ray.data.order import scoring_order
+from renee_ray.data.rows import read_window
+from renee_ray.service import predictions
+from renee_ray.service.predictions import Layout, Writer
+from renee_ray.training.batch import Position, cut_batches
+
+from ..data.tiny import write_tiny
+
+PARTS = (9, 0, 1, 13, 7)
+
+
+class Counting(Dataset):
+    """Counts how often each part is read."""
+
+    reads: ClassVar = Counter[str]()
+
+    def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        self.reads[part.path] += 1
+        return super().read_part(part, columns)
+
+
+def write(dataset: Dataset, layout: Layout, destination: Path, texts: Dataset | None) -> None:
+    """What each rank would write, had it found labels that tell the row."""
+    order = scoring_order(
+        "test", list(PARTS), batch_size=layout.batch_size, num_ranks=layout.num_ranks,
+        window=layout.window,
+    )  # fmt: skip
+    for rank in range(layout.num_ranks):
+        tables = [
+            read_window(dataset, order, order.streams_of(rank, layout.num_ranks), window)
+            for window in range(order.num_windows)
+        ]
+        tables = [
+            table.append_column("epoch", pa.array(np.zeros(len(table), int))) for table in tables
+        ]
+        positions = [Position(0, batch) for batch in range(order.num_batches)]
+        writer = Writer(str(destination), layout.part_rows, texts)
+        for batch in cut_batches(tables, positions, 0, 99):
+            assert batch.rows is not None
+            labels = (batch.points[:, None] + np.arange(layout.k)) % dataset.manifest.num_labels
+            labels[batch.points % 3 == 0, -1] = -1
+            writer.add(batch, labels, labels.astype(np.float32))
+        writer.close()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 40])
+@pytest.mark.parametrize(("batch_size", "pairs"), [(1, 4), (4, 16), (5, 1), (6, 64), (100, 10**6)])
+def test_parts_are_in_the_order_of_the_rows(
+    tmp_path: Path, num_ranks: int, batch_size: int, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "PART_PAIRS", pairs)
+    write_tiny(tmp_path / "set", test=PARTS)
+    dataset = Counting.open(str(tmp_path / "set"))
+    layout = Layout(sum(PARTS), num_ranks, batch_size, 2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "_predictions.json").write_text("{}")
+    dataset.reads.clear()
+    write(dataset, layout, tmp_path / "out", dataset)
+    parts = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
+    assert parts == layout.parts()
+    wanted = dataset.read_rows("test", 0, sum(PARTS))["point_id"].to_pylist()
+    assert wanted != sorted(wanted)
+    found = pd.read_parquet(tmp_path / "out")
+    assert found["point_id"].tolist() == wanted
+    assert pads.dataset(tmp_path / "out").to_table()["point_id"].to_pylist() == wanted
+    for row in found.to_dict("records"):
+        point = int(row["point_id"])
+        labels = [
+            (point + i) % dataset.manifest.num_labels for i in range(1 if point % 3 == 0 else 2)
+        ]
+        assert row["label_ids"].tolist() == row["scores"].tolist() == labels
+        assert row["label_texts"].tolist() == [f"label {label}" for label in labels]
+    assert max(dataset.reads.values()) <= len(parts), "texts are read once for each part"
+
+
+@pytest.mark.parametrize("k", [1, 100, 3000, 10**6, 10**9])
+@pytest.mark.parametrize("num_ranks", [1, 3, 64])
+def test_what_a_rank_holds_is_bounded(k: int, num_ranks: int) -> None:
+    layout = Layout(10**7, num_ranks, 512, k)
+    batch = -(-512 // num_ranks)
+    assert layout.part_rows * k <= max(predictions.PART_PAIRS, batch * k)
+    assert layout.part_rows % (layout.window * batch) == 0
+    usual = Layout(10**7, 1, 512, 100)
+    assert (usual.window, usual.part_rows) == (16, 16384)
