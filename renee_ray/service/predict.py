@@ -66,7 +66,8 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
     points, split = Dataset.open(data), str(score.split)
     nothing = ReneeError(f"no point of split={split} of {points.path} has a label; give another")
     counts = points.manifest.statistics.get(split)
-    if isinstance(counts, dict) and counts.get("label_pairs") == 0 < counts.get("points", 0):
+    some = points.manifest.num_points(split) > 0
+    if some and isinstance(counts, dict) and counts.get("label_pairs") == 0:
         raise nothing
     found = _Scoring.of(directory, points, score).run(points, split)
     if found["metrics"] is None:
@@ -100,14 +101,15 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
         check_texts(src)
         if "split" in score.model_fields_set:
             raise ReneeError(f"split={score.split} has no meaning for the texts of {src}; omit it")
+    _check_apart(destination, src)
+    output.check(score.overwrite)
     labels = directory.dataset() if raw else Dataset.open(src)
     num_labels = labels.manifest.num_labels
     if score.k > num_labels:
-        log.warning("k=%d is cut to the %d labels that there are", score.k, num_labels)
+        if "k" in score.model_fields_set:
+            log.warning("k=%d is cut to the %d labels that there are", score.k, num_labels)
         score = score.model_copy(update={"k": num_labels})
     scoring = _Scoring.of(directory, labels, score)
-    _check_apart(destination, src)
-    output.check(score.overwrite)
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split}
     with contextlib.ExitStack() as stack:
@@ -204,7 +206,7 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
     voters: Dataset | None = arguments["voters"]
     layout: Layout | None = arguments["layout"]
-    if layout and (refused := _beyond_memory(layout, labels, voters, ranks, device)):
+    if layout and (refused := beyond_memory(layout, labels, voters, ranks, _free_bytes(device))):
         return {"refused": refused}
     checkpoint = RunDirectory(arguments["run"]).checkpoints().at(arguments["checkpoint"])
     scorer = _load(config, labels, voters, checkpoint, ranks, device)
@@ -222,26 +224,31 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"k": score.k}
 
 
-def _beyond_memory(
-    layout: Layout, labels: Dataset, voters: Dataset | None, ranks: Ranks, device: torch.device
-) -> str | None:
-    """Why the k best labels of a batch cannot be held; all ranks come to the same."""
+def _free_bytes(device: torch.device) -> int:
+    """Of the memory that top-k takes, what this worker may count on."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = available_bytes() // ray.train.get_context().get_local_world_size()
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes() // ray.train.get_context().get_local_world_size()
+
+
+def beyond_memory(
+    layout: Layout, labels: Dataset, voters: Dataset | None, ranks: Ranks, free: int
+) -> str | None:
+    """Why some rank cannot hold the k best labels of a batch; all ranks come to the same.
+
+    free: bytes of this rank.
+    """
     everyone = torch.zeros(ranks.num_ranks, dtype=torch.int64)
     everyone[ranks.rank] = free
     least = int(all_sum(ranks, everyone).min())
     rows, k = min(layout.batch_size, layout.rows), layout.k
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
     wanted = k if voters is None else max(k, RERANKED)
-    needed = topk_bytes(rows, wanted, labels.manifest.num_labels, ranks.num_ranks, threads)
+    needed = topk_bytes(rows, wanted, labels.manifest.num_labels, ranks.num_ranks)
     if needed <= least and k * -(-rows // ranks.num_ranks) < MAX_PAIRS:
         return None
     return (
-        f"k={k} for batches of {rows} points takes {needed / 2**30:.3g} GiB in each worker, and "
-        f"{least / 2**30:.3g} GiB are free; lower k or batch_size"
+        f"k={k} for batches of {rows} points takes about {needed / 2**30:.3g} GiB in each worker, "
+        f"and {least / 2**30:.3g} GiB are free; lower k or batch_size"
     )
 
 

@@ -91,14 +91,14 @@ def _largest_shard(num_labels: int, num_ranks: int) -> int:
     return -(-num_labels // num_ranks)
 
 
-def topk_bytes(rows: int, k: int, num_labels: int, num_ranks: int, threads: int) -> int:
+def topk_bytes(rows: int, k: int, num_labels: int, num_ranks: int) -> int:
     """Bytes, about, that a rank takes for the k best labels of a global batch of so many rows.
 
     A pair of score and label takes 12 bytes. Each thread collects 2 k a row and sorts them; the
     shards' lists are joined, sent, and merged.
     """
     width = min(k, _largest_shard(num_labels, num_ranks))
-    return 12 * rows * width * (4 * threads + 9)
+    return 12 * rows * width * (4 * torch.get_num_threads() + 9)
 
 
 def read_counts(dataset: Dataset, owned: LabelRange) -> np.ndarray:

@@ -276,14 +276,14 @@ def test_a_taken_destination_is_refused(
 
 
 def test_more_labels_than_there_are(
-    trained: Run, dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trained: Run, dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """k is cut to their number; a batch whose labels memory cannot hold is refused."""
+    """k is cut to their number, which is said."""
     labels, out = Dataset.open(dataset).manifest.num_labels, tmp_path / "out"
     raw = tmp_path / "raw.txt"
     raw.write_text("a much longer text comes first here\n\nshort\n")
     assert main(["predict", trained.path, str(raw), str(out), "k=10000000000"]) == 0
-    assert capfd.readouterr().err.count(f"k=10000000000 is cut to the {labels} labels") == 1
+    assert caplog.text.count(f"k=10000000000 is cut to the {labels} labels") == 1
     found = pads.dataset(out).to_table()
     assert found["point_id"].to_pylist() == [0, 1, 2]
     for row in found["label_ids"].to_pylist():

@@ -17,8 +17,10 @@ from renee_ray.data.dataset import Dataset, Part
 from renee_ray.data.order import scoring_order
 from renee_ray.data.rows import read_window
 from renee_ray.service import predictions
+from renee_ray.service.predict import beyond_memory
 from renee_ray.service.predictions import Layout, Writer
 from renee_ray.training.batch import Position, cut_batches
+from renee_ray.training.collectives import Ranks
 
 from ..data.tiny import write_tiny
 
@@ -98,3 +100,13 @@ def test_what_a_rank_holds_is_bounded(k: int, num_ranks: int) -> None:
     assert layout.part_rows % (layout.window * batch) == 0
     usual = Layout(10**7, 1, 512, 100)
     assert (usual.window, usual.part_rows) == (16, 16384)
+
+
+def test_labels_that_memory_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """12 bytes a label and row are the least that it can take."""
+    labels, free = write_tiny(tmp_path / "set", labels=(5000,)), 2**30
+    for k, rows, fits in ((100, 512, True), (5000, 512, True), (5000, 10**5, False)):
+        said = beyond_memory(Layout(10**6, 1, rows, k), labels, None, Ranks(), free)
+        assert (said is None) is fits
+    assert said is not None and "k=5000" in said and "1 GiB" in said
+    assert beyond_memory(Layout(100, 1, 10**5, 5000), labels, None, Ranks(), free) is None
