@@ -24,10 +24,10 @@ def read_window(dataset: Dataset, order: Order, streams: range, window: int) -> 
     """
     tables, batches = [], []
     for stream in streams:
-        spans = order.spans(stream, window)
-        table = pa.concat_tables([_read(dataset, span) for span in spans] or [POINTS.empty_table()])
-        places = [np.arange(span.start, span.stop) for span in spans]
-        table = table.append_column(ROW, pa.array(np.concatenate([np.zeros(0, int), *places])))
+        table = pa.concat_tables(
+            [_numbered(_read(dataset, span), span.start) for span in order.spans(stream, window)]
+            or [_numbered(POINTS.empty_table(), 0)]
+        )
         rows, numbers = order.arrange(list_lengths(table["input_ids"]), stream, window)
         tables.append(table.take(pa.array(rows)))
         batches.append(numbers)
@@ -40,6 +40,10 @@ def read_window(dataset: Dataset, order: Order, streams: range, window: int) -> 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     """Lengths of the lists of a column, int64."""
     return pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def _numbered(table: pa.Table, first: int) -> pa.Table:
+    return table.append_column(ROW, pa.array(np.arange(first, first + len(table))))
 
 
 def _read(dataset: Dataset, span: Span) -> pa.Table:

@@ -164,7 +164,7 @@ class _Scoring:
         return Layout(rows, self.workers, self.score.batch_size, self.score.k)
 
     def run(self, points: Dataset, split: str, output: Output | None = None) -> dict[str, Any]:
-        """ "step", "points", and "metrics", or "k" where predictions are written to `output`.
+        """Scores: "step", "points", and "metrics", or "k" where `output` takes predictions.
 
         Those have then been claimed, and are not yet published.
         """
@@ -173,8 +173,9 @@ class _Scoring:
             raise ReneeError(f"{points.path} has no points in split={split}; choose another")
         ensure_ray(self.workers + 1)
         use_gpu = decide_gpu(self.score.use_gpu, self.workers)
-        layout = None if output is None else self.layout(points, split)
-        if layout is not None:
+        layout = None
+        if output is not None:
+            layout = self.layout(points, split)
             scratch = [] if points is self.labels else [f"{SCRATCH}/"]
             output.claim([*layout.parts(), *scratch])
         arguments = {

@@ -55,6 +55,14 @@ def rows(dataset: str) -> dict[int, dict[str, list[int]]]:
     return {row["point_id"]: row for row in table}
 
 
+def test_conversion_hashes_the_labels(dataset: str) -> None:
+    """Part by part, as they are hashed in one go."""
+    manifest = Dataset.open(dataset).manifest
+    assert len(manifest.splits["labels"]) > 1
+    before = Dataset(dataset, replace(manifest, labels_hash=""))
+    assert before.labels_hash() == manifest.labels_hash != ""
+
+
 def test_schema(predicted: dict[int, pa.Table]) -> None:
     schema = predicted[3].schema
     assert schema.names == ["point_id", "label_ids", "scores"]
@@ -223,7 +231,7 @@ def sorted_rows(table: pa.Table) -> list[dict[str, list[int]]]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: None, ["does not exist"]),
+        (lambda p: None, ["does not exist", "text"]),
         (lambda p: p.mkdir(), ["neither a dataset directory nor texts"]),
         (lambda p: p.write_text(""), ["no texts"]),
         (lambda p: p.write_bytes(b"PAR1 not"), ["not Parquet"]),
