@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 
 from renee_ray.config import ReneeError, reason
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import MANIFEST, Dataset, DatasetError, schema_of
+from renee_ray.data.dataset import (
+    MANIFEST,
+    Dataset,
+    DatasetError,
+    add_hashes,
+    hash_labels,
+    schema_of,
+)
 from renee_ray.data.order import training_order
 from renee_ray.data.rows import BATCH, list_lengths, read_window
 from renee_ray.data.split import splitmix64
@@ -48,6 +55,7 @@ class _Found:
     """Sum of the hashed point ids, modulo 2**64."""
     pairs: int = 0
     """Sum over (point, label) pairs of the hashed label, modulo 2**64; of labels, by train_count"""
+    labels_hash: str = "0"
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: _Found) -> None:
@@ -57,6 +65,7 @@ class _Found:
         self.filter_pairs += other.filter_pairs
         self.ids = (self.ids + other.ids) % 2**64
         self.pairs = (self.pairs + other.pairs) % 2**64
+        self.labels_hash = add_hashes([self.labels_hash, other.labels_hash])
         self.problems += other.problems
 
 
@@ -139,6 +148,7 @@ def _scan(
     if split == "labels":
         counts = table["train_count"].to_numpy().astype(np.uint64)
         found.pairs = _wrapped(_hash(table["label_id"].to_numpy()) * counts)
+        found.labels_hash = hash_labels(part.first, table["text"])
     else:
         found.filter_pairs = int(list_lengths(table["filter_labels"]).sum())
         found.ids = _wrapped(_hash(table["point_id"].to_numpy()))
@@ -245,6 +255,8 @@ def _between_parts(dataset: Dataset, found: dict[str, _Found]) -> Iterator[str]:
             f"{dataset.path}: train_count of some label is not its number of points in train and "
             f"validation"
         )
+    if dataset.manifest.labels_hash not in ("", found["labels"].labels_hash):
+        yield f"{dataset.where(MANIFEST)} has a labels_hash that is not that of the label texts"
     for split in POINT_SPLITS:
         known = dataset.manifest.statistics.get(split, {})
         if not isinstance(known, dict):

@@ -45,6 +45,7 @@ def dataset(tmp_path: Path) -> Dataset:
         layout.FORMAT_VERSION, "nowhere/none", "00", 4, 0, 5, True, 0.55, 1.5, splits, (3, 0),
         {"train": {"label_pairs": 6, "filter_pairs": 2, "without_labels": 0}},
     )  # fmt: skip
+    manifest = replace(manifest, labels_hash=Dataset(path, manifest).labels_hash())
     layout.write_manifest(path, manifest)
     return Dataset.open(path)
 
@@ -130,6 +131,7 @@ def column(name: str, values: list[Any]) -> Callable[[pa.Table], pa.Table]:
         ("labels", "label_id", [0, 2, 1], r"row 1: label_id holds 2, not its row \(and 1 more"),
         ("labels", "train_count", [2, -2, 2], "row 1: train_count holds -2, negative"),
         ("labels", "train_count", [2, 1, 3], "train_count of some label is not its number"),
+        ("labels", "text", ["label 1", "label 0", "label 2"], "labels_hash that is not that"),
         ("labels", "is_point", [True, False, False], "2 labels that are no points and the mani"),
     ],
 )
