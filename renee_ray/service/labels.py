@@ -29,8 +29,8 @@ def check_labels(directory: RunDirectory, dataset: Dataset) -> None:
     if dataset.labels_hash() != known:
         raise ReneeError(
             f"{dataset.path} has other labels than {directory.path} was trained with, or the same "
-            f"in another order{_first_difference(directory, dataset)}; convert it with the run's "
-            f"labels in their order"
+            f"in another order{_first_difference(directory, known, dataset)}; convert it with the "
+            f"run's labels in their order"
         )
 
 
@@ -50,13 +50,15 @@ def _trained_on(directory: RunDirectory, dataset: Dataset) -> Dataset:
     return found
 
 
-def _first_difference(directory: RunDirectory, dataset: Dataset) -> str:
-    """The first label that differs, for a sentence; empty where the run's dataset is gone."""
+def _first_difference(directory: RunDirectory, known: str, dataset: Dataset) -> str:
+    """The first label that differs, for a sentence; empty where the run's labels are gone."""
     try:
         other = directory.dataset()
+        if other.labels_hash() != known:
+            return ""
     except ReneeError:
         return ""
-    for part in other.manifest.splits["labels"] if other.path != dataset.path else ():
+    for part in other.manifest.splits["labels"]:
         stop = min(part.first + part.rows, dataset.manifest.num_labels)
         texts = other.read_part(part, ["text"])["text"].to_pylist()
         have = dataset.read_rows("labels", part.first, stop, ["text"])["text"].to_pylist()

@@ -318,7 +318,11 @@ def _voters(
             f"themselves; add neighbours=0"
         )
     trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
-    return labels if labels.manifest.hash == trained_on else directory.dataset()
+    if labels.manifest.hash == trained_on:
+        return labels
+    voters = directory.dataset()
+    check_labels(directory, voters)
+    return voters
 
 
 def _check_source(path: str, wanted: str) -> None:
