@@ -25,7 +25,7 @@ def test_a_task_carries_its_window_and_not_the_dataset() -> None:
         seed=0, epoch=1, batch_size=1024, streams=8, window=64,
     )  # fmt: skip
     windows = [
-        Window.of(Dataset("/data", manifest), order, order.streams_of(0, 2), number)
+        Window.of(Dataset("/data", manifest), order, order.slots_of(0, 2), number)
         for number in (5, 6)
     ]
     assert sum(len(pieces) for window in windows for pieces in window.pieces.values()) > 20

@@ -16,7 +16,7 @@ from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset, add_hashes, hash_labels
 from renee_ray.service.labels import check_labels
 from renee_ray.service.run import RunDirectory
-from renee_ray.service.train import _identity
+from renee_ray.service.train import identity
 
 from ..data.tiny import write_tiny
 
@@ -52,11 +52,11 @@ def reordered(original: Dataset, path: Path) -> Dataset:
 
 def run_on(dataset: Dataset, path: Path, *, hashed: bool = True) -> RunDirectory:
     """As much of a run as names its labels."""
-    identity = _identity(dataset)
+    known = identity(dataset)
     if not hashed:
-        del identity["labels_hash"]
+        del known["labels_hash"]
     path.mkdir()
-    (path / "run.json").write_text(json.dumps({"config": {}, "dataset": identity}))
+    (path / "run.json").write_text(json.dumps({"config": {}, "dataset": known}))
     return RunDirectory(str(path))
 
 

@@ -45,7 +45,7 @@ def write(dataset: Dataset, layout: Layout, destination: Path, texts: Dataset | 
     )  # fmt: skip
     for rank in range(layout.num_ranks):
         tables = [
-            read_window(dataset, order, order.streams_of(rank, layout.num_ranks), window)
+            read_window(dataset, order, order.slots_of(rank, layout.num_ranks), window)
             for window in range(order.num_windows)
         ]
         tables = [
