@@ -138,7 +138,7 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
         "labels": manifest.num_labels,
         **{split: manifest.num_points(split) for split in ("train", "validation", "test")},
         "statistics": manifest.statistics,
-        "hints": service.hints(manifest),
+        "hints": service.hints(manifest, config),
     }
     if as_json:
         click.echo(json.dumps(facts))

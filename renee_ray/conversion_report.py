@@ -12,7 +12,7 @@ from rich.text import Text
 from renee_ray.config import printable
 
 SHOWN = ("points", "tokens_mean", "tokens_max", "at_max_length", "labels_mean", "labels_max")
-EXPECTED = {*SHOWN, "label_pairs", "filter_pairs"}
+EXPECTED = {*SHOWN, "label_pairs", "filter_pairs", "least_id", "greatest_id"}
 """Counts that say nothing odd; any other one is a repair, or something to look at."""
 
 

@@ -244,7 +244,7 @@ def lines_of(parts: list[Range], counted: list[Counted]) -> Lines:
     """The file whose ranges, all and in order, are `parts`."""
     newlines = np.cumsum([0, *(n for each in counted for n in each.newlines)], dtype=np.int64)
     returns = sum(each.returns for each in counted)
-    if returns and returns >= newlines[-1]:
+    if returns > newlines[-1]:
         raise SourceError(
             f"{parts[0].path} has {newlines[-1]} line feeds and {returns} carriage returns that "
             f"none follows; write a line feed at the end of each line (and spaces within texts)"

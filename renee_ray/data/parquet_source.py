@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -140,15 +141,15 @@ def find_files(path: str) -> dict[str, list[str]]:
             way = f"{folder}/{name}-*.parquet" if number else here
             if files := parquet_files(here) if is_directory else [here]:
                 ways[name].setdefault(way, []).extend(files)
-            if count:
+            if count and name in SPLITS:
                 numbered[way].append((number, count))
         for way, numbers in numbered.items():
             _check_complete(way, numbers)
-    for each in ways.values():
-        if len(each) > 1:
+    for name, each in ways.items():
+        if len(each) > 1 and name in SPLITS:
             first, second = sorted(each)[:2]
             raise SourceError(f"{first} and {second} are both there; keep one of them")
-    return {name: sorted(*each.values()) for name, each in ways.items()}
+    return {name: sorted(chain(*each.values())) for name, each in ways.items()}
 
 
 def _check_complete(way: str, numbers: list[tuple[str, str]]) -> None:
@@ -212,6 +213,11 @@ def index_parquet(path: str, labels_are: str = "auto") -> ParquetSource:
             f"{files[name][0]} is not read: validation= of the training points are held out"
             for name in VALIDATION
             if name in files
+        )
+        + tuple(
+            f"{files[name][0]} is in a directory that stands for a column, which is not read"
+            for name in SPLITS
+            if name in files and "=" in files[name][0][len(path) :].rpartition("/")[0]
         ),
     )
     if source.width is not None and source.width != source.num_labels:
@@ -289,7 +295,7 @@ def _table(
                 f"{path} has the columns {schema.names!s:.300}; rename the one with the "
                 f"{column_title(name)} to {name!r}"
             )
-    return Table((), columns, class_names(path, schema))
+    return Table((), columns, class_names(path, schema) if "labels" in required else None)
 
 
 def _merged(first: str, table: Table, path: str, here: Table) -> Table:

@@ -123,7 +123,8 @@ def check_row_groups(
     """
     file = open_parquet()
     metadata = file.metadata
-    sizes = {each.name: _fixed_size(each.type) for each in file.schema_arrow}
+    schema = file.schema_arrow
+    sizes = {each.name: _fixed_size(each.type) for each in schema if each.name in columns}
     rows = sum(metadata.row_group(group).num_rows for group in groups)
     limit = min(max(LEAST_BYTES, rows * BYTES_A_ROW), MOST_BYTES)
     leaves = _leaves(metadata, columns)

@@ -46,7 +46,7 @@ def convert(
 
     Raises:
         ReneeError: bad input (the sentence names file, line and value), a `dst` that is taken,
-            no such tokenizer. Nothing of the conversion is left at `dst` then; a dataset to be
+            no such tokenizer. No file of the conversion is left at `dst` then; a dataset to be
             overwritten is as it was, unless only a text of a label was bad. What was cut off
             goes on with the same command, where it was.
     """
@@ -79,7 +79,7 @@ def convert(
     return manifest
 
 
-def hints(manifest: Manifest) -> list[str]:
+def hints(manifest: Manifest, config: ConvertConfig) -> list[str]:
     """Sentences on what may be wrong with a source though it could be converted."""
     labels = manifest.statistics["labels"]
     least, greatest = labels["least_id"], labels["greatest_id"]
@@ -87,6 +87,7 @@ def hints(manifest: Manifest) -> list[str]:
     # Label texts would have been one too few, and most labels of a source have a point.
     if (
         manifest.has_label_texts
+        or config.labels == "multi-hot"
         or (least, greatest) != (1, manifest.num_labels - 1)
         or unused > 0.5
     ):

@@ -40,7 +40,7 @@ from renee_ray.xfc.storage import Weights
 MANIFEST, FORMAT_VERSION = "export.json", 1
 HEAD, ENCODER = "head.safetensors", "encoder"
 OURS = re.compile(
-    rf"{ENCODER}/[^/]+|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
+    rf"{ENCODER}/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 RANGE_BYTES = 1 << 28
 """Of the classifier in a file, about."""

@@ -51,11 +51,16 @@ class History:
             if found is None:
                 raise ReneeError(f"{where} is missing")
             evaluated = state.evaluation["step"] if state.evaluation else -1
-            return cls(
-                [each for each in found["steps"] if each["step"] <= state.step],
-                [each for each in found["evals"] if each["step"] <= evaluated],
-            )
-        except (ReneeError, OSError, LookupError, TypeError) as error:
+            evals = [each for each in found["evals"] if each["step"] <= evaluated]
+            for each in evals:
+                dict(each["metrics"])
+            if state.evaluation and not (evals and evals[-1]["step"] == evaluated):
+                log.warning(
+                    "%s lacks what came before the checkpoint of step %d", where, state.step
+                )
+                evals.append(state.evaluation)
+            return cls([each for each in found["steps"] if each["step"] <= state.step], evals)
+        except (ReneeError, OSError, LookupError, TypeError, ValueError) as error:
             log.warning(
                 "the curves begin anew after step %d: %s cannot be used (%s)",
                 state.step, where, reason(error),
@@ -90,7 +95,7 @@ class BackgroundWriter:
         self._pending: dict[str, dict[str, Any]] = {}
         self._changed = threading.Condition()
         self._until: float | None = None
-        self._said = False
+        self._said = self._busy = False
         self._thread = threading.Thread(target=self._run, name="run files", daemon=True)
         self._thread.start()
 
@@ -99,6 +104,11 @@ class BackgroundWriter:
         with self._changed:
             self._pending[name] = content
             self._changed.notify()
+
+    def flush(self, seconds: float) -> None:
+        """Waits until all that was handed over is written, for `seconds` at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending and not self._busy, seconds)
 
     def close(self, seconds: float) -> bool:
         """Ends the thread; whether all was written within `seconds`."""
@@ -114,9 +124,11 @@ class BackgroundWriter:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._until is not None)
                 taken, self._pending = self._pending, {}
+                self._busy = True
             failed = {name: each for name, each in taken.items() if not self._written(name, each)}
             with self._changed:
-                self._pending = failed | self._pending
+                self._pending, self._busy = failed | self._pending, False
+                self._changed.notify_all()
                 if self._until is not None and (
                     not self._pending or time.monotonic() >= self._until
                 ):

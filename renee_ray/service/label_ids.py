@@ -72,9 +72,11 @@ def refuse_multi_hot(source: Raw | ParquetSource, greatest: int, duplicates: int
     Raises:
         SourceError: there are ids 0 and 1 alone, and points that have one more than once.
     """
+    numbers = isinstance(source, ParquetSource)
+    if isinstance(source, ParquetSource) and source.labels_are_strings:
+        return
     if greatest > 1 or not duplicates:
         return
-    numbers = isinstance(source, ParquetSource) and not source.labels_are_strings
     remedy = "give labels=multi-hot to read them so, or labels=ids if they are ids"
     if not numbers:
         remedy = "write the ids of each point's labels, or give labels=ids if they are ids"

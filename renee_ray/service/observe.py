@@ -42,6 +42,8 @@ LINE_SECONDS = 30.0
 """Between two lines of progress in rank 0's log."""
 CLOSE_S, FAILED_CLOSE_S = 30.0, 5.0
 """For which the end of a run, or of a worker that fails, waits for these files."""
+FLUSH_S = 5.0
+"""For which a checkpoint, beside training, waits for the curves up to it."""
 NAME_BYTES = 64
 """Of a node's name, as it travels between ranks."""
 TIMED_OUT = re.compile(r"tim(ed|e) ?-?out", re.IGNORECASE)
@@ -147,6 +149,11 @@ class Observer:
         if self._status is not None:
             self._status.write_history()
 
+    def flush_history(self) -> None:
+        """Waits a little for the curves, so that no checkpoint is ahead of them."""
+        if self._status is not None:
+            self._status.flush()
+
     def checkpointed(self, step: int, seconds: float, written: int) -> None:
         """A checkpoint of `step` has ended, of which this rank wrote so many bytes."""
         self.recorder.checkpointed(seconds, written)
@@ -246,6 +253,9 @@ class Status:
 
     def write_history(self) -> None:
         self._writer.put(HISTORY_FILE, self._history.content())
+
+    def flush(self) -> None:
+        self._writer.flush(FLUSH_S)
 
     def write_now_and_then(self, recorder: Recorder) -> None:
         if time.monotonic() - self._written >= STATUS_SECONDS:

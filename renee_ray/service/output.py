@@ -24,13 +24,17 @@ from renee_ray.data.storage import (
     filesystem_of,
     listing,
     make_directory,
+    patiently,
     read_file,
     remove,
     replace_file,
+    write_file,
 )
-from renee_ray.data.untrusted import parse_json, refuse_links_out
+from renee_ray.data.untrusted import parse_json, read_bounded, refuse_links_out
 
 CLAIM = "_claim.json"
+MANIFEST_LIMIT = 1 << 27
+"""Bytes of a claim or a manifest."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,11 @@ class Output:
     def _write_claim(self, names: set[str]) -> None:
         make_directory(self._base)
         kept = sorted(name for name in names if self.names.fullmatch(name))
-        replace_file(f"{self._base}/{CLAIM}", json.dumps({"files": kept}).encode())
+        content = json.dumps({"files": kept}).encode()
+        # The first not by way of a temporary file, which nothing would name yet. What is cut off
+        # here is an empty file, which `_manifest` knows.
+        write = write_file if self._manifest(CLAIM) is None else replace_file
+        write(f"{self._base}/{CLAIM}", content)
 
     def _there(self) -> set[str]:
         """Names of the files, and of the directories that are not `folder`, with a `/`."""
@@ -116,28 +124,42 @@ class Output:
             elif name != self.folder:
                 found.add(f"{name}/")
             else:
-                inside = listing(f"{self._base}/{name}")
-                found |= {f"{name}/{each.base_name}" for each in inside}
+                for each in listing(f"{self._base}/{name}"):
+                    end = "/" if each.type == pafs.FileType.Directory else ""
+                    found.add(f"{name}/{each.base_name}{end}")
         return found
 
     def _ours(self, there: set[str]) -> set[str]:
         """Those of the names `there` that a claim or a manifest names."""
-        ours = {name for name in there if name == f"{CLAIM}.tmp"}
+        ours: set[str] = set()
         for file in (CLAIM, *self.manifests):
             content = self._manifest(file)
             if content is None:
                 continue
             named = content.get("files", there)
             mine = set(map(str, named)) if isinstance(named, list | set) else set()
-            ours |= {file, f"{self.manifests[0]}.tmp"} & there
+            temporary = {f"{each}.tmp" for each in (CLAIM, self.manifests[0])}
+            ours |= {file, *temporary} & there
             ours |= {name for name in mine & there if self.names.fullmatch(name)}
         return ours
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         """A claim, or a manifest of ours; None where there is none."""
-        content = read_file(f"{self._base}/{name}")
+        filesystem, root = filesystem_of(self._base)
+        place, where = f"{root}/{name}", f"{self._base}/{name}"
+
+        def read() -> bytes | None:
+            if filesystem.get_file_info(place).type != pafs.FileType.File:
+                return None
+            return read_bounded(filesystem, place, MANIFEST_LIMIT, where)
+
+        content = patiently(read, f"reading {where}")
+        if content is None:
+            return None
+        if name == CLAIM and not content:
+            return {"files": []}
         try:
-            found = None if content is None else parse_json(content)
+            found = parse_json(content)
         except ValueError:
             return None
         keys = {"files"} if name == CLAIM else self.keys

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -45,7 +45,9 @@ class Failures(DefaultFailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = getattr(training_failed_error, "worker_failures", None) or {}
-        self._of_code += any(isinstance(each, OF_CODE) for each in failures.values())
+        # What others raise when a worker is lost says nothing of the code.
+        lost = any(isinstance(each, RayActorError) for each in failures.values())
+        self._of_code += not lost and any(isinstance(each, OF_CODE) for each in failures.values())
         if is_final(training_failed_error) or self._of_code > CODE_RESTARTS:
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from renee_ray.config import EvalConfig, ReneeError, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import absolute, filesystem_of, patiently
+from renee_ray.data.storage import absolute, filesystem_of, overlap, patiently
 from renee_ray.memory import available_bytes
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.job import decide_gpu, launch, quiet, worker_device
@@ -101,7 +100,11 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
         check_texts(src)
         if "split" in score.model_fields_set:
             raise ReneeError(f"split={score.split} has no meaning for the texts of {src}; omit it")
-    _check_apart(destination, src)
+    if overlap(destination, src):
+        raise ReneeError(
+            f"{src} and {destination} are the same, or one is in the other; give another "
+            f"destination"
+        )
     output.check(score.overwrite)
     labels = directory.dataset() if raw else Dataset.open(src)
     num_labels = labels.manifest.num_labels
@@ -166,18 +169,15 @@ class _Scoring:
     def run(self, points: Dataset, split: str, output: Output | None = None) -> dict[str, Any]:
         """Scores: "step", "points", and "metrics", or "k" where `output` takes predictions.
 
-        Those have then been claimed, and are not yet published.
+        Those have then been claimed by the workers, and are not yet published.
         """
         rows = points.manifest.num_points(split)
         if not rows:
             raise ReneeError(f"{points.path} has no points in split={split}; choose another")
         ensure_ray(self.workers + 1)
         use_gpu = decide_gpu(self.score.use_gpu, self.workers)
-        layout = None
-        if output is not None:
-            layout = self.layout(points, split)
-            scratch = [] if points is self.labels else [f"{SCRATCH}/"]
-            output.claim([*layout.parts(), *scratch])
+        layout = None if output is None else self.layout(points, split)
+        scratch = [] if points is self.labels else [f"{SCRATCH}/"]
         arguments = {
             "config": self.config.model_dump(),
             "score": self.score.model_dump(),
@@ -189,7 +189,8 @@ class _Scoring:
             # Named once for all workers: a training beside us may publish another meanwhile.
             "checkpoint": self.checkpoint.name,
             "layout": layout,
-            "destination": None if output is None else output.path,
+            "output": output,
+            "files": None if layout is None else [*layout.parts(), *scratch],
         }
         found = launch(score_worker, arguments, self.config, use_gpu)
         if "refused" in found:
@@ -207,18 +208,22 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
     voters: Dataset | None = arguments["voters"]
     layout: Layout | None = arguments["layout"]
-    if layout and (refused := beyond_memory(layout, labels, voters, ranks, _free_bytes(device))):
-        return {"refused": refused}
     checkpoint = RunDirectory(arguments["run"]).checkpoints().at(arguments["checkpoint"])
     scorer = _load(config, labels, voters, checkpoint, ranks, device)
+    if layout and (refused := beyond_memory(layout, labels, voters, ranks, _free_bytes(device))):
+        return {"refused": refused}
+    output: Output | None = arguments["output"]
+    if output and ranks.rank == 0:  # now that nothing refuses what earlier ones make way for
+        output.claim(arguments["files"])
     window = {"window": layout.window} if layout else {}
     split, length = arguments["split"], config.encoder.max_length
     batches = scoring_feed(points, split, score.batch_size, length, ranks, **window)
-    if layout is None:
+    if layout is None or output is None:
         sums = metric_sums(scorer, batches, Propensities.read(labels, scorer.shard.owned, ranks))
         return {"metrics": sums.metrics() if sums.any_label else None}
     texts = labels if score.texts else None
-    writer = Writer(arguments["destination"], layout.part_rows, texts)
+    all_sum(ranks, torch.zeros(1))  # nobody writes before the claim
+    writer = Writer(output.path, layout.part_rows, texts)
     for batch, scores, best in scorer.predict(batches, score.k):
         writer.add(batch, best.numpy(), scores.numpy())
     writer.close()
@@ -239,17 +244,20 @@ def beyond_memory(
 
     free: bytes of this rank.
     """
-    everyone = torch.zeros(ranks.num_ranks, dtype=torch.int64)
-    everyone[ranks.rank] = free
-    least = int(all_sum(ranks, everyone).min())
     rows, k = min(layout.batch_size, layout.rows), layout.k
     wanted = k if voters is None else max(k, RERANKED)
     needed = topk_bytes(rows, wanted, labels.manifest.num_labels, ranks.num_ranks)
-    if needed <= least and k * -(-rows // ranks.num_ranks) < MAX_PAIRS:
+    # What a rank needs goes with its node's threads, so what is left is compared.
+    left = torch.zeros(ranks.num_ranks, dtype=torch.int64)
+    left[ranks.rank] = free - needed
+    least = int(all_sum(ranks, left).min())
+    if k * -(-rows // ranks.num_ranks) >= MAX_PAIRS:
+        return f"k={k} for batches of {rows} points is more than a list can hold; lower k"
+    if least >= 0:
         return None
     return (
         f"k={k} for batches of {rows} points takes about {needed / 2**30:.3g} GiB in each worker, "
-        f"and {least / 2**30:.3g} GiB are free; lower k or batch_size"
+        f"{max(0, -least) / 2**30:.3g} GiB more than some worker has; lower k or batch_size"
     )
 
 
@@ -330,25 +338,11 @@ def _check_source(path: str, wanted: str) -> None:
     """Raises ReneeError where nothing is at `path`, or what is no `wanted`."""
     filesystem, root = filesystem_of(path)
     kind = patiently(lambda: filesystem.get_file_info(root), f"reading {path}").type
-    if kind == pafs.FileType.NotFound:
-        raise ReneeError(f"{path} does not exist; give a {wanted} that does")
+    if kind == pafs.FileType.NotFound and wanted == "dataset":
+        raise ReneeError(f"{path} does not exist; give a dataset that does")
     if kind == pafs.FileType.File and wanted == "dataset":
         raise ReneeError(
             f"{path} is a file; give the directory of a dataset, made by `renee-ray convert`"
         )
     if not has_manifest(path) and RunDirectory(absolute(path)).read(RUN_FILE) is not None:
         raise ReneeError(f"{path} is a run; give a {wanted} after the run")
-
-
-def _check_apart(destination: str, src: str) -> None:
-    """Raises ReneeError where what is written would be in what is read, or the reverse."""
-    inside, outside = _real(absolute(src)), _real(destination)
-    if inside.startswith(outside):
-        raise ReneeError(f"{src} lies in {destination}, which is overwritten; give another one")
-    if outside.startswith(inside):
-        raise ReneeError(f"{destination} lies in {src}, which is only read; give another one")
-
-
-def _real(path: str) -> str:
-    """A directory so that those inside it begin with it, links followed."""
-    return (path if "://" in path else os.path.realpath(path)).rstrip("/") + "/"

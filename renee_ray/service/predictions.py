@@ -119,7 +119,7 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
     for part in dataset.manifest.splits["labels"]:
         first, stop = np.searchsorted(ids, [part.first, part.first + part.rows])
         if first < stop:
-            texts = dataset.read_part(part, ["text"])["text"].combine_chunks()
-            pieces.append(texts.take(pa.array(ids[first:stop] - part.first)))
-    texts = pa.concat_arrays(pieces) if pieces else pa.array([], type=pa.string())
+            texts = dataset.read_part(part, ["text"])["text"].cast(pa.large_string())
+            pieces.append(texts.combine_chunks().take(pa.array(ids[first:stop] - part.first)))
+    texts = pa.concat_arrays(pieces) if pieces else pa.array([], type=pa.large_string())
     return texts.take(pa.array(inverse))

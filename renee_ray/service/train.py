@@ -232,6 +232,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
         config.evaluation.metric,
         settings.background,
         lambda written: _written(written, observer),
+        observer.flush_history,
     )
     writer.reserve(model.encoder, model.shard)
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
@@ -303,8 +304,7 @@ def _save(
     observer.recorder.enter("checkpoint")
     if metrics:
         observer.evaluated(state.step, metrics)
-    # First, so that no checkpoint is ahead of the curves that a resumed run reads.
-    observer.write_history()
+    observer.write_history()  # which the checkpoint's commit waits for
     writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
     if metrics and trainer.ranks.rank == 0:
         channel.say(evaluation_line(state.step, metrics))

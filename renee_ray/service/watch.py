@@ -72,7 +72,7 @@ class Watch:
     @property
     def training(self) -> bool:
         """Whether the workers have come so far that a checkpoint can be asked for."""
-        return any(beat.phase not in BEFORE_STEPS for beat, _ in self._beats.values())
+        return any(beat.phase not in BEFORE_STEPS for beat, _ in list(self._beats.values()))
 
     def saw(self, beat: Beat, now: float) -> None:
         """A beat came; `now`: seconds of a clock that only goes forward."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.config import ReneeError, reason
-from renee_ray.data.storage import patiently
+from renee_ray.data.storage import is_transient, patiently
 from renee_ray.training.batch import Position
 from renee_ray.training.encoder import Encoder
 from renee_ray.training.loss_scale import LossScale
@@ -280,6 +280,8 @@ class Checkpoint:
         except _Other as error:
             raise CheckpointError(f"{where} {error}") from None
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if is_transient(error):  # storage is away: nothing is known of the file
+                raise
             raise CheckpointError(
                 f"{where} cannot be read ({reason(error)}); use another checkpoint"
             ) from error

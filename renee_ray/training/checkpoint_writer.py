@@ -82,6 +82,7 @@ class CheckpointWriter:
     keep, metric: what `Checkpoints.prune` is given.
     background: whether to write beside training.
     on_written: is called after each checkpoint, in the thread that writes.
+    before_commit: is called there before each commit, on rank 0.
     """
 
     checkpoints: Checkpoints
@@ -90,6 +91,7 @@ class CheckpointWriter:
     metric: str
     background: bool = True
     on_written: Callable[[Written], None] = lambda written: None
+    before_commit: Callable[[], None] = lambda: None
     _copies: dict[str, Copy] = field(default_factory=dict)
     _reserved: bool = False
     _thread: threading.Thread | None = None
@@ -114,10 +116,12 @@ class CheckpointWriter:
             return
         self._reserved = True
         tensors = shard.weights.tensors()
-        copied = list(tensors.values())
+        alone: list[Tensor] = []
         if self.ranks.rank == 0:
-            copied += [*encoder.state_dict().values(), *len(MOMENTS) * list(encoder.parameters())]
-        self.background = self._all_have(sum(map(Copy.bytes_like, copied)))
+            alone = [*encoder.state_dict().values(), *len(MOMENTS) * list(encoder.parameters())]
+        self.background = self._all_have(
+            sum(map(Copy.bytes_like, tensors.values())), sum(map(Copy.bytes_like, alone))
+        )
         if self.background and len(shard.owned):
             name = shard_name(shard.owned.start, shard.owned.stop)
             for key, tensor in tensors.items():
@@ -187,15 +191,19 @@ class CheckpointWriter:
             kept = self._copies[key] = Copy.like(tensor)
         return kept.take(tensor)
 
-    def _all_have(self, needed: int) -> bool:
-        """Whether every rank has memory for its copies, beside the others of its machine."""
+    def _all_have(self, shard: int, alone: int) -> bool:
+        """Whether every rank has memory for the copies of itself and the others of its machine.
+
+        shard: bytes of its shard, as the others have one too; alone: of what it alone copies.
+        """
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_ranks))
-        short = needed * beside > SHARE_OF_MEMORY * available_bytes()
+        needed = shard * beside + alone
+        short = needed > SHARE_OF_MEMORY * available_bytes()
         if short:
             log.warning(
                 "rank %d has no memory for a copy of %.1f GB: training waits while checkpoints "
                 "are written; checkpoint.background=false says so from the start",
-                self.ranks.rank, needed / 1e9,
+                self.ranks.rank, (shard + alone) / 1e9,
             )  # fmt: skip
         return not bool(all_sum(self.ranks, torch.tensor(int(short))))
 
@@ -224,6 +232,7 @@ class CheckpointWriter:
 
     def _commit(self, name: str, files: dict[str, FileFacts], manifest: Manifest) -> bool:
         """Rank 0 alone."""
+        self.before_commit()
         whole = Manifest(manifest.state, manifest.metrics, files, time.time())
         try:
             self._publish(f"{name}/{MANIFEST}", whole.to_json().encode())

@@ -63,9 +63,17 @@ def _chosen(checkpoints: Checkpoints, ranks: Ranks, damaged: set[str]) -> Checkp
             name = found.name if found else ""
             if damaged and not name:
                 problem = f"{checkpoints.run} has no checkpoint that can be read; see the warnings"
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             problem = str(error)
     told = json.loads(broadcast_bytes(ranks, json.dumps([name, problem]).encode()))
     if told[1]:
         raise CheckpointError(told[1])
-    return checkpoints.at(told[0]) if told[0] else None
+    if not told[0]:
+        return None
+    try:
+        return checkpoints.at(told[0])
+    except CheckpointError as error:
+        if ranks.rank == 0:
+            raise
+        # Not a user's error, which would be final: another attempt finds it.
+        raise OSError(f"{told[0]} is not there yet for rank {ranks.rank}: {error}") from error

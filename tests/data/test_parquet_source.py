@@ -14,7 +14,7 @@ import pytest
 
 from renee_ray.data.lines import SourceError
 from renee_ray.data.parquet_columns import common_kind, kind_of
-from renee_ray.data.parquet_source import index_parquet, slices
+from renee_ray.data.parquet_source import index_parquet, slices, table_of
 from renee_ray.service.tasks import _attempt
 
 from .sources import rows
@@ -85,3 +85,32 @@ def test_null_lists_of_a_fixed_size_do_not_fill_memory(tmp_path: Path) -> None:
     (block,) = index_parquet(str(tmp_path)).train.blocks
     with pytest.raises(SourceError, match="would decode to"):
         next(slices(block, ["labels"]))
+
+
+def test_what_nobody_reads_refuses_nothing(tmp_path: Path) -> None:
+    """A column of another kind, and files of a validation split, however many are there."""
+    vectors = pa.array(
+        [{"vec": [1.0, 2.0]}] * len(rows()), pa.struct({"vec": pa.list_(pa.float32(), 2)})
+    )
+    pq.write_table(rows().append_column("meta", vectors), tmp_path / "train.parquet")
+    pq.write_table(rows(), tmp_path / "validation-00000-of-00002.parquet")
+    pq.write_table(rows(), tmp_path / "validation.parquet")
+    source = index_parquet(str(tmp_path))
+    assert len(next(slices(source.train.blocks[0], ["text"]))[0]) == len(rows())
+    assert "is not read" in source.notes[0]
+
+
+def test_directories_that_stand_for_columns_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "train" / "lang=de").mkdir(parents=True)
+    pq.write_table(rows(), tmp_path / "train" / "lang=de" / "a=b.parquet")
+    (note,) = index_parquet(str(tmp_path)).notes
+    assert "lang=de" in note and "not read" in note
+
+
+def test_texts_to_predict_for_have_no_class_names(tmp_path: Path) -> None:
+    paths = []
+    for name, content in (("a", b"{"), ("b", b'{"info": {"features": {}}}')):
+        paths.append(str(tmp_path / f"{name}.parquet"))
+        table = rows().select(["text"]).replace_schema_metadata({b"huggingface": content})
+        pq.write_table(table, paths[-1])
+    assert table_of(paths, ("text",), ("point_id",)).rows == 2 * len(rows())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from renee_ray.config import ConvertConfig
 from renee_ray.service.convert import hints
 from renee_ray.service.convert_plan import bucket_rows, part_rows
 
@@ -48,6 +49,8 @@ def test_labels_that_count_from_one(
     labels: dict[str, Any] = {"least_id": least, "greatest_id": greatest}
     labels["share_of_labels_by_train_count"] = {"0": unused}
     made = replace(manifest(), num_labels=5, has_label_texts=texts, statistics={"labels": labels})
-    assert bool(hints(made)) is hinted
+    found = hints(made, ConvertConfig())
+    assert bool(found) is hinted
     if hinted:
-        assert "label 0" in hints(made)[0] and "subtract 1" in hints(made)[0]
+        assert "label 0" in found[0] and "subtract 1" in found[0]
+    assert not hints(made, ConvertConfig(labels="multi-hot")), "places, not ids"

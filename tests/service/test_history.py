@@ -50,8 +50,10 @@ def test_a_resumed_run_keeps_the_curves_up_to_its_step(tmp_path: Path) -> None:
     found = History.read(directory, state(6, 4), None)
     assert found.content() == content(6, 0, 4)
     assert History.read(directory, state(0, None), None).content() == content(0), "begins anew"
-    earlier = content(3, 0)
+    earlier = content(3, 0, 4)
     assert History.read(directory, state(6, 4), earlier).content() == earlier
+    # A worker that was killed between a commit and the file: the checkpoint knows its evaluation.
+    assert History.read(directory, state(6, 4), content(3, 0)).content() == earlier
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,10 @@ def test_what_was_interrupted_is_begun_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["empty", "claimed", "complete"])
 @pytest.mark.parametrize(
-    "name", ["part-00000-00000.parquet", part_name(3), "notes.txt", "_texts/mine", "encoder/mine"]
-)
+    "name",
+    ["part-00000-00000.parquet", part_name(3), "notes.txt", "_texts/mine", "encoder/mine",
+     "_claim.json.mine"],
+)  # fmt: skip
 def test_a_file_that_nobody_names_is_refused_and_survives(
     tmp_path: Path, stage: str, name: str
 ) -> None:
@@ -121,3 +123,28 @@ def test_a_claim_names_nothing_elsewhere(tmp_path: Path) -> None:
         output(tmp_path).check(True)
     output(tmp_path).claim(FILES)
     assert (tmp_path / "precious").exists() and (tmp_path / "out/thesis.tex").exists()
+
+
+def test_a_temporary_file_without_a_claim_is_somebodys(tmp_path: Path) -> None:
+    write(tmp_path, f"{CLAIM}.tmp")
+    with pytest.raises(ReneeError, match="holds other files"):
+        output(tmp_path).check(True)
+
+
+def test_a_claim_that_was_cut_off_is_ours(tmp_path: Path) -> None:
+    write(tmp_path, CLAIM)
+    (tmp_path / "out" / CLAIM).write_bytes(b"")
+    output(tmp_path).check(False)
+    output(tmp_path).claim(FILES)
+
+
+def test_an_earlier_export_names_no_file_of_the_users(tmp_path: Path) -> None:
+    """Its manifest has no list of files."""
+    write(tmp_path, "encoder/config.json", "encoder/onnx/model.onnx", "encoder/README.md")
+    made = output_at(str(tmp_path / "out"))
+    (tmp_path / "out" / "export.json").write_text(json.dumps(dict.fromkeys(made.keys, 1)))
+    with pytest.raises(ReneeError, match=r"encoder/README\.md"):
+        made.check(True)
+    (tmp_path / "out" / "encoder" / "README.md").unlink()
+    with pytest.raises(ReneeError, match="encoder/onnx/"):
+        made.check(True)
