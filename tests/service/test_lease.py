@@ -271,8 +271,8 @@ def assert_gone(processes: dict[int, str]) -> None:
 def test_two_drivers_on_one_run(dataset: str, recipe: str, tmp_path: Path) -> None:
     """Refused while the first lives; takes over when its claim is deleted, or it is killed."""
     path = str(tmp_path / "run")
-    command = ["train", recipe, f"data={dataset}", f"output={path}", "--json", "epochs=8"]
-    command += ["evaluation.every=4"]
+    command = ["train", recipe, f"data={dataset}", f"output={path}", "--json", "epochs=6"]
+    command += ["evaluation.every=3"]
     first = start(*command)
     try:
         wait_for_commit(first, path, 5)
