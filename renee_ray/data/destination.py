@@ -36,7 +36,7 @@ from renee_ray.data.dataset import (
     Manifest,
     is_part_path,
 )
-from renee_ray.data.untrusted import parse_json, read_bounded, refuse_links_out
+from renee_ray.data.untrusted import parse_json, refuse_links_out
 
 CLAIM = "_converting.json"
 SCRATCH = "_scratch"
@@ -175,15 +175,7 @@ class Destination:
 
     def _content(self, name: str) -> bytes | None:
         """What a declaration holds, if it is a file."""
-        filesystem, root = self._located
-        where = f"{self.path}/{name}"
-
-        def read() -> bytes | None:
-            if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
-                return None
-            return read_bounded(filesystem, f"{root}/{name}", MANIFEST_LIMIT, where)
-
-        return storage.patiently(read, f"reading {where}")
+        return storage.read_file(f"{self.path}/{name}", MANIFEST_LIMIT)
 
     def _read_claim(self) -> Claim | None:
         content = self._content(CLAIM)

@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 import tenacity
 
 from renee_ray.config import ReneeError, reason
+from renee_ray.data.untrusted import read_bounded
 
 T = TypeVar("T")
 
@@ -230,13 +231,19 @@ def to_disk(filesystem: pafs.FileSystem, name: str) -> None:
             os.close(descriptor)
 
 
-def read_file(path: str) -> bytes | None:
-    """The content of a file, patiently; None where there is none."""
+def read_file(path: str, limit: int | None = None) -> bytes | None:
+    """The content of a file, patiently; None where there is none.
+
+    Raises:
+        ReneeError: it has more than `limit` bytes.
+    """
     filesystem, root = filesystem_of(path)
 
     def read() -> bytes | None:
         if filesystem.get_file_info(root).type != pafs.FileType.File:
             return None
+        if limit is not None:
+            return read_bounded(filesystem, root, limit, path)
         with filesystem.open_input_file(root) as file:
             return file.read()
 

@@ -72,13 +72,11 @@ def refuse_multi_hot(source: Raw | ParquetSource, greatest: int, duplicates: int
     Raises:
         SourceError: there are ids 0 and 1 alone, and points that have one more than once.
     """
-    numbers = isinstance(source, ParquetSource)
-    if isinstance(source, ParquetSource) and source.labels_are_strings:
-        return
-    if greatest > 1 or not duplicates:
+    strings = isinstance(source, ParquetSource) and source.labels_are_strings
+    if strings or greatest > 1 or not duplicates:
         return
     remedy = "give labels=multi-hot to read them so, or labels=ids if they are ids"
-    if not numbers:
+    if not isinstance(source, ParquetSource):
         remedy = "write the ids of each point's labels, or give labels=ids if they are ids"
     raise SourceError(
         f"{source.labelled_path} has the labels 0 and 1 alone and repeats them in rows, as rows "

@@ -24,13 +24,12 @@ from renee_ray.data.storage import (
     filesystem_of,
     listing,
     make_directory,
-    patiently,
     read_file,
     remove,
     replace_file,
     write_file,
 )
-from renee_ray.data.untrusted import parse_json, read_bounded, refuse_links_out
+from renee_ray.data.untrusted import parse_json, refuse_links_out
 
 CLAIM = "_claim.json"
 MANIFEST_LIMIT = 1 << 27
@@ -145,15 +144,7 @@ class Output:
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         """A claim, or a manifest of ours; None where there is none."""
-        filesystem, root = filesystem_of(self._base)
-        place, where = f"{root}/{name}", f"{self._base}/{name}"
-
-        def read() -> bytes | None:
-            if filesystem.get_file_info(place).type != pafs.FileType.File:
-                return None
-            return read_bounded(filesystem, place, MANIFEST_LIMIT, where)
-
-        content = patiently(read, f"reading {where}")
+        content = read_file(f"{self._base}/{name}", MANIFEST_LIMIT)
         if content is None:
             return None
         if name == CLAIM and not content:
