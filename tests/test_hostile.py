@@ -823,13 +823,13 @@ def claimed(place: Place) -> Made:
 
 
 DESTINATIONS = [
-    Case("predictions-in-the-source", predicted_into("set/predictions"), "which is only read"),
+    Case("predictions-in-the-source", predicted_into("set/predictions"), "one is in the other"),
     Case(
         "predictions-in-the-source-by-a-link",
         predicted_into("link/predictions"),
-        "which is only read",
+        "one is in the other",
     ),
-    Case("predictions-over-the-source", predicted_into("."), "which is overwritten"),
+    Case("predictions-over-the-source", predicted_into("."), "one is in the other"),
     Case("written-through-a-link", through_a_link, "is a symbolic link"),
     Case("cleared-through-a-link", cleared, "'train', which leads out"),
     Case("export-over-other-files", claimed, "holds other files"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,5 +109,6 @@ def test_labels_that_memory_cannot_hold_are_refused(tmp_path: Path) -> None:
     for k, rows, fits in ((100, 512, True), (5000, 512, True), (5000, 10**5, False)):
         said = beyond_memory(Layout(10**6, 1, rows, k), labels, None, Ranks(), free)
         assert (said is None) is fits
-    assert said is not None and "k=5000" in said and "94 GiB more" in said
+    # How much it takes depends on the number of threads.
+    assert said is not None and re.search(r"k=5000 .* [\d.]+ GiB more than some worker has", said)
     assert beyond_memory(Layout(100, 1, 10**5, 5000), labels, None, Ranks(), free) is None
