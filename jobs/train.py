@@ -2,7 +2,7 @@
 
 import sys
 
-from renee_ray.program import program
+from renee_ray.cli.program import program
 
 if __name__ == "__main__":
     program(["train", *sys.argv[1:]])

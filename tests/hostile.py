@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.cli import main
-from renee_ray.config import ReneeError
+from renee_ray.cli.main import main
+from renee_ray.errors import ReneeError
 
 SECRET = "canary-9b1c-secret"
 LONGEST = 800

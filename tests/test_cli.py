@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from renee_ray import cli
-from renee_ray.config import ReneeError
-from renee_ray.conversion_report import conversion_text
+from renee_ray.cli import main as cli
+from renee_ray.cli import train
+from renee_ray.errors import ReneeError
+from renee_ray.report.conversion import conversion_text
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -75,7 +76,7 @@ def test_long_sentences_are_not_wrapped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "a [red]sentence[/red] of " + "many " * 60 + "words"
-    monkeypatch.setattr(cli, "read_yaml", _raise(ReneeError(text)))
+    monkeypatch.setattr(train, "read_yaml", _raise(ReneeError(text)))
     assert run(capsys, "train", "x.yaml") == (1, "", f"renee-ray: {text}\n")
 
 
@@ -88,7 +89,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_interrupt_is_status_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "read_yaml", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr(train, "read_yaml", _raise(KeyboardInterrupt()))
     status, out, err = run(capsys, "train", "x.yaml")
     assert (status, out, err.strip()) == (130, "", "renee-ray: interrupted")
 
@@ -99,13 +100,13 @@ def test_a_users_error_that_ray_wrapped_is_found(
     pytest.importorskip("ray")
     wrapped = RuntimeError("a task failed")
     wrapped.__cause__ = ReneeError("part 3 is damaged; convert the source again")
-    monkeypatch.setattr(cli, "read_yaml", _raise(wrapped))
+    monkeypatch.setattr(train, "read_yaml", _raise(wrapped))
     sentence = "renee-ray: part 3 is damaged; convert the source again\n"
     assert run(capsys, "train", "x.yaml") == (1, "", sentence)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "read_yaml", _raise(ZeroDivisionError()))
+    monkeypatch.setattr(train, "read_yaml", _raise(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "x.yaml"])
 
@@ -113,7 +114,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 def test_evaluate_prints_json_or_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import renee_ray.service.predict as predict
+    import renee_ray.service.score.predict as predict
 
     found = {"split": "test", "step": 7, "points": 3, "metrics": {"P@1": 50.0, "recall@100": 75.5}}
     monkeypatch.setattr(predict, "evaluate_run", lambda *_: found)

@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from renee_ray.config import (
-    ConfigError,
-    ConvertConfig,
-    ReneeError,
-    RunConfig,
-    ScoreConfig,
-    keys_of,
-    make_config,
-    parse_overrides,
-    read_yaml,
-)
+from renee_ray.config.overrides import keys_of, make_config, parse_overrides, read_yaml
+from renee_ray.config.schema import ConvertConfig, RunConfig, ScoreConfig
+from renee_ray.errors import ConfigError, ReneeError
 
 REQUIRED: dict[str, Any] = {"data": "d", "output": "o"}
 

@@ -325,7 +325,7 @@ def test_versions_are_those_that_ci_installs(manifests: list[dict[str, Any]]) ->
 def test_the_entrypoint_of_the_rayjob_is_a_command_of_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from renee_ray.cli import _check_job
+    from renee_ray.cli.submit import _check_job
 
     monkeypatch.chdir(ROOT)
     spec = read("kuberay/rayjob.yaml")[0]["spec"]

@@ -24,13 +24,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from renee_ray.cli import main
-from renee_ray.config import EncoderConfig, ReneeError, printable, redacted
-from renee_ray.data import dataset as layout
-from renee_ray.data import storage, tokenizer, xmlrepo
-from renee_ray.data.dataset import MANIFEST_LIMIT, Dataset
-from renee_ray.data.destination import Destination
-from renee_ray.data.lines import (
+from renee_ray.cli.main import main
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.data import storage, tokenizer
+from renee_ray.data.dataset import dataset as layout
+from renee_ray.data.dataset.dataset import MANIFEST_LIMIT, Dataset
+from renee_ray.data.dataset.destination import Destination
+from renee_ray.data.sources import xmlrepo
+from renee_ray.data.sources.lines import (
     GRAIN_BYTES,
     MAX_LINE_BYTES,
     PACKED_LEAST,
@@ -40,11 +41,12 @@ from renee_ray.data.lines import (
     lines_of,
     ranges,
 )
-from renee_ray.data.lines import read as read_lines
-from renee_ray.data.parquet_source import index_parquet, slices
-from renee_ray.inspection_report import inspection_text
-from renee_ray.report import examples_text, write_report
-from renee_ray.training.encoder import build_encoder
+from renee_ray.data.sources.lines import read as read_lines
+from renee_ray.data.sources.parquet import index_parquet, slices
+from renee_ray.errors import ReneeError, printable, redacted
+from renee_ray.model.encoder import build_encoder
+from renee_ray.report.inspection import inspection_text
+from renee_ray.report.run import examples_text, write_report
 
 from .data.tiny import write_tiny
 from .hostile import SECRET, Canary, Case, Place, place, refused
@@ -812,7 +814,7 @@ def cleared(place: Place) -> Made:
 
 
 def claimed(place: Place) -> Made:
-    from renee_ray.service.export import output_at
+    from renee_ray.service.score.export import output_at
 
     path = place.given / "home"
     (path / "thesis").mkdir(parents=True)

@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
-from renee_ray.data.dataset import Dataset
-from renee_ray.service.run import RunDirectory
-from renee_ray.training.checkpoint import MANIFEST, OPTIMIZER, Checkpoint
+from renee_ray.checkpoint.state import MANIFEST, OPTIMIZER, Checkpoint
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.service.run.directory import RunDirectory
 
 from .data.tiny import write_tiny
 from .hostile import Case, Place, place, refused
@@ -295,8 +295,8 @@ def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_weights_file_of_a_run_is_not_read_to_score(place: Place) -> None:
     """run.json may name any file as encoder.weights; the checkpoint has all weights."""
-    from renee_ray.config import ScoreConfig
-    from renee_ray.service.predict import scoring_config
+    from renee_ray.config.schema import ScoreConfig
+    from renee_ray.service.score.predict import scoring_config
 
     run = run_of(place)
     saved = json.loads((run / "run.json").read_text())

@@ -11,15 +11,15 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "without"),
     [
-        ("renee_ray.cli", "torch"),
+        ("renee_ray.cli.main", "torch"),
         ("renee_ray.data.rows", "torch"),  # with the next, what a task that reads unpickles
-        ("renee_ray.service.metric", "torch"),
-        ("renee_ray.service.convert", "torch"),
-        ("renee_ray.service.submit", "torch"),
-        ("renee_ray.service.train", "transformers"),
-        ("renee_ray.service.predict", "transformers"),
-        ("renee_ray.service.serve_replicas", "transformers"),
-        ("renee_ray.service.train", "numba"),
+        ("renee_ray.service.observe.metric", "torch"),
+        ("renee_ray.service.convert.convert", "torch"),
+        ("renee_ray.service.submit.submit", "torch"),
+        ("renee_ray.service.train.train", "transformers"),
+        ("renee_ray.service.score.predict", "transformers"),
+        ("renee_ray.service.serve.replicas", "transformers"),
+        ("renee_ray.service.train.train", "numba"),
     ],
 )
 def test_what_a_process_does_without(module: str, without: str) -> None:

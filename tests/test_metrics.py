@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from renee_ray.config import ReneeError
-from renee_ray.metrics import MetricSums, inverse_propensity
+from renee_ray.errors import ReneeError
+from renee_ray.scoring.metrics import MetricSums, inverse_propensity
 
 KS, RECALL_KS = (1, 3, 5), (2, 10)
 TOLERANCE = 1e-9

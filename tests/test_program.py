@@ -12,8 +12,9 @@ import pytest
 
 BEFORE = """
 import contextlib, hashlib, sys, time, types
-from renee_ray import program
-from renee_ray.program import at_signals, unwinding
+from renee_ray import signals
+from renee_ray.cli.program import program
+from renee_ray.signals import at_signals, unwinding
 
 def ready():
     print("ready", flush=True)
@@ -22,9 +23,9 @@ def main(arguments):
 {body}
     return 0
 
-program.CLEAN_UP_S = {clean_up_s}
-sys.modules["renee_ray.cli"] = types.SimpleNamespace(main=main)
-program.program([])
+signals.CLEAN_UP_S = {clean_up_s}
+sys.modules["renee_ray.cli.main"] = types.SimpleNamespace(main=main)
+program([])
 """
 CLEANS_UP = """
     try:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from renee_ray.config import ReneeError
-from renee_ray.report import comparison_table, examples_text, write_report
+from renee_ray.errors import ReneeError
+from renee_ray.report.run import comparison_table, examples_text, write_report
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a> {{ 7*7 }} [bold]"
 COMPARISON = [

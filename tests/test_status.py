@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from renee_ray import cli
-from renee_ray.config import ReneeError
-from renee_ray.status import described, duration, read_status, state_of, status_text
+from renee_ray.cli import main as cli
+from renee_ray.errors import ReneeError
+from renee_ray.report.status import described, duration, read_status, state_of, status_text
 
 RECORD = {
     "step": 500, "total_steps": 2000, "epoch": 1.25, "loss": 12.5, "rows_per_second": 3210.0,

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from renee_ray.benchmarks.processes import run_processes
-from renee_ray.config import RunConfig
-from renee_ray.data.dataset import Dataset
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
 from renee_ray.data.order import Order
 from renee_ray.data.rows import read_window
-from renee_ray.training.batch import Batch, Position, cut_batches
-from renee_ray.training.collectives import Ranks, all_sum
+from renee_ray.model.model import Model, build_model
+from renee_ray.parallel.batch import Batch, Position, cut_batches
+from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.training.loop import Plan, Trainer
-from renee_ray.training.model import Model, build_model
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import SGD
+from renee_ray.xfc.weights.storages import SGD
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from renee_ray.config import EncoderConfig
-from renee_ray.training.checkpoint import Checkpoint, State
-from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
-from renee_ray.training.checkpoints import Checkpoints
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.encoder import adamw
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.state import Checkpoint, State
+from renee_ray.checkpoint.writer import CheckpointWriter, Written
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.model.encoder import adamw
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 
 WRITERS, READERS, ROUNDS = 2, 3, 3
 CPU = torch.device("cpu")

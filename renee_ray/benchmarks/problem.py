@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from renee_ray.config import ReneeError
-from renee_ray.xfc.device import free_memory
+from renee_ray.errors import ReneeError
+from renee_ray.xfc.kernels.device import free_memory
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 
 POSITIVES_PER_ROW = 5
 CHUNKS = (256, 512, 1024, 2048, 4096)

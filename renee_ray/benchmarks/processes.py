@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from renee_ray.training.collectives import Ranks
+from renee_ray.parallel.collectives import Ranks
 
 
 def run_processes(

@@ -27,7 +27,7 @@ from renee_ray.benchmarks.problem import (
     make_problem,
 )
 from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
-from renee_ray.xfc.storage import SGD
+from renee_ray.xfc.weights.storages import SGD
 
 LR = 1e-3
 REFERENCE_MOMENTUM = 0.9

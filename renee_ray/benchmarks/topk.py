@@ -16,7 +16,7 @@ from renee_ray.benchmarks.problem import (
     make_problem,
 )
 from renee_ray.benchmarks.timing import fastest, interleaved
-from renee_ray.xfc.topk import NONE, shard_topk
+from renee_ray.xfc.topk.select import NONE, shard_topk
 
 CHECKED = 4096
 """Labels whose exact scores are computed at once."""
@@ -32,7 +32,7 @@ def bench_topk(
         ratio_to_gemm; torch_topk_s, full logits [B, L] and torch.topk; speedup_vs_torch;
         same_but_ties and greatest_difference, of `against_exact` in float64, and the greatest
         rounding that it allows; identical, whether scores and labels are bit for bit those of a
-        stable sort of the full logits, which depends on the device (see `xfc/topk.py`); and
+        stable sort of the full logits, which depends on the device (see `xfc/topk/select.py`); and
         what was timed.
 
     Raises:
@@ -89,7 +89,7 @@ def bench_topk(
 
 
 def rounding(inputs: Tensor, weight: Tensor) -> Tensor:
-    """The bound on the rounding of a row's scores that `xfc/topk.py` states, float64 [B]."""
+    """The bound on the rounding of a row's scores that `xfc/topk/select.py` states, float64 [B]."""
     longest = torch.linalg.vector_norm(weight, dim=1).max().double()
     lengths = torch.linalg.vector_norm(inputs.double(), dim=1)
     return inputs.shape[1] * 1.01 * 2.0**-24 * lengths * longest

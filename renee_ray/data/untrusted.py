@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from renee_ray.config import ReneeError
+from renee_ray.errors import ReneeError
 
 BYTES_A_ROW = 1 << 20
 """Of decoded Parquet, on average over the rows that are read at once; at least LEAST_BYTES and

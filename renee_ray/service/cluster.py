@@ -15,7 +15,7 @@ import ray
 from ray._private import ray_constants, utils
 from ray._private.authentication import authentication_token_setup
 
-from renee_ray.config import ReneeError
+from renee_ray.errors import ReneeError
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from renee_ray.config import ReneeError, reason
 from renee_ray.data.storage import REFUSED, storage_error
+from renee_ray.errors import ReneeError, reason
 
 CODE_RESTARTS = 3
 """However many lost workers a run survives."""

@@ -24,29 +24,22 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 
-from renee_ray.config import (
-    ConfigError,
-    ConvertConfig,
-    ReneeError,
-    RunConfig,
-    ScoreConfig,
-    make_config,
-    read_yaml,
-    reason,
-)
-from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
-from renee_ray.report import write_report
-from renee_ray.service.baselines import most_frequent, nearest_label_text
+from renee_ray.config.overrides import make_config, read_yaml
+from renee_ray.config.schema import ConvertConfig, RunConfig, ScoreConfig
+from renee_ray.data.dataset.dataset import Dataset, has_manifest
+from renee_ray.errors import ConfigError, ReneeError, reason
+from renee_ray.model.encoder import build_encoder
+from renee_ray.model.initialise import embed_texts
+from renee_ray.parallel.batch import Ragged, ragged, truncate
+from renee_ray.report.run import write_report
+from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.convert import convert
-from renee_ray.service.job import quiet
-from renee_ray.service.predict import predict_run
-from renee_ray.service.run import HISTORY_FILE, RunDirectory
-from renee_ray.service.train import train
-from renee_ray.training.batch import Ragged, ragged, truncate
-from renee_ray.training.encoder import build_encoder
-from renee_ray.training.initialise import embed_texts
+from renee_ray.service.convert.convert import convert
+from renee_ray.service.launch import quiet
+from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
+from renee_ray.service.score.baselines import most_frequent, nearest_label_text
+from renee_ray.service.score.predict import predict_run
+from renee_ray.service.train.train import train
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -16,8 +16,8 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from renee_ray.config import ReneeError, reason
 from renee_ray.data.storage import read_file, replace_file
+from renee_ray.errors import ReneeError, reason
 
 log = logging.getLogger(__name__)
 

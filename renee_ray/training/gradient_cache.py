@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from renee_ray.training.batch import Batch
-from renee_ray.xfc.device import upload
+from renee_ray.parallel.batch import Batch
+from renee_ray.xfc.kernels.device import upload
 
 
 class GradientCache:

@@ -17,20 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.config import ReneeError, RunConfig
-from renee_ray.training.ahead import one_ahead
-from renee_ray.training.batch import Batch, Position
-from renee_ray.training.checkpoint import State
-from renee_ray.training.collectives import Ranks, all_sum
-from renee_ray.training.encoder import adamw, data_parallel
-from renee_ray.training.loss_scale import LossScale
-from renee_ray.training.model import Model
-from renee_ray.training.recorder import Recorder
+from renee_ray.checkpoint.state import State
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError
+from renee_ray.model.encoder import adamw, data_parallel
+from renee_ray.model.loss_scale import LossScale
+from renee_ray.model.model import Model
+from renee_ray.model.token_gradient import TokenGradient
+from renee_ray.parallel.ahead import one_ahead
+from renee_ray.parallel.batch import Batch, Position
+from renee_ray.parallel.collectives import Ranks, all_sum
+from renee_ray.parallel.recorder import Recorder
+from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
 from renee_ray.training.schedule import warmup_cosine
-from renee_ray.training.scoring import Propensities, Scorer, evaluate
 from renee_ray.training.step import Step, StepResult
-from renee_ray.training.token_gradient import TokenGradient
-from renee_ray.xfc.storage import SGD
+from renee_ray.xfc.weights.storages import SGD
 
 log = logging.getLogger(__name__)
 

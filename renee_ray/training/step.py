@@ -21,8 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from renee_ray.training.batch import Batch
-from renee_ray.training.collectives import (
+from renee_ray.model.encoder import training_attention
+from renee_ray.model.loss_scale import LossScale
+from renee_ray.model.token_gradient import TokenGradient
+from renee_ray.parallel.batch import Batch
+from renee_ray.parallel.collectives import (
     Ranks,
     all_sum,
     announce,
@@ -30,15 +33,12 @@ from renee_ray.training.collectives import (
     route,
     scatter_rows,
 )
-from renee_ray.training.encoder import training_attention
+from renee_ray.parallel.recorder import Recorder
 from renee_ray.training.gradient_cache import GradientCache
-from renee_ray.training.loss_scale import LossScale
-from renee_ray.training.recorder import Recorder
-from renee_ray.training.token_gradient import TokenGradient
-from renee_ray.xfc.device import upload
+from renee_ray.xfc.kernels.device import upload
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import SGD
 from renee_ray.xfc.undo import undo_step
+from renee_ray.xfc.weights.storages import SGD
 
 
 @dataclass(frozen=True)

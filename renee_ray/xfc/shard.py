@@ -10,7 +10,7 @@ Neither logits nor dW ever exist for more than one chunk of labels, and where th
 fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
 Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size,
 but in steps whose loss is asked for.
-Fewer passes over memory do the same on a CPU (`cpu_kernels`) and, where triton is there, on a
+Fewer passes over memory do the same on a CPU (`cpu_loops`) and, where triton is there, on a
 GPU (`kernels`).
 """
 
@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.buffers import E4M3
-from renee_ray.xfc.device import chunk_bytes, has_kernels, native_e4m3, upload
+from renee_ray.xfc.kernels.device import chunk_bytes, has_kernels, native_e4m3, upload
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.lanes import lane_count, run
-from renee_ray.xfc.rounding import scaled_e4m3
-from renee_ray.xfc.storage import SGD, Update, Weights, add_product
+from renee_ray.xfc.weights.buffers import E4M3
+from renee_ray.xfc.weights.rounding import scaled_e4m3
+from renee_ray.xfc.weights.storages import SGD, Update, Weights, add_product
 
 HOST = torch.device("cpu")
 GRADIENT_BYTES = 10
@@ -271,22 +271,22 @@ class _Lane:
 
 
 def choose_operations(weights: Weights) -> Operations:
-    """Those of `cpu_kernels`, of `kernels`, or of plain torch, by the device.
+    """Those of `cpu_loops`, of `kernels`, or of plain torch, by the device.
 
     On a CPU plain torch is fastest where fp32 lies in memory: BLAS accumulates into it.
     """
     if weights.device.type == "cpu":
         if not weights.weight.aliased:
-            from renee_ray.xfc import cpu_kernels  # numba, which takes a second to import
+            from renee_ray.xfc.kernels import cpu_loops  # numba, which takes a second to import
 
-            cpu_kernels.compile_for(weights)
-            return Operations(residual, cpu_kernels.FusedUpdate)
+            cpu_loops.compile_for(weights)
+            return Operations(residual, cpu_loops.FusedUpdate)
     elif has_kernels(weights.device):
-        from renee_ray.xfc import kernels
+        from renee_ray.xfc.kernels import gpu
 
         narrow = isinstance(weights.weight, E4M3) and weights.compute_dtype == torch.bfloat16
         scaled = narrow and native_e4m3(weights.device)
-        return Operations(kernels.residual, kernels.FusedUpdate, kernels.PADDING, scaled)
+        return Operations(gpu.residual, gpu.FusedUpdate, gpu.PADDING, scaled)
     return Operations(residual, Update)
 
 

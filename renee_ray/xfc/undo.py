@@ -23,9 +23,9 @@ import logging
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.rounding import Noise
 from renee_ray.xfc.shard import Inputs, Pairs, Shard
-from renee_ray.xfc.storage import SGD, add_product, step_noise
+from renee_ray.xfc.weights.rounding import Noise
+from renee_ray.xfc.weights.storages import SGD, add_product, step_noise
 
 log = logging.getLogger(__name__)
 

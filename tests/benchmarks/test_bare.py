@@ -12,15 +12,16 @@ import torch
 
 from renee_ray.benchmarks import bare, processes
 from renee_ray.benchmarks.bare import Clock, Job, held_batches, measure, weight_norms
-from renee_ray.config import RunConfig, make_config
-from renee_ray.data.dataset import Dataset
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
 from renee_ray.data.order import training_order
-from renee_ray.training.collectives import Ranks
+from renee_ray.model.model import Model
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.training.loop import Trainer
-from renee_ray.training.model import Model
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 from tests.data.tiny import write_tiny
 from tests.training.gloo import on_ranks
 from tests.training.test_step import DIM, Bag

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from renee_ray import cli
 from renee_ray.benchmarks import problem as problem_module
 from renee_ray.benchmarks.checkpoint import bench_checkpoint
 from renee_ray.benchmarks.problem import make_problem
 from renee_ray.benchmarks.step import LR, autograd, bare_matmuls, reference
 from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
-from renee_ray.xfc.storage import SGD
+from renee_ray.cli import main as cli
+from renee_ray.xfc.weights.storages import SGD
 
 CPU = torch.device("cpu")
 TIMES = {"step_s", "gemm_s", "reference_s", "autograd_s"}

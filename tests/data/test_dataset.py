@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from renee_ray.data import dataset as layout
 from renee_ray.data import split
-from renee_ray.data.dataset import Dataset, DatasetError, Manifest, Part
+from renee_ray.data.dataset import dataset as layout
+from renee_ray.data.dataset.dataset import Dataset, DatasetError, Manifest, Part
 from renee_ray.data.split import Shuffle, splitmix64
 
 from .tiny import make_splits

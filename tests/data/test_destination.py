@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.config import ReneeError
-from renee_ray.data.dataset import MANIFEST, Dataset
-from renee_ray.data.destination import CLAIM, SCRATCH, TEMPORARY, Destination
+from renee_ray.data.dataset.dataset import MANIFEST, Dataset
+from renee_ray.data.dataset.destination import CLAIM, SCRATCH, TEMPORARY, Destination
 from renee_ray.data.storage import overlap
+from renee_ray.errors import ReneeError
 
 from .tiny import write_tiny
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from renee_ray.data.lines import SourceError
-from renee_ray.data.parquet_columns import common_kind, kind_of
-from renee_ray.data.parquet_source import index_parquet, slices, table_of
+from renee_ray.data.sources.columns import common_kind, kind_of
+from renee_ray.data.sources.lines import SourceError
+from renee_ray.data.sources.parquet import index_parquet, slices, table_of
 from renee_ray.service.tasks import _attempt
 
 from .sources import rows

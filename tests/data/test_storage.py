@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from renee_ray.config import ReneeError
 from renee_ray.data import storage
+from renee_ray.errors import ReneeError
 
 AWAY = (
     "When getting information for key 'd' in bucket 'b': AWS Error NETWORK_CONNECTION during "

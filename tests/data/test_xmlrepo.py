@@ -7,11 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from renee_ray.data import lines as module
-from renee_ray.data import xmlrepo
-from renee_ray.data.lines import Block, Lines, SourceError, count, cuts, lines_of, ranges, read
-from renee_ray.data.raw import Raw, agreed, files_of
-from renee_ray.data.source import Source, find_source
+from renee_ray.data.sources import lines as module
+from renee_ray.data.sources import xmlrepo
+from renee_ray.data.sources.lines import (
+    Block,
+    Lines,
+    SourceError,
+    count,
+    cuts,
+    lines_of,
+    ranges,
+    read,
+)
+from renee_ray.data.sources.raw import Raw, agreed, files_of
+from renee_ray.data.sources.source import Source, find_source
 
 
 def lines_at(path: Path | str, scratch: Path | str = "nowhere") -> Lines:

@@ -17,7 +17,7 @@ import pytest
 import ray
 import yaml
 
-from renee_ray.config import EncoderConfig
+from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.service.cluster import ensure_ray
 
@@ -62,7 +62,7 @@ def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Pope
     """Starts `renee-ray arguments`, which starts its own Ray."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.Popen(
-        [sys.executable, "-m", "renee_ray.program", *arguments],
+        [sys.executable, "-m", "renee_ray", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from renee_ray.service import baselines
-from renee_ray.service.baselines import most_frequent, nearest_label_text
+from renee_ray.service.score import baselines
+from renee_ray.service.score.baselines import most_frequent, nearest_label_text
 
 NUM_LABELS, POINTS = 23, 40
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from renee_ray import cli
-from renee_ray.service import bench
-from renee_ray.service.bench import measure
-from renee_ray.service.memory import ResidentPeak, resident_bytes
-from renee_ray.training.collectives import Ranks
+from renee_ray.cli import main as cli
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.service.bench import scale as bench
+from renee_ray.service.bench.memory import ResidentPeak, resident_bytes
+from renee_ray.service.bench.scale import measure
 from tests.service.conftest import renee_ray
 from tests.training.gloo import on_ranks
 

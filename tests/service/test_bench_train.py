@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray import cli
-from renee_ray.config import ReneeError, parse_overrides, read_yaml
-from renee_ray.service.bench_train import bench_train
+from renee_ray.cli import main as cli
+from renee_ray.config.overrides import parse_overrides, read_yaml
+from renee_ray.errors import ReneeError
+from renee_ray.service.bench.train import bench_train
 from tests.service.conftest import LABELS, RECIPE, renee_ray
 
 

@@ -26,7 +26,7 @@ import pyarrow.fs as pafs
 import pytest
 from ray.cluster_utils import Cluster
 
-from renee_ray.service.run import RunDirectory
+from renee_ray.service.run.directory import RunDirectory
 
 from .conftest import HEALTH, Run, descendants, end, finish, renee_ray, run_of, start
 from .gateway import BUCKET, Gateway

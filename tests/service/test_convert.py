@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from renee_ray.config import ConvertConfig, ReneeError
-from renee_ray.data import lines
-from renee_ray.data.dataset import Dataset, DatasetError
+from renee_ray.config.schema import ConvertConfig
+from renee_ray.data.dataset.dataset import Dataset, DatasetError
+from renee_ray.data.sources import lines
 from renee_ray.data.split import Shuffle
-from renee_ray.service import convert_plan
-from renee_ray.service.convert import convert
+from renee_ray.errors import ReneeError
+from renee_ray.service.convert import plan as convert_plan
+from renee_ray.service.convert.convert import convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 

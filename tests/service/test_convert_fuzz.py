@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models
 
-from renee_ray.config import ConvertConfig, ReneeError
-from renee_ray.data.dataset import MANIFEST, SPLITS, Dataset, Manifest
-from renee_ray.data.destination import CLAIM, SCRATCH, TEMPORARY
-from renee_ray.service.convert import convert
+from renee_ray.config.schema import ConvertConfig
+from renee_ray.data.dataset.dataset import MANIFEST, SPLITS, Dataset, Manifest
+from renee_ray.data.dataset.destination import CLAIM, SCRATCH, TEMPORARY
+from renee_ray.errors import ReneeError
+from renee_ray.service.convert.convert import convert
 
 from ..data.test_destination import NEEDED, OTHERS, tree
 

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from renee_ray.cli import main
-from renee_ray.config import ConvertConfig, ReneeError
-from renee_ray.data import lines
-from renee_ray.data.dataset import Dataset
-from renee_ray.service import convert as service
-from renee_ray.service import convert_plan
+from renee_ray.cli.main import main
+from renee_ray.config.schema import ConvertConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.sources import lines
+from renee_ray.errors import ReneeError
+from renee_ray.service.convert import convert as service
+from renee_ray.service.convert import plan as convert_plan
 from renee_ray.service.tasks import Interrupted, attempt
 
 CONFIG = ConvertConfig(validation=0.1, part_rows=64)

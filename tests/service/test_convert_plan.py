@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from renee_ray.config import ConvertConfig
-from renee_ray.service.convert import hints
-from renee_ray.service.convert_plan import bucket_rows, part_rows
+from renee_ray.config.schema import ConvertConfig
+from renee_ray.service.convert.convert import hints
+from renee_ray.service.convert.plan import bucket_rows, part_rows
 
 from ..data.test_dataset import manifest
 

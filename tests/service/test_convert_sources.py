@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.config import ConvertConfig, ReneeError
+from renee_ray.config.schema import ConvertConfig
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import Dataset
-from renee_ray.service import convert as service
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.errors import ReneeError
+from renee_ray.service.convert import convert as service
 
 from ..data.sources import KINDS, REFUSED, Kind
 from .test_convert_parquet import in_this_process

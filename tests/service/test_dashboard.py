@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from renee_ray.service.exported import METRICS
-from renee_ray.service.metric import TAGS
+from renee_ray.service.observe.exported import METRICS
+from renee_ray.service.observe.metric import TAGS
 
 DASHBOARD: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "grafana" / "renee_ray.json").read_text(encoding="utf-8")

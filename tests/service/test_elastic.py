@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 
-from renee_ray.service.run import RunDirectory
+from renee_ray.service.run.directory import RunDirectory
 from renee_ray.xfc.labels import split_range
 
 from .conftest import HEALTH, LONGER, Run, descendants, end, finish, renee_ray, run_of, start

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from renee_ray.cli import main
-from renee_ray.config import RunConfig, make_config
-from renee_ray.data.dataset import Dataset
-from renee_ray.service.bench_feed import pair_checksum
-from renee_ray.service.job import launch
-from renee_ray.service.train import orders
-from renee_ray.training.batch import Position, Ragged
+from renee_ray.cli.main import main
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.parallel.batch import Position, Ragged
+from renee_ray.service.bench.feed import pair_checksum
+from renee_ray.service.launch import launch
+from renee_ray.service.train.train import orders
 
 COMMIT_EVERY = 3
 EPOCHS = 2
@@ -30,9 +31,9 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
     """A worker that notes its rows of each batch, commits its position, and may die once."""
 
     def read(arguments: dict[str, Any]) -> int:
+        from renee_ray.parallel.collectives import Ranks, all_sum
         from renee_ray.service.feed import feed
-        from renee_ray.service.train import orders
-        from renee_ray.training.collectives import Ranks, all_sum
+        from renee_ray.service.train.train import orders
 
         config = RunConfig.model_validate(arguments["config"])
         dataset: Dataset = arguments["dataset"]

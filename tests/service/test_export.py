@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from renee_ray.cli import main
-from renee_ray.data.dataset import Dataset
-from renee_ray.service import export
+from renee_ray.cli.main import main
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.service.score import export
 
 from .conftest import TESTS, Run
 

@@ -6,11 +6,11 @@ import hashlib
 
 from ray import cloudpickle
 
-from renee_ray.data.dataset import FORMAT_VERSION, Dataset, Manifest, Part, part_path
+from renee_ray.data.dataset.dataset import FORMAT_VERSION, Dataset, Manifest, Part, part_path
 from renee_ray.data.order import OTHER_TEXTS, Order, training_order
 from renee_ray.data.rows import Window
+from renee_ray.parallel.batch import Position
 from renee_ray.service.feed import Epochs, reading
-from renee_ray.training.batch import Position
 
 
 def test_a_task_carries_its_window_and_not_the_dataset() -> None:

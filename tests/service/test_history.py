@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from renee_ray.service import history as module
-from renee_ray.service.history import MOST_STEPS, BackgroundWriter, History
-from renee_ray.service.run import HISTORY_FILE, RunDirectory
-from renee_ray.training.batch import Position
-from renee_ray.training.checkpoint import State
+from renee_ray.checkpoint.state import State
+from renee_ray.parallel.batch import Position
+from renee_ray.service.run import history as module
+from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
+from renee_ray.service.run.history import MOST_STEPS, BackgroundWriter, History
 
 from .conftest import end, finish, run_of, start
 from .gateway import BUCKET, Gateway

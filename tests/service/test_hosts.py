@@ -49,7 +49,7 @@ def test_a_host_is_cut_off_and_another_killed(
     path = str(tmp_path / "run")
     settings = [f"data={dataset}", *LONGER, "--json"]
     process = hosts.head.run(
-        sys.executable, "-m", "renee_ray.cli", "train", recipe, *settings, f"output={path}",
+        sys.executable, "-m", "renee_ray", "train", recipe, *settings, f"output={path}",
         "num_workers=[2,4]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=10",
         env={"RAY_ADDRESS": hosts.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
     )  # fmt: skip

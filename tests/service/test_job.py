@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from renee_ray.config import RunConfig
-from renee_ray.service.job import interruptible
+from renee_ray.config.schema import RunConfig
+from renee_ray.service.launch import interruptible
 
 
 def config(grace_s: float = 60) -> RunConfig:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from renee_ray import cli
-from renee_ray.config import ReneeError, RunConfig, make_config
-from renee_ray.service import job_files
-from renee_ray.service.job import check_placement, placement
-from renee_ray.service.job_files import (
+from renee_ray.cli import main as cli
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError
+from renee_ray.service.launch import check_placement, placement
+from renee_ray.service.submit import job_files
+from renee_ray.service.submit.job_files import (
     PASSED_ON,
     check_shared,
     job_environment,
@@ -21,7 +23,7 @@ from renee_ray.service.job_files import (
     refuse_password,
     working_directory,
 )
-from renee_ray.service.submit import choose_address
+from renee_ray.service.submit.submit import choose_address
 
 
 def test_only_the_list_and_what_is_asked_for_is_passed_on() -> None:
@@ -77,7 +79,7 @@ def test_relative_paths_are_refused() -> None:
 def clone(tmp_path: Path) -> Path:
     root = tmp_path / "clone"
     for name in (
-        "jobs/train.py", "renee_ray/cli.py", "recipes/x.yaml", ".git/config", ".env",
+        "jobs/train.py", "renee_ray/cli/main.py", "recipes/x.yaml", ".git/config", ".env",
         "renee_ray/__pycache__/cli.pyc", "runs/a/run.json", "quickstart/report.html",
         "myenv/pyvenv.cfg", "myenv/lib/python3/site.py", "renee_ray.egg-info/PKG-INFO",
         ".mypy_cache/x", "docs/.hidden/y",
@@ -97,7 +99,12 @@ def test_code_goes_along_and_the_rest_stays(clone: Path, tmp_path: Path) -> None
     packed = tmp_path / "packed"
     packed.mkdir()
     assert pack(clone, packed, 2**30) == [Path("model.bin")]
-    assert files_in(packed) == {"jobs/train.py", "renee_ray/cli.py", "recipes/x.yaml", "model.txt"}
+    assert files_in(packed) == {
+        "jobs/train.py",
+        "renee_ray/cli/main.py",
+        "recipes/x.yaml",
+        "model.txt",
+    }
 
 
 def test_more_than_ray_takes_is_refused(clone: Path, tmp_path: Path) -> None:

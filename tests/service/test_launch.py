@@ -12,12 +12,14 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from renee_ray.config import ReneeError, RunConfig, make_config
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError
+from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import READ_CPUS
-from renee_ray.service.job import launch
-from renee_ray.service.train import scoring_feed
-from renee_ray.training.collectives import Ranks, all_sum
+from renee_ray.service.launch import launch
+from renee_ray.service.train.train import scoring_feed
 
 from ..data.tiny import write_tiny
 

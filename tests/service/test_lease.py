@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from renee_ray.data.storage import replace_file
-from renee_ray.service.lease import CLAIM, Lease, LeaseHeld, LeaseLost
-from renee_ray.service.run import RUN_FILE
+from renee_ray.service.run.directory import RUN_FILE
+from renee_ray.service.run.lease import CLAIM, Lease, LeaseHeld, LeaseLost
 
 from .conftest import descendants, end, finish, renee_ray, run_of, start
 from .gateway import BUCKET, Gateway
@@ -110,7 +110,11 @@ def test_an_error_releases_it(run: str) -> None:
 @pytest.fixture(scope="module")
 def gone() -> dict[str, Any]:
     """What the claim of a process of this host says that has ended."""
-    code = "import os\nfrom renee_ray.service.lease import process_name as n\nprint(n(os.getpid()))"
+    code = (
+        "import os\n"
+        "from renee_ray.service.run.lease import process_name as n\n"
+        "print(n(os.getpid()))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     name = process.communicate()[0].strip()
     return ELSEWHERE | {"pid": process.pid, "process": name}

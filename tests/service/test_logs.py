@@ -9,8 +9,8 @@ from datetime import datetime
 
 import pytest
 
-from renee_ray.service.logs import log_lines
-from renee_ray.training.recorder import Recorder
+from renee_ray.parallel.recorder import Recorder
+from renee_ray.service.observe.logs import log_lines
 
 LOGGER = logging.getLogger("renee_ray")
 

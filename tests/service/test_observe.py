@@ -23,12 +23,13 @@ from typing import Any
 import pytest
 import ray
 
-from renee_ray.config import RunConfig, make_config, read_yaml
+from renee_ray.config.overrides import make_config, read_yaml
+from renee_ray.config.schema import RunConfig
 from renee_ray.data import storage
-from renee_ray.service.exported import METRICS, Exported
-from renee_ray.service.train import train
-from renee_ray.status import read_status
-from renee_ray.training.recorder import KINDS, Totals
+from renee_ray.parallel.recorder import KINDS, Totals
+from renee_ray.report.status import read_status
+from renee_ray.service.observe.exported import METRICS, Exported
+from renee_ray.service.train.train import train
 
 from .conftest import LABELS, RECIPE, Run, descendants, end, finish, run_of, start
 from .test_train import OTHER_ORDER, assert_same_outcome, planned_steps, wait_for_commit, workers

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.config import ReneeError
-from renee_ray.service.export import output_at
-from renee_ray.service.output import CLAIM, Output
-from renee_ray.service.predict import MANIFESTS, OURS
-from renee_ray.service.predictions import part_name
+from renee_ray.errors import ReneeError
+from renee_ray.service.run.output import CLAIM, Output
+from renee_ray.service.score.export import output_at
+from renee_ray.service.score.predict import MANIFESTS, OURS
+from renee_ray.service.score.predictions import part_name
 
 FILES = [part_name(0), part_name(7)]
 CONTENT = {"k": 3, "step": 5}

@@ -16,9 +16,9 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from renee_ray.cli import main
-from renee_ray.data import dataset as layout
-from renee_ray.data.dataset import Dataset
+from renee_ray.cli.main import main
+from renee_ray.data.dataset import dataset as layout
+from renee_ray.data.dataset.dataset import Dataset
 
 from .conftest import TESTS, Run
 

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
 
-from renee_ray.data.dataset import Dataset, Part
+from renee_ray.data.dataset.dataset import Dataset, Part
 from renee_ray.data.order import scoring_order
 from renee_ray.data.rows import read_window
-from renee_ray.service import predictions
-from renee_ray.service.predict import beyond_memory
-from renee_ray.service.predictions import Layout, Writer
-from renee_ray.training.batch import Position, cut_batches
-from renee_ray.training.collectives import Ranks
+from renee_ray.parallel.batch import Position, cut_batches
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.service.score import predictions
+from renee_ray.service.score.predict import beyond_memory
+from renee_ray.service.score.predictions import Layout, Writer
 
 from ..data.tiny import write_tiny
 

@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.mail import Mail
-from renee_ray.service.progress import Channel
-from renee_ray.service.wishes import Wishes
+from renee_ray.service.driver_channel import Mail
+from renee_ray.service.observe.progress import Channel
+from renee_ray.service.train.preemption import Wishes
 from renee_ray.training.loop import STOP
 
 PATIENT_S = 60

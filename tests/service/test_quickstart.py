@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from renee_ray.config import ReneeError
+from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import Ragged
 from renee_ray.service import quickstart
-from renee_ray.training.batch import Ragged
 from tests.service.conftest import Command, renee_ray
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

@@ -11,12 +11,13 @@ import pytest
 import ray
 import transformers as hf
 
-from renee_ray.cli import main
-from renee_ray.config import ReneeError, RunConfig
-from renee_ray.data import dataset as layout
+from renee_ray.cli.main import main
+from renee_ray.config.schema import RunConfig
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import Dataset
-from renee_ray.service.train import train
+from renee_ray.data.dataset import dataset as layout
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.errors import ReneeError
+from renee_ray.service.train.train import train
 
 from ..data.tiny import write_tiny
 from .test_labels import dataset_of, reordered, run_on

@@ -22,11 +22,13 @@ import pytest
 import torch
 import uvicorn
 
-from renee_ray.cli import main
-from renee_ray.config import ConfigError, ReneeError, ServeConfig, make_config
-from renee_ray.service.serve_http import TOKEN, Bearer, Endpoint, protocol
-from renee_ray.service.serve_replicas import answers, only
-from renee_ray.xfc.topk import NONE
+from renee_ray.cli.main import main
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import ServeConfig
+from renee_ray.errors import ConfigError, ReneeError
+from renee_ray.service.serve.http import TOKEN, Bearer, Endpoint, protocol
+from renee_ray.service.serve.replicas import answers, only
+from renee_ray.xfc.topk.select import NONE
 
 from .conftest import Run, descendants, end, renee_ray, start
 from .test_listening import LOOPBACK, listening
@@ -248,7 +250,7 @@ def test_a_request_fits_a_batch() -> None:
 
 
 def test_without_ray_serve_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['uvicorn'] = None; import renee_ray.service.serve"
+    code = "import sys; sys.modules['uvicorn'] = None; import renee_ray.service.serve.serve"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'renee_ray[serve]'" in done.stderr.splitlines()[-1]
 

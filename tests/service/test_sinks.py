@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from renee_ray.config import ReneeError, RunConfig, make_config
-from renee_ray.service import sinks
-from renee_ray.service.sinks import CURVES, Sinks, check_sinks
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError
+from renee_ray.service.observe import sinks
+from renee_ray.service.observe.sinks import CURVES, Sinks, check_sinks
 
 
 def config(output: str, *names: str, **observe: Any) -> RunConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from renee_ray.data.dataset import Dataset
+from renee_ray.data.dataset.dataset import Dataset
 
 from .conftest import Command, end, finish, start
 from .gateway import ACCESS_KEY, BUCKET, SECRET_KEY, Gateway
@@ -169,7 +169,7 @@ def test_without_the_token_everything_is_refused(
 
 FOLLOW = """
 import sys
-from renee_ray.service import submit
+from renee_ray.service.submit import submit
 address, name, patience = sys.argv[1], sys.argv[2], float(sys.argv[3])
 submit.SILENCE_S = submit.ANSWER_S = 3.0
 numbers = f"[(print('line', i, flush=True), time.sleep(0.04)) for i in range({sys.argv[4]})]"
@@ -281,7 +281,7 @@ def at_a_terminal(
     """`renee-ray arguments` at a terminal: (its other end, the process)."""
     mine, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "renee_ray.cli", *arguments],
+        [sys.executable, "-m", "renee_ray", *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from renee_ray.config import ReneeError
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import Dataset
-from renee_ray.service import texts as service
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.errors import ReneeError
+from renee_ray.service.score import texts as service
 
 from ..data.sources import KINDS, LATIN, READABLE, TEXTS, files, hub, not_utf8, rows
 from .test_convert_parquet import in_this_process, shuffled

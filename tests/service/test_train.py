@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from renee_ray.cli import main
-from renee_ray.config import ReneeError, RunConfig, make_config
-from renee_ray.data.dataset import Dataset
+from renee_ray.checkpoint.state import State
+from renee_ray.cli.main import main
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
 from renee_ray.data.order import training_order
-from renee_ray.service.run import RUN_FILE, RunDirectory
-from renee_ray.service.train import identity, is_finished, orders, resumed
-from renee_ray.status import STATUS_FILE
-from renee_ray.training.checkpoint import State
+from renee_ray.errors import ReneeError
+from renee_ray.report.status import STATUS_FILE
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.train.train import identity, is_finished, orders, resumed
 
 from ..data.tiny import write_tiny
 from .conftest import (

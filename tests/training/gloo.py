@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from renee_ray.training.collectives import Ranks
+from renee_ray.parallel.collectives import Ranks
 
 multiprocessing.set_forkserver_preload(
-    ["renee_ray.service.train", "transformers.models.bert.modeling_bert", "numba"]
+    ["renee_ray.service.train.train", "transformers.models.bert.modeling_bert", "numba"]
 )
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from renee_ray.training.batch import Batch, Position, Ragged, drop_tokens, pad, ragged, truncate
+from renee_ray.parallel.batch import Batch, Position, Ragged, drop_tokens, pad, ragged, truncate
 
 CPU = torch.device("cpu")
 ROWS = [[1, 2, 3, 4, 5], [], [6], [7, 8], [9, 10, 11]]

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from renee_ray.config import EncoderConfig
-from renee_ray.training import tensor_file
-from renee_ray.training.batch import Position
-from renee_ray.training.checkpoint import (
+from renee_ray.checkpoint import tensor_file
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.state import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
@@ -27,14 +26,15 @@ from renee_ray.training.checkpoint import (
     set_moments,
     shard_name,
 )
-from renee_ray.training.checkpoints import Checkpoints
-from renee_ray.training.encoder import adamw
-from renee_ray.training.loss_scale import LossScale
-from renee_ray.training.tensor_file import Copy, FileFacts, TensorFile
-from renee_ray.training.tensor_file import write as write_tensors
+from renee_ray.checkpoint.tensor_file import Copy, FileFacts, TensorFile
+from renee_ray.checkpoint.tensor_file import write as write_tensors
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.model.encoder import adamw
+from renee_ray.model.loss_scale import LossScale
+from renee_ray.parallel.batch import Position
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Update, Weights
 
 CPU = torch.device("cpu")
 NAME = "step-000000031-0123abcd"

@@ -16,17 +16,17 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.config import EncoderConfig
-from renee_ray.training import checkpoint_writer
-from renee_ray.training.batch import Position
-from renee_ray.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, State
-from renee_ray.training.checkpoint_writer import CheckpointWriter, Written
-from renee_ray.training.checkpoints import Checkpoints
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.encoder import adamw
+from renee_ray.checkpoint import writer as checkpoint_writer
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.state import MANIFEST, Checkpoint, CheckpointError, State
+from renee_ray.checkpoint.writer import CheckpointWriter, Written
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.model.encoder import adamw
+from renee_ray.parallel.batch import Position
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 
 from .gloo import on_ranks
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from renee_ray.data.storage import PATIENCE
-from renee_ray.training import collectives
-from renee_ray.training.collectives import (
+from renee_ray.parallel import collectives
+from renee_ray.parallel.collectives import (
     Ranks,
     gather_rows,
     look_up,

@@ -10,16 +10,17 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from renee_ray.config import RunConfig, make_config
-from renee_ray.training.batch import Batch, Position, Ragged
-from renee_ray.training.checkpoint import Checkpoint, State, set_moments
-from renee_ray.training.checkpoint_writer import CheckpointWriter
-from renee_ray.training.checkpoints import Checkpoints
-from renee_ray.training.collectives import Ranks
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.resume import resume
+from renee_ray.checkpoint.state import Checkpoint, State, set_moments
+from renee_ray.checkpoint.writer import CheckpointWriter
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.model.model import Model, build_model
+from renee_ray.parallel.batch import Batch, Position, Ragged
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.scorer import Propensities
 from renee_ray.training.loop import Plan, Trainer
-from renee_ray.training.model import Model, build_model
-from renee_ray.training.resume import resume
-from renee_ray.training.scoring import Propensities
 from renee_ray.xfc.labels import LabelRange
 from tests.devices import DEVICES
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.training.dropout import Dropout, draw_fast
+from renee_ray.model.dropout import Dropout, draw_fast
 
 ROWS, COLUMNS = 1001, 203  # no multiple of 4 together
 

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from renee_ray.config import EncoderConfig, ReneeError
+from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
-from renee_ray.training.encoder import (
+from renee_ray.errors import ReneeError
+from renee_ray.model.encoder import (
     Encoder,
     adamw,
     autocast_dtype,
@@ -21,7 +22,7 @@ from renee_ray.training.encoder import (
     training_attention,
 )
 from renee_ray.training.step import dropout_mask
-from renee_ray.xfc.device import native_bf16
+from renee_ray.xfc.kernels.device import native_bf16
 
 CPU = torch.device("cpu")
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from renee_ray.config import EncoderConfig
-from renee_ray.training.batch import Batch, Position, Ragged
-from renee_ray.training.encoder import Encoder, build_encoder
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.model.encoder import Encoder, build_encoder
+from renee_ray.parallel.batch import Batch, Position, Ragged
 from renee_ray.training.gradient_cache import GradientCache
 
 CPU = torch.device("cpu")

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.config import ReneeError, RunConfig, make_config
-from renee_ray.data.dataset import Dataset
-from renee_ray.training import initialise as initialise_module
-from renee_ray.training.batch import Batch, Position, Ragged
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.initialise import embed_texts, initialise_classifier
-from renee_ray.training.model import Model
-from renee_ray.training.recorder import Recorder
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.errors import ReneeError
+from renee_ray.model import initialise as initialise_module
+from renee_ray.model.initialise import embed_texts, initialise_classifier
+from renee_ray.model.model import Model
+from renee_ray.parallel.batch import Batch, Position, Ragged
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.parallel.recorder import Recorder
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 from tests.data.tiny import PAD, write_tiny
 from tests.devices import DEVICES
 from tests.training.gloo import on_ranks

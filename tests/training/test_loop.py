@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from renee_ray.config import ReneeError, RunConfig, make_config
-from renee_ray.training.batch import Batch, Position, Ragged
-from renee_ray.training.checkpoint import State
-from renee_ray.training.collectives import Ranks
+from renee_ray.checkpoint.state import State
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError
+from renee_ray.model.model import Model
+from renee_ray.parallel.batch import Batch, Position, Ragged
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.training.loop import MOST_SKIPPED, Plan, Trainer
-from renee_ray.training.model import Model
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 from tests.training.test_step import DIM, LABELS, Bag, first_weights
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from renee_ray.training.loss_scale import FIRST, GROWTH_STEPS, LARGEST, LossScale
+from renee_ray.model.loss_scale import FIRST, GROWTH_STEPS, LARGEST, LossScale
 
 
 def after(scale: LossScale, *finite: bool) -> LossScale:

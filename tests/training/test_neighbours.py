@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.training.batch import Batch, Position, Ragged
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.neighbours import POWER, Neighbours
-from renee_ray.training.scoring import Scorer
+from renee_ray.parallel.batch import Batch, Position, Ragged
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.neighbours import POWER, Neighbours
+from renee_ray.scoring.scorer import Scorer
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 from tests.training.gloo import on_ranks
 
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers as hf
 
-from renee_ray.config import EncoderConfig, ReneeError
-from renee_ray.training.encoder import check_positions, max_positions
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.errors import ReneeError
+from renee_ray.model.encoder import check_positions, max_positions
 
 P = 20
 SMALL = {

@@ -7,13 +7,13 @@ import time
 import pytest
 import torch
 
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.encoder import adamw, data_parallel
-from renee_ray.training.recorder import KINDS, Recorder
+from renee_ray.model.encoder import adamw, data_parallel
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.parallel.recorder import KINDS, Recorder
 from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 from tests.training.gloo import on_ranks
 from tests.training.test_step import DIM, ENCODER, LABELS, RULE, Bag, batch_of
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from renee_ray.training.checkpoint import Checkpoint, CheckpointError
-from renee_ray.training.checkpoints import Checkpoints
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.model import Model
-from renee_ray.training.resume import resume
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.resume import resume
+from renee_ray.checkpoint.state import Checkpoint, CheckpointError
+from renee_ray.model.model import Model
+from renee_ray.parallel.collectives import Ranks
 
 from .gloo import on_ranks
 from .test_checkpoint_writer import Worker, writer_of

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.metrics import inverse_propensity
-from renee_ray.training.batch import Batch, Position, Ragged
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.scoring import Propensities, Scorer, evaluate
+from renee_ray.parallel.batch import Batch, Position, Ragged
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.metrics import inverse_propensity
+from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import Weights
+from renee_ray.xfc.weights.storages import Weights
 from tests.devices import DEVICES
 from tests.test_metrics import KS, RECALL_KS, brute_force
 from tests.training.gloo import on_ranks

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.config import EncoderConfig
-from renee_ray.training.batch import Batch, Position, Ragged
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.encoder import adamw, data_parallel
-from renee_ray.training.loss_scale import LossScale
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.model.encoder import adamw, data_parallel
+from renee_ray.model.loss_scale import LossScale
+from renee_ray.model.token_gradient import TokenGradient
+from renee_ray.parallel.batch import Batch, Position, Ragged
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.training.step import Step, dropout_mask
-from renee_ray.training.token_gradient import TokenGradient
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.storage import SGD, STORAGES, Weights
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 from tests.training.gloo import on_ranks
 
 WORLD_SIZES = (1, 2, 3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.training.collectives import Ranks
-from renee_ray.training.token_gradient import TokenGradient
+from renee_ray.model.token_gradient import TokenGradient
+from renee_ray.parallel.collectives import Ranks
 from tests.devices import DEVICES
 from tests.training.gloo import on_ranks
 

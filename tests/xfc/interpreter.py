@@ -12,13 +12,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_kernels() -> ModuleType:
-    """`renee_ray.xfc.kernels`; skips the module that asks, if triton is missing."""
+    """`renee_ray.xfc.kernels.gpu`; skips the module that asks, if triton is missing."""
     pytest.importorskip("triton", reason="needs triton, which CPU builds of torch lack")
-    from renee_ray.xfc import kernels
+    from renee_ray.xfc.kernels import gpu
 
     if DEVICE.type == "cpu":
         _mend_bf16()
-    return kernels
+    return gpu
 
 
 def _mend_bf16() -> None:

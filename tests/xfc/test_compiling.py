@@ -16,10 +16,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from renee_ray.xfc import kernels
+from renee_ray.xfc.kernels import gpu
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.shard import Operations, Pairs, Shard
-from renee_ray.xfc.storage import SGD, Weights
+from renee_ray.xfc.shard import (Operations, Pairs, Shard)
+from renee_ray.xfc.weights.storages import (SGD, Weights)
 
 torch.set_num_threads(1)
 backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -27,7 +27,7 @@ names = ("_residual", "_positives", "_update")
 compiled, grids = {name: set() for name in names}, []
 
 def watch(name):
-    kernel = getattr(kernels, name)
+    kernel = getattr(gpu, name)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
 
     def run(*args, grid, warmup, **options):
@@ -38,7 +38,7 @@ def watch(name):
 
 for name in names:
     watch(name)
-operations = Operations(kernels.residual, kernels.FusedUpdate, kernels.PADDING)
+operations = Operations(gpu.residual, gpu.FusedUpdate, gpu.PADDING)
 shard = Shard(
     LabelRange(0, 300, 300),
     Weights("bf16_sr", 300, 48, True, torch.device("cpu"), torch.bfloat16), 64, operations,
@@ -50,7 +50,7 @@ for batch in (1, 63, 65, 992, 1000, 1024):
 assert {name: len(found) for name, found in compiled.items()} == dict.fromkeys(names, 1), compiled
 bare = torch.zeros(0, dtype=torch.int64)
 many = torch.zeros(1, 64, dtype=torch.bfloat16).expand(9_000_000, 64)
-kernels.residual(many, torch.zeros(64, 64, dtype=torch.bfloat16), bare, bare, many, None)
+gpu.residual(many, torch.zeros(64, 64, dtype=torch.bfloat16), bare, bare, many, None)
 assert all(axis <= 65535 for grid in grids for axis in grid[1:]), grids
 """
 
@@ -73,7 +73,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from renee_ray.xfc import kernels
+from renee_ray.xfc.kernels import gpu
 
 INTEGER = {"fp32": "*fp32", "split": "*i16", "bf16": "*i16", "e4m3": "*u8"}
 
@@ -96,16 +96,16 @@ def compile(kernel, capability, pointer, k, **constants):
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
 for capability in (89, 90):
-    compile(kernels._residual, capability, "*fp8e4nv", 128)
-    compile(kernels._positives, capability, "*fp8e4nv", 128)
+    compile(gpu._residual, capability, "*fp8e4nv", 128)
+    compile(gpu._positives, capability, "*fp8e4nv", 128)
 for capability in (80, 90):
     for pointer, k in (("*bf16", 64), ("*fp32", 32)):
-        compile(kernels._residual, capability, pointer, k)
-        compile(kernels._positives, capability, pointer, k)
+        compile(gpu._residual, capability, pointer, k)
+        compile(gpu._positives, capability, pointer, k)
     for kinds in (("fp32", "fp32"), ("split", "split"), ("bf16", "bf16"), ("e4m3", "bf16")):
         pointer, k = ("*fp32", 32) if kinds[0] == "fp32" else ("*bf16", 64)
         weight, velocity = kinds
-        compile(kernels._update, capability, pointer, k, WEIGHT=weight, VELOCITY=velocity)
+        compile(gpu._update, capability, pointer, k, WEIGHT=weight, VELOCITY=velocity)
 """
 
 

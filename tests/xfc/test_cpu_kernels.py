@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from renee_ray.xfc import cpu_kernels
-from renee_ray.xfc.cpu_kernels import FusedUpdate
+from renee_ray.xfc.kernels import cpu_loops
+from renee_ray.xfc.kernels.cpu_loops import FusedUpdate
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.rounding import PERIOD
 from renee_ray.xfc.shard import Operations, Pairs, Shard, residual
-from renee_ray.xfc.storage import SGD, Update, Weights
+from renee_ray.xfc.weights.rounding import PERIOD
+from renee_ray.xfc.weights.storages import SGD, Update, Weights
 
 CPU = torch.device("cpu")
 LABELS, BATCH, DIM = 150, 7, 43
@@ -189,7 +189,7 @@ def test_a_shard_takes_them_on_a_cpu_and_trains_as_plain_torch(precision: str) -
 def test_nothing_is_compiled_in_the_first_step() -> None:
     weights = Weights("bf16_sr", LABELS, DIM, True, CPU, torch.float32)
     Shard(LabelRange(0, LABELS, LABELS), weights)
-    loop = cpu_kernels._update("fp32", "bf16", "bf16")
+    loop = cpu_loops._update("fp32", "bf16", "bf16")
     before = len(loop.signatures)  # type: ignore[attr-defined]
     assert before
     left, right = factors(torch.float32)
@@ -215,4 +215,4 @@ def test_selection_is_that_of_a_sort(kind: str) -> None:
             "subnormal": rng.standard_normal(count) * 1e-41,
         }[kind].astype(np.float32)
         for k in {1, 2, count // 2, count - 1, count} & set(range(1, count + 1)):
-            assert cpu_kernels._largest(values, k) == np.sort(values)[count - k]
+            assert cpu_loops._largest(values, k) == np.sort(values)[count - k]

@@ -16,10 +16,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from renee_ray.xfc import lanes
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.lanes import lane_count, run
-from renee_ray.xfc.screen import screened_topk
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import SGD, STORAGES, Weights
-from renee_ray.xfc.topk import shard_topk
+from renee_ray.xfc.topk.screen import screened_topk
+from renee_ray.xfc.topk.select import shard_topk
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 
 CPU = torch.device("cpu")
 N, DIM, BATCH, FIRST = 331, 24, 19, 1000

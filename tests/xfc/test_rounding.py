@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from renee_ray.xfc.labels import split_range
-from renee_ray.xfc.rounding import (
+from renee_ray.xfc.weights.rounding import (
     BF16_DROPPED,
     E4M3_DROPPED,
     PERIOD,
@@ -15,7 +15,7 @@ from renee_ray.xfc.rounding import (
     round_to_bf16,
     round_to_e4m3,
 )
-from renee_ray.xfc.scratch import Scratch
+from renee_ray.xfc.weights.scratch import Scratch
 
 CPU = torch.device("cpu")
 BITS = {"bf16": BF16_DROPPED, "e4m3": E4M3_DROPPED}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from renee_ray.xfc import screen
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.screen import ROWS, kept, screened_topk, screens
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import Weights
-from renee_ray.xfc.topk import NONE, shard_topk
+from renee_ray.xfc.topk import screen
+from renee_ray.xfc.topk.screen import ROWS, kept, screened_topk, screens
+from renee_ray.xfc.topk.select import NONE, shard_topk
+from renee_ray.xfc.weights.storages import Weights
 
 CPU = torch.device("cpu")
 LABELS, DIM, BATCH, FIRST = 3000, 48, 21, 7

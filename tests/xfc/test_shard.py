@@ -17,7 +17,7 @@ from renee_ray.xfc.shard import (
     default_chunk,
     subtract_positives,
 )
-from renee_ray.xfc.storage import SGD, STORAGES, Weights
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 from tests.xfc.memory import Fresh, Largest
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from renee_ray.xfc.buffers import E4M3, BFloat16, Float32, Half, Split
-from renee_ray.xfc.scratch import Scratch
-from renee_ray.xfc.storage import SGD, STORAGES, Update, Weights
+from renee_ray.xfc.weights.buffers import E4M3, BFloat16, Float32, Half, Split
+from renee_ray.xfc.weights.scratch import Scratch
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Update, Weights
 
 CPU = torch.device("cpu")
 LARGEST_BF16 = 3.3895313892515355e38

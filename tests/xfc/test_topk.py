@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from renee_ray.benchmarks.topk import against_exact, rounding
-from renee_ray.xfc import best as module
 from renee_ray.xfc import shard as shard_module
-from renee_ray.xfc import topk as topk_module
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import STORAGES, Weights
-from renee_ray.xfc.topk import NONE, merge_topk, shard_topk
+from renee_ray.xfc.topk import best as module
+from renee_ray.xfc.topk import select as topk_module
+from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
+from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.xfc.memory import Largest, peak_bytes
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.storage import SGD, STORAGES, Weights
 from renee_ray.xfc.undo import undo_step
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 
 LABELS, DIM, BATCH = 37, 8, 6
 # Of the largest number: rounding in fp32; two spacings of bf16; that of e4m3.

@@ -1,0 +1,352 @@
+"""Checkpoints that know nothing of the number of workers. Safetensors and JSON, no pickle.
+
+    RUN/checkpoints/step-000000400-1b9f03c2/
+        classifier-START-STOP.safetensors     the rows of labels [START, STOP): one file a writer
+        encoder.safetensors                   parameters, by name
+        optimizer.safetensors                 AdamW's moments, by parameter name
+        manifest.json                         state, metrics, sizes and checksums; written last
+
+The manifest makes a directory a checkpoint: without one, it is what a killed run left. Part of a
+directory's name is drawn anew by each group of workers, so that a group that was given up for
+dead and lives on cannot write into a checkpoint of its successor.
+
+A reader of any world size takes the byte ranges of the label rows that it owns, from whichever
+files hold them, local or in object storage (training/tensor_file).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import pyarrow.fs as pafs
+import torch
+from torch import Tensor
+
+from renee_ray.checkpoint.tensor_file import FileFacts, TensorFile
+from renee_ray.data.storage import is_transient, patiently
+from renee_ray.errors import ReneeError, reason
+from renee_ray.model.encoder import Encoder
+from renee_ray.model.loss_scale import LossScale
+from renee_ray.parallel.batch import Position
+from renee_ray.xfc.shard import Shard
+
+T = TypeVar("T")
+
+FORMAT_VERSION, WITH_HISTORY = 4, 3
+"""Both are read; before 4, State held the run's history."""
+MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MANIFEST_LIMIT, MOST_STEPS = 1 << 28, 1 << 53
+SHARD_NAME = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
+
+
+class CheckpointError(ReneeError):
+    """A checkpoint that cannot be used."""
+
+
+@dataclass
+class State:
+    """What a run is besides its tensors.
+
+    position: the next batch; step: optimizer steps taken or skipped so far; skipped: those
+    left out; loss_scale: of the encoder's gradient; best: the greatest value of each metric so
+    far; evaluation: the last one, {"step", "epoch", "metrics"}, or None; facts: what a reader must
+    know to build the model.
+    """
+
+    position: Position = field(default_factory=Position)
+    step: int = 0
+    skipped: int = 0
+    loss_scale: LossScale = field(default_factory=LossScale)
+    best: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def evaluated(self, epoch: float, metrics: dict[str, float]) -> None:
+        """Takes the metrics of an evaluation after `step` steps."""
+        self.evaluation = {"step": self.step, "epoch": epoch, "metrics": metrics}
+        self.best = {
+            name: max(value, self.best.get(name, value)) for name, value in metrics.items()
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of. metrics: of the evaluation at this step, else empty.
+
+    time_s: seconds since 1970 at its commit; history: as in RUN/history.json, where the format is
+    WITH_HISTORY.
+    """
+
+    state: State
+    metrics: dict[str, float]
+    files: dict[str, FileFacts]
+    time_s: float
+    history: dict[str, list[dict[str, Any]]] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(facts.bytes for facts in self.files.values())
+
+    def shards(self) -> Iterator[tuple[str, int, int]]:
+        """(name, start, stop) of each classifier file, in the order of labels."""
+        for name in sorted(self.files):
+            if match := SHARD_NAME.fullmatch(name):
+                yield name, int(match[1]), int(match[2])
+
+    def to_json(self) -> str:
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        del content["history"]
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> Manifest:
+        """Raises CheckpointError: another format, or not what `to_json` writes."""
+        try:
+            raw = json.loads(text)
+            version = raw.pop("format_version")
+            if version not in (FORMAT_VERSION, WITH_HISTORY):
+                raise CheckpointError(
+                    f"{where} has format version {version!r} and this renee_ray reads "
+                    f"{FORMAT_VERSION}; use the renee_ray that wrote it"
+                )
+            files = {name: FileFacts(**facts) for name, facts in raw.pop("files").items()}
+            for name, facts in files.items():
+                if name not in (ENCODER, OPTIMIZER) and not SHARD_NAME.fullmatch(name):
+                    raise ValueError("names of files")
+                if not all(
+                    type(number) is int and number >= 0 for number in asdict(facts).values()
+                ):
+                    raise ValueError("sizes of files")
+            metrics = raw.pop("metrics")
+            if not all(isinstance(value, int | float) for value in metrics.values()):
+                raise ValueError("metrics")
+            history = _history(raw["state"]) if version == WITH_HISTORY else None
+            return cls(_state(raw["state"]), metrics, files, float(raw["time_s"]), history)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{where} is damaged ({reason(error)}); use another checkpoint"
+            ) from None
+
+
+def _history(raw: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Takes the history out of a state WITH_HISTORY, which leaves a state as it is now."""
+    history: dict[str, list[dict[str, Any]]] = raw.pop("history")
+    if not all(isinstance(history[name], list) for name in ("steps", "evals")):
+        raise ValueError("history")
+    raw["best"], raw["evaluation"] = {}, None
+    for each in history["evals"]:
+        raw["evaluation"] = each
+        for name, value in each["metrics"].items():
+            raw["best"][name] = max(value, raw["best"].get(name, value))
+    return history
+
+
+def _state(raw: dict[str, Any]) -> State:
+    nested = {
+        "position": Position(**raw["position"]),
+        "loss_scale": LossScale(**raw["loss_scale"]),
+    }
+    state = State(**{**raw, **nested})
+    counts = (state.step, state.skipped, state.position.epoch, state.position.batch)
+    if not all(type(count) is int and 0 <= count < MOST_STEPS for count in counts):
+        raise ValueError("counts of steps")
+    if not isinstance(state.facts, dict):
+        raise ValueError("facts")
+    last = state.evaluation
+    figures = [*state.best.values(), *(last["metrics"].values() if last else ())]
+    if not all(isinstance(figure, int | float) for figure in figures):
+        raise ValueError("figures of evaluations")
+    if last and type(last["step"]) is not int:
+        raise ValueError("the step of an evaluation")
+    return state
+
+
+class Checkpoint:
+    """A committed checkpoint, read in ranges.
+
+    Args:
+        filesystem, path: its directory.
+
+    Raises:
+        CheckpointError: no manifest, or a damaged one.
+    """
+
+    def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
+        self.filesystem, self.path = filesystem, path.rstrip("/")
+        where = f"{self.path}/{MANIFEST}"
+        text = self._patiently(MANIFEST, _whole_manifest)
+        self.manifest = Manifest.from_json(text, where)
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def state(self) -> State:
+        return self.manifest.state
+
+    def check_sizes(self) -> None:
+        """Raises CheckpointError where a file is missing or has another size; reads none."""
+        listed = patiently(
+            lambda: self.filesystem.get_file_info(pafs.FileSelector(self.path)),
+            f"listing {self.path}",
+        )
+        sizes = {info.base_name: info.size for info in listed}
+        for name, facts in self.manifest.files.items():
+            if name not in sizes:
+                raise CheckpointError(f"{self.path} lacks {name}; use another checkpoint")
+            if sizes[name] != facts.bytes:
+                raise CheckpointError(
+                    f"{self.path}/{name} has {sizes[name]} bytes and the manifest says "
+                    f"{facts.bytes}; use another checkpoint"
+                )
+
+    def verify(self) -> None:
+        """Reads everything and compares checksums.
+
+        Raises:
+            CheckpointError: the first file that is not as it was written.
+        """
+        self.check_sizes()
+        for name in self.manifest.files:
+            self._open(name, TensorFile.verify)
+        held = 0
+        for _, start, stop in self.manifest.shards():
+            if start != held:
+                raise CheckpointError(f"{self.path} lacks label {held}; use another checkpoint")
+            held = stop
+
+    def load_encoder(self, encoder: Encoder) -> None:
+        """Raises CheckpointError where the parameters are not those of this encoder."""
+        try:
+            encoder.load_state_dict(self._open(ENCODER, TensorFile.tensors), strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{self.path}/{ENCODER} is of another encoder: {reason(error)}"
+            ) from None
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's, as `moments_of` gave them: for `set_moments`."""
+        return self._open(OPTIMIZER, TensorFile.tensors)
+
+    def load_shard(self, shard: Shard, *, momentum: bool = True) -> None:
+        """Fills a shard with the rows of the labels it owns, whoever wrote them.
+
+        Raises:
+            CheckpointError: another storage or dimension, or rows that no file holds.
+        """
+        wanted = {
+            name: tensor
+            for name, tensor in shard.weights.tensors().items()
+            if momentum or not name.startswith("momentum")
+        }
+        filled = 0
+        for name, start, stop in self.manifest.shards():
+            first, last = max(start, shard.owned.start), min(stop, shard.owned.stop)
+            if first >= last:
+                continue
+            if first != shard.owned.start + filled:
+                break
+            rows = slice(first - shard.owned.start, last - shard.owned.start)
+            parts = {each: tensor[rows] for each, tensor in wanted.items()}
+            self._open(
+                name, partial(_read_rows, parts=parts, first=first - start, rows=stop - start)
+            )
+            filled += last - first
+        if filled != len(shard.owned):
+            raise CheckpointError(
+                f"{self.path} holds {filled} of the {len(shard.owned)} labels from "
+                f"{shard.owned.start} on; use another checkpoint"
+            )
+
+    def _open(self, name: str, use: Callable[[TensorFile], T]) -> T:
+        """What `use` makes of a file."""
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.path} has no {name}; use another checkpoint")
+        facts = self.manifest.files[name]
+        return self._patiently(name, lambda file: use(TensorFile(file, facts)))
+
+    def _patiently(self, name: str, use: Callable[[pafs.NativeFile], T]) -> T:
+        where = f"{self.path}/{name}"
+        try:
+            return patiently(lambda: self._once(where, use), f"reading {where}")
+        except _Other as error:
+            raise CheckpointError(f"{where} {error}") from None
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if is_transient(error):  # storage is away: nothing is known of the file
+                raise
+            raise CheckpointError(
+                f"{where} cannot be read ({reason(error)}); use another checkpoint"
+            ) from error
+
+    def _once(self, where: str, use: Callable[[pafs.NativeFile], T]) -> T:
+        with self.filesystem.open_input_file(where) as file:
+            return use(file)
+
+
+def _whole_manifest(file: pafs.NativeFile) -> bytes:
+    if file.size() > MANIFEST_LIMIT:
+        raise ValueError(f"it has {file.size()} bytes")
+    content: bytes = file.read()
+    return content
+
+
+class _Other(Exception):
+    """A file is whole, but not what this run needs."""
+
+
+def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int) -> None:
+    """Fills `parts`, which begin with the row `first` of a file of `rows` rows."""
+    shapes = file.shapes()
+    for name, out in parts.items():
+        if shapes.get(name) != (out.dtype, [rows, out.shape[1]]):
+            raise _Other(
+                f"has no {name} of {rows} x {out.shape[1]} {out.dtype}; it was written with "
+                f"another precision, momentum or dimension"
+            )
+        file.read_into(name, out, first * out.shape[1] * out.element_size())
+
+
+def shard_name(start: int, stop: int) -> str:
+    return f"classifier-{start:012d}-{stop:012d}.safetensors"
+
+
+def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and its step, by parameter name; without moments before its first step."""
+    tensors: dict[str, Tensor] = {"step": torch.zeros(())}
+    for name, parameter in encoder.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        for key in MOMENTS:
+            if key in state:
+                tensors[f"{name}.{key}"] = state[key].contiguous()
+        if "step" in state:
+            tensors["step"] = state["step"].detach().clone().cpu()
+    return tensors
+
+
+def set_moments(
+    encoder: Encoder, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
+) -> None:
+    """Puts the optimizer where `moments_of` found another one.
+
+    torch's own loading knows on which device each kind of AdamW wants its `step`.
+    """
+    names = {parameter: name for name, parameter in encoder.named_parameters()}
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    state = {}
+    for index, parameter in enumerate(parameters):
+        own = {key: f"{names[parameter]}.{key}" for key in MOMENTS}
+        # Before its first step AdamW has no state, and must not find a part of one.
+        if all(name in moments for name in own.values()):
+            # Loading shares what is on the right device already, and each step is counted in place.
+            state[index] = {key: moments[name] for key, name in own.items()} | {
+                "step": moments["step"].clone()
+            }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

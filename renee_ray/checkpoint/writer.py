@@ -1,0 +1,331 @@
+"""Writing checkpoints beside training.
+
+    save      copies what the checkpoint holds to memory that is kept for it, and returns
+    thread    writes this rank's files straight to storage, with checksums
+              receipts: each rank tells all what it has written (an all-gather of its own group)
+              rank 0, if all have: the manifest, which commits; then old checkpoints are deleted
+    save      of the next checkpoint waits for the thread first
+
+Training stands still for the copy alone. It needs as much memory as the shard (on a GPU: of the
+host); where one rank has not got that, all write their files before `save` returns, which is
+logged once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import pyarrow.fs as pafs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.state import (
+    ENCODER,
+    MANIFEST,
+    MOMENTS,
+    OPTIMIZER,
+    Manifest,
+    State,
+    moments_of,
+    shard_name,
+)
+from renee_ray.checkpoint.tensor_file import Copy, FileFacts, write
+from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk, usual_patience
+from renee_ray.errors import reason
+from renee_ray.machine import available_bytes
+from renee_ray.model.encoder import Encoder
+from renee_ray.parallel.collectives import Ranks, all_sum, broadcast_bytes
+from renee_ray.xfc.labels import split_range
+from renee_ray.xfc.shard import Shard
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_MEMORY = 0.8
+"""Of the memory that is free, what the copies of all ranks of this machine may take."""
+Files = Mapping[str, Mapping[str, Tensor | Copy]]
+
+
+def commit_timeout() -> timedelta:
+    """For which a rank waits for the others' files.
+
+    It is longer than storage is waited for with the two or three files of a rank. An impatient
+    run does not shorten it, as large files take their time with a store that answers, too.
+    """
+    return 4 * timedelta(seconds=max(PATIENCE_S, usual_patience()))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one checkpoint cost this rank. stalled_s: for which training stood still."""
+
+    step: int
+    bytes: int
+    stalled_s: float
+    seconds: float
+    committed: bool
+
+
+@dataclass
+class CheckpointWriter:
+    """Of one rank. All ranks call `save` alike.
+
+    keep, metric: what `Checkpoints.prune` is given.
+    background: whether to write beside training.
+    on_written: is called after each checkpoint, in the thread that writes.
+    before_commit: is called there before each commit, on rank 0.
+    """
+
+    checkpoints: Checkpoints
+    ranks: Ranks
+    keep: int
+    metric: str
+    background: bool = True
+    on_written: Callable[[Written], None] = lambda written: None
+    before_commit: Callable[[], None] = lambda: None
+    _copies: dict[str, Copy] = field(default_factory=dict)
+    _reserved: bool = False
+    _thread: threading.Thread | None = None
+    _committed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.ranks.rank == 0:
+            self._tidy(self.checkpoints.clear_uncommitted)
+        self._token = broadcast_bytes(self.ranks, secrets.token_hex(4).encode()).decode()
+        self._group = (
+            dist.new_group(backend="gloo", timeout=commit_timeout())
+            if self.ranks.num_ranks > 1
+            else None
+        )
+
+    def reserve(self, encoder: Encoder, shard: Shard) -> None:
+        """Takes the memory of the copies now: its first use costs more than a copy into it.
+
+        All ranks call it alike, and write beside training if each of them has that memory.
+        """
+        if self._reserved or not self.background:
+            return
+        self._reserved = True
+        tensors = shard.weights.tensors()
+        alone: list[Tensor] = []
+        if self.ranks.rank == 0:
+            alone = [*encoder.state_dict().values(), *len(MOMENTS) * list(encoder.parameters())]
+        self.background = self._all_have(
+            sum(map(Copy.bytes_like, tensors.values())), sum(map(Copy.bytes_like, alone))
+        )
+        if self.background and len(shard.owned):
+            name = shard_name(shard.owned.start, shard.owned.stop)
+            for key, tensor in tensors.items():
+                self._copy(f"{name} {key}", tensor)
+
+    def save(
+        self,
+        state: State,
+        encoder: Encoder,
+        optimizer: torch.optim.Optimizer,
+        shard: Shard,
+        metrics: dict[str, float],
+    ) -> None:
+        """Starts a checkpoint; waits for the one before it."""
+        self.wait()
+        self.reserve(encoder, shard)
+        started = time.perf_counter()
+        files: Files = (own := self._files(encoder, optimizer, shard))
+        name = f"step-{state.step:09d}-{self._token}"
+        if self.background:
+            files = {
+                file: {key: self._copy(f"{file} {key}", t) for key, t in tensors.items()}
+                for file, tensors in own.items()
+            }
+        manifest = Manifest(copy.deepcopy(state), dict(metrics), {}, time.time())
+        stalled = time.perf_counter() - started if self.background else None
+        ranges = [
+            split_range(shard.owned.num_labels, self.ranks.num_ranks, rank)
+            for rank in range(self.ranks.num_ranks)
+        ]
+
+        def run() -> None:
+            self._committed = self._write(name, files, ranges, manifest)
+            seconds = time.perf_counter() - started
+            size = sum(t.nbytes for tensors in files.values() for t in tensors.values())
+            step = manifest.state.step  # that of `state` is later by now
+            stood = seconds if stalled is None else stalled
+            self.on_written(Written(step, size, stood, seconds, self._committed))
+
+        self._committed = False
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Waits for the checkpoint that is being written; whether the last one was committed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._committed
+
+    def _files(
+        self, encoder: Encoder, optimizer: torch.optim.Optimizer, shard: Shard
+    ) -> dict[str, dict[str, Tensor]]:
+        files: dict[str, dict[str, Tensor]] = {}
+        if len(shard.owned):
+            files[shard_name(shard.owned.start, shard.owned.stop)] = shard.weights.tensors()
+        if self.ranks.rank == 0:
+            files[ENCODER] = {key: t.contiguous() for key, t in encoder.state_dict().items()}
+            files[OPTIMIZER] = moments_of(encoder, optimizer)
+        return files
+
+    def _copy(self, key: str, tensor: Tensor) -> Copy:
+        kept = self._copies.get(key)
+        if kept is None or kept.shape != tensor.shape:
+            kept = self._copies[key] = Copy.like(tensor)
+        return kept.take(tensor)
+
+    def _all_have(self, shard: int, alone: int) -> bool:
+        """Whether every rank has memory for the copies of itself and the others of its machine.
+
+        shard: bytes of its shard, as the others have one too; alone: of what it alone copies.
+        """
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_ranks))
+        needed = shard * beside + alone
+        short = needed > SHARE_OF_MEMORY * available_bytes()
+        if short:
+            log.warning(
+                "rank %d has no memory for a copy of %.1f GB: training waits while checkpoints "
+                "are written; checkpoint.background=false says so from the start",
+                self.ranks.rank, (shard + alone) / 1e9,
+            )  # fmt: skip
+        return not bool(all_sum(self.ranks, torch.tensor(int(short))))
+
+    def _write(
+        self, name: str, files: Files, ranges: list[tuple[int, int]], manifest: Manifest
+    ) -> bool:
+        """Writes this rank's files; whether the checkpoint was committed."""
+        own: dict[str, FileFacts] = {}
+        failed = False
+        try:
+            for file, tensors in files.items():
+                own[file] = self._write_file(f"{name}/{file}", tensors)
+        except Exception as error:  # whatever it is, the others wait for this rank's receipt
+            failed = True
+            log.warning(
+                "rank %d cannot write checkpoint %s (%s): it is left out, training goes on",
+                self.ranks.rank, name, reason(error),
+            )  # fmt: skip
+        everyone = self._receipts(own, failed)
+        committed = False
+        if self.ranks.rank == 0 and everyone is not None:
+            committed = self._commit(name, _named(everyone, ranges), manifest)
+        if self.ranks.rank == 0 and not committed:
+            self._tidy(lambda: self.checkpoints.delete(name))
+        return everyone is not None and self._agreed(committed)
+
+    def _commit(self, name: str, files: dict[str, FileFacts], manifest: Manifest) -> bool:
+        """Rank 0 alone."""
+        self.before_commit()
+        whole = Manifest(manifest.state, manifest.metrics, files, time.time())
+        try:
+            self._publish(f"{name}/{MANIFEST}", whole.to_json().encode())
+        except OSError as error:
+            log.warning("checkpoint %s is not committed (%s)", name, reason(error))
+            return False
+        self._tidy(lambda: self.checkpoints.prune(self.keep, self.metric))
+        return True
+
+    def _tidy(self, delete: Callable[[], None]) -> None:
+        """Makes room; what cannot be deleted now is at the next time."""
+        try:
+            delete()
+        except OSError as error:
+            log.warning("old checkpoints of %s remain (%s)", self.checkpoints.run, reason(error))
+
+    def _write_file(self, name: str, tensors: Mapping[str, Tensor | Copy]) -> FileFacts:
+        filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
+
+        def once() -> FileFacts:
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            try:
+                with filesystem.open_output_stream(path) as sink:
+                    facts = write(sink, tensors)
+                to_disk(filesystem, path)
+            except OSError:
+                _remove(filesystem, path)  # a full disk has room again for what matters more
+                raise
+            return facts
+
+        return patiently(once, f"writing {path}")
+
+    def _publish(self, name: str, content: bytes) -> None:
+        """Writes a file whole or not at all."""
+        filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
+        patiently(lambda: replace_on(filesystem, path, content, durable=True), f"writing {path}")
+
+    def _receipts(
+        self, own: dict[str, FileFacts], failed: bool
+    ) -> list[dict[str, FileFacts]] | None:
+        """What every rank has written; None if one could not, or is gone."""
+        kinds = ("", ENCODER, OPTIMIZER)  # "": the classifier's
+        row = torch.full((1 + 2 * len(kinds),), -1, dtype=torch.int64)
+        row[0] = int(failed)
+        for file, facts in own.items():
+            at = 1 + 2 * (kinds.index(file) if file in kinds else 0)
+            row[at], row[at + 1] = facts.bytes, facts.header_crc32
+        rows = torch.empty(self.ranks.num_ranks * len(row), dtype=torch.int64)
+        try:
+            if self._group is None:
+                rows = row
+            else:
+                dist.all_gather_single(rows, row, group=self._group)
+        except RuntimeError as error:  # a peer died: this worker is about to be stopped too
+            log.warning("a checkpoint is left out: %s", reason(error))
+            return None
+        found = rows.view(self.ranks.num_ranks, -1).tolist()
+        if any(each[0] for each in found):
+            return None
+        return [
+            {
+                kind: FileFacts(each[1 + 2 * i], each[2 + 2 * i])
+                for i, kind in enumerate(kinds)
+                if each[1 + 2 * i] >= 0
+            }
+            for each in found
+        ]
+
+    def _agreed(self, committed: bool) -> bool:
+        """What rank 0 says."""
+        flag = torch.tensor(int(committed))
+        if self._group is not None:
+            try:
+                dist.broadcast(flag, 0, group=self._group)
+            except RuntimeError as error:
+                log.warning("whether a checkpoint was committed is not known: %s", reason(error))
+                return False
+        return bool(flag)
+
+
+def _named(
+    everyone: list[dict[str, FileFacts]], ranges: list[tuple[int, int]]
+) -> dict[str, FileFacts]:
+    """All ranks' files by name."""
+    return {
+        kind or shard_name(*ranges[rank]): facts
+        for rank, files in enumerate(everyone)
+        for kind, facts in files.items()
+    }
+
+
+def _remove(filesystem: pafs.FileSystem, path: str) -> None:
+    try:
+        filesystem.delete_file(path)
+    except OSError:
+        return

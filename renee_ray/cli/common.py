@@ -1,0 +1,71 @@
+"""What all commands share: configured commands, paths, options, the call of the service."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from renee_ray.config.overrides import keys_of, make_config, parse_overrides
+from renee_ray.config.schema import (
+    Config,
+)
+from renee_ray.errors import ReneeError
+from renee_ray.signals import unwinding
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Config)
+
+
+class ConfiguredCommand(click.Command):
+    """A command whose help lists the keys of its configuration."""
+
+    def __init__(self, *args: Any, keys: type[Config] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keys = keys
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.keys is None:
+            return
+        with formatter.section("Keys (key=value, after the positional arguments)"):
+            formatter.write_dl(
+                [
+                    (f"{key}: {kind} = {default}" if default != "required" else f"{key}: {kind}",
+                     meaning)
+                    for key, kind, default, meaning in keys_of(self.keys)
+                ],
+                col_max=44,
+            )  # fmt: skip
+
+
+def configured(model: type[C], overrides: Sequence[str], command: str) -> C:
+    return make_config(model, parse_overrides(overrides, model), where=command)
+
+
+class PathType(click.ParamType):
+    """A path or a URL; an empty one, of a variable that is not set, is refused."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if param is not None and not value.strip():
+            raise ReneeError(f"{param.human_readable_name} is empty; give a path")
+        return value
+
+
+PATH = PathType()
+
+
+def json_option(function: Any) -> Any:
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Write one JSON object to standard output."
+    )(function)
+
+
+def call(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls; Ray's own notices, which it writes to standard output, go to standard error."""
+    with contextlib.redirect_stdout(sys.stderr), unwinding():
+        return function(*arguments)

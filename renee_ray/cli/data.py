@@ -1,0 +1,75 @@
+"""Commands on datasets: convert, inspect."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
+from renee_ray.cli.output import say
+from renee_ray.config.schema import (
+    ConvertConfig,
+)
+from renee_ray.errors import ReneeError
+
+
+@click.command(cls=ConfiguredCommand, keys=ConvertConfig)
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
+@click.argument("overrides", nargs=-1)
+@json_option
+def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Turn a folder SRC, of the XML repository or of Parquet, into a dataset directory DST."""
+    config = configured(ConvertConfig, overrides, "convert")
+    from renee_ray.report.conversion import conversion_text
+    from renee_ray.service.convert import convert as service
+
+    manifest = call(service.convert, src, dst, config, say)
+    facts: dict[str, Any] = {
+        "dataset": dst,
+        "labels": manifest.num_labels,
+        **{split: manifest.num_points(split) for split in ("train", "validation", "test")},
+        "statistics": manifest.statistics,
+        "hints": service.hints(manifest, config),
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        Console().print(conversion_text(facts), highlight=False)
+
+
+@click.command()
+@click.argument("dataset", type=PATH)
+@click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Points of a global batch, for the share of padding.",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Points shown."
+)
+@json_option
+def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: bool) -> None:
+    """Show what is in DATASET; with --verify, every way in which it is not as it should be.
+
+    Exit status 1 if --verify finds any.
+    """
+    from renee_ray.data.dataset.dataset import Dataset
+    from renee_ray.data.dataset.inspection import inspect as run
+    from renee_ray.report.inspection import inspection_text
+
+    opened = (Dataset.without_check if verify else Dataset.open)(dataset)
+    facts = run(opened, batch_size=batch_size, samples=samples, verify=verify)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        Console().print(inspection_text(facts), highlight=False)
+    if problems := facts.get("problems"):
+        number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        raise ReneeError(f"{dataset} has {number}: convert its source again")

@@ -1,0 +1,151 @@
+"""`renee-ray submit`: a command as a job on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from renee_ray.cli.common import PATH, ConfiguredCommand, json_option
+from renee_ray.cli.data import convert
+from renee_ray.cli.output import progress, say
+from renee_ray.cli.score import evaluate, export, predict
+from renee_ray.cli.train import train
+from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
+from renee_ray.config.schema import (
+    RunConfig,
+)
+from renee_ray.signals import INTERRUPTED, at_signals
+
+JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, export)}
+"""The commands that can run as jobs."""
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--address", type=PATH, help="URL of the job server.  [default: Ray's, or port 8265]")
+@click.option(
+    "--working-dir", type=PATH, help="The clone that it takes along.  [default: this one]"
+)
+@click.option(
+    "--env", "env", multiple=True, metavar="NAME[=VALUE]", help="A variable that the job gets."
+)
+@click.option("--submission-id", help="Name of the job.  [default: made of command and time]")
+@click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@click.option(
+    "--stop-wait-s",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    help="Seconds that a stopped job has to end by itself.",
+)
+@click.option(
+    "--patience-s",
+    type=click.FloatRange(min=1),
+    default=600,
+    show_default=True,
+    help="Seconds that the cluster may be away while the job is followed.",
+)
+@json_option
+@click.argument("job", type=click.Choice(list(JOBS)))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: Any) -> None:
+    """Run the command JOB with its ARGUMENTS on a cluster, and follow its log to its end.
+
+    Options of `submit` come before JOB. Exit status: 0 if the job succeeded, 1 if it failed, 130
+    if it was stopped. The log goes to standard output, with --json to standard error. Ctrl-C asks
+    whether to stop the job.
+    """
+    config = _check_job(job, arguments)
+    from renee_ray.service.submit import submit as service
+    from renee_ray.service.submit.job_files import job_environment, working_directory
+
+    root = working_directory(options["working_dir"])
+    environment = job_environment(options["env"], options["stop_wait_s"], os.environ)
+    address = service.choose_address(options["address"])
+    client = service.connect(address)
+    submission = service.submit(
+        client,
+        job,
+        arguments,
+        root=root,
+        environment=environment,
+        config=config,
+        submission_id=options["submission_id"],
+        on_progress=say,
+    )
+    as_json = options["as_json"]
+    if options["no_wait"]:
+        facts = {"submission_id": submission.submission_id, "address": address}
+        click.echo(json.dumps(facts) if as_json else submission.submission_id)
+        return
+    say(f"job {submission.submission_id} is submitted to {address}")
+
+    def write(text: str) -> None:
+        click.echo(text, nl=False, err=as_json)
+
+    follower = service.Follower(client, submission, write, say, options["patience_s"])
+    with at_signals(signal.default_int_handler):
+        details = _follow(follower, submission)
+    ctx.exit(INTERRUPTED if details is None else _job_ended(submission, details, as_json))
+
+
+def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
+    """Says how a job ended; returns the exit status."""
+    from renee_ray.service.submit.submit import EXIT_STATUS, outcome
+
+    found, status = outcome(submission, details), EXIT_STATUS[details.status]
+    if as_json:
+        click.echo(json.dumps(found))
+    words = f"job {submission.submission_id} {found['status'].lower()}"
+    if status:
+        say(f"renee-ray: {words}: {found['message']}", style="red")
+    else:
+        say(f"{words} after {found['seconds']:.0f} s")
+    return status
+
+
+def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
+    """Refuses here what the command would refuse on the cluster; returns its configuration file."""
+    from renee_ray.service.submit.job_files import check_shared, refuse_password
+
+    command = JOBS[job]
+    assert isinstance(command, ConfiguredCommand) and command.keys is not None
+    parsed = command.make_context(f"renee-ray submit {job}", list(arguments)).params
+    for argument in arguments:
+        refuse_password(argument, f"an argument of {job}")
+    path: str | None = parsed.get("config")
+    layers = [read_yaml(path)] if path else []
+    overrides = parse_overrides(parsed["overrides"], command.keys)
+    made = make_config(command.keys, *layers, overrides, where=path or job)
+    places = {
+        name.upper(): parsed[name] for name in ("run", "dataset", "src", "dst") if name in parsed
+    }
+    if isinstance(made, RunConfig):
+        places = {"data": made.data, "output": made.output}
+    check_shared(places)
+    return path
+
+
+def _follow(follower: Any, submission: Any) -> Any:
+    """The end of a job; None where it is left running."""
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        pass
+    try:
+        if sys.stdin.isatty() and click.confirm("\nstop the job (otherwise it runs on)?", err=True):
+            say("stopping")
+            follower.stop()
+            return follower.follow()
+    except (KeyboardInterrupt, click.Abort):
+        progress.print()
+    say(
+        f"left running; `{submission.log_command}` shows its log, and "
+        f"`{submission.stop_command}` stops it"
+    )
+    return None

@@ -1,0 +1,100 @@
+"""Commands that train and watch: quickstart, train, status, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+from rich.console import Console
+
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, json_option
+from renee_ray.cli.output import print_result, say
+from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
+from renee_ray.config.schema import (
+    RunConfig,
+)
+from renee_ray.errors import ReneeError
+
+
+@click.command(cls=ConfiguredCommand, keys=RunConfig)
+@click.argument("overrides", nargs=-1)
+@json_option
+def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
+    """Convert, train and evaluate the small dataset of examples/, in a few minutes on two cores.
+
+    Everything goes to `output` (by default ./quickstart), the report to report.html in it. The
+    recipe is recipes/quickstart.yaml; `data` cannot be set.
+    """
+    from renee_ray.report.run import comparison_table, examples_text
+    from renee_ray.service.quickstart import quickstart as run
+
+    found = call(run, parse_overrides(overrides), say)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    console = Console()
+    console.print()
+    console.print(comparison_table(found["comparison"]))
+    console.print("\nTest points and their five best labels, right ones ticked:\n", highlight=False)
+    console.print(examples_text(found["examples"]))
+    click.echo(f"report: {found['report']}")
+
+
+@click.command(cls=ConfiguredCommand, keys=RunConfig)
+@click.argument("config", type=PATH)
+@click.argument("overrides", nargs=-1)
+@json_option
+def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train as the YAML file CONFIG and the overrides say; resumes a run that is at `output`."""
+    made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
+    from renee_ray.service.train.train import train as run
+
+    print_result(call(run, made, say), as_json, f"run {made.output}")
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--watch", is_flag=True, help="Show it again every ten seconds, until Ctrl-C.")
+@json_option
+def status(run: str, watch: bool, as_json: bool) -> None:
+    """Show how the run at RUN is: running, finished, waiting, failed or unknown, and how far.
+
+    Reads the files of the run's directory alone, so it needs no Ray and disturbs nothing.
+    """
+    from renee_ray.report.status import read_status, status_text
+
+    while True:
+        found = read_status(run.rstrip("/"), time.time())
+        if as_json:
+            click.echo(json.dumps(found))
+        else:
+            Console().print(status_text(found), highlight=False)
+        if not watch:
+            return
+        time.sleep(10)
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
+@json_option
+def checkpoints(run: str, verify: bool, as_json: bool) -> None:
+    """List the checkpoints of the run at RUN: size, step, metrics, and whether they are whole.
+
+    Exit status 1 if any is not.
+    """
+    from renee_ray.report.checkpoints import checkpoint_table, list_checkpoints
+    from renee_ray.service.run.directory import RunDirectory
+
+    metric = RunDirectory(run).config().evaluation.metric
+    rows = list_checkpoints(run, verify=verify)
+    if as_json:
+        click.echo(json.dumps({"run": run, "checkpoints": rows}))
+    else:
+        Console().print(checkpoint_table(rows, metric, verify))
+    if bad := [row["name"] for row in rows if row["problem"]]:
+        raise ReneeError(
+            f"{run} has {len(bad)} checkpoint{'s' * (len(bad) > 1)} that cannot be used "
+            f"({', '.join(bad)}); `renee-ray train` goes on from the newest whole one"
+        )

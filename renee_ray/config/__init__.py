@@ -1,0 +1,1 @@
+"""Configurations: their sections and keys, YAML files and `key=value` overrides."""

@@ -1,0 +1,160 @@
+"""Configurations from YAML files and `key=value` arguments, dotted for nested keys.
+
+The grammar is grammar.py's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from renee_ray.config.grammar import (
+    COMMAND_LINE,
+    Layer,
+    NotYaml,
+    WrongKey,
+    add_override,
+    parse_file,
+)
+from renee_ray.config.schema import Config, RunConfig
+from renee_ray.errors import SHOWN, ConfigError
+
+YAML_LIMIT = 1 << 20
+"""Bytes of a configuration file."""
+IN_YAML = {"a valid boolean": "true or false", "a valid tuple": "a list, as [a, b]"}
+
+C = TypeVar("C", bound=Config)
+
+
+def parse_overrides(arguments: Iterable[str], model: type[Config] = RunConfig) -> Layer:
+    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`, by the grammar of grammar.py.
+
+    Raises:
+        ConfigError: an argument without `=`, or a value that is no YAML.
+    """
+    layer, texts = Layer(), _texts(model)
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"argument {argument!r} is not of the form key=value")
+        try:
+            add_override(layer, key, text, texts)
+        except WrongKey as error:
+            raise ConfigError(str(error)) from None
+        except NotYaml as error:
+            raise ConfigError(
+                f"the value of {argument!r:.{SHOWN}} is not YAML{error}; quote it"
+            ) from error
+    return layer
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> `("a.b", 1)`: what `parse_overrides` makes of keys, undone."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def make_config(model: type[C], *layers: Mapping[str, Any], where: str = "the configuration") -> C:
+    """`model` from mappings, later ones winning key by key.
+
+    where: what an error names for a key that no `Layer` knows the place of.
+
+    Raises:
+        ConfigError: one sentence with the key, the value, its place and the remedy.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_sentence(model, error, layers, where)) from None
+
+
+def read_yaml(path: str, model: type[Config] = RunConfig) -> Layer:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(YAML_LIMIT + 1)
+        if len(raw) > YAML_LIMIT:
+            raise ConfigError(f"{path} is longer than {YAML_LIMIT} bytes; give a configuration")
+        return parse_file(raw.decode("utf-8"), path, _texts(model))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: it is not in UTF-8") from error
+    except NotYaml as error:
+        line = f", line {error.line}" if error.line else ""
+        what = f": {error}" if isinstance(error, WrongKey) else f" is not valid YAML{error}"
+        raise ConfigError(f"{path}{line}{what}") from error
+
+
+def _texts(model: type[Config], prefix: str = "") -> set[str]:
+    """The dotted keys that hold a text."""
+    found = set()
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            found |= _texts(kind, f"{prefix}{name}.")
+        elif kind is str:
+            found.add(prefix + name)
+    return found
+
+
+def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key, nested ones dotted."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            yield from keys_of(kind, f"{prefix}{name}.")
+            continue
+        text = getattr(kind, "__name__", "")
+        if text in ("", "Literal", "Optional", "Union", "UnionType"):
+            text = str(kind).replace("typing.", "")
+        default = "required" if field.is_required() else repr(field.default)
+        yield prefix + name, text, default, " ".join((field.description or "").split())
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            node = into[key] if isinstance(into.get(key), dict) else {}
+            _merge(node, value)
+            into[key] = node
+        else:
+            into[key] = value
+
+
+def _sentence(
+    model: type[Config], error: ValidationError, layers: Iterable[Mapping[str, Any]], where: str
+) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    names = [name for name, *_ in keys_of(model)]
+    for layer in layers:
+        if isinstance(layer, Layer):
+            where = layer.place_of(key) or where
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key[:SHOWN], names, 1, 0.0)
+        return f"{where} has no key {key!r:.{SHOWN}}; did you mean {near[0]!r}?"
+    if first["type"] == "missing":
+        return f"{where} lacks {key!r}; add {key}=VALUE"
+    message = first["msg"].removeprefix("Value error, ")
+    for python, yaml in IN_YAML.items():
+        message = message.replace(python, yaml)
+    if not key:
+        return message
+    # Of a key with several types, pydantic names the type that it tried first as well.
+    key = next((name for name in names if key.startswith(f"{name}.")), key)
+    at = f"on {where}" if where == COMMAND_LINE else f"in {where}"
+    return f"{key}={first['input']!r:.{SHOWN}} {at} is wrong: {message[0].lower()}{message[1:]}"

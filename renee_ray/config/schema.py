@@ -1,0 +1,378 @@
+"""The configurations: frozen, validated where they are made, each key with its meaning below it.
+
+Anything wrong raises `ConfigError` with one sentence that names the key, the value, where it
+stands and the remedy (overrides.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+
+def named(text: str) -> str:
+    """A path or a name. Raises ValueError where it is empty, as a variable that is not set is."""
+    if not text.strip():
+        raise ValueError("it is empty; give a path or a name")
+    return text
+
+
+Name = Annotated[str, AfterValidator(named)]
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, unknown keys refused, docs below each field."""
+
+    # Strict: pydantic would else make a boolean of the word `yes`, and a number of `1_000`.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_list(cls, value: Any) -> Any:
+        """YAML and JSON know no tuples."""
+        return tuple(value) if isinstance(value, list) else value
+
+
+class ConvertConfig(Config):
+    """`renee-ray convert SRC DST`"""
+
+    tokenizer: Name = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hugging Face name or directory of the tokenizer (a fast one)."""
+    max_length: int = Field(128, ge=4)
+    """Tokens kept of each text, special tokens included; training may cut further."""
+    validation: float = Field(0.02, ge=0, lt=1)
+    """Share of the training points held out for choosing a model, by a seeded hash of the id."""
+    labels: Literal["auto", "ids", "multi-hot"] = "auto"
+    """What numbers in `labels` of Parquet are: ids, or (multi-hot) a 0 or 1 for every label.
+    auto: ids, but lists that look multi-hot are refused."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the global shuffle and of the validation split."""
+    part_rows: int = Field(0, ge=0)
+    """Rows of a part file; 0: 2,048, or so many that no split has more than about 1,000 files."""
+    propensity_a: float = Field(0.55, gt=0)
+    """A of the propensity model (Jain et al., KDD 2016)."""
+    propensity_b: float = Field(1.5, ge=0)
+    """B of the propensity model."""
+    overwrite: bool = False
+    """Replace a dataset that is already at DST."""
+
+
+class EncoderConfig(Config):
+    """The text encoder, trained data-parallel."""
+
+    name: Name = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hugging Face name or directory of the encoder."""
+    weights: str = ""
+    """File of initial weights: safetensors or a torch state_dict, as NGAME's M1; empty: none."""
+    max_length: int = Field(32, ge=4)
+    """Tokens of a text that the encoder reads; longer rows are cut."""
+    bottleneck: int = Field(0, ge=0)
+    """Width of a bias-free linear layer after pooling; 0: none."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the embedding; its mask depends on seed, step and place in the global batch."""
+    internal_dropout: float | None = Field(0.0, ge=0, lt=1)
+    """Dropout inside the encoder; null: as the model's own configuration says."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation; auto: `eager` on CPU, whose training is faster there, else `sdpa`.
+    On CPU `sdpa` trains through its math kernel, since the fused one's backward is slow."""
+    autocast: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Autocast of the encoder; auto: bf16 where the device multiplies it natively, else fp16 on a
+    GPU and none on a CPU. fp16 has a dynamic loss scale."""
+    compile: bool = False
+    """Runs the encoder through torch.compile; training rows are then padded to a multiple of 8
+    tokens. Rows and tokens are symbols: one graph for any batch, another for a single row, each
+    once more without gradient."""
+    micro_batch: int = Field(0, ge=0)
+    """Rows of a worker that the encoder works on at once; 0: all. Its memory is then bounded
+    whatever the batch_size, for a second forward pass of all micro-batches but one."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward: less memory, a third more time."""
+    learning_rate: float = Field(1e-4, ge=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay of AdamW; never on biases and normalisation weights."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Largest norm of the encoder's gradient, of the loss summed over the batch; 0: no clipping."""
+    gradient: Literal["sum", "mean"] = "sum"
+    """Across workers: `sum` keeps the trajectory when num_workers changes; `mean` divides by
+    num_workers as the released reference does."""
+
+
+class ClassifierConfig(Config):
+    """The fully connected classifier (XFC), one shard of labels per worker."""
+
+    precision: Literal["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"] = "auto"
+    """Storage of the weights: fp32; bf16_split, the same in two halves; bf16_sr and fp8_sr, 2 and
+    1 bytes, rounded stochastically; fp16, an fp32 master with an fp16 copy; auto: bf16_sr where the
+    first worker's device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but fp32
+    multiply in bf16, or fp16, where the device does so natively; fp8_sr's logits in e4m3."""
+    init: Literal["normal", "label_text"] = "label_text"
+    """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
+    init_std: float = Field(0.02, ge=0)
+    """Standard deviation of `normal`."""
+    init_scale: float = Field(30.0, gt=0)
+    """`label_text`: logit of a point whose embedding equals a label's, above the label's prior."""
+    init_centroid: float = Field(1.0, ge=0)
+    """`label_text`: weight of the mean of the label's training points beside its text; 0: the
+    text alone, and no pass over all points."""
+    init_constant: float = Field(5.0, ge=0)
+    """`label_text`: norm of the constant added to every embedding, which stands in for a bias."""
+    learning_rate: float = Field(2e-3, ge=0)
+    """Peak learning rate of SGD, on the gradient summed over the global batch."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD; 0 needs no buffer."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Coupled weight decay of SGD."""
+    chunk: int = Field(0, ge=0)
+    """Labels worked on at once; 0: chosen so that a chunk stays in the cache."""
+
+
+class FeedConfig(Config):
+    """The order of points and how they are read."""
+
+    augment: float = Field(0.0, ge=0, le=1)
+    """Share of the label texts that an epoch streams as extra points, each with its own label
+    as the only positive; successive epochs take successive shares. With `filter_labels: positive`
+    only of the texts of labels that are not points of the training set themselves."""
+    filter_labels: Literal["positive", "negative"] = "positive"
+    """How a point trains with its filter labels, which are never predicted: in the LF datasets
+    they are the point itself as a label, whose text `positive` teaches at no cost."""
+    token_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a training point's tokens left out, others in every epoch; never first or last."""
+    streams: int = Field(8, ge=1)
+    """Pieces of a global batch, each read from places of its own. Where num_workers exceeds it,
+    workers read the same places and each keeps its rows, which costs CPU time."""
+    window: int = Field(64, ge=1)
+    """Batches inside which rows are ordered by length."""
+    prefetch: int = Field(4, ge=1)
+    """Windows that are read in one go, while as many before them are trained on."""
+
+
+class EvalConfig(Config):
+    """Evaluation on the validation split while training."""
+
+    every: float = Field(1.0, ge=0)
+    """Epochs between evaluations (and checkpoints); 0: only at the end."""
+    tail: float = Field(0.0, ge=0)
+    """tau of the logit adjustment: every score, in validation, evaluation and prediction, loses
+    tau * log(training points of the label), which favours rare labels (Menon et al., ICLR 2021)."""
+    neighbours: int = Field(0, ge=0)
+    """Nearest training points, by the trained embedding, whose labels vote in `evaluate` and
+    `predict` (not in validation while training); 0: none. Each worker then embeds and holds its
+    share of the training points, 4 bytes a dimension."""
+    neighbour_weight: float = Field(3.0, ge=0)
+    """What a label gains that all neighbours have; others in proportion."""
+    metric: str = Field("P@1", pattern=r"^((P|nDCG|PSP|PSnDCG)@[135]|recall@(10|100))$")
+    """The metric that the best checkpoint is chosen by."""
+    batch_size: int = Field(512, ge=1)
+    """Points of a global batch when scoring."""
+
+
+class CheckpointConfig(Config):
+    """Checkpoints of a run."""
+
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best on the validation split is kept besides."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints inside an epoch; 0: only after evaluations."""
+    background: bool = True
+    """Write beside training, from a copy in (host) memory; where it does not fit, or with `false`,
+    training waits meanwhile."""
+    grace_s: float = Field(30.0, gt=0)
+    """Seconds that a checkpoint may take when a worker or the driver is told to stop (SIGTERM), or
+    before workers are regrouped."""
+    max_failures: int = Field(3, ge=-1)
+    """Lost workers that a run survives; -1: any number. Nodes that Ray was told to drain, as spot
+    nodes are, do not count; a user's error ends the run at once."""
+
+
+class ObserveConfig(Config):
+    """What a run tells of itself."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines in the workers' logs: text, or a JSON object each; both with rank and step."""
+    log_to: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    """Where curves go besides history.json: tensorboard, to `tensorboard_dir`; mlflow, to where
+    MLFLOW_TRACKING_URI in the environment of the nodes says."""
+    tensorboard_dir: str = ""
+    """Directory of TensorBoard's files; empty: OUTPUT/tensorboard."""
+    straggler_factor: float = Field(1.5, gt=1)
+    """A worker whose own time a step exceeds the median of all by this factor is named."""
+    straggler_window_s: float = Field(60.0, gt=0)
+    """Seconds over which this is averaged, and between two warnings of it."""
+
+
+class RunConfig(Config):
+    """`renee-ray train CONFIG`"""
+
+    data: Name
+    """Dataset directory, made by `renee-ray convert`."""
+    output: Name
+    """Run directory; a run that is already there is resumed."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of initial weights, order and dropout."""
+    num_workers: int | tuple[int, int] = 2
+    """Ray Train workers: data-parallel replicas of the encoder and shards of the classifier. Or the
+    fewest and the most, as [2, 8]: the run then goes on with as many as there are nodes for."""
+    regroup_s: float = Field(60.0, gt=0)
+    """With a range of workers: seconds between two looks for room for more of them."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """One GPU for each worker; auto: where the cluster has that many."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
+    accelerator_type: str = ""
+    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
+    cpus_per_worker: int = Field(0, ge=0)
+    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
+    threads: int = Field(0, ge=0)
+    """Threads of a worker; 0: its node's cores divided among the workers there, beside a GPU at
+    most 4."""
+    batch_size: int = Field(256, ge=1)
+    """Points of a global batch."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training points."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
+    loss_every: int = Field(20, ge=0)
+    """Steps between two computations of the loss; 0: never."""
+    timeout_s: int = Field(120, ge=5)
+    """Seconds after which a collective inside a step that some worker did not join fails; before
+    a step it has the patience with storage besides (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
+    encoder: EncoderConfig = EncoderConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    feed: FeedConfig = FeedConfig()
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _batch_can_be_cut(self) -> RunConfig:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
+                f"correct it"
+            )
+        if self.batch_size % self.feed.streams:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of feed.streams "
+                f"{self.feed.streams}; change one of them"
+            )
+        if self.max_workers > self.batch_size:
+            raise ValueError(
+                f"num_workers {self.max_workers} exceeds batch_size {self.batch_size}, and each "
+                f"worker takes rows of every batch; raise batch_size"
+            )
+        return self
+
+
+class ScoreConfig(Config):
+    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN SRC DST`"""
+
+    split: Literal["test", "validation", "train"] = "test"
+    """Points of the dataset that are scored; of raw texts, all are."""
+    k: int = Field(100, ge=1)
+    """Labels predicted for each point."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint of the run: the best on the validation split, or the newest."""
+    num_workers: int = Field(0, ge=0)
+    """Ray Train workers; 0: as many as trained the run."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """One GPU for each worker; auto: where the cluster has that many."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
+    accelerator_type: str = ""
+    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
+    cpus_per_worker: int = Field(0, ge=0)
+    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
+    batch_size: int = Field(512, ge=1)
+    """Points of a global batch."""
+    tail: float | None = Field(None, ge=0)
+    """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
+    neighbours: int | None = Field(None, ge=0)
+    """Training points that vote; null: as `evaluation.neighbours` of the run."""
+    neighbour_weight: float | None = Field(None, ge=0)
+    """What a label gains that all neighbours have; null: as in the run."""
+    texts: bool = False
+    """predict: add the labels' texts as column `label_texts`."""
+    overwrite: bool = False
+    """predict: replace predictions that are already at DST."""
+
+
+class ExportConfig(Config):
+    """`renee-ray export RUN DST`"""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint of the run: the best on the validation split, or the newest."""
+    overwrite: bool = False
+    """Replace an export that is already at DST."""
+
+
+class ServeConfig(Config):
+    """`renee-ray serve RUN`"""
+
+    host: Name = "127.0.0.1"
+    """Address to listen on: by default this machine alone; 0.0.0.0: all networks it is in."""
+    port: int = Field(8000, ge=0, lt=2**16)
+    """TCP port; 0: any free one."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint of the run: the best on the validation split, or the newest."""
+    num_shards: int = Field(0, ge=0)
+    """Processes that hold a range of labels each; 0: as many as trained the run."""
+    threads: int = Field(0, ge=0)
+    """Torch threads of a process on CPU; 0: the machine's cores divided among the shards."""
+    gpus_per_process: float = Field(0.0, ge=0)
+    """GPUs for each shard and for the encoder; a fraction: they share one; 0: CPUs only."""
+    tail: float | None = Field(None, ge=0)
+    """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
+    neighbours: int | None = Field(None, ge=0)
+    """Training points that vote; null: as `evaluation.neighbours` of the run. The encoder's process
+    then embeds all training points at the start, and holds 4 bytes a dimension for each."""
+    neighbour_weight: float | None = Field(None, ge=0)
+    """What a label gains that all neighbours have; null: as in the run."""
+    max_k: int = Field(100, ge=1)
+    """Labels that a request may ask for, for each text."""
+    max_texts: int = Field(256, ge=1)
+    """Texts of a request."""
+    max_text_chars: int = Field(20000, ge=1)
+    """Characters of a text."""
+    max_body_bytes: int = Field(4 << 20, ge=1)
+    """Bytes of a request's body."""
+    max_batch_size: int = Field(512, ge=1)
+    """Texts, of several requests together, that are scored at once."""
+    batch_wait_ms: float = Field(5.0, ge=0)
+    """Milliseconds for which a batch that is not full waits for further requests."""
+    max_waiting: int = Field(64, ge=1)
+    """Requests that are read or scored at a time; further ones are answered 503."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds for a request's head, and then for its body and its answer."""
+
+    @model_validator(mode="after")
+    def _request_fits_batch(self) -> ServeConfig:
+        if self.max_texts > self.max_batch_size:
+            raise ValueError(
+                f"max_texts {self.max_texts} exceeds max_batch_size {self.max_batch_size}; "
+                f"raise max_batch_size"
+            )
+        return self

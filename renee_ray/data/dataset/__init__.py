@@ -1,0 +1,1 @@
+"""The dataset directory: schemas, manifest, reading, inspection, and what may be overwritten."""

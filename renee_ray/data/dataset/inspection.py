@@ -1,0 +1,419 @@
+"""What a dataset holds, and whether that is what its manifest and its schemas say.
+
+Every part is read once, by a few threads, and leaves only counts. Between parts the checks
+compare sums that do not depend on order: of the ids of training points, and of each label
+weighted by a hash, so that no list of points and no count for each label is kept. The one
+array over labels has a byte each, for `is_point`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from renee_ray.data import tokenizer
+from renee_ray.data.dataset.dataset import (
+    MANIFEST,
+    Dataset,
+    DatasetError,
+    add_hashes,
+    hash_labels,
+    schema_of,
+)
+from renee_ray.data.order import training_order
+from renee_ray.data.rows import BATCH, list_lengths, read_window
+from renee_ray.data.split import splitmix64
+from renee_ray.errors import ReneeError, reason
+
+POINT_SPLITS = ("train", "validation", "test")
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+WINDOW, STREAMS = 64, 8
+"""Batches and pieces of a batch that are ordered by length together, as `FeedConfig` has them."""
+SHOWN_LABELS = 10
+SHOWN_TEXT, SHOWN_LABEL_TEXT = 400, 80
+"""Characters of a point's text and of a label's."""
+
+
+@dataclass
+class _Found:
+    """Counts of a part, or of several."""
+
+    rows: int = 0
+    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [n]: rows of each length."""
+    labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [n]: points of each number of labels."""
+    filter_pairs: int = 0
+    ids: int = 0
+    """Sum of the hashed point ids, modulo 2**64."""
+    pairs: int = 0
+    """Sum over (point, label) pairs of the hashed label, modulo 2**64; of labels, by train_count"""
+    labels_hash: str = "0"
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, other: _Found) -> None:
+        self.rows += other.rows
+        self.tokens = _added(self.tokens, other.tokens)
+        self.labels = _added(self.labels, other.labels)
+        self.filter_pairs += other.filter_pairs
+        self.ids = (self.ids + other.ids) % 2**64
+        self.pairs = (self.pairs + other.pairs) % 2**64
+        self.labels_hash = add_hashes([self.labels_hash, other.labels_hash])
+        self.problems += other.problems
+
+
+def inspect(
+    dataset: Dataset, *, batch_size: int, samples: int = 3, verify: bool = False
+) -> dict[str, Any]:
+    """Facts of a dataset, as JSON has them.
+
+    Args:
+        batch_size: points of a global batch, for the share of padding.
+        samples: training points that are shown with their texts.
+        verify: read everything, checksums included, and check every invariant; without, a
+            part that cannot be read ends the inspection.
+
+    Returns:
+        {path, tokenizer, max_length, labels, points, parts, bytes, tokens_a_row, labels_a_point,
+        share_of_labels_by_points, share_of_pairs_by_points}, with {padding, samples} unless
+        there are problems, and with `verify` {problems: sentences}.
+
+    Raises:
+        DatasetError: without `verify`, a part is damaged.
+    """
+    is_point = np.zeros(dataset.manifest.num_labels if verify else 0, dtype=bool)
+    problems = list(dataset.wrong_files()) if verify else []
+    found = {}
+    for split in (*POINT_SPLITS, "labels"):  # labels last: they are compared with is_point
+        found[split] = _Found()
+        indices = range(len(dataset.manifest.splits[split]))
+        scan = functools.partial(_scan, dataset, split, verify=verify, is_point=is_point)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for each in pool.map(scan, indices):
+                found[split].add(each)
+        problems += found[split].problems
+        if problems:  # filter labels may be unknown, so is_point can't be checked against them
+            is_point = is_point[:0]
+    if verify:
+        problems += _between_parts(dataset, found)
+    facts = _facts(dataset, found)
+    if not problems:
+        facts |= {
+            "padding": _padding(dataset, batch_size),
+            "samples": _samples(dataset, samples),
+        }
+    return facts | ({"problems": problems} if verify else {})
+
+
+# ---------------------------------------------------------------------------------------- scan
+
+
+def _scan(
+    dataset: Dataset, split: str, index: int, verify: bool, is_point: NDArray[np.bool_]
+) -> _Found:
+    part = dataset.manifest.splits[split][index]
+    if not verify:
+        columns = ["input_ids"] if split == "labels" else ["input_ids", "labels"]
+        return _counts(dataset.read_part(part, columns))
+    try:
+        changed = dataset.checksum(part) != part.sha256
+    except OSError:
+        changed = False  # reading it says why
+    found = _Found()
+    where = dataset.where(part.path)
+    if changed:
+        found.problems.append(f"{where} has bytes that changed: its SHA-256 is not the manifest's")
+    try:
+        table = dataset.read_unchecked(part)
+    except DatasetError as error:
+        found.problems.append(str(error))
+        return found
+    if not table.schema.equals(schema_of(split)):
+        found.problems.append(f"{where} has the columns {_named(table.schema)}")
+        return found
+    if nulls := [name for name in table.column_names if _has_nulls(table[name])]:
+        found.problems.append(f"{where} has nulls in {nulls[0]}")
+        return found
+    found.add(_counts(table))
+    check = _label_problems if split == "labels" else _point_problems
+    for problem in check(dataset, split, index, table, is_point):
+        found.problems.append(f"{where} {problem}")
+    if split == "labels":
+        counts = table["train_count"].to_numpy().astype(np.uint64)
+        found.pairs = _wrapped(_hash(table["label_id"].to_numpy()) * counts)
+        found.labels_hash = hash_labels(part.first, table["text"])
+    else:
+        found.filter_pairs = int(list_lengths(table["filter_labels"]).sum())
+        found.ids = _wrapped(_hash(table["point_id"].to_numpy()))
+        found.pairs = _wrapped(_hash(pc.list_flatten(table["labels"]).to_numpy()))
+    return found
+
+
+def _counts(table: pa.Table) -> _Found:
+    found = _Found(len(table), np.bincount(list_lengths(table["input_ids"])))
+    if "labels" in table.column_names:
+        found.labels = np.bincount(list_lengths(table["labels"]))
+    return found
+
+
+def _point_problems(
+    dataset: Dataset, split: str, index: int, table: pa.Table, is_point: NDArray[np.bool_]
+) -> Iterator[str]:
+    part, num_labels = dataset.manifest.splits[split][index], dataset.manifest.num_labels
+    yield from _token_problems(dataset, table)
+    ids = table["point_id"].to_numpy()
+    if split != "train":
+        yield from _rows_where(np.diff(ids, prepend=-1) <= 0, ids, "point_id", "not ascending")
+    if split == "test":
+        yield from _rows_where(
+            ids != np.arange(part.first, part.first + len(ids)), ids, "point_id", "not its row"
+        )
+    for name in ("labels", "filter_labels"):
+        rows = pc.list_parent_indices(table[name]).to_numpy()
+        labels = pc.list_flatten(table[name]).to_numpy()
+        outside = (labels < 0) | (labels >= num_labels)
+        yield from _rows_where(outside, labels, name, f"not in [0, {num_labels})", rows)
+        same_row = np.diff(rows, prepend=-1) == 0
+        unsorted = same_row & (np.diff(labels, prepend=0) <= 0)
+        yield from _rows_where(unsorted, labels, name, "not above the one before", rows)
+        if split == "train" and name == "filter_labels" and len(is_point):
+            is_point[labels[~outside]] = True
+
+
+def _label_problems(
+    dataset: Dataset, split: str, index: int, table: pa.Table, is_point: NDArray[np.bool_]
+) -> Iterator[str]:
+    manifest = dataset.manifest
+    part, other_texts = manifest.splits[split][index], manifest.other_texts[index]
+    yield from _token_problems(dataset, table)
+    ids, counts = table["label_id"].to_numpy(), table["train_count"].to_numpy()
+    numbers = np.arange(part.first, part.first + len(ids))
+    yield from _rows_where(ids != numbers, ids, "label_id", "not its row")
+    yield from _rows_where(counts < 0, counts, "train_count", "negative")
+    flags = table["is_point"].to_numpy()
+    if len(is_point):
+        yield from _rows_where(
+            flags != is_point[numbers], flags, "is_point", "not what the filter labels of train say"
+        )
+    if int((~flags).sum()) != other_texts:
+        yield (
+            f"has {int((~flags).sum())} labels that are no points and the manifest says "
+            f"{other_texts}"
+        )
+
+
+def _token_problems(dataset: Dataset, table: pa.Table) -> Iterator[str]:
+    longest = dataset.manifest.max_length
+    sizes = list_lengths(table["input_ids"])
+    wrong = (sizes == 0) | (sizes > longest)
+    yield from _rows_where(wrong, sizes, "tokens", f"not in [1, {longest}]")
+    rows = pc.list_parent_indices(table["input_ids"]).to_numpy()
+    ids = pc.list_flatten(table["input_ids"]).to_numpy()
+    yield from _rows_where(ids < 0, ids, "input_ids", "negative", rows)
+
+
+def _rows_where(
+    wrong: NDArray[np.bool_],
+    values: NDArray[Any],
+    name: str,
+    what: str,
+    rows: NDArray[np.int64] | None = None,
+) -> Iterator[str]:
+    """One sentence on the first place of `wrong`, and the number of the others."""
+    places = np.flatnonzero(wrong)
+    if len(places) == 0:
+        return
+    first = places[0]
+    row = first if rows is None else rows[first]
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+    yield f"row {row}: {name} holds {values[first]}, {what}{more}"
+
+
+# ------------------------------------------------------------------------------- between parts
+
+
+def _between_parts(dataset: Dataset, found: dict[str, _Found]) -> Iterator[str]:
+    """What only all parts together show; silent where a part could not be read."""
+    if any(len(found[s].problems) or found[s].rows != dataset.manifest.num_points(s)
+           for s in found):  # fmt: skip
+        return
+    train, validation = found["train"], found["validation"]
+    points = train.rows + validation.rows
+    if (train.ids + validation.ids) % 2**64 != _ids_below(points):
+        yield (
+            f"{dataset.path}: the ids of train and validation are not each of [0, {points}) once"
+        )
+    if (train.pairs + validation.pairs) % 2**64 != found["labels"].pairs:
+        yield (
+            f"{dataset.path}: train_count of some label is not its number of points in train and "
+            f"validation"
+        )
+    if dataset.manifest.labels_hash not in ("", found["labels"].labels_hash):
+        yield f"{dataset.where(MANIFEST)} has a labels_hash that is not that of the label texts"
+    for split in POINT_SPLITS:
+        known = dataset.manifest.statistics.get(split, {})
+        if not isinstance(known, dict):
+            yield f"{dataset.where(MANIFEST)} has statistics.{split}={known!r:.80}"
+            continue
+        for name, value in _statistics(found[split]).items():
+            if name in known and known[name] != value:
+                yield (
+                    f"{dataset.where(MANIFEST)} says statistics.{split}.{name} is "
+                    f"{known[name]!r:.80} and the parts hold {value}"
+                )
+
+
+def _statistics(found: _Found) -> dict[str, int]:
+    """What the manifest says of a split, as the parts have it."""
+    return {
+        "points": found.rows,
+        "tokens_max": max(len(found.tokens) - 1, 0),
+        "label_pairs": int(found.labels @ np.arange(len(found.labels))),
+        "labels_max": max(len(found.labels) - 1, 0),
+        "without_labels": int(found.labels[:1].sum()),
+        "filter_pairs": found.filter_pairs,
+    }
+
+
+def _ids_below(n: int) -> int:
+    """Sum of the hashes of [0, n), modulo 2**64."""
+    block = 2**20
+    return sum(_wrapped(_hash(np.arange(i, min(i + block, n)))) for i in range(0, n, block)) % 2**64
+
+
+def _hash(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return splitmix64(ids.astype(np.uint64))
+
+
+def _wrapped(values: NDArray[np.uint64]) -> int:
+    return int(values.sum(dtype=np.uint64))
+
+
+# --------------------------------------------------------------------------------------- facts
+
+
+def _facts(dataset: Dataset, found: dict[str, _Found]) -> dict[str, Any]:
+    manifest = dataset.manifest
+    labels = manifest.statistics.get("labels", {})
+    names = "share_of_labels_by_train_count", "share_of_pairs_by_train_count"
+    shares = [_shares(dataset, labels, name) for name in names]
+    if shares[0].keys() != shares[1].keys():
+        raise DatasetError(
+            f"{dataset.where(MANIFEST)} has other names in {names[0]} than in {names[1]}; "
+            f"convert the source again"
+        )
+    return {
+        "path": dataset.path,
+        "tokenizer": manifest.tokenizer,
+        "max_length": manifest.max_length,
+        "labels": manifest.num_labels,
+        "points": {split: manifest.num_points(split) for split in POINT_SPLITS},
+        "parts": {split: len(parts) for split, parts in manifest.splits.items()},
+        "bytes": sum(part.size for parts in manifest.splits.values() for part in parts),
+        "tokens_a_row": {split: _distribution(found[split].tokens) for split in found},
+        "labels_a_point": {s: _distribution(found[s].labels) for s in POINT_SPLITS},
+        "share_of_labels_by_points": shares[0],
+        "share_of_pairs_by_points": shares[1],
+    }
+
+
+def _shares(dataset: Dataset, statistics: object, name: str) -> dict[str, float]:
+    found = statistics.get(name, {}) if isinstance(statistics, dict) else None
+    if not isinstance(found, dict) or not all(
+        isinstance(share, int | float) and 0 <= share <= 1 for share in found.values()
+    ):
+        raise DatasetError(
+            f"{dataset.where(MANIFEST)} has statistics.labels.{name}={found!r:.80}; "
+            f"convert the source again"
+        )
+    return found
+
+
+def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:
+    """Mean, quantiles, and a histogram by powers of two, of values given by their counts."""
+    total = int(counts.sum())
+    if total == 0:
+        return {}
+    reached = np.cumsum(counts) / total
+    quantiles = {f"p{round(q * 100)}": int(np.searchsorted(reached, q - 1e-12)) for q in QUANTILES}
+    histogram, low = {}, 0
+    while low < len(counts):
+        high = max(2 * low - 1, 0) if low else 0
+        name = str(low) if high <= low else f"{low}-{high}"
+        if rows := int(counts[low : high + 1].sum()):
+            histogram[name] = rows
+        low = high + 1
+    mean = float(counts @ np.arange(len(counts))) / total
+    return {"mean": round(mean, 2), **quantiles, "histogram": histogram}
+
+
+def _padding(dataset: Dataset, batch_size: int) -> float | None:
+    """Share of a batch that is padding, in the first window of epoch 0 as training reads it."""
+    parts = [part.rows for part in dataset.manifest.splits["train"]]
+    streams = min(STREAMS, batch_size)
+    order = training_order(
+        parts, [], augment=0, seed=0, epoch=0,
+        batch_size=batch_size // streams * streams, streams=streams, window=WINDOW,
+    )  # fmt: skip
+    if order.total == 0:
+        return None
+    table = read_window(dataset, order, order.slots_of(0, 1), 0)
+    sizes, batches = list_lengths(table["input_ids"]), table[BATCH].to_numpy()
+    starts = np.flatnonzero(np.diff(batches, prepend=-1))
+    cells = np.maximum.reduceat(sizes, starts) * np.diff(np.append(starts, len(sizes)))
+    return round(1 - float(sizes.sum() / cells.sum()), 4)
+
+
+def _samples(dataset: Dataset, samples: int) -> list[dict[str, Any]]:
+    """The first training points, decoded where the tokenizer can be had."""
+    rows = dataset.read_rows("train", 0, min(samples, dataset.manifest.num_points("train")))
+    try:
+        # The dataset names it, not the user: nothing is fetched for that.
+        found = tokenizer.load(dataset.manifest.tokenizer, fetch=False)
+        decoded = tokenizer.decode(found.serialised, rows["input_ids"].to_pylist())
+    except ReneeError as error:
+        decoded = [f"(not decoded: {reason(error)})"] * len(rows)
+    return [
+        {
+            "point_id": row["point_id"],
+            "text": shortened(text, SHOWN_TEXT),
+            "labels": [_label_text(dataset, label) for label in row["labels"][:SHOWN_LABELS]],
+            "more_labels": max(len(row["labels"]) - SHOWN_LABELS, 0),
+        }
+        for row, text in zip(rows.to_pylist(), decoded, strict=True)
+    ]
+
+
+def _label_text(dataset: Dataset, label: int) -> str:
+    text = dataset.read_rows("labels", label, label + 1, ["text"])["text"][0].as_py()
+    return shortened(text, SHOWN_LABEL_TEXT) or f"label {label}"
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text for people, of about `limit` characters at most; says how long it is if it was cut."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def _has_nulls(column: pa.ChunkedArray) -> bool:
+    inside = pc.list_flatten(column).null_count if pa.types.is_list(column.type) else 0
+    return column.null_count + inside > 0
+
+
+def _added(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    out = np.zeros(max(len(a), len(b)), dtype=np.int64)
+    out[: len(a)] += a
+    out[: len(b)] += b
+    return out
+
+
+def _named(schema: pa.Schema) -> str:
+    return ", ".join(f"{each.name} {each.type}" for each in schema)

@@ -1,0 +1,1 @@
+"""Source folders as others wrote them: text files of the XML repository, and Parquet."""

@@ -1,0 +1,48 @@
+"""What users are told: errors that are one sentence, and text that is fit for a terminal."""
+
+from __future__ import annotations
+
+import re
+
+SHOWN = 200
+"""Characters of a wrong value in an error's sentence."""
+_CREDENTIALS = re.compile(r"(\w://)[^\s/?#'\"]*:[^\s?#'\"]*@|(\ws?3a?://)[^\s/?#'\"]*@")
+_SECRET = re.compile(
+    r"([?&][^=&\s'\"]*(?:secret|token|key|sig|signature|password|credential)[^=&\s'\"]*=)"
+    r"[^&\s'\"]*",
+    re.IGNORECASE,
+)
+_UNSEEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+    r"\ud800-\udfff\ufff9-\ufffb]"
+)
+
+
+class ReneeError(Exception):
+    """A user's error: its text is one sentence, shown without a traceback.
+
+    status: exit status of a command that ends with it.
+    """
+
+    status = 1
+
+
+class ConfigError(ReneeError):
+    """A configuration that cannot be run."""
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: what would steer it, or change the order of what is seen, escaped."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def redacted(text: str) -> str:
+    """`text` without the credentials in the URLs that it quotes."""
+    text = _CREDENTIALS.sub(lambda found: f"{found[1] or found[2]}***@", text)
+    return _SECRET.sub(lambda found: f"{found[1]}***", text)
+
+
+def reason(error: BaseException) -> str:
+    """What another library's exception says, as a part of one sentence: its first line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,58 @@
+"""The machine, or the container, that a process runs in: free memory, threads that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+OPENMP = {"GOMP_SPINCOUNT": "2000"}
+"""Set before torch loads: its idle threads otherwise spin on the cores of the compiled loops."""
+
+V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+      "total_inactive_file")  # fmt: skip
+V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+"""Of each version of cgroups: where it is mounted, its limit, its use, and what of that are pages
+of files that nobody has used for a while, which the kernel takes back before it refuses any."""
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process can still take without swapping or being killed.
+
+    That is the least of what the machine has and of what is left of the limit of every group
+    of processes that it is in, from its container's to the outermost that can be seen.
+
+    Args:
+        root: the directory that `proc` and `sys` are in.
+    """
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups(root)]))
+
+
+def left_in_groups(root: Path) -> Iterator[int]:
+    """Bytes left of each limit, of groups that have one; a group may be above its limit."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, limit, usage, inactive = V1 if controllers else V2
+        group = PurePosixPath(path.lstrip("/"))
+        # A container may see its group at the mount itself, under whatever path that has outside.
+        for each in (group, *group.parents):
+            directory = root / mount / each
+            most, used = _read(directory / limit).strip(), _read(directory / usage).strip()
+            if most.isdigit() and used.isdigit():
+                yield int(most) - int(used) + _field(_read(directory / "memory.stat"), inactive)
+
+
+def _field(stat: str, name: str) -> int:
+    found = (line.split() for line in stat.splitlines())
+    return next((int(value) for key, value in found if key == name), 0)
+
+
+def _read(path: Path) -> str:
+    """A small file; empty where there is none, or it may not be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

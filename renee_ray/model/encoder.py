@@ -1,0 +1,323 @@
+"""The text encoder: tokens -> embedding, its optimizer, and its data-parallel wrapper."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from renee_ray.config.schema import EncoderConfig
+from renee_ray.data.models import resolve_model
+from renee_ray.errors import ReneeError, reason
+from renee_ray.model.dropout import draw_fast
+from renee_ray.model.token_gradient import TokenGradient
+from renee_ray.parallel.collectives import Ranks, sum_gradients
+from renee_ray.xfc.kernels.device import native, native_bf16
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+MAX_MODULES = 4096
+"""Layers, or experts, of an encoder."""
+POSITION_TABLES = {"position_embeddings", "embed_positions", "wpe"}
+"""What models call their table of a vector for each position."""
+
+
+class Encoder(nn.Module):
+    """Transformer, masked mean pooling in fp32, and an optional bias-free fp32 bottleneck.
+
+    What it equals: `bottleneck((h * mask).sum(1) / mask.sum(1)) + constant` for h [b, T, H] the
+    last hidden states (Renée, section 3.1). `constant` [D] is 0, as in the paper, unless
+    `classifier.init=label_text` sets it (training/initialise); it is not trained.
+    """
+
+    def __init__(self, config: EncoderConfig, device: torch.device) -> None:
+        super().__init__()
+        self.backbone: PreTrainedModel = _backbone(config, device)
+        hidden: int = self.backbone.config.hidden_size
+        self.bottleneck = (
+            nn.Linear(hidden, config.bottleneck, bias=False) if config.bottleneck else None
+        )
+        self.dim = config.bottleneck or hidden
+        self.constant: Tensor
+        self.register_buffer("constant", torch.zeros(self.dim))
+        self.autocast = autocast_dtype(config.autocast, device)
+        if config.weights:
+            load_initial_weights(self, config.weights)
+        self.to(device)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask: int64 [b, T] -> float32 [b, D]."""
+        device = input_ids.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            hidden = self._hidden(input_ids, attention_mask)
+        with torch.autocast(device, enabled=False):
+            mask = attention_mask.unsqueeze(-1).float()
+            pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+            reduced = pooled if self.bottleneck is None else self.bottleneck(pooled)
+            return reduced + self.constant
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last hidden states. On a CPU a token outside the vocabulary is a user's error."""
+        try:
+            hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+        except IndexError as error:
+            raise ReneeError(
+                f"the dataset has token ids up to {int(input_ids.max())} and the encoder knows "
+                f"{self.backbone.config.vocab_size} tokens in texts of at most "
+                f"{getattr(self.backbone.config, 'max_position_embeddings', 'any')}; convert the "
+                f"source with the tokenizer of the encoder"
+            ) from error
+        return hidden
+
+
+def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Encoder:
+    """The encoder of a configuration, the same on every rank.
+
+    Raises:
+        ReneeError: the model or the initial weights cannot be loaded.
+    """
+    torch.manual_seed(seed)
+    encoder = Encoder(config, device)
+    if config.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if device.type == "cpu" and not config.compile:  # compiled code draws its own way
+        draw_fast(encoder)
+    if config.compile:
+        encoder.backbone.compile(dynamic=True)
+    return encoder
+
+
+def data_parallel(
+    encoder: Encoder,
+    ranks: Ranks,
+    gradient: str,
+    tokens: TokenGradient | None = None,
+    on_last: Callable[[], None] = lambda: None,
+) -> nn.Module:
+    """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks.
+
+    tokens: reduces the gradient of the token vectors, which DDP then leaves alone.
+    on_last: of `sum`, called in a backward when only the sum over the ranks is waited for.
+    """
+    if ranks.num_ranks == 1:
+        return encoder
+    if tokens is not None:
+        names = [name for name, p in encoder.named_parameters() if p is tokens.weight]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(encoder, names)
+    on_gpu = next(encoder.parameters()).is_cuda
+    wrapped = DistributedDataParallel(
+        encoder,
+        device_ids=None if not on_gpu else [torch.cuda.current_device()],
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,
+    )
+    if gradient == "sum":
+        sum_gradients(wrapped, on_last)
+    return wrapped
+
+
+def adamw(encoder: Encoder, config: EncoderConfig) -> torch.optim.AdamW:
+    """AdamW, eps 1e-6; vectors (biases, every normalisation's weights) are not decayed."""
+    matrices = [p for p in encoder.parameters() if p.ndim > 1]
+    vectors = [p for p in encoder.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        eps=1e-6,
+        fused=True,
+    )
+
+
+@contextlib.contextmanager
+def training_attention(device: torch.device) -> Iterator[None]:
+    """On CPU, attention by matmuls: the fused kernel's backward takes twice as long there."""
+    if device.type == "cpu":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in, or None for none: `off`, `bf16`, `fp16`, or what suits the device.
+
+    `auto`: bfloat16 where it is native, else float16 on a GPU and none on a CPU.
+    """
+    if choice == "auto":
+        narrow = torch.float16 if native(torch.float16, device) else None
+        return torch.bfloat16 if native_bf16(device) else narrow
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+def load_initial_weights(encoder: Encoder, path: str) -> None:
+    """Initial weights of the encoder from a `state_dict` file, prefixes mapped.
+
+    Raises:
+        ReneeError: no such file, not a plain state_dict, or no tensor of it fits.
+    """
+    if not Path(path).is_file():
+        raise ReneeError(
+            f"encoder.weights={path!r} is not a file; give a state_dict of the encoder"
+        )
+    state = _read_state_dict(path)
+    own = encoder.backbone.state_dict()
+    mapped = {_own_name(name, own): tensor for name, tensor in state.items()}
+    fitting = {n: t for n, t in mapped.items() if n in own and own[n].shape == t.shape}
+    if not fitting:
+        raise ReneeError(
+            f"none of the {len(state)} tensors in {path} fits encoder.name; the first is "
+            f"{next(iter(state), 'none')!r}, expected is e.g. {next(iter(own))!r}"
+        )
+    encoder.backbone.load_state_dict(fitting, strict=False)
+    missing = sorted(set(own) - set(fitting))
+    if missing:
+        log.warning("%s lacks %d tensors, kept as they were: %s", path, len(missing), missing[:5])
+
+
+def _attention(choice: str, device: torch.device) -> str:
+    if choice == "auto":
+        return "eager" if device.type == "cpu" else "sdpa"
+    return choice
+
+
+def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
+    # Seconds to import, and most processes of a run hold no encoder.
+    from transformers import AutoModel
+
+    directory = resolve_model(config.name)
+    attention = _attention(config.attention, device)
+    with _loading(config.name):
+        settings = _described(directory, attention)[0]
+        if config.internal_dropout is not None:
+            for key in _dropout_keys(settings):
+                setattr(settings, key, config.internal_dropout)
+        model = AutoModel.from_pretrained(
+            directory,
+            config=settings,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+    # DDP waits for the gradient of every parameter, and mean pooling never calls the pooler.
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Raises ReneeError for whatever the library raises: what a model's files happen to cause."""
+    try:
+        yield
+    except ReneeError:
+        raise
+    except Exception as error:
+        raise ReneeError(
+            f"encoder.name={name!r:.200} cannot be loaded ({type(error).__name__}: "
+            f"{reason(error):.200}); give a model that has config.json and model.safetensors"
+        ) from error
+
+
+def check_positions(config: EncoderConfig, max_length: int) -> None:
+    """Raises ReneeError where a text may have more tokens than the encoder has positions.
+
+    max_length: of the dataset.
+    """
+    longest = min(config.max_length, max_length)
+    limit = max_positions(config.name)
+    if limit is not None and longest > limit:
+        raise ReneeError(
+            f"encoder.name={config.name!r:.200} has {limit} positions, and encoder.max_length="
+            f"{config.max_length} of a dataset of max_length={max_length} allows texts of "
+            f"{longest} tokens; train with encoder.max_length={limit} at most"
+        )
+
+
+def max_positions(name: str) -> int | None:
+    """Tokens of a text that an encoder has position vectors for; None: it needs none for each.
+
+    Told by the tables of a model without weights. Some tables begin with rows of no position:
+    those up to the padding's (as of RoBERTa), or rows beyond what config.json counts (as of OPT).
+    Relative and rotary positions have no such table.
+    """
+    with _loading(name):
+        settings, model = _described(resolve_model(name), "eager")
+    said = getattr(settings, "max_position_embeddings", None)
+    limits = []
+    for path, table in model.named_modules():
+        weight, padding = getattr(table, "weight", None), getattr(table, "padding_idx", None)
+        if path.rpartition(".")[2] in POSITION_TABLES and isinstance(weight, Tensor):
+            rows = min(len(weight), said) if isinstance(said, int) else len(weight)
+            limits.append(rows if padding is None else rows - padding - 1)
+    return min(limits, default=None)
+
+
+def _described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """(a model's configuration, the model without weights).
+
+    Refuses a description of more weights than there are bytes of them, before they are made.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    there = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    for key, value in vars(settings).items():
+        if isinstance(value, int) and re.search("layer|expert|block", key) and value > MAX_MODULES:
+            raise ReneeError(
+                f"{directory}/config.json has {key:.80}={value:.3g}, above the limit of "
+                f"{MAX_MODULES}; give another encoder"
+            )
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = AutoModel.from_config(
+            settings, attn_implementation=attention, trust_remote_code=False
+        )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if there and weights > there:
+        raise ReneeError(
+            f"{directory}/config.json describes {weights} weights and its safetensors files have "
+            f"{there} bytes; give an encoder whose files belong together"
+        )
+    return settings, model
+
+
+def _dropout_keys(settings: object) -> list[str]:
+    numbers = (
+        key
+        for key, value in vars(settings).items()
+        if "dropout" in key and isinstance(value, (int, float))
+    )
+    return [key for key in numbers if "classif" not in key]
+
+
+def _read_state_dict(path: str) -> dict[str, Tensor]:
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its unpickler happens to raise
+        raise ReneeError(f"{path} is not a plain state_dict ({type(error).__name__})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    return {name: t for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def _own_name(name: str, own: Collection[str]) -> str:
+    """`name` without the leading modules that another program wrapped the encoder in."""
+    parts = name.split(".")
+    suffixes = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((suffix for suffix in suffixes if suffix in own), name)

@@ -1,0 +1,283 @@
+"""First weights of the classifier: the same, but for rounding, whatever the number of ranks.
+
+`label_text` starts where a nearest-neighbour search would stop. With e the embeddings of the
+training points (mean mu, mean norm rho), for every label l that n_l of N points have:
+
+    b    = (E'E/N + 1e-4 mean-square I)^-1 mu      least squares for  e . b = 1;  u = b / |b|
+    e   <- e + init_constant * u                   the encoder's `constant`;  mu with it
+    v_l  = unit(unit(e(text of l)) + init_centroid * unit(sum of unit(e_i) over its points))
+    w_l  = s v_l + (log(n_l / N) + delta - s v_l . mu) u / (mu . u)        s = init_scale / rho
+
+There is no bias term, so the direction u stands in for one. The last term takes out what a
+label scores on the average point and puts its prior there; delta is chosen so that the
+median point expects as many labels as the average point has. Without it every sigmoid is
+near 1/2 and the first steps, on L negatives a row, undo what the texts gave. Without the
+constant the prior needs weights of a norm that drowns the rest in dE = G W.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.split import splitmix64
+from renee_ray.errors import ReneeError
+from renee_ray.model.encoder import Encoder
+from renee_ray.model.model import Model
+from renee_ray.parallel.batch import Batch, Ragged, pad, ragged, truncate
+from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, route, row_counts
+from renee_ray.parallel.recorder import Recorder
+from renee_ray.parallel.rounds import Rounds
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+
+log = logging.getLogger(__name__)
+
+TEXT_BLOCK = 16384
+"""Labels whose texts are read and embedded at a time."""
+TEXT_BATCH = 256
+SAMPLE = 512
+"""Points that the prior is calibrated on."""
+MOMENT_BATCHES = 64
+"""Global batches that mean and second moment are taken from when no centroid is wanted."""
+
+
+def initialise_classifier(
+    model: Model,
+    config: RunConfig,
+    dataset: Dataset,
+    points: Callable[[], Iterable[Batch]],
+    ranks: Ranks,
+    device: torch.device,
+    recorder: Recorder | None = None,
+    say: Callable[[str], None] = log.info,
+) -> None:
+    """Fills this rank's shard.
+
+    Args:
+        points: this rank's training points, once; every rank draws equally many batches.
+        recorder, say: are told how far it is.
+
+    A dataset without label texts leaves `label_text` with the labels' points alone.
+
+    Raises:
+        ReneeError: `label_text` without label texts and with init_centroid 0.
+    """
+    settings = config.classifier
+    if settings.init == "normal":
+        model.shard.initialise_normal(settings.init_std, config.seed)
+        return
+    if not dataset.manifest.has_label_texts and not settings.init_centroid:
+        raise ReneeError(
+            f"{dataset.path} has no label texts for classifier.init=label_text; "
+            f"set classifier.init=normal or classifier.init_centroid=1"
+        )
+    training = model.encoder.training
+    model.encoder.eval()
+    num_points = dataset.manifest.num_points("train")
+    if not settings.init_centroid:
+        num_points = min(num_points, MOMENT_BATCHES * config.evaluation.batch_size)
+    recorder = recorder or Recorder()
+    over_points = Rounds(ranks, "first weights: training points", num_points, recorder, say)
+    num_labels = dataset.manifest.num_labels
+    with torch.inference_mode():
+        survey = _over_points(model, points(), config, dataset, over_points, device)
+        bias = _add_constant(model.encoder, survey, settings.init_constant)
+        over_labels = Rounds(ranks, "first weights: label texts", num_labels, recorder, say)
+        _write_rows(model, config, dataset, survey, bias, over_labels, device)
+        wanted = survey.labels_per_point
+        _add_to_rows(model.shard, _calibrated(model.shard, survey, bias, wanted, ranks) * bias)
+    model.encoder.train(training)
+
+
+@dataclass
+class Survey:
+    """What one pass over the training points gives.
+
+    mean: float64 [D]; second: E'E/N float64 [D, D]; norm: mean of |e|; labels_per_point: mean;
+    sample: float32 [~SAMPLE, D] embeddings, the same on every rank; centroids: float32 [n, D]
+    sums of the unit embeddings of each own label's points, or None.
+    """
+
+    mean: Tensor
+    second: Tensor
+    norm: float
+    labels_per_point: float
+    sample: Tensor
+    centroids: Tensor | None
+
+    def bias_direction(self) -> Tensor:
+        """u [D] float32, of norm 1: e . u varies little over the points."""
+        dim = len(self.mean)
+        ridge = 1e-4 * float(self.second.trace()) / dim
+        regular = self.second + ridge * torch.eye(dim, dtype=torch.float64)
+        solution = torch.linalg.solve(regular, self.mean)
+        return (solution / solution.norm()).float()
+
+
+def _over_points(
+    model: Model,
+    points: Iterable[Batch],
+    config: RunConfig,
+    dataset: Dataset,
+    rounds: Rounds,
+    device: torch.device,
+) -> Survey:
+    encoder, owned, ranks = model.encoder, model.shard.owned, rounds.ranks
+    dim, wanted = encoder.dim, config.classifier.init_centroid > 0
+    centroids = torch.zeros(len(owned), dim, device=device) if wanted else None
+    second = torch.zeros(dim, dim, dtype=torch.float64)
+    total = torch.zeros(dim, dtype=torch.float64)
+    scalars = torch.zeros(3, dtype=torch.float64)  # points, norms, labels
+    sampled = [torch.zeros(0, dim)]
+    limit = min(1.0, SAMPLE / dataset.manifest.num_points("train")) * 2.0**64
+    for batch in points if wanted else islice(points, MOMENT_BATCHES):
+        own = encoder(*batch.tokens(device))[: len(batch)]
+        host = own.cpu()
+        second += (own.T @ own).double().cpu()
+        total += host.sum(0, dtype=torch.float64)
+        norms = host.norm(dim=1).sum(dtype=torch.float64)
+        scalars += torch.tensor([len(own), float(norms), len(batch.labels.values)])
+        sampled.append(host[torch.from_numpy(splitmix64(batch.points.astype(np.uint64)) < limit)])
+        if centroids is not None:
+            _add_to_centroids(centroids, batch, own, owned, ranks, device)
+        rounds.add(len(batch))
+    rounds.finish()
+    mine = torch.cat(sampled)
+    sample = gather_rows(ranks, mine.to(device), row_counts(ranks, len(mine)))
+    for sums in (second, total, scalars):
+        all_sum(ranks, sums)
+    count, norm, labels = (float(value) for value in scalars)
+    return Survey(total / count, second / count, norm / count, labels / count, sample, centroids)
+
+
+def _add_to_centroids(
+    centroids: Tensor,
+    batch: Batch,
+    own: Tensor,
+    owned: LabelRange,
+    ranks: Ranks,
+    device: torch.device,
+) -> None:
+    counts = row_counts(ranks, len(batch))
+    pairs = batch.pairs(sum(counts[: ranks.rank]))
+    rows, labels = route(ranks, *pairs, owned.num_labels)
+    everyone = gather_rows(ranks, _unit(own), counts)
+    # A GPU would add up repeated indices in any order, and no two runs would begin alike.
+    order = torch.argsort(labels, stable=True)
+    found, lengths = labels[order].unique_consecutive(return_counts=True)
+    of_label = everyone[rows[order].to(device)]
+    sums = torch.segment_reduce(of_label, "sum", lengths=lengths.to(device), unsafe=True)
+    centroids[(found - owned.start).to(device)] += sums
+
+
+def _add_constant(encoder: Encoder, survey: Survey, norm: float) -> Tensor:
+    """Sets the encoder's constant; returns the direction [D] whose mean score is 1."""
+    unit = survey.bias_direction()
+    encoder.constant.copy_(norm * unit)
+    survey.mean = survey.mean + norm * unit.double()
+    survey.sample = survey.sample + norm * unit.to(survey.sample)
+    return (unit / float(survey.mean.float() @ unit)).to(survey.sample)
+
+
+def _write_rows(
+    model: Model,
+    config: RunConfig,
+    dataset: Dataset,
+    survey: Survey,
+    bias: Tensor,
+    rounds: Rounds,
+    device: torch.device,
+) -> None:
+    settings, shard = config.classifier, model.shard
+    manifest = dataset.manifest
+    points = manifest.num_points("train") + manifest.num_points("validation")
+    mean = survey.mean.float().to(device)
+    scale = settings.init_scale / survey.norm
+    for first, texts, counts in _embed_labels(
+        model.encoder, config, dataset, shard.owned, rounds, device
+    ):
+        # Without texts every label has the same empty one: no information, so no part in it.
+        rows = _unit(texts - model.encoder.constant) * manifest.has_label_texts
+        if survey.centroids is not None:
+            start = first - shard.owned.start
+            near = _unit(survey.centroids[start : start + len(rows)])
+            rows = _unit(rows + settings.init_centroid * near)
+        prior = torch.from_numpy(np.log(np.maximum(counts, 0.5) / points)).float().to(device)
+        shift = prior - scale * (rows @ mean)
+        shard.write(first, scale * rows + shift[:, None] * bias)
+    rounds.finish()
+
+
+def _calibrated(shard: Shard, survey: Survey, bias: Tensor, wanted: float, ranks: Ranks) -> float:
+    """delta with which the median point of the sample expects `wanted` labels, by bisection."""
+    share = (survey.sample @ bias)[:, None]
+    low, high = -20.0, 20.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        expected = torch.zeros(len(survey.sample), dtype=torch.float64, device=bias.device)
+        for start, stop in shard.chunks(len(survey.sample)):
+            logits = survey.sample @ shard.weights.weight.read(start, stop).T
+            expected += (logits + middle * share).sigmoid_().sum(1, dtype=torch.float64)
+        if float(all_sum(ranks, expected.cpu()).median()) > wanted:
+            high = middle
+        else:
+            low = middle
+    return (low + high) / 2
+
+
+def _add_to_rows(shard: Shard, row: Tensor) -> None:
+    for start in range(0, len(shard.owned), TEXT_BLOCK):
+        stop = min(start + TEXT_BLOCK, len(shard.owned))
+        shard.weights.weight.write(start, stop, shard.weights.weight.read(start, stop) + row)
+
+
+def _embed_labels(
+    encoder: Encoder,
+    config: RunConfig,
+    dataset: Dataset,
+    owned: LabelRange,
+    rounds: Rounds,
+    device: torch.device,
+) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+    """(first label, embeddings [n, D], train counts int64 [n]) of blocks of the owned labels."""
+    for first in range(owned.start, owned.stop, TEXT_BLOCK):
+        stop = min(first + TEXT_BLOCK, owned.stop)
+        table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
+        tokens = truncate(ragged(table["input_ids"]), config.encoder.max_length)
+        embedded = embed_texts(encoder, tokens, dataset.manifest.pad_id, device, rounds.add)
+        yield first, embedded, table["train_count"].to_numpy()
+
+
+def embed_texts(
+    encoder: Encoder,
+    tokens: Ragged,
+    pad_id: int,
+    device: torch.device,
+    on_batch: Callable[[int], object] = lambda rows: None,
+) -> Tensor:
+    """Embeddings [n, D] float32 of tokenised texts, computed in batches of similar length.
+
+    on_batch: is given the number of texts of each batch once they are embedded.
+    """
+    out = torch.empty(len(tokens), encoder.dim, device=device)
+    order = np.argsort(tokens.lengths, kind="stable")
+    for start in range(0, len(order), TEXT_BATCH):
+        rows = order[start : start + TEXT_BATCH]
+        ids, mask = pad(tokens.take(rows), pad_id)
+        embedded = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
+        out[torch.from_numpy(rows).to(device)] = embedded
+        on_batch(len(rows))
+    return out
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

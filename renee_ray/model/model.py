@@ -1,0 +1,46 @@
+"""The two halves of the model on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from renee_ray.config.schema import RunConfig
+from renee_ray.model.encoder import Encoder, build_encoder
+from renee_ray.parallel.collectives import Ranks, broadcast_bytes
+from renee_ray.xfc.kernels.device import choose_precision
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.weights.storages import Weights
+
+
+@dataclass(frozen=True)
+class Model:
+    """The encoder, a replica on every rank, and this rank's shard of the classifier."""
+
+    encoder: Encoder
+    shard: Shard
+
+
+def build_model(
+    config: RunConfig,
+    num_labels: int,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    training: bool,
+    precision: str | None = None,
+) -> Model:
+    """Encoder and an all-zero shard; without `training`, no momentum is allocated.
+
+    precision: of a checkpoint that is to be loaded, where the configuration says `auto`.
+    """
+    encoder = build_encoder(config.encoder, device, config.seed)
+    owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
+    momentum = training and config.classifier.momentum > 0
+    # Of one kind on all ranks, whatever devices they have: it is that of one checkpoint.
+    wanted = precision or choose_precision(config.classifier.precision, device)
+    precision = broadcast_bytes(ranks, wanted.encode()).decode()
+    weights = Weights(precision, len(owned), encoder.dim, momentum, device)
+    return Model(encoder, Shard(owned, weights, config.classifier.chunk))

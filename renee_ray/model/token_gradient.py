@@ -1,0 +1,61 @@
+"""The gradient of the token vectors, the largest matrix of a small encoder.
+
+Ledger, for V tokens of width H, of which the rows of rank r contain v_r different ones:
+
+    grad     sparse [V, H] on each rank   after the backward: own rows' tokens, repeated
+    rows     [v_r, H] with ids [v_r]      own rows' tokens, each once
+    dense    [V, H] on each rank          zero but for the tokens of the global batch
+
+    grad  --coalesce-->  rows  --gather_rows, added in rank order-->  dense
+
+Of V = 30,522 tokens a batch has some hundred. A dense gradient would be filled with zeros,
+copied and summed over the ranks in each step, by far the most of what DDP sends. `dense` is
+allocated once, and only the rows that were written are cleared again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, row_counts
+
+
+class TokenGradient:
+    """Makes the gradient of an encoder's token vectors sparse, and sums it over the ranks.
+
+    Args:
+        encoder: its embedding of the most rows is the one of the tokens.
+        mean: the sum is divided by the number of ranks.
+    """
+
+    def __init__(self, encoder: nn.Module, ranks: Ranks, *, mean: bool = False) -> None:
+        embeddings = [module for module in encoder.modules() if isinstance(module, nn.Embedding)]
+        embedding = max(embeddings, key=lambda each: each.num_embeddings)
+        embedding.sparse = True
+        self.weight = embedding.weight
+        self._ranks, self._scale = ranks, 1 / ranks.num_ranks if mean else 1.0
+        self._dense = torch.zeros_like(self.weight, requires_grad=False)
+        self._written = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
+
+    def reduce(self) -> None:
+        """Replaces the weight's sparse gradient by the dense one of the global batch."""
+        assert self.weight.grad is not None
+        own = self.weight.grad.coalesce()
+        self._dense.index_fill_(0, self._written, 0.0)
+        self._written = self._add(own.indices()[0], own.values() * self._scale)
+        self.weight.grad = self._dense
+
+    def _add(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """Adds the rows of all ranks to `dense`; returns the ids of what was written."""
+        counts = row_counts(self._ranks, len(ids))
+        if self._ranks.num_ranks * max(counts) > len(self._dense):
+            # A ring sends 2 V rows for a dense sum, and R times the most of a rank to gather.
+            self._dense.index_copy_(0, ids, rows)
+            all_sum(self._ranks, self._dense)
+            return torch.arange(len(self._dense), device=ids.device)
+        everyone = gather_rows(self._ranks, rows, counts)
+        everyones_ids = gather_rows(self._ranks, ids[:, None], counts)[:, 0]
+        for some, of_them in zip(everyones_ids.split(counts), everyone.split(counts), strict=True):
+            self._dense.index_add_(0, some, of_them)
+        return everyones_ids

@@ -1,0 +1,1 @@
+"""What the ranks of a job do together: collectives, rounds, batches, times by phase."""

@@ -1,0 +1,248 @@
+"""A rank's rows of one global batch, as arrays that the step consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from renee_ray.data.dataset.dataset import POINTS
+from renee_ray.data.split import splitmix64
+from renee_ray.xfc.kernels.device import upload
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: row i is values[offsets[i]:offsets[i + 1]].
+
+    values: int64 [m]; offsets: int64 [n + 1], starting at 0.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of_lists(cls, rows: list[list[int]]) -> Ragged:
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+        flat = [value for row in rows for value in row]
+        return cls(np.array(flat, dtype=np.int64), offsets.astype(np.int64))
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The rows of these numbers, in this order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return Ragged(self.values[places], offsets)
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(row, value) of every value."""
+        return np.repeat(np.arange(len(self)), self.lengths), self.values
+
+    def followed_by(self, other: Ragged) -> Ragged:
+        """Each row with the row of `other` at the same place behind it."""
+        rows = np.concatenate([self.pairs()[0], other.pairs()[0]])
+        values = np.concatenate([self.values, other.values])
+        return Ragged(values[np.argsort(rows, kind="stable")], self.offsets + other.offsets)
+
+    def only(self, kept: np.ndarray) -> Ragged:
+        """The values for which `kept`, bool [m], is true."""
+        before = np.concatenate([[0], np.cumsum(kept)])
+        return Ragged(self.values[kept], before[self.offsets])
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the run: batches of `epoch` before `batch` are done."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of the global batch at `position`; possibly none.
+
+    points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
+    of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the numbers of
+    the rows in their split, or None where they are of none.
+    """
+
+    position: Position
+    points: np.ndarray
+    input_ids: Ragged
+    labels: Ragged
+    filtered: Ragged
+    pad_id: int
+    pad_multiple: int = 1
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def pairs(self, first: int) -> tuple[Tensor, Tensor]:
+        """(row of the global batch, label) of every positive; this rank's rows start at `first`."""
+        rows, labels = self.labels.pairs()
+        return torch.from_numpy(rows + first), torch.from_numpy(labels)
+
+    def filter_pairs(self, first: int) -> tuple[Tensor, Tensor]:
+        """(row of the global batch, label) of everything that must not be predicted."""
+        rows, labels = self.filtered.pairs()
+        return torch.from_numpy(rows + first), torch.from_numpy(labels)
+
+    def for_training(
+        self, seed: int, *, token_dropout: float, filter_labels_positive: bool
+    ) -> Batch:
+        """As the model trains on it: some tokens left out, filter labels among the positives."""
+        labels, input_ids = self.labels, self.input_ids
+        if filter_labels_positive:
+            labels = labels.followed_by(self.filtered)
+        if token_dropout:
+            input_ids = drop_tokens(input_ids, self.points, token_dropout, seed, self.position)
+        return replace(self, labels=labels, input_ids=input_ids)
+
+    def micro_batches(self, limit: int) -> list[np.ndarray]:
+        """Rows (int64) in groups of at most `limit` of similar length, the longest last.
+
+        One group, in stored order, where they are no more than that or `limit` is 0.
+        """
+        if not limit or len(self) <= limit:
+            return [np.arange(len(self))]
+        order = np.argsort(self.input_ids.lengths, kind="stable")
+        return [order[i : i + limit] for i in range(0, len(order), limit)]
+
+    def tokens(self, device: torch.device, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """(input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row.
+
+        rows: those wanted, in this order; None: all.
+        """
+        wanted = self.input_ids if rows is None else self.input_ids.take(rows)
+        padded, mask = pad(wanted, self.pad_id, self.pad_multiple)
+        return (
+            upload(torch.from_numpy(padded), device),
+            upload(torch.from_numpy(mask), device),
+        )
+
+    def padding(self, micro_batch: int = 0) -> tuple[int, int]:
+        """(tokens, cells of the padded matrices of its micro-batches)."""
+        groups = [self.input_ids.take(rows) for rows in self.micro_batches(micro_batch)]
+        cells = sum(len(group) * _width(group, self.pad_multiple) for group in groups)
+        return len(self.input_ids.values), cells
+
+
+def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
+    """A column of lists as int64 arrays."""
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(lists, pa.ChunkedArray):  # a column without chunks stays chunked
+        return Ragged(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return Ragged(lists.flatten().to_numpy().astype(np.int64), offsets - offsets[0])
+
+
+def truncate(rows: Ragged, limit: int) -> Ragged:
+    """Rows of at most `limit` tokens that keep their last one, the end-of-text token."""
+    kept = np.minimum(rows.lengths, limit)
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - rows.offsets[:-1], kept)
+    cut = (kept > 0) & (kept < rows.lengths)
+    places[offsets[1:][cut] - 1] = rows.offsets[1:][cut] - 1
+    return Ragged(rows.values[places], offsets)
+
+
+def drop_tokens(
+    rows: Ragged, points: np.ndarray, share: float, seed: int, position: Position
+) -> Ragged:
+    """Rows without a share of their tokens, never the first or the last.
+
+    How many depends on the row's length alone, so that rows of one length stay so and need no
+    padding; which ones, on (seed, epoch, point, place in the row), not on who holds the row.
+    """
+    row, _ = rows.pairs()
+    epoch = splitmix64(np.array([seed, position.epoch], dtype=np.uint64))
+    point = splitmix64(points.astype(np.uint64) ^ epoch[0] ^ (epoch[1] << np.uint64(1)))
+    place = np.arange(len(row)) - rows.offsets[row]
+    drawn = splitmix64(point[row] + place.astype(np.uint64))
+    ends = (place == 0) | (place == rows.lengths[row] - 1)
+    dropped = np.round(share * np.maximum(rows.lengths - 2, 0)).astype(np.int64)
+    # Of each row, in ascending order of what was drawn, the first ones go; its ends come last.
+    order = np.lexsort((drawn, ends, row))
+    kept = np.empty(len(row), dtype=bool)
+    kept[order] = place >= dropped[row]
+    return rows.only(kept)
+
+
+def cut_batches(
+    tables: Iterable[pa.Table],
+    positions: Iterable[Position],
+    pad_id: int,
+    max_length: int,
+    pad_multiple: int = 1,
+) -> Iterator[Batch]:
+    """Batches at exactly these positions, from tables whose rows come in that order.
+
+    Args:
+        tables: as `data.rows.read_window` makes them, with a column `epoch`; a batch may
+            begin in one table and end in a later one, and may have no row at all.
+    """
+    source = iter(tables)
+    rest: pa.Table | None = None
+    for position in positions:
+        pieces = []
+        while True:
+            rest = next(source, None) if rest is None or not len(rest) else rest
+            if rest is None:
+                break
+            same = (rest["batch"].to_numpy() == position.batch) & (
+                rest["epoch"].to_numpy() == position.epoch
+            )
+            n = len(same) if same.all() else int(same.argmin())
+            pieces.append(rest.slice(0, n))
+            if n < len(same):
+                rest = rest.slice(n)
+                break
+            rest = None
+        yield _batch(position, pieces, pad_id, max_length, pad_multiple)
+
+
+def _batch(
+    position: Position, pieces: list[pa.Table], pad_id: int, max_length: int, pad_multiple: int
+) -> Batch:
+    table = pa.concat_tables(pieces) if pieces else POINTS.empty_table()
+    rows = table["row"].to_numpy() if pieces else np.zeros(0, dtype=np.int64)
+    return Batch(
+        position,
+        table["point_id"].to_numpy(),
+        truncate(ragged(table["input_ids"]), max_length),
+        ragged(table["labels"]),
+        ragged(table["filter_labels"]),
+        pad_id,
+        pad_multiple,
+        rows,
+    )
+
+
+def pad(rows: Ragged, pad_id: int, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask) int64 [max(n, 1), T]; T is the longest row, rounded up to `multiple`."""
+    width = _width(rows, multiple)
+    ids = np.full((max(len(rows), 1), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    mask[: len(rows)] = np.arange(width) < rows.lengths[:, None]
+    ids[mask == 1] = rows.values
+    # Attention over nothing is NaN, and NaN times a zero gradient is NaN still.
+    mask[:, 0] = 1
+    return ids, mask
+
+
+def _width(rows: Ragged, multiple: int) -> int:
+    longest = max(1, int(rows.lengths.max(initial=1)))
+    return -(-longest // multiple) * multiple

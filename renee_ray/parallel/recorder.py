@@ -1,0 +1,204 @@
+"""Where the time of a rank's steps goes, and what they work on: sums that others read.
+
+A step is cut into phases without a gap: entering one ends the one before it. Phases are of a kind:
+
+    data         waiting for the next batch
+    own          work that waits for nobody
+    collective   sending, and waiting for the other ranks to come
+    pause        what is no step: first weights, validation, checkpoints
+
+On a GPU a phase's time is the device's: an event is recorded where a phase begins and read when
+the device has passed it, so nothing is synchronised. Elsewhere it is the host's.
+
+Every rank enters the same phases in the same order, so the number of phases entered so far tells
+who is behind. It is read by a thread that goes on while this one waits in a collective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+import torch
+
+from renee_ray.parallel.collectives import Ranks, gather_numbers
+
+T = TypeVar("T")
+
+KINDS = {
+    "data": "data",
+    "route": "collective",
+    "encoder_forward": "own",
+    "gather": "collective",
+    "classifier": "own",
+    "scatter": "collective",
+    "encoder_backward": "own",
+    "reduce": "collective",
+    "optimizer": "own",
+    "loss": "collective",
+    "start": "pause",
+    "first_weights": "pause",
+    "evaluation": "pause",
+    "evaluation_data": "pause",
+    "checkpoint": "pause",
+    "end": "pause",
+}
+"""Phases in the order of a step, then pauses, with their kinds. With `encoder.gradient=mean` the
+encoder's gradients are exchanged in `encoder_backward`."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of one rank, since its process began.
+
+    seconds: by phase; rows: own points; label_rows: own labels times points of global batches;
+    tokens, cells: of own rows, without and with padding; checkpoint_seconds: from the beginning
+    of a checkpoint to its end, whatever training does meanwhile; checkpoint_bytes: written by
+    this rank.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    steps: float = 0
+    skipped: float = 0
+    rows: float = 0
+    label_rows: float = 0
+    tokens: float = 0
+    cells: float = 0
+    checkpoints: float = 0
+    checkpoint_seconds: float = 0
+    checkpoint_bytes: float = 0
+
+    def of_kind(self, *kinds: str) -> float:
+        return sum(self.seconds[phase] for phase, kind in KINDS.items() if kind in kinds)
+
+
+COUNTS = tuple(each.name for each in fields(Totals) if each.name != "seconds")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a rank's steps, each the mean of those since the last sample.
+
+    step: all of it; own: without waiting for other ranks; data: of that, waiting for data.
+    """
+
+    step: float
+    own: float
+    data: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is.
+
+    step: that it works on, from 1; entered: phases so far; seconds: since the last of them.
+    """
+
+    step: int
+    phase: str
+    entered: int
+    seconds: float
+
+
+class Recorder:
+    """What one rank does; `enter` and the counts are called by it, the rest by anybody.
+
+    paces: of every rank, in rank order, as of the last sample.
+    doing: how far it is, where that takes long and is no step.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._clock: _HostClock | _DeviceClock = (
+            _DeviceClock() if device is not None and device.type == "cuda" else _HostClock()
+        )
+        self._counts = {name: 0.0 for name in COUNTS}
+        self._sampled = Totals()
+        self._place = (0, "start", 0, time.monotonic())
+        self.paces: list[Pace] = []
+        self.doing = ""
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """The phase before ends, this one begins; `step`: its number from 1, where one begins."""
+        before, _, entered, _ = self._place
+        assert phase in KINDS
+        self._clock.enter(phase)
+        # One assignment: another thread sees the place before or after it.
+        self._place = (before if step is None else step, phase, entered + 1, time.monotonic())
+
+    def each(self, items: Iterable[T], waiting: str, working: str) -> Iterator[T]:
+        """The items, in phase `waiting` until one comes, in `working` until the next is asked."""
+        iterator, ended = iter(items), object()
+        while True:
+            self.enter(waiting)
+            item = next(iterator, ended)
+            self.enter(working)
+            if item is ended:
+                return
+            yield item  # type: ignore[misc]  # not `ended`
+
+    def count(self, **added: float) -> None:
+        """Adds to the totals of these names."""
+        for name, amount in added.items():
+            self._counts[name] += amount
+
+    def checkpointed(self, seconds: float, written: int) -> None:
+        """A checkpoint has ended, of which this rank wrote so many bytes."""
+        self.count(checkpoints=1, checkpoint_seconds=seconds, checkpoint_bytes=written)
+
+    def totals(self) -> Totals:
+        return Totals(self._clock.seconds(), **self._counts)
+
+    def place(self) -> Place:
+        step, phase, entered, since = self._place
+        return Place(step, phase, entered, time.monotonic() - since)
+
+    def sample(self, ranks: Ranks) -> None:
+        """Exchanges the pace since the last sample with all ranks, which call this alike."""
+        totals, before = self.totals(), self._sampled
+        self._sampled = totals
+        steps = max(1, totals.steps - before.steps)
+
+        def mean(*kinds: str) -> float:
+            return (totals.of_kind(*kinds) - before.of_kind(*kinds)) / steps
+
+        own = [mean("data", "own", "collective"), mean("data", "own"), mean("data")]
+        self.paces = [Pace(*each) for each in gather_numbers(ranks, own)]
+
+
+class _HostClock:
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self._phase, self._since = "start", time.perf_counter()
+
+    def enter(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._seconds)
+
+
+class _DeviceClock:
+    """Marks of the device's timeline, added up once it has passed them."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self._marks: deque[tuple[str, torch.cuda.Event]] = deque()
+        self._unused: list[torch.cuda.Event] = []
+        self.enter("start")
+
+    def enter(self, phase: str) -> None:
+        event = self._unused.pop() if self._unused else torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((phase, event))
+        while len(self._marks) > 1 and self._marks[1][1].query():
+            ended, begun = self._marks.popleft()
+            self._seconds[ended] += begun.elapsed_time(self._marks[0][1]) / 1000
+            self._unused.append(begun)
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._seconds)

@@ -1,0 +1,71 @@
+"""The checkpoints of a run, for people and as JSON."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from renee_ray.checkpoint.registry import Checkpoints, Found
+from renee_ray.checkpoint.state import CheckpointError
+
+
+def list_checkpoints(run: str, *, verify: bool) -> list[dict[str, Any]]:
+    """What every committed checkpoint of `run` is, the newest first.
+
+    Args:
+        verify: reads all of them and compares checksums; without it, files and their sizes.
+
+    Returns:
+        of each: name, step, bytes, files, workers (that wrote it), time_s (of its commit),
+        metrics, problem (None: there is none).
+    """
+    return [_described(found, verify) for found in Checkpoints(run).found()]
+
+
+def _described(found: Found, verify: bool) -> dict[str, Any]:
+    described = {"name": found.name, "step": found.step, "problem": found.problem}
+    if found.checkpoint is None:
+        return described
+    manifest = found.checkpoint.manifest
+    if verify and found.problem is None:
+        try:
+            found.checkpoint.verify()
+        except CheckpointError as error:
+            described["problem"] = str(error)
+    return described | {
+        "bytes": manifest.size,
+        "files": len(manifest.files),
+        "workers": len(list(manifest.shards())),
+        "time_s": manifest.time_s,
+        "metrics": manifest.metrics,
+    }
+
+
+def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) -> Table:
+    """The list for a terminal; the best by `metric` is marked."""
+    scores = [row["metrics"].get(metric) for row in rows if not row["problem"]]
+    best = max((score for score in scores if score is not None), default=None)
+    table = Table()
+    for name in "checkpoint", "step":
+        table.add_column(name)
+    for name in "size", "workers", "written", metric:
+        table.add_column(name, justify="right")
+    table.add_column("verified" if verified else "sizes")
+    for row in rows:
+        score = row.get("metrics", {}).get(metric)
+        shown = "" if score is None else f"{score:.2f}" + (" best" if score == best else "")
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.get("time_s", 0)))
+        table.add_row(
+            row["name"],
+            str(row["step"]),
+            decimal(row["bytes"]) if "bytes" in row else "",
+            str(row.get("workers", "")),
+            written if "time_s" in row else "",
+            shown,
+            Text(row["problem"], style="red") if row["problem"] else "as written",
+        )
+    return table

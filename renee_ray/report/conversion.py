@@ -1,0 +1,46 @@
+"""What `renee-ray convert` made, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from renee_ray.errors import printable
+
+SHOWN = ("points", "tokens_mean", "tokens_max", "at_max_length", "labels_mean", "labels_max")
+EXPECTED = {*SHOWN, "label_pairs", "filter_pairs", "least_id", "greatest_id"}
+"""Counts that say nothing odd; any other one is a repair, or something to look at."""
+
+
+def conversion_text(facts: Mapping[str, Any]) -> RenderableType:
+    """A table of the splits, what was odd in the source, and hints.
+
+    facts: `dataset`, `labels`, `statistics` by split as in dataset.json, `hints`.
+    """
+    return Group(*_blocks(facts))
+
+
+def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
+    table = Table(title=Text(printable(f"{facts['dataset']}: {facts['labels']:,} labels")))
+    table.add_column("")
+    for name in ("points", "tokens:\nmean", "\nmost", "\nat limit", "labels:\nmean", "\nmost"):
+        table.add_column(name, justify="right")
+    odd = []
+    for split, counts in facts["statistics"].items():
+        table.add_row(split, *(_cell(counts.get(key)) for key in SHOWN))
+        odd += [
+            f"{split}: {count:,} {name.replace('_', ' ')}"
+            for name, count in counts.items()
+            if name not in EXPECTED and isinstance(count, int) and count
+        ]
+    yield table
+    for line in [*odd, *facts["hints"]]:
+        yield Text(printable(line))
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"

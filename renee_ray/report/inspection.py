@@ -1,0 +1,81 @@
+"""What `renee-ray inspect` found, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from renee_ray.errors import printable
+
+BAR = 40
+"""Characters of the longest bar of a histogram."""
+
+
+def inspection_text(facts: Mapping[str, Any]) -> RenderableType:
+    """The facts of `data.inspection.inspect`."""
+    return Group(*_blocks(facts))
+
+
+def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
+    yield Text(
+        printable(
+            f"{facts['path']}: {facts['labels']:,} labels, {facts['bytes'] / 2**20:,.1f} MiB, "
+            f"{facts['tokenizer']}, at most {facts['max_length']} tokens"
+        )
+    )
+    yield _rows(facts)
+    tokens = facts["tokens_a_row"]["train"].get("histogram", {})
+    yield _histogram("Tokens of a training point", tokens)
+    labels = facts["labels_a_point"]["train"].get("histogram", {})
+    yield _histogram("Labels of a training point", labels)
+    if facts["share_of_labels_by_points"]:
+        yield _tail(facts)
+    if facts.get("padding") is not None:
+        yield Text(f"\n{facts['padding']:.1%} of a batch is padding\n")
+    for sample in facts.get("samples", []):
+        yield Text(printable(f"{sample['point_id']}: {sample['text']}"), style="bold")
+        more = f" and {sample['more_labels']} more" if sample["more_labels"] else ""
+        labels = printable("; ".join(sample["labels"])) or "no labels"
+        yield Text(f"    {labels}{more}", style="dim")
+    if "problems" in facts:
+        found = map(printable, facts["problems"]) if facts["problems"] else ["verified"]
+        yield Text("\n".join(["", *found]))
+
+
+def _rows(facts: Mapping[str, Any]) -> Table:
+    table = Table()
+    table.add_column("")
+    table.add_column("rows", justify="right")
+    table.add_column("parts", justify="right")
+    for name in ("tokens:\nmedian", "\n99%", "\nmost", "labels:\nmean", "\nmost"):
+        table.add_column(name, justify="right")
+    for split, tokens in facts["tokens_a_row"].items():
+        labels = facts["labels_a_point"].get(split, {})
+        rows = facts["points"].get(split, facts["labels"])
+        cells = [tokens.get(key, "") for key in ("p50", "p99", "p100")]
+        cells += [labels.get(key, "") for key in ("mean", "p100")]
+        table.add_row(split, f"{rows:,}", str(facts["parts"][split]), *map(str, cells))
+    return table
+
+
+def _histogram(title: str, counts: Mapping[str, int]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    most, total = max(counts.values(), default=1), sum(counts.values())
+    for name, rows in counts.items():
+        bar = "█" * max(1, round(BAR * rows / most))
+        table.add_row(name, f"{rows:,}", f"{rows / total:.1%}", bar)
+    return table
+
+
+def _tail(facts: Mapping[str, Any]) -> Table:
+    table = Table(title="By training points of a label", title_justify="left", box=None)
+    for name in ("points", "of labels", "of (point, label) pairs"):
+        table.add_column(name, justify="right")
+    pairs = facts["share_of_pairs_by_points"]
+    for name, share in facts["share_of_labels_by_points"].items():
+        table.add_row(Text(printable(name)), f"{share:.1%}", f"{pairs[name]:.1%}")
+    return table

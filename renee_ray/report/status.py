@@ -1,0 +1,216 @@
+"""How a run is, from the files in its directory alone: no Ray, no cluster.
+
+RUN/status.json is written by the run's first worker every ten seconds, and by the driver before
+the workers are there and when the run has failed:
+
+    state, reason               of whoever wrote it; time_s: when
+    launched_s, restarts        when the command was given; how often workers were started anew
+    record                      the last one of training/loop: step, loss, rows a second, ...
+    step, phase, phase_s        steps done, what that worker is doing, and for how long
+    doing                       how far it is with that, where it takes long before the first step
+    ranks                       of every worker: node, seconds of a step, its own part of it
+    checkpoint, evaluation, best, skipped
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from renee_ray.data.storage import read_file
+from renee_ray.errors import ReneeError
+
+STATUS_FILE, STATUS_VERSION = "status.json", 1
+SILENT_S = 60.0
+"""Seconds without a word after which nobody knows whether a run is still there."""
+STARTING_S = 600.0
+"""The same while workers are started, of which nothing is heard."""
+WAITING_S = 15.0
+"""Seconds in a phase that waits, after which a run is said to wait."""
+SHOWN_RANKS = 16
+WAITS_FOR = {
+    "data": "for data",
+    "evaluation_data": "for validation data",
+    "route": "for other workers",
+    "gather": "for other workers",
+    "scatter": "for other workers",
+    "reduce": "for other workers",
+    "loss": "for other workers",
+}
+COLOURS = {"running": "green", "finished": "green", "waiting": "yellow", "failed": "red"}
+
+
+def read_status(run: str, now: float) -> dict[str, Any]:
+    """How the run at `run` is; `now`: seconds since 1970.
+
+    Returns:
+        `state` (running, finished, stopped, waiting, failed or unknown), `reason`, `age_s` of the
+        last word, and what is known of: step, total_steps, epoch, epochs, loss, rows_per_second,
+        seconds_left, skipped, restarts, evaluation, best, checkpoint, ranks.
+
+    Raises:
+        ReneeError: there is no run.
+    """
+    if read_file(f"{run}/run.json") is None:
+        raise ReneeError(f"{run} is not a run of renee_ray: no run.json; give a run's directory")
+    found = _json(run, STATUS_FILE)
+    if found is not None and found.get("format_version") != STATUS_VERSION:
+        raise ReneeError(
+            f"{run}/{STATUS_FILE} has format version {found.get('format_version')!r} and this "
+            f"renee_ray reads {STATUS_VERSION}; use the renee_ray that trains the run"
+        )
+    try:
+        return described(found if found is not None else _of_history(run), now) | {"run": run}
+    except (LookupError, TypeError, AttributeError):
+        name = "history.json" if found is None else STATUS_FILE
+        raise _damaged(run, name) from None
+
+
+def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """What `read_status` returns, from the content of status.json."""
+    age = max(0.0, now - content["time_s"])
+    state, why = state_of(content, age)
+    record = content.get("record") or {}
+    keys = ("total_steps", "epoch", "loss", "rows_per_second", "padding", "seconds_left")
+    checkpoint = content.get("checkpoint")
+    return {
+        "state": state,
+        "reason": why,
+        "age_s": age,
+        "step": content.get("step", record.get("step")),
+        **{key: record.get(key) for key in keys},
+        "epochs": content.get("epochs"),
+        "skipped": content.get("skipped", 0),
+        "restarts": content.get("restarts", 0),
+        "evaluation": content.get("evaluation"),
+        "best": content.get("best"),
+        "metric": content.get("metric"),
+        "checkpoint": checkpoint and checkpoint | {"age_s": max(0.0, now - checkpoint["time_s"])},
+        "ranks": content.get("ranks", []),
+    }
+
+
+def state_of(content: Mapping[str, Any], age: float) -> tuple[str, str]:
+    """(state, why) of a run whose status.json is `age` seconds old."""
+    state, why = content["state"], content.get("reason", "")
+    if state in ("finished", "stopped", "failed"):
+        return state, why
+    if age > (STARTING_S if state == "waiting" else SILENT_S):
+        before = f"waiting {why}" if state == "waiting" else f"in phase `{content.get('phase')}`"
+        return "unknown", f"nothing was heard for {duration(age)}; it was {before}"
+    if state == "waiting":
+        return state, why
+    phase, seconds = content.get("phase", ""), content.get("phase_s", 0.0) + age
+    if phase in WAITS_FOR and content.get("phase_s", 0.0) > WAITING_S:
+        return "waiting", f"{WAITS_FOR[phase]}, for {duration(seconds)}"
+    return "running", content.get("doing") or f"phase `{phase}`"
+
+
+def status_text(status: Mapping[str, Any]) -> RenderableType:
+    """The status for a terminal."""
+    return Group(*_blocks(status))
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `3:07:00`."""
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _blocks(status: Mapping[str, Any]) -> Iterator[RenderableType]:
+    title = Text(f"{status['run']}: ")
+    title.append(status["state"], style=f"bold {COLOURS.get(status['state'], 'yellow')}")
+    if status["reason"]:
+        title.append(f", {status['reason']}")
+    yield title
+    facts = Table.grid(padding=(0, 2))
+    for name, text in _facts(status):
+        facts.add_row(name, Text(text))
+    yield facts
+    if status["ranks"]:
+        yield _ranks(status["ranks"])
+
+
+def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "last heard", f"{duration(status['age_s'])} ago"
+    if status["step"] is not None:
+        of = "" if status["total_steps"] is None else f" of {status['total_steps']:,}"
+        yield "step", f"{status['step']:,}{of}"
+    if status["loss"] is not None:
+        of = "" if status["epochs"] is None else f" of {status['epochs']}"
+        yield "epoch", f"{status['epoch']:.2f}{of}"
+        yield "loss", f"{status['loss']:.3f}"
+        yield "speed", f"{status['rows_per_second']:,.0f} rows/s, {status['padding']:.0%} padding"
+        if status["state"] != "finished":
+            yield "time left", duration(status["seconds_left"])
+    for name in ("evaluation", "best"):
+        if status[name]:
+            yield f"{name.replace('evaluation', 'last')} validation", _evaluation(status, name)
+    if status["checkpoint"]:
+        checkpoint = status["checkpoint"]
+        yield (
+            "last checkpoint",
+            f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago",
+        )
+    yield "skipped steps", str(status["skipped"])
+    yield "restarts", str(status["restarts"])
+
+
+def _evaluation(status: Mapping[str, Any], name: str) -> str:
+    found, first = status[name], status["metric"] or "P@1"
+    shown = [first, *(each for each in ("P@1", "P@5", "PSP@1", "PSP@5") if each != first)]
+    figures = [f"{key} {found['metrics'][key]:.2f}" for key in shown if key in found["metrics"]]
+    return f"{'  '.join(figures)}  (step {found['step']:,})"
+
+
+def _ranks(ranks: list[dict[str, Any]]) -> Table:
+    slowest = sorted(ranks, key=lambda each: -each["own_s"])[:SHOWN_RANKS]
+    more = f", the {SHOWN_RANKS} slowest of {len(ranks)}" if len(ranks) > SHOWN_RANKS else ""
+    table = Table(title=f"Workers{more}: milliseconds of a step", title_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("node")
+    for name in ("step", "own part", "data"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for each in sorted(slowest, key=lambda each: int(each["rank"])):
+        times = (f"{1000 * each[key]:.1f}" for key in ("step_s", "own_s", "data_s"))
+        slow = Text("straggler" if each["slow"] else "", style="red")
+        table.add_row(str(each["rank"]), each["node"], *times, slow)
+    return table
+
+
+def _json(run: str, name: str) -> dict[str, Any] | None:
+    content = read_file(f"{run}/{name}")
+    if content is None:
+        return None
+    try:
+        found = json.loads(content)
+        if not isinstance(found, dict):
+            raise ValueError
+    except ValueError:
+        raise _damaged(run, name) from None
+    return found
+
+
+def _damaged(run: str, name: str) -> ReneeError:
+    return ReneeError(f"{run}/{name} is damaged; wait for the run to write it again")
+
+
+def _of_history(run: str) -> dict[str, Any]:
+    """Of a run that was made before there was a status.json."""
+    history = _json(run, "history.json") or {"steps": [], "evals": []}
+    steps, evals = history["steps"], history["evals"]
+    done = bool(steps) and evals and evals[-1]["step"] == steps[-1]["total_steps"]
+    return {
+        "state": "finished" if done else "running",
+        "time_s": steps[-1]["time_s"] if steps else 0.0,
+        "record": steps[-1] if steps else None,
+        "evaluation": evals[-1] if evals else None,
+        "skipped": steps[-1]["skipped"] if steps else 0,
+    }

@@ -1,0 +1,1 @@
+"""Top-k and metrics across shards, with votes of the nearest training points."""

@@ -1,0 +1,152 @@
+"""What the nearest training points are labelled with, as votes beside the classifier's scores.
+
+With u the embedding without the encoder's constant, scaled to norm 1, and S(x) the `count`
+training points whose cosine u_i . u_x is largest (of equal ones at the cut, any or all):
+
+    c_i     = max(u_i . u_x, 0) ** POWER
+    v_l(x)  = sum over i in S(x) of c_i y_il / sum over i in S(x) of c_i
+    score   = z_l(x) + weight * v_l(x)
+
+The interpolation of Khandelwal et al. (ICLR 2020) with logits instead of probabilities: the
+classifier is a mean over a label's points, a vote is not, and they err differently. A rank's
+training points are a shard like that of the classifier, with their embeddings in place of W,
+so the streaming top-k of `xfc/topk/select.py` finds them; their labels stay with them, and only the
+votes travel. Takes 4 D bytes for each of a rank's points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from renee_ray.model.encoder import Encoder
+from renee_ray.parallel.batch import Batch, Ragged
+from renee_ray.parallel.collectives import Ranks, gather_rows, return_pairs, return_rows, row_counts
+from renee_ray.parallel.rounds import Rounds
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
+from renee_ray.xfc.weights.storages import Weights
+
+POWER = 8
+"""How much more a nearer point counts."""
+RERANKED = 200
+"""Of the classifier's labels, the votes can lift only these best ones, or k if that is more."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """One rank's share of the training points, as voters.
+
+    points: a shard with their unit embeddings as rows; labels: theirs, in the same order.
+    constant: float32 [D], the encoder's, which all embeddings have in common.
+    """
+
+    points: Shard
+    labels: Ragged
+    constant: Tensor
+    ranks: Ranks
+    count: int
+    weight: float
+
+    @classmethod
+    @torch.inference_mode()
+    def embed(
+        cls,
+        encoder: Encoder,
+        batches: Iterable[Batch],
+        ranks: Ranks,
+        device: torch.device,
+        count: int,
+        weight: float,
+    ) -> Neighbours:
+        """Embeds this rank's training points, `batches`; every rank may have another number."""
+        encoder.eval()
+        rows, labels = [torch.zeros(0, encoder.dim, device=device)], [Ragged.of_lists([])]
+        rounds = Rounds(ranks, "training points")
+        for batch in batches:
+            own = encoder(*batch.tokens(device))[: len(batch)]
+            rows.append(_unit(own - encoder.constant))
+            labels.append(batch.labels)
+            rounds.add(len(batch))
+        rounds.finish()
+        values = torch.cat(rows)
+        rows.clear()
+        counts = row_counts(ranks, len(values))
+        first = sum(counts[: ranks.rank])
+        owned = LabelRange(first, first + len(values), sum(counts))
+        shard = Shard(owned, Weights("fp32", len(owned), encoder.dim, False, device))
+        shard.write(first, values)
+        count = max(1, min(count, owned.num_labels))
+        return cls(shard, _joined(labels), encoder.constant, ranks, count, weight)
+
+    def add(
+        self,
+        embeddings: Tensor,
+        counts: list[int],
+        best: tuple[Tensor, Tensor],
+        k: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The k best of each own row's candidates once the votes are added.
+
+        Args:
+            embeddings: [B, D] float32 of the global batch; counts: rows of each rank in it.
+            best: (scores float32 [b_r, k'], labels int64 [b_r, k']), `NONE` where there is none.
+
+        Returns:
+            (scores float32 [b_r, k] descending, labels int64 [b_r, k]) in host memory
+        """
+        scores, labels = best[0].cpu(), best[1].cpu()
+        rows, voted, votes = self._votes(embeddings, counts)
+        return merge_topk([scores + self.weight * _of(labels, rows, voted, votes)], [labels], k)
+
+    def _votes(self, embeddings: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(row among own rows, label, vote) [m] in host memory; a pair may come repeatedly."""
+        cosines, ids = shard_topk(self.points, _unit(embeddings - self.constant), self.count)
+        nearest = torch.cat(return_rows(self.ranks, cosines, counts), dim=1)
+        last = nearest.topk(self.count, dim=1).values[:, -1:]
+        total = (_strength(nearest) * (nearest >= last)).sum(1, keepdim=True)
+        last, total = gather_rows(self.ranks, torch.cat([last, total], 1), counts).split(1, 1)
+        rows, places = ((cosines >= last) & (ids != NONE)).nonzero(as_tuple=True)
+        share = _strength(cosines)[rows, places] / total[rows, 0].clamp(min=1e-30)
+        points = (ids[rows, places] - self.points.owned.start).cpu().numpy()
+        of_point = self.labels.take(points)
+        lengths = torch.from_numpy(of_point.lengths)
+        return return_pairs(
+            self.ranks,
+            rows.cpu().repeat_interleave(lengths),
+            torch.from_numpy(of_point.values),
+            share.cpu().repeat_interleave(lengths),
+            counts,
+        )
+
+
+def _of(labels: Tensor, rows: Tensor, voted: Tensor, votes: Tensor) -> Tensor:
+    """Sum of the votes for each of labels int64 [b, k]; float32 [b, k], 0 for those without."""
+    if not len(rows):
+        return torch.zeros(labels.shape)
+    width = int(torch.maximum(labels.max(), voted.max())) + 1
+    keys, place = (rows * width + voted).unique(return_inverse=True)
+    sums = torch.zeros(len(keys)).index_add_(0, place, votes)
+    wanted = torch.arange(len(labels))[:, None] * width + labels
+    at = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    return sums[at] * ((keys[at] == wanted) & (labels != NONE))
+
+
+def _strength(cosines: Tensor) -> Tensor:
+    """c_i; 0 for the cosine -inf of a place that no point fills."""
+    return cosines.clamp(min=0) ** POWER
+
+
+def _joined(rows: list[Ragged]) -> Ragged:
+    lengths = np.concatenate([each.lengths for each in rows])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Ragged(np.concatenate([each.values for each in rows]), offsets)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

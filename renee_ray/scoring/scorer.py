@@ -1,0 +1,169 @@
+"""Predicting and evaluating across label shards: every rank ends with its own rows' results.
+
+For a global batch: embeddings of all rows to every rank, a streaming top-k of each shard,
+each rank's rows of it back to that rank (all-to-all), a merge of R lists there. Nothing of
+[rows, labels] exists, and no rank holds what is another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.model.encoder import Encoder
+from renee_ray.parallel.batch import Batch
+from renee_ray.parallel.collectives import (
+    Ranks,
+    all_sum,
+    gather_rows,
+    look_up,
+    return_rows,
+    route,
+    row_counts,
+)
+from renee_ray.scoring.metrics import KS, MetricSums, inverse_propensity
+from renee_ray.scoring.neighbours import RERANKED, Neighbours
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.topk.select import merge_topk, shard_topk
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The trained model on one of R ranks.
+
+    offset: float32 [n], added to the scores of the rank's own labels, or None.
+    neighbours: training points that vote, or None.
+    """
+
+    encoder: Encoder
+    shard: Shard
+    ranks: Ranks
+    device: torch.device
+    offset: Tensor | None = None
+    neighbours: Neighbours | None = None
+
+    @torch.inference_mode()
+    def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        """The k best labels of this rank's rows, filter labels left out before the cut.
+
+        Returns:
+            (scores float32 [b, k] descending, labels int64 [b, k]) in host memory; label -1
+            where fewer than k labels remain. k is the number of labels where it is greater.
+        """
+        counts = row_counts(self.ranks, len(batch))
+        first = sum(counts[: self.ranks.rank])
+        owned = self.shard.owned
+        pairs = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
+        own = self.encoder(*batch.tokens(self.device))[: len(batch)]
+        everyone = gather_rows(self.ranks, own, counts)
+        excluded = Pairs(*pairs, owned, self.device)
+        k = min(k, owned.num_labels)
+        wanted = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
+        width = min(wanted, _largest_shard(owned.num_labels, self.ranks.num_ranks))
+        scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
+        best = merge_topk(
+            return_rows(self.ranks, scores, counts),
+            return_rows(self.ranks, labels, counts),
+            wanted,
+        )
+        if self.neighbours is not None:
+            return self.neighbours.add(everyone, counts, best, k)
+        return best[0].cpu(), best[1].cpu()
+
+    def predict(self, batches: Iterable[Batch], k: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """(batch, scores, labels) of each batch. All ranks must draw equally many."""
+        training = self.encoder.training
+        self.encoder.eval()
+        try:
+            for batch in batches:
+                yield batch, *self.topk(batch, k)
+        finally:
+            self.encoder.train(training)
+
+
+def _largest_shard(num_labels: int, num_ranks: int) -> int:
+    return -(-num_labels // num_ranks)
+
+
+def topk_bytes(rows: int, k: int, num_labels: int, num_ranks: int) -> int:
+    """Bytes, about, that a rank takes for the k best labels of a global batch of so many rows.
+
+    A pair of score and label takes 12 bytes. Each thread collects 2 k a row and sorts them; the
+    shards' lists are joined, sent, and merged.
+    """
+    width = min(k, _largest_shard(num_labels, num_ranks))
+    return 12 * rows * width * (4 * torch.get_num_threads() + 9)
+
+
+def read_counts(dataset: Dataset, owned: LabelRange) -> np.ndarray:
+    """Training points int64 [n] of a range of labels; no augmentation has touched them."""
+    table = dataset.read_rows("labels", owned.start, owned.stop, ["train_count"])
+    return table["train_count"].to_numpy()
+
+
+def prior_offset(counts: np.ndarray, tau: float, device: torch.device) -> Tensor | None:
+    """-tau * log n_l, the logit adjustment of Menon et al. (ICLR 2021), float32 [n].
+
+    Scores then rank labels as if rare ones were more frequent; None for tau 0.
+    """
+    if not tau:
+        return None
+    return torch.from_numpy(-tau * np.log(np.maximum(counts, 1))).float().to(device)
+
+
+@dataclass(frozen=True)
+class Propensities:
+    """Inverse propensities of a rank's own labels, float64; those of others are asked for."""
+
+    own: Tensor
+    owned: LabelRange
+    ranks: Ranks
+
+    @classmethod
+    def read(cls, dataset: Dataset, owned: LabelRange, ranks: Ranks) -> Propensities:
+        """From the counts of the labels that this rank owns."""
+        manifest = dataset.manifest
+        points = manifest.num_points("train") + manifest.num_points("validation")
+        own = inverse_propensity(
+            read_counts(dataset, owned), points, manifest.propensity_a, manifest.propensity_b
+        )
+        return cls(torch.from_numpy(own), owned, ranks)
+
+    def of(self, labels: np.ndarray) -> np.ndarray:
+        """float64 [m] of any labels int64 [m]; every rank must ask at the same time."""
+        asked = torch.from_numpy(labels)
+        answer = look_up(self.ranks, asked, self.own, self.owned.start, self.owned.num_labels)
+        return answer.numpy()
+
+
+def evaluate(
+    scorer: Scorer,
+    batches: Iterable[Batch],
+    propensities: Propensities,
+    ks: tuple[int, ...] = KS,
+    recall_ks: tuple[int, ...] = (10, 100),
+) -> dict[str, float]:
+    """Metrics in percent of all ranks' rows together."""
+    return metric_sums(scorer, batches, propensities, ks, recall_ks).metrics()
+
+
+def metric_sums(
+    scorer: Scorer,
+    batches: Iterable[Batch],
+    propensities: Propensities,
+    ks: tuple[int, ...] = KS,
+    recall_ks: tuple[int, ...] = (10, 100),
+) -> MetricSums:
+    """The sums that they come from."""
+    sums = MetricSums.zeros(ks, recall_ks)
+    for batch, _, labels in scorer.predict(batches, max(*ks, *recall_ks)):
+        true = batch.labels
+        sums.add(labels.numpy(), true.values, true.offsets, None, propensities.of(true.values))
+    vector = all_sum(scorer.ranks, torch.from_numpy(sums.vector()))
+    return MetricSums.from_vector(vector.numpy(), ks, recall_ks)

@@ -1,0 +1,105 @@
+"""`renee-ray bench convert`: a conversion beside the bare tokenizer on the same texts.
+
+The reference is `encode_batch_fast` of the tokenizers library on all cores, on the training texts
+already in memory, and nothing else: no reading, no labels, no writing. It is timed once before
+the conversion and once after it, since the machine may change its mind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from renee_ray.config.schema import ConvertConfig
+from renee_ray.data.sources.columns import texts_of
+from renee_ray.data.sources.parquet import ParquetSource, slices
+from renee_ray.data.sources.source import find_source
+from renee_ray.data.storage import absolute
+from renee_ray.service.bench.memory import ResidentPeak
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.convert.convert import convert
+
+CHUNK = 16384
+
+
+def bench_convert(src: str, config: ConvertConfig) -> dict[str, Any]:
+    """Converts `src` to a temporary directory.
+
+    Returns:
+        rows, of the training set; convert_s, of a conversion with Ray running already;
+        rows_per_second; tokenizer_rows_per_second, the mean of before and after;
+        ratio_to_tokenizer; peak_process_gib, resident memory of the greatest process that is not
+        Ray's raylet, shared pages included, and peak_process, its command.
+    """
+    src = absolute(src)
+    before = _tokenizer_rate(src, config)
+    ensure_ray()
+    target = tempfile.mkdtemp(prefix="renee-ray-bench-")
+    try:
+        with ResidentPeak() as peak:
+            start = time.perf_counter()
+            manifest = convert(src, f"{target}/dataset", config)
+            seconds = time.perf_counter() - start
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+    after = _tokenizer_rate(src, config)
+    rows = manifest.num_points("train") + manifest.num_points("validation")
+    rate = (before + after) / 2
+    return {
+        "rows": rows,
+        "convert_s": seconds,
+        "rows_per_second": rows / seconds,
+        "tokenizer_rows_per_second": rate,
+        "ratio_to_tokenizer": rows / seconds / rate,
+        "peak_process_gib": peak.greatest / 2**30,
+        "peak_process": peak.command,
+    }
+
+
+def _tokenizer_rate(src: str, config: ConvertConfig) -> float:
+    """In a process of its own: the tokenizer's threads must not be set up in this one."""
+    command = [sys.executable, "-m", __name__, src, config.tokenizer, str(config.max_length)]
+    command.append(config.labels)
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)["rows_per_second"])
+
+
+def measure(src: str, name: str, max_length: int, labels_are: str) -> dict[str, float]:
+    """Rows a second of `encode_batch_fast` on the training texts of `src`."""
+    from tokenizers import Tokenizer
+
+    from renee_ray.data import tokenizer
+
+    made = Tokenizer.from_str(tokenizer.load(name).serialised)
+    made.no_padding()
+    made.enable_truncation(max_length)
+    texts = _texts(src, labels_are)
+    start = time.perf_counter()
+    for first in range(0, len(texts), CHUNK):
+        made.encode_batch_fast(texts[first : first + CHUNK])
+    return {"rows_per_second": len(texts) / (time.perf_counter() - start)}
+
+
+def _texts(src: str, labels_are: str) -> list[str]:
+    found = find_source(src, labels_are)
+    if isinstance(found, ParquetSource):
+        return [
+            text
+            for block in found.train.blocks
+            for _, rows in slices(block, ["text"])
+            for text in texts_of(rows["text"]).texts
+        ]
+    path = found.train.texts
+    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])))

@@ -1,0 +1,212 @@
+"""`renee-ray bench scale`: the classifier's step on R Ray Train workers, at any number of labels.
+
+A planted problem without an encoder: B points with fixed embeddings, whose first component is
+the same for all, and a few labels each. Every step sees all of them, each rank owning B / R
+rows and L / R labels, so what crosses the ranks is what crosses them in training.
+
+For a speed-up rank 0 holds all labels besides its own, and steps on them alone while the others
+wait, in turns with the steps of all: both meet the same machine, and the same batch. Where Ray
+was started for this, the same is then measured in processes without it: on a machine whose cores
+all train, its idle processes take their time from the steps of all, and less from one worker's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from renee_ray.benchmarks.problem import Problem, make_problem
+from renee_ray.benchmarks.processes import run_processes
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError
+from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
+from renee_ray.service.bench.memory import ResidentPeak
+from renee_ray.service.cluster import ensure_ray, started_here
+from renee_ray.service.launch import (
+    NICENESS,
+    decide_gpu,
+    launch,
+    threads_of,
+    worker_device,
+    worker_environment,
+)
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.weights.storages import SGD, Weights
+
+SWEEP = (1_000_000, 4_000_000, 16_000_000)
+LR = 0.01
+TIMEOUT_S = 1800
+"""A step of 10^8 labels takes minutes on a CPU, and ranks need not end theirs together."""
+
+
+def bench_scale(
+    labels: int | None,
+    dim: int,
+    batch: int,
+    workers: int,
+    threads: int,
+    precision: str,
+    steps: int,
+    speedup: bool,
+) -> dict[str, Any]:
+    """Without momentum; `labels` None: a sweep over `SWEEP`.
+
+    Returns:
+        step_s, the median of `steps`; with `speedup`, one_worker_step_s, the same of one worker,
+        speedup, their quotient, and, unless RAY_ADDRESS is set, bare_step_s,
+        bare_one_worker_step_s and bare_speedup, the same without Ray; seconds_per_million_labels;
+        initialise_s, of the first weights; bytes_per_weight; peak_rss_gib, resident memory of
+        this process and all below it together (Ray's own and every worker's), at its highest, or
+        null if RAY_ADDRESS is set;
+        loss_first and loss_last, the BCE of a point summed over labels; threads, of a worker. A
+        sweep: these of each size, and the slope of step_s over labels.
+
+    Raises:
+        ReneeError: a speed-up of one worker, or the cluster has too few CPUs.
+    """
+    if speedup and workers == 1:
+        raise ReneeError("--speedup compares with one worker; give more --workers")
+    settings = {
+        "dim": dim, "batch": batch, "precision": precision, "steps": steps, "speedup": speedup,
+    }  # fmt: skip
+    if labels is not None:
+        return _run(workers, threads, {"labels": labels, **settings})
+    found = [_run(workers, threads, {"labels": size, **settings}) for size in SWEEP]
+    slope = np.polyfit([size / 1e6 for size in SWEEP], [each["step_s"] for each in found], 1)[0]
+    return {"sweep": found, "slope_seconds_per_million_labels": float(slope)}
+
+
+def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    ensure_ray(workers)  # which the size before may have stopped
+    config = make_config(
+        RunConfig,
+        {"data": "unused", "output": "unused", "num_workers": workers, "batch_size": 8 * workers},
+        {"timeout_s": TIMEOUT_S, "threads": threads},
+    )
+    use_gpu = decide_gpu("auto", workers)
+    with ResidentPeak() as peak:
+        found = launch(scale_worker, arguments, config, use_gpu)
+    # Of another's Ray neither processes nor machines are known here.
+    resident = peak.bytes / 2**30 if started_here() else None
+    found |= {"peak_rss_gib": resident, "workers": workers}
+    if arguments["speedup"] and started_here():
+        ray.shutdown()
+        found |= _without_ray(config, arguments, use_gpu)
+    return {**arguments, **found}
+
+
+def _without_ray(config: RunConfig, arguments: dict[str, Any], use_gpu: bool) -> dict[str, float]:
+    found = run_processes(
+        measure,
+        arguments,
+        config.max_workers,
+        use_gpu=use_gpu,
+        timeout_s=TIMEOUT_S,
+        environment=worker_environment(threads_of(config, use_gpu, config.max_workers)),
+        niceness=NICENESS,
+    )
+    return {f"bare_{name}": found[name] for name in ("step_s", "one_worker_step_s", "speedup")}
+
+
+def scale_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs."""
+    return measure(Ranks.of_process_group(), worker_device(), **arguments)
+
+
+def measure(
+    ranks: Ranks,
+    device: torch.device,
+    labels: int,
+    dim: int,
+    batch: int,
+    precision: str,
+    steps: int,
+    speedup: bool = False,
+) -> dict[str, Any]:
+    """The figures of `bench_scale` but for memory, on every rank (one worker's on rank 0)."""
+    problem = make_problem(labels, dim, batch, device)
+    problem.embeddings.mul_(dim**-0.5)[:, 0] = 1
+    start = time.perf_counter()
+    shard = _shard(ranks, problem, precision, device)
+    initialise_s = time.perf_counter() - start
+    alone = Ranks()
+    whole = _shard(alone, problem, precision, device) if speedup and ranks.rank == 0 else None
+
+    first = _step(ranks, shard, problem, 0, with_loss=True)
+    if whole is not None:
+        _step(alone, whole, problem, 0)
+    seconds: list[float] = []
+    seconds_alone: list[float] = []
+    for step in range(1, steps + 1):
+        if whole is not None:
+            seconds_alone.append(_timed_step(alone, whole, problem, step))
+        if speedup:
+            all_sum(ranks, torch.zeros(()))  # the others wait without a step of their own
+        seconds.append(_timed_step(ranks, shard, problem, step))
+    last = _step(ranks, shard, problem, steps + 1, with_loss=True)
+    taken, held = median(seconds), torch.tensor(shard.weights.nbytes())
+    found = {
+        "step_s": taken,
+        "seconds_per_million_labels": taken / labels * 1e6,
+        "precision": shard.weights.precision,
+        "bytes_per_weight": int(all_sum(ranks, held)) / (labels * dim),
+        "initialise_s": initialise_s,
+        "loss_first": first,
+        "loss_last": last,
+        "threads": torch.get_num_threads(),
+    }
+    if whole is not None:
+        found["one_worker_step_s"] = median(seconds_alone)
+        found["speedup"] = median(seconds_alone) / taken
+    return found
+
+
+def _shard(ranks: Ranks, problem: Problem, precision: str, device: torch.device) -> Shard:
+    owned = LabelRange.of_rank(problem.num_labels, ranks.num_ranks, ranks.rank)
+    dim = problem.embeddings.shape[1]
+    shard = Shard(owned, Weights(precision, len(owned), dim, False, device))
+    shard.initialise_normal(0.02, seed=0)
+    return shard
+
+
+def _timed_step(ranks: Ranks, shard: Shard, problem: Problem, step: int) -> float:
+    start = time.perf_counter()
+    _step(ranks, shard, problem, step)
+    return time.perf_counter() - start
+
+
+def _step(
+    ranks: Ranks, shard: Shard, problem: Problem, step: int, *, with_loss: bool = False
+) -> float:
+    """One step from own rows to the gradient of own rows; returns the loss of a point."""
+    batch = len(problem.embeddings)
+    bounds = [split_range(batch, ranks.num_ranks, rank) for rank in range(ranks.num_ranks)]
+    counts = [stop - start for start, stop in bounds]
+    start, stop = bounds[ranks.rank]
+    mine = (problem.rows >= start) & (problem.rows < stop)
+    pairs = route(ranks, problem.rows[mine], problem.labels[mine], problem.num_labels)
+    everyone = gather_rows(ranks, problem.embeddings[start:stop], counts)
+    positives = Pairs(*pairs, shard.owned, everyone.device)
+    pending: list[scatter_rows] = []
+    loss = shard.step(
+        everyone,
+        positives,
+        replace(SGD(LR, momentum=0), step=step),
+        with_loss=with_loss,
+        on_gradient=lambda dE: pending.append(scatter_rows(ranks, dE, counts)),
+    )
+    gradient = pending[0].wait()
+    # On a GPU this is what waits for the step to end.
+    if not bool(torch.isfinite(gradient).all()):
+        raise ReneeError(
+            f"step {step} diverged: the gradient is not finite; give a smaller --batch"
+        )
+    return float(all_sum(ranks, loss.cpu())) / batch

@@ -1,0 +1,181 @@
+"""`renee-ray bench train`: a whole run through Ray beside the same steps without it.
+
+    full    what `renee-ray train` runs: Ray Train workers fed by Ray Data, token dropout, sampled
+            losses, progress, and checkpoints where `checkpoint.every_steps` puts them
+    bare    `benchmarks.bare`: as many processes with as many threads, the same batches in memory
+
+Both begin with the same weights (N(0, init_std): the first weights do not matter to the time of a
+step, and those from label texts cost a pass over all points) and train the same batches in the
+same order; `weights_apart` compares what they come to.
+
+They are timed one after the other, bare full bare full, and Ray is stopped while bare runs. Blocks
+that alternate inside the Ray Train workers would see more nearly the same machine, but Ray's
+processes and what its tasks still read would take their time from the bare blocks too, and so
+be hidden. Ray Data reads `feed.prefetch` windows of `feed.window` batches in one go, so a block
+is a whole number of these groups: it holds as much of their reading as it uses up.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+
+from renee_ray.benchmarks.bare import Clock, Job, run_bare, weight_norms
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.errors import ReneeError
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.launch import NICENESS, launch, threads_of, worker_environment
+from renee_ray.service.observe.progress import Display
+from renee_ray.service.train.train import check, orders, prepare
+
+WARMUP = 10
+"""Untimed steps: pages and buffers are new, and Ray Data reads the second group meanwhile."""
+
+
+def bench_train(
+    recipe: dict[str, Any],
+    overrides: dict[str, Any],
+    steps: int,
+    repeats: int,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Medians of `repeats` blocks of at least `steps` steps of each.
+
+    Args:
+        recipe, overrides: a RunConfig but for `output`: a run leaves nothing behind.
+
+    Returns:
+        rows_per_second, bare_rows_per_second and ratio_to_bare, their quotient; ratios, of each
+        round; weights_apart, the largest relative difference of the two models' norms after a
+        round; padding, share of the cells of token matrices; of a step, in seconds: feed_wait_s
+        of the full run, classifier_s (None on a GPU) and the rest of the bare step,
+        encoder_s; checkpoint_s, of one checkpoint, of which a run writes one an evaluation; and
+        what was timed: steps of a block, repeats, batch_size, workers, threads, precision, labels.
+
+    Raises:
+        ReneeError: a cluster is set, `output` is given, or the dataset has too few steps.
+    """
+    job = _job(recipe, overrides, steps)
+    full, bare = [], []
+    for number in range(1, repeats + 1):
+        on_progress(f"round {number} of {repeats}: {job.total} steps without Ray, then with it")
+        threads = threads_of(job.config, job.use_gpu, job.config.max_workers)
+        environment = worker_environment(threads)
+        bare.append(run_bare(job, environment, NICENESS))
+        full.append(_run_full(job))
+    return _figures(job, full, bare)
+
+
+def _job(recipe: dict[str, Any], overrides: dict[str, Any], steps: int) -> Job:
+    if os.environ.get("RAY_ADDRESS"):
+        raise ReneeError("bench train starts and stops Ray on this machine; unset RAY_ADDRESS")
+    if "output" in overrides:
+        raise ReneeError("bench train leaves no run behind; leave out output")
+    fixed = {"output": "unused", "classifier": {"init": "normal"}}
+    config = make_config(RunConfig, recipe, overrides, fixed, where="bench train")
+    dataset = Dataset.open(config.data)
+    config = config.model_copy(update={"data": dataset.path})
+    check(config, dataset)
+    group = config.feed.window * config.feed.prefetch
+    epochs = tuple(orders(config, dataset))
+    use_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.max_workers
+    multiple = 8 if config.encoder.compile else 1
+    job = Job(config, dataset, epochs, WARMUP, -(-steps // group) * group, multiple, use_gpu)
+    have = sum(order.num_batches for order in epochs)
+    if job.total > have:
+        raise ReneeError(
+            f"a block takes {job.total} steps (--steps, in multiples of feed.window times "
+            f"feed.prefetch = {group}) and {config.epochs} epochs have {have}; raise epochs or "
+            f"lower feed.prefetch"
+        )
+    return job
+
+
+def _run_full(job: Job) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="renee-ray-bench-") as output:
+        config = job.config.model_copy(update={"output": f"{output}/run"})
+        ensure_ray(config.max_workers + 1)
+        try:
+            with Display() as display:
+                arguments = {
+                    "config": config.model_dump(),
+                    "manifest_hash": job.dataset.manifest.hash,
+                    "mail": display.mail,
+                    "launched_s": 0.0,
+                    "job": job,
+                }
+                found: dict[str, Any] = launch(full_worker, arguments, config, job.use_gpu)
+                return found
+        finally:
+            ray.shutdown()
+
+
+def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs: `train.train_worker` for `job.total` steps, timed."""
+    job: Job = arguments["job"]
+    trainer, batches, observer, writer = prepare(arguments)
+    trainer.plan, trainer.propensities = job.plan, None  # a validation is no step
+    save, taken = trainer.on_checkpoint, []
+
+    def timed_save(metrics: dict[str, float]) -> None:
+        start = time.perf_counter()
+        save(metrics)
+        taken.append(time.perf_counter() - start)
+
+    trainer.on_checkpoint = timed_save
+    clock = Clock(batches)
+    with observer:
+        trainer.run(clock)
+        writer.wait()
+    block = (job.warmup, job.warmup + job.steps)
+    return {
+        "seconds": clock.seconds(*block),
+        "feed_wait": clock.waited(*block),
+        "checkpoint": median(taken),
+        "threads": torch.get_num_threads(),
+        "weights": weight_norms(trainer.model, trainer.ranks),
+    }
+
+
+def _figures(job: Job, full: list[dict[str, Any]], bare: list[dict[str, Any]]) -> dict[str, Any]:
+    first, steps = bare[0], job.steps
+    rates = [[first["rows"] / each["seconds"] for each in runs] for runs in (full, bare)]
+    step_s = median(each["seconds"] for each in bare) / steps
+    classifier_s = (
+        None
+        if first["classifier_seconds"] is None
+        else median(each["classifier_seconds"] for each in bare) / steps
+    )
+    return {
+        "rows_per_second": median(rates[0]),
+        "bare_rows_per_second": median(rates[1]),
+        "ratio_to_bare": median(rates[0]) / median(rates[1]),
+        "ratios": [ours / theirs for ours, theirs in zip(*rates, strict=True)],
+        "weights_apart": max(
+            abs(a / b - 1)
+            for f, g in zip(full, bare, strict=True)
+            for a, b in zip(f["weights"], g["weights"], strict=True)
+        ),
+        "padding": 1 - first["tokens"] / first["cells"],
+        "encoder_s": None if classifier_s is None else step_s - classifier_s,
+        "classifier_s": classifier_s,
+        "feed_wait_s": median(each["feed_wait"] for each in full) / steps,
+        "checkpoint_s": median(each["checkpoint"] for each in full),
+        "steps": steps,
+        "repeats": len(full),
+        "batch_size": job.config.batch_size,
+        "workers": job.config.max_workers,
+        "threads": full[0]["threads"],
+        "bare_threads": first["threads"],
+        "precision": first["precision"],
+        "labels": job.dataset.manifest.num_labels,
+    }

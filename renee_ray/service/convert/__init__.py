@@ -1,0 +1,1 @@
+"""`convert`: source folders -> dataset directories, as Ray Data tasks."""

@@ -1,0 +1,290 @@
+"""Running a worker function as a Ray Train job, and what every such worker does first."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import wait
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from ray._private.utils import get_num_cpus
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from renee_ray.config.schema import RunConfig
+from renee_ray.data import models
+from renee_ray.errors import ReneeError
+from renee_ray.machine import OPENMP
+from renee_ray.parallel.threads import in_thread
+from renee_ray.service.cluster import started_here
+from renee_ray.service.observe.observe import node_name
+from renee_ray.service.policies import (
+    Elastic,
+    Failures,
+    is_final,
+    user_error,
+    workers_beside_reading,
+)
+from renee_ray.service.run.lease import LeaseLost
+from renee_ray.service.train.preemption import Regroup, SignalHandler
+from renee_ray.signals import at_signals
+
+GPU_THREADS = 4
+"""At most, of a worker that has a GPU."""
+NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
+"""Of Ray's workers, as Ray sets it: on a machine with other work it decides who gets the cores."""
+
+
+def launch(
+    function: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    config: RunConfig,
+    use_gpu: bool,
+    *,
+    on_stop: Callable[[], bool] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Any:
+    """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
+
+    on_stop: asks the workers to end, at the first SIGTERM or SIGINT, and returns whether they have
+        anything to save; None: they are just ended.
+    check: is called several times a second; what it raises is raised.
+
+    Raises:
+        ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
+    """
+    check_placement(config, use_gpu, ray.nodes())
+    # Checkpoints are our own business, so Ray Train has nothing to keep.
+    with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
+        trainer = _trainer(_worker(function, config, use_gpu), arguments, config, use_gpu, scratch)
+        fit = partial(interruptible, trainer.fit, on_stop, config, check)
+        return _unwrapped(fit).return_value
+
+
+def _worker(
+    function: Callable[[dict[str, Any]], Any], config: RunConfig, use_gpu: bool
+) -> Callable[[dict[str, Any]], Any]:
+    """`function` as each worker runs it: with its share of the node's cores, and a user's error
+    as itself, since what it was raised from does not travel; on a cluster with the node's name."""
+
+    def work(arguments: dict[str, Any]) -> Any:
+        sharing = ray.train.get_context().get_local_world_size()
+        use_threads(threads_of(config, use_gpu, sharing))
+        try:
+            return function(arguments)
+        except Exception as error:
+            if not is_final(error):
+                raise
+            several = sum(node["Alive"] for node in ray.nodes()) > 1
+            raise ReneeError(
+                f"{user_error(error)}{f' (on node {node_name()})' if several else ''}"
+            ) from error
+
+    return work
+
+
+class _Trainer(TorchTrainer):
+    """With our own policies, and without actors that do nothing for it: an idle process of Ray's
+    polls, and takes 0.2 GB."""
+
+    def _initialize_and_run_controller(self, **of_controller: Any) -> Any:
+        # Workers read for themselves (service/feed.py), so the trainer is given no datasets.
+        unused: tuple[type, ...] = (DatasetsCallback,)
+        if started_here():  # what a controller leaves behind ends with this process
+            unused += (PlacementGroupCleanerCallback,)
+        callbacks = [each for each in of_controller["callbacks"] if not isinstance(each, unused)]
+        run: Any = self.run_config
+        scaling: Any = self.scaling_config
+        failures = Failures(run.failure_config)
+        of_controller |= {"callbacks": callbacks, "failure_policy": failures}
+        if scaling.elasticity_enabled:
+            of_controller["scaling_policy"] = Elastic(scaling)
+        return super()._initialize_and_run_controller(**of_controller)  # type: ignore[misc]
+
+
+def _trainer(
+    function: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    config: RunConfig,
+    use_gpu: bool,
+    scratch: str,
+) -> TorchTrainer:
+    grace_s = config.checkpoint.grace_s
+    return _Trainer(
+        function,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(timeout_s=config.timeout_s),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+            num_workers=config.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=config.regroup_s,
+            use_gpu=use_gpu,
+            **placement(config, use_gpu),
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+            storage_path=scratch,
+            name="job",
+            failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
+            callbacks=[SignalHandler(grace_s), Regroup(grace_s)],  # type: ignore[list-item]
+            worker_runtime_env={"env_vars": worker_environment()},
+        ),
+    )
+
+
+def placement(config: RunConfig, use_gpu: bool) -> dict[str, Any]:
+    """Where Ray Train puts workers and what each reserves, as arguments of ScalingConfig."""
+    cpus = config.cpus_per_worker or (0 if use_gpu else 1)
+    return {
+        "resources_per_worker": {"GPU": int(use_gpu), "CPU": cpus},
+        "placement_strategy": config.placement_strategy,
+        "accelerator_type": config.accelerator_type or None,
+    }
+
+
+def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]]) -> None:
+    """Raises ReneeError where the workers could never be placed, for which Ray would wait silently.
+
+    nodes: as `ray.nodes()` returns them.
+    """
+    kind = f"accelerator_type:{config.accelerator_type}" if config.accelerator_type else None
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    able = [resources for resources in alive if kind is None or kind in resources]
+    needs = placement(config, use_gpu)["resources_per_worker"]
+    room = [
+        min(int(resources.get(name, 0) // count) for name, count in needs.items() if count)
+        for resources in able
+    ]
+    cpus = sum(resources.get("CPU", 0) for resources in alive)
+    beside = workers_beside_reading(cpus, needs["CPU"])
+    if config.cpus_per_worker and beside < config.min_workers:
+        raise ReneeError(
+            f"cpus_per_worker={config.cpus_per_worker} for {config.min_workers} workers leaves no "
+            f"CPU of the cluster to read data with; lower it or add a node"
+        )
+    places = {
+        "STRICT_PACK": max(room, default=0),
+        "STRICT_SPREAD": sum(1 for each in room if each),
+    }.get(config.placement_strategy, sum(room))
+    if places < config.min_workers:
+        asked = {name: count for name, count in needs.items() if count}
+        each = " and ".join(f"{count} {name}" for name, count in asked.items())
+        only = f" on nodes with {config.accelerator_type}" if kind else ""
+        raise ReneeError(
+            f"num_workers={config.min_workers} with {each} each, placed "
+            f"{config.placement_strategy}{only}, do not fit the cluster, which has room for "
+            f"{places}; add nodes, lower num_workers or change placement_strategy, "
+            f"accelerator_type or cpus_per_worker"
+        )
+
+
+def interruptible(
+    fit: Callable[[], Any],
+    on_stop: Callable[[], bool] | None,
+    config: RunConfig,
+    check: Callable[[], None] = lambda: None,
+) -> Any:
+    """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
+
+    A second one, or `checkpoint.grace_s` without an end, interrupts at once, as does the first
+    where `on_stop` says that there is nothing to save.
+
+    Raises:
+        KeyboardInterrupt: interrupted at once.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    signals: list[int] = []
+    limit = math.inf
+    take = at_signals(lambda number, frame: signals.append(number))
+    with take if in_main and on_stop is not None else contextlib.nullcontext():
+        # In a thread, where Ray Train leaves the signals alone.
+        found = in_thread(fit, "fit")
+        while not wait([found], timeout=0.2).done:
+            check()
+            if signals and on_stop is not None and limit == math.inf:
+                limit = time.monotonic() + (config.checkpoint.grace_s if on_stop() else 0)
+            if len(signals) > 1 or time.monotonic() > limit:
+                break
+        else:
+            return found.result()
+    signal.raise_signal(signal.SIGINT)  # now as if it came first: signals.py sees to the end
+    raise KeyboardInterrupt
+
+
+def _unwrapped(fit: Callable[[], Any]) -> Any:
+    """Calls; a ReneeError that a worker raised comes out as itself."""
+    try:
+        return fit()
+    except LeaseLost:  # of this process
+        raise
+    except Exception as error:
+        found = user_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
+
+
+def threads_of(config: RunConfig, use_gpu: bool, sharing: int) -> int:
+    """Threads of one of `sharing` workers on this node, whose cores they divide."""
+    # What a container may use of its node, too; Ray counts in the same way what a node has.
+    cores = min(len(os.sched_getaffinity(0)), int(get_num_cpus(True)))
+    each = max(1, cores // sharing)
+    return config.threads or (min(each, GPU_THREADS) if use_gpu else each)
+
+
+def worker_environment(threads: int = 1) -> dict[str, str]:
+    """What a worker's libraries read when they load.
+
+    threads: until `use_threads`, where a worker can only say on its node how many there are.
+    """
+    return {
+        **OPENMP,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+
+
+def use_threads(threads: int) -> None:
+    """Sets what OMP_NUM_THREADS sets, in a process whose libraries have read it already."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    pa.set_cpu_count(threads)
+
+
+def decide_gpu(choice: str, num_workers: int) -> bool:
+    """Whether workers get a GPU each.
+
+    Raises:
+        ReneeError: GPUs are demanded and the cluster has too few.
+    """
+    have = ray.cluster_resources().get("GPU", 0)
+    if choice == "yes" and have < num_workers:
+        raise ReneeError(
+            f"use_gpu=yes needs {num_workers} GPUs and the Ray cluster has {have:.0f}; "
+            f"lower num_workers or set use_gpu=no"
+        )
+    return choice != "no" and have >= num_workers
+
+
+def worker_device() -> torch.device:
+    """The device that Ray Train gave this worker."""
+    return ray.train.torch.get_device()
+
+
+def quiet() -> None:
+    """Keeps a worker's libraries from writing bars and notices into the driver's terminal."""
+    models.quiet()
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised besides

@@ -1,0 +1,1 @@
+"""What a run tells of itself: status, progress, metrics, curves, logs, stragglers."""

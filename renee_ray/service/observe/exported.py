@@ -1,0 +1,92 @@
+"""What a worker shows at its node's Prometheus endpoint, through Ray.
+
+A name here is `ray_NAME` there, a counter's `ray_NAME_total`. Every series has the tags `run`,
+the last part of the run's path, and `rank`. Only sums and last values are sent, every few seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from renee_ray.parallel.recorder import KINDS, Pace, Totals
+from renee_ray.service.observe.metric import STORAGE_RETRIES, Metric, count_retries, made
+
+PHASE_SECONDS = Metric(
+    "renee_ray_phase_seconds",
+    "counter",
+    "Seconds by phase of a step and kind of phase (data, own, collective, pause)",
+    ("phase", "kind"),
+)
+TOTALS = {
+    "steps": Metric("renee_ray_steps", "counter", "Steps made, skipped ones included"),
+    "skipped": Metric("renee_ray_skipped_steps", "counter", "Steps skipped: a value not finite"),
+    "rows": Metric("renee_ray_rows", "counter", "Points that this rank trained on"),
+    "label_rows": Metric(
+        "renee_ray_label_rows", "counter", "This rank's labels times points of global batches"
+    ),
+    "tokens": Metric("renee_ray_tokens", "counter", "Tokens of this rank's points"),
+    "cells": Metric("renee_ray_token_cells", "counter", "The same, padded"),
+    "checkpoints": Metric("renee_ray_checkpoints", "counter", "Checkpoints that have ended"),
+    "checkpoint_seconds": Metric(
+        "renee_ray_checkpoint_seconds", "counter", "Seconds from a checkpoint's begin to its end"
+    ),
+    "checkpoint_bytes": Metric(
+        "renee_ray_checkpoint_bytes", "counter", "Bytes of checkpoints that this rank wrote"
+    ),
+}
+PACE = {
+    "step": Metric("renee_ray_step_seconds", "gauge", "Seconds of a step, mean of a sample"),
+    "own": Metric("renee_ray_own_step_seconds", "gauge", "The same without waiting for ranks"),
+}
+RECORD = {
+    "step": Metric("renee_ray_step", "gauge", "Steps done; rank 0"),
+    "total_steps": Metric("renee_ray_total_steps", "gauge", "Steps of the whole run; rank 0"),
+    "epoch": Metric("renee_ray_epoch", "gauge", "Epochs done; rank 0"),
+    "loss": Metric("renee_ray_loss", "gauge", "Sampled loss of a point; rank 0"),
+}
+VALIDATION = Metric(
+    "renee_ray_validation", "gauge", "Last validation, percent; rank 0", ("metric",)
+)
+METRICS = (
+    PHASE_SECONDS, STORAGE_RETRIES, *TOTALS.values(), *PACE.values(), *RECORD.values(), VALIDATION,
+)  # fmt: skip
+
+
+class Exported:
+    """The series of one worker, in its process."""
+
+    def __init__(self, run: str, rank: int) -> None:
+        self._tags = {"run": run, "rank": str(rank)}
+        self._series = {m.name: made(m) for m in METRICS if m is not STORAGE_RETRIES}
+        self._before = Totals()
+        count_retries(run, rank)
+
+    def totals(self, now: Totals) -> None:
+        """Adds what came since the last call."""
+        before, self._before = self._before, now
+        for phase, kind in KINDS.items():
+            added = now.seconds[phase] - before.seconds[phase]
+            self._add(PHASE_SECONDS, added, phase=phase, kind=kind)
+        for name, metric in TOTALS.items():
+            self._add(metric, getattr(now, name) - getattr(before, name))
+
+    def pace(self, own: Pace) -> None:
+        for name, metric in PACE.items():
+            self._set(metric, getattr(own, name))
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A record of training/loop."""
+        for name, metric in RECORD.items():
+            self._set(metric, record[name])
+
+    def validation(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._set(VALIDATION, value, metric=name)
+
+    def _add(self, metric: Metric, amount: float, /, **tags: str) -> None:
+        if amount > 0:  # Ray refuses to add nothing: what never happened has no series
+            self._series[metric.name].inc(amount, self._tags | tags)  # type: ignore[union-attr]
+
+    def _set(self, metric: Metric, value: float, /, **tags: str) -> None:
+        self._series[metric.name].set(value, self._tags | tags)  # type: ignore[union-attr]

@@ -1,0 +1,64 @@
+"""The lines that a worker writes to its log, which Ray keeps: text, or a JSON object each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import datetime, timezone
+
+from renee_ray.parallel.recorder import Recorder
+
+TEXT = "%(time)s %(levelname)s rank %(rank)d step %(step)d %(name)s: %(message)s"
+
+
+def log_lines(log_format: str, run: str, rank: int, recorder: Recorder) -> None:
+    """From now on, what this package logs in this process goes to standard error in lines.
+
+    Args:
+        log_format: `text` or `json`.
+        run: name of the run; rank: of this worker; recorder: knows the step.
+    """
+    logger = logging.getLogger("renee_ray")
+    for old in [each for each in logger.handlers if isinstance(each, _Lines)]:
+        logger.removeHandler(old)
+    handler = _Lines(sys.stderr)
+    handler.addFilter(_Where(run, rank, recorder))
+    handler.setFormatter(JSONLines() if log_format == "json" else logging.Formatter(TEXT))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # Ray Train's handler of the root would write each line again
+
+
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only
+    """A handler that is known to be ours."""
+
+
+class _Where(logging.Filter):
+    """Adds time, run, rank and step to every record."""
+
+    def __init__(self, run: str, rank: int, recorder: Recorder) -> None:
+        super().__init__()
+        self._run, self._rank, self._recorder = run, rank, recorder
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        moment = datetime.fromtimestamp(record.created, timezone.utc)
+        record.time = moment.isoformat(timespec="milliseconds")
+        record.run, record.rank, record.step = self._run, self._rank, self._recorder.place().step
+        return True
+
+
+class JSONLines(logging.Formatter):
+    """`{"time", "level", "run", "rank", "step", "logger", "message"}`, and `exception` if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        content = {
+            "time": record.__dict__["time"],
+            "level": record.levelname,
+            **{key: record.__dict__[key] for key in ("run", "rank", "step")},
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content, ensure_ascii=False)

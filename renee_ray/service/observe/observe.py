@@ -1,0 +1,353 @@
+"""What a run tells of itself while it runs: signs of life, metrics, status.json, curves, log lines.
+
+Every worker has an `Observer`. The training thread hands it records; a thread of its own sends a
+beat to the driver and sums to Prometheus every few seconds, another one of rank 0 writes
+status.json and history.json. None of them can fail the training or make a step wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import torch
+
+from renee_ray.checkpoint.state import State
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError, reason
+from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
+from renee_ray.parallel.recorder import KINDS, Recorder, Totals
+from renee_ray.report.status import STATUS_FILE, STATUS_VERSION
+from renee_ray.service.observe.exported import Exported
+from renee_ray.service.observe.logs import log_lines
+from renee_ray.service.observe.progress import Channel, line
+from renee_ray.service.observe.sinks import Sinks
+from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
+from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
+from renee_ray.service.run.history import BackgroundWriter, History
+from renee_ray.service.run.lease import LeaseLost
+
+log = logging.getLogger(__name__)
+
+STATUS_SECONDS = 10.0
+"""Between two writes of status.json."""
+LINE_SECONDS = 30.0
+"""Between two lines of progress in rank 0's log."""
+CLOSE_S, FAILED_CLOSE_S = 30.0, 5.0
+"""For which the end of a run, or of a worker that fails, waits for these files."""
+FLUSH_S = 5.0
+"""For which a checkpoint, beside training, waits for the curves up to it."""
+NAME_BYTES = 64
+"""Of a node's name, as it travels between ranks."""
+TIMED_OUT = re.compile(r"tim(ed|e) ?-?out", re.IGNORECASE)
+"""What gloo and NCCL say of a collective that some rank did not join."""
+
+
+class Observer:
+    """One worker's. Use it as a context around training; it has begun before.
+
+    Args:
+        launched_s: when the driver started this job: tells a restart from a resumption.
+        history: the curves up to `state`; None but on rank 0.
+
+    recorder: for the training to write to; stopped: whether it ended before its end.
+    """
+
+    stopped = False
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        channel: Channel,
+        state: State,
+        launched_s: float,
+        history: History | None,
+    ) -> None:
+        self._config, self._ranks, self._channel, self._state = config, ranks, channel, state
+        self.recorder = Recorder(device)
+        run = run_name(config)
+        log_lines(config.observe.log_format, run, ranks.rank, self.recorder)
+        self._node, self._nodes = node_name(), node_names(ranks)
+        # Of rank 0, so that all ranks have the same.
+        began = time.time_ns() // 1_000_000 if ranks.rank == 0 else 0
+        self._group = int(all_sum(ranks, torch.tensor(began)))
+        self._exported = Exported(run, ranks.rank)
+        self._sinks = Sinks(config, ranks.rank, state.step)
+        settings = config.observe
+        self._stragglers = Stragglers(settings.straggler_factor, settings.straggler_window_s)
+        self._status = (
+            Status(config, self._nodes, state, launched_s, history) if history is not None else None
+        )
+        self._before, self._last_line = Totals(), 0.0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="observe", daemon=True)
+        self._thread.start()
+        log.info("rank %d of %d on %s, after step %d", ranks.rank, ranks.num_ranks, self._node,
+                 state.step)  # fmt: skip
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        place = self.recorder.place()
+        if error is not None:
+            # All ranks fail when one does: of one of them, the driver is told.
+            log.log(
+                logging.INFO if self._ranks.rank else logging.WARNING,
+                "rank %d on %s stops in phase `%s` of step %d: %s",
+                self._ranks.rank, self._node, place.phase, place.step, reason(error),
+            )  # fmt: skip
+        self._closed.set()
+        self._thread.join(5)
+        self._tell(ended=True)
+        if error is None:
+            self._sinks.close()
+        if self._status is not None and error is None:
+            self._status.ended(self.recorder, "stopped" if self.stopped else "finished")
+        elif self._status is not None:
+            self._status.close(FAILED_CLOSE_S)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A record of training/loop; its recorder has just exchanged the paces."""
+        found = self._stragglers.add(self.recorder.paces, time.monotonic())
+        if self._status is None:
+            return
+        for rank, times in found:
+            log.warning(
+                "rank %d on %s is slow: %.1f times the median of all in its own part of a step",
+                rank, self._nodes[rank], times,
+            )  # fmt: skip
+        self._channel.record(record)
+        self._exported.record(record)
+        self._sinks.record(record, self._phases())
+        self._status.sampled(record, self.recorder, self._stragglers.slow)
+        if time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            log.info("%s", line(record))
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """The validation split was scored."""
+        if self._status is not None:
+            self._status.evaluated()
+            self._exported.validation(metrics)
+            self._sinks.validation(step, metrics)
+            log.info("validation after step %d: %s", step, metrics)
+
+    def write_history(self) -> None:
+        """Has the curves written, beside training."""
+        if self._status is not None:
+            self._status.write_history()
+
+    def flush_history(self) -> None:
+        """Waits a little for the curves, so that no checkpoint is ahead of them."""
+        if self._status is not None:
+            self._status.flush()
+
+    def checkpointed(self, step: int, seconds: float, written: int) -> None:
+        """A checkpoint of `step` has ended, of which this rank wrote so many bytes."""
+        self.recorder.checkpointed(seconds, written)
+        if self._status is not None:
+            self._status.checkpointed(step, seconds, written)
+            log.info("checkpoint of step %d: %.1f s, %d bytes of rank 0", step, seconds, written)
+
+    def _phases(self) -> dict[str, float]:
+        """Seconds a step by phase since the last record."""
+        now, before = self.recorder.totals(), self._before
+        self._before = now
+        steps = max(1, now.steps - before.steps)
+        return {
+            phase: (now.seconds[phase] - before.seconds[phase]) / steps
+            for phase, kind in KINDS.items()
+            if kind != "pause"
+        }
+
+    def _run(self) -> None:
+        while True:
+            self._tell()
+            if self._status is not None:
+                self._status.write_now_and_then(self.recorder)
+            if self._closed.wait(beat_seconds(self._config.timeout_s)):
+                return
+
+    def _tell(self, *, ended: bool = False) -> None:
+        place = self.recorder.place()
+        self._channel.beat(
+            Beat(
+                self._group, self._ranks.rank, self._node, os.getpid(),
+                place.step, place.phase, place.entered, place.seconds, ended,
+            )
+        )  # fmt: skip
+        self._exported.totals(self.recorder.totals())
+        if self.recorder.paces:
+            self._exported.pace(self.recorder.paces[self._ranks.rank])
+
+
+class Status:
+    """RUN/status.json, which renee_ray/report/status.py reads, and RUN/history.json, by rank 0."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        nodes: list[str],
+        state: State,
+        launched_s: float,
+        history: History,
+    ) -> None:
+        self._directory, self._state, self._nodes = RunDirectory(config.output), state, nodes
+        self._metric = config.evaluation.metric
+        self._history, self._writer = history, BackgroundWriter(self._directory)
+        self._written = -STATUS_SECONDS
+        before = quietly_read(self._directory)
+        again = before.get("launched_s") == launched_s and before.get("groups", 0) > 0
+        self._content: dict[str, Any] = before | {
+            "format_version": STATUS_VERSION,
+            "state": "running",
+            "reason": "",
+            "launched_s": launched_s,
+            "groups": before.get("groups", 0) + 1 if again else 1,
+            "restarts": before.get("restarts", 0) + again,
+            "num_workers": len(nodes),
+            "epochs": config.epochs,
+            "ranks": [],
+        }
+        if again:
+            log.warning("the workers were started again; they go on after step %d", state.step)
+        self._content["record"] = history.steps[-1] if history.steps else None
+
+    def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
+        self._history.add(record)
+        self._content["record"] = record
+        self._content["ranks"] = [
+            {
+                "rank": rank, "node": self._nodes[rank], "step_s": pace.step, "own_s": pace.own,
+                "data_s": pace.data, "slow": rank in slow,
+            }
+            for rank, pace in enumerate(recorder.paces)
+        ]  # fmt: skip
+
+    def evaluated(self) -> None:
+        if self._state.evaluation is not None:
+            self._history.evals.append(self._state.evaluation)
+
+    def checkpointed(self, step: int, seconds: float, written: int) -> None:
+        self._content["checkpoint"] = {"step": step, "time_s": time.time(), "seconds": seconds}
+
+    def ended(self, recorder: Recorder, state: str) -> None:
+        self._content |= {"state": state, "reason": ""}
+        self._now(recorder)
+        self.close(CLOSE_S)
+
+    def close(self, seconds: float) -> None:
+        self._writer.close(seconds)
+
+    def write_history(self) -> None:
+        self._writer.put(HISTORY_FILE, self._history.content())
+
+    def flush(self) -> None:
+        self._writer.flush(FLUSH_S)
+
+    def write_now_and_then(self, recorder: Recorder) -> None:
+        if time.monotonic() - self._written >= STATUS_SECONDS:
+            self._now(recorder)
+
+    def _now(self, recorder: Recorder) -> None:
+        self._written, place = time.monotonic(), recorder.place()
+        self._content |= {
+            "time_s": time.time(),
+            "step": self._state.step,
+            "phase": place.phase,
+            "phase_s": place.seconds,
+            "doing": recorder.doing,
+            "skipped": self._state.skipped,
+            "evaluation": self._state.evaluation,
+            "best": self._history.best(self._metric),
+            "metric": self._metric,
+        }
+        self._writer.put(STATUS_FILE, dict(self._content))
+
+
+@contextlib.contextmanager
+def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[None]:
+    """The driver's part: status.json before the workers are there, and when the run fails.
+
+    Raises:
+        ReneeError: a collective timed out, with the worker that did not come; other errors
+            come out as they are.
+    """
+    directory = RunDirectory(config.output)
+    _change(directory, "waiting", "for the workers to start", launched_s)
+    try:
+        yield
+    except LeaseLost:  # status.json is another driver's
+        raise
+    except BaseException as error:
+        blamed = watch.blamed(time.monotonic())
+        found = (
+            ReneeError(
+                f"the workers gave up waiting for each other after {config.timeout_s} s: {blamed}; "
+                f"look at that node and its log, then give the same command again to resume"
+            )
+            if blamed and isinstance(error, Exception) and _timed_out(error)
+            else error
+        )
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
+        _change(directory, "failed", why, launched_s)
+        if found is error:
+            raise
+        raise found from error
+
+
+def _timed_out(error: Exception) -> bool:
+    failures = getattr(error, "worker_failures", None) or {}
+    return any(TIMED_OUT.search(str(each)) for each in [error, *failures.values()])
+
+
+def _change(directory: RunDirectory, state: str, why: str, launched_s: float) -> None:
+    before = quietly_read(directory)
+    content = before | {
+        "format_version": STATUS_VERSION, "state": state, "reason": why, "time_s": time.time(),
+    }  # fmt: skip
+    if before.get("launched_s") != launched_s:
+        content |= {"launched_s": launched_s, "groups": 0}
+    try:
+        directory.write(STATUS_FILE, content, STATUS_SECONDS)
+    except (OSError, ReneeError) as error:
+        log.warning("%s is not written: %s", STATUS_FILE, reason(error))
+
+
+def quietly_read(directory: RunDirectory) -> dict[str, Any]:
+    """status.json as it is; empty where it is not there, or of no use."""
+    try:
+        found = directory.read(STATUS_FILE)
+    except (OSError, ReneeError):
+        return {}
+    return found if found and found.get("format_version") == STATUS_VERSION else {}
+
+
+def run_name(config: RunConfig) -> str:
+    """By which metrics and log lines name a run: the last part of its path."""
+    return os.path.basename(config.output.rstrip("/"))
+
+
+def node_name() -> str:
+    """Of this worker's node, for people: host name and address."""
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+
+
+def node_names(ranks: Ranks) -> list[str]:
+    """Of every rank, in rank order."""
+    name = node_name().encode()[:NAME_BYTES]
+    everyone = gather_numbers(ranks, [float(each) for each in name.ljust(NAME_BYTES, b"\0")])
+    return [bytes(map(int, each)).rstrip(b"\0").decode(errors="replace") for each in everyone]

@@ -1,0 +1,200 @@
+"""From the workers to the driver's terminal: records of progress, warnings, signs of life."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from renee_ray.service.driver_channel import Mail
+from renee_ray.service.observe.watch import Beat, Watch
+
+LINE_SECONDS = 30
+"""Where there is no terminal, a line is written this often instead of a bar."""
+FLUSH_SECONDS = 5
+WATCH_SECONDS, LATE_SECONDS = 2.0, 0.5
+"""Between two looks at who is silent: each is a call of an actor that shares the workers' cores."""
+SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
+
+
+class Channel:
+    """The workers' end: rank 0 sends records, every rank its warnings."""
+
+    def __init__(self, mail: Mail | None, rank: int) -> None:
+        self._mail, self._rank = mail, rank
+        self._last: ray.ObjectRef | None = None
+
+    def record(self, record: dict[str, Any]) -> None:
+        if self._rank == 0:
+            self._send(record)
+
+    def say(self, text: str) -> None:
+        self._send({"text": text})
+
+    def beat(self, beat: Beat) -> None:
+        self._send({"beat": beat.to_dict()})
+
+    def forward_warnings(self) -> None:
+        """Warnings of this package in this worker reach the driver."""
+        logging.getLogger("renee_ray").addHandler(_Forward(self))
+
+    def _send(self, record: dict[str, Any]) -> None:
+        if self._mail is not None:
+            self._last = self._mail.send(record)
+
+    def flush(self) -> None:
+        """Waits for what was sent, FLUSH_SECONDS at most: for a process that is about to end."""
+        # Logging flushes again when the interpreter exits, and Ray, asked then, would start anew.
+        if self._last is not None and ray.is_initialized():
+            ray.wait([self._last], timeout=FLUSH_SECONDS)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(logging.WARNING)
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.say(record.getMessage())
+
+    def flush(self) -> None:
+        self._channel.flush()
+
+
+class Display:
+    """The driver's end, a thread that draws what arrives while a job runs.
+
+    watch: is told of the workers' signs of life; what it complains of is shown.
+    """
+
+    def __init__(self, console: Console | None = None, watch: Watch | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self.watch = watch
+        self.mail = Mail()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Display:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.mail.send({})  # wakes the thread
+        self._thread.join(timeout=10)
+        self.mail.close()
+
+    def _run(self) -> None:
+        show = _bar if self._console.is_terminal else _lines
+        with show(self._console) as shown:
+            while True:
+                # What workers sent last may come after what this process sent.
+                timeout = LATE_SECONDS if self._stop.is_set() else WATCH_SECONDS
+                try:
+                    record = self.mail.receive(timeout)
+                except Exception:  # the actor went away with the cluster: nothing to show
+                    return
+                if record is None and self._stop.is_set():
+                    return
+                for each in self._watched(record):
+                    shown(each)
+
+    def _watched(self, record: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """The record, unless it is a sign of life, and what the watch has to say."""
+        if record and "beat" not in record:
+            yield record
+        if self.watch is None:
+            return
+        now = time.monotonic()
+        if record and "beat" in record:
+            self.watch.saw(Beat(**record["beat"]), now)
+        if complaint := self.watch.complaint(now):
+            yield {"text": complaint}
+
+
+class _bar:
+    """A rich progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} rows/s  "
+                       "{task.fields[padding]:.0%} padding  "
+                       "lr {task.fields[lr]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self._task: Any = None
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._progress.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if "text" in record:
+            self._progress.console.print(record["text"], markup=False)
+            return
+        fields = {
+            "epoch": record["epoch"],
+            "loss": record["loss"],
+            "rate": record["rows_per_second"],
+            "padding": record["padding"],
+            "lr": f"{record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}",
+        }
+        if self._task is None:
+            self._task = self._progress.add_task("", total=record["total_steps"], **fields)
+        self._progress.update(self._task, completed=record["step"], **fields)
+
+
+class _lines:
+    """A line now and then, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, -float(LINE_SECONDS)
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if "text" in record:
+            self._write(record["text"])
+        elif (
+            time.monotonic() - self._last >= LINE_SECONDS or record["step"] == record["total_steps"]
+        ):
+            self._last = time.monotonic()
+            self._write(line(record))
+
+    def _write(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A progress record as one line."""
+    left = record["seconds_left"]
+    return (
+        f"epoch {record['epoch']:.2f}  step {record['step']}/{record['total_steps']}  "
+        f"loss {record['loss']:.3f}  {record['rows_per_second']:.0f} rows/s  "
+        f"{record['padding']:.0%} padding  "
+        f"lr {record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}  "
+        f"{int(left // 60)}:{int(left % 60):02d} left"
+    )
+
+
+def evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    """The figures of an evaluation as one line."""
+    shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics)
+    return f"validation after step {step}:  {shown}"

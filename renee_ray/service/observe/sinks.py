@@ -1,0 +1,182 @@
+"""Curves of a run in TensorBoard or MLflow: rank 0 writes them, where `observe.log_to` asks.
+
+A sink that fails is said once and dropped; training goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from queue import Full, Queue
+from typing import Any, Protocol, TypeVar
+
+from renee_ray.config.overrides import dotted
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError, reason
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+CURVES = (
+    "loss", "rows_per_second", "padding", "encoder_lr", "classifier_lr", "peak_rss_gib", "skipped",
+    "loss_scale", "epoch",
+)  # fmt: skip
+"""Keys of a record of training/loop that are drawn over steps, beside seconds by phase."""
+PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+LONGEST_QUEUE, CLOSE_S = 1000, 30.0
+EXPERIMENT, RUN_TAG = "renee_ray", "renee_ray.output"
+
+
+class Sink(Protocol):
+    """Where numbers of a step go."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_sinks(config: RunConfig) -> None:
+    """Raises ReneeError where a sink that is asked for cannot be had."""
+    for name in config.observe.log_to:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ReneeError(
+                f"observe.log_to={name} needs the package {PACKAGES[name]}, which is not "
+                f"installed; pip install 'renee_ray[{name}]' on every node"
+            )
+    where = _tensorboard_dir(config)
+    if "tensorboard" in config.observe.log_to and "://" in where:
+        raise ReneeError(
+            f"TensorBoard's files cannot be appended to at {where}; set observe.tensorboard_dir "
+            f"to a directory that the nodes share, or use observe.log_to=[mlflow]"
+        )
+    if "mlflow" in config.observe.log_to and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ReneeError(
+            "observe.log_to=mlflow needs MLFLOW_TRACKING_URI in the environment of every node; "
+            "set it to the address of an MLflow server"
+        )
+
+
+class Sinks:
+    """All sinks of a run, written to by a thread of their own; none on ranks other than 0.
+
+    Args:
+        step: the run begins, or goes on, after it; later entries of a run cut off are replaced.
+    """
+
+    def __init__(self, config: RunConfig, rank: int, step: int) -> None:
+        self._open: dict[str, Sink] = {}
+        self._queue: Queue[tuple[int, dict[str, float]] | None] = Queue(LONGEST_QUEUE)
+        self._thread: threading.Thread | None = None
+        if rank == 0 and config.observe.log_to:
+            self._thread = threading.Thread(target=self._run, args=(config, step), daemon=True)
+            self._thread.start()
+
+    def record(self, record: Mapping[str, Any], phases: Mapping[str, float]) -> None:
+        """A record of training/loop, and seconds a step by phase."""
+        numbers = {f"train/{key}": float(record[key]) for key in CURVES}
+        self._put(record["step"], numbers | {f"seconds/{k}": v for k, v in phases.items()})
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._put(step, {f"validation/{name}": value for name, value in metrics.items()})
+
+    def close(self) -> None:
+        """Waits for what is to be written, but not for long."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(CLOSE_S)
+
+    def _put(self, step: int, numbers: dict[str, float]) -> None:
+        if self._thread is None:
+            return
+        try:
+            self._queue.put_nowait((step, numbers))
+        except Full:
+            log.warning("curves of step %d are not written: a sink is too slow", step)
+
+    def _run(self, config: RunConfig, step: int) -> None:
+        for wanted in config.observe.log_to:
+            made = self._guarded(wanted, partial(SINKS[wanted], config, step))
+            if made is not None:
+                self._open[wanted] = made
+        while (entry := self._queue.get()) is not None:
+            for kind, sink in list(self._open.items()):
+                self._guarded(kind, partial(sink.write, *entry))
+        for kind, sink in list(self._open.items()):
+            self._guarded(kind, sink.close)
+
+    def _guarded(self, name: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except Exception as error:  # of a library whose failure must not end the training
+            self._open.pop(name, None)
+            log.warning("%s: %s; nothing more is written there", name, reason(error))
+            return None
+
+
+class TensorBoard:
+    """Files of events in a directory."""
+
+    def __init__(self, config: RunConfig, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(_tensorboard_dir(config), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MLflow:
+    """A run of the experiment `renee_ray`; the same one when training is resumed."""
+
+    def __init__(self, config: RunConfig, step: int) -> None:
+        from mlflow.entities import Metric
+        from mlflow.tracking import MlflowClient
+
+        self._metric, self._client = Metric, MlflowClient()
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
+        self._run = self._known(experiment, config.output) or self._created(experiment, config)
+        self._client.update_run(self._run, status="RUNNING")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        # MLflow has no @ in names.
+        metrics = [
+            self._metric(name.replace("@", "_at_"), number, now, step)
+            for name, number in numbers.items()
+        ]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+    def _known(self, experiment: str, output: str) -> str | None:
+        runs = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{output}'")
+        return runs[0].info.run_id if runs else None
+
+    def _created(self, experiment: str, config: RunConfig) -> str:
+        from mlflow.entities import Param
+
+        name = os.path.basename(config.output)
+        made = self._client.create_run(experiment, tags={RUN_TAG: config.output}, run_name=name)
+        run: str = made.info.run_id
+        params = [Param(key, str(value)) for key, value in dotted(config.model_dump())]
+        self._client.log_batch(run, params=params)
+        return run
+
+
+SINKS: dict[str, Callable[[RunConfig, int], Sink]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+
+
+def _tensorboard_dir(config: RunConfig) -> str:
+    return config.observe.tensorboard_dir or f"{config.output}/tensorboard"

@@ -1,0 +1,157 @@
+"""Which worker is slow, and which one did not come: decisions on what the workers tell.
+
+Each worker sends a beat every few seconds, from a thread that goes on while it waits in a
+collective. A process that is stopped or cut off sends none; one that hangs elsewhere says where.
+Nothing here does anything, so all of it is tested without a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median_low
+from typing import Any
+
+from renee_ray.parallel.recorder import KINDS, Pace
+
+PATIENT_S = 30.0
+"""Seconds that workers wait for one of them without the driver saying so."""
+BEFORE_STEPS = {"start", "first_weights"}
+"""Phases in which there is nothing to save yet."""
+
+
+def beat_seconds(timeout_s: float) -> float:
+    """Seconds between two beats: several of them fit into the time-out of a collective."""
+    return max(1.0, min(5.0, timeout_s / 6))
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker tells of itself.
+
+    group: of workers that started together, ascending; node: where it runs, for people;
+    step, phase, entered, seconds: as in training.recorder.Place; ended: it has left its
+    training function, so the whole group is at its end.
+    """
+
+    group: int
+    rank: int
+    node: str
+    pid: int
+    step: int
+    phase: str
+    entered: int
+    seconds: float
+    ended: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def who(self) -> str:
+        return f"rank {self.rank} on {self.node} (process {self.pid})"
+
+
+@dataclass
+class Watch:
+    """The driver's view of the newest group of workers.
+
+    timeout_s: of a collective.
+    """
+
+    timeout_s: float
+    _last: tuple[str, float] = ("", 0.0)
+    _group: int = -1
+    _over: bool = False
+    _beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
+    _said: set[tuple[int, int]] = field(default_factory=set)
+
+    @property
+    def patience(self) -> float:
+        return min(PATIENT_S, self.timeout_s / 2)
+
+    @property
+    def training(self) -> bool:
+        """Whether the workers have come so far that a checkpoint can be asked for."""
+        return any(beat.phase not in BEFORE_STEPS for beat, _ in list(self._beats.values()))
+
+    def saw(self, beat: Beat, now: float) -> None:
+        """A beat came; `now`: seconds of a clock that only goes forward."""
+        if beat.group > self._group:
+            self._group, self._over, self._beats = beat.group, False, {}
+        if beat.group == self._group:
+            self._beats[beat.rank] = (beat, now)
+            self._over |= beat.ended
+
+    def complaint(self, now: float) -> str | None:
+        """A sentence on the workers that others wait for; once for each collective."""
+        if self._over:
+            return None
+        silent, waiting, late = [], [], []
+        longest = 0.0
+        front = max((beat.entered for beat, _ in self._beats.values()), default=0)
+        for beat, seen in self._beats.values():
+            still = beat.seconds + now - seen
+            if now - seen > max(self.patience, 3 * beat_seconds(self.timeout_s)):
+                silent.append(f"{beat.who()} has sent nothing for {now - seen:.0f} s; it was in "
+                              f"phase `{beat.phase}` of step {beat.step}")  # fmt: skip
+            elif beat.entered == front and _waits(beat):
+                waiting.append(beat)
+                longest = max(longest, still)
+            elif beat.entered < front:
+                late.append(f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
+                            f"for {still:.0f} s")  # fmt: skip
+        if longest <= self.patience or not (silent or late) or (self._group, front) in self._said:
+            return None
+        self._said.add((self._group, front))
+        culprits = silent or late
+        self._last = ("; ".join(culprits), now)
+        place = f"in phase `{waiting[0].phase}` of step {waiting[0].step}"
+        others = _others(len(waiting), len(culprits))
+        return f"{self._last[0]}; {others} {place}, for at most {self.timeout_s:.0f} s"
+
+    def blamed(self, now: float) -> str:
+        """Who did not come to the collective that has just failed; empty where nobody knows."""
+        said, when = self._last
+        return said if now - when < 2 * self.timeout_s + PATIENT_S else ""
+
+
+def _waits(beat: Beat) -> bool:
+    return KINDS[beat.phase] in ("collective", "pause")
+
+
+def _others(waiting: int, culprits: int) -> str:
+    others = "another worker waits" if waiting == 1 else f"{waiting} others wait"
+    return f"{others} for {'it' if culprits == 1 else 'them'}"
+
+
+@dataclass
+class Stragglers:
+    """Ranks whose own time a step exceeds the median by a factor, over windows of time.
+
+    window_s: length of a window in seconds.
+    slow: ranks that were slow in the last window.
+    """
+
+    factor: float
+    window_s: float
+    slow: list[int] = field(default_factory=list)
+    _started: float | None = None
+    _sums: list[float] = field(default_factory=list)
+
+    def add(self, paces: Sequence[Pace], now: float) -> list[tuple[int, float]]:
+        """Takes one sample; at the end of a window, (rank, times the median) of slow ranks."""
+        if self._started is None or len(self._sums) != len(paces):
+            self._started, self._sums = now, [0.0] * len(paces)
+        self._sums = [sum_ + pace.own for sum_, pace in zip(self._sums, paces, strict=True)]
+        if now - self._started < self.window_s:
+            return []
+        # The lower one: of two ranks, the mean of both would hide the slow one.
+        middle = median_low(self._sums)
+        found = [
+            (rank, own / middle)
+            for rank, own in enumerate(self._sums)
+            if middle > 0 and own > self.factor * middle
+        ]
+        self.slow = [rank for rank, _ in found]
+        self._started = None
+        return found

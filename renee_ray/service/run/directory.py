@@ -1,0 +1,134 @@
+"""A run's directory: its configuration, what is known of it, and its checkpoints.
+
+run.json            configuration and dataset, as it was started last
+history.json        losses and evaluations (service/run/history.py)
+status.json         how it is (renee_ray/report/status.py)
+lease-TOKEN.json    the driver that trains it now (service/run/lease.py)
+checkpoints/        checkpoint/state.py
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+from pydantic import ValidationError
+
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.state import Checkpoint
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset, has_manifest
+from renee_ray.data.storage import filesystem_of, listing, make_directory, read_file, replace_file
+from renee_ray.data.untrusted import refuse_links_out
+from renee_ray.errors import SHOWN, ReneeError
+
+RUN_FILE, HISTORY_FILE = "run.json", "history.json"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's directory, local or remote."""
+
+    path: str
+
+    def _located(self) -> tuple[pafs.FileSystem, str]:
+        return filesystem_of(self.path)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run; None where it is not there."""
+        found = read_file(f"{self.path}/{name}")
+        try:
+            content = None if found is None else json.loads(found)
+            if content is None or isinstance(content, dict):
+                return content
+        except (ValueError, RecursionError):
+            pass
+        raise ReneeError(f"{self.path}/{name} is damaged: it is no JSON object; delete it")
+
+    def write(self, name: str, content: dict[str, Any], patience: float | None = None) -> None:
+        make_directory(self.path, patience)
+        replace_file(f"{self.path}/{name}", json.dumps(content, indent=1).encode(), patience)
+
+    def config(self) -> RunConfig:
+        """The configuration that the run was started with.
+
+        Raises:
+            ReneeError: there is no run here.
+        """
+        refuse_links_out(*self._located(), self.path)
+        saved = self.read(RUN_FILE)
+        if saved is None:
+            raise ReneeError(
+                f"{self.path} is not a run of renee_ray: no {RUN_FILE}; "
+                f"run `renee-ray train CONFIG data=DATASET output={self.path}` first"
+            )
+        self._part(saved, "dataset")
+        config = self._part(saved, "config")
+        where = f"{self.path}/{RUN_FILE}"
+        try:
+            return RunConfig.model_validate(config)
+        except ValidationError as error:
+            unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
+        if unknown:
+            key = ".".join(str(part) for part in unknown[0]["loc"])
+            raise ReneeError(
+                f"{where} has the key {key!r:.{SHOWN}}, which this version of renee_ray does not "
+                f"know; use the version that made the run"
+            )
+        return make_config(RunConfig, config, where=where)
+
+    def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
+        """An object in run.json."""
+        part = saved.get(name)
+        if not isinstance(part, dict):
+            raise ReneeError(
+                f"{self.path}/{RUN_FILE} is damaged: it has no {name}; give the directory of a run"
+            )
+        return part
+
+    def dataset(self) -> Dataset:
+        """The dataset that the run was trained on, for its label counts, texts and points.
+
+        Raises:
+            ReneeError: it is not where it was any more.
+        """
+        path = str(self._part(self.read(RUN_FILE) or {}, "dataset").get("path"))
+        if not has_manifest(path):
+            raise ReneeError(
+                f"this needs the dataset that {self.path} was trained on, and it is not at {path} "
+                f"any more; put it back there"
+            )
+        return Dataset.open(path)
+
+    def checkpoints(self) -> Checkpoints:
+        refuse_links_out(*self._located(), self.path)
+        return Checkpoints(self.path)
+
+    def checkpoint(self, which: str) -> Checkpoint:
+        """The `best` by the run's `evaluation.metric`, or the `last`, of those that are whole.
+
+        Without a validation split there is no best one: then it is the last.
+
+        Raises:
+            ReneeError: there is none.
+        """
+        found = self.checkpoints()
+        chosen = found.best(self.config().evaluation.metric) if which == "best" else found.newest()
+        if chosen is None:
+            self.refuse_old_format()
+            raise ReneeError(
+                f"{self.path} holds no committed checkpoint yet; wait for the first evaluation, "
+                f"or run `renee-ray train` on it again"
+            )
+        return chosen
+
+    def refuse_old_format(self) -> None:
+        """Raises ReneeError where checkpoints are of a format that this version does not read."""
+        if any(info.base_name.startswith("step-") for info in listing(self.path)):
+            raise ReneeError(
+                f"{self.path} has checkpoints of format 2, of an earlier renee_ray; use that one, "
+                f"or train to another output"
+            )

@@ -1,0 +1,1 @@
+"""`evaluate`, `predict`, `export`, and the baselines that `quickstart` compares with."""

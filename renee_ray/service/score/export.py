@@ -1,0 +1,153 @@
+"""A trained run in files that need neither Ray nor renee_ray to be read.
+
+    export.json                     what is here, and how a score comes about; written last
+                                    (until then `_claim.json`, service/run/output.py)
+    encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
+    head.safetensors                constant [D]; bottleneck [D, H] where the encoder has one
+    classifier-NNNNN.safetensors    weight float32 [n, D] of a range of labels
+    labels-NNNNN.parquet            label_id, text, train_count of the same range
+
+The classifier passes through memory a range at a time, from wherever the checkpoint is to
+wherever the export goes.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save
+
+from renee_ray.checkpoint.state import Checkpoint
+from renee_ray.config.schema import ExportConfig, RunConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.models import quiet, resolve_model
+from renee_ray.data.storage import absolute, make_directory, write_file
+from renee_ray.model.encoder import Encoder, build_encoder, check_positions
+from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.output import Output
+from renee_ray.service.score.labels import check_labels
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.weights.storages import Weights
+
+MANIFEST, FORMAT_VERSION = "export.json", 1
+HEAD, ENCODER = "head.safetensors", "encoder"
+OURS = re.compile(
+    rf"{ENCODER}/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
+)
+RANGE_BYTES = 1 << 28
+"""Of the classifier in a file, about."""
+CPU = torch.device("cpu")
+SCORE = (
+    "tokens = tokenizer(text, truncation=True, max_length=max_length); "
+    "e = mean of encoder(tokens).last_hidden_state over the tokens that are no padding; "
+    "e = bottleneck @ e, where there is one; e = e + constant; "
+    "score of label l = weight[l] @ e - tail * log(max(train_count[l], 1))"
+)
+
+
+def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, Any]:
+    """Writes encoder, classifier and label texts of a run's checkpoint; returns `export.json`.
+
+    Raises:
+        ReneeError: no run, no checkpoint, its dataset is gone, or `destination` is taken.
+    """
+    quiet()
+    directory = RunDirectory(absolute(run))
+    settings, dataset = directory.config(), directory.dataset()
+    check_labels(directory, dataset)
+    check_positions(settings.encoder, dataset.manifest.max_length)
+    checkpoint = directory.checkpoint(config.checkpoint)
+    output = output_at(absolute(destination))
+    output.check(config.overwrite)
+    # The checkpoint has all weights: the file that training began with is not looked at.
+    plain = settings.encoder.model_copy(update={"compile": False, "weights": ""})
+    encoder = build_encoder(plain, CPU, 0)
+    checkpoint.load_encoder(encoder)
+    owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
+    with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
+        _save_encoder(local, encoder, settings)
+        saved = sorted(Path(local).iterdir())
+        files = [f"{ENCODER}/{file.name}" for file in saved] + [HEAD]
+        files += [name for index in range(len(owned)) for name in _range_names(index)]
+        output.claim(files)
+        make_directory(f"{output.path}/{ENCODER}")
+        for file in saved:
+            write_file(f"{output.path}/{ENCODER}/{file.name}", file.read_bytes())
+    write_file(f"{output.path}/{HEAD}", _head(encoder))
+    ranges = [
+        _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
+        for index, each in enumerate(owned)
+    ]
+    content = {
+        "format_version": FORMAT_VERSION,
+        "step": checkpoint.state.step,
+        "num_labels": dataset.manifest.num_labels,
+        "dim": encoder.dim,
+        "max_length": min(settings.encoder.max_length, dataset.manifest.max_length),
+        "tail": settings.evaluation.tail,
+        "score": SCORE,
+        "ranges": ranges,
+    }
+    output.publish(content, files)
+    return content
+
+
+def output_at(path: str) -> Output:
+    keys = frozenset({"format_version", "step", "ranges"})
+    return Output(path.rstrip("/"), "an export", (MANIFEST,), keys, OURS, ENCODER)
+
+
+def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
+    size = max(1, RANGE_BYTES // (4 * dim))
+    for start in range(0, num_labels, size):
+        yield LabelRange(start, min(start + size, num_labels), num_labels)
+
+
+def _save_encoder(local: str, encoder: Encoder, settings: RunConfig) -> None:
+    from transformers import AutoTokenizer
+
+    encoder.backbone.save_pretrained(local)
+    AutoTokenizer.from_pretrained(
+        resolve_model(settings.encoder.name), trust_remote_code=False, local_files_only=True
+    ).save_pretrained(local)
+
+
+def _head(encoder: Encoder) -> bytes:
+    head = {"constant": encoder.constant}
+    if encoder.bottleneck is not None:
+        head["bottleneck"] = encoder.bottleneck.weight.detach()
+    return save(head)
+
+
+def _range_names(index: int) -> tuple[str, str]:
+    return f"classifier-{index:05d}.safetensors", f"labels-{index:05d}.parquet"
+
+
+def _write_range(
+    destination: str,
+    index: int,
+    owned: LabelRange,
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    dim: int,
+) -> dict[str, Any]:
+    weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
+    checkpoint.load_shard(Shard(owned, weights), momentum=False)
+    names = _range_names(index)
+    weight = weights.weight.read(0, len(owned)).contiguous()
+    write_file(f"{destination}/{names[0]}", save({"weight": weight}))
+    table = dataset.read_rows(
+        "labels", owned.start, owned.stop, ["label_id", "text", "train_count"]
+    )
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    write_file(f"{destination}/{names[1]}", buffer.getvalue())
+    return {"start": owned.start, "stop": owned.stop, "classifier": names[0], "labels": names[1]}

@@ -1,0 +1,1 @@
+"""`serve`: a run behind HTTP, on Ray Serve."""

@@ -1,0 +1,220 @@
+"""What `renee-ray serve` deploys: shards of the classifier, and the encoder that asks them.
+
+For a batch of requests: texts -> embeddings E [B, D] in the encoder's process; E to every
+shard, a streaming top-k of its label range there; the lists merged where E was made, with the
+neighbours' votes if there are any; the texts of what is left from the shards that own them.
+What it equals: `renee-ray predict` of the same texts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
+
+from renee_ray.checkpoint.state import Checkpoint
+from renee_ray.config.schema import RunConfig, ServeConfig
+from renee_ray.data import tokenizer
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.model.encoder import build_encoder
+from renee_ray.parallel.batch import Batch, Position, Ragged, ragged
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.neighbours import RERANKED
+from renee_ray.scoring.scorer import prior_offset, read_counts
+from renee_ray.service.cluster import replica_on_loopback
+from renee_ray.service.launch import quiet
+from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.score.predict import embed_voters
+from renee_ray.service.score.texts import vocabulary_of
+from renee_ray.xfc.labels import LabelRange, owners
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
+from renee_ray.xfc.weights.storages import Weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every process of a service is given: so little that Serve may keep it for each.
+
+    config: of the run, to score with `num_workers` shards; checkpoint: its name, the same for all.
+    """
+
+    config: RunConfig
+    settings: ServeConfig
+    run: str
+    checkpoint: str
+
+    @property
+    def num_shards(self) -> int:
+        return self.config.max_workers
+
+    def open(self) -> tuple[Checkpoint, Dataset]:
+        """What is served, and the dataset of its labels."""
+        directory = RunDirectory(self.run)
+        return directory.checkpoints().at(self.checkpoint), directory.dataset()
+
+
+class ShardReplica:
+    """The classifier's rows of one range of labels, with their texts. One call at a time."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        replica_on_loopback()
+        quiet()
+        (checkpoint, dataset), device = plan.open(), _device()
+        owned = LabelRange.of_rank(dataset.manifest.num_labels, plan.num_shards, rank)
+        facts = checkpoint.state.facts
+        weights = Weights(facts["precision"], len(owned), facts["dim"], False, device)
+        self._shard = Shard(owned, weights, plan.config.classifier.chunk)
+        checkpoint.load_shard(self._shard, momentum=False)
+        tail = plan.config.evaluation.tail
+        self._offset = prior_offset(read_counts(dataset, owned), tail, device)
+        table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
+        self._texts: pa.ChunkedArray = table["text"]
+
+    @torch.inference_mode()
+    def topk(self, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of embeddings float32 [B, D], scores float32 and labels int64 [B, k] as `shard_topk`.
+
+        k is the number of this range's labels where it is greater.
+        """
+        rows = torch.tensor(embeddings, device=self._shard.weights.device)
+        k = min(k, len(self._shard.owned))
+        scores, labels = shard_topk(self._shard, rows, k, offset=self._offset)
+        return scores.cpu().numpy(), labels.cpu().numpy()
+
+    def texts(self, labels: np.ndarray) -> list[str]:
+        """Of labels int64 [m] of this range."""
+        found: list[str] = self._texts.take(pa.array(labels - self._shard.owned.start)).to_pylist()
+        return found
+
+
+class Question(NamedTuple):
+    """Of one request."""
+
+    texts: list[str]
+    k: int
+
+
+def num_texts(questions: list[Question]) -> int:
+    return sum(len(question.texts) for question in questions)
+
+
+class EncoderReplica:
+    """Tokeniser and encoder; batches requests, asks the shards, merges what they say."""
+
+    def __init__(self, plan: Plan, shards: list[DeploymentHandle]) -> None:
+        replica_on_loopback()
+        quiet()
+        self._shards, self._device = shards, _device()
+        checkpoint, self._dataset = plan.open()
+        self._vocabulary = vocabulary_of(self._dataset)
+        self._max_length = min(plan.config.encoder.max_length, self._dataset.manifest.max_length)
+        self._encoder = build_encoder(plan.config.encoder, self._device, plan.config.seed)
+        checkpoint.load_encoder(self._encoder)
+        self._encoder.eval()
+        self._neighbours = None
+        if plan.config.evaluation.neighbours:
+            self._neighbours = embed_voters(
+                plan.config, self._dataset, self._encoder, Ranks(), self._device
+            )
+        self._answers.set_max_batch_size(plan.settings.max_batch_size)  # type: ignore[attr-defined]
+        self._answers.set_batch_wait_timeout_s(plan.settings.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+
+    async def predict(self, texts: list[str], k: int) -> list[list[dict[str, Any]]]:
+        """The k best labels of each text, best first: label, text, score."""
+        found: list[list[dict[str, Any]]] = await self._answers(Question(texts, k))
+        return found
+
+    @serve.batch(batch_size_fn=num_texts)
+    async def _answers(self, questions: list[Question]) -> list[list[list[dict[str, Any]]]]:
+        texts = [text for question in questions for text in question.texts]
+        most = self._dataset.manifest.num_labels
+        ks = torch.tensor([min(question.k, most) for question in questions for _ in question.texts])
+        embeddings = await asyncio.to_thread(self._embed, texts)
+        wanted = ks if self._neighbours is None else ks.clamp(min=min(RERANKED, most))
+        found = await asyncio.gather(
+            *(shard.topk.remote(embeddings, int(wanted.max())) for shard in self._shards)
+        )
+        scores, labels = await asyncio.to_thread(self._merge, embeddings, found, wanted, ks)
+        rows = iter(answers(scores, labels, await self._texts_of(labels)))
+        return [[next(rows) for _ in question.texts] for question in questions]
+
+    @torch.inference_mode()
+    def _embed(self, texts: list[str]) -> np.ndarray:
+        """float32 [B, D]."""
+        ids = ragged(tokenizer.encode(self._vocabulary, texts, self._max_length))
+        none, points = Ragged.of_lists([[]] * len(texts)), np.arange(len(texts))
+        batch = Batch(Position(), points, ids, none, none, self._dataset.manifest.pad_id)
+        embeddings: Tensor = self._encoder(*batch.tokens(self._device))
+        if not embeddings.isfinite().all():
+            raise ArithmeticError("the encoder's embeddings are not finite")
+        return embeddings.cpu().numpy()
+
+    @torch.inference_mode()
+    def _merge(
+        self,
+        embeddings: np.ndarray,
+        found: list[tuple[np.ndarray, np.ndarray]],
+        wanted: Tensor,
+        ks: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(scores, labels) [B, max k] in host memory; `NONE` beyond what a row was asked for."""
+        lists = [[torch.tensor(each[i]) for each in found] for i in (0, 1)]
+        best = only(merge_topk(lists[0], lists[1], int(wanted.max())), wanted)
+        if self._neighbours is not None:
+            everyone = torch.tensor(embeddings, device=self._device)
+            best = self._neighbours.add(everyone, [len(everyone)], best, int(ks.max()))
+        return only(best, ks)
+
+    async def _texts_of(self, labels: Tensor) -> dict[int, str]:
+        """Of the labels that occur, each asked of the shard that owns it."""
+        ids = labels.unique()
+        ids = ids[ids != NONE]
+        owner = owners(ids, self._dataset.manifest.num_labels, len(self._shards))
+        asked = [ids[owner == rank].numpy() for rank in range(len(self._shards))]
+        texts = await asyncio.gather(
+            *(shard.texts.remote(own) for shard, own in zip(self._shards, asked, strict=True))
+        )
+        return {
+            int(label): text
+            for own, found in zip(asked, texts, strict=True)
+            for label, text in zip(own, found, strict=True)
+        }
+
+
+def only(best: tuple[Tensor, Tensor], ks: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores, labels) [B, k], of each row only the first of `ks` int64 [B]; `NONE` beyond."""
+    scores, labels = best
+    beyond = torch.arange(scores.shape[1]) >= ks[:, None]
+    return scores.masked_fill(beyond, -torch.inf), labels.masked_fill(beyond, NONE)
+
+
+def answers(scores: Tensor, labels: Tensor, texts: dict[int, str]) -> list[list[dict[str, Any]]]:
+    """Each row's labels, best first.
+
+    Raises:
+        ArithmeticError: a label's score is not finite.
+    """
+    if not scores[labels != NONE].isfinite().all():
+        raise ArithmeticError("a score is not finite")
+    return [
+        [
+            {"label": label, "text": texts[label], "score": score}
+            for label, score in zip(row, of_row, strict=True)
+            if label != NONE
+        ]
+        for row, of_row in zip(labels.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _device() -> torch.device:
+    """The device that Ray gave this process."""
+    return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")

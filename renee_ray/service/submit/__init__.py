@@ -1,0 +1,1 @@
+"""`submit`: a command as a job on a cluster, and what the job takes along."""

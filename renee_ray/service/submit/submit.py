@@ -1,0 +1,319 @@
+"""Submitting a command of this package to a cluster's job server, and following it to its end.
+
+The log is followed from its start over every new connection and what was written already is
+skipped, so a lost connection neither repeats nor loses a line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import logging
+import os
+import re
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError as NoAnswer
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tenacity
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from renee_ray.errors import ReneeError
+from renee_ray.parallel.threads import in_thread
+from renee_ray.service.submit.job_files import pack, packed_name
+
+T = TypeVar("T")
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+ANSWER_S = 30.0
+"""Seconds that the job server has for an answer."""
+SILENCE_S = 60.0
+"""Seconds without a line of the log after which it is followed anew: a cut link is silent."""
+LONGEST_PAUSE_S = 10.0
+GOING_AWAY = re.compile(r"WebSocket|status code 50[0234]")
+EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 130}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job on a cluster."""
+
+    address: str
+    submission_id: str
+
+    @property
+    def stop_command(self) -> str:
+        return f"ray job stop --address {self.address} {self.submission_id}"
+
+    @property
+    def log_command(self) -> str:
+        return f"ray job logs --follow --address {self.address} {self.submission_id}"
+
+
+def choose_address(given: str | None) -> str:
+    """The job server's URL: given, or of Ray's variables, or this machine's port 8265.
+
+    Raises:
+        ReneeError: it is no http(s) URL.
+    """
+    named = [os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)]
+    address = given or next(iter(named), DEFAULT_ADDRESS)
+    if not address.startswith(("http://", "https://")):
+        raise ReneeError(
+            f"address {address!r} is no URL of a job server; give --address as {DEFAULT_ADDRESS}"
+        )
+    return address.rstrip("/")
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the job server at `address`.
+
+    Raises:
+        ReneeError: nothing answers there, or it refuses the token, or Ray's job client is not
+            installed.
+    """
+    for module in ("job.sdk", "dashboard_sdk"):  # their notices are ours to phrase
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
+    with _only_address(address), _said(address):
+        return _within(ANSWER_S, lambda: JobSubmissionClient(address))
+
+
+def submit(
+    client: JobSubmissionClient,
+    job: str,
+    arguments: Sequence[str],
+    *,
+    root: Path,
+    environment: dict[str, str],
+    config: str | None = None,
+    submission_id: str | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Submission:
+    """Starts `python jobs/JOB.py ARGUMENTS` on the cluster.
+
+    Args:
+        root: a clone of this repository, whose files go along.
+        config: the one of `arguments` that is a configuration file; it goes along too.
+
+    Raises:
+        ReneeError: the files are too large, the server refuses, or the id is taken.
+    """
+    address = client.get_address()
+    name = submission_id or f"renee-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    words = list(arguments)
+    file = None if config is None else Path(config)
+    if config is not None and file is not None:
+        words[words.index(config)] = packed_name(root, file).as_posix()
+    with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
+        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, file)
+        if large:
+            shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
+            on_progress(f"large files stay here: {shown}")
+        with _said(address):
+            client.submit_job(
+                entrypoint=shlex.join(["python", f"jobs/{job}.py", *words]),
+                submission_id=name,
+                runtime_env={"working_dir": scratch, "env_vars": environment},
+                metadata={
+                    "command": job,
+                    "renee_ray": version("renee_ray"),
+                    "user": _user(),
+                },
+            )
+    return Submission(address, name)
+
+
+class Follower:
+    """Follows one job: its log, over any number of connections, and its end."""
+
+    def __init__(
+        self,
+        client: JobSubmissionClient,
+        submission: Submission,
+        write: Callable[[str], None],
+        on_progress: Callable[[str], None],
+        patience_s: float,
+    ) -> None:
+        self._client, self._submission = client, submission
+        self._write, self._say, self._patience_s = write, on_progress, patience_s
+        self._written = 0
+
+    def follow(self) -> JobDetails:
+        """Writes the log until the job has ended; may be called again after an interruption.
+
+        Raises:
+            ReneeError: the cluster no longer knows the job, refuses the token, or has not
+                answered for the patience.
+        """
+        name = self._submission.submission_id
+        while True:
+            details: JobDetails = self._patiently(lambda: self._client.get_job_info(name))
+            if details.status.is_terminal():
+                log: str = self._patiently(lambda: self._client.get_job_logs(name))
+                self._emit(log[self._written :])
+                return details
+            try:
+                asyncio.run(self._tail())
+            except Exception as error:
+                if not _is_lost(error):
+                    raise
+                time.sleep(1)
+
+    def stop(self) -> None:
+        """Asks the cluster to stop the job; `follow` then sees it end."""
+        self._patiently(lambda: self._client.stop_job(self._submission.submission_id))
+
+    async def _tail(self) -> None:
+        """Writes what is new of the log, until its end or a silence."""
+        stream = self._client.tail_job_logs(self._submission.submission_id)
+        ahead = self._written
+        with contextlib.suppress(StopAsyncIteration, asyncio.TimeoutError):
+            while True:
+                text = await asyncio.wait_for(anext(stream), SILENCE_S)  # type: ignore[arg-type]
+                known, ahead = text[:ahead], max(0, ahead - len(text))
+                self._emit(text[len(known) :])
+
+    def _emit(self, text: str) -> None:
+        self._written += len(text)
+        if text:
+            self._write(text)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Calls until the cluster answers; says once that it does not, and once that it does."""
+        address = self._submission.address
+
+        def lost(state: tenacity.RetryCallState) -> None:
+            if state.attempt_number == 1 and state.outcome is not None:
+                error = state.outcome.exception()
+                assert error is not None
+                self._say(
+                    f"{address} does not answer ({_kind(error)}); the job may run on, trying "
+                    f"again for {self._patience_s:.0f} s"
+                )
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_lost),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE_S),
+            stop=tenacity.stop_after_delay(self._patience_s),
+            before_sleep=lost,
+        )
+        try:
+            with _said(address, self._submission):
+                found: T = retrying(_within, ANSWER_S, call)
+        except tenacity.RetryError as error:
+            raise ReneeError(
+                f"{address} has not answered for {self._patience_s:.0f} s; see with `ray job "
+                f"status --address {address} {self._submission.submission_id}` whether the job runs"
+            ) from error
+        if retrying.statistics.get("attempt_number", 1) > 1:
+            self._say(f"{address} answers again")
+        return found
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error is of the connection, so that another attempt may succeed."""
+    import aiohttp
+    import requests
+
+    lost = (ConnectionError, TimeoutError, NoAnswer, aiohttp.ClientError)
+    if isinstance(error, (*lost, requests.ConnectionError, requests.Timeout)):
+        return True
+    # Ray says so of a server that goes away, or of a proxy before one that is away.
+    return isinstance(error, RuntimeError) and bool(GOING_AWAY.search(str(error)))
+
+
+def _kind(error: BaseException) -> str:
+    return (
+        "no answer in time" if isinstance(error, TimeoutError | NoAnswer) else type(error).__name__
+    )
+
+
+@contextlib.contextmanager
+def _said(address: str, submission: Submission | None = None) -> Iterator[None]:
+    """Ray's errors as sentences for people; connections that are lost pass where a job runs."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ReneeError(_token_sentence(address, str(error))) from error
+    except Exception as error:
+        if isinstance(error, ReneeError | tenacity.RetryError):
+            raise
+        raise ReneeError(_sentence(address, submission, error)) from error
+
+
+def _token_sentence(address: str, text: str) -> str:
+    if "Forbidden" in text or "Invalid" in text or "Authentication failed" in text:
+        return (
+            f"{address} refuses the token; put the cluster's own into ~/.ray/auth_token or "
+            f"RAY_AUTH_TOKEN"
+        )
+    return (
+        f"{address} demands a token; set RAY_AUTH_MODE=token, and have the cluster's token in "
+        f"~/.ray/auth_token or RAY_AUTH_TOKEN"
+    )
+
+
+def _sentence(address: str, submission: Submission | None, error: Exception) -> str:
+    text = str(error)
+    if submission is not None and "status code 404" in text:
+        return (
+            f"{address} knows no job {submission.submission_id}: the head was started anew, and "
+            f"its jobs ended with it; give the same command again to go on from what they stored"
+        )
+    if "already" in text and "ubmission" in text:
+        return f"{address} has a job of that id already; give another --submission-id"
+    if "ray[default]" in text:
+        return "Ray's job client is not installed; pip install 'ray[default]'"
+    if "status code" not in text and _is_lost(error):
+        return f"no job server answers at {address}; check the address, or open the tunnel to it"
+    last = text.strip().splitlines()[-1:] or [type(error).__name__]
+    return f"the job server at {address} refused this: {last[0].strip()}"
+
+
+@contextlib.contextmanager
+def _only_address(address: str) -> Iterator[None]:
+    """Ray lets its variables win over the address that it is given."""
+    saved = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
+    os.environ[ADDRESS_VARIABLES[0]] = address
+    try:
+        yield
+    finally:
+        del os.environ[ADDRESS_VARIABLES[0]]
+        os.environ.update({name: value for name, value in saved.items() if value is not None})
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Calls in a thread that is given up after `seconds`: Ray's client has no time-outs."""
+    return in_thread(call, "job server").result(seconds)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())
+
+
+def outcome(submission: Submission, details: JobDetails) -> dict[str, Any]:
+    """What a job came to, for people and programs."""
+    status = JobStatus(details.status)
+    message = (details.message or "").partition(", last available logs")[0]  # they were followed
+    seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
+    return {
+        "submission_id": submission.submission_id,
+        "address": submission.address,
+        "status": status.value,
+        "message": message.strip(),
+        "seconds": seconds,
+    }

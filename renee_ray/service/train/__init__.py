@@ -1,0 +1,1 @@
+"""`train`: what a training worker runs, resuming, checkpoints on demand."""

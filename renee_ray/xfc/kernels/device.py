@@ -1,0 +1,142 @@
+"""What a device computes well: the dtype of its matmuls, the storage to choose, its cache.
+
+    storage      multiplies in, where the device does so in hardware     elsewhere
+    fp32         fp32                                                    -
+    bf16_split   bf16                                                    fp32, of the exact weights
+    bf16_sr      bf16                                                    fp32
+    fp16         fp16                                                    fp32, of the master weights
+    fp8_sr       bf16; the logits e4m3, on a GPU that has it             fp32
+
+Elsewhere a chunk is expanded to fp32 in a buffer before it is multiplied. A CPU without bf16
+instructions emulates bf16 products, ten times slower than fp32 ones on AVX2.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from renee_ray.machine import available_bytes
+
+log = logging.getLogger(__name__)
+
+GPU_CHUNK_BYTES = 256 << 20
+"""What the buffers of one chunk may take of a GPU's memory."""
+CPU_CHUNK_BYTES = 24 << 20
+"""At most, on a CPU: beyond, chunks get no faster, and a cloud host may report all of its L3."""
+DEFAULT_CACHE_BYTES = 2 << 20
+"""Cache of a core where the operating system does not say."""
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
+
+
+def native_e4m3(device: torch.device) -> bool:
+    """Whether the device multiplies e4m3 matrices in hardware: NVIDIA's from Ada on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of `dtype` (fp32, bf16 or fp16) in hardware."""
+    if dtype == torch.bfloat16:
+        return native_bf16(device)
+    return dtype == torch.float32 or device.type == "cuda"
+
+
+def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> torch.dtype:
+    """`dtype`, which the storage `precision` would multiply in, or fp32 if not native."""
+    if native(dtype, device):
+        return dtype
+    _log_expansion(precision, str(dtype).removeprefix("torch."), device.type)
+    return torch.float32
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`precision`, or for `auto` bf16_sr where the device multiplies bf16, else fp16 or fp32.
+
+    Without narrow products a narrower storage saves memory but not time, so fp32 stands.
+    """
+    if precision != "auto":
+        return precision
+    if native_bf16(device):
+        return "bf16_sr"
+    return "fp16" if native(torch.float16, device) else "fp32"
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether `kernels` is to be used there: a GPU on which one of them was compiled and ran."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        log.warning("Triton does not support this GPU: the classifier takes a slower path")
+        return False
+    try:
+        from renee_ray.xfc.kernels import gpu  # needs triton, which not every machine has
+
+        gpu.try_out(device)
+    except Exception as error:  # a missing package, compiler or header, or a driver too old
+        log.warning(
+            "Triton's kernels do not run here, so the classifier takes a slower path on the GPU: "
+            "%s: %s", type(error).__name__, error,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of host memory on `device`.
+
+    To a GPU it travels from pinned memory, in the order of the stream: from any other the host
+    would wait until the GPU has done all that was asked of it before.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of a GPU, or of the machine or its container."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def chunk_bytes(device_type: str) -> int:
+    """Bytes that the buffers of one chunk of labels may take together.
+
+    On a CPU half of what a core has of cache, so that the embeddings and dE stay there too.
+    """
+    if device_type == "cuda":
+        return GPU_CHUNK_BYTES
+    return min(_cache_bytes() // 2, CPU_CHUNK_BYTES)
+
+
+@functools.cache
+def _log_expansion(precision: str, dtype: str, device_type: str) -> None:
+    log.info(
+        "this %s has no %s products: %s weights are expanded to fp32 chunk by chunk",
+        device_type, dtype, precision,
+    )  # fmt: skip
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    """Of a core: the largest of its shares of the caches, as Linux reports them."""
+    shares = [DEFAULT_CACHE_BYTES]
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            size = int((cache / "size").read_text().strip().removesuffix("K")) << 10
+            sharing = (cache / "shared_cpu_map").read_text().replace(",", "")
+        except (OSError, ValueError):  # a machine that says nothing of this cache
+            continue
+        shares.append(size // max(1, int(sharing, 16).bit_count()))
+    return max(shares)

@@ -1,0 +1,1 @@
+"""The k best labels of each embedding, exactly, without all logits in memory."""

@@ -1,0 +1,160 @@
+"""Collecting the k best labels of each row while chunks of scores pass by.
+
+Of equal scores the smaller label comes first, at the cut too. Labels must come in ascending order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+NONE = -1
+"""Label id of a place that no label fills."""
+BLOCK = 64
+"""Labels that are looked at together before each single one; a row's room holds two such blocks."""
+SPARSE = 32
+"""Where more than one block in so many may hold a better label, the chunk's own top-k is taken."""
+
+
+class Best(ABC):
+    """The k best labels so far of each of B rows, and later ones that may be better.
+
+    scores, labels: [B, k + room]. Only when its room is full is a row cut to its k best, which
+    happens about log(labels) times: of labels in random order the i-th chunk holds k / i that
+    belong among the best up to there.
+    threshold: float32 [B, 1], what a label has to beat.
+    """
+
+    def __init__(self, rows: int, k: int, device: torch.device) -> None:
+        self.k, self.room = k, max(k, 2 * BLOCK)
+        self.scores = torch.full((rows, k + self.room), -torch.inf, device=device)
+        self.labels = torch.full((rows, k + self.room), NONE, dtype=torch.int64, device=device)
+        self.used = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.threshold = torch.full((rows, 1), -torch.inf, device=device)
+
+    @abstractmethod
+    def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
+        """Takes a chunk of labels from `first` on, later than all before.
+
+        Args:
+            logits: float32 or bfloat16 [B, c]; may be overwritten.
+            offset: float32 [c], added to each row, as fp32.
+        """
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(scores [B, k] descending, labels [B, k])."""
+        # Labels ascend among equal scores.
+        scores, labels = leading(self.scores, self.labels, self.k)
+        # A banned label has score -inf too, and must not be told apart from an empty place.
+        return scores, labels.masked_fill_(scores == -torch.inf, NONE)
+
+
+def leading(scores: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of scores [B, m], descending, and their labels; of equal ones the leftmost."""
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :k].contiguous(), labels.gather(1, order[:, :k])
+
+
+def join(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of several results, of which each has later labels than those before."""
+    if len(found) == 1:
+        return found[0]
+    scores, labels = zip(*found, strict=True)
+    return leading(torch.cat(scores, dim=1), torch.cat(labels, dim=1), k)
+
+
+def best_of(rows: int, k: int, device: torch.device) -> Best:
+    """A collector of the k best labels of each row, empty."""
+    return (CompiledBest if device.type == "cpu" else PlainBest)(rows, k, device)
+
+
+class CompiledBest(Best):
+    """On a CPU: a compiled loop over the rows. The first `used` [B] places of a row are taken."""
+
+    def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
+        from renee_ray.xfc.kernels.cpu_loops import collect  # numba, which takes a second to import
+
+        shift = logits.new_empty(0, dtype=torch.float32) if offset is None else offset
+        collect(logits, self.threshold, self.used, self.scores, self.labels, self.k, first, shift)
+
+
+class PlainBest(Best):
+    """In plain torch, for any device.
+
+    The first k places are the best so far, descending; then come `used` [B] labels that beat the
+    last of these.
+
+    Works in at most 4 bytes for each number of a chunk of 64 rows or more, and 16 KiB a row: lists
+    of what is better take up to 64 bytes an entry, so they are made only where they are short.
+    """
+
+    def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
+        logits = logits.float()
+        if offset is not None:
+            logits += offset
+        whole = logits.shape[1] // BLOCK * BLOCK
+        self._add(logits[:, :whole], BLOCK, first)
+        self._add(logits[:, whole:], logits.shape[1] - whole, first + whole)
+
+    def _sort(self) -> None:
+        self.scores[:, : self.k], self.labels[:, : self.k] = self.result()
+        self.scores[:, self.k :] = -torch.inf
+        self.labels[:, self.k :] = NONE
+        self.threshold = self.scores[:, self.k - 1 : self.k].clone()
+        self.used.zero_()
+
+    def _add(self, logits: Tensor, block: int, first: int) -> None:
+        if not logits.numel():
+            return
+        found = self._better(logits, block)
+        if found is None:
+            self._sort()  # which raises the threshold, and makes room for k
+            found = self._better(logits, block)
+        rows, columns, counts = _chunk_topk(logits, self.k) if found is None else found
+        before = counts.cumsum(0) - counts
+        place = self.k + (self.used - before)[rows] + torch.arange(len(rows), device=rows.device)
+        self.scores[rows, place] = logits[rows, columns]
+        self.labels[rows, place] = columns + first
+        self.used += counts
+
+    def _better(self, logits: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What beats the threshold, as `_chunk_topk` returns it; None: too much of a row or of all.
+
+        While a row has no threshold, all of it does.
+        """
+        blocks = logits.unflatten(1, (-1, block))
+        # The largest of a block is cheap; most blocks of a late chunk hold nothing better. A block
+        # with a NaN, whose maximum is NaN, is looked at.
+        largest = blocks.amax(dim=2)
+        rows, which = (largest <= self.threshold).logical_not_().nonzero(as_tuple=True)
+        if len(rows) > len(logits) * max(2, blocks.shape[1] // SPARSE):
+            return None
+        picked = blocks.flatten(0, 1).index_select(0, rows * blocks.shape[1] + which)
+        inside, column = (picked > self.threshold[rows]).nonzero(as_tuple=True)
+        rows, columns = rows[inside], which[inside] * block + column
+        counts = rows.bincount(minlength=len(logits))
+        if bool((self.used + counts > self.room).any()):
+            return None
+        return rows, columns, counts
+
+
+def _chunk_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of each row, of equal ones the leftmost; a NaN becomes -inf.
+
+    Returns:
+        (rows int64 [m], columns int64 [m] ascending in each row, their number int64 [B])
+    """
+    batch, k = len(logits), min(k, logits.shape[1])
+    logits.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    best, columns = logits.topk(min(k + 1, logits.shape[1]), dim=1)
+    columns = columns[:, :k]
+    if best.shape[1] > k:
+        # torch.topk takes any of the equal values at its cut: such rows are sorted, few at a time.
+        tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1)
+        for some in tied.split(-(-batch // SPARSE)):
+            columns[some] = logits[some].argsort(dim=1, descending=True, stable=True)[:, :k]
+    counts = columns.new_full((batch,), k)
+    rows = torch.arange(batch, device=logits.device).repeat_interleave(k)
+    return rows, columns.sort(dim=1).values.flatten(), counts

@@ -1,0 +1,122 @@
+"""The k best labels of each row: streaming over a shard's chunks, and merging shards.
+
+What it equals: `torch.topk(E @ W.T, k)` after the excluded pairs were set to -inf,
+without ever holding [rows, labels]. Scores are fp32 products of the fp32 weights, since
+bf16 logits tie by the dozen; of labels with equal scores the one with the smaller id comes
+first, at the cut too. So the order of (score, label) is total, and ranks that merge what
+shards found agree: each pair of a row and a label has one score, its owner's.
+
+How a score is rounded is not promised. BLAS adds up products in an order that depends on the
+device and on the shape: a CPU with AMX multiplies 8 rows otherwise than 256, and cuBLAS has a
+kernel for each shape. With another batch, chunk or number of shards a score e.w may thus differ,
+by at most 2 r, where (any order of D sums; rounding error 2^-24 of fp32)
+
+    |score - e.w|  <=  r  =  1.01 D 2^-24 |e| |w|
+
+and labels whose exact scores are no further apart than that may swap places. All others are
+those of the exact products.
+
+Rows that have fewer than k labels left are filled with label -1 and score -inf.
+
+Where the device multiplies bf16 faster, most labels are ruled out by bf16 products (`screen`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from renee_ray.xfc.lanes import run
+from renee_ray.xfc.shard import Chunks, Pairs, Shard
+from renee_ray.xfc.topk.best import NONE, best_of, join, leading
+from renee_ray.xfc.topk.screen import screened_topk, screens
+from renee_ray.xfc.weights.buffers import Split
+from renee_ray.xfc.weights.storages import Weights
+
+__all__ = ["NONE", "merge_topk", "shard_topk"]
+
+log = logging.getLogger(__name__)
+
+
+def shard_topk(
+    shard: Shard,
+    embeddings: Tensor,
+    k: int,
+    excluded: Pairs | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best labels of a shard for each row.
+
+    Args:
+        embeddings: [B, D] float32.
+        excluded: pairs that must not be predicted (filter labels).
+        offset: float32 [n], added to the score of each of the shard's labels.
+
+    Returns:
+        (scores float32 [B, k] descending, labels int64 [B, k], global ids)
+    """
+    if not screens(shard, len(embeddings), k):
+        return _plain_topk(shard, embeddings, k, excluded, offset)
+    scores, labels, sure = screened_topk(shard, embeddings, k, excluded, offset)
+    if bool(sure.all()):
+        return scores, labels
+    _log_unsure()
+    rest = (~sure).nonzero().squeeze(1)
+    left = None if excluded is None else excluded.of_rows(rest)
+    scores[rest], labels[rest] = _plain_topk(shard, embeddings[rest], k, left, offset)
+    return scores, labels
+
+
+def _plain_topk(
+    shard: Shard, embeddings: Tensor, k: int, excluded: Pairs | None, offset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """By fp32 products with every label."""
+    rows, scratch = len(embeddings), shard.weights.scratch
+
+    def lane(chunks: Chunks) -> tuple[Tensor, Tensor]:
+        best = best_of(rows, k, embeddings.device)
+        banned = excluded.by_chunk(chunks) if excluded is not None else []
+        for i, (start, stop) in enumerate(chunks):
+            logits = scratch("scores", rows, stop - start)
+            torch.mm(embeddings, shard.weights.read(start, stop).T, out=logits)
+            if excluded is not None:
+                logits[banned[i]] = -torch.inf
+            shift = None if offset is None else offset[start:stop]
+            best.add(logits, shard.owned.start + start, shift)
+        return best.result()
+
+    lanes = shard.lanes(rows, label_bytes(rows, shard.weights), gradient=False)
+    return join(run([partial(lane, chunks) for chunks in lanes]), k)
+
+
+def label_bytes(rows: int, weights: Weights) -> int:
+    """Bytes of working memory for a label of a chunk, at most, for so many rows.
+
+    All are fp32: its scores, and as much again to find the best (`best.PlainBest`); its weights,
+    with the lower halves of `buffers.Split`. What depends on the rows alone is not counted.
+    """
+    return 8 * max(rows, 64) + (8 if isinstance(weights.weight, Split) else 4) * weights.dim
+
+
+@functools.cache
+def _log_unsure() -> None:
+    log.info("some rows have labels too close for bf16 products: for them all products are fp32")
+
+
+def merge_topk(scores: list[Tensor], labels: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of several candidate lists per row; ties go to the smaller label id.
+
+    Args:
+        scores: float32 [B, k_i] each, in any order.
+        labels: int64 [B, k_i] each, `NONE` where there is none.
+
+    Returns:
+        (scores [B, k] descending, labels [B, k])
+    """
+    score, label = torch.cat(scores, dim=1), torch.cat(labels, dim=1)
+    by_label = label.argsort(dim=1)
+    return leading(score.gather(1, by_label), label.gather(1, by_label), k)

@@ -1,0 +1,1 @@
+"""Storages of the weights: how numbers lie in memory, and how an update is rounded."""
