@@ -19,6 +19,7 @@ from renee_ray.config.grammar import (
     add_override,
     parse_file,
 )
+from renee_ray.config.recipes import find_recipe
 from renee_ray.config.schema import Config, RunConfig
 from renee_ray.errors import SHOWN, ConfigError
 
@@ -78,11 +79,13 @@ def make_config(model: type[C], *layers: Mapping[str, Any], where: str = "the co
 
 
 def read_yaml(path: str, model: type[Config] = RunConfig) -> Layer:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, given by its path or as the name of a recipe.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+        ConfigError: there is no such recipe, or the file cannot be read, is not YAML, or is not a
+            mapping.
     """
+    path = str(find_recipe(path) or path)
     try:
         with open(path, "rb") as file:
             raw = file.read(YAML_LIMIT + 1)

@@ -93,7 +93,7 @@ def test_the_log_is_the_jobs(
     assert f"dataset {dataset_on_s3}" in log or dataset_on_s3 in log
     job = head.job("converting")
     assert job["status"] == "SUCCEEDED"
-    assert job["entrypoint"].startswith("python jobs/convert.py s3://")
+    assert job["entrypoint"].startswith("python -m renee_ray convert s3://")
     assert job["metadata"]["command"] == "convert" and job["metadata"]["user"]
     shown = json.dumps(job)
     assert ACCESS_KEY not in shown and SECRET_KEY not in shown and TOKEN not in shown

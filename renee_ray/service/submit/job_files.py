@@ -1,7 +1,8 @@
-"""What a submitted job takes along: the files of its working directory, and its environment.
+"""What a submitted job takes along: the code that it runs, and its environment.
 
-Both travel to the cluster and are shown on its dashboard. Hidden files stay here, and no secret
-goes into the environment: the nodes have their own.
+The code is the package that is running, from a clone or a wheel, or else a whole clone. All of it
+travels to the cluster, and the dashboard shows it. Hidden files stay here, and no secret goes into
+the environment: the nodes have their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from renee_ray.errors import ReneeError
+
+PACKAGE = Path(__file__).resolve().parents[2]
+"""The package that is running."""
 
 PASSED_ON = (
     "AWS_DEFAULT_REGION",
@@ -118,15 +122,14 @@ def job_files(root: Path) -> tuple[list[Path], list[Path]]:
     return tuple(sorted(p.relative_to(root) for p in each) for each in (small, large))  # type: ignore[return-value]
 
 
-def pack(root: Path, destination: Path, limit: int, config: Path | None = None) -> list[Path]:
-    """Copies the files that a job takes along to `destination`, an empty directory.
+def pack(root: Path, destination: Path, limit: int) -> list[Path]:
+    """Copies the files below `root` that a job takes along to `destination`.
 
     Args:
         limit: bytes that Ray accepts.
-        config: a file of the job's arguments; it is taken along from wherever it is.
 
     Returns:
-        files that were left out since they are large, relative to `root`.
+        the files that were left out because they are large, relative to `root`.
 
     Raises:
         ReneeError: they are more than `limit`.
@@ -142,33 +145,16 @@ def pack(root: Path, destination: Path, limit: int, config: Path | None = None) 
     for path in small:
         (destination / path.parent).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / path, destination / path)
-    if config is not None:
-        target = destination / packed_name(root, config)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config, target)
     return large
 
 
-def packed_name(root: Path, config: Path) -> Path:
-    """Where `config` is in the job's working directory: as in `root`, else at its top."""
-    config, root = config.resolve(), root.resolve()
-    return config.relative_to(root) if config.is_relative_to(root) else Path(config.name)
-
-
-def working_directory(given: str | None) -> Path:
-    """The directory that a job takes along: given, or the clone we are in, or that we run from.
-
-    Raises:
-        ReneeError: it has no jobs/.
-    """
-    clone = Path(__file__).resolve().parents[3]
-    candidates = [Path(given)] if given else [Path.cwd(), clone]
-    for path in candidates:
-        if (path / "jobs" / "train.py").is_file():
-            return path.resolve()
-    raise ReneeError(
-        f"{candidates[0]} has no jobs/train.py; give --working-dir the clone of renee_ray"
-    )
+def check_clone(path: Path) -> None:
+    """Raises ReneeError where `path` is no clone of the repository, whose code a job could run."""
+    if not (path / PACKAGE.name / "__main__.py").is_file():
+        raise ReneeError(
+            f"--working-dir {path} has no {PACKAGE.name}/__main__.py; give a clone of renee_ray, "
+            f"or omit it to take along the package that is running"
+        )
 
 
 def _left_out(name: str) -> bool:

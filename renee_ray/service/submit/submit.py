@@ -13,13 +13,13 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,9 +28,10 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from renee_ray import __version__
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.threads import in_thread
-from renee_ray.service.submit.job_files import pack, packed_name
+from renee_ray.service.submit.job_files import PACKAGE, pack
 
 T = TypeVar("T")
 
@@ -94,16 +95,16 @@ def submit(
     job: str,
     arguments: Sequence[str],
     *,
-    root: Path,
     environment: dict[str, str],
+    clone: Path | None = None,
     config: str | None = None,
     submission_id: str | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Submission:
-    """Starts `python jobs/JOB.py ARGUMENTS` on the cluster.
+    """Starts `python -m renee_ray JOB ARGUMENTS` on the cluster.
 
     Args:
-        root: a clone of this repository, whose files go along.
+        clone: directory whose files go along, in place of the package that is running.
         config: the one of `arguments` that is a configuration file; it goes along too.
 
     Raises:
@@ -112,22 +113,22 @@ def submit(
     address = client.get_address()
     name = submission_id or f"renee-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     words = list(arguments)
-    file = None if config is None else Path(config)
-    if config is not None and file is not None:
-        words[words.index(config)] = packed_name(root, file).as_posix()
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
-        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, file)
-        if large:
+        root, place = (clone, scratch) if clone else (PACKAGE, f"{scratch}/{PACKAGE.name}")
+        if large := pack(root, Path(place), DASHBOARD_CLIENT_MAX_SIZE):
             shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
             on_progress(f"large files stay here: {shown}")
+        if config is not None:
+            words[words.index(config)] = Path(config).name
+            shutil.copyfile(config, Path(scratch) / Path(config).name)
         with _said(address):
             client.submit_job(
-                entrypoint=shlex.join(["python", f"jobs/{job}.py", *words]),
+                entrypoint=shlex.join(["python", "-m", PACKAGE.name, job, *words]),
                 submission_id=name,
                 runtime_env={"working_dir": scratch, "env_vars": environment},
                 metadata={
                     "command": job,
-                    "renee_ray": version("renee_ray"),
+                    "renee_ray": __version__,
                     "user": _user(),
                 },
             )
