@@ -155,7 +155,7 @@ class FeedConfig(Config):
     """Share of a training point's tokens that an epoch drops, never the first or the last; each
     epoch drops others."""
     streams: int = Field(8, ge=1)
-    """Pieces of a global batch, each read as a stream of its own. If num_workers exceeds it, several
+    """Pieces of a global batch, each read as a stream of its own. If num_workers exceeds it, some
     workers read the same stream and each keeps its own rows, which costs CPU time."""
     window: int = Field(64, ge=1)
     """Batches inside which rows are ordered by length."""
@@ -251,8 +251,8 @@ class RunConfig(Config):
     loss_every: int = Field(20, ge=0)
     """Steps between two computations of the loss; 0: never."""
     timeout_s: int = Field(120, ge=5)
-    """Timeout of a collective inside a step, in seconds. Before a step, the patience with storage is
-    added (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
+    """Seconds, the timeout of a collective inside a step. Before a step, the patience with storage
+    is added (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
     encoder: EncoderConfig = EncoderConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     feed: FeedConfig = FeedConfig()

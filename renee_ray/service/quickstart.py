@@ -110,7 +110,7 @@ def quickstart(
 
 
 def configuration(overrides: Mapping[str, Any]) -> tuple[Path, RunConfig]:
-    """(directory for everything, configuration of the run in it).
+    """Returns (directory for everything, configuration of the run in it).
 
     Raises:
         ConfigError: a wrong key or value.
@@ -133,10 +133,10 @@ def configuration(overrides: Mapping[str, Any]) -> tuple[Path, RunConfig]:
 
 
 def unpack(archive: Path, destination: Path) -> Path:
-    """The folder of the unpacked archive, `destination`/NAME.
+    """Unpacks the dataset, and returns its folder, `destination`/NAME.
 
     Raises:
-        ReneeError: no archive, a damaged one, or a destination that cannot be written.
+        ReneeError: the archive is missing or damaged, or `destination` cannot be written.
     """
     try:
         destination.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def unpack(archive: Path, destination: Path) -> Path:
 
 
 def _dataset(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -> Dataset:
-    """The converted dataset at config.data, made if it is missing or of another tokenizer."""
+    """Returns the dataset at config.data; converts it if it is missing or of another tokenizer."""
     tokenizer = config.encoder.name
     if has_manifest(config.data):
         dataset = Dataset.open(config.data)
@@ -171,10 +171,10 @@ def _dataset(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -
 
 @dataclass(frozen=True)
 class Truth:
-    """The test points, in ascending order of their ids, and what scoring them needs.
+    """The test points, in ascending order of their ids, and what their metrics need.
 
-    tokens, labels, filters: a row a point; inverse_propensity: float64 [L]; train_count: int64
-    [L]. L is small here: a run on real data never holds a column over all labels.
+    tokens, labels and filters have a row for each point; inverse_propensity is float64 [L] and
+    train_count int64 [L]. L is small here; no other code may hold a column of all labels.
     """
 
     points: Ints
@@ -217,7 +217,7 @@ class Predictions:
 
 
 def read_predictions(directory: Path, k: int) -> Predictions:
-    """What `predict_run` wrote to a local directory, rows cut or filled up to k."""
+    """Reads what `predict_run` wrote to a local directory; each row is cut or padded to k."""
     table = pq.read_table(sorted(directory.glob("part-*.parquet"))).sort_by("point_id")
     rows = table["label_ids"].to_pylist()
     labels = np.full((len(rows), k), -1, dtype=np.int64)
@@ -229,7 +229,7 @@ def read_predictions(directory: Path, k: int) -> Predictions:
 
 
 def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
-    """All metrics, in percent, of labels int64 [n, K] for the test points in order."""
+    """Returns all metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
     sums = MetricSums.zeros()
     true = truth.labels
     weights = truth.inverse_propensity[true.values]
@@ -249,7 +249,7 @@ def _most_frequent(truth: Truth) -> Ints:
 
 
 def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
-    """Nearest label texts by the encoder as it was before training."""
+    """Returns the nearest label texts of each test point, by the encoder before training."""
     quiet()
     settings = config.encoder.model_copy(update={"bottleneck": 0, "compile": False})
     device = torch.device("cpu")
@@ -268,7 +268,7 @@ def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
 
 
 def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[str, Any]]:
-    """Test points evenly spaced in the file, so not picked for their looks.
+    """Returns test points that are evenly spaced in the file, so that none is hand-picked.
 
     Scores are sigmoids of the logits: the model's probability of each label.
     """
