@@ -171,7 +171,7 @@ FOLLOW = """
 import sys
 from renee_ray.service.submit import submit
 address, name, patience = sys.argv[1], sys.argv[2], float(sys.argv[3])
-submit.SILENCE_S = submit.ANSWER_S = 3.0
+submit.SILENCE_TIMEOUT_S = submit.ANSWER_TIMEOUT_S = 3.0
 numbers = f"[(print('line', i, flush=True), time.sleep(0.04)) for i in range({sys.argv[4]})]"
 client = submit.connect(address)
 client.submit_job(entrypoint=f'python -c "import time; {numbers}"', submission_id=name)

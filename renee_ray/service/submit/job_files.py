@@ -32,15 +32,15 @@ PASSED_ON = (
     "NCCL_SOCKET_IFNAME",
     "RENEE_RAY_STORAGE_PATIENCE_S",
 )
-"""Variables that a job gets from the environment it is submitted from, where they are set."""
+"""Variables that a job gets from the environment of `submit`, where they are set there."""
 
 LEFT_OUT = (
     ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "quickstart", "wandb", "mlruns",
     "node_modules",
 )  # fmt: skip
-"""Names of files and directories that stay here, wherever in the tree; so do environments."""
+"""Names of files and directories that stay here, anywhere in the tree, as environments do."""
 LARGE_FILE = 10 * 2**20
-"""Bytes from which on a file stays here: it belongs on storage."""
+"""Bytes of the smallest file that stays here, since it belongs on storage."""
 
 SECRET_WORDS = {
     "KEY", "KEYS", "PASS", "PRIVATE", "PWD", "TOKEN", "TOKENS",
@@ -50,7 +50,7 @@ USER_AND_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]*@")
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is a secret."""
+    """Returns whether a variable's name says that its value is a secret."""
     upper = name.upper()
     return bool(SECRET_WORDS & set(upper.split("_"))) or any(p in upper for p in SECRET_PARTS)
 
@@ -58,14 +58,14 @@ def looks_secret(name: str) -> bool:
 def job_environment(
     extra: Iterable[str], stop_wait_s: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables of a job: `PASSED_ON`, `extra`, and how Ray stops it.
+    """Returns the variables of a job: `PASSED_ON`, `extra`, and how Ray stops it.
 
     Args:
         extra: `NAME=VALUE`, or `NAME` for its value in `environment`.
         stop_wait_s: seconds between Ray's request to stop and its `kill -9`.
 
     Raises:
-        ReneeError: a variable that is not set, or that would carry a secret.
+        ReneeError: a variable is not set, or would carry a secret.
     """
     found = {name: environment[name] for name in PASSED_ON if name in environment}
     for item in extra:
@@ -82,8 +82,8 @@ def job_environment(
         found[name] = value if equals else environment[name]
     for name, value in found.items():
         refuse_password(value, name)
-    # Training then ends with a checkpoint, other commands with a KeyboardInterrupt; Ray's own
-    # SIGTERM and 3 s would cut both off.
+    # At SIGINT, training ends with a checkpoint and other commands clean up. Ray's default, SIGTERM
+    # and SIGKILL 3 seconds later, leaves no time for either.
     return {
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
@@ -100,7 +100,7 @@ def refuse_password(text: str, where: str) -> None:
 
 
 def check_shared(paths: Mapping[str, str]) -> None:
-    """Raises ReneeError for a path that means another file on a node than here."""
+    """Raises ReneeError for a path that names another file on a node than here."""
     for name, path in paths.items():
         if "://" not in path and not os.path.isabs(path):
             raise ReneeError(
@@ -110,12 +110,12 @@ def check_shared(paths: Mapping[str, str]) -> None:
 
 
 def job_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """(files that a job takes along, files too large for that), relative to `root`, sorted."""
+    """Returns (files that a job takes along, files too large for it), relative to `root`, sorted."""
     small: list[Path] = []
     large: list[Path] = []
     for directory, names, files in os.walk(root):
         here = Path(directory)
-        names[:] = sorted(n for n in names if not _left_out(n) and not _environment(here / n))
+        names[:] = sorted(n for n in names if not _left_out(n) and not _is_environment(here / n))
         for path in (here / name for name in files if not _left_out(name)):
             if path.is_file():
                 (large if path.stat().st_size >= LARGE_FILE else small).append(path)
@@ -161,7 +161,7 @@ def _left_out(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
 
 
-def _environment(path: Path) -> bool:
+def _is_environment(path: Path) -> bool:
     return (path / "pyvenv.cfg").is_file() or (path / "conda-meta").is_dir()
 
 
