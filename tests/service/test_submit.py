@@ -130,10 +130,11 @@ def test_training_follows_converting(
 
 
 def test_a_job_that_fails_is_status_1(submit: Callable[..., Command], head: Head) -> None:
-    failing = ("evaluate", f"s3://{BUCKET}/no-run", f"s3://{BUCKET}/no-data")
+    # It fails after the job has found the recipe, which comes with the package that was taken along.
+    failing = ("train", "lf-debian-40k", f"data=s3://{BUCKET}/no-data", f"output={RUN}-never")
     done = submit("--submission-id", "failing", *failing)
     assert done.status == 1
-    assert "is not a run of renee_ray" in done.stdout
+    assert "is not a renee_ray dataset" in done.stdout
     assert done.stdout == head.log("failing")
     assert "renee-ray: job failing failed: " in done.stderr.splitlines()[-1]
     again = submit("--no-wait", "--submission-id", "failing", *failing)

@@ -110,16 +110,17 @@ def check_shared(paths: Mapping[str, str]) -> None:
 
 
 def job_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """Returns (files that a job takes along, files too large for it), relative to `root`, sorted."""
+    """Returns the files that a job takes along, and those too large for it, relative to `root`."""
     small: list[Path] = []
     large: list[Path] = []
     for directory, names, files in os.walk(root):
         here = Path(directory)
-        names[:] = sorted(n for n in names if not _left_out(n) and not _is_environment(here / n))
+        names[:] = (n for n in names if not _left_out(n) and not _is_environment(here / n))
         for path in (here / name for name in files if not _left_out(name)):
             if path.is_file():
-                (large if path.stat().st_size >= LARGE_FILE else small).append(path)
-    return tuple(sorted(p.relative_to(root) for p in each) for each in (small, large))  # type: ignore[return-value]
+                kind = large if path.stat().st_size >= LARGE_FILE else small
+                kind.append(path.relative_to(root))
+    return sorted(small), sorted(large)
 
 
 def pack(root: Path, destination: Path, limit: int) -> list[Path]:
