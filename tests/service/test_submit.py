@@ -130,7 +130,7 @@ def test_training_follows_converting(
 
 
 def test_a_job_that_fails_is_status_1(submit: Callable[..., Command], head: Head) -> None:
-    # It fails after the job has found the recipe, which comes with the package that was taken along.
+    # The job fails once it has found the recipe, in the package that was taken along.
     failing = ("train", "lf-debian-40k", f"data=s3://{BUCKET}/no-data", f"output={RUN}-never")
     done = submit("--submission-id", "failing", *failing)
     assert done.status == 1
