@@ -1,7 +1,13 @@
 """Distributed training of extreme multi-label text classifiers on Ray.
 
-The functions and classes below are imported when they are first used: `import renee_ray` alone
-loads neither torch nor ray.
+    import renee_ray as rr
+
+    rr.convert("LF-Debian-40K", "data/set", rr.ConvertConfig())
+    recipe, mine = rr.read_yaml("lf-debian-40k"), {"data": "data/set", "output": "runs/first"}
+    rr.train(rr.make_config(rr.RunConfig, recipe, mine))
+    rr.evaluate("runs/first", "data/set", rr.ScoreConfig())["metrics"]
+
+Each name is imported when it is first used: `import renee_ray` alone loads neither torch nor ray.
 """
 
 from importlib import import_module
