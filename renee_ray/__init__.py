@@ -1,1 +1,59 @@
-"""renee_ray: distributed training of extreme multi-label text classifiers on Ray."""
+"""Distributed training of extreme multi-label text classifiers on Ray.
+
+    import renee_ray as rr
+
+    rr.convert("LF-Debian-40K", "data/set", rr.ConvertConfig())
+    recipe, mine = rr.read_yaml("lf-debian-40k"), {"data": "data/set", "output": "runs/first"}
+    rr.train(rr.make_config(rr.RunConfig, recipe, mine))
+    rr.evaluate("runs/first", "data/set", rr.ScoreConfig())["metrics"]
+
+Each name is imported when it is first used: `import renee_ray` alone loads neither torch nor ray.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from renee_ray.config.overrides import make_config, read_yaml
+    from renee_ray.config.schema import ConvertConfig, ExportConfig, RunConfig, ScoreConfig
+    from renee_ray.errors import ReneeError
+    from renee_ray.service.convert.convert import convert
+    from renee_ray.service.quickstart import quickstart
+    from renee_ray.service.score.export import export_run as export
+    from renee_ray.service.score.predict import evaluate_run as evaluate
+    from renee_ray.service.score.predict import predict_run as predict
+    from renee_ray.service.train.train import train
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConvertConfig", "ExportConfig", "ReneeError", "RunConfig", "ScoreConfig", "convert",
+    "evaluate", "export", "make_config", "predict", "quickstart", "read_yaml", "train",
+]  # fmt: skip
+
+_HOMES = {
+    "ConvertConfig": "config.schema.ConvertConfig",
+    "ExportConfig": "config.schema.ExportConfig",
+    "ReneeError": "errors.ReneeError",
+    "RunConfig": "config.schema.RunConfig",
+    "ScoreConfig": "config.schema.ScoreConfig",
+    "convert": "service.convert.convert.convert",
+    "evaluate": "service.score.predict.evaluate_run",
+    "export": "service.score.export.export_run",
+    "make_config": "config.overrides.make_config",
+    "predict": "service.score.predict.predict_run",
+    "quickstart": "service.quickstart.quickstart",
+    "read_yaml": "config.overrides.read_yaml",
+    "train": "service.train.train.train",
+}
+"""Where each public name is defined, below this package; the imports above, for the interpreter."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].rpartition(".")
+    return getattr(import_module(f"{__name__}.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

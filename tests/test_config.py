@@ -247,3 +247,21 @@ def test_wrong_files(tmp_path: Path, content: bytes | None, message: str) -> Non
     with pytest.raises(ConfigError, match=message) as caught:
         read_yaml(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert read_yaml("quickstart")["encoder"]["max_length"] == 64, "a directory is in the way"
+    (tmp_path / "lf-debian-40k").write_text("seed: 3\n")
+    assert read_yaml("lf-debian-40k") == {"seed": 3}, "an existing file wins"
+    for path in ("quickstart.yaml", "./quickstart", "recipes/quickstart"):
+        with pytest.raises(ConfigError, match=f"cannot read {path}"):
+            read_yaml(path)
+
+
+@pytest.mark.parametrize("name", ["lf-debian", "lf-debian-40k.yml", "LF-Debian-40K"])
+def test_an_unknown_recipe_is_refused_with_those_that_exist(name: str) -> None:
+    sentence = rf"'{name}' is neither.*\(lf-debian-40k, quickstart\); did you mean 'lf-debian-40k'"
+    with pytest.raises(ConfigError, match=sentence):
+        read_yaml(name)

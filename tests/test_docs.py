@@ -53,6 +53,8 @@ def test_constraints_pin_what_setup_cfg_asks_for() -> None:
     assert names - {"renee", "triton"} <= pinned
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "renee_ray" / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_recipes_are_valid(path: Path) -> None:
     make_config(RunConfig, read_yaml(str(path)), {"data": "d", "output": "o"}, where=path.name)

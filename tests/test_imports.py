@@ -11,6 +11,8 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "without"),
     [
+        ("renee_ray", "torch"),
+        ("renee_ray", "ray"),
         ("renee_ray.cli.main", "torch"),
         ("renee_ray.data.rows", "torch"),  # with the next, what a task that reads unpickles
         ("renee_ray.service.observe.metric", "torch"),

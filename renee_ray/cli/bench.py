@@ -170,8 +170,8 @@ def bench_feed(**settings: Any) -> None:
 def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: int) -> None:
     """A run of CONFIG through Ray, beside the same steps by torch.distributed alone.
 
-    `data` is a converted dataset; `output` cannot be set, since nothing is kept, and
-    classifier.init is `normal` in both.
+    CONFIG is a YAML file or the name of a recipe. `data` is a converted dataset; `output` cannot be
+    set, since nothing is kept, and classifier.init is `normal` in both.
     """
     layers = read_yaml(config), parse_overrides(overrides)
     from renee_ray.service.bench.train import bench_train as run

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from renee_ray import __version__
 from renee_ray.cli import bench, data, score, submit, train
 from renee_ray.cli.output import say
 from renee_ray.errors import ReneeError, redacted
@@ -15,6 +16,7 @@ from renee_ray.signals import INTERRUPTED, interrupted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
 def cli() -> None:
     """Distributed training of extreme multi-label text classifiers on Ray."""
 

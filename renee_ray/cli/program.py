@@ -1,4 +1,4 @@
-"""The process of a command: its signals come first, before anything slow is imported."""
+"""The process of a command. It handles signals before it imports anything slow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from renee_ray.signals import install, leave
 
 
 def program(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs `renee-ray` with `arguments`, by default this process's own, and ends the process."""
+    """Runs `renee-ray` with `arguments`, by default those of this process, and ends the process."""
     install()
     try:
         from renee_ray.cli.main import main
@@ -21,6 +21,6 @@ def program(arguments: Sequence[str] | None = None) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
-    # What Ray's threads still have to say must not follow the result.
+    # Ray's threads may still print, and standard output must end with the result.
     sys.stdout = sys.stderr
     leave(status)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,9 +17,8 @@ from renee_ray.cli.output import progress, say
 from renee_ray.cli.score import evaluate, export, predict
 from renee_ray.cli.train import train
 from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
-from renee_ray.config.schema import (
-    RunConfig,
-)
+from renee_ray.config.recipes import find_recipe
+from renee_ray.config.schema import RunConfig
 from renee_ray.signals import INTERRUPTED, at_signals
 
 JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, export)}
@@ -28,7 +28,9 @@ JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, exp
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--address", type=PATH, help="URL of the job server.  [default: Ray's, or port 8265]")
 @click.option(
-    "--working-dir", type=PATH, help="The clone that it takes along.  [default: this one]"
+    "--working-dir",
+    type=PATH,
+    help="A clone to take along.  [default: the package that is running]",
 )
 @click.option(
     "--env", "env", multiple=True, metavar="NAME[=VALUE]", help="A variable that the job gets."
@@ -62,9 +64,11 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
     """
     config = _check_job(job, arguments)
     from renee_ray.service.submit import submit as service
-    from renee_ray.service.submit.job_files import job_environment, working_directory
+    from renee_ray.service.submit.job_files import check_clone, job_environment
 
-    root = working_directory(options["working_dir"])
+    clone = Path(options["working_dir"]).resolve() if options["working_dir"] else None
+    if clone:
+        check_clone(clone)
     environment = job_environment(options["env"], options["stop_wait_s"], os.environ)
     address = service.choose_address(options["address"])
     client = service.connect(address)
@@ -72,8 +76,8 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
         client,
         job,
         arguments,
-        root=root,
         environment=environment,
+        clone=clone,
         config=config,
         submission_id=options["submission_id"],
         on_progress=say,
@@ -110,7 +114,11 @@ def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
 
 
 def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
-    """Refuses here what the command would refuse on the cluster; returns its configuration file."""
+    """Refuses here what the command would refuse on the cluster.
+
+    Returns:
+        the argument that is a configuration file; None where there is none, or a recipe's name.
+    """
     from renee_ray.service.submit.job_files import check_shared, refuse_password
 
     command = JOBS[job]
@@ -128,7 +136,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
     if isinstance(made, RunConfig):
         places = {"data": made.data, "output": made.output}
     check_shared(places)
-    return path
+    return None if path is None or find_recipe(path) else path
 
 
 def _follow(follower: Any, submission: Any) -> Any:

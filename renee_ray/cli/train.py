@@ -21,10 +21,10 @@ from renee_ray.errors import ReneeError
 @click.argument("overrides", nargs=-1)
 @json_option
 def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
-    """Convert, train and evaluate the small dataset of examples/, in a few minutes on two cores.
+    """Convert, train and evaluate a small dataset, in a few minutes on two cores.
 
-    Everything goes to `output` (by default ./quickstart), the report to report.html in it. The
-    recipe is recipes/quickstart.yaml; `data` cannot be set.
+    Dataset and recipe come with the package. Everything goes to `output` (by default
+    ./quickstart), the report to report.html in it. `data` cannot be set.
     """
     from renee_ray.report.run import comparison_table, examples_text
     from renee_ray.service.quickstart import quickstart as run
@@ -46,7 +46,10 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("overrides", nargs=-1)
 @json_option
 def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Train as the YAML file CONFIG and the overrides say; resumes a run that is at `output`."""
+    """Train as CONFIG and the overrides say; resumes a run that is at `output`.
+
+    CONFIG is a YAML file, or the name of a recipe that comes with the package, as lf-debian-40k.
+    """
     made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
     from renee_ray.service.train.train import train as run
 

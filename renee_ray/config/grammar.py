@@ -1,7 +1,7 @@
 """The grammar of configurations: YAML 1.2's core schema, the same in files and overrides.
 
-Text becomes a `Layer`: nested mappings, as they are merged, and the place of each key, for errors.
-A key that holds a text takes a plain scalar as it stands, whatever YAML would make of it.
+Text becomes a `Layer`: nested mappings, and where each key was set, for the sentence of an error.
+A key whose value is a text takes a plain scalar as it is written, whatever YAML would make of it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ SCALARS = {f"{TREE}{name}" for name in ("str", "null", "bool", "int", "float")}
 
 
 class NotYaml(Exception):
-    """Text that is no YAML, or none of a configuration; says so from a colon on, or nothing.
+    """Raised for text that is not YAML, or not the YAML of a configuration.
 
-    line: where it is known, from 1; else 0.
+    The message is empty or begins with a colon: the caller writes the start of the sentence.
+    line: counted from 1; 0 where it is not known.
     """
 
     def __init__(self, text: str = "", line: int = 0) -> None:
@@ -30,18 +31,18 @@ class NotYaml(Exception):
 
 
 class WrongKey(NotYaml):
-    """A key that cannot be where it is; says so in a sentence."""
+    """Raised for a key that cannot be where it is. The message is a whole sentence."""
 
 
 class Layer(dict[str, Any]):
-    """Nested mappings; places: by dotted key, where it was set."""
+    """Nested mappings of keys to values. `places` has where each dotted key was set."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places: dict[str, str] = {}
 
     def add(self, key: str, value: Any, place: str) -> None:
-        """Sets a dotted key, in place of an earlier value.
+        """Sets a dotted key; an earlier value is replaced.
 
         Raises:
             WrongKey: another key stands in the way, or this one has too many parts.
@@ -60,7 +61,7 @@ class Layer(dict[str, Any]):
         self.places[key] = place
 
     def place_of(self, key: str) -> str | None:
-        """Where a key was set, or the nearest one above it, or the first one below it."""
+        """Returns where a key was set, else the nearest key above it, else the first below it."""
         above = key
         while above not in self.places and "." in above:
             above = above.rpartition(".")[0]
@@ -69,7 +70,7 @@ class Layer(dict[str, Any]):
 
 
 class _Loader(yaml.SafeLoader):
-    """The core schema, without aliases, whose expansion has no bound."""
+    """YAML's core schema without aliases, since their expansion has no bound."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -102,14 +103,14 @@ _Loader.add_constructor(f"{TREE}float", _Loader.number)
 
 
 def parse_file(text: str, name: str, texts: Collection[str]) -> Layer:
-    """The layer of a file's text, in which a key may be dotted and stands once.
+    """Returns the layer of a file's text, in which a key may be dotted and may stand only once.
 
     Args:
-        name: of the file.
-        texts: dotted keys that hold a text.
+        name: the file's name.
+        texts: the dotted keys whose value is a text.
 
     Raises:
-        NotYaml: it is no YAML, or a WrongKey is in it.
+        NotYaml: the text is not YAML, or it has a WrongKey.
     """
     layer = Layer()
     root = _composed(text)
@@ -125,10 +126,10 @@ def parse_file(text: str, name: str, texts: Collection[str]) -> Layer:
 
 
 def add_override(layer: Layer, key: str, text: str, texts: Collection[str]) -> None:
-    """Adds what follows `key=` on the command line: a list, a mapping, or a scalar to its end.
+    """Adds a value of the command line: a list, a mapping, or else one scalar up to its end.
 
     Raises:
-        NotYaml: a list, a mapping or a quoted text that is no YAML, or a WrongKey.
+        NotYaml: a list, a mapping or a quoted text is not YAML, or there is a WrongKey.
     """
     if key in texts:
         layer.add(key, _unquoted(text), COMMAND_LINE)
@@ -148,7 +149,7 @@ def add_override(layer: Layer, key: str, text: str, texts: Collection[str]) -> N
 def _leaves(
     node: yaml.MappingNode, prefix: str, seen: set[str]
 ) -> Iterator[tuple[str, yaml.Node, int]]:
-    """(dotted key, value, line) of each key in a mapping and those below it."""
+    """Yields (dotted key, value, line) of each key in a mapping and in the mappings below it."""
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
@@ -163,7 +164,7 @@ def _leaves(
 
 
 def _unquoted(text: str) -> str:
-    """A text as it stands, without the quotes of YAML around all of it."""
+    """Returns a text as it is written, without the YAML quotes around all of it."""
     if text[:1] not in ('"', "'"):
         return text
     try:
@@ -174,7 +175,7 @@ def _unquoted(text: str) -> str:
 
 
 def _value(node: yaml.Node, is_text: bool) -> Any:
-    """What a node stands for."""
+    """Returns the value of a node."""
     if is_text and isinstance(node, yaml.ScalarNode) and node.tag in SCALARS:
         return node.value
     try:
@@ -184,7 +185,7 @@ def _value(node: yaml.Node, is_text: bool) -> Any:
 
 
 def _composed(text: str) -> yaml.Node | None:
-    """The only document in a text; None where it is empty."""
+    """Returns the only document in a text; None where the text is empty."""
     try:
         return _Loader(text).get_single_node()
     except NotYaml:

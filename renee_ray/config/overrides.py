@@ -1,6 +1,6 @@
-"""Configurations from YAML files and `key=value` arguments, dotted for nested keys.
+"""Makes configurations of YAML files and `key=value` arguments, with dots for nested keys.
 
-The grammar is grammar.py's.
+grammar.py defines what both may contain.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from renee_ray.config.grammar import (
     add_override,
     parse_file,
 )
+from renee_ray.config.recipes import find_recipe
 from renee_ray.config.schema import Config, RunConfig
 from renee_ray.errors import SHOWN, ConfigError
 
@@ -30,10 +31,10 @@ C = TypeVar("C", bound=Config)
 
 
 def parse_overrides(arguments: Iterable[str], model: type[Config] = RunConfig) -> Layer:
-    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`, by the grammar of grammar.py.
+    """Returns `{"a": {"b": 1}, "c": "x"}` for `["a.b=1", "c=x"]`.
 
     Raises:
-        ConfigError: an argument without `=`, or a value that is no YAML.
+        ConfigError: an argument has no `=`, or its value is not YAML.
     """
     layer, texts = Layer(), _texts(model)
     for argument in arguments:
@@ -52,7 +53,7 @@ def parse_overrides(arguments: Iterable[str], model: type[Config] = RunConfig) -
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> `("a.b", 1)`: what `parse_overrides` makes of keys, undone."""
+    """Yields `("a.b", 1)` for `{"a": {"b": 1}}`: the inverse of `parse_overrides`."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
@@ -61,9 +62,10 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def make_config(model: type[C], *layers: Mapping[str, Any], where: str = "the configuration") -> C:
-    """`model` from mappings, later ones winning key by key.
+    """Returns a `model` made of mappings; for each key the last mapping that has it wins.
 
-    where: what an error names for a key that no `Layer` knows the place of.
+    Args:
+        where: what an error names for a key whose place no `Layer` knows.
 
     Raises:
         ConfigError: one sentence with the key, the value, its place and the remedy.
@@ -78,11 +80,13 @@ def make_config(model: type[C], *layers: Mapping[str, Any], where: str = "the co
 
 
 def read_yaml(path: str, model: type[Config] = RunConfig) -> Layer:
-    """The mapping in a YAML file.
+    """Returns the mapping in a YAML file, given by its path or as the name of a recipe.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+        ConfigError: there is no such recipe, or the file cannot be read, is not YAML, or is not a
+            mapping.
     """
+    path = str(find_recipe(path) or path)
     try:
         with open(path, "rb") as file:
             raw = file.read(YAML_LIMIT + 1)
@@ -100,7 +104,7 @@ def read_yaml(path: str, model: type[Config] = RunConfig) -> Layer:
 
 
 def _texts(model: type[Config], prefix: str = "") -> set[str]:
-    """The dotted keys that hold a text."""
+    """Returns the dotted keys whose value is a text."""
     found = set()
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -112,7 +116,7 @@ def _texts(model: type[Config], prefix: str = "") -> set[str]:
 
 
 def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key, nested ones dotted."""
+    """Yields (key, type, default, meaning) of every key; nested keys are dotted."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Config):
@@ -154,7 +158,7 @@ def _sentence(
         message = message.replace(python, yaml)
     if not key:
         return message
-    # Of a key with several types, pydantic names the type that it tried first as well.
+    # For a key with several types, pydantic appends the type that it tried first.
     key = next((name for name in names if key.startswith(f"{name}.")), key)
     at = f"on {where}" if where == COMMAND_LINE else f"in {where}"
     return f"{key}={first['input']!r:.{SHOWN}} {at} is wrong: {message[0].lower()}{message[1:]}"

@@ -1,7 +1,7 @@
-"""The configurations: frozen, validated where they are made, each key with its meaning below it.
+"""The configurations: frozen, validated when they are made, each key with its meaning below it.
 
-Anything wrong raises `ConfigError` with one sentence that names the key, the value, where it
-stands and the remedy (overrides.py).
+overrides.py turns what is wrong into a `ConfigError`: one sentence that names the key, the value,
+where it stands and the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import (
 
 
 def named(text: str) -> str:
-    """A path or a name. Raises ValueError where it is empty, as a variable that is not set is."""
+    """Returns a path or a name. Refuses an empty one, such as a shell variable that is not set."""
     if not text.strip():
         raise ValueError("it is empty; give a path or a name")
     return text
@@ -29,9 +29,9 @@ Name = Annotated[str, AfterValidator(named)]
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, unknown keys refused, docs below each field."""
+    """Base of every configuration: immutable, and unknown keys are refused."""
 
-    # Strict: pydantic would else make a boolean of the word `yes`, and a number of `1_000`.
+    # Strict: otherwise pydantic makes a boolean of the word `yes`, and a number of `1_000`.
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -42,8 +42,8 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _of_list(cls, value: Any) -> Any:
-        """YAML and JSON know no tuples."""
+    def _list_to_tuple(cls, value: Any) -> Any:
+        """Makes a tuple of a list, since YAML and JSON know no tuples."""
         return tuple(value) if isinstance(value, list) else value
 
 
@@ -116,10 +116,10 @@ class ClassifierConfig(Config):
     """The fully connected classifier (XFC), one shard of labels per worker."""
 
     precision: Literal["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"] = "auto"
-    """Storage of the weights: fp32; bf16_split, the same in two halves; bf16_sr and fp8_sr, 2 and
-    1 bytes, rounded stochastically; fp16, an fp32 master with an fp16 copy; auto: bf16_sr where the
-    first worker's device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but fp32
-    multiply in bf16, or fp16, where the device does so natively; fp8_sr's logits in e4m3."""
+    """Storage of the weights. fp32; bf16_split: fp32 as two halves of 16 bits; bf16_sr and fp8_sr:
+    2 and 1 bytes, rounded stochastically; fp16: an fp32 master and an fp16 copy; auto: bf16_sr
+    where the first worker's device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but
+    fp32 multiply in bf16 or fp16 where the device does so natively; fp8_sr's logits in e4m3."""
     init: Literal["normal", "label_text"] = "label_text"
     """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
     init_std: float = Field(0.02, ge=0)
@@ -147,19 +147,20 @@ class FeedConfig(Config):
     augment: float = Field(0.0, ge=0, le=1)
     """Share of the label texts that an epoch streams as extra points, each with its own label
     as the only positive; successive epochs take successive shares. With `filter_labels: positive`
-    only of the texts of labels that are not points of the training set themselves."""
+    only texts of labels that are not themselves points of the training set are taken."""
     filter_labels: Literal["positive", "negative"] = "positive"
     """How a point trains with its filter labels, which are never predicted: in the LF datasets
     they are the point itself as a label, whose text `positive` teaches at no cost."""
     token_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of a training point's tokens left out, others in every epoch; never first or last."""
+    """Share of a training point's tokens that an epoch drops, never the first or the last; each
+    epoch drops others."""
     streams: int = Field(8, ge=1)
-    """Pieces of a global batch, each read from places of its own. Where num_workers exceeds it,
-    workers read the same places and each keeps its rows, which costs CPU time."""
+    """Pieces of a global batch, each read as a stream of its own. If num_workers exceeds it, some
+    workers read the same stream and each keeps its own rows, which costs CPU time."""
     window: int = Field(64, ge=1)
     """Batches inside which rows are ordered by length."""
     prefetch: int = Field(4, ge=1)
-    """Windows that are read in one go, while as many before them are trained on."""
+    """Windows that are read in one go, while as many earlier ones are trained on."""
 
 
 class EvalConfig(Config):
@@ -190,8 +191,8 @@ class CheckpointConfig(Config):
     every_steps: int = Field(0, ge=0)
     """Steps between checkpoints inside an epoch; 0: only after evaluations."""
     background: bool = True
-    """Write beside training, from a copy in (host) memory; where it does not fit, or with `false`,
-    training waits meanwhile."""
+    """Write while training goes on, from a copy in host memory. If the copy does not fit, or with
+    `false`, training waits until the checkpoint is written."""
     grace_s: float = Field(30.0, gt=0)
     """Seconds that a checkpoint may take when a worker or the driver is told to stop (SIGTERM), or
     before workers are regrouped."""
@@ -201,7 +202,7 @@ class CheckpointConfig(Config):
 
 
 class ObserveConfig(Config):
-    """What a run tells of itself."""
+    """Logs and curves of a run."""
 
     log_format: Literal["text", "json"] = "text"
     """Lines in the workers' logs: text, or a JSON object each; both with rank and step."""
@@ -211,9 +212,9 @@ class ObserveConfig(Config):
     tensorboard_dir: str = ""
     """Directory of TensorBoard's files; empty: OUTPUT/tensorboard."""
     straggler_factor: float = Field(1.5, gt=1)
-    """A worker whose own time a step exceeds the median of all by this factor is named."""
+    """A worker is reported when its own time a step exceeds the median of all by this factor."""
     straggler_window_s: float = Field(60.0, gt=0)
-    """Seconds over which this is averaged, and between two warnings of it."""
+    """Seconds over which that time is averaged, and between two such warnings."""
 
 
 class RunConfig(Config):
@@ -227,9 +228,9 @@ class RunConfig(Config):
     """Seed of initial weights, order and dropout."""
     num_workers: int | tuple[int, int] = 2
     """Ray Train workers: data-parallel replicas of the encoder and shards of the classifier. Or the
-    fewest and the most, as [2, 8]: the run then goes on with as many as there are nodes for."""
+    fewest and the most, as [2, 8]: the run then uses as many as there are nodes for."""
     regroup_s: float = Field(60.0, gt=0)
-    """With a range of workers: seconds between two looks for room for more of them."""
+    """With a range of workers: seconds between two checks whether there is room for more."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """One GPU for each worker; auto: where the cluster has that many."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -239,8 +240,8 @@ class RunConfig(Config):
     cpus_per_worker: int = Field(0, ge=0)
     """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
     threads: int = Field(0, ge=0)
-    """Threads of a worker; 0: its node's cores divided among the workers there, beside a GPU at
-    most 4."""
+    """Threads of a worker; 0: the cores of its node divided among the workers there, and at most 4
+    beside a GPU."""
     batch_size: int = Field(256, ge=1)
     """Points of a global batch."""
     epochs: int = Field(10, ge=1)
@@ -250,8 +251,8 @@ class RunConfig(Config):
     loss_every: int = Field(20, ge=0)
     """Steps between two computations of the loss; 0: never."""
     timeout_s: int = Field(120, ge=5)
-    """Seconds after which a collective inside a step that some worker did not join fails; before
-    a step it has the patience with storage besides (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
+    """Seconds, the timeout of a collective inside a step. Before a step, the patience with storage
+    is added (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
     encoder: EncoderConfig = EncoderConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     feed: FeedConfig = FeedConfig()
@@ -341,7 +342,7 @@ class ServeConfig(Config):
     num_shards: int = Field(0, ge=0)
     """Processes that hold a range of labels each; 0: as many as trained the run."""
     threads: int = Field(0, ge=0)
-    """Torch threads of a process on CPU; 0: the machine's cores divided among the shards."""
+    """Torch threads of a process on CPU; 0: the cores of the machine divided among the shards."""
     gpus_per_process: float = Field(0.0, ge=0)
     """GPUs for each shard and for the encoder; a fraction: they share one; 0: CPUs only."""
     tail: float | None = Field(None, ge=0)

@@ -25,7 +25,7 @@ class _Mail:
     async def receive(self, timeout: float) -> dict[str, Any] | None:
         try:
             return await asyncio.wait_for(self._records.get(), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return None
 
     async def stop(self) -> None:

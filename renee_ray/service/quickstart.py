@@ -1,13 +1,13 @@
-"""The whole path on a small real dataset that ships with the repository, and what came of it.
+"""Trains and evaluates on a small real dataset that comes with the package.
 
-    OUTPUT/raw           the archive of examples/, unpacked
-    OUTPUT/dataset       converted, 5% of the training points held out
-    OUTPUT/run           trained by recipes/quickstart.yaml
-    OUTPUT/predictions   of the test points
-    OUTPUT/report.html   figures beside two baselines, curves, examples
+    OUTPUT/raw           the archive of renee_ray/examples/, unpacked
+    OUTPUT/dataset       the converted dataset, 5% of its training points held out
+    OUTPUT/run           the run, trained by the recipe `quickstart`
+    OUTPUT/predictions   predictions for the test points
+    OUTPUT/report.html   metrics beside two baselines, curves, examples
 
-All figures of the comparison come from predictions by the same code, metrics.py. A second call
-on the same OUTPUT does again only what is missing.
+All metrics of the comparison are computed from predictions by scoring/metrics.py. A second call
+with the same OUTPUT repeats only what is missing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from renee_ray.config.overrides import make_config, read_yaml
+from renee_ray.config.recipes import recipe_path
 from renee_ray.config.schema import ConvertConfig, RunConfig, ScoreConfig
 from renee_ray.data.dataset.dataset import Dataset, has_manifest
 from renee_ray.errors import ConfigError, ReneeError, reason
@@ -44,10 +45,8 @@ from renee_ray.service.train.train import train
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "LF-DebianPerl-2K"
-ARCHIVE = REPOSITORY / "examples" / f"{NAME}.tar.gz"
-RECIPE = REPOSITORY / "recipes" / "quickstart.yaml"
+ARCHIVE = Path(__file__).resolve().parents[1] / "examples" / f"{NAME}.tar.gz"
 
 VALIDATION = 0.05
 K = max(*KS, *RECALL_KS)
@@ -61,14 +60,14 @@ def quickstart(
     """Converts, trains, predicts, compares and reports.
 
     Args:
-        overrides: of the recipe; `output` is the directory for everything.
+        overrides: keys of the recipe that change; `output` is the directory for everything.
 
     Returns:
-        "comparison" and "examples" as report.py takes them, "report" (a path), "output", and
-        "seconds" of each stage.
+        "comparison" and "examples" as report/run.py takes them, "report" (a path), "output", and
+        the "seconds" of each stage.
 
     Raises:
-        ReneeError: a wrong key or value, no shipped files, or a directory that cannot be used.
+        ReneeError: a wrong key or value, or a directory that cannot be used.
     """
     output, config = configuration(overrides)
     clock = _Clock()
@@ -111,24 +110,22 @@ def quickstart(
 
 
 def configuration(overrides: Mapping[str, Any]) -> tuple[Path, RunConfig]:
-    """(directory for everything, configuration of the run in it).
+    """Returns (directory for everything, configuration of the run in it).
 
     Raises:
         ConfigError: a wrong key or value.
-        ReneeError: the recipe is missing.
     """
     if "data" in overrides:
         raise ConfigError(
-            "quickstart trains on the dataset that it ships; for another one use "
-            "`renee-ray train recipes/quickstart.yaml data=DATASET output=RUN`"
+            "quickstart trains on the dataset that comes with it; for another one use "
+            "`renee-ray train quickstart data=DATASET output=RUN`"
         )
     output = str(overrides.get("output", "quickstart"))
     if "://" in output or not output:
         raise ConfigError(f"output={output!r} is no local directory; quickstart writes to one")
-    _shipped(RECIPE)
     root = Path(output).expanduser().resolve()
     layers = (
-        read_yaml(str(RECIPE)),
+        read_yaml(str(recipe_path("quickstart"))),
         overrides,
         {"data": str(root / "dataset"), "output": str(root / "run")},
     )
@@ -136,18 +133,19 @@ def configuration(overrides: Mapping[str, Any]) -> tuple[Path, RunConfig]:
 
 
 def unpack(archive: Path, destination: Path) -> Path:
-    """The folder of the unpacked archive, `destination`/NAME.
+    """Unpacks the dataset, and returns its folder, `destination`/NAME.
 
     Raises:
-        ReneeError: no archive, a damaged one, or a destination that cannot be written.
+        ReneeError: the archive is missing or damaged, or `destination` cannot be written.
     """
-    _shipped(archive)
     try:
         destination.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as tar:
             tar.extractall(destination, filter="data")
-    except (tarfile.TarError, EOFError) as error:
-        raise ReneeError(f"{archive} is damaged ({reason(error)}); check it out again") from error
+    except (tarfile.TarError, EOFError, FileNotFoundError) as error:
+        raise ReneeError(
+            f"{archive} is missing or damaged ({reason(error)}); install renee_ray again"
+        ) from error
     except OSError as error:
         raise ReneeError(
             f"cannot unpack {archive} to {destination} ({error.strerror or error}); "
@@ -156,16 +154,8 @@ def unpack(archive: Path, destination: Path) -> Path:
     return destination / NAME
 
 
-def _shipped(path: Path) -> None:
-    if not path.is_file():
-        raise ReneeError(
-            f"{path} is missing; quickstart needs a clone of the repository, "
-            f"installed from there with pip install -e '.[quickstart]'"
-        )
-
-
 def _dataset(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -> Dataset:
-    """The converted dataset at config.data, made if it is missing or of another tokenizer."""
+    """Returns the dataset at config.data; converts it if it is missing or of another tokenizer."""
     tokenizer = config.encoder.name
     if has_manifest(config.data):
         dataset = Dataset.open(config.data)
@@ -181,10 +171,10 @@ def _dataset(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -
 
 @dataclass(frozen=True)
 class Truth:
-    """The test points, in ascending order of their ids, and what scoring them needs.
+    """The test points, in ascending order of their ids, and what their metrics need.
 
-    tokens, labels, filters: a row a point; inverse_propensity: float64 [L]; train_count: int64
-    [L]. L is small here: a run on real data never holds a column over all labels.
+    tokens, labels and filters have a row for each point; inverse_propensity is float64 [L] and
+    train_count int64 [L]. L is small here; no other code may hold a column of all labels.
     """
 
     points: Ints
@@ -227,7 +217,7 @@ class Predictions:
 
 
 def read_predictions(directory: Path, k: int) -> Predictions:
-    """What `predict_run` wrote to a local directory, rows cut or filled up to k."""
+    """Reads what `predict_run` wrote to a local directory; each row is cut or padded to k."""
     table = pq.read_table(sorted(directory.glob("part-*.parquet"))).sort_by("point_id")
     rows = table["label_ids"].to_pylist()
     labels = np.full((len(rows), k), -1, dtype=np.int64)
@@ -239,7 +229,7 @@ def read_predictions(directory: Path, k: int) -> Predictions:
 
 
 def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
-    """All metrics, in percent, of labels int64 [n, K] for the test points in order."""
+    """Returns all metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
     sums = MetricSums.zeros()
     true = truth.labels
     weights = truth.inverse_propensity[true.values]
@@ -259,7 +249,7 @@ def _most_frequent(truth: Truth) -> Ints:
 
 
 def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
-    """Nearest label texts by the encoder as it was before training."""
+    """Returns the nearest label texts of each test point, by the encoder before training."""
     quiet()
     settings = config.encoder.model_copy(update={"bottleneck": 0, "compile": False})
     device = torch.device("cpu")
@@ -278,7 +268,7 @@ def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
 
 
 def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[str, Any]]:
-    """Test points evenly spaced in the file, so not picked for their looks.
+    """Returns test points that are evenly spaced in the file, so that none is hand-picked.
 
     Scores are sigmoids of the logits: the model's probability of each label.
     """

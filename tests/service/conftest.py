@@ -21,7 +21,7 @@ from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.service.cluster import ensure_ray
 
-SOURCE = Path(__file__).parents[2] / "examples" / "LF-DebianPerl-2K.tar.gz"
+SOURCE = Path(__file__).parents[2] / "renee_ray" / "examples" / "LF-DebianPerl-2K.tar.gz"
 POINTS, TESTS, LABELS = 320, 120, 800
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
 HEALTH = {

@@ -14,14 +14,14 @@ from renee_ray.errors import ReneeError
 from renee_ray.service.launch import check_placement, placement
 from renee_ray.service.submit import job_files
 from renee_ray.service.submit.job_files import (
+    PACKAGE,
     PASSED_ON,
+    check_clone,
     check_shared,
     job_environment,
     looks_secret,
     pack,
-    packed_name,
     refuse_password,
-    working_directory,
 )
 from renee_ray.service.submit.submit import choose_address
 
@@ -79,7 +79,7 @@ def test_relative_paths_are_refused() -> None:
 def clone(tmp_path: Path) -> Path:
     root = tmp_path / "clone"
     for name in (
-        "jobs/train.py", "renee_ray/cli/main.py", "recipes/x.yaml", ".git/config", ".env",
+        "jobs/train.py", "renee_ray/cli/main.py", "renee_ray/recipes/x.yaml", ".git/config", ".env",
         "renee_ray/__pycache__/cli.pyc", "runs/a/run.json", "quickstart/report.html",
         "myenv/pyvenv.cfg", "myenv/lib/python3/site.py", "renee_ray.egg-info/PKG-INFO",
         ".mypy_cache/x", "docs/.hidden/y",
@@ -102,7 +102,7 @@ def test_code_goes_along_and_the_rest_stays(clone: Path, tmp_path: Path) -> None
     assert files_in(packed) == {
         "jobs/train.py",
         "renee_ray/cli/main.py",
-        "recipes/x.yaml",
+        "renee_ray/recipes/x.yaml",
         "model.txt",
     }
 
@@ -115,28 +115,18 @@ def test_more_than_ray_takes_is_refused(clone: Path, tmp_path: Path) -> None:
         pack(clone, tmp_path / "packed", 2 * 2**20)
 
 
-def test_a_configuration_goes_along_from_wherever_it_is(clone: Path, tmp_path: Path) -> None:
-    inside, outside = clone / "runs" / "a.yaml", tmp_path / "b.yaml"
-    for path in (inside, outside):
-        path.write_text(path.name)
-        packed = tmp_path / f"packed-{path.stem}"
-        packed.mkdir()
-        pack(clone, packed, 2**30, path)
-        assert (packed / packed_name(clone, path)).read_text() == path.name
-    assert packed_name(clone, inside) == Path("runs/a.yaml")
-    assert packed_name(clone, outside) == Path("b.yaml")
+def test_all_of_the_running_package_goes_along(tmp_path: Path) -> None:
+    pack(PACKAGE, tmp_path, 2**30)
+    cached = {name for name in files_in(PACKAGE) if "__pycache__" in name}
+    packed = files_in(tmp_path)
+    assert packed == files_in(PACKAGE) - cached
+    assert packed > {"__main__.py", "recipes/quickstart.yaml"}
 
 
-def test_the_working_directory_is_a_clone(
-    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ReneeError, match=r"has no jobs/train\.py"):
-        working_directory(str(tmp_path))
-    assert working_directory(str(clone)) == clone
-    monkeypatch.chdir(clone)
-    assert working_directory(None) == clone
-    monkeypatch.chdir(tmp_path)
-    assert working_directory(None) == Path(__file__).parents[2]
+def test_a_clone_has_the_package(clone: Path, tmp_path: Path) -> None:
+    check_clone(Path(__file__).parents[2])
+    with pytest.raises(ReneeError, match=r"--working-dir .* has no renee_ray/__main__\.py"):
+        check_clone(clone)
 
 
 def test_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,10 +144,13 @@ def test_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "status", "sentence"),
     [
         (("train", "no-such.yaml"), 1, "cannot read no-such.yaml"),
-        (("train", "RECIPE", "data=s3://b/d", "output=s3://b/o", "epoch=3"), 1,
+        (("train", "quickstarts"), 1, "did you mean 'quickstart'"),
+        (("--working-dir", "/", "export", "s3://b/r", "s3://b/e"), 1, "has no renee_ray"),
+        (("train", "quickstart", "data=s3://b/d", "output=s3://b/o", "epoch=3"), 1,
          "did you mean 'epochs'"),
-        (("train", "RECIPE", "data=s3://b/d", "output=runs/o"), 1, "output='runs/o' is relative"),
-        (("train", "RECIPE", "data=s3://b/d"), 1, "lacks 'output'"),
+        (("train", "quickstart", "data=s3://b/d", "output=runs/o"), 1,
+         "output='runs/o' is relative"),
+        (("train", "quickstart", "data=s3://b/d"), 1, "lacks 'output'"),
         (("predict", "s3://b/r", "titles.txt", "s3://b/p"), 1, "SRC='titles.txt' is relative"),
         (("predict", "s3://b/r", "s3://b/d"), 2, "Missing argument 'DST'"),
         (("evaluate", "s3://b/r", "s3://k:s@b/d"), 1, "a URL with a password"),
@@ -172,9 +165,7 @@ def test_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_submission_is_one_sentence_at_once(
     arguments: tuple[str, ...], status: int, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
-    words = [recipe if word == "RECIPE" else word for word in arguments]
-    assert cli.main(["submit", *words]) == status
+    assert cli.main(["submit", *arguments]) == status
     said = capsys.readouterr()
     assert sentence in said.err and said.out == ""
     assert status == 2 or said.err.count("\n") == 1

@@ -93,7 +93,7 @@ def test_the_log_is_the_jobs(
     assert f"dataset {dataset_on_s3}" in log or dataset_on_s3 in log
     job = head.job("converting")
     assert job["status"] == "SUCCEEDED"
-    assert job["entrypoint"].startswith("python jobs/convert.py s3://")
+    assert job["entrypoint"].startswith("python -m renee_ray convert s3://")
     assert job["metadata"]["command"] == "convert" and job["metadata"]["user"]
     shown = json.dumps(job)
     assert ACCESS_KEY not in shown and SECRET_KEY not in shown and TOKEN not in shown
@@ -130,10 +130,11 @@ def test_training_follows_converting(
 
 
 def test_a_job_that_fails_is_status_1(submit: Callable[..., Command], head: Head) -> None:
-    failing = ("evaluate", f"s3://{BUCKET}/no-run", f"s3://{BUCKET}/no-data")
+    # The job fails once it has found the recipe, in the package that was taken along.
+    failing = ("train", "lf-debian-40k", f"data=s3://{BUCKET}/no-data", f"output={RUN}-never")
     done = submit("--submission-id", "failing", *failing)
     assert done.status == 1
-    assert "is not a run of renee_ray" in done.stdout
+    assert "is not a renee_ray dataset" in done.stdout
     assert done.stdout == head.log("failing")
     assert "renee-ray: job failing failed: " in done.stderr.splitlines()[-1]
     again = submit("--no-wait", "--submission-id", "failing", *failing)
@@ -171,7 +172,7 @@ FOLLOW = """
 import sys
 from renee_ray.service.submit import submit
 address, name, patience = sys.argv[1], sys.argv[2], float(sys.argv[3])
-submit.SILENCE_S = submit.ANSWER_S = 3.0
+submit.SILENCE_TIMEOUT_S = submit.ANSWER_TIMEOUT_S = 3.0
 numbers = f"[(print('line', i, flush=True), time.sleep(0.04)) for i in range({sys.argv[4]})]"
 client = submit.connect(address)
 client.submit_job(entrypoint=f'python -c "import time; {numbers}"', submission_id=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from renee_ray.parallel.recorder import Recorder
 
@@ -42,7 +42,7 @@ class _Where(logging.Filter):
         self._run, self._rank, self._recorder = run, rank, recorder
 
     def filter(self, record: logging.LogRecord) -> bool:
-        moment = datetime.fromtimestamp(record.created, timezone.utc)
+        moment = datetime.fromtimestamp(record.created, UTC)
         record.time = moment.isoformat(timespec="milliseconds")
         record.run, record.rank, record.step = self._run, self._rank, self._recorder.place().step
         return True

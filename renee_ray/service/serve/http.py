@@ -177,7 +177,7 @@ async def _before(until: float, work: Awaitable[T], late: Refused) -> T:
     """The result of `work`, which is cancelled when it is late. Raises `late` then."""
     try:
         return await asyncio.wait_for(work, max(0.0, until - time.monotonic()))
-    except (asyncio.TimeoutError, TimeoutError):
+    except TimeoutError:
         raise late from None
 
 

@@ -1,7 +1,8 @@
-"""What a submitted job takes along: the files of its working directory, and its environment.
+"""What a submitted job takes along: the code that it runs, and its environment.
 
-Both travel to the cluster and are shown on its dashboard. Hidden files stay here, and no secret
-goes into the environment: the nodes have their own.
+The code is the package that is running, from a clone or a wheel, or else a whole clone. All of it
+travels to the cluster, and the dashboard shows it. Hidden files stay here, and no secret goes into
+the environment: the nodes have their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from renee_ray.errors import ReneeError
+
+PACKAGE = Path(__file__).resolve().parents[2]
+"""The package that is running."""
 
 PASSED_ON = (
     "AWS_DEFAULT_REGION",
@@ -28,15 +32,15 @@ PASSED_ON = (
     "NCCL_SOCKET_IFNAME",
     "RENEE_RAY_STORAGE_PATIENCE_S",
 )
-"""Variables that a job gets from the environment it is submitted from, where they are set."""
+"""Variables that a job gets from the environment of `submit`, where they are set there."""
 
 LEFT_OUT = (
     ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "quickstart", "wandb", "mlruns",
     "node_modules",
 )  # fmt: skip
-"""Names of files and directories that stay here, wherever in the tree; so do environments."""
+"""Names of files and directories that stay here, anywhere in the tree, as environments do."""
 LARGE_FILE = 10 * 2**20
-"""Bytes from which on a file stays here: it belongs on storage."""
+"""Bytes of the smallest file that stays here, since it belongs on storage."""
 
 SECRET_WORDS = {
     "KEY", "KEYS", "PASS", "PRIVATE", "PWD", "TOKEN", "TOKENS",
@@ -46,7 +50,7 @@ USER_AND_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]*@")
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is a secret."""
+    """Returns whether a variable's name says that its value is a secret."""
     upper = name.upper()
     return bool(SECRET_WORDS & set(upper.split("_"))) or any(p in upper for p in SECRET_PARTS)
 
@@ -54,14 +58,14 @@ def looks_secret(name: str) -> bool:
 def job_environment(
     extra: Iterable[str], stop_wait_s: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables of a job: `PASSED_ON`, `extra`, and how Ray stops it.
+    """Returns the variables of a job: `PASSED_ON`, `extra`, and how Ray stops it.
 
     Args:
         extra: `NAME=VALUE`, or `NAME` for its value in `environment`.
         stop_wait_s: seconds between Ray's request to stop and its `kill -9`.
 
     Raises:
-        ReneeError: a variable that is not set, or that would carry a secret.
+        ReneeError: a variable is not set, or would carry a secret.
     """
     found = {name: environment[name] for name in PASSED_ON if name in environment}
     for item in extra:
@@ -78,8 +82,8 @@ def job_environment(
         found[name] = value if equals else environment[name]
     for name, value in found.items():
         refuse_password(value, name)
-    # Training then ends with a checkpoint, other commands with a KeyboardInterrupt; Ray's own
-    # SIGTERM and 3 s would cut both off.
+    # At SIGINT, training ends with a checkpoint and other commands clean up. Ray's default, SIGTERM
+    # and SIGKILL 3 seconds later, leaves no time for either.
     return {
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
@@ -96,7 +100,7 @@ def refuse_password(text: str, where: str) -> None:
 
 
 def check_shared(paths: Mapping[str, str]) -> None:
-    """Raises ReneeError for a path that means another file on a node than here."""
+    """Raises ReneeError for a path that names another file on a node than here."""
     for name, path in paths.items():
         if "://" not in path and not os.path.isabs(path):
             raise ReneeError(
@@ -106,27 +110,27 @@ def check_shared(paths: Mapping[str, str]) -> None:
 
 
 def job_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """(files that a job takes along, files too large for that), relative to `root`, sorted."""
+    """Returns the files that a job takes along, and those too large for it, relative to `root`."""
     small: list[Path] = []
     large: list[Path] = []
     for directory, names, files in os.walk(root):
         here = Path(directory)
-        names[:] = sorted(n for n in names if not _left_out(n) and not _environment(here / n))
+        names[:] = (n for n in names if not _left_out(n) and not _is_environment(here / n))
         for path in (here / name for name in files if not _left_out(name)):
             if path.is_file():
-                (large if path.stat().st_size >= LARGE_FILE else small).append(path)
-    return tuple(sorted(p.relative_to(root) for p in each) for each in (small, large))  # type: ignore[return-value]
+                kind = large if path.stat().st_size >= LARGE_FILE else small
+                kind.append(path.relative_to(root))
+    return sorted(small), sorted(large)
 
 
-def pack(root: Path, destination: Path, limit: int, config: Path | None = None) -> list[Path]:
-    """Copies the files that a job takes along to `destination`, an empty directory.
+def pack(root: Path, destination: Path, limit: int) -> list[Path]:
+    """Copies the files below `root` that a job takes along to `destination`.
 
     Args:
         limit: bytes that Ray accepts.
-        config: a file of the job's arguments; it is taken along from wherever it is.
 
     Returns:
-        files that were left out since they are large, relative to `root`.
+        the files that were left out because they are large, relative to `root`.
 
     Raises:
         ReneeError: they are more than `limit`.
@@ -142,40 +146,23 @@ def pack(root: Path, destination: Path, limit: int, config: Path | None = None) 
     for path in small:
         (destination / path.parent).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / path, destination / path)
-    if config is not None:
-        target = destination / packed_name(root, config)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config, target)
     return large
 
 
-def packed_name(root: Path, config: Path) -> Path:
-    """Where `config` is in the job's working directory: as in `root`, else at its top."""
-    config, root = config.resolve(), root.resolve()
-    return config.relative_to(root) if config.is_relative_to(root) else Path(config.name)
-
-
-def working_directory(given: str | None) -> Path:
-    """The directory that a job takes along: given, or the clone we are in, or that we run from.
-
-    Raises:
-        ReneeError: it has no jobs/.
-    """
-    clone = Path(__file__).resolve().parents[3]
-    candidates = [Path(given)] if given else [Path.cwd(), clone]
-    for path in candidates:
-        if (path / "jobs" / "train.py").is_file():
-            return path.resolve()
-    raise ReneeError(
-        f"{candidates[0]} has no jobs/train.py; give --working-dir the clone of renee_ray"
-    )
+def check_clone(path: Path) -> None:
+    """Raises ReneeError where `path` is no clone of the repository, whose code a job could run."""
+    if not (path / PACKAGE.name / "__main__.py").is_file():
+        raise ReneeError(
+            f"--working-dir {path} has no {PACKAGE.name}/__main__.py; give a clone of renee_ray, "
+            f"or omit it to take along the package that is running"
+        )
 
 
 def _left_out(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
 
 
-def _environment(path: Path) -> bool:
+def _is_environment(path: Path) -> bool:
     return (path / "pyvenv.cfg").is_file() or (path / "conda-meta").is_dir()
 
 

@@ -1,7 +1,7 @@
-"""Submitting a command of this package to a cluster's job server, and following it to its end.
+"""Submits a command of this package to a cluster's job server, and follows the job to its end.
 
-The log is followed from its start over every new connection and what was written already is
-skipped, so a lost connection neither repeats nor loses a line.
+Each new connection reads the log from its start and skips what was written already, so a lost
+connection neither repeats nor loses a line.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,20 +28,21 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from renee_ray import __version__
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.threads import in_thread
-from renee_ray.service.submit.job_files import pack, packed_name
+from renee_ray.service.submit.job_files import PACKAGE, pack
 
 T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-ANSWER_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 """Seconds that the job server has for an answer."""
-SILENCE_S = 60.0
-"""Seconds without a line of the log after which it is followed anew: a cut link is silent."""
-LONGEST_PAUSE_S = 10.0
-GOING_AWAY = re.compile(r"WebSocket|status code 50[0234]")
+SILENCE_TIMEOUT_S = 60.0
+"""Seconds without a line of the log after which a new connection is made: a cut link is silent."""
+MAX_BACKOFF_S = 10.0
+CONNECTION_LOST = re.compile(r"WebSocket|status code 50[0234]")
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 130}
 
 
@@ -62,7 +63,7 @@ class Submission:
 
 
 def choose_address(given: str | None) -> str:
-    """The job server's URL: given, or of Ray's variables, or this machine's port 8265.
+    """Returns the job server's URL: `given`, else Ray's variables', else this machine's port 8265.
 
     Raises:
         ReneeError: it is no http(s) URL.
@@ -77,16 +78,16 @@ def choose_address(given: str | None) -> str:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the job server at `address`.
+    """Returns a client of the job server at `address`.
 
     Raises:
         ReneeError: nothing answers there, or it refuses the token, or Ray's job client is not
             installed.
     """
-    for module in ("job.sdk", "dashboard_sdk"):  # their notices are ours to phrase
+    for module in ("job.sdk", "dashboard_sdk"):  # the sentences below replace their notices
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
-    with _only_address(address), _said(address):
-        return _within(ANSWER_S, lambda: JobSubmissionClient(address))
+    with _only_address(address), _user_errors(address):
+        return _with_timeout(ANSWER_TIMEOUT_S, lambda: JobSubmissionClient(address))
 
 
 def submit(
@@ -94,16 +95,16 @@ def submit(
     job: str,
     arguments: Sequence[str],
     *,
-    root: Path,
     environment: dict[str, str],
+    clone: Path | None = None,
     config: str | None = None,
     submission_id: str | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Submission:
-    """Starts `python jobs/JOB.py ARGUMENTS` on the cluster.
+    """Starts `python -m renee_ray JOB ARGUMENTS` on the cluster.
 
     Args:
-        root: a clone of this repository, whose files go along.
+        clone: directory whose files go along, in place of the package that is running.
         config: the one of `arguments` that is a configuration file; it goes along too.
 
     Raises:
@@ -112,22 +113,22 @@ def submit(
     address = client.get_address()
     name = submission_id or f"renee-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     words = list(arguments)
-    file = None if config is None else Path(config)
-    if config is not None and file is not None:
-        words[words.index(config)] = packed_name(root, file).as_posix()
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
-        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, file)
-        if large:
+        root, place = (clone, scratch) if clone else (PACKAGE, f"{scratch}/{PACKAGE.name}")
+        if large := pack(root, Path(place), DASHBOARD_CLIENT_MAX_SIZE):
             shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
             on_progress(f"large files stay here: {shown}")
-        with _said(address):
+        if config is not None:
+            words[words.index(config)] = Path(config).name
+            shutil.copyfile(config, Path(scratch) / Path(config).name)
+        with _user_errors(address):
             client.submit_job(
-                entrypoint=shlex.join(["python", f"jobs/{job}.py", *words]),
+                entrypoint=shlex.join(["python", "-m", PACKAGE.name, job, *words]),
                 submission_id=name,
                 runtime_env={"working_dir": scratch, "env_vars": environment},
                 metadata={
                     "command": job,
-                    "renee_ray": version("renee_ray"),
+                    "renee_ray": __version__,
                     "user": _user(),
                 },
             )
@@ -135,7 +136,7 @@ def submit(
 
 
 class Follower:
-    """Follows one job: its log, over any number of connections, and its end."""
+    """Follows one job, over any number of connections: its log and its end."""
 
     def __init__(
         self,
@@ -146,41 +147,41 @@ class Follower:
         patience_s: float,
     ) -> None:
         self._client, self._submission = client, submission
-        self._write, self._say, self._patience_s = write, on_progress, patience_s
+        self._write, self._on_progress, self._patience_s = write, on_progress, patience_s
         self._written = 0
 
     def follow(self) -> JobDetails:
-        """Writes the log until the job has ended; may be called again after an interruption.
+        """Writes the log until the job has ended; can be called again after an interruption.
 
         Raises:
             ReneeError: the cluster no longer knows the job, refuses the token, or has not
-                answered for the patience.
+                answered for `patience_s`.
         """
         name = self._submission.submission_id
         while True:
-            details: JobDetails = self._patiently(lambda: self._client.get_job_info(name))
+            details: JobDetails = self._retry(lambda: self._client.get_job_info(name))
             if details.status.is_terminal():
-                log: str = self._patiently(lambda: self._client.get_job_logs(name))
+                log: str = self._retry(lambda: self._client.get_job_logs(name))
                 self._emit(log[self._written :])
                 return details
             try:
                 asyncio.run(self._tail())
             except Exception as error:
-                if not _is_lost(error):
+                if not _is_connection_error(error):
                     raise
                 time.sleep(1)
 
     def stop(self) -> None:
-        """Asks the cluster to stop the job; `follow` then sees it end."""
-        self._patiently(lambda: self._client.stop_job(self._submission.submission_id))
+        """Asks the cluster to stop the job; `follow` then waits for its end."""
+        self._retry(lambda: self._client.stop_job(self._submission.submission_id))
 
     async def _tail(self) -> None:
-        """Writes what is new of the log, until its end or a silence."""
+        """Writes the new part of the log, until its end or SILENCE_TIMEOUT_S without a line."""
         stream = self._client.tail_job_logs(self._submission.submission_id)
         ahead = self._written
         with contextlib.suppress(StopAsyncIteration, asyncio.TimeoutError):
             while True:
-                text = await asyncio.wait_for(anext(stream), SILENCE_S)  # type: ignore[arg-type]
+                text = await asyncio.wait_for(anext(stream), SILENCE_TIMEOUT_S)  # type: ignore[arg-type]
                 known, ahead = text[:ahead], max(0, ahead - len(text))
                 self._emit(text[len(known) :])
 
@@ -189,59 +190,59 @@ class Follower:
         if text:
             self._write(text)
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        """Calls until the cluster answers; says once that it does not, and once that it does."""
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Repeats `call` until the cluster answers; reports the loss and the return once each."""
         address = self._submission.address
 
-        def lost(state: tenacity.RetryCallState) -> None:
+        def report_loss(state: tenacity.RetryCallState) -> None:
             if state.attempt_number == 1 and state.outcome is not None:
                 error = state.outcome.exception()
                 assert error is not None
-                self._say(
-                    f"{address} does not answer ({_kind(error)}); the job may run on, trying "
+                self._on_progress(
+                    f"{address} does not answer ({_describe(error)}); the job may run on, trying "
                     f"again for {self._patience_s:.0f} s"
                 )
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_lost),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE_S),
+            retry=tenacity.retry_if_exception(_is_connection_error),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=MAX_BACKOFF_S),
             stop=tenacity.stop_after_delay(self._patience_s),
-            before_sleep=lost,
+            before_sleep=report_loss,
         )
         try:
-            with _said(address, self._submission):
-                found: T = retrying(_within, ANSWER_S, call)
+            with _user_errors(address, self._submission):
+                found: T = retrying(_with_timeout, ANSWER_TIMEOUT_S, call)
         except tenacity.RetryError as error:
             raise ReneeError(
                 f"{address} has not answered for {self._patience_s:.0f} s; see with `ray job "
                 f"status --address {address} {self._submission.submission_id}` whether the job runs"
             ) from error
         if retrying.statistics.get("attempt_number", 1) > 1:
-            self._say(f"{address} answers again")
+            self._on_progress(f"{address} answers again")
         return found
 
 
-def _is_lost(error: BaseException) -> bool:
-    """Whether an error is of the connection, so that another attempt may succeed."""
+def _is_connection_error(error: BaseException) -> bool:
+    """Returns whether the connection failed, so that another attempt may succeed."""
     import aiohttp
     import requests
 
     lost = (ConnectionError, TimeoutError, NoAnswer, aiohttp.ClientError)
     if isinstance(error, (*lost, requests.ConnectionError, requests.Timeout)):
         return True
-    # Ray says so of a server that goes away, or of a proxy before one that is away.
-    return isinstance(error, RuntimeError) and bool(GOING_AWAY.search(str(error)))
+    # Ray's error when the server goes away, or when a proxy in front of it does not reach it.
+    return isinstance(error, RuntimeError) and bool(CONNECTION_LOST.search(str(error)))
 
 
-def _kind(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return (
         "no answer in time" if isinstance(error, TimeoutError | NoAnswer) else type(error).__name__
     )
 
 
 @contextlib.contextmanager
-def _said(address: str, submission: Submission | None = None) -> Iterator[None]:
-    """Ray's errors as sentences for people; connections that are lost pass where a job runs."""
+def _user_errors(address: str, submission: Submission | None = None) -> Iterator[None]:
+    """Turns Ray's errors into ReneeErrors; `submission` is the job that is followed, if any."""
     try:
         yield
     except AuthenticationError as error:
@@ -274,8 +275,8 @@ def _sentence(address: str, submission: Submission | None, error: Exception) -> 
     if "already" in text and "ubmission" in text:
         return f"{address} has a job of that id already; give another --submission-id"
     if "ray[default]" in text:
-        return "Ray's job client is not installed; pip install 'ray[default]'"
-    if "status code" not in text and _is_lost(error):
+        return "Ray's job client is not installed; pip install 'renee_ray[cluster]'"
+    if "status code" not in text and _is_connection_error(error):
         return f"no job server answers at {address}; check the address, or open the tunnel to it"
     last = text.strip().splitlines()[-1:] or [type(error).__name__]
     return f"the job server at {address} refused this: {last[0].strip()}"
@@ -283,7 +284,7 @@ def _sentence(address: str, submission: Submission | None, error: Exception) -> 
 
 @contextlib.contextmanager
 def _only_address(address: str) -> Iterator[None]:
-    """Ray lets its variables win over the address that it is given."""
+    """Sets Ray's variables to `address`, since Ray prefers them to the address that it is given."""
     saved = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
     os.environ[ADDRESS_VARIABLES[0]] = address
     try:
@@ -293,8 +294,8 @@ def _only_address(address: str) -> Iterator[None]:
         os.environ.update({name: value for name, value in saved.items() if value is not None})
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Calls in a thread that is given up after `seconds`: Ray's client has no time-outs."""
+def _with_timeout(seconds: float, call: Callable[[], T]) -> T:
+    """Calls in a thread that is abandoned after `seconds`, since Ray's client has no timeouts."""
     return in_thread(call, "job server").result(seconds)
 
 
@@ -306,9 +307,9 @@ def _user() -> str:
 
 
 def outcome(submission: Submission, details: JobDetails) -> dict[str, Any]:
-    """What a job came to, for people and programs."""
+    """Returns how a job ended."""
     status = JobStatus(details.status)
-    message = (details.message or "").partition(", last available logs")[0]  # they were followed
+    message = (details.message or "").partition(", last available logs")[0]  # the log was written
     seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
     return {
         "submission_id": submission.submission_id,

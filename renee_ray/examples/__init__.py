@@ -1,0 +1,1 @@
+"""The dataset that `renee-ray quickstart` trains on, with its data card."""

@@ -1,0 +1,1 @@
+"""Configurations that come with the package; `renee-ray train NAME` finds them by name."""
