@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renee_ray.data.dataset.dataset import POINTS, Dataset, Manifest, Part
+from renee_ray.data.dataset import POINTS, Dataset, Manifest, Part
 from renee_ray.data.order import OTHER_TEXTS, Order, Span
 
 BATCH = "batch"

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from renee_ray.errors import ReneeError
 
@@ -53,6 +54,16 @@ def parse_json(content: str | bytes) -> Any:
         return json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found wrong first, as the predicate of a sentence on a file."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"lacks {key}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"has {key}={first['input']!r:.80}: {message[0].lower()}{message[1:]}"
 
 
 def _no_number(name: str) -> NoReturn:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.split import splitmix64
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from renee_ray.data.dataset.dataset import POINTS
+from renee_ray.data.dataset import POINTS
 from renee_ray.data.split import splitmix64
 from renee_ray.xfc.kernels.device import upload
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import Encoder
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import (

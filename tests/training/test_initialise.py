@@ -12,7 +12,7 @@ from torch import nn
 
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.model import initialise as initialise_module
 from renee_ray.model.initialise import embed_texts, initialise_classifier

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset.dataset import (
+from renee_ray.data.dataset import (
     MANIFEST,
     Dataset,
     DatasetError,
@@ -133,7 +133,7 @@ def _scan(
     if changed:
         found.problems.append(f"{where} has bytes that changed: its SHA-256 is not the manifest's")
     try:
-        table = dataset.read_unchecked(part)
+        table = dataset.read_part(part, check=False)
     except DatasetError as error:
         found.problems.append(str(error))
         return found

@@ -20,7 +20,7 @@ from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset, has_manifest
+from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import filesystem_of, listing, make_directory, read_file, replace_file
 from renee_ray.data.untrusted import refuse_links_out
 from renee_ray.errors import SHOWN, ReneeError

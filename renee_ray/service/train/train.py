@@ -14,7 +14,7 @@ from renee_ray.checkpoint.state import Checkpoint, State, set_moments
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.overrides import dotted, make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.storage import absolute
 from renee_ray.data.tokenizer import load as load_tokenizer
