@@ -19,16 +19,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pyarrow.fs as pafs
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from renee_ray.checkpoint.tensor_file import FileFacts, TensorFile
 from renee_ray.data.storage import is_transient, patiently
+from renee_ray.data.untrusted import first_problem
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.loss_scale import LossScale
@@ -49,22 +51,42 @@ class CheckpointError(ReneeError):
     """A checkpoint that cannot be used."""
 
 
+def _known_names(files: dict[str, FileFacts]) -> dict[str, FileFacts]:
+    for name in files:
+        if name not in (ENCODER, OPTIMIZER) and not SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{name!r:.80} is no file of a checkpoint")
+    return files
+
+
+def _evaluation(raw: dict[str, Any]) -> dict[str, Any]:
+    if type(raw.get("step")) is not int or not isinstance(raw.get("metrics"), dict):
+        raise ValueError("it lacks a step or metrics")
+    if not all(isinstance(value, int | float) for value in raw["metrics"].values()):
+        raise ValueError("a metric is no number")
+    return raw
+
+
+Count = Annotated[int, Field(ge=0, lt=MOST_STEPS)]
+
+
 @dataclass
 class State:
     """What a run is besides its tensors.
 
-    position: the next batch; step: optimizer steps taken or skipped so far; skipped: those
-    left out; loss_scale: of the encoder's gradient; best: the greatest value of each metric so
-    far; evaluation: the last one, {"step", "epoch", "metrics"}, or None; facts: what a reader must
-    know to build the model.
+    position: the next batch; step: optimizer steps taken or skipped so far; skipped: steps that
+    changed nothing; loss_scale: of the encoder's gradient; best: the greatest value of each metric
+    so far; evaluation: the last one, {"step", "epoch", "metrics"}, or None; facts: what a reader
+    must know to build the model.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     position: Position = field(default_factory=Position)
-    step: int = 0
-    skipped: int = 0
+    step: Count = 0
+    skipped: Count = 0
     loss_scale: LossScale = field(default_factory=LossScale)
     best: dict[str, float] = field(default_factory=dict)
-    evaluation: dict[str, Any] | None = None
+    evaluation: Annotated[dict[str, Any], AfterValidator(_evaluation)] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def evaluated(self, epoch: float, metrics: dict[str, float]) -> None:
@@ -85,7 +107,7 @@ class Manifest:
 
     state: State
     metrics: dict[str, float]
-    files: dict[str, FileFacts]
+    files: Annotated[dict[str, FileFacts], AfterValidator(_known_names)]
     time_s: float
     history: dict[str, list[dict[str, Any]]] | None = None
 
@@ -107,65 +129,42 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
-        """Raises CheckpointError: another format, or not what `to_json` writes."""
+        """Parses a manifest that was read from `where`, which errors name.
+
+        Raises:
+            CheckpointError: another format, or not what `to_json` writes.
+        """
         try:
             raw = json.loads(text)
-            version = raw.pop("format_version")
+            version = raw.pop("format_version", None)
             if version not in (FORMAT_VERSION, WITH_HISTORY):
                 raise CheckpointError(
-                    f"{where} has format version {version!r} and this renee_ray reads "
+                    f"{where} has format version {version!r:.40} and this renee_ray reads "
                     f"{FORMAT_VERSION}; use the renee_ray that wrote it"
                 )
-            files = {name: FileFacts(**facts) for name, facts in raw.pop("files").items()}
-            for name, facts in files.items():
-                if name not in (ENCODER, OPTIMIZER) and not SHARD_NAME.fullmatch(name):
-                    raise ValueError("names of files")
-                if not all(
-                    type(number) is int and number >= 0 for number in asdict(facts).values()
-                ):
-                    raise ValueError("sizes of files")
-            metrics = raw.pop("metrics")
-            if not all(isinstance(value, int | float) for value in metrics.values()):
-                raise ValueError("metrics")
-            history = _history(raw["state"]) if version == WITH_HISTORY else None
-            return cls(_state(raw["state"]), metrics, files, float(raw["time_s"]), history)
+            raw["history"] = _history(raw["state"]) if version == WITH_HISTORY else None
+            if missing := {each.name for each in fields(State)} - raw["state"].keys():
+                raise ValueError(f"its state lacks {min(missing)}")
+            return _MANIFEST.validate_json(json.dumps(raw), strict=True)
+        except ValidationError as error:
+            problem = first_problem(error)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{where} is damaged ({reason(error)}); use another checkpoint"
-            ) from None
+            problem = f"is damaged ({reason(error)})"
+        raise CheckpointError(f"{where} {problem}; use another checkpoint")
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def _history(raw: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Takes the history out of a state WITH_HISTORY, which leaves a state as it is now."""
     history: dict[str, list[dict[str, Any]]] = raw.pop("history")
-    if not all(isinstance(history[name], list) for name in ("steps", "evals")):
-        raise ValueError("history")
     raw["best"], raw["evaluation"] = {}, None
     for each in history["evals"]:
         raw["evaluation"] = each
         for name, value in each["metrics"].items():
             raw["best"][name] = max(value, raw["best"].get(name, value))
     return history
-
-
-def _state(raw: dict[str, Any]) -> State:
-    nested = {
-        "position": Position(**raw["position"]),
-        "loss_scale": LossScale(**raw["loss_scale"]),
-    }
-    state = State(**{**raw, **nested})
-    counts = (state.step, state.skipped, state.position.epoch, state.position.batch)
-    if not all(type(count) is int and 0 <= count < MOST_STEPS for count in counts):
-        raise ValueError("counts of steps")
-    if not isinstance(state.facts, dict):
-        raise ValueError("facts")
-    last = state.evaluation
-    figures = [*state.best.values(), *(last["metrics"].values() if last else ())]
-    if not all(isinstance(figure, int | float) for figure in figures):
-        raise ValueError("figures of evaluations")
-    if last and type(last["step"]) is not int:
-        raise ValueError("the step of an evaluation")
-    return state
 
 
 class Checkpoint:

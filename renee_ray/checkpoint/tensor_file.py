@@ -15,11 +15,12 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import pyarrow.fs as pafs
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from renee_ray.errors import reason
@@ -47,6 +48,9 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+Size = Annotated[int, Field(ge=0)]
+
+
 class Damaged(ValueError):
     """A file that is not what its checksums or its header say."""
 
@@ -55,8 +59,8 @@ class Damaged(ValueError):
 class FileFacts:
     """What a manifest says of a file. header_crc32: of its length and header."""
 
-    bytes: int
-    header_crc32: int
+    bytes: Size
+    header_crc32: Size
 
 
 @dataclass(frozen=True)
