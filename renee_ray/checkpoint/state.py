@@ -1,4 +1,4 @@
-"""Checkpoints that know nothing of the number of workers. Safetensors and JSON, no pickle.
+"""Checkpoints that any number of workers can read: safetensors and JSON, no pickle.
 
     RUN/checkpoints/step-000000400-1b9f03c2/
         classifier-START-STOP.safetensors     the rows of labels [START, STOP): one file a writer
@@ -6,12 +6,18 @@
         optimizer.safetensors                 AdamW's moments, by parameter name
         manifest.json                         state, metrics, sizes and checksums; written last
 
-The manifest makes a directory a checkpoint: without one, it is what a killed run left. Part of a
-directory's name is drawn anew by each group of workers, so that a group that was given up for
-dead and lives on cannot write into a checkpoint of its successor.
+Ledger of the tensors, for L labels, D dimensions and W writers:
+
+    classifier rows    [L, D] in W files by label range    dtypes of the storage (xfc/weights)
+    encoder            parameters and buffers, whole       float32
+    moments            exp_avg, exp_avg_sq and the step    float32
+
+The manifest makes a directory a checkpoint; without one, it is what a killed run left. Part of a
+directory's name is drawn anew by each group of workers. So a group that was given up for dead and
+lives on cannot write into a checkpoint of its successor.
 
 A reader of any world size takes the byte ranges of the label rows that it owns, from whichever
-files hold them, local or in object storage (training/tensor_file).
+files hold them, local or in object storage (checkpoint/tensor_file.py).
 """
 
 from __future__ import annotations
@@ -40,10 +46,10 @@ from renee_ray.xfc.shard import Shard
 T = TypeVar("T")
 
 FORMAT_VERSION, WITH_HISTORY = 4, 3
-"""Both are read; before 4, State held the run's history."""
+"""Versions that can be read; before 4, State held the run's history."""
 MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MANIFEST_LIMIT, MOST_STEPS = 1 << 28, 1 << 53
+MANIFEST_LIMIT, MAX_STEPS = 1 << 28, 1 << 53
 SHARD_NAME = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 
 
@@ -66,7 +72,7 @@ def _evaluation(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-Count = Annotated[int, Field(ge=0, lt=MOST_STEPS)]
+Count = Annotated[int, Field(ge=0, lt=MAX_STEPS)]
 
 
 @dataclass
@@ -99,7 +105,7 @@ class State:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of. metrics: of the evaluation at this step, else empty.
+    """What a checkpoint consists of. metrics: those of the evaluation at this step, or none.
 
     time_s: seconds since 1970 at its commit; history: as in RUN/history.json, where the format is
     WITH_HISTORY.
@@ -117,7 +123,7 @@ class Manifest:
         return sum(facts.bytes for facts in self.files.values())
 
     def shards(self) -> Iterator[tuple[str, int, int]]:
-        """(name, start, stop) of each classifier file, in the order of labels."""
+        """Yields (name, start, stop) of each classifier file, in the order of labels."""
         for name in sorted(self.files):
             if match := SHARD_NAME.fullmatch(name):
                 yield name, int(match[1]), int(match[2])
@@ -232,7 +238,7 @@ class Checkpoint:
             ) from None
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's, as `moments_of` gave them: for `set_moments`."""
+        """Reads AdamW's moments as `moments_of` returned them, for `set_moments`."""
         return self._open(OPTIMIZER, TensorFile.tensors)
 
     def load_shard(self, shard: Shard, *, momentum: bool = True) -> None:
@@ -266,7 +272,7 @@ class Checkpoint:
             )
 
     def _open(self, name: str, use: Callable[[TensorFile], T]) -> T:
-        """What `use` makes of a file."""
+        """Returns `use` of a file."""
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.path} has no {name}; use another checkpoint")
         facts = self.manifest.files[name]
@@ -276,7 +282,7 @@ class Checkpoint:
         where = f"{self.path}/{name}"
         try:
             return patiently(lambda: self._once(where, use), f"reading {where}")
-        except _Other as error:
+        except _DoesNotFit as error:
             raise CheckpointError(f"{where} {error}") from None
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             if is_transient(error):  # storage is away: nothing is known of the file
@@ -297,8 +303,8 @@ def _whole_manifest(file: pafs.NativeFile) -> bytes:
     return content
 
 
-class _Other(Exception):
-    """A file is whole, but not what this run needs."""
+class _DoesNotFit(Exception):
+    """A file that is whole, but of another model."""
 
 
 def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int) -> None:
@@ -306,7 +312,7 @@ def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int
     shapes = file.shapes()
     for name, out in parts.items():
         if shapes.get(name) != (out.dtype, [rows, out.shape[1]]):
-            raise _Other(
+            raise _DoesNotFit(
                 f"has no {name} of {rows} x {out.shape[1]} {out.dtype}; it was written with "
                 f"another precision, momentum or dimension"
             )
@@ -318,7 +324,7 @@ def shard_name(start: int, stop: int) -> str:
 
 
 def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and its step, by parameter name; without moments before its first step."""
+    """Returns AdamW's moments and step by parameter name; before its first step the step alone."""
     tensors: dict[str, Tensor] = {"step": torch.zeros(())}
     for name, parameter in encoder.named_parameters():
         state = optimizer.state.get(parameter, {})
@@ -333,9 +339,9 @@ def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, 
 def set_moments(
     encoder: Encoder, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
 ) -> None:
-    """Puts the optimizer where `moments_of` found another one.
+    """Puts the optimizer into the state from which `moments_of` made `moments`.
 
-    torch's own loading knows on which device each kind of AdamW wants its `step`.
+    torch's own loading knows on which device each kind of AdamW keeps its `step`.
     """
     names = {parameter: name for name, parameter in encoder.named_parameters()}
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
@@ -344,7 +350,7 @@ def set_moments(
         own = {key: f"{names[parameter]}.{key}" for key in MOMENTS}
         # Before its first step AdamW has no state, and must not find a part of one.
         if all(name in moments for name in own.values()):
-            # Loading shares what is on the right device already, and each step is counted in place.
+            # Loading shares tensors that are on the right device, and AdamW counts in place.
             state[index] = {key: moments[name] for key, name in own.items()} | {
                 "step": moments["step"].clone()
             }

@@ -90,7 +90,7 @@ def initialise(
     model = Model(encoder, shard)  # type: ignore[arg-type]
     config, recorder = config_of(init_centroid=centroid), Recorder()
     points = lambda: batches_of(dataset, ranks)  # noqa: E731
-    initialise_classifier(model, config, dataset, points, ranks, device, recorder)
+    initialise_classifier(model, config, dataset, points, ranks, recorder)
     assert encoder.training, "the mode is put back"
     return {"weight": shard.weights.weight.read(0, len(owned)).cpu().clone(),
             "constant": encoder.constant.cpu().clone(),
@@ -237,7 +237,7 @@ def test_normal_needs_neither_texts_nor_points(tmp_path: Path, dataset: Dataset)
 
     config = config_of(init="normal", init_std=0.5)
     model = Model(Bag(), shard)  # type: ignore[arg-type]
-    initialise_classifier(model, config, dataset, points, Ranks(), CPU)
+    initialise_classifier(model, config, dataset, points, Ranks())
     assert 0.3 < float(shard.weights.weight.read(0, 11).std()) < 0.7
 
 
@@ -246,4 +246,4 @@ def test_neither_texts_nor_centroids_is_refused(dataset: Dataset) -> None:
     shard = Shard(LabelRange(0, 11, 11), Weights("fp32", 11, DIM, False, CPU))
     model = Model(Bag(), shard)  # type: ignore[arg-type]
     with pytest.raises(ReneeError, match=r"set classifier\.init=normal"):
-        initialise_classifier(model, config_of(init_centroid=0), bare, lambda: [], Ranks(), CPU)
+        initialise_classifier(model, config_of(init_centroid=0), bare, lambda: [], Ranks())

@@ -29,7 +29,7 @@ from renee_ray.errors import reason
 
 
 class Dataset:
-    """A converted dataset. Cheap to make from (path, manifest) anywhere, and picklable."""
+    """A converted dataset. Picklable, and cheap to make from (path, manifest) anywhere."""
 
     def __init__(self, path: str, manifest: Manifest) -> None:
         self.path = absolute(path)
@@ -37,7 +37,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str) -> Dataset:
-        """The dataset at `path`, a local directory or the URL of one, whose files are all there.
+        """Opens the dataset at `path`, a directory or URL, and checks that its files are there.
 
         Raises:
             DatasetError: there is no dataset.json, or it cannot be used; a part that it names is
@@ -46,7 +46,7 @@ class Dataset:
         dataset = cls.without_check(path)
         for problem in dataset.wrong_files():
             raise DatasetError(f"{problem}; restore it or convert the source again")
-        # Whoever lies about rows has a largest part: one footer of each split is enough.
+        # A forged number of rows shows in the largest part: one footer of each split is enough.
         for parts in dataset.manifest.splits.values():
             if parts:
                 largest = max(parts, key=lambda part: part.rows)
@@ -55,12 +55,12 @@ class Dataset:
 
     @classmethod
     def without_check(cls, path: str) -> Dataset:
-        """As `open`, whatever has become of the parts."""
+        """Opens the dataset without a look at its parts."""
         filesystem, root = filesystem_of(path)
         refuse_links_out(filesystem, root, path)
         name = f"{root}/{MANIFEST}"
-        there = patiently(lambda: filesystem.get_file_info(name), f"reading {path}")
-        if there.type != pafs.FileType.File:
+        info = patiently(lambda: filesystem.get_file_info(name), f"reading {path}")
+        if info.type != pafs.FileType.File:
             raise DatasetError(
                 f"{path} is not a renee_ray dataset: no {MANIFEST}; "
                 f"run `renee-ray convert SRC {path}` first"
@@ -72,7 +72,7 @@ class Dataset:
         return cls(path, Manifest.from_json(content.decode("utf-8", errors="replace"), where))
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[str, Manifest]]:
-        # Not the cached filesystem: a remote one holds connections.
+        # Leaves out the cached filesystem: a remote one holds connections.
         return type(self), (self.path, self.manifest)
 
     def __repr__(self) -> str:
@@ -92,7 +92,7 @@ class Dataset:
         return self._located[1]
 
     def wrong_files(self) -> Iterator[str]:
-        """Sentences, without a stop, on the parts that are not as the manifest says, by listing."""
+        """Yields a sentence, without its stop, on each part that a listing shows to be wrong."""
         for split, parts in self.manifest.splits.items():
             listed = listing(self.where(split))
             sizes = {f"{split}/{info.base_name}": info.size for info in listed}
@@ -109,23 +109,23 @@ class Dataset:
                     yield f"{self.where(name)} is there and {MANIFEST} does not name it"
 
     def where(self, relative: str) -> str:
-        """The path of a file of the dataset, for people."""
+        """Returns the path of a file of the dataset, for people."""
         return f"{self.path.rstrip('/')}/{relative}"
 
     def checksum(self, part: Part) -> str:
-        """SHA-256 of the file of `part` as it now is.
+        """Computes the SHA-256 of the file of `part` as it is now.
 
         Raises:
             OSError: it cannot be read.
         """
         with self.filesystem.open_input_stream(f"{self.root}/{part.path}") as source:
-            found = hashlib.sha256()
+            digest = hashlib.sha256()
             while block := source.read(2**20):
-                found.update(block)
-        return found.hexdigest()
+                digest.update(block)
+        return digest.hexdigest()
 
     def labels_hash(self) -> str:
-        """The manifest's, or the same from the label texts where it has none.
+        """Returns the manifest's hash, or computes it from the label texts where it has none.
 
         Raises:
             DatasetError: as in read_part.
@@ -156,7 +156,7 @@ class Dataset:
     def read_rows(
         self, split: str, start: int, stop: int, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Rows [start, stop) of `split` in stored order; for "labels", of those label ids.
+        """Reads rows [start, stop) of `split` in stored order; of "labels", these label ids.
 
         Only the row groups concerned are read.
 
@@ -178,9 +178,9 @@ class Dataset:
         return pa.concat_tables(tables) if tables else empty(split, columns)
 
     def read_other_texts(self, part: Part, count: int, start: int, stop: int) -> pa.Table:
-        """label_id and input_ids of labels of `part`: [start, stop) of the `count` not `is_point`.
+        """Reads label_id and input_ids of the labels [start, stop) of the `count` not `is_point`.
 
-        Where they are in a part is not known before `is_point` of all of it has been read.
+        Their places are known only once `is_point` of the whole part has been read.
 
         Raises:
             DatasetError: as in read_part, or there are not `count` of them.
@@ -219,7 +219,7 @@ class Dataset:
         self, part: Part, start: int, stop: int, columns: Sequence[str] | None, check: bool
     ) -> pa.Table:
         where, split = self.where(part.path), part.path.partition("/")[0]
-        wanted = list(schema_of(split).names if columns is None else columns)
+        selected = list(schema_of(split).names if columns is None else columns)
         try:
             with self.filesystem.open_input_file(f"{self.root}/{part.path}") as source:
                 opened = partial(pq.ParquetFile, source, page_checksum_verification=True)
@@ -230,12 +230,12 @@ class Dataset:
                         f"{where} has {file.metadata.num_rows} rows and {MANIFEST} says "
                         f"{part.rows}; convert the source again"
                     )
-                if check and (wrong := wrong_column(file.schema_arrow, split, wanted)):
+                if check and (wrong := wrong_column(file.schema_arrow, split, selected)):
                     raise DatasetError(f"{where} {wrong}; convert the source again")
                 if not check and columns is None:
-                    wanted = file.schema_arrow.names
+                    selected = file.schema_arrow.names
                 groups, skip = _row_groups(file.metadata, start, stop)
-                table = read_row_groups(opened, groups, wanted)
+                table = read_row_groups(opened, groups, selected)
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's are among them
             if is_transient(error):
                 raise
@@ -261,7 +261,7 @@ def _overlapping(parts: Sequence[Part], start: int, stop: int) -> Iterator[Part]
 
 
 def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
-    """Row groups that hold rows [start, stop), and the rows before `start` in the first one."""
+    """Returns the row groups of rows [start, stop), and the rows before `start` in the first."""
     groups: list[int] = []
     skip = 0
     first = 0

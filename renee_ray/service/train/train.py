@@ -235,7 +235,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
         settings.background,
         lambda written: _written(written, observer),
         observer.flush_history,
-    )
+    ).start()
     writer.reserve(model.encoder, model.shard)
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
     trainer = Trainer(
@@ -263,7 +263,6 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
             dataset,
             lambda: scoring_feed(dataset, "train", config.evaluation.batch_size, length, ranks),
             ranks,
-            device,
             observer.recorder,
             channel.say,
         )
