@@ -217,7 +217,7 @@ def test_a_batch_without_any_label_adds_nothing(dataset: Dataset) -> None:
     bare = replace(batch, labels=Ragged.of_lists([[]] * len(batch)))
     own = torch.ones(len(batch), DIM)
     owned = LabelRange(0, 11, 11)
-    initialise_module._add_to_centroids(centroids, bare, own, owned, Ranks(), CPU)
+    initialise_module._add_to_centroids(centroids, bare, own, owned, Ranks())
     assert not centroids.any()
 
 
