@@ -72,6 +72,12 @@ def _evaluation(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+def _position(position: Position) -> Position:
+    if not (0 <= position.epoch < MAX_STEPS and 0 <= position.batch < MAX_STEPS):
+        raise ValueError(f"it is not in [0, {MAX_STEPS})")
+    return position
+
+
 Count = Annotated[int, Field(ge=0, lt=MAX_STEPS)]
 
 
@@ -87,7 +93,7 @@ class State:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    position: Position = field(default_factory=Position)
+    position: Annotated[Position, AfterValidator(_position)] = field(default_factory=Position)
     step: Count = 0
     skipped: Count = 0
     loss_scale: LossScale = field(default_factory=LossScale)
@@ -142,7 +148,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-            version = raw.pop("format_version", None)
+            version = raw.pop("format_version")
             if version not in (FORMAT_VERSION, WITH_HISTORY):
                 raise CheckpointError(
                     f"{where} has format version {version!r:.40} and this renee_ray reads "
@@ -155,8 +161,8 @@ class Manifest:
         except ValidationError as error:
             problem = first_problem(error)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"is damaged ({reason(error)})"
-        raise CheckpointError(f"{where} {problem}; use another checkpoint")
+            problem = f"cannot be parsed ({reason(error)})"
+        raise CheckpointError(f"{where} is damaged: it {problem}; use another checkpoint")
 
 
 _MANIFEST = TypeAdapter(Manifest)

@@ -369,6 +369,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a negative size": lambda d: edit(d, lambda m: m["files"][SECOND].update(bytes=-7)),
     "unknown field": lambda d: edit(d, lambda m: m["state"].update(more=3)),
     "no position": lambda d: edit(d, lambda m: m["state"].pop("position")),
+    "a negative position": lambda d: edit(
+        d, lambda m: m["state"].update(position={"epoch": 0, "batch": -1})
+    ),
     "a step that is no number": lambda d: edit(d, lambda m: m["state"].update(step="31")),
     "a figure that is none": lambda d: edit(d, lambda m: m["state"].update(best={"P@1": "7"})),
     "history is no list": lambda d: edit(d, lambda m: with_history(m, {"steps": 3})),
