@@ -26,10 +26,11 @@ from rich.console import Console
 
 from renee_ray.cli.main import main
 from renee_ray.config.schema import EncoderConfig
+from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import MANIFEST_LIMIT, Dataset
-from renee_ray.data.dataset.destination import Destination
+from renee_ray.data.dataset import DATASET, Dataset
+from renee_ray.data.dataset.manifest import MANIFEST_LIMIT
+from renee_ray.data.destination import Destination
 from renee_ray.data.sources import xmlrepo
 from renee_ray.data.sources.lines import (
     GRAIN_BYTES,
@@ -161,23 +162,23 @@ DATASETS = [
     Case("manifest-nan", text('{"format_version": NaN}'), "NaN is no number of JSON"),
     Case("manifest-infinite", text('{"format_version": 1e999}'), "1e999 is too large a number"),
     Case("manifest-many-digits", text('{"a": ' + "9" * 10**5 + "}"), "is not JSON"),
-    Case("count-huge", part(rows=10**30), "has the part"),
-    Case("count-negative", part(rows=-1), "has the part"),
-    Case("count-float", part(rows=6.0), "has the part"),
-    Case("count-boolean", part(first=False), "has the part"),
-    Case("labels-huge", top(num_labels=2**62), r"num_labels=4611686018427387904, which is not in"),
+    Case("count-huge", part(rows=10**30), r"splits\.train\.0\.rows=1000"),
+    Case("count-negative", part(rows=-1), r"splits\.train\.0\.rows=-1: "),
+    Case("count-float", part(rows=6.0), r"splits\.train\.0\.rows=6\.0: "),
+    Case("count-boolean", part(first=False), r"splits\.train\.0\.first=False: "),
+    Case("labels-huge", top(num_labels=2**62), "num_labels=4611686018427387904: input "),
     Case("rows-beyond-bytes", manifest(more_rows(2**31 - 7)), "says 2147483641 rows of the"),
     Case("rows-that-lie", manifest(more_rows(5)), "has 4 rows and dataset.json says 5"),
-    Case("length-huge", top(max_length=10**12), "max_length=1000000000000, which is not in"),
-    Case("padding-negative", top(pad_id=-5), "pad_id=-5, which is not in"),
-    Case("propensity-negative", top(propensity_a=-1.0), "propensity_a=-1.0, which is not in"),
+    Case("length-huge", top(max_length=10**12), "max_length=1000000000000: input should be less"),
+    Case("padding-negative", top(pad_id=-5), "pad_id=-5: input should be greater"),
+    Case("propensity-negative", top(propensity_a=-1.0), "propensity_a=-1.0: input should "),
     Case(
         "statistics-of-another-kind",
         top(statistics={"labels": {"share_of_labels_by_train_count": {"0": "x"}}}),
         "share_of_labels_by_train_count=",
     ),
-    Case("tokenizer-unprintable", top(tokenizer="a\x1b[2J"), r"tokenizer='a\\x1b\[2J', which"),
-    Case("value-long", top(num_labels="9" * 10**6), "instead of a int"),
+    Case("tokenizer-unprintable", top(tokenizer="a\x1b[2J"), r"tokenizer='a\\x1b\[2J': "),
+    Case("value-long", top(num_labels="9" * 10**6), "num_labels='9+: input should be"),
     Case("manifest-link", linked(layout.MANIFEST, lambda p: p.secret), "'dataset.json', which"),
     Case("part-link", linked(TRAIN, lambda p: p.outside / "x"), "symbolic link '.*', which leads"),
     Case("split-link", linked("train", lambda p: p.outside / "t"), "'train', which leads out"),
@@ -810,18 +811,18 @@ def cleared(place: Place) -> Made:
     path = tiny(place)
     (path / "train").rename(place.outside / "train")
     (path / "train").symlink_to(place.outside / "train")
-    return lambda: Destination(str(path), str(place.given / "src"), True)
+    return lambda: Destination(str(path), DATASET, overwrite=True).check()
 
 
 def claimed(place: Place) -> Made:
-    from renee_ray.service.score.export import output_at
+    from renee_ray.service.score.export import EXPORT
 
     path = place.given / "home"
     (path / "thesis").mkdir(parents=True)
     (path / "thesis" / "thesis.tex").write_text("years of work")
     manifest = {"format_version": 1, "step": 1, "ranges": [], "files": ["thesis/thesis.tex"]}
     (path / "export.json").write_text(json.dumps(manifest))
-    return lambda: output_at(str(path)).check(True)
+    return lambda: Destination(str(path), EXPORT, overwrite=True).check()
 
 
 DESTINATIONS = [
@@ -834,7 +835,7 @@ DESTINATIONS = [
     Case("predictions-over-the-source", predicted_into("."), "one is in the other"),
     Case("written-through-a-link", through_a_link, "is a symbolic link"),
     Case("cleared-through-a-link", cleared, "'train', which leads out"),
-    Case("export-over-other-files", claimed, "holds other files"),
+    Case("export-over-other-files", claimed, r"home/export\.json is in the way"),
 ]
 
 

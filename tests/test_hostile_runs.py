@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from renee_ray.checkpoint.state import MANIFEST, OPTIMIZER, Checkpoint
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.service.run.directory import RunDirectory
 
 from .data.tiny import write_tiny

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from renee_ray.benchmarks.processes import run_processes
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
 from renee_ray.data.rows import read_window
 from renee_ray.model.model import Model, build_model

@@ -109,7 +109,7 @@ def _save(ranks: Ranks, shard: Shard, run: str) -> dict[str, Any]:
     encoder = nn.Linear(8, 8)
     optimizer = adamw(encoder, EncoderConfig())  # type: ignore[arg-type]
     written: list[Written] = []
-    writer = CheckpointWriter(Checkpoints(run), ranks, 1, "P@1", on_written=written.append)
+    writer = CheckpointWriter(Checkpoints(run), ranks, 1, "P@1", on_written=written.append).start()
     writer.reserve(encoder, shard)  # type: ignore[arg-type]
     dist.barrier(group=ranks.host)
     writer.save(State(), encoder, optimizer, shard, {})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""All checkpoints of a run: which is the newest, which the best, and which are deleted."""
+"""All checkpoints of a run: chooses the newest and the best, and deletes the others."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Found:
 class Checkpoints:
     """The checkpoints of the run at `run`, a local path or URL.
 
-    What counts is a manifest and whole files: neither the order of a listing nor times of
-    modification play a part.
+    Manifests and whole files alone decide: neither the order of a listing nor times of modification
+    play a part.
     """
 
     def __init__(self, run: str) -> None:
@@ -44,7 +44,7 @@ class Checkpoints:
         return Checkpoint(self.filesystem, f"{self.root}/{name}")
 
     def found(self, *, but: Collection[str] = ()) -> Iterator[Found]:
-        """Every committed checkpoint but some, the newest first, with sizes compared."""
+        """Yields every committed checkpoint but some, the newest first, with sizes compared."""
         for step, name in sorted(self._directories(), reverse=True):
             if name in but or not self._is_committed(name):
                 continue
@@ -57,7 +57,7 @@ class Checkpoints:
                 yield Found(name, step, checkpoint, str(error))
 
     def newest(self, *, but: Collection[str] = ()) -> Checkpoint | None:
-        """The newest that is whole; None where nothing was ever committed.
+        """Returns the newest whole checkpoint; None where nothing was ever committed.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
@@ -65,11 +65,11 @@ class Checkpoints:
         return _usable(self.found(but=but))
 
     def best(self, metric: str) -> Checkpoint | None:
-        """The one of the highest `metric`, of several the earliest; without any, the newest."""
+        """Returns the earliest of the highest `metric`; the newest where none has it."""
         return _best(list(self.found()), metric)
 
     def prune(self, keep: int, metric: str) -> None:
-        """Deletes all but the newest `keep` whole ones and the best, and what was never committed.
+        """Deletes uncommitted checkpoints, and all but the newest `keep` whole ones and the best.
 
         Directories of steps after the newest are left: they may be being written.
         """
@@ -83,7 +83,7 @@ class Checkpoints:
                 self.delete(name)
 
     def clear_uncommitted(self) -> None:
-        """Deletes what killed writers left. One that lives on loses its checkpoint, no other."""
+        """Deletes what killed writers left. A writer that lives on loses its own only."""
         for _, name in self._directories():
             if not self._is_committed(name):
                 self.delete(name)
@@ -102,7 +102,7 @@ class Checkpoints:
         return info.type == pafs.FileType.File
 
     def delete(self, name: str) -> None:
-        """The manifest first, so that half of a checkpoint never looks like one."""
+        """Deletes the manifest first, so that half of a checkpoint never looks like one."""
         path = f"{self.root}/{name}"
 
         def delete() -> None:

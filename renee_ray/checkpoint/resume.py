@@ -1,4 +1,4 @@
-"""Going on from the newest checkpoint that every rank can read."""
+"""Resumes from the newest checkpoint that every rank can read."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 def resume(
     checkpoints: Checkpoints, ranks: Ranks, build: Callable[[Checkpoint | None], Model]
 ) -> tuple[Model, Checkpoint | None, dict[str, Tensor]]:
-    """(model, the checkpoint that it was loaded from or None, the optimizer's moments).
+    """Returns (model, the checkpoint that it was loaded from or None, the optimizer's moments).
 
-    One that some rank finds damaged is left out by all, and the one before it taken.
+    All ranks leave out a checkpoint that some rank finds damaged, and take the one before it.
 
     Args:
         build: makes the model that a checkpoint is of, or a new one.
@@ -49,13 +49,13 @@ def resume(
         if not bool(all_sum(ranks, torch.tensor(int(problem is not None)))):
             return model, checkpoint, moments
         damaged.add(checkpoint.name)
-        # There may be no memory for two models, and the error's frames refer to this one in cycles.
+        # There may be no memory for two models, and the error's traceback refers to this one.
         del model, moments
         gc.collect()
 
 
 def _chosen(checkpoints: Checkpoints, ranks: Ranks, damaged: set[str]) -> Checkpoint | None:
-    """Rank 0 chooses for all: to another, a remote directory may look older."""
+    """Lets rank 0 choose for all, since a remote directory may look older to another rank."""
     name, problem = "", ""
     if ranks.rank == 0:
         try:
@@ -65,15 +65,15 @@ def _chosen(checkpoints: Checkpoints, ranks: Ranks, damaged: set[str]) -> Checkp
                 problem = f"{checkpoints.run} has no checkpoint that can be read; see the warnings"
         except CheckpointError as error:
             problem = str(error)
-    told = json.loads(broadcast_bytes(ranks, json.dumps([name, problem]).encode()))
-    if told[1]:
-        raise CheckpointError(told[1])
-    if not told[0]:
+    name, problem = json.loads(broadcast_bytes(ranks, json.dumps([name, problem]).encode()))
+    if problem:
+        raise CheckpointError(problem)
+    if not name:
         return None
     try:
-        return checkpoints.at(told[0])
+        return checkpoints.at(name)
     except CheckpointError as error:
         if ranks.rank == 0:
             raise
         # Not a user's error, which would be final: another attempt finds it.
-        raise OSError(f"{told[0]} is not there yet for rank {ranks.rank}: {error}") from error
+        raise OSError(f"{name} is not there yet for rank {ranks.rank}: {error}") from error

@@ -1,4 +1,4 @@
-"""Checkpoints that know nothing of the number of workers. Safetensors and JSON, no pickle.
+"""Checkpoints that any number of workers can read: safetensors and JSON, no pickle.
 
     RUN/checkpoints/step-000000400-1b9f03c2/
         classifier-START-STOP.safetensors     the rows of labels [START, STOP): one file a writer
@@ -6,12 +6,18 @@
         optimizer.safetensors                 AdamW's moments, by parameter name
         manifest.json                         state, metrics, sizes and checksums; written last
 
-The manifest makes a directory a checkpoint: without one, it is what a killed run left. Part of a
-directory's name is drawn anew by each group of workers, so that a group that was given up for
-dead and lives on cannot write into a checkpoint of its successor.
+Ledger of the tensors, for L labels, D dimensions and W writers:
+
+    classifier rows    [L, D] in W files by label range    dtypes of the storage (xfc/weights)
+    encoder            parameters and buffers, whole       float32
+    moments            exp_avg, exp_avg_sq and the step    float32
+
+The manifest makes a directory a checkpoint; without one, it is what a killed run left. Part of a
+directory's name is drawn anew by each group of workers. So a group that was given up for dead and
+lives on cannot write into a checkpoint of its successor.
 
 A reader of any world size takes the byte ranges of the label rows that it owns, from whichever
-files hold them, local or in object storage (training/tensor_file).
+files hold them, local or in object storage (checkpoint/tensor_file.py).
 """
 
 from __future__ import annotations
@@ -19,16 +25,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pyarrow.fs as pafs
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from renee_ray.checkpoint.tensor_file import FileFacts, TensorFile
 from renee_ray.data.storage import is_transient, patiently
+from renee_ray.data.untrusted import first_problem
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.loss_scale import LossScale
@@ -38,10 +46,10 @@ from renee_ray.xfc.shard import Shard
 T = TypeVar("T")
 
 FORMAT_VERSION, WITH_HISTORY = 4, 3
-"""Both are read; before 4, State held the run's history."""
+"""Versions that can be read; before 4, State held the run's history."""
 MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MANIFEST_LIMIT, MOST_STEPS = 1 << 28, 1 << 53
+MANIFEST_LIMIT, MAX_STEPS = 1 << 28, 1 << 53
 SHARD_NAME = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 
 
@@ -49,22 +57,48 @@ class CheckpointError(ReneeError):
     """A checkpoint that cannot be used."""
 
 
+def _known_names(files: dict[str, FileFacts]) -> dict[str, FileFacts]:
+    for name in files:
+        if name not in (ENCODER, OPTIMIZER) and not SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{name!r:.80} is no file of a checkpoint")
+    return files
+
+
+def _evaluation(raw: dict[str, Any]) -> dict[str, Any]:
+    if type(raw.get("step")) is not int or not isinstance(raw.get("metrics"), dict):
+        raise ValueError("it lacks a step or metrics")
+    if not all(isinstance(value, int | float) for value in raw["metrics"].values()):
+        raise ValueError("a metric is no number")
+    return raw
+
+
+def _position(position: Position) -> Position:
+    if not (0 <= position.epoch < MAX_STEPS and 0 <= position.batch < MAX_STEPS):
+        raise ValueError(f"it is not in [0, {MAX_STEPS})")
+    return position
+
+
+Count = Annotated[int, Field(ge=0, lt=MAX_STEPS)]
+
+
 @dataclass
 class State:
     """What a run is besides its tensors.
 
-    position: the next batch; step: optimizer steps taken or skipped so far; skipped: those
-    left out; loss_scale: of the encoder's gradient; best: the greatest value of each metric so
-    far; evaluation: the last one, {"step", "epoch", "metrics"}, or None; facts: what a reader must
-    know to build the model.
+    position: the next batch; step: optimizer steps taken or skipped so far; skipped: steps that
+    changed nothing; loss_scale: of the encoder's gradient; best: the greatest value of each metric
+    so far; evaluation: the last one, {"step", "epoch", "metrics"}, or None; facts: what a reader
+    must know to build the model.
     """
 
-    position: Position = field(default_factory=Position)
-    step: int = 0
-    skipped: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    position: Annotated[Position, AfterValidator(_position)] = field(default_factory=Position)
+    step: Count = 0
+    skipped: Count = 0
     loss_scale: LossScale = field(default_factory=LossScale)
     best: dict[str, float] = field(default_factory=dict)
-    evaluation: dict[str, Any] | None = None
+    evaluation: Annotated[dict[str, Any], AfterValidator(_evaluation)] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def evaluated(self, epoch: float, metrics: dict[str, float]) -> None:
@@ -77,7 +111,7 @@ class State:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of. metrics: of the evaluation at this step, else empty.
+    """What a checkpoint consists of. metrics: those of the evaluation at this step, or none.
 
     time_s: seconds since 1970 at its commit; history: as in RUN/history.json, where the format is
     WITH_HISTORY.
@@ -85,7 +119,7 @@ class Manifest:
 
     state: State
     metrics: dict[str, float]
-    files: dict[str, FileFacts]
+    files: Annotated[dict[str, FileFacts], AfterValidator(_known_names)]
     time_s: float
     history: dict[str, list[dict[str, Any]]] | None = None
 
@@ -95,7 +129,7 @@ class Manifest:
         return sum(facts.bytes for facts in self.files.values())
 
     def shards(self) -> Iterator[tuple[str, int, int]]:
-        """(name, start, stop) of each classifier file, in the order of labels."""
+        """Yields (name, start, stop) of each classifier file, in the order of labels."""
         for name in sorted(self.files):
             if match := SHARD_NAME.fullmatch(name):
                 yield name, int(match[1]), int(match[2])
@@ -107,65 +141,42 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
-        """Raises CheckpointError: another format, or not what `to_json` writes."""
+        """Parses a manifest that was read from `where`, which errors name.
+
+        Raises:
+            CheckpointError: another format, or not what `to_json` writes.
+        """
         try:
             raw = json.loads(text)
             version = raw.pop("format_version")
             if version not in (FORMAT_VERSION, WITH_HISTORY):
                 raise CheckpointError(
-                    f"{where} has format version {version!r} and this renee_ray reads "
+                    f"{where} has format version {version!r:.40} and this renee_ray reads "
                     f"{FORMAT_VERSION}; use the renee_ray that wrote it"
                 )
-            files = {name: FileFacts(**facts) for name, facts in raw.pop("files").items()}
-            for name, facts in files.items():
-                if name not in (ENCODER, OPTIMIZER) and not SHARD_NAME.fullmatch(name):
-                    raise ValueError("names of files")
-                if not all(
-                    type(number) is int and number >= 0 for number in asdict(facts).values()
-                ):
-                    raise ValueError("sizes of files")
-            metrics = raw.pop("metrics")
-            if not all(isinstance(value, int | float) for value in metrics.values()):
-                raise ValueError("metrics")
-            history = _history(raw["state"]) if version == WITH_HISTORY else None
-            return cls(_state(raw["state"]), metrics, files, float(raw["time_s"]), history)
+            raw["history"] = _history(raw["state"]) if version == WITH_HISTORY else None
+            if missing := {each.name for each in fields(State)} - raw["state"].keys():
+                raise ValueError(f"its state lacks {min(missing)}")
+            return _MANIFEST.validate_json(json.dumps(raw), strict=True)
+        except ValidationError as error:
+            problem = first_problem(error)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{where} is damaged ({reason(error)}); use another checkpoint"
-            ) from None
+            problem = f"cannot be parsed ({reason(error)})"
+        raise CheckpointError(f"{where} is damaged: it {problem}; use another checkpoint")
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def _history(raw: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Takes the history out of a state WITH_HISTORY, which leaves a state as it is now."""
     history: dict[str, list[dict[str, Any]]] = raw.pop("history")
-    if not all(isinstance(history[name], list) for name in ("steps", "evals")):
-        raise ValueError("history")
     raw["best"], raw["evaluation"] = {}, None
     for each in history["evals"]:
         raw["evaluation"] = each
         for name, value in each["metrics"].items():
             raw["best"][name] = max(value, raw["best"].get(name, value))
     return history
-
-
-def _state(raw: dict[str, Any]) -> State:
-    nested = {
-        "position": Position(**raw["position"]),
-        "loss_scale": LossScale(**raw["loss_scale"]),
-    }
-    state = State(**{**raw, **nested})
-    counts = (state.step, state.skipped, state.position.epoch, state.position.batch)
-    if not all(type(count) is int and 0 <= count < MOST_STEPS for count in counts):
-        raise ValueError("counts of steps")
-    if not isinstance(state.facts, dict):
-        raise ValueError("facts")
-    last = state.evaluation
-    figures = [*state.best.values(), *(last["metrics"].values() if last else ())]
-    if not all(isinstance(figure, int | float) for figure in figures):
-        raise ValueError("figures of evaluations")
-    if last and type(last["step"]) is not int:
-        raise ValueError("the step of an evaluation")
-    return state
 
 
 class Checkpoint:
@@ -233,7 +244,7 @@ class Checkpoint:
             ) from None
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's, as `moments_of` gave them: for `set_moments`."""
+        """Reads AdamW's moments as `moments_of` returned them, for `set_moments`."""
         return self._open(OPTIMIZER, TensorFile.tensors)
 
     def load_shard(self, shard: Shard, *, momentum: bool = True) -> None:
@@ -267,7 +278,7 @@ class Checkpoint:
             )
 
     def _open(self, name: str, use: Callable[[TensorFile], T]) -> T:
-        """What `use` makes of a file."""
+        """Returns `use` of a file."""
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.path} has no {name}; use another checkpoint")
         facts = self.manifest.files[name]
@@ -277,7 +288,7 @@ class Checkpoint:
         where = f"{self.path}/{name}"
         try:
             return patiently(lambda: self._once(where, use), f"reading {where}")
-        except _Other as error:
+        except _DoesNotFit as error:
             raise CheckpointError(f"{where} {error}") from None
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             if is_transient(error):  # storage is away: nothing is known of the file
@@ -298,8 +309,8 @@ def _whole_manifest(file: pafs.NativeFile) -> bytes:
     return content
 
 
-class _Other(Exception):
-    """A file is whole, but not what this run needs."""
+class _DoesNotFit(Exception):
+    """A file that is whole, but of another model."""
 
 
 def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int) -> None:
@@ -307,7 +318,7 @@ def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int
     shapes = file.shapes()
     for name, out in parts.items():
         if shapes.get(name) != (out.dtype, [rows, out.shape[1]]):
-            raise _Other(
+            raise _DoesNotFit(
                 f"has no {name} of {rows} x {out.shape[1]} {out.dtype}; it was written with "
                 f"another precision, momentum or dimension"
             )
@@ -319,7 +330,7 @@ def shard_name(start: int, stop: int) -> str:
 
 
 def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and its step, by parameter name; without moments before its first step."""
+    """Returns AdamW's moments and step by parameter name; before its first step the step alone."""
     tensors: dict[str, Tensor] = {"step": torch.zeros(())}
     for name, parameter in encoder.named_parameters():
         state = optimizer.state.get(parameter, {})
@@ -334,9 +345,9 @@ def moments_of(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, 
 def set_moments(
     encoder: Encoder, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
 ) -> None:
-    """Puts the optimizer where `moments_of` found another one.
+    """Puts the optimizer into the state from which `moments_of` made `moments`.
 
-    torch's own loading knows on which device each kind of AdamW wants its `step`.
+    torch's own loading knows on which device each kind of AdamW keeps its `step`.
     """
     names = {parameter: name for name, parameter in encoder.named_parameters()}
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
@@ -345,7 +356,7 @@ def set_moments(
         own = {key: f"{names[parameter]}.{key}" for key in MOMENTS}
         # Before its first step AdamW has no state, and must not find a part of one.
         if all(name in moments for name in own.values()):
-            # Loading shares what is on the right device already, and each step is counted in place.
+            # Loading shares tensors that are on the right device, and AdamW counts in place.
             state[index] = {key: moments[name] for key, name in own.items()} | {
                 "step": moments["step"].clone()
             }

@@ -15,21 +15,23 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import pyarrow.fs as pafs
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from renee_ray.errors import reason
 
 BLOCK = 1 << 20
-"""Bytes that share a checksum: what is read at least."""
+"""Bytes that share a checksum, the smallest unit of reading."""
 STRIDE = 16 * BLOCK
-"""Bytes that are in memory at once."""
+"""Bytes that are in memory at a time."""
 PIECE = 64 * STRIDE
-"""Of a copy: pinned memory is taken in powers of two of bytes, so a shard of 17 GiB takes 17."""
+"""Bytes of a piece of a copy. Pinned memory comes in powers of two, so that a shard of 17 GiB in
+one piece would take 32."""
 HEADER_LIMIT = 1 << 24
 SUMS = "crc32"
 DTYPES = {
@@ -47,6 +49,9 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+Size = Annotated[int, Field(ge=0)]
+
+
 class Damaged(ValueError):
     """A file that is not what its checksums or its header say."""
 
@@ -55,13 +60,13 @@ class Damaged(ValueError):
 class FileFacts:
     """What a manifest says of a file. header_crc32: of its length and header."""
 
-    bytes: int
-    header_crc32: int
+    bytes: Size
+    header_crc32: Size
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor's bytes in pieces uint8, all but the last of PIECE."""
+    """A tensor's bytes in pieces uint8, all of PIECE bytes but the last."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -69,7 +74,7 @@ class Copy:
 
     @classmethod
     def like(cls, tensor: Tensor) -> Copy:
-        """Memory of the host for a copy; pinned, one from a GPU runs at the speed of the bus."""
+        """Takes host memory for a copy; pinned for a GPU, whose copies then run at bus speed."""
         sizes = [min(PIECE, tensor.nbytes - start) for start in range(0, tensor.nbytes, PIECE)]
         pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda) for size in sizes]
         return cls(tensor.dtype, tensor.shape, pieces)
@@ -80,7 +85,7 @@ class Copy:
 
     @classmethod
     def bytes_like(cls, tensor: Tensor) -> int:
-        """Bytes of memory that `like` takes."""
+        """Returns the bytes of memory that `like` takes."""
         whole, rest = divmod(tensor.nbytes, PIECE)
         if tensor.is_cuda and rest:
             rest = 1 << (rest - 1).bit_length()
@@ -135,9 +140,9 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _checked(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Entries and checksums by name, if they describe `size` bytes one after the other.
+    """Returns entries and checksums by name, if they describe `size` bytes without a gap.
 
-    A header may be forged together with its checksum: nothing is allocated or read by it before.
+    A header may be forged with its checksum, so it is checked before anything is allocated.
     """
     try:
         entries = json.loads(text)
@@ -147,7 +152,7 @@ def _checked(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, bytes]]:
             start, stop = entry["data_offsets"]
             shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
             if not all(type(each) is int and each >= 0 for each in [start, stop, *shape]):
-                raise ValueError("a number in it is none")
+                raise ValueError("a size or offset is no count")
             if start != at or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name:.80} does not fill its place")
             sums[name] = bytes.fromhex(metadata[f"{SUMS} {name}"])
@@ -181,18 +186,18 @@ class TensorFile:
         self._begin = 8 + size
 
     def shapes(self) -> dict[str, tuple[torch.dtype, list[int]]]:
-        """(dtype, shape) of each tensor."""
+        """Returns (dtype, shape) of each tensor."""
         return {
             name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in self._entries.items()
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, verified."""
-        found = {}
+        """Reads and verifies all tensors."""
+        tensors = {}
         for name, (dtype, shape) in self.shapes().items():
-            found[name] = torch.empty(shape, dtype=dtype)
-            self.read_into(name, found[name])
-        return found
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            self.read_into(name, tensors[name])
+        return tensors
 
     def read_into(self, name: str, out: Tensor, first: int = 0) -> None:
         """Fills the contiguous `out` with the bytes of a tensor from its byte `first` on.
@@ -207,10 +212,10 @@ class TensorFile:
             target[low - first : high - first].copy_(part)
 
     def verify(self) -> None:
-        """Reads all of it.
+        """Reads the whole file.
 
         Raises:
-            Damaged: as above.
+            Damaged: as in read_into.
         """
         for name, entry in self._entries.items():
             start, stop = entry["data_offsets"]
@@ -218,7 +223,7 @@ class TensorFile:
                 pass
 
     def _blocks(self, name: str, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        """(first byte of the tensor, bytes) of the whole blocks around [first, stop), verified."""
+        """Yields (first byte in the tensor, bytes) of the blocks around [first, stop), verified."""
         begin, end = self._entries[name]["data_offsets"]
         sums = self._sums[name]
         stop = min(-(-stop // BLOCK) * BLOCK, end - begin)

@@ -1,14 +1,19 @@
-"""Writing checkpoints beside training.
+"""Writes checkpoints beside training.
 
-    save      copies what the checkpoint holds to memory that is kept for it, and returns
+    save      copies the tensors to memory that is kept for this, and returns
     thread    writes this rank's files straight to storage, with checksums
-              receipts: each rank tells all what it has written (an all-gather of its own group)
-              rank 0, if all have: the manifest, which commits; then old checkpoints are deleted
+              receipts: all ranks exchange what they have written, in a group of their own
+              rank 0, if all could write: publishes the manifest, then deletes old checkpoints
     save      of the next checkpoint waits for the thread first
 
-Training stands still for the copy alone. It needs as much memory as the shard (on a GPU: of the
-host); where one rank has not got that, all write their files before `save` returns, which is
-logged once.
+Invariant: a directory has a manifest only while all of its files are whole. So the manifest is
+published last and deleted first.
+
+Training stands still for the copy alone. The copy needs as much host memory as the shard. Where
+one rank lacks it, all ranks write their files before `save` returns, which is logged once.
+
+Receipts, int64 [R, 7]: whether the rank failed, then bytes and CRC-32 of its classifier file, of
+the encoder and of the optimizer; -1 where it wrote none.
 """
 
 from __future__ import annotations
@@ -51,22 +56,22 @@ from renee_ray.xfc.shard import Shard
 log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.8
-"""Of the memory that is free, what the copies of all ranks of this machine may take."""
+"""Share of the free memory that the copies of all ranks of this machine may take."""
 Files = Mapping[str, Mapping[str, Tensor | Copy]]
 
 
 def commit_timeout() -> timedelta:
-    """For which a rank waits for the others' files.
+    """Returns how long a rank waits for the others' files.
 
-    It is longer than storage is waited for with the two or three files of a rank. An impatient
-    run does not shorten it, as large files take their time with a store that answers, too.
+    Longer than the retries of a rank's two or three files may take. A run with less patience does
+    not shorten it, since large files take their time in a store that answers, too.
     """
     return 4 * timedelta(seconds=max(PATIENCE_S, usual_patience()))
 
 
 @dataclass(frozen=True)
 class Written:
-    """What one checkpoint cost this rank. stalled_s: for which training stood still."""
+    """Costs of one checkpoint on this rank. stalled_s: seconds that training stood still."""
 
     step: int
     bytes: int
@@ -77,9 +82,9 @@ class Written:
 
 @dataclass
 class CheckpointWriter:
-    """Of one rank. All ranks call `save` alike.
+    """Writes the checkpoints of one rank. All ranks call `start`, `reserve` and `save` alike.
 
-    keep, metric: what `Checkpoints.prune` is given.
+    keep, metric: arguments of `Checkpoints.prune`.
     background: whether to write beside training.
     on_written: is called after each checkpoint, in the thread that writes.
     before_commit: is called there before each commit, on rank 0.
@@ -96,21 +101,22 @@ class CheckpointWriter:
     _reserved: bool = False
     _thread: threading.Thread | None = None
     _committed: bool = True
+    _token: str = ""
+    _group: dist.ProcessGroup | None = None
 
-    def __post_init__(self) -> None:
+    def start(self) -> CheckpointWriter:
+        """Agrees with the other ranks on a name and a group; rank 0 clears what a run left."""
         if self.ranks.rank == 0:
-            self._tidy(self.checkpoints.clear_uncommitted)
+            self._clean_up(self.checkpoints.clear_uncommitted)
         self._token = broadcast_bytes(self.ranks, secrets.token_hex(4).encode()).decode()
-        self._group = (
-            dist.new_group(backend="gloo", timeout=commit_timeout())
-            if self.ranks.num_ranks > 1
-            else None
-        )
+        if self.ranks.num_ranks > 1:
+            self._group = dist.new_group(backend="gloo", timeout=commit_timeout())
+        return self
 
     def reserve(self, encoder: Encoder, shard: Shard) -> None:
-        """Takes the memory of the copies now: its first use costs more than a copy into it.
+        """Takes the memory of the copies before training, since first use is slower than a copy.
 
-        All ranks call it alike, and write beside training if each of them has that memory.
+        The ranks write beside training if each of them has that memory.
         """
         if self._reserved or not self.background:
             return
@@ -168,7 +174,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> bool:
-        """Waits for the checkpoint that is being written; whether the last one was committed."""
+        """Waits for the checkpoint in progress; returns whether the last one was committed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -192,25 +198,25 @@ class CheckpointWriter:
         return kept.take(tensor)
 
     def _all_have(self, shard: int, alone: int) -> bool:
-        """Whether every rank has memory for the copies of itself and the others of its machine.
+        """Whether every rank has memory for its copies and those of its machine's other ranks.
 
-        shard: bytes of its shard, as the others have one too; alone: of what it alone copies.
+        shard: bytes of its shard, which are about those of any rank; alone: bytes of other tensors.
         """
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.num_ranks))
         needed = shard * beside + alone
-        short = needed > SHARE_OF_MEMORY * available_bytes()
-        if short:
+        lacking = needed > SHARE_OF_MEMORY * available_bytes()
+        if lacking:
             log.warning(
                 "rank %d has no memory for a copy of %.1f GB: training waits while checkpoints "
                 "are written; checkpoint.background=false says so from the start",
                 self.ranks.rank, (shard + alone) / 1e9,
             )  # fmt: skip
-        return not bool(all_sum(self.ranks, torch.tensor(int(short))))
+        return not bool(all_sum(self.ranks, torch.tensor(int(lacking))))
 
     def _write(
         self, name: str, files: Files, ranges: list[tuple[int, int]], manifest: Manifest
     ) -> bool:
-        """Writes this rank's files; whether the checkpoint was committed."""
+        """Writes this rank's files; returns whether the checkpoint was committed."""
         own: dict[str, FileFacts] = {}
         failed = False
         try:
@@ -227,11 +233,11 @@ class CheckpointWriter:
         if self.ranks.rank == 0 and everyone is not None:
             committed = self._commit(name, _named(everyone, ranges), manifest)
         if self.ranks.rank == 0 and not committed:
-            self._tidy(lambda: self.checkpoints.delete(name))
+            self._clean_up(lambda: self.checkpoints.delete(name))
         return everyone is not None and self._agreed(committed)
 
     def _commit(self, name: str, files: dict[str, FileFacts], manifest: Manifest) -> bool:
-        """Rank 0 alone."""
+        """Publishes the manifest, then deletes old checkpoints; rank 0 alone."""
         self.before_commit()
         whole = Manifest(manifest.state, manifest.metrics, files, time.time())
         try:
@@ -239,11 +245,11 @@ class CheckpointWriter:
         except OSError as error:
             log.warning("checkpoint %s is not committed (%s)", name, reason(error))
             return False
-        self._tidy(lambda: self.checkpoints.prune(self.keep, self.metric))
+        self._clean_up(lambda: self.checkpoints.prune(self.keep, self.metric))
         return True
 
-    def _tidy(self, delete: Callable[[], None]) -> None:
-        """Makes room; what cannot be deleted now is at the next time."""
+    def _clean_up(self, delete: Callable[[], None]) -> None:
+        """Makes room. What cannot be deleted now is deleted after the next checkpoint."""
         try:
             delete()
         except OSError as error:
@@ -273,7 +279,7 @@ class CheckpointWriter:
     def _receipts(
         self, own: dict[str, FileFacts], failed: bool
     ) -> list[dict[str, FileFacts]] | None:
-        """What every rank has written; None if one could not, or is gone."""
+        """Exchanges what every rank has written; None if one could not write, or is gone."""
         kinds = ("", ENCODER, OPTIMIZER)  # "": the classifier's
         row = torch.full((1 + 2 * len(kinds),), -1, dtype=torch.int64)
         row[0] = int(failed)
@@ -302,7 +308,7 @@ class CheckpointWriter:
         ]
 
     def _agreed(self, committed: bool) -> bool:
-        """What rank 0 says."""
+        """Returns rank 0's `committed` on every rank."""
         flag = torch.tensor(int(committed))
         if self._group is not None:
             try:
@@ -316,7 +322,7 @@ class CheckpointWriter:
 def _named(
     everyone: list[dict[str, FileFacts]], ranges: list[tuple[int, int]]
 ) -> dict[str, FileFacts]:
-    """All ranks' files by name."""
+    """Names the files of all ranks."""
     return {
         kind or shard_name(*ranges[rank]): facts
         for rank, files in enumerate(everyone)

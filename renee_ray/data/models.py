@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, the hub's cache, or a package that ships them."""
+"""Finds a model's files: in a directory, the hub's cache, or a package that ships them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def resolve_model(name: str, *, fetch: bool = True) -> str:
-    """Local directory with the files of model `name` (a directory, or a hub name).
+    """Returns the local directory with the files of model `name` (a directory or hub name).
 
-    Tried in this order: a local directory, the hub's cache, the package that ships
-    the model, the hub itself. No code from the hub is ever run.
+    Tries in this order: a local directory, the hub's cache, the package that ships the model, the
+    hub itself. No code from the hub is ever run.
 
     Args:
-        fetch: ask the hub itself; not for a name that only a file gives.
+        fetch: whether to ask the hub itself; False for a name that comes from a file.
 
     Raises:
         ReneeError: the model is nowhere to be had, or has files that no model has.
@@ -35,7 +35,7 @@ def resolve_model(name: str, *, fetch: bool = True) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON file of a model; empty where there is none.
+    """Reads a JSON file of a model; empty where there is none.
 
     Raises:
         ReneeError: it is not an object in JSON, or too long.
@@ -54,7 +54,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _check_files(directory: Path) -> None:
-    """Refuses what would have the libraries read files elsewhere, or more than a model has."""
+    """Refuses files that would make the libraries read elsewhere, or more than a model has."""
     if (directory / "adapter_config.json").exists():
         raise ReneeError(
             f"{directory} holds an adapter, which names another model; merge it into that one"
@@ -73,7 +73,7 @@ def _check_files(directory: Path) -> None:
     if "quantization_config" in read_settings(directory / "config.json"):
         raise ReneeError(f"{directory} is quantised; give the model's plain weights")
     for key, value in read_settings(directory / "tokenizer_config.json").items():
-        # Paths of the machine that made the model are common, and lead nowhere here.
+        # Paths of the machine that made the model are common; here they lead nowhere.
         if key.endswith("_file") and isinstance(value, str) and _is_elsewhere(value, directory):
             raise ReneeError(
                 f"{directory / 'tokenizer_config.json'} names a file in another directory as "
@@ -91,16 +91,16 @@ def _is_elsewhere(path: str, directory: Path) -> bool:
 
 def _found(name: str, fetch: bool) -> str:
     try:
-        there = Path(name).is_dir()
+        is_directory = Path(name).is_dir()
     except OSError:  # a name too long for a path
-        there = False
-    if there:
+        is_directory = False
+    if is_directory:
         return str(Path(name).resolve())
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
-        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
+        return snapshot_download(name, allow_patterns=patterns, local_files_only=True)
     except Exception:  # not cached: whatever the hub's client calls it, the next source is tried
         shipped = _shipped_directory(name)
     if shipped:
@@ -108,7 +108,7 @@ def _found(name: str, fetch: bool) -> str:
     if not fetch:
         raise ReneeError(f"model {name!r:.200} is neither a directory nor in the hub's cache")
     try:
-        return snapshot_download(name, allow_patterns=wanted)
+        return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:
         raise ReneeError(
             f"model {name!r:.200} is neither a directory nor in the hub's cache and the hub gave "

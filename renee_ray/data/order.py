@@ -1,4 +1,4 @@
-"""Which rows come in which batch: pure arithmetic on (seed, epoch, number of workers, position).
+"""The order of rows and batches: pure arithmetic on (seed, epoch, number of workers, position).
 
     sources    part files of an epoch (training points, and a share of the label texts when
                augmenting) in an order drawn from (seed, epoch): one sequence of N rows
@@ -27,12 +27,12 @@ import numpy as np
 from renee_ray.xfc.labels import split_range
 
 OTHER_TEXTS = "other_texts"
-"""Split of a source or a span that counts only the labels that are not themselves points."""
+"""Split of a source or span that counts only labels that are not themselves points."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A part file: its split, its rows, and the split's row that it begins with."""
+    """A part file: its split, its number of rows, and the split's row that it begins with."""
 
     split: str
     first: int
@@ -66,7 +66,7 @@ class Order:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Rows before each source, and at last of all."""
+        """Rows before each source, then all rows."""
         return np.cumsum([0, *(source.rows for source in self.sources)])
 
     @property
@@ -75,7 +75,7 @@ class Order:
 
     @property
     def per_stream(self) -> int:
-        """Rows that a stream gives to a full batch."""
+        """Rows of a full batch that come from one stream."""
         return self.batch_size // self.streams
 
     @property
@@ -91,15 +91,15 @@ class Order:
         return stop - start
 
     def slots_of(self, rank: int, num_ranks: int) -> range:
-        """Slots of every global batch whose rows a rank takes."""
+        """Returns the slots of every global batch that are a rank's."""
         return range(*split_range(self.streams * self.per_stream, num_ranks, rank))
 
     def streams_of(self, slots: range) -> range:
-        """Streams that have rows in these slots."""
+        """Returns the streams that have rows in these slots."""
         return range(slots.start // self.per_stream, -(-slots.stop // self.per_stream))
 
     def spans(self, stream: int, window: int) -> list[Span]:
-        """What to read for one window of a stream."""
+        """Returns the rows to read for one window of a stream."""
         first, end = split_range(self.total, self.streams, stream)
         size = self.window * self.per_stream
         start, stop = min(first + window * size, end), min(first + (window + 1) * size, end)
@@ -108,7 +108,7 @@ class Order:
     def arrange(
         self, lengths: np.ndarray, stream: int, window: int, slots: range
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a window that are in `slots`, in their order, and the batch of each.
+        """Orders the rows of a window, and returns those in `slots` with the batch of each.
 
         Args:
             lengths: int [n] tokens of the window's rows, in the order of `spans`.
@@ -156,11 +156,11 @@ def training_order(
     streams: int,
     window: int,
 ) -> Order:
-    """The order of a training epoch.
+    """Returns the order of a training epoch.
 
     Args:
         points, labels: rows of each part of `train`, and label texts of each part of `labels`.
-        texts: which these are, "labels" for all or `OTHER_TEXTS`.
+        texts: "labels" if these are all texts, or `OTHER_TEXTS`.
         augment: share of the label parts that the epoch streams; successive epochs take
             successive shares of one seeded permutation, wrapping around.
     """
@@ -177,7 +177,7 @@ def training_order(
 def scoring_order(
     split: str, parts: list[int], *, batch_size: int, num_ranks: int, window: int = 16
 ) -> Order:
-    """Every row of a split once, each rank a contiguous range, in windows ordered by length."""
+    """Returns the order that gives each rank a contiguous range, in windows by length."""
     per_stream = -(-batch_size // num_ranks)
     return Order(
         tuple(_sources(split, parts)), per_stream * num_ranks, num_ranks, window, shuffled=False

@@ -1,4 +1,4 @@
-"""Reading the rows of a window in the order that `order` gives them."""
+"""Reads the rows of a window in the order that data/order.py gives them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renee_ray.data.dataset.dataset import POINTS, Dataset, Manifest, Part
+from renee_ray.data.dataset import POINTS, Dataset, Manifest, Part
 from renee_ray.data.order import OTHER_TEXTS, Order, Span
 
 BATCH = "batch"
@@ -20,7 +20,7 @@ ROW = "row"
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, stop) of a part; of `OTHER_TEXTS`, of those `count` rows that it has of them."""
+    """Rows [start, stop) of a part; with `OTHER_TEXTS`, of its `count` labels of that kind."""
 
     split: str
     part: Part
@@ -30,16 +30,16 @@ class Piece:
 
     @property
     def first(self) -> int:
-        """The number of its first row in the split."""
+        """Position of its first row in the split."""
         return self.part.first + self.start
 
 
 @dataclass(frozen=True)
 class Window:
-    """All that is needed to read some rows of a window, and nothing that grows with the dataset.
+    """All that a task needs to read a window, and nothing that grows with the dataset.
 
-    dataset: without its parts; order: without its sources; slots: of every batch, whose rows are
-    wanted; number: of the window; pieces: of each stream that has some of them.
+    dataset: without its parts; order: without its sources; slots: those to read, of every batch;
+    number: of the window; pieces: rows to read from each stream.
     """
 
     dataset: Dataset
@@ -67,7 +67,7 @@ class Window:
         )
 
     def read(self) -> pa.Table:
-        """The rows that are in the slots of their batches, in the order of these.
+        """Reads the rows that are in the slots, in the order of their batches.
 
         Returns:
             point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, `ROW` int64
@@ -90,17 +90,17 @@ class Window:
 
 
 def read_window(dataset: Dataset, order: Order, slots: range, window: int) -> pa.Table:
-    """`Window.read` of some slots of the batches."""
+    """Reads the rows of some slots of a window, as `Window.read`."""
     return Window.of(dataset, order, slots, window).read()
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Lengths of the lists of a column, int64."""
+    """Returns the lengths of the lists of a column, int64."""
     return pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
 def _starts(manifest: Manifest, split: str) -> np.ndarray:
-    """Rows before each part of a split, and at last of all; of `OTHER_TEXTS`, those alone."""
+    """Returns the rows before each part of a split, then all; `OTHER_TEXTS` counts those alone."""
     others = split == OTHER_TEXTS
     return np.cumsum(
         [0, *(manifest.other_texts if others else (part.rows for part in manifest.splits[split]))]
@@ -108,7 +108,7 @@ def _starts(manifest: Manifest, split: str) -> np.ndarray:
 
 
 def _pieces(manifest: Manifest, starts: dict[str, np.ndarray], span: Span) -> Iterator[Piece]:
-    """A span by part."""
+    """Cuts a span by part."""
     begins = starts[span.split]
     parts = manifest.splits["labels" if span.split == OTHER_TEXTS else span.split]
     index = int(np.searchsorted(begins, span.start, side="right")) - 1

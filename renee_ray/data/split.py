@@ -1,7 +1,7 @@
-"""Which rows are held out for validation and the order of the others: a seeded hash of the id.
+"""The validation split and the order of the other rows, both by a seeded hash of the row's id.
 
-The order is nowhere held. A row's bucket follows from its hash and one bound a bucket; its place
-in the bucket shows when the bucket's rows are sorted.
+No process holds the whole order. A row's bucket follows from its hash and one bound a bucket; its
+place in the bucket follows when the bucket's rows are sorted.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ UInt64s = NDArray[np.uint64]
 
 _SHUFFLE, _HOLD_OUT = 0, 1
 BIN_BITS = 18
-"""Of a hash, for the histogram in which the bounds of buckets are found."""
+"""Leading bits of a hash that choose its bin, in the histogram that gives the bounds of buckets."""
 CHUNK_ROWS = 1 << 18
 
 
 def splitmix64(values: UInt64s) -> UInt64s:
-    """The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection."""
+    """Applies the output of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection."""
     z = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -31,7 +31,7 @@ def splitmix64(values: UInt64s) -> UInt64s:
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How the rows of the training files are parted and ordered.
+    """Splits the rows of the training files and orders them.
 
     bounds: uint64 [buckets - 1], ascending, the first key of each bucket but the first.
     """
@@ -41,15 +41,15 @@ class Shuffle:
     bounds: UInt64s
 
     def held_out(self, rows: Int64s) -> NDArray[np.bool_]:
-        """bool [n]: the row is one of validation, whatever the other rows are."""
+        """Returns which rows are held out, bool [n]; depends on no other row."""
         return self._hashes(rows, _HOLD_OUT) < np.uint64(int(self.validation * 2**64))
 
     def keys(self, rows: Int64s) -> UInt64s:
-        """uint64 [n], all different: train is in the order of its rows' keys."""
+        """Returns the sort keys of rows, uint64 [n], all different."""
         return self._hashes(rows, _SHUFFLE)
 
     def buckets(self, keys: UInt64s) -> Int64s:
-        """int64 [n]: ascending keys are in ascending buckets."""
+        """Returns the buckets of keys, int64 [n], ascending with the keys."""
         return np.searchsorted(self.bounds, keys, side="right")
 
     def _hashes(self, rows: Int64s, stream: int) -> UInt64s:
@@ -60,9 +60,9 @@ class Shuffle:
 def shuffle_of(
     num_rows: int, starts: Int64s, bucket_rows: int, validation: float, seed: int
 ) -> tuple[Shuffle, Int64s]:
-    """The shuffle of rows [0, num_rows) into buckets of exactly `bucket_rows`, but the last one.
+    """Shuffles rows [0, num_rows) into buckets of exactly `bucket_rows`, but the last one.
 
-    Two passes over the numbers of the rows, in memory that does not grow with them.
+    Takes two passes over the numbers of the rows, in memory that does not grow with them.
 
     Args:
         starts: int64 [n], ascending.
@@ -88,7 +88,7 @@ def shuffle_of(
 
 
 def _keys_at(made: Shuffle, ranks: Int64s, histogram: Int64s, num_rows: int) -> UInt64s:
-    """The key of each rank: only keys in the bins of the histogram where a rank lies are kept."""
+    """Finds the key of each rank, keeping only keys of the histogram's bins where a rank lies."""
     if not len(ranks):
         return made.bounds
     ends = np.cumsum(histogram)

@@ -1,7 +1,8 @@
-"""Files wherever they are: the filesystem of a path or URL, and waiting while it does not answer.
+"""Filesystems of paths and URLs, with retries while storage does not answer.
 
 Endpoint, region and credentials of S3 come from the environment (AWS_ENDPOINT_URL, AWS_REGION,
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or what else the AWS SDK looks at); none is ever logged.
+AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or other sources of the AWS SDK); none is ever logged.
+"Patiently" below means: with retries of transient errors, as `patiently` does.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ log = logging.getLogger(__name__)
 
 PATIENCE = "RENEE_RAY_STORAGE_PATIENCE_S"
 PATIENCE_S = 300.0
-"""Seconds that storage may be away before a run fails, unless the environment says otherwise."""
+"""Seconds of retries before a run fails, unless the environment says otherwise."""
 LONGEST_PAUSE_S = 5.0
 SDK_ATTEMPTS = 2
-"""Of the S3 client, by itself."""
+"""Attempts of the S3 client itself, below our own retries."""
 TRANSIENT = (
     "NETWORK_CONNECTION",
     "SLOW_DOWN",
@@ -39,19 +40,19 @@ TRANSIENT = (
     "THROTTLING",
     "HTTP status 50",
 )
-"""What the S3 client says of errors that pass."""
+"""Words in the S3 client's messages on transient errors."""
 REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
 SCHEMES = {
     "file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hdfs", "viewfs", "webhdfs",
     "http", "https", "ftp", "sftp", "ssh", "smb", "oss", "oci", "memory",
 }  # fmt: skip
-"""Of URLs. fsspec knows others, which read whatever a file that they are pointed at names."""
+"""Schemes of URLs. fsspec knows others, some of which read whatever file a file names."""
 PARAMETERS = {"region", "scheme", "endpoint_override"}
-"""That may follow a `?` in a URL; any other could be a secret."""
+"""Parameters that may follow a `?` in a URL; any other could be a secret."""
 
 
 def absolute(path: str) -> str:
-    """`path` so that a process with another working directory finds it too.
+    """Makes `path` absolute, so that a process with another working directory finds it too.
 
     Raises:
         ReneeError: it is a URL with credentials in it.
@@ -65,12 +66,12 @@ def absolute(path: str) -> str:
 
 
 def _refuse_credentials(url: str) -> None:
-    """Credentials in a URL would be in `ps`, in run.json, in manifests and in every error."""
+    """Refuses credentials in a URL: they would be in `ps`, run.json, manifests and errors."""
     scheme = url.partition("://")[0]
     try:
         parts = urlsplit(url)
         user, _, host = parts.netloc.rpartition("@")
-        # In an unquoted secret a slash ends the host's part early.
+        # A slash in an unquoted secret ends the host's part early.
         plain = not host.partition(":")[2] or host.startswith("[") or parts.port is not None
         keys = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
         hidden = ":" in user or not plain
@@ -86,7 +87,7 @@ def _refuse_credentials(url: str) -> None:
 
 
 def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URL, and the path on it.
+    """Returns the filesystem of a path or URL, and the path on it.
 
     pyarrow's own filesystem where there is one (local, s3://, gs://, hdfs://, abfs://),
     otherwise fsspec's.
@@ -140,24 +141,24 @@ def _place(path: str) -> tuple[str, str]:
 
 
 on_retry: list[Callable[[], None]] = []
-"""Called before each further attempt of `patiently`, for whoever counts them in this process."""
+"""Functions that are called before each retry of `patiently`, to count retries."""
 
 
 def usual_patience() -> float:
-    """Seconds for which storage that is away is tried again."""
+    """Returns the seconds for which storage that does not answer is tried again."""
     return float(os.environ.get(PATIENCE, PATIENCE_S))
 
 
 def patiently(operation: Callable[[], T], what: str, patience: float | None = None) -> T:
-    """Calls `operation`, again and again while storage does not answer; logs that once.
+    """Calls `operation`, with retries while storage does not answer; logs the first retry.
 
     Args:
-        operation: may be called repeatedly, and does all of it each time.
+        operation: starts from the beginning each time it is called.
         what: for the log, as "reading FILE".
         patience: seconds; None: as the environment says, or PATIENCE_S.
 
     Raises:
-        OSError: of another kind, or the last one when the patience is at its end.
+        OSError: not transient, or the last one when the patience is at its end.
     """
     if patience is None:
         patience = usual_patience()
@@ -199,7 +200,7 @@ def refuse_link(filesystem: pafs.FileSystem, name: str) -> None:
 
 
 def replace_file(path: str, content: bytes, patience: float | None = None) -> None:
-    """Writes a file, patiently, of which readers see all or what was there before."""
+    """Writes a file patiently; readers see all of it or what was there before."""
     filesystem, root = filesystem_of(path)
     for each in root, f"{root}.tmp":
         refuse_link(filesystem, each)
@@ -210,9 +211,9 @@ def replace_file(path: str, content: bytes, patience: float | None = None) -> No
 def replace_on(
     filesystem: pafs.FileSystem, name: str, content: bytes, *, durable: bool = False
 ) -> None:
-    """Writes a file of which readers see all or what was there before; one attempt.
+    """Writes a file in one attempt; readers see all of it or what was there before.
 
-    durable: it is on the disk before anybody sees it.
+    durable: whether it reaches the disk before anybody sees it.
     """
     with filesystem.open_output_stream(f"{name}.tmp") as sink:
         sink.write(content)
@@ -232,7 +233,7 @@ def to_disk(filesystem: pafs.FileSystem, name: str) -> None:
 
 
 def read_file(path: str, limit: int | None = None) -> bytes | None:
-    """The content of a file, patiently; None where there is none.
+    """Reads a file patiently; None where there is none.
 
     Raises:
         ReneeError: it has more than `limit` bytes.
@@ -251,20 +252,20 @@ def read_file(path: str, limit: int | None = None) -> bytes | None:
 
 
 def listing(path: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
-    """What is in a directory, patiently; nothing where there is none."""
+    """Lists a directory patiently; nothing where there is none."""
     filesystem, root = filesystem_of(path)
     selector = pafs.FileSelector(root, allow_not_found=True, recursive=recursive)
     return patiently(lambda: filesystem.get_file_info(selector), f"listing {path}")
 
 
 def make_directory(path: str, patience: float | None = None) -> None:
-    """Makes a directory, and those that it is in, patiently."""
+    """Makes a directory and its parents, patiently."""
     filesystem, root = filesystem_of(path)
     patiently(lambda: filesystem.create_dir(root, recursive=True), f"making {path}", patience)
 
 
 def remove(path: str) -> None:
-    """Removes a file, or a directory with all that is in it, patiently; nothing if neither.
+    """Removes a file, or a directory with all that is in it, patiently; it may be missing.
 
     Raises:
         ReneeError: it is a symbolic link.
@@ -283,7 +284,7 @@ def remove(path: str) -> None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error of storage, or one that it caused, is one that passes."""
+    """Whether an error of storage, or its cause, is transient."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and any(mark in str(error) for mark in TRANSIENT):
@@ -296,7 +297,7 @@ def storage_error(
     what: str = "storage failed",
     remedy: str = "check the path and the endpoint",
 ) -> ReneeError:
-    """One sentence for people."""
+    """Makes a ReneeError of an error of storage: one sentence for people."""
     text = reason(error)
     if any(mark in text for mark in REFUSED):
         return ReneeError(

@@ -18,7 +18,7 @@ from renee_ray.data.models import read_settings, resolve_model
 from renee_ray.errors import ReneeError, reason
 
 CHUNK = 1024
-"""Texts tokenised at once: their encodings, which hold far more than ids, stay in the cache."""
+"""Texts tokenised together, so few that their encodings, far larger than ids, fit the cache."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Vocabulary:
 
     name: str
     serialised: str
-    """tokenizer.json: what `encode` takes."""
+    """Content of tokenizer.json, as `encode` takes it."""
     hash: str
-    """vocabulary_hash of it."""
+    """`vocabulary_hash` of the tokenizer."""
     pad_id: int
 
 
 def load(name: str, *, fetch: bool = True) -> Vocabulary:
-    """The tokenizer of model `name`, a directory or a hub name.
+    """Loads the tokenizer of model `name`, a directory or a hub name.
 
     Args:
-        fetch: ask the hub itself; not for a name that only a file gives.
+        fetch: whether to ask the hub itself; False for a name that comes from a file.
 
     Raises:
         ReneeError: it is nowhere to be had, or has no fast version.
@@ -59,13 +59,13 @@ def load(name: str, *, fetch: bool = True) -> Vocabulary:
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the tokens in the order of their ids."""
+    """Returns the SHA-256 of the tokens in the order of their ids."""
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(tokens, ensure_ascii=False).encode()).hexdigest()
 
 
 def encode(serialised: str, texts: list[str], max_length: int) -> pa.Array:
-    """list<int32> [len(texts)]: unpadded ids with special tokens, cut to `max_length`."""
+    """Tokenises: list<int32> [len(texts)], unpadded, with special tokens, cut to `max_length`."""
     made = _tokenizer(serialised, max_length)
     sizes: list[int] = []
     flat = [np.zeros(0, dtype=np.int32)]
@@ -79,18 +79,18 @@ def encode(serialised: str, texts: list[str], max_length: int) -> pa.Array:
 
 
 def decode(serialised: str, rows: list[list[int]]) -> list[str]:
-    """Texts of rows of token ids, without special tokens."""
+    """Returns the texts of rows of token ids, without special tokens."""
     return Tokenizer.from_str(serialised).decode_batch(rows)
 
 
 def size(serialised: str) -> int:
-    """Tokens of the vocabulary, added ones included."""
+    """Returns the number of tokens of the vocabulary, added ones included."""
     return Tokenizer.from_str(serialised).get_vocab_size()
 
 
 @lru_cache(maxsize=2)
 def _tokenizer(serialised: str, max_length: int) -> Tokenizer:
-    # Several tasks share a machine: threads of one would only take the cores of another.
+    # Several tasks share a machine, and threads of one would only take the cores of another.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(serialised)
     tokenizer.no_padding()
@@ -108,7 +108,7 @@ def _converted(directory: Path) -> Tokenizer:
 
 
 def _pad_id(tokenizer: Tokenizer, directory: Path) -> int:
-    """The padding token's id; 0 where a model has none, since padded places are masked anyway."""
+    """Returns the padding token's id; 0 where a model has none, since padding is masked anyway."""
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
     token = read_settings(directory / "tokenizer_config.json").get("pad_token")

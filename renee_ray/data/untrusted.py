@@ -1,7 +1,8 @@
-"""Reading what others wrote: how much a file may hold is settled before it is parsed.
+"""Reads untrusted files: limits are checked before anything is parsed or decoded.
 
 A dataset, a run directory or a model may come from anywhere (docs/security.md). Nothing here
-knows what a file means; it bounds bytes, nesting and decoded sizes, and keeps to a directory.
+knows what a file means. It limits bytes, nesting and decoded sizes, and refuses links out of a
+directory.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from renee_ray.errors import ReneeError
 
 BYTES_A_ROW = 1 << 20
-"""Of decoded Parquet, on average over the rows that are read at once; at least LEAST_BYTES and
-at most MOST_BYTES are allowed."""
-LEAST_BYTES, MOST_BYTES = 1 << 28, 1 << 33
+"""Limit for decoded Parquet, on average over the rows that are read together."""
+MIN_LIMIT, MAX_LIMIT = 1 << 28, 1 << 33
+"""Bounds of that limit for all of these rows, in bytes."""
 LEVEL_BYTES = 4
-"""Repetition and definition levels of a value while it is decoded."""
+"""Bytes of the repetition and definition levels of a value while it is decoded."""
 FIXED_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
 def read_bounded(filesystem: pafs.FileSystem, name: str, limit: int, where: str) -> bytes:
-    """All bytes of a file of at most `limit` bytes.
+    """Reads a file of at most `limit` bytes.
 
     Raises:
         ReneeError: it is longer. OSError: it cannot be read.
@@ -43,7 +45,7 @@ def read_bounded(filesystem: pafs.FileSystem, name: str, limit: int, where: str)
 
 
 def parse_json(content: str | bytes) -> Any:
-    """What a JSON text says.
+    """Parses a JSON text.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or holds a number that is not finite.
@@ -53,6 +55,16 @@ def parse_json(content: str | bytes) -> Any:
         return json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Returns the first problem that pydantic found, as the predicate of a sentence on a file."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"lacks {key}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"has {key}={first['input']!r:.80}: {message[0].lower()}{message[1:]}"
 
 
 def _no_number(name: str) -> NoReturn:
@@ -69,8 +81,8 @@ def _finite(text: str) -> float:
 def refuse_links_out(filesystem: pafs.FileSystem, root: str, where: str) -> None:
     """Refuses a local directory with symbolic links that lead out of it.
 
-    A directory from elsewhere could otherwise have any file of this machine read as a part of
-    it, or written to. `root` itself may be reached through links.
+    Otherwise a directory from elsewhere could make us read, or write to, any file of this machine.
+    `root` itself may be reached through links.
 
     Raises:
         ReneeError: names the first such link.
@@ -98,7 +110,7 @@ def _links(directory: str) -> Iterator[str]:
 def read_row_groups(
     open_parquet: Callable[..., pq.ParquetFile], groups: Sequence[int], columns: Sequence[str]
 ) -> pa.Table:
-    """Some columns of some row groups, checked as check_row_groups says.
+    """Reads some columns of some row groups, once check_row_groups allows it.
 
     Raises:
         ValueError: as there, or the file has not the rows that it says.
@@ -113,7 +125,7 @@ def read_row_groups(
 def check_row_groups(
     open_parquet: Callable[..., pq.ParquetFile], groups: Sequence[int], columns: Sequence[str]
 ) -> int:
-    """The rows of some row groups, if they decode to no more memory than so many may take.
+    """Counts the rows of some row groups, and limits the memory that they decode to.
 
     Args:
         open_parquet: opens the file, with keyword arguments of pq.ParquetFile.
@@ -126,9 +138,10 @@ def check_row_groups(
     schema = file.schema_arrow
     sizes = {each.name: _fixed_size(each.type) for each in schema if each.name in columns}
     rows = sum(metadata.row_group(group).num_rows for group in groups)
-    limit = min(max(LEAST_BYTES, rows * BYTES_A_ROW), MOST_BYTES)
+    limit = min(max(MIN_LIMIT, rows * BYTES_A_ROW), MAX_LIMIT)
     leaves = _leaves(metadata, columns)
-    sure, most, packed = 0, 0, set()
+    # Certain: fixed widths and encoded bytes. Possible: texts that repeat a dictionary's entry.
+    certain, possible, packed = 0, 0, set()
     for group in groups:
         for leaf in leaves:
             chunk = metadata.row_group(group).column(leaf)
@@ -138,20 +151,22 @@ def check_row_groups(
                 raise ValueError("a column with a negative size")
             size = sizes.get(_root(metadata, leaf), 0)
             values = max(values, metadata.row_group(group).num_rows * size)
-            sure += values * (LEVEL_BYTES + (fixed or 0)) + encoded
+            certain += values * (LEVEL_BYTES + (fixed or 0)) + encoded
             if fixed is None and chunk.has_dictionary_page:
-                # Each value may be the dictionary's only and enormous entry.
-                most += values * encoded
+                # Each value may be one enormous entry of the dictionary.
+                possible += values * encoded
                 packed.add(_root(metadata, leaf))
-    if sure > limit:
-        raise ValueError(f"{rows} rows would decode to {sure} bytes, more than {limit}")
-    if sure + most > limit:
-        _measure(open_parquet(read_dictionary=_paths(metadata, packed)), groups, packed, limit)
+    if certain > limit:
+        raise ValueError(f"{rows} rows would decode to {certain} bytes, more than {limit}")
+    if certain + possible > limit:
+        _refuse_long_texts(
+            open_parquet(read_dictionary=_paths(metadata, packed)), groups, packed, limit
+        )
     return rows
 
 
 def _fixed_size(kind: pa.DataType) -> int:
-    """Values of a row in memory, null or not, if it is a list of fixed size; else 0."""
+    """Returns how many values a list of fixed size has in memory, null or not; else 0."""
     if isinstance(kind, pa.BaseExtensionType):
         return _fixed_size(kind.storage_type)
     if any(_fixed_size(kind.field(i).type) for i in range(kind.num_fields)):
@@ -160,7 +175,7 @@ def _fixed_size(kind: pa.DataType) -> int:
 
 
 def rows_of(metadata: pq.FileMetaData) -> int:
-    """Rows of a Parquet file, whose row groups agree.
+    """Returns the rows of a Parquet file, if its row groups agree with its footer.
 
     Raises:
         ValueError: they do not.
@@ -183,8 +198,10 @@ def _paths(metadata: pq.FileMetaData, columns: set[str]) -> list[str]:
     return [metadata.schema.column(leaf).path for leaf in _leaves(metadata, sorted(columns))]
 
 
-def _measure(file: pq.ParquetFile, groups: Sequence[int], columns: set[str], limit: int) -> None:
-    """Adds up the texts of columns that are read as numbers into their dictionaries."""
+def _refuse_long_texts(
+    file: pq.ParquetFile, groups: Sequence[int], columns: set[str], limit: int
+) -> None:
+    """Adds up the lengths of texts, read as indices into their dictionaries, up to the limit."""
     total = 0
     for column in sorted(columns):
         for group in groups:

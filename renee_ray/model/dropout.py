@@ -1,4 +1,4 @@
-"""Dropout for CPUs, where drawing the masks of `nn.Dropout` takes an eighth of a training step."""
+"""Dropout for CPUs, on which the masks of `nn.Dropout` take an eighth of a training step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ STEPS = 1 << 16
 
 
 class Dropout(nn.Dropout):
-    """What it equals: `x * mask / (1 - p)`, each of the mask's values 0 with probability p.
+    """Equals `x * mask / (1 - p)`, each value of the mask being 0 with probability p.
 
-    Four of them come from one draw of 64 bits, where `nn.Dropout` makes a draw for each.
+    One draw of 64 bits makes four values, where `nn.Dropout` draws once for each.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class Dropout(nn.Dropout):
             return input
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)
-        # As numbers: torch's conversion from bool takes six times as long.
+        # The view avoids torch's conversion from bool, which takes six times as long.
         kept = (bits >= dropped - STEPS // 2).view(torch.uint8).to(input.dtype)
         return input * kept.mul_(STEPS / max(STEPS - dropped, 1))
 

@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_MODULES = 4096
-"""Layers, or experts, of an encoder."""
+"""Limit for the layers, or experts, of an encoder."""
 POSITION_TABLES = {"position_embeddings", "embed_positions", "wpe"}
-"""What models call their table of a vector for each position."""
+"""Names that models give their table of position vectors."""
 
 
 class Encoder(nn.Module):
     """Transformer, masked mean pooling in fp32, and an optional bias-free fp32 bottleneck.
 
-    What it equals: `bottleneck((h * mask).sum(1) / mask.sum(1)) + constant` for h [b, T, H] the
-    last hidden states (Renée, section 3.1). `constant` [D] is 0, as in the paper, unless
-    `classifier.init=label_text` sets it (training/initialise); it is not trained.
+    Equals `bottleneck((h * mask).sum(1) / mask.sum(1)) + constant` for h [b, T, H] the last hidden
+    states (Renée, section 3.1). `constant` [D] is 0, as in the paper, unless
+    `classifier.init=label_text` sets it (model/initialise.py); it is not trained.
     """
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
             return reduced + self.constant
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The last hidden states. On a CPU a token outside the vocabulary is a user's error."""
+        """Returns the last hidden states; a CPU notices a token outside the vocabulary."""
         try:
             hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
         except IndexError as error:
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 
 
 def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Encoder:
-    """The encoder of a configuration, the same on every rank.
+    """Builds the encoder of a configuration, the same on every rank.
 
     Raises:
         ReneeError: the model or the initial weights cannot be loaded.
@@ -106,10 +106,10 @@ def data_parallel(
     tokens: TokenGradient | None = None,
     on_last: Callable[[], None] = lambda: None,
 ) -> nn.Module:
-    """DDP around the encoder; `gradient` is `sum` or `mean` over the ranks.
+    """Wraps the encoder in DDP; `gradient` is `sum` or `mean` over the ranks.
 
     tokens: reduces the gradient of the token vectors, which DDP then leaves alone.
-    on_last: of `sum`, called in a backward when only the sum over the ranks is waited for.
+    on_last: with `sum`, called in a backward when only the sum over the ranks is outstanding.
     """
     if ranks.num_ranks == 1:
         return encoder
@@ -129,7 +129,7 @@ def data_parallel(
 
 
 def adamw(encoder: Encoder, config: EncoderConfig) -> torch.optim.AdamW:
-    """AdamW, eps 1e-6; vectors (biases, every normalisation's weights) are not decayed."""
+    """Makes AdamW with eps 1e-6; vectors (biases, weights of normalisations) do not decay."""
     matrices = [p for p in encoder.parameters() if p.ndim > 1]
     vectors = [p for p in encoder.parameters() if p.ndim <= 1]
     return torch.optim.AdamW(
@@ -145,7 +145,7 @@ def adamw(encoder: Encoder, config: EncoderConfig) -> torch.optim.AdamW:
 
 @contextlib.contextmanager
 def training_attention(device: torch.device) -> Iterator[None]:
-    """On CPU, attention by matmuls: the fused kernel's backward takes twice as long there."""
+    """Computes attention by matmuls on CPUs, where the fused backward takes twice as long."""
     if device.type == "cpu":
         with sdpa_kernel(SDPBackend.MATH):
             yield
@@ -154,7 +154,7 @@ def training_attention(device: torch.device) -> Iterator[None]:
 
 
 def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in, or None for none: `off`, `bf16`, `fp16`, or what suits the device.
+    """Returns the dtype of autocast, or None for none: of `off`, `bf16`, `fp16` or `auto`.
 
     `auto`: bfloat16 where it is native, else float16 on a GPU and none on a CPU.
     """
@@ -165,7 +165,7 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 
 
 def load_initial_weights(encoder: Encoder, path: str) -> None:
-    """Initial weights of the encoder from a `state_dict` file, prefixes mapped.
+    """Loads initial weights from a `state_dict` file, whose prefixes are mapped.
 
     Raises:
         ReneeError: no such file, not a plain state_dict, or no tensor of it fits.
@@ -196,7 +196,7 @@ def _attention(choice: str, device: torch.device) -> str:
 
 
 def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
-    # Seconds to import, and most processes of a run hold no encoder.
+    # The import takes seconds, and most processes of a run hold no encoder.
     from transformers import AutoModel
 
     directory = resolve_model(config.name)
@@ -222,7 +222,7 @@ def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Raises ReneeError for whatever the library raises: what a model's files happen to cause."""
+    """Raises ReneeError for whatever error a model's files cause in the library."""
     try:
         yield
     except ReneeError:
@@ -237,7 +237,7 @@ def _loading(name: str) -> Iterator[None]:
 def check_positions(config: EncoderConfig, max_length: int) -> None:
     """Raises ReneeError where a text may have more tokens than the encoder has positions.
 
-    max_length: of the dataset.
+    max_length: tokens that the dataset keeps of a text.
     """
     longest = min(config.max_length, max_length)
     limit = max_positions(config.name)
@@ -250,33 +250,33 @@ def check_positions(config: EncoderConfig, max_length: int) -> None:
 
 
 def max_positions(name: str) -> int | None:
-    """Tokens of a text that an encoder has position vectors for; None: it needs none for each.
+    """Returns how many tokens an encoder has position vectors for; None: it needs no such table.
 
-    Told by the tables of a model without weights. Some tables begin with rows of no position:
-    those up to the padding's (as of RoBERTa), or rows beyond what config.json counts (as of OPT).
-    Relative and rotary positions have no such table.
+    Reads the tables of a model without weights. Some have rows that belong to no position: those
+    up to the padding's (RoBERTa), or rows beyond what config.json counts (OPT). Relative and rotary
+    positions have no table.
     """
     with _loading(name):
         settings, model = _described(resolve_model(name), "eager")
-    said = getattr(settings, "max_position_embeddings", None)
+    declared = getattr(settings, "max_position_embeddings", None)
     limits = []
     for path, table in model.named_modules():
         weight, padding = getattr(table, "weight", None), getattr(table, "padding_idx", None)
         if path.rpartition(".")[2] in POSITION_TABLES and isinstance(weight, Tensor):
-            rows = min(len(weight), said) if isinstance(said, int) else len(weight)
+            rows = min(len(weight), declared) if isinstance(declared, int) else len(weight)
             limits.append(rows if padding is None else rows - padding - 1)
     return min(limits, default=None)
 
 
 def _described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """(a model's configuration, the model without weights).
+    """Returns (a model's configuration, the model without weights).
 
-    Refuses a description of more weights than there are bytes of them, before they are made.
+    Refuses a configuration of more weights than its files have bytes, before any is allocated.
     """
     from transformers import AutoConfig, AutoModel
 
     settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    there = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     for key, value in vars(settings).items():
         if isinstance(value, int) and re.search("layer|expert|block", key) and value > MAX_MODULES:
             raise ReneeError(
@@ -288,10 +288,10 @@ def _described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTra
             settings, attn_implementation=attention, trust_remote_code=False
         )
     weights = sum(parameter.numel() for parameter in model.parameters())
-    if there and weights > there:
+    if stored and weights > stored:
         raise ReneeError(
             f"{directory}/config.json describes {weights} weights and its safetensors files have "
-            f"{there} bytes; give an encoder whose files belong together"
+            f"{stored} bytes; give an encoder whose files belong together"
         )
     return settings, model
 
@@ -317,7 +317,7 @@ def _read_state_dict(path: str) -> dict[str, Tensor]:
 
 
 def _own_name(name: str, own: Collection[str]) -> str:
-    """`name` without the leading modules that another program wrapped the encoder in."""
+    """Removes the leading modules that another program wrapped the encoder in from `name`."""
     parts = name.split(".")
     suffixes = (".".join(parts[i:]) for i in range(len(parts)))
     return next((suffix for suffix in suffixes if suffix in own), name)

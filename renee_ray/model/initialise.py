@@ -1,18 +1,25 @@
-"""First weights of the classifier: the same, but for rounding, whatever the number of ranks.
+"""First weights of the classifier; their values do not depend on the number of ranks.
 
-`label_text` starts where a nearest-neighbour search would stop. With e the embeddings of the
-training points (mean mu, mean norm rho), for every label l that n_l of N points have:
+`label_text` starts from what a nearest-neighbour search would find. With e the embeddings of the
+training points (mean mu, mean norm rho), for every label l of n_l among N points:
 
     b    = (E'E/N + 1e-4 mean-square I)^-1 mu      least squares for  e . b = 1;  u = b / |b|
     e   <- e + init_constant * u                   the encoder's `constant`;  mu with it
     v_l  = unit(unit(e(text of l)) + init_centroid * unit(sum of unit(e_i) over its points))
     w_l  = s v_l + (log(n_l / N) + delta - s v_l . mu) u / (mu . u)        s = init_scale / rho
 
-There is no bias term, so the direction u stands in for one. The last term takes out what a
-label scores on the average point and puts its prior there; delta is chosen so that the
-median point expects as many labels as the average point has. Without it every sigmoid is
-near 1/2 and the first steps, on L negatives a row, undo what the texts gave. Without the
-constant the prior needs weights of a norm that drowns the rest in dE = G W.
+There is no bias term, so the direction u stands in for one. The last term replaces a label's
+score on the average point by its prior. delta makes the median point expect as many labels as the
+average point has. Without this term every sigmoid is near 1/2, and the first steps, with L
+negatives a row, undo what the texts gave. Without the constant the prior would need weights so
+large that they drown the rest in dE = G W.
+
+Ledger, on rank r of R, which owns n of L labels, D dimensions:
+
+    mean, second    [D], [D, D]    float64  of all training points; summed over the ranks
+    sample          [~512, D]      float32  the same points on every rank
+    centroids       [n, D]         float32  sums of unit embeddings of each own label's points
+    rows            [block, D]     float32  first weights of some own labels
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.split import splitmix64
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder
@@ -42,12 +49,12 @@ from renee_ray.xfc.shard import Shard
 log = logging.getLogger(__name__)
 
 TEXT_BLOCK = 16384
-"""Labels whose texts are read and embedded at a time."""
+"""Labels whose texts are read and embedded together."""
 TEXT_BATCH = 256
 SAMPLE = 512
-"""Points that the prior is calibrated on."""
+"""Points on which the prior is calibrated."""
 MOMENT_BATCHES = 64
-"""Global batches that mean and second moment are taken from when no centroid is wanted."""
+"""Global batches for mean and second moment, where centroids are not needed."""
 
 
 def initialise_classifier(
@@ -56,7 +63,6 @@ def initialise_classifier(
     dataset: Dataset,
     points: Callable[[], Iterable[Batch]],
     ranks: Ranks,
-    device: torch.device,
     recorder: Recorder | None = None,
     say: Callable[[str], None] = log.info,
 ) -> None:
@@ -64,7 +70,7 @@ def initialise_classifier(
 
     Args:
         points: this rank's training points, once; every rank draws equally many batches.
-        recorder, say: are told how far it is.
+        recorder, say: are told the progress.
 
     A dataset without label texts leaves `label_text` with the labels' points alone.
 
@@ -89,18 +95,17 @@ def initialise_classifier(
     over_points = Rounds(ranks, "first weights: training points", num_points, recorder, say)
     num_labels = dataset.manifest.num_labels
     with torch.inference_mode():
-        survey = _over_points(model, points(), config, dataset, over_points, device)
+        survey = _over_points(model, points(), config, dataset, over_points)
         bias = _add_constant(model.encoder, survey, settings.init_constant)
         over_labels = Rounds(ranks, "first weights: label texts", num_labels, recorder, say)
-        _write_rows(model, config, dataset, survey, bias, over_labels, device)
-        wanted = survey.labels_per_point
-        _add_to_rows(model.shard, _calibrated(model.shard, survey, bias, wanted, ranks) * bias)
+        _write_rows(model, config, dataset, survey, bias, over_labels)
+        _add_to_rows(model.shard, _calibrated(model.shard, survey, bias, ranks) * bias)
     model.encoder.train(training)
 
 
 @dataclass
 class Survey:
-    """What one pass over the training points gives.
+    """Statistics of one pass over the training points.
 
     mean: float64 [D]; second: E'E/N float64 [D, D]; norm: mean of |e|; labels_per_point: mean;
     sample: float32 [~SAMPLE, D] embeddings, the same on every rank; centroids: float32 [n, D]
@@ -115,7 +120,7 @@ class Survey:
     centroids: Tensor | None
 
     def bias_direction(self) -> Tensor:
-        """u [D] float32, of norm 1: e . u varies little over the points."""
+        """Returns u [D] float32 of norm 1, for which e . u varies little over the points."""
         dim = len(self.mean)
         ridge = 1e-4 * float(self.second.trace()) / dim
         regular = self.second + ridge * torch.eye(dim, dtype=torch.float64)
@@ -129,17 +134,17 @@ def _over_points(
     config: RunConfig,
     dataset: Dataset,
     rounds: Rounds,
-    device: torch.device,
 ) -> Survey:
     encoder, owned, ranks = model.encoder, model.shard.owned, rounds.ranks
-    dim, wanted = encoder.dim, config.classifier.init_centroid > 0
-    centroids = torch.zeros(len(owned), dim, device=device) if wanted else None
+    dim, device = encoder.dim, encoder.constant.device
+    with_centroids = config.classifier.init_centroid > 0
+    centroids = torch.zeros(len(owned), dim, device=device) if with_centroids else None
     second = torch.zeros(dim, dim, dtype=torch.float64)
     total = torch.zeros(dim, dtype=torch.float64)
     scalars = torch.zeros(3, dtype=torch.float64)  # points, norms, labels
     sampled = [torch.zeros(0, dim)]
     limit = min(1.0, SAMPLE / dataset.manifest.num_points("train")) * 2.0**64
-    for batch in points if wanted else islice(points, MOMENT_BATCHES):
+    for batch in points if with_centroids else islice(points, MOMENT_BATCHES):
         own = encoder(*batch.tokens(device))[: len(batch)]
         host = own.cpu()
         second += (own.T @ own).double().cpu()
@@ -148,11 +153,11 @@ def _over_points(
         scalars += torch.tensor([len(own), float(norms), len(batch.labels.values)])
         sampled.append(host[torch.from_numpy(splitmix64(batch.points.astype(np.uint64)) < limit)])
         if centroids is not None:
-            _add_to_centroids(centroids, batch, own, owned, ranks, device)
+            _add_to_centroids(centroids, batch, own, owned, ranks)
         rounds.add(len(batch))
     rounds.finish()
-    mine = torch.cat(sampled)
-    sample = gather_rows(ranks, mine.to(device), row_counts(ranks, len(mine)))
+    own_sample = torch.cat(sampled)
+    sample = gather_rows(ranks, own_sample.to(device), row_counts(ranks, len(own_sample)))
     for sums in (second, total, scalars):
         all_sum(ranks, sums)
     count, norm, labels = (float(value) for value in scalars)
@@ -160,23 +165,19 @@ def _over_points(
 
 
 def _add_to_centroids(
-    centroids: Tensor,
-    batch: Batch,
-    own: Tensor,
-    owned: LabelRange,
-    ranks: Ranks,
-    device: torch.device,
+    centroids: Tensor, batch: Batch, own: Tensor, owned: LabelRange, ranks: Ranks
 ) -> None:
+    device = centroids.device
     counts = row_counts(ranks, len(batch))
     pairs = batch.pairs(sum(counts[: ranks.rank]))
     rows, labels = route(ranks, *pairs, owned.num_labels)
     everyone = gather_rows(ranks, _unit(own), counts)
-    # A GPU would add up repeated indices in any order, and no two runs would begin alike.
+    # A GPU adds repeated indices in any order: without segments no two runs would begin alike.
     order = torch.argsort(labels, stable=True)
-    found, lengths = labels[order].unique_consecutive(return_counts=True)
+    labels, lengths = labels[order].unique_consecutive(return_counts=True)
     of_label = everyone[rows[order].to(device)]
     sums = torch.segment_reduce(of_label, "sum", lengths=lengths.to(device), unsafe=True)
-    centroids[(found - owned.start).to(device)] += sums
+    centroids[(labels - owned.start).to(device)] += sums
 
 
 def _add_constant(encoder: Encoder, survey: Survey, norm: float) -> Tensor:
@@ -195,17 +196,14 @@ def _write_rows(
     survey: Survey,
     bias: Tensor,
     rounds: Rounds,
-    device: torch.device,
 ) -> None:
-    settings, shard = config.classifier, model.shard
+    settings, shard, device = config.classifier, model.shard, bias.device
     manifest = dataset.manifest
     points = manifest.num_points("train") + manifest.num_points("validation")
     mean = survey.mean.float().to(device)
     scale = settings.init_scale / survey.norm
-    for first, texts, counts in _embed_labels(
-        model.encoder, config, dataset, shard.owned, rounds, device
-    ):
-        # Without texts every label has the same empty one: no information, so no part in it.
+    for first, texts, counts in _embed_labels(model.encoder, config, dataset, shard.owned, rounds):
+        # Without texts every label has the same empty text, which says nothing about it.
         rows = _unit(texts - model.encoder.constant) * manifest.has_label_texts
         if survey.centroids is not None:
             start = first - shard.owned.start
@@ -217,8 +215,8 @@ def _write_rows(
     rounds.finish()
 
 
-def _calibrated(shard: Shard, survey: Survey, bias: Tensor, wanted: float, ranks: Ranks) -> float:
-    """delta with which the median point of the sample expects `wanted` labels, by bisection."""
+def _calibrated(shard: Shard, survey: Survey, bias: Tensor, ranks: Ranks) -> float:
+    """Finds, by bisection, delta: the median point then expects as many labels as the mean has."""
     share = (survey.sample @ bias)[:, None]
     low, high = -20.0, 20.0
     for _ in range(16):
@@ -227,7 +225,7 @@ def _calibrated(shard: Shard, survey: Survey, bias: Tensor, wanted: float, ranks
         for start, stop in shard.chunks(len(survey.sample)):
             logits = survey.sample @ shard.weights.weight.read(start, stop).T
             expected += (logits + middle * share).sigmoid_().sum(1, dtype=torch.float64)
-        if float(all_sum(ranks, expected.cpu()).median()) > wanted:
+        if float(all_sum(ranks, expected.cpu()).median()) > survey.labels_per_point:
             high = middle
         else:
             low = middle
@@ -246,14 +244,14 @@ def _embed_labels(
     dataset: Dataset,
     owned: LabelRange,
     rounds: Rounds,
-    device: torch.device,
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-    """(first label, embeddings [n, D], train counts int64 [n]) of blocks of the owned labels."""
+    """Yields (first label, embeddings [n, D], train counts int64 [n]) of blocks of own labels."""
     for first in range(owned.start, owned.stop, TEXT_BLOCK):
         stop = min(first + TEXT_BLOCK, owned.stop)
         table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
         tokens = truncate(ragged(table["input_ids"]), config.encoder.max_length)
-        embedded = embed_texts(encoder, tokens, dataset.manifest.pad_id, device, rounds.add)
+        pad_id, device = dataset.manifest.pad_id, encoder.constant.device
+        embedded = embed_texts(encoder, tokens, pad_id, device, rounds.add)
         yield first, embedded, table["train_count"].to_numpy()
 
 
@@ -264,9 +262,9 @@ def embed_texts(
     device: torch.device,
     on_batch: Callable[[int], object] = lambda rows: None,
 ) -> Tensor:
-    """Embeddings [n, D] float32 of tokenised texts, computed in batches of similar length.
+    """Embeds tokenised texts in batches of similar length: float32 [n, D].
 
-    on_batch: is given the number of texts of each batch once they are embedded.
+    on_batch: is called with the number of texts of each embedded batch.
     """
     out = torch.empty(len(tokens), encoder.dim, device=device)
     order = np.argsort(tokens.lengths, kind="stable")

@@ -1,4 +1,4 @@
-"""The fp16 loss scale of the encoder: of its gradient alone ("split loss scaling", Renée, 3.2).
+"""The fp16 loss scale of the encoder's gradient alone ("split loss scaling", Renée, 3.2).
 
 Gradients inside an fp16 encoder may be too small for fp16, whose smallest number is 6e-8. dE is
 therefore multiplied by a scale before the encoder's backward, and the parameters' gradients, in
@@ -12,15 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST = 2.0**10
-"""The loss is summed over the batch, not averaged, so its gradients are large already."""
+"""Initial scale: moderate, since the loss is summed over the batch and its gradients are large."""
 GROWTH_STEPS = 1000
 LARGEST = 2.0**24
 
 
 @dataclass
 class LossScale:
-    """value: the present scale; steps: since it changed last; dynamic: whether it changes at all,
-    which it need not unless the encoder's autocast is fp16."""
+    """The scale and when it changed.
+
+    value: the present scale; steps: since it changed last; dynamic: whether it changes at all, as
+    it does with fp16 autocast alone.
+    """
 
     value: float = 1.0
     steps: int = 0
@@ -28,11 +31,11 @@ class LossScale:
 
     @classmethod
     def start(cls) -> LossScale:
-        """The scale that a run with fp16 autocast begins with."""
+        """Returns the scale that a run with fp16 autocast begins with."""
         return cls(FIRST, 0, dynamic=True)
 
     def update(self, finite: bool) -> None:
-        """After each backward; finite: whether every rank's gradient was."""
+        """Adapts the scale after a backward; finite: whether every rank's gradient was."""
         if not self.dynamic:
             return
         self.steps = self.steps + 1 if finite else 0

@@ -1,4 +1,4 @@
-"""The two halves of the model on one rank."""
+"""The encoder and the classifier's shard of one rank."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def build_model(
     training: bool,
     precision: str | None = None,
 ) -> Model:
-    """Encoder and an all-zero shard; without `training`, no momentum is allocated.
+    """Builds the encoder and an all-zero shard; without `training`, momentum is not allocated.
 
-    precision: of a checkpoint that is to be loaded, where the configuration says `auto`.
+    precision: that of a checkpoint to be loaded, where the configuration says `auto`.
     """
     encoder = build_encoder(config.encoder, device, config.seed)
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
     momentum = training and config.classifier.momentum > 0
-    # Of one kind on all ranks, whatever devices they have: it is that of one checkpoint.
-    wanted = precision or choose_precision(config.classifier.precision, device)
-    precision = broadcast_bytes(ranks, wanted.encode()).decode()
+    # All ranks use rank 0's choice, whatever devices they have: a checkpoint has one precision.
+    chosen = precision or choose_precision(config.classifier.precision, device)
+    precision = broadcast_bytes(ranks, chosen.encode()).decode()
     weights = Weights(precision, len(owned), encoder.dim, momentum, device)
     return Model(encoder, Shard(owned, weights, config.classifier.chunk))

@@ -8,8 +8,8 @@ Ledger, for V tokens of width H, of which the rows of rank r contain v_r differe
 
     grad  --coalesce-->  rows  --gather_rows, added in rank order-->  dense
 
-Of V = 30,522 tokens a batch has some hundred. A dense gradient would be filled with zeros,
-copied and summed over the ranks in each step, by far the most of what DDP sends. `dense` is
+A batch contains some hundred of V = 30,522 tokens. A dense gradient would be filled with zeros,
+copied and summed over the ranks in each step, and would be most of what DDP sends. `dense` is
 allocated once, and only the rows that were written are cleared again.
 """
 
@@ -25,8 +25,8 @@ class TokenGradient:
     """Makes the gradient of an encoder's token vectors sparse, and sums it over the ranks.
 
     Args:
-        encoder: its embedding of the most rows is the one of the tokens.
-        mean: the sum is divided by the number of ranks.
+        encoder: its largest embedding is taken for that of the tokens.
+        mean: whether to divide the sum by the number of ranks.
     """
 
     def __init__(self, encoder: nn.Module, ranks: Ranks, *, mean: bool = False) -> None:
@@ -47,15 +47,15 @@ class TokenGradient:
         self.weight.grad = self._dense
 
     def _add(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """Adds the rows of all ranks to `dense`; returns the ids of what was written."""
+        """Adds the rows of all ranks to `dense`; returns the ids of the rows written."""
         counts = row_counts(self._ranks, len(ids))
         if self._ranks.num_ranks * max(counts) > len(self._dense):
-            # A ring sends 2 V rows for a dense sum, and R times the most of a rank to gather.
+            # A ring all-reduce sends 2 V rows, the gather R times the rows of the fullest rank.
             self._dense.index_copy_(0, ids, rows)
             all_sum(self._ranks, self._dense)
             return torch.arange(len(self._dense), device=ids.device)
         everyone = gather_rows(self._ranks, rows, counts)
-        everyones_ids = gather_rows(self._ranks, ids[:, None], counts)[:, 0]
-        for some, of_them in zip(everyones_ids.split(counts), everyone.split(counts), strict=True):
-            self._dense.index_add_(0, some, of_them)
-        return everyones_ids
+        all_ids = gather_rows(self._ranks, ids[:, None], counts)[:, 0]
+        for of_rank, its_rows in zip(all_ids.split(counts), everyone.split(counts), strict=True):
+            self._dense.index_add_(0, of_rank, its_rows)
+        return all_ids

@@ -1,4 +1,4 @@
-"""Items made in a thread, one ahead of whoever uses them.
+"""Items that a thread makes, one ahead of their consumer.
 
 A step ends by waiting for the GPU, which must not then wait for the next batch to be made.
 """
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 def one_ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The next `count` items, each asked for when the one before it is handed out.
+    """Yields `count` items, each of which is made while the one before it is used.
 
     Raises:
         Exception: what `items` raises, in place of the item.
     """
     ended = object()
-    wanted = islice(items, count)
+    source = islice(items, count)
 
     def make() -> Future[T | object]:
-        # A daemon: the last item may be one that never comes, and the process ends all the same.
-        return in_thread(lambda: next(wanted, ended), "ahead")
+        # In a daemon: the last item may never come, and the process ends all the same.
+        return in_thread(lambda: next(source, ended), "ahead")
 
     pending = make()
     while (item := pending.result()) is not ended:

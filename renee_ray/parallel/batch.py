@@ -1,4 +1,13 @@
-"""A rank's rows of one global batch, as arrays that the step consumes."""
+"""A rank's rows of one global batch, as arrays that the step consumes.
+
+Ledger, for the b rows of one rank, m values in all, T the length of the longest padded row:
+
+    points              [b]               int64  ids
+    rows                [b]               int64  positions in the split
+    ragged .values      [m]               int64  tokens, positives or filter labels of all rows
+    ragged .offsets     [b + 1]           int64  row i is values[offsets[i] : offsets[i + 1]]
+    ids, mask of tokens [max(b, 1), T]    int64  padded, on the device
+"""
 
 from __future__ import annotations
 
@@ -10,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from renee_ray.data.dataset.dataset import POINTS
+from renee_ray.data.dataset import POINTS
 from renee_ray.data.split import splitmix64
 from renee_ray.xfc.kernels.device import upload
 
@@ -39,24 +48,24 @@ class Ragged:
         return cls(np.array(flat, dtype=np.int64), offsets.astype(np.int64))
 
     def take(self, rows: np.ndarray) -> Ragged:
-        """The rows of these numbers, in this order."""
+        """Takes the rows of these numbers, in this order."""
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return Ragged(self.values[places], offsets)
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(row, value) of every value."""
+        """Returns (row, value) of every value."""
         return np.repeat(np.arange(len(self)), self.lengths), self.values
 
     def followed_by(self, other: Ragged) -> Ragged:
-        """Each row with the row of `other` at the same place behind it."""
+        """Appends to each row the row of `other` at the same place."""
         rows = np.concatenate([self.pairs()[0], other.pairs()[0]])
         values = np.concatenate([self.values, other.values])
         return Ragged(values[np.argsort(rows, kind="stable")], self.offsets + other.offsets)
 
     def only(self, kept: np.ndarray) -> Ragged:
-        """The values for which `kept`, bool [m], is true."""
+        """Keeps the values for which `kept`, bool [m], is true."""
         before = np.concatenate([[0], np.cumsum(kept)])
         return Ragged(self.values[kept], before[self.offsets])
 
@@ -74,8 +83,8 @@ class Batch:
     """This rank's rows of the global batch at `position`; possibly none.
 
     points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
-    of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the numbers of
-    the rows in their split, or None where they are of none.
+    of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the positions of
+    the rows in their split, or None where they are in none.
     """
 
     position: Position
@@ -91,19 +100,22 @@ class Batch:
         return len(self.points)
 
     def pairs(self, first: int) -> tuple[Tensor, Tensor]:
-        """(row of the global batch, label) of every positive; this rank's rows start at `first`."""
+        """Returns (row of the global batch, label) of every positive.
+
+        first: row of the global batch that this rank's rows begin with.
+        """
         rows, labels = self.labels.pairs()
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
     def filter_pairs(self, first: int) -> tuple[Tensor, Tensor]:
-        """(row of the global batch, label) of everything that must not be predicted."""
+        """Returns (row of the global batch, label) of every filter label, as `pairs`."""
         rows, labels = self.filtered.pairs()
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
     def for_training(
         self, seed: int, *, token_dropout: float, filter_labels_positive: bool
     ) -> Batch:
-        """As the model trains on it: some tokens left out, filter labels among the positives."""
+        """Drops some tokens, and adds the filter labels to the positives if asked."""
         labels, input_ids = self.labels, self.input_ids
         if filter_labels_positive:
             labels = labels.followed_by(self.filtered)
@@ -112,9 +124,9 @@ class Batch:
         return replace(self, labels=labels, input_ids=input_ids)
 
     def micro_batches(self, limit: int) -> list[np.ndarray]:
-        """Rows (int64) in groups of at most `limit` of similar length, the longest last.
+        """Groups rows (int64) of similar length, at most `limit` in each, the longest last.
 
-        One group, in stored order, where they are no more than that or `limit` is 0.
+        There is one group, in stored order, where there are no more rows or `limit` is 0.
         """
         if not limit or len(self) <= limit:
             return [np.arange(len(self))]
@@ -122,26 +134,26 @@ class Batch:
         return [order[i : i + limit] for i in range(0, len(order), limit)]
 
     def tokens(self, device: torch.device, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """(input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row.
+        """Returns (input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row.
 
-        rows: those wanted, in this order; None: all.
+        rows: which ones, in this order; None: all.
         """
-        wanted = self.input_ids if rows is None else self.input_ids.take(rows)
-        padded, mask = pad(wanted, self.pad_id, self.pad_multiple)
+        chosen = self.input_ids if rows is None else self.input_ids.take(rows)
+        padded, mask = pad(chosen, self.pad_id, self.pad_multiple)
         return (
             upload(torch.from_numpy(padded), device),
             upload(torch.from_numpy(mask), device),
         )
 
     def padding(self, micro_batch: int = 0) -> tuple[int, int]:
-        """(tokens, cells of the padded matrices of its micro-batches)."""
+        """Returns (tokens, cells of the padded matrices of its micro-batches)."""
         groups = [self.input_ids.take(rows) for rows in self.micro_batches(micro_batch)]
         cells = sum(len(group) * _width(group, self.pad_multiple) for group in groups)
         return len(self.input_ids.values), cells
 
 
 def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
-    """A column of lists as int64 arrays."""
+    """Converts a column of lists to int64 arrays."""
     lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(lists, pa.ChunkedArray):  # a column without chunks stays chunked
         return Ragged(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
@@ -150,7 +162,7 @@ def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
 
 
 def truncate(rows: Ragged, limit: int) -> Ragged:
-    """Rows of at most `limit` tokens that keep their last one, the end-of-text token."""
+    """Cuts rows to at most `limit` tokens; the last one, the end-of-text token, is kept."""
     kept = np.minimum(rows.lengths, limit)
     offsets = np.concatenate([[0], np.cumsum(kept)])
     places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - rows.offsets[:-1], kept)
@@ -162,10 +174,10 @@ def truncate(rows: Ragged, limit: int) -> Ragged:
 def drop_tokens(
     rows: Ragged, points: np.ndarray, share: float, seed: int, position: Position
 ) -> Ragged:
-    """Rows without a share of their tokens, never the first or the last.
+    """Drops a share of each row's tokens, never the first or the last.
 
-    How many depends on the row's length alone, so that rows of one length stay so and need no
-    padding; which ones, on (seed, epoch, point, place in the row), not on who holds the row.
+    Their number depends on the row's length alone, so that rows of one length need no padding
+    afterwards. The choice depends on (seed, epoch, point, place in the row), not on the rank.
     """
     row, _ = rows.pairs()
     epoch = splitmix64(np.array([seed, position.epoch], dtype=np.uint64))
@@ -174,7 +186,7 @@ def drop_tokens(
     drawn = splitmix64(point[row] + place.astype(np.uint64))
     ends = (place == 0) | (place == rows.lengths[row] - 1)
     dropped = np.round(share * np.maximum(rows.lengths - 2, 0)).astype(np.int64)
-    # Of each row, in ascending order of what was drawn, the first ones go; its ends come last.
+    # Of each row the tokens with the lowest draws are dropped; its ends are sorted behind them.
     order = np.lexsort((drawn, ends, row))
     kept = np.empty(len(row), dtype=bool)
     kept[order] = place >= dropped[row]
@@ -188,7 +200,7 @@ def cut_batches(
     max_length: int,
     pad_multiple: int = 1,
 ) -> Iterator[Batch]:
-    """Batches at exactly these positions, from tables whose rows come in that order.
+    """Yields batches at exactly these positions, from tables whose rows come in that order.
 
     Args:
         tables: as `data.rows.read_window` makes them, with a column `epoch`; a batch may
@@ -232,7 +244,7 @@ def _batch(
 
 
 def pad(rows: Ragged, pad_id: int, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask) int64 [max(n, 1), T]; T is the longest row, rounded up to `multiple`."""
+    """Pads rows to (ids, mask) int64 [max(n, 1), T], T the longest rounded up to `multiple`."""
     width = _width(rows, multiple)
     ids = np.full((max(len(rows), 1), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)

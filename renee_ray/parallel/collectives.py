@@ -1,7 +1,7 @@
-"""What crosses the workers in a step: each collective beside its adjoint.
+"""The collectives of a step, each beside its adjoint.
 
-Ledger, for a global batch of B rows of which rank r of R holds b_r (they may differ, or be
-0), padded to b = max b_r on the wire because uneven all-gathers are not to be had:
+Ledger, for a global batch of B rows of which rank r of R holds b_r (they may differ, or be 0).
+On the wire they are padded to b = max b_r, because torch has no uneven all-gather:
 
     embeddings   [b_r, D] on each rank  --gather_rows-->   E  [B, D] on all, rank-major
     gradient     dE [B, D] on each rank --scatter_rows-->  sum over ranks of dE's rows of r
@@ -9,8 +9,8 @@ Ledger, for a global batch of B rows of which rank r of R holds b_r (they may di
     ids          of labels, any  --look_up--> a number of each, answered by its owner
     values       of (row, label) on each rank  --return_pairs-->  those of rank r's rows
 
-The gradient of `gather_rows` summed over all ranks' losses is `scatter_rows`, so the two
-stand together. Sums across ranks are taken in fp32.
+`scatter_rows` is the gradient of `gather_rows`, summed over all ranks' losses. `return_rows` is
+the transpose of the blocks that `gather_rows` puts together. Sums across ranks are in fp32.
 
 `tensors` is the group that embeddings travel on (NCCL on GPUs); `host` is a gloo group for
 pairs and counts, which originate on the host: no device synchronisation for them.
@@ -44,11 +44,12 @@ class Ranks:
 
     @classmethod
     def of_process_group(cls, timeout_s: float | None = None) -> Ranks:
-        """Own groups beside the default one, so that DDP's buckets cannot interleave with ours.
+        """Makes groups beside the default one, so that DDP's buckets cannot interleave with ours.
 
-        timeout_s: for which a rank waits for the others inside a step. Where it may be storage that
-        keeps one of them (the next batch, a checkpoint), it waits as long as storage is tried again
-        besides. None: torch's half an hour. A new group does not take that of the default one.
+        Args:
+            timeout_s: seconds for which a rank waits for the others inside a step; None: torch's
+                half an hour, since a new group does not take the default group's timeout. The host
+                group waits for storage as well, which may keep a rank (next batch, checkpoint).
         """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
@@ -63,22 +64,26 @@ class Ranks:
 
 
 def row_counts(ranks: Ranks, rows: int) -> list[int]:
-    """Rows that each rank holds of the coming global batch."""
+    """Returns how many rows each rank holds of the coming global batch."""
     return announce(ranks, rows, 0)[0]
 
 
-def announce(ranks: Ranks, rows: int, wish: int) -> tuple[list[int], int]:
-    """(rows that each rank holds of the coming global batch, the wishes of all ranks or-ed)."""
+def announce(ranks: Ranks, rows: int, request: int) -> tuple[list[int], int]:
+    """Exchanges row counts, and bits that any rank may set for all.
+
+    Returns:
+        (rows that each rank holds of the coming global batch, the requests of all ranks or-ed)
+    """
     if ranks.num_ranks == 1:
-        return [rows], wish
-    found = torch.empty(2 * ranks.num_ranks, dtype=torch.int64)
-    dist.all_gather_single(found, torch.tensor([rows, wish]), group=ranks.host)
-    counts, wishes = found.view(-1, 2).T.tolist()
-    return counts, reduce(or_, wishes)
+        return [rows], request
+    everyone = torch.empty(2 * ranks.num_ranks, dtype=torch.int64)
+    dist.all_gather_single(everyone, torch.tensor([rows, request]), group=ranks.host)
+    counts, requests = everyone.view(-1, 2).T.tolist()
+    return counts, reduce(or_, requests)
 
 
 def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
-    """Rows of all ranks, in rank order: own [b_r, D] -> [B, D]."""
+    """Gathers the rows of all ranks, in rank order: own [b_r, D] -> [B, D]."""
     if ranks.num_ranks == 1:
         return own
     padded = own.new_zeros(max(counts), own.shape[1])
@@ -90,40 +95,44 @@ def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
     )
 
 
-class scatter_rows:
-    """Adjoint of `gather_rows`: [B, D] float32 on each rank -> own rows of the sum, [b_r, D].
+@dataclass(frozen=True)
+class PendingRows:
+    """Rows [b, D] that a collective is filling, of which the first b_r are this rank's."""
 
-    Starts on construction and runs beside whatever follows; `wait()` gives the result.
-    """
-
-    def __init__(self, ranks: Ranks, everyone: Tensor, counts: list[int]) -> None:
-        self._own = everyone
-        self._count = counts[ranks.rank]
-        self._work = None
-        if ranks.num_ranks == 1:
-            return
-        padded = everyone.new_zeros(ranks.num_ranks, max(counts), everyone.shape[1])
-        for rank, rows in enumerate(everyone.split(counts)):
-            padded[rank, : len(rows)] = rows
-        self._own = everyone.new_empty(max(counts), everyone.shape[1])
-        self._work = dist.reduce_scatter_single(
-            self._own, padded.flatten(0, 1), group=ranks.tensors, async_op=True
-        )
+    rows: Tensor
+    count: int
+    work: dist.Work | None = None
 
     def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
-        return self._own[: self._count]
+        """Waits for the collective; returns own rows, [b_r, D]."""
+        if self.work is not None:
+            self.work.wait()
+        return self.rows[: self.count]
+
+
+def scatter_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> PendingRows:
+    """Starts the adjoint of `gather_rows`: [B, D] float32 on each rank -> own rows of the sum.
+
+    It runs beside whatever follows.
+    """
+    if ranks.num_ranks == 1:
+        return PendingRows(everyone, counts[ranks.rank])
+    padded = everyone.new_zeros(ranks.num_ranks, max(counts), everyone.shape[1])
+    for rank, rows in enumerate(everyone.split(counts)):
+        padded[rank, : len(rows)] = rows
+    own = everyone.new_empty(max(counts), everyone.shape[1])
+    work = dist.reduce_scatter_single(own, padded.flatten(0, 1), group=ranks.tensors, async_op=True)
+    return PendingRows(own, counts[ranks.rank], work)
 
 
 def route(ranks: Ranks, rows: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """(row, label) pairs to the owners of the labels.
+    """Sends (row, label) pairs to the owners of the labels.
 
     Args:
         rows, labels: int64 [m], host memory; rows counted in the global batch.
 
     Returns:
-        the pairs, of all ranks, whose labels this rank owns.
+        the pairs of all ranks whose labels this rank owns.
     """
     if ranks.num_ranks == 1:
         return rows, labels
@@ -135,7 +144,7 @@ def route(ranks: Ranks, rows: Tensor, labels: Tensor, num_labels: int) -> tuple[
 def look_up(
     ranks: Ranks, labels: Tensor, own_values: Tensor, first: int, num_labels: int
 ) -> Tensor:
-    """A number of each label, from the rank that owns the label.
+    """Asks the rank that owns each label for a number of the label.
 
     Args:
         labels: int64 [m], any global ids, host memory.
@@ -156,7 +165,7 @@ def look_up(
 
 
 def return_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> list[Tensor]:
-    """Each rank's rows back to it: [B, k] of any rank -> own [b_r, k] from every rank."""
+    """Sends each rank's rows back to it: [B, k] on each rank -> own [b_r, k] of every rank."""
     if ranks.num_ranks == 1:
         return [everyone]
     own = counts[ranks.rank]
@@ -167,7 +176,7 @@ def return_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> list[Tenso
 def return_pairs(
     ranks: Ranks, rows: Tensor, labels: Tensor, values: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What this rank found for (row, label) pairs of the global batch, to the holders of the rows.
+    """Sends values of (row, label) pairs of the global batch to the holders of the rows.
 
     Args:
         rows, labels: int64 [m]; values: float32 [m]; all in host memory, in any order.
@@ -189,14 +198,14 @@ def return_pairs(
 
 
 def all_sum(ranks: Ranks, values: Tensor) -> Tensor:
-    """Sum over the ranks, in place."""
+    """Sums over the ranks, in place."""
     if ranks.num_ranks > 1:
         dist.all_reduce(values, group=ranks.host if values.device.type == "cpu" else ranks.tensors)
     return values
 
 
 def broadcast_bytes(ranks: Ranks, content: bytes) -> bytes:
-    """What rank 0 has, on every rank."""
+    """Returns the `content` of rank 0 on every rank."""
     if ranks.num_ranks == 1:
         return content
     size = torch.tensor(len(content))
@@ -209,7 +218,7 @@ def broadcast_bytes(ranks: Ranks, content: bytes) -> bytes:
 
 
 def gather_numbers(ranks: Ranks, own: list[float]) -> list[list[float]]:
-    """The numbers of every rank, equally many, in rank order."""
+    """Gathers equally many numbers of every rank, in rank order."""
     if ranks.num_ranks == 1:
         return [own]
     everyone = torch.empty(ranks.num_ranks * len(own), dtype=torch.float64)
@@ -226,7 +235,8 @@ def sum_gradients(
     the gradient of the whole loss is then the sum over ranks. DDP's mean would divide it by
     num_ranks and so change the trajectory with the number of workers.
 
-    on_last: called when this rank has its gradient, and only the sum is waited for.
+    Args:
+        on_last: called when this rank has its gradient and only the sum is outstanding.
     """
 
     def hook(_, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations as objects

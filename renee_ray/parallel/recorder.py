@@ -1,17 +1,17 @@
-"""Where the time of a rank's steps goes, and what they work on: sums that others read.
+"""Seconds of a rank by phase of the step, and counts of its work, for others to read.
 
-A step is cut into phases without a gap: entering one ends the one before it. Phases are of a kind:
+A step is cut into phases without a gap: entering one ends the one before it. Their kinds are:
 
     data         waiting for the next batch
     own          work that waits for nobody
     collective   sending, and waiting for the other ranks to come
-    pause        what is no step: first weights, validation, checkpoints
+    pause        work outside of steps: first weights, validation, checkpoints
 
 On a GPU a phase's time is the device's: an event is recorded where a phase begins and read when
 the device has passed it, so nothing is synchronised. Elsewhere it is the host's.
 
 Every rank enters the same phases in the same order, so the number of phases entered so far tells
-who is behind. It is read by a thread that goes on while this one waits in a collective.
+which rank is behind. A thread reads it that goes on while this one waits in a collective.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ encoder's gradients are exchanged in `encoder_backward`."""
 
 @dataclass(frozen=True)
 class Totals:
-    """Of one rank, since its process began.
+    """Sums of one rank since its process began.
 
     seconds: by phase; rows: own points; label_rows: own labels times points of global batches;
     tokens, cells: of own rows, without and with padding; checkpoint_seconds: from the beginning
@@ -80,9 +80,9 @@ COUNTS = tuple(each.name for each in fields(Totals) if each.name != "seconds")
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a rank's steps, each the mean of those since the last sample.
+    """Mean seconds of a rank's steps since the last sample.
 
-    step: all of it; own: without waiting for other ranks; data: of that, waiting for data.
+    step: the whole step; own: without waiting for other ranks; data: waiting for the next batch.
     """
 
     step: float
@@ -92,9 +92,9 @@ class Pace:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is.
+    """The step and phase that a rank is in.
 
-    step: that it works on, from 1; entered: phases so far; seconds: since the last of them.
+    step: counted from 1; entered: phases entered so far; seconds: since the last of them.
     """
 
     step: int
@@ -104,10 +104,10 @@ class Place:
 
 
 class Recorder:
-    """What one rank does; `enter` and the counts are called by it, the rest by anybody.
+    """Records the phases and counts of one rank, whose thread alone calls `enter` and `count`.
 
     paces: of every rank, in rank order, as of the last sample.
-    doing: how far it is, where that takes long and is no step.
+    doing: progress of long work outside of steps, for people.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -121,7 +121,7 @@ class Recorder:
         self.doing = ""
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The phase before ends, this one begins; `step`: its number from 1, where one begins."""
+        """Ends the current phase and begins `phase`; `step`, from 1, where a step begins."""
         before, _, entered, _ = self._place
         assert phase in KINDS
         self._clock.enter(phase)
@@ -129,7 +129,7 @@ class Recorder:
         self._place = (before if step is None else step, phase, entered + 1, time.monotonic())
 
     def each(self, items: Iterable[T], waiting: str, working: str) -> Iterator[T]:
-        """The items, in phase `waiting` until one comes, in `working` until the next is asked."""
+        """Yields items, in phase `waiting` until one comes and in `working` while it is used."""
         iterator, ended = iter(items), object()
         while True:
             self.enter(waiting)
@@ -145,7 +145,7 @@ class Recorder:
             self._counts[name] += amount
 
     def checkpointed(self, seconds: float, written: int) -> None:
-        """A checkpoint has ended, of which this rank wrote so many bytes."""
+        """Counts a checkpoint of which this rank wrote `written` bytes."""
         self.count(checkpoints=1, checkpoint_seconds=seconds, checkpoint_bytes=written)
 
     def totals(self) -> Totals:
@@ -156,7 +156,7 @@ class Recorder:
         return Place(step, phase, entered, time.monotonic() - since)
 
     def sample(self, ranks: Ranks) -> None:
-        """Exchanges the pace since the last sample with all ranks, which call this alike."""
+        """Exchanges the pace since the last sample with all ranks, which all call this."""
         totals, before = self.totals(), self._sampled
         self._sampled = totals
         steps = max(1, totals.steps - before.steps)
@@ -183,7 +183,7 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """Marks of the device's timeline, added up once it has passed them."""
+    """Sums the times between events on the device's timeline, once it has passed them."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(KINDS, 0.0)

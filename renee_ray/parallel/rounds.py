@@ -1,8 +1,8 @@
-"""Work that takes the ranks unequal time, in rounds that end together.
+"""Rounds of work that take the ranks unequal time and that end together.
 
-Texts of different lengths take minutes longer on one rank than on another. In a collective that
-comes only after all of them the fast ranks would wait for all of that, and time out; so the ranks
-meet after every batch, those that have none left too, and a wait is one of a batch at most.
+Texts of different lengths take one rank minutes longer than another. If the ranks met only at the
+end, the fast ones would run into the timeout of the collective. So they meet after every batch,
+also those that have no batch left, and no rank waits longer than one batch takes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from renee_ray.parallel.recorder import Recorder
 log = logging.getLogger(__name__)
 
 SAY_SECONDS = 15.0
-"""Between two lines of progress."""
+"""Seconds between two lines of progress."""
 
 
 @dataclass
 class Rounds:
-    """Rounds of one rank; all ranks have them at the same time, until every one is through.
+    """The rounds of one rank, which all ranks enter together until every one is through.
 
     what: what is embedded, for people; total: how many of these all ranks have, 0 if unknown.
-    recorder: is told what is done; say: is given a line of it now and then, on rank 0.
-    done: of all ranks, so far.
+    recorder: is told the progress; say: is given a line of it now and then, on rank 0.
+    done: embedded by all ranks so far.
     """
 
     ranks: Ranks
@@ -42,7 +42,7 @@ class Rounds:
         self._began = self._said = time.monotonic()
 
     def add(self, rows: int) -> int:
-        """Ends a round in which this rank has done `rows`; returns those of all ranks."""
+        """Ends a round in which this rank has embedded `rows`; returns the sum over all ranks."""
         self.recorder.enter("first_weights")
         everyone = sum(row_counts(self.ranks, rows))
         self.done += everyone
@@ -54,7 +54,7 @@ class Rounds:
         return everyone
 
     def finish(self) -> None:
-        """Takes part until no rank has anything left."""
+        """Takes part in rounds until no rank has anything left."""
         while self.add(0):
             pass
         self.recorder.doing = ""

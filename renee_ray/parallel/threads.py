@@ -1,4 +1,4 @@
-"""A call in a thread that may be given up."""
+"""Calls in threads that the end of the process does not wait for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def in_thread(call: Callable[[], T], name: str) -> Future[T]:
-    """Calls in a daemon thread, which does not keep the process alive; its result, or its error."""
+    """Starts `call` in a daemon thread, which does not keep the process alive."""
     future: Future[T] = Future()
 
     def run() -> None:

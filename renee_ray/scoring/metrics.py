@@ -93,7 +93,7 @@ class MetricSums:
         ks: tuple[int, ...] = KS,
         recall_ks: tuple[int, ...] = RECALL_KS,
     ) -> MetricSums:
-        """Inverse of `vector`, whose sum over ranks it may hold."""
+        """Reverses `vector`, also of a sum over ranks."""
         flat = np.array(vector, dtype=np.float64)
         split = 1 + 6 * len(ks)
         if flat.shape != (split + len(recall_ks),):
@@ -102,7 +102,7 @@ class MetricSums:
         return cls(tuple(ks), tuple(recall_ks), float(flat[0]), at_k, flat[split:])
 
     def vector(self) -> Floats:
-        """float64 [1 + 6 len(ks) + len(recall_ks)], additive: what an all-reduce sums."""
+        """Flattens the sums for an all-reduce: float64 [1 + 6 len(ks) + len(recall_ks)]."""
         return np.concatenate([[self.points], self.at_k.ravel(), self.recall])
 
     def __add__(self, other: MetricSums) -> MetricSums:
@@ -165,11 +165,11 @@ class MetricSums:
 
     @property
     def any_label(self) -> bool:
-        """Whether a point has a true label; without one every metric is 0, and says nothing."""
+        """Whether any point has a true label; without one every metric is a meaningless 0."""
         return bool((self.at_k[_PS_BEST] > 0).any())  # an inverse propensity is at least 1
 
     def metrics(self) -> dict[str, float]:
-        """Percent, by name and cut-off: "P@1", "nDCG@3", "PSP@5", "PSnDCG@1", "recall@10", ..."""
+        """Returns percent by name and cut-off: "P@1", "nDCG@3", "PSP@5", "recall@10", ..."""
         families = {
             "P": _ratio(self.at_k[_HITS], self.points),
             "nDCG": _ratio(self.at_k[_NDCG], self.points),
@@ -192,7 +192,7 @@ class MetricSums:
 def _hits(
     predicted: Ints, labels_values: Ints, per_point: Ints
 ) -> tuple[npt.NDArray[np.bool_], Ints]:
-    """Which predictions are true labels, and where in `labels_values`: bool [n, K], int64 [n, K].
+    """Finds the predictions that are true labels: (bool [n, K], places in `labels_values` [n, K]).
 
     Ids are first numbered densely, so that (point, number) fits one int64 key whatever the ids are.
     """
@@ -212,14 +212,14 @@ def _hits(
 
 
 def _best_first(weights: Floats, offsets: Ints, per_point: Ints) -> tuple[Floats, Ints]:
-    """Each point's weights, largest first, and their ranks from 0: float64 [m], int64 [m]."""
+    """Sorts each point's weights, largest first: (float64 [m], ranks from 0 int64 [m])."""
     point = np.repeat(np.arange(len(per_point)), per_point)
     order = np.lexsort((-weights, point))
     return weights[order], np.arange(len(weights)) - offsets[point]
 
 
 def _ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Floats:
-    """numerator / denominator, float64, with 0 where the denominator is 0."""
+    """Divides, in float64, with 0 where the denominator is 0."""
     top, bottom = np.broadcast_arrays(np.asarray(numerator, dtype=np.float64), denominator)
     return np.divide(top, bottom, out=np.zeros(top.shape), where=bottom != 0)
 

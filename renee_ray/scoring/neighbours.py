@@ -1,4 +1,4 @@
-"""What the nearest training points are labelled with, as votes beside the classifier's scores.
+"""Votes of the nearest training points for their labels, added to the classifier's scores.
 
 With u the embedding without the encoder's constant, scaled to norm 1, and S(x) the `count`
 training points whose cosine u_i . u_x is largest (of equal ones at the cut, any or all):
@@ -11,7 +11,14 @@ The interpolation of Khandelwal et al. (ICLR 2020) with logits instead of probab
 classifier is a mean over a label's points, a vote is not, and they err differently. A rank's
 training points are a shard like that of the classifier, with their embeddings in place of W,
 so the streaming top-k of `xfc/topk/select.py` finds them; their labels stay with them, and only the
-votes travel. Takes 4 D bytes for each of a rank's points.
+votes travel. A rank needs 4 D bytes for each of its points.
+
+Ledger, for a global batch of B rows, of which rank r of R holds b_r, and n_r voters of rank r:
+
+    points       [n_r, D]         float32  unit embeddings of this rank's training points
+    cosines      [B, count]       float32  of the nearest points of this rank
+    nearest      [b_r, R count]   float32  of the nearest points of every rank, for own rows
+    last, total  [B, 1]           float32  the cut that makes S(x), and the sum of c_i over it
 """
 
 from __future__ import annotations
@@ -33,17 +40,17 @@ from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 from renee_ray.xfc.weights.storages import Weights
 
 POWER = 8
-"""How much more a nearer point counts."""
+"""Exponent of the cosine: a nearer point counts for more."""
 RERANKED = 200
-"""Of the classifier's labels, the votes can lift only these best ones, or k if that is more."""
+"""Best labels of the classifier that votes can lift, or k if that is more."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """One rank's share of the training points, as voters.
 
-    points: a shard with their unit embeddings as rows; labels: theirs, in the same order.
-    constant: float32 [D], the encoder's, which all embeddings have in common.
+    points: a shard whose rows are their unit embeddings; labels: theirs, in the same order.
+    constant: float32 [D], the encoder's constant, which all embeddings contain.
     """
 
     points: Shard
@@ -64,7 +71,7 @@ class Neighbours:
         count: int,
         weight: float,
     ) -> Neighbours:
-        """Embeds this rank's training points, `batches`; every rank may have another number."""
+        """Embeds this rank's training points. Ranks may have different numbers of batches."""
         encoder.eval()
         rows, labels = [torch.zeros(0, encoder.dim, device=device)], [Ragged.of_lists([])]
         rounds = Rounds(ranks, "training points")
@@ -91,7 +98,7 @@ class Neighbours:
         best: tuple[Tensor, Tensor],
         k: int,
     ) -> tuple[Tensor, Tensor]:
-        """The k best of each own row's candidates once the votes are added.
+        """Adds the votes to each own row's candidates and keeps the k best.
 
         Args:
             embeddings: [B, D] float32 of the global batch; counts: rows of each rank in it.
@@ -102,10 +109,12 @@ class Neighbours:
         """
         scores, labels = best[0].cpu(), best[1].cpu()
         rows, voted, votes = self._votes(embeddings, counts)
-        return merge_topk([scores + self.weight * _of(labels, rows, voted, votes)], [labels], k)
+        return merge_topk(
+            [scores + self.weight * _votes_for(labels, rows, voted, votes)], [labels], k
+        )
 
     def _votes(self, embeddings: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(row among own rows, label, vote) [m] in host memory; a pair may come repeatedly."""
+        """Returns (own row, label, vote) [m] in host memory; a pair may come repeatedly."""
         cosines, ids = shard_topk(self.points, _unit(embeddings - self.constant), self.count)
         nearest = torch.cat(return_rows(self.ranks, cosines, counts), dim=1)
         last = nearest.topk(self.count, dim=1).values[:, -1:]
@@ -125,20 +134,20 @@ class Neighbours:
         )
 
 
-def _of(labels: Tensor, rows: Tensor, voted: Tensor, votes: Tensor) -> Tensor:
-    """Sum of the votes for each of labels int64 [b, k]; float32 [b, k], 0 for those without."""
+def _votes_for(labels: Tensor, rows: Tensor, voted: Tensor, votes: Tensor) -> Tensor:
+    """Sums the votes for each of labels int64 [b, k]; float32 [b, k], 0 for those without."""
     if not len(rows):
         return torch.zeros(labels.shape)
     width = int(torch.maximum(labels.max(), voted.max())) + 1
     keys, place = (rows * width + voted).unique(return_inverse=True)
     sums = torch.zeros(len(keys)).index_add_(0, place, votes)
-    wanted = torch.arange(len(labels))[:, None] * width + labels
-    at = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    return sums[at] * ((keys[at] == wanted) & (labels != NONE))
+    queries = torch.arange(len(labels))[:, None] * width + labels
+    at = torch.searchsorted(keys, queries).clamp(max=len(keys) - 1)
+    return sums[at] * ((keys[at] == queries) & (labels != NONE))
 
 
 def _strength(cosines: Tensor) -> Tensor:
-    """c_i; 0 for the cosine -inf of a place that no point fills."""
+    """Returns c_i; 0 for the cosine -inf of a place that no point fills."""
     return cosines.clamp(min=0) ** POWER
 
 

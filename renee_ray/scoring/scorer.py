@@ -1,8 +1,12 @@
 """Predicting and evaluating across label shards: every rank ends with its own rows' results.
 
-For a global batch: embeddings of all rows to every rank, a streaming top-k of each shard,
-each rank's rows of it back to that rank (all-to-all), a merge of R lists there. Nothing of
-[rows, labels] exists, and no rank holds what is another's.
+Ledger, for a global batch of B rows, of which rank r of R holds b_r, and L labels:
+
+    everyone   [B, D]                 embeddings, gathered on every rank
+    scores     [B, min(k, L / R)]     best labels of this rank's shard, by a streaming top-k
+    best       [b_r, k]               own rows' lists of all ranks (all-to-all), merged
+
+No matrix [B, L] ever exists, and no rank holds another's labels.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import Encoder
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import (
@@ -26,7 +30,7 @@ from renee_ray.parallel.collectives import (
     route,
     row_counts,
 )
-from renee_ray.scoring.metrics import KS, MetricSums, inverse_propensity
+from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
@@ -50,7 +54,7 @@ class Scorer:
 
     @torch.inference_mode()
     def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """The k best labels of this rank's rows, filter labels left out before the cut.
+        """Finds the k best labels of this rank's rows; filter labels are removed before the cut.
 
         Returns:
             (scores float32 [b, k] descending, labels int64 [b, k]) in host memory; label -1
@@ -64,20 +68,20 @@ class Scorer:
         everyone = gather_rows(self.ranks, own, counts)
         excluded = Pairs(*pairs, owned, self.device)
         k = min(k, owned.num_labels)
-        wanted = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
-        width = min(wanted, _largest_shard(owned.num_labels, self.ranks.num_ranks))
+        candidates = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
+        width = min(candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks))
         scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
         best = merge_topk(
             return_rows(self.ranks, scores, counts),
             return_rows(self.ranks, labels, counts),
-            wanted,
+            candidates,
         )
         if self.neighbours is not None:
             return self.neighbours.add(everyone, counts, best, k)
         return best[0].cpu(), best[1].cpu()
 
     def predict(self, batches: Iterable[Batch], k: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """(batch, scores, labels) of each batch. All ranks must draw equally many."""
+        """Yields (batch, scores, labels). All ranks must draw equally many batches."""
         training = self.encoder.training
         self.encoder.eval()
         try:
@@ -92,7 +96,7 @@ def _largest_shard(num_labels: int, num_ranks: int) -> int:
 
 
 def topk_bytes(rows: int, k: int, num_labels: int, num_ranks: int) -> int:
-    """Bytes, about, that a rank takes for the k best labels of a global batch of so many rows.
+    """Estimates the bytes that a rank needs for the k best labels of a global batch of `rows`.
 
     A pair of score and label takes 12 bytes. Each thread collects 2 k a row and sorts them; the
     shards' lists are joined, sent, and merged.
@@ -102,15 +106,15 @@ def topk_bytes(rows: int, k: int, num_labels: int, num_ranks: int) -> int:
 
 
 def read_counts(dataset: Dataset, owned: LabelRange) -> np.ndarray:
-    """Training points int64 [n] of a range of labels; no augmentation has touched them."""
+    """Reads the numbers of training points, int64 [n], of a range of labels, unaugmented."""
     table = dataset.read_rows("labels", owned.start, owned.stop, ["train_count"])
     return table["train_count"].to_numpy()
 
 
 def prior_offset(counts: np.ndarray, tau: float, device: torch.device) -> Tensor | None:
-    """-tau * log n_l, the logit adjustment of Menon et al. (ICLR 2021), float32 [n].
+    """Returns -tau * log n_l, the logit adjustment of Menon et al. (ICLR 2021), float32 [n].
 
-    Scores then rank labels as if rare ones were more frequent; None for tau 0.
+    Scores then rank labels as if rare ones were more frequent. None for tau 0.
     """
     if not tau:
         return None
@@ -119,7 +123,7 @@ def prior_offset(counts: np.ndarray, tau: float, device: torch.device) -> Tensor
 
 @dataclass(frozen=True)
 class Propensities:
-    """Inverse propensities of a rank's own labels, float64; those of others are asked for."""
+    """Inverse propensities of a rank's own labels, float64 [n], which other ranks look up."""
 
     own: Tensor
     owned: LabelRange
@@ -127,7 +131,7 @@ class Propensities:
 
     @classmethod
     def read(cls, dataset: Dataset, owned: LabelRange, ranks: Ranks) -> Propensities:
-        """From the counts of the labels that this rank owns."""
+        """Computes them from the counts of the labels that this rank owns."""
         manifest = dataset.manifest
         points = manifest.num_points("train") + manifest.num_points("validation")
         own = inverse_propensity(
@@ -136,7 +140,7 @@ class Propensities:
         return cls(torch.from_numpy(own), owned, ranks)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
-        """float64 [m] of any labels int64 [m]; every rank must ask at the same time."""
+        """Looks up labels int64 [m]; float64 [m]. Every rank must ask at the same time."""
         asked = torch.from_numpy(labels)
         answer = look_up(self.ranks, asked, self.own, self.owned.start, self.owned.num_labels)
         return answer.numpy()
@@ -147,9 +151,9 @@ def evaluate(
     batches: Iterable[Batch],
     propensities: Propensities,
     ks: tuple[int, ...] = KS,
-    recall_ks: tuple[int, ...] = (10, 100),
+    recall_ks: tuple[int, ...] = RECALL_KS,
 ) -> dict[str, float]:
-    """Metrics in percent of all ranks' rows together."""
+    """Returns the metrics of all ranks' rows together, in percent."""
     return metric_sums(scorer, batches, propensities, ks, recall_ks).metrics()
 
 
@@ -158,9 +162,9 @@ def metric_sums(
     batches: Iterable[Batch],
     propensities: Propensities,
     ks: tuple[int, ...] = KS,
-    recall_ks: tuple[int, ...] = (10, 100),
+    recall_ks: tuple[int, ...] = RECALL_KS,
 ) -> MetricSums:
-    """The sums that they come from."""
+    """Sums up the metrics of all ranks' rows together."""
     sums = MetricSums.zeros(ks, recall_ks)
     for batch, _, labels in scorer.predict(batches, max(*ks, *recall_ks)):
         true = batch.labels

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
 from renee_ray.data.rows import BATCH, Window
 from renee_ray.parallel.batch import Batch, Position, cut_batches

@@ -26,6 +26,7 @@ from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import (
+    PendingRows,
     Ranks,
     all_sum,
     announce,
@@ -116,7 +117,7 @@ class Step:
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
                 return StepResult(zero, total, skipped=True, wishes=wishes)
 
-            pending: list[scatter_rows] = []
+            pending: list[PendingRows] = []
             enter("classifier")
             loss = self.shard.step(
                 everyone,

@@ -14,7 +14,7 @@ from renee_ray.benchmarks import bare, processes
 from renee_ray.benchmarks.bare import Clock, Job, held_batches, measure, weight_norms
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.model.model import Model
 from renee_ray.parallel.collectives import Ranks

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from renee_ray.data import dataset as layout
 from renee_ray.data import split
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Dataset, DatasetError, Manifest, Part
+from renee_ray.data.dataset import Dataset, DatasetError, Manifest, Part, writer
 from renee_ray.data.split import Shuffle, splitmix64
 
 from .tiny import make_splits
@@ -54,7 +54,7 @@ def label_table(start: int, stop: int) -> pa.Table:
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """2,500 labels in parts of 2000 (two row groups), 0 and 500."""
-    monkeypatch.setattr(layout, "ROW_GROUP_ROWS", 1024)
+    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 1024)
     path = str(tmp_path / "set")
     make_splits(path)
     parts = []
@@ -125,22 +125,30 @@ def test_manifest_survives_its_json() -> None:
     [
         ({"format_version": 1}, "format version 1 and this renee_ray reads version 3; convert"),
         ({"format_version": None}, "format version None"),
-        ({"max_length": "128"}, "max_length='128' instead of a int"),
+        ({"max_length": "128"}, "max_length='128': input should be a valid integer; convert"),
         ({"max_length": True}, "max_length=True"),
-        ({"tokenizer": None}, "tokenizer=None instead of a str"),
+        ({"tokenizer": None}, "tokenizer=None: input should be a valid string"),
         ({"num_labels": -1}, "num_labels=-1"),
         ({"other_texts": None}, "other_texts=None"),
         ({"other_texts": [3]}, r"other_texts=\[3\]"),
+        (
+            {"num_labels": 2**62},
+            "num_labels=4611686018427387904: .* less than",
+        ),
+        ({"propensity_a": -1}, "propensity_a=-1: .* greater than or equal to 0"),
+        ({"propensity_b": "1"}, "propensity_b='1': "),
+        ({"has_label_texts": 1}, "has_label_texts=1: "),
+        ({"labels_hash": "0"}, "labels_hash='0': "),
         ({"num_labels": 5}, "num_labels=5 but 0 rows in its labels parts"),
         ({"splits": []}, r"splits=\[\]"),
         ({"splits": {}}, r"splits\.train=None"),
         ({"path": "/etc/part.parquet"}, "outside the dataset's directory, '/etc/part.parquet'"),
         ({"path": "train/../../x"}, "outside the dataset's directory, 'train/../../x'"),
         ({"path": "s3://bucket/x"}, "outside the dataset's directory"),
-        ({"rows": -3}, "has the part"),
-        ({"rows": 1.5}, "has the part"),
-        ({"size": -1}, "has the part"),
-        ({"sha256": "../x"}, "has the part"),
+        ({"rows": -3}, r"splits\.train\.0\.rows=-3: "),
+        ({"rows": 1.5}, r"splits\.train\.0\.rows=1\.5: "),
+        ({"size": -1}, r"splits\.train\.0\.size=-1: "),
+        ({"sha256": "../x"}, r"splits\.train\.0\.sha256='\.\./x': "),
         ({"first": 2}, "at row 2 instead of 0"),
     ],
 )

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.data.dataset.dataset import MANIFEST, Dataset
-from renee_ray.data.dataset.destination import CLAIM, SCRATCH, TEMPORARY, Destination
+from renee_ray.data.dataset import DATASET, MANIFEST, Dataset
+from renee_ray.data.destination import SCRATCH, Destination, refuse_overlap
 from renee_ray.data.storage import overlap
 from renee_ray.errors import ReneeError
 
 from .tiny import write_tiny
 
 PARTS = ["train/part-00000.parquet", "labels/part-00000.parquet"]
+CLAIM = DATASET.claim
 SIGNATURE = "ab" * 32
 
 
@@ -26,7 +27,9 @@ def dst(tmp_path: Path) -> Path:
 
 
 def destination(dst: Path, *, overwrite: bool = False) -> Destination:
-    return Destination(str(dst), str(dst.parent / "src"), overwrite)
+    made = Destination(str(dst), DATASET, overwrite)
+    made.check()
+    return made
 
 
 def write(path: Path, content: bytes = b"the user's") -> Path:
@@ -47,7 +50,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
     return found
 
 
-NEEDED = [*PARTS, "test/part-0.parquet", MANIFEST, CLAIM, *TEMPORARY, "_scratch/x", "train"]
+NEEDED = [*PARTS, "test/part-0.parquet", MANIFEST, CLAIM, *DATASET.temporary, "_scratch/x", "train"]
 OTHERS = ["notes.txt", "train/notes.txt", "validation/part-1.parquet.bak", "more/x.parquet"]
 
 
@@ -65,7 +68,7 @@ def test_a_place_that_is_needed(dst: Path, name: str, overwrite: bool) -> None:
 def test_other_files_are_refused_or_left_alone(dst: Path, name: str) -> None:
     write(dst / name)
     with pytest.raises(
-        ReneeError, match=rf"holds other things \('{name.removesuffix('/x.parquet')}"
+        ReneeError, match=rf"holds other files \('{name.removesuffix('/x.parquet')}"
     ):
         destination(dst)
     kept = destination(dst, overwrite=True)
@@ -108,6 +111,17 @@ def test_a_claim_that_was_cut_off_while_it_was_written(dst: Path) -> None:
     assert not made.claim(SIGNATURE)
     made.release()
     assert tree(dst) == {}
+
+
+def test_a_claim_of_the_version_before(dst: Path) -> None:
+    """It called the files `parts`; its parts make way, and its scratch files are used again."""
+    claim = {"signature": SIGNATURE, "parts": PARTS, "writing": False, "stale": False}
+    write(dst / CLAIM, json.dumps(claim).encode())
+    write(dst / PARTS[0], b"ours")
+    made = destination(dst)
+    assert made.claim(SIGNATURE)
+    made.declare(PARTS[1:])
+    assert not (dst / PARTS[0]).exists()
 
 
 def test_overwriting_replaces_what_the_manifest_names(dst: Path) -> None:
@@ -160,9 +174,9 @@ def test_a_file_that_comes_later(dst: Path) -> None:
 def test_files_of_a_user_beside_scratch_files(dst: Path) -> None:
     made = destination(dst)
     made.claim(SIGNATURE)
-    write(Path(made.scratch) / "done" / "x", b"ours")
+    write(Path(made.scratch(SIGNATURE)) / "done" / "x", b"ours")
     write(dst / SCRATCH / "mine")
-    with pytest.raises(ReneeError, match=r"holds other things \('_scratch/mine'\)"):
+    with pytest.raises(ReneeError, match=r"holds other files \('_scratch/mine'\)"):
         destination(dst)
     made.release()
     assert tree(dst) == {SCRATCH: None, f"{SCRATCH}/mine": b"the user's"}
@@ -204,4 +218,4 @@ def test_paths_that_overlap(tmp_path: Path, paths: Callable[[Path], tuple[str, s
     assert overlap(one, other) and overlap(other, one) and overlap(one, one)
     assert not overlap(one, f"{one.rstrip('/')}-other") and not overlap("memory://a", "/a")
     with pytest.raises(ReneeError, match="are the same, or one is in the other"):
-        Destination(one, other, overwrite=True)
+        refuse_overlap(one, other)

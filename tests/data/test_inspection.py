@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from renee_ray.cli.main import main
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Dataset, DatasetError
+from renee_ray.data import dataset as layout
+from renee_ray.data.dataset import Dataset, DatasetError
 from renee_ray.data.dataset.inspection import inspect
 
 from .tiny import make_splits

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, ROW, read_window
 from renee_ray.parallel.batch import Batch, Position, cut_batches

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Dataset, Manifest, Part
+from renee_ray.data import dataset as layout
+from renee_ray.data.dataset import Dataset, Manifest, Part
 from renee_ray.data.storage import make_directory
 
 PAD = 0

@@ -17,8 +17,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from renee_ray.config.schema import ConvertConfig
-from renee_ray.data.dataset.dataset import MANIFEST, SPLITS, Dataset, Manifest
-from renee_ray.data.dataset.destination import CLAIM, SCRATCH, TEMPORARY
+from renee_ray.data.dataset import DATASET, MANIFEST, SPLITS, Dataset, Manifest
+from renee_ray.data.destination import SCRATCH
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert.convert import convert
 
@@ -198,8 +198,8 @@ def plant(rng: Rng, dst: Path) -> dict[str, bytes | None]:
     """Puts some files of a user's there, and returns them."""
     names = [*OTHERS * 4, "empty/", "train/", "deep/er/", f"{SCRATCH}/", "link", *NEEDED]
     declared = set()
-    if (dst / CLAIM).exists():
-        declared = {*json.loads((dst / CLAIM).read_text())["parts"], *TEMPORARY}
+    if (dst / DATASET.claim).exists():
+        declared = {*json.loads((dst / DATASET.claim).read_text())["files"], *DATASET.temporary}
     mine: dict[str, bytes | None] = {}
     for name in rng.permutation(np.array(names))[: rng.choice([0, 0, 1, 2, 3])]:
         path = dst / str(name)
@@ -248,7 +248,7 @@ def case(seed: int, place: Path, tokenizer: str) -> str:
     config = ConvertConfig(**fixed, validation=float(rng.choice([0, 0.3])))
     draw_source(rng, place / "src")
     dst = draw_destination(rng, place, config)
-    claimed, mine = (dst / CLAIM).exists(), plant(rng, dst)
+    claimed, mine = (dst / DATASET.claim).exists(), plant(rng, dst)
     overwrite = bool(rng.random() < 0.6)
     refusal = None
     try:
@@ -256,8 +256,8 @@ def case(seed: int, place: Path, tokenizer: str) -> str:
     except ReneeError as error:
         refusal = error
     check(dst, mine, refusal)
-    if not claimed and not any(name.startswith((SCRATCH, CLAIM)) for name in mine):
-        assert not (dst / SCRATCH).exists() and not (dst / CLAIM).exists(), refusal
+    if not claimed and not any(name.startswith((SCRATCH, DATASET.claim)) for name in mine):
+        assert not (dst / SCRATCH).exists() and not (dst / DATASET.claim).exists(), refusal
         left = {path for name in SPLITS for path in dst.glob(f"{name}/part-*")}
         assert (dst / MANIFEST).exists() or {str(p.relative_to(dst)) for p in left} <= set(mine)
     return "converted" if refusal is None else str(refusal)[-40:]

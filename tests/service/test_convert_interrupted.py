@@ -17,7 +17,7 @@ import tenacity
 from tokenizers import Tokenizer, models
 
 from renee_ray.config.schema import ConvertConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 from renee_ray.service.convert import plan as convert_plan

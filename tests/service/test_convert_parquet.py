@@ -14,7 +14,7 @@ import pytest
 
 from renee_ray.cli.main import main
 from renee_ray.config.schema import ConvertConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.sources import lines
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service

@@ -8,7 +8,7 @@ import pytest
 
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 

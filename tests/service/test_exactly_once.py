@@ -17,7 +17,7 @@ import torch
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.parallel.batch import Position, Ragged
 from renee_ray.service.bench.feed import pair_checksum
 from renee_ray.service.launch import launch

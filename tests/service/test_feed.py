@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from renee_ray.data.dataset.dataset import Dataset, write_manifest, write_part
+from renee_ray.data.dataset import Dataset, write_manifest, write_part
 from renee_ray.data.order import Order, training_order
 from renee_ray.parallel.batch import Batch, Position
 from renee_ray.service.feed import feed
@@ -171,7 +171,7 @@ def test_label_texts_come_as_points(opened: Dataset) -> None:
 MEASURE = """
 import json, resource, sys
 import ray
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.service.feed import feed
 from renee_ray.parallel.batch import Position

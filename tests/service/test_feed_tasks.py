@@ -6,7 +6,7 @@ import hashlib
 
 from ray import cloudpickle
 
-from renee_ray.data.dataset.dataset import FORMAT_VERSION, Dataset, Manifest, Part, part_path
+from renee_ray.data.dataset import FORMAT_VERSION, Dataset, Manifest, Part, part_path
 from renee_ray.data.order import OTHER_TEXTS, Order, training_order
 from renee_ray.data.rows import Window
 from renee_ray.parallel.batch import Position

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Dataset, add_hashes, hash_labels
+from renee_ray.data import dataset as layout
+from renee_ray.data.dataset import Dataset, add_hashes, hash_labels
 from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.labels import check_labels

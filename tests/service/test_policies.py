@@ -12,7 +12,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from renee_ray.data.dataset.dataset import DatasetError
+from renee_ray.data.dataset import DatasetError
 from renee_ray.errors import ReneeError
 from renee_ray.service.policies import CODE_RESTARTS, Failures, user_error, workers_beside_reading
 

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.cli.main import main
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data import dataset as layout
+from renee_ray.data.dataset import Dataset
+from renee_ray.service.score.predictions import part_name
 
 from .conftest import TESTS, Run
 
@@ -283,8 +284,10 @@ def test_a_taken_destination_is_refused(
 ) -> None:
     destination = tmp_path / "taken"
     destination.mkdir()
-    (destination / "predictions.json").write_text('{"k": 5, "step": 3}')
-    (destination / "part-00000-00000.parquet").write_text("precious")
+    name = part_name(0)
+    made = {"k": 5, "step": 3, "files": [name]}
+    (destination / "_predictions.json").write_text(json.dumps(made))
+    (destination / name).write_text("precious")
     assert main(["predict", trained.path, dataset, str(destination)]) == 1
     error = capsys.readouterr().err
     assert "overwrite=true" in error and error.count("\n") == 1
@@ -293,7 +296,7 @@ def test_a_taken_destination_is_refused(
     run = str(tmp_path / "norun")
     assert main(["predict", run, dataset, str(destination), "overwrite=true"]) == 1
     assert "norun" in capsys.readouterr().err
-    assert (destination / "part-00000-00000.parquet").read_text() == "precious"
+    assert (destination / name).read_text() == "precious"
 
 
 def test_more_labels_than_there_are(

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
 
-from renee_ray.data.dataset.dataset import Dataset, Part
+from renee_ray.data.dataset import Dataset, Part
 from renee_ray.data.order import scoring_order
 from renee_ray.data.rows import read_window
 from renee_ray.parallel.batch import Position, cut_batches

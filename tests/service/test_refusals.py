@@ -13,9 +13,9 @@ import transformers as hf
 
 from renee_ray.cli.main import main
 from renee_ray.config.schema import RunConfig
+from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.train.train import train
 

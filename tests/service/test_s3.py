@@ -24,7 +24,7 @@ import pytest
 import ray
 
 from renee_ray.cli.main import main
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 
 from .conftest import TESTS, Run, descendants
 from .gateway import BUCKET, SECRET_KEY, Gateway

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 
 from .conftest import Command, end, finish, start
 from .gateway import ACCESS_KEY, BUCKET, SECRET_KEY, Gateway

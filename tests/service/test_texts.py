@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.score import texts as service
 

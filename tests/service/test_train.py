@@ -18,7 +18,7 @@ from renee_ray.checkpoint.state import State
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.errors import ReneeError
 from renee_ray.report.status import STATUS_FILE

@@ -116,9 +116,16 @@ def opened(run: Path) -> Checkpoint:
     return Checkpoints(str(run)).at(NAME)
 
 
-@pytest.mark.parametrize("precision", STORAGES)
-@pytest.mark.parametrize("writers", [1, 3, 20])
-@pytest.mark.parametrize("readers", [1, 2, 5, 20])
+WRITERS, READERS = (1, 3, 20), (1, 2, 5, 20)
+TRIPLES = [
+    (precision, WRITERS[(i + j) % len(WRITERS)], readers)
+    for i, precision in enumerate(STORAGES)
+    for j, readers in enumerate(READERS)
+]
+"""Every pair of a storage, a number of writers and one of readers, though not every triple."""
+
+
+@pytest.mark.parametrize(("precision", "writers", "readers"), TRIPLES)
 def test_any_number_of_ranks_reads_what_any_number_wrote(
     tmp_path: Path, precision: str, writers: int, readers: int
 ) -> None:
@@ -362,6 +369,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a negative size": lambda d: edit(d, lambda m: m["files"][SECOND].update(bytes=-7)),
     "unknown field": lambda d: edit(d, lambda m: m["state"].update(more=3)),
     "no position": lambda d: edit(d, lambda m: m["state"].pop("position")),
+    "a negative position": lambda d: edit(
+        d, lambda m: m["state"].update(position={"epoch": 0, "batch": -1})
+    ),
     "a step that is no number": lambda d: edit(d, lambda m: m["state"].update(step="31")),
     "a figure that is none": lambda d: edit(d, lambda m: m["state"].update(best={"P@1": "7"})),
     "history is no list": lambda d: edit(d, lambda m: with_history(m, {"steps": 3})),

@@ -69,7 +69,7 @@ def saved_step(checkpoint: Checkpoint) -> int:
 
 
 def writer_of(run: Path, ranks: Ranks | None = None, **more: Any) -> CheckpointWriter:
-    return CheckpointWriter(Checkpoints(str(run)), ranks or Ranks(), 2, METRIC, **more)
+    return CheckpointWriter(Checkpoints(str(run)), ranks or Ranks(), 2, METRIC, **more).start()
 
 
 def steps(run: Path) -> list[int]:

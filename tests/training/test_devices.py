@@ -66,7 +66,7 @@ class Run:
              "classifier": {"precision": precision, "learning_rate": 0.05}},
         )  # fmt: skip
         self.model, checkpoint, moments = resume(self.checkpoints, Ranks(), self._build)
-        self.writer = CheckpointWriter(self.checkpoints, Ranks(), 1, "P@1")
+        self.writer = CheckpointWriter(self.checkpoints, Ranks(), 1, "P@1").start()
         self.writer.reserve(self.model.encoder, self.model.shard)
         owned = LabelRange(0, LABELS, LABELS)
         self.trainer = Trainer(

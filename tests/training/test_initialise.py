@@ -12,7 +12,7 @@ from torch import nn
 
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.model import initialise as initialise_module
 from renee_ray.model.initialise import embed_texts, initialise_classifier
@@ -90,7 +90,7 @@ def initialise(
     model = Model(encoder, shard)  # type: ignore[arg-type]
     config, recorder = config_of(init_centroid=centroid), Recorder()
     points = lambda: batches_of(dataset, ranks)  # noqa: E731
-    initialise_classifier(model, config, dataset, points, ranks, device, recorder)
+    initialise_classifier(model, config, dataset, points, ranks, recorder)
     assert encoder.training, "the mode is put back"
     return {"weight": shard.weights.weight.read(0, len(owned)).cpu().clone(),
             "constant": encoder.constant.cpu().clone(),
@@ -217,7 +217,7 @@ def test_a_batch_without_any_label_adds_nothing(dataset: Dataset) -> None:
     bare = replace(batch, labels=Ragged.of_lists([[]] * len(batch)))
     own = torch.ones(len(batch), DIM)
     owned = LabelRange(0, 11, 11)
-    initialise_module._add_to_centroids(centroids, bare, own, owned, Ranks(), CPU)
+    initialise_module._add_to_centroids(centroids, bare, own, owned, Ranks())
     assert not centroids.any()
 
 
@@ -237,7 +237,7 @@ def test_normal_needs_neither_texts_nor_points(tmp_path: Path, dataset: Dataset)
 
     config = config_of(init="normal", init_std=0.5)
     model = Model(Bag(), shard)  # type: ignore[arg-type]
-    initialise_classifier(model, config, dataset, points, Ranks(), CPU)
+    initialise_classifier(model, config, dataset, points, Ranks())
     assert 0.3 < float(shard.weights.weight.read(0, 11).std()) < 0.7
 
 
@@ -246,4 +246,4 @@ def test_neither_texts_nor_centroids_is_refused(dataset: Dataset) -> None:
     shard = Shard(LabelRange(0, 11, 11), Weights("fp32", 11, DIM, False, CPU))
     model = Model(Bag(), shard)  # type: ignore[arg-type]
     with pytest.raises(ReneeError, match=r"set classifier\.init=normal"):
-        initialise_classifier(model, config_of(init_centroid=0), bare, lambda: [], Ranks(), CPU)
+        initialise_classifier(model, config_of(init_centroid=0), bare, lambda: [], Ranks())

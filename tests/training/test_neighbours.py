@@ -113,11 +113,24 @@ def dense(count: int, weight_of_votes: float = WEIGHT) -> list[list[tuple[float,
     return [[(-s, i) for s, i in row] for row in rows]
 
 
+COUNTS = (1, 5, TRAINING + 7)
+Runs = dict[int, list[dict[int, dict[str, torch.Tensor]]]]
+
+
+def predict_all(ranks: Ranks) -> dict[int, dict[str, torch.Tensor]]:
+    return {count: predict(ranks, count) for count in COUNTS}
+
+
+@pytest.fixture(scope="module")
+def runs() -> Runs:
+    """By number of ranks: all counts in one group of processes, whose start takes the time."""
+    return {n: [predict_all(Ranks())] if n == 1 else on_ranks(n, predict_all) for n in WORLD_SIZES}
+
+
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
-@pytest.mark.parametrize("count", [1, 5, TRAINING + 7])
-def test_votes_equal_brute_force(num_ranks: int, count: int) -> None:
-    alone = num_ranks == 1
-    results = [predict(Ranks(), count)] if alone else on_ranks(num_ranks, predict, count)
+@pytest.mark.parametrize("count", COUNTS)
+def test_votes_equal_brute_force(runs: Runs, num_ranks: int, count: int) -> None:
+    results = [each[count] for each in runs[num_ranks]]
     # The second global batch is dealt to the ranks, the first lies on rank 0.
     scores = torch.cat([r["scores"] for r in results])
     labels = torch.cat([r["labels"] for r in results])

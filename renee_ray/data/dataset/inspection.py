@@ -1,9 +1,9 @@
-"""What a dataset holds, and whether that is what its manifest and its schemas say.
+"""Summarises a dataset, and verifies it against its manifest and schemas.
 
-Every part is read once, by a few threads, and leaves only counts. Between parts the checks
-compare sums that do not depend on order: of the ids of training points, and of each label
-weighted by a hash, so that no list of points and no count for each label is kept. The one
-array over labels has a byte each, for `is_point`.
+A few threads read every part once and keep only its counts. Checks between parts compare sums
+that do not depend on order: of hashed point ids, and of hashed labels over all (point, label)
+pairs. So no list of points and no count for each label is kept. The only array over labels has a
+byte for each, for `is_point`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset.dataset import (
+from renee_ray.data.dataset import (
     MANIFEST,
     Dataset,
     DatasetError,
@@ -37,15 +37,15 @@ from renee_ray.errors import ReneeError, reason
 POINT_SPLITS = ("train", "validation", "test")
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 WINDOW, STREAMS = 64, 8
-"""Batches and pieces of a batch that are ordered by length together, as `FeedConfig` has them."""
+"""Batches of a window and pieces of a batch, as `FeedConfig` has them by default."""
 SHOWN_LABELS = 10
 SHOWN_TEXT, SHOWN_LABEL_TEXT = 400, 80
-"""Characters of a point's text and of a label's."""
+"""Characters that are shown of a point's text and of a label's."""
 
 
 @dataclass
-class _Found:
-    """Counts of a part, or of several."""
+class _Counts:
+    """Counts of one part or of several."""
 
     rows: int = 0
     tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -56,11 +56,11 @@ class _Found:
     ids: int = 0
     """Sum of the hashed point ids, modulo 2**64."""
     pairs: int = 0
-    """Sum over (point, label) pairs of the hashed label, modulo 2**64; of labels, by train_count"""
+    """Sum of the hashed label over (point, label) pairs, modulo 2**64; labels: by train_count."""
     labels_hash: str = "0"
     problems: list[str] = field(default_factory=list)
 
-    def add(self, other: _Found) -> None:
+    def add(self, other: _Counts) -> None:
         self.rows += other.rows
         self.tokens = _added(self.tokens, other.tokens)
         self.labels = _added(self.labels, other.labels)
@@ -74,7 +74,7 @@ class _Found:
 def inspect(
     dataset: Dataset, *, batch_size: int, samples: int = 3, verify: bool = False
 ) -> dict[str, Any]:
-    """Facts of a dataset, as JSON has them.
+    """Returns facts of a dataset, fit for JSON.
 
     Args:
         batch_size: points of a global batch, for the share of padding.
@@ -92,20 +92,20 @@ def inspect(
     """
     is_point = np.zeros(dataset.manifest.num_labels if verify else 0, dtype=bool)
     problems = list(dataset.wrong_files()) if verify else []
-    found = {}
+    counts = {}
     for split in (*POINT_SPLITS, "labels"):  # labels last: they are compared with is_point
-        found[split] = _Found()
+        counts[split] = _Counts()
         indices = range(len(dataset.manifest.splits[split]))
         scan = functools.partial(_scan, dataset, split, verify=verify, is_point=is_point)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for each in pool.map(scan, indices):
-                found[split].add(each)
-        problems += found[split].problems
+                counts[split].add(each)
+        problems += counts[split].problems
         if problems:  # filter labels may be unknown, so is_point can't be checked against them
             is_point = is_point[:0]
     if verify:
-        problems += _between_parts(dataset, found)
-    facts = _facts(dataset, found)
+        problems += _between_parts(dataset, counts)
+    facts = _facts(dataset, counts)
     if not problems:
         facts |= {
             "padding": _padding(dataset, batch_size),
@@ -119,50 +119,50 @@ def inspect(
 
 def _scan(
     dataset: Dataset, split: str, index: int, verify: bool, is_point: NDArray[np.bool_]
-) -> _Found:
+) -> _Counts:
     part = dataset.manifest.splits[split][index]
     if not verify:
         columns = ["input_ids"] if split == "labels" else ["input_ids", "labels"]
-        return _counts(dataset.read_part(part, columns))
+        return _count(dataset.read_part(part, columns))
     try:
         changed = dataset.checksum(part) != part.sha256
     except OSError:
         changed = False  # reading it says why
-    found = _Found()
+    counts = _Counts()
     where = dataset.where(part.path)
     if changed:
-        found.problems.append(f"{where} has bytes that changed: its SHA-256 is not the manifest's")
+        counts.problems.append(f"{where} has bytes that changed: its SHA-256 is not the manifest's")
     try:
-        table = dataset.read_unchecked(part)
+        table = dataset.read_part(part, check=False)
     except DatasetError as error:
-        found.problems.append(str(error))
-        return found
+        counts.problems.append(str(error))
+        return counts
     if not table.schema.equals(schema_of(split)):
-        found.problems.append(f"{where} has the columns {_named(table.schema)}")
-        return found
+        counts.problems.append(f"{where} has the columns {_named(table.schema)}")
+        return counts
     if nulls := [name for name in table.column_names if _has_nulls(table[name])]:
-        found.problems.append(f"{where} has nulls in {nulls[0]}")
-        return found
-    found.add(_counts(table))
+        counts.problems.append(f"{where} has nulls in {nulls[0]}")
+        return counts
+    counts.add(_count(table))
     check = _label_problems if split == "labels" else _point_problems
     for problem in check(dataset, split, index, table, is_point):
-        found.problems.append(f"{where} {problem}")
+        counts.problems.append(f"{where} {problem}")
     if split == "labels":
-        counts = table["train_count"].to_numpy().astype(np.uint64)
-        found.pairs = _wrapped(_hash(table["label_id"].to_numpy()) * counts)
-        found.labels_hash = hash_labels(part.first, table["text"])
+        train_counts = table["train_count"].to_numpy().astype(np.uint64)
+        counts.pairs = _wrapped(_hash(table["label_id"].to_numpy()) * train_counts)
+        counts.labels_hash = hash_labels(part.first, table["text"])
     else:
-        found.filter_pairs = int(list_lengths(table["filter_labels"]).sum())
-        found.ids = _wrapped(_hash(table["point_id"].to_numpy()))
-        found.pairs = _wrapped(_hash(pc.list_flatten(table["labels"]).to_numpy()))
-    return found
+        counts.filter_pairs = int(list_lengths(table["filter_labels"]).sum())
+        counts.ids = _wrapped(_hash(table["point_id"].to_numpy()))
+        counts.pairs = _wrapped(_hash(pc.list_flatten(table["labels"]).to_numpy()))
+    return counts
 
 
-def _counts(table: pa.Table) -> _Found:
-    found = _Found(len(table), np.bincount(list_lengths(table["input_ids"])))
+def _count(table: pa.Table) -> _Counts:
+    counts = _Counts(len(table), np.bincount(list_lengths(table["input_ids"])))
     if "labels" in table.column_names:
-        found.labels = np.bincount(list_lengths(table["labels"]))
-    return found
+        counts.labels = np.bincount(list_lengths(table["labels"]))
+    return counts
 
 
 def _point_problems(
@@ -228,7 +228,7 @@ def _rows_where(
     what: str,
     rows: NDArray[np.int64] | None = None,
 ) -> Iterator[str]:
-    """One sentence on the first place of `wrong`, and the number of the others."""
+    """Yields a sentence on the first place of `wrong` and the number of others, if there is one."""
     places = np.flatnonzero(wrong)
     if len(places) == 0:
         return
@@ -241,30 +241,30 @@ def _rows_where(
 # ------------------------------------------------------------------------------- between parts
 
 
-def _between_parts(dataset: Dataset, found: dict[str, _Found]) -> Iterator[str]:
-    """What only all parts together show; silent where a part could not be read."""
-    if any(len(found[s].problems) or found[s].rows != dataset.manifest.num_points(s)
-           for s in found):  # fmt: skip
+def _between_parts(dataset: Dataset, counts: dict[str, _Counts]) -> Iterator[str]:
+    """Yields problems that only all parts together show; none where a part could not be read."""
+    if any(len(counts[s].problems) or counts[s].rows != dataset.manifest.num_points(s)
+           for s in counts):  # fmt: skip
         return
-    train, validation = found["train"], found["validation"]
+    train, validation = counts["train"], counts["validation"]
     points = train.rows + validation.rows
     if (train.ids + validation.ids) % 2**64 != _ids_below(points):
         yield (
             f"{dataset.path}: the ids of train and validation are not each of [0, {points}) once"
         )
-    if (train.pairs + validation.pairs) % 2**64 != found["labels"].pairs:
+    if (train.pairs + validation.pairs) % 2**64 != counts["labels"].pairs:
         yield (
             f"{dataset.path}: train_count of some label is not its number of points in train and "
             f"validation"
         )
-    if dataset.manifest.labels_hash not in ("", found["labels"].labels_hash):
+    if dataset.manifest.labels_hash not in ("", counts["labels"].labels_hash):
         yield f"{dataset.where(MANIFEST)} has a labels_hash that is not that of the label texts"
     for split in POINT_SPLITS:
         known = dataset.manifest.statistics.get(split, {})
         if not isinstance(known, dict):
             yield f"{dataset.where(MANIFEST)} has statistics.{split}={known!r:.80}"
             continue
-        for name, value in _statistics(found[split]).items():
+        for name, value in _statistics(counts[split]).items():
             if name in known and known[name] != value:
                 yield (
                     f"{dataset.where(MANIFEST)} says statistics.{split}.{name} is "
@@ -272,20 +272,20 @@ def _between_parts(dataset: Dataset, found: dict[str, _Found]) -> Iterator[str]:
                 )
 
 
-def _statistics(found: _Found) -> dict[str, int]:
-    """What the manifest says of a split, as the parts have it."""
+def _statistics(counts: _Counts) -> dict[str, int]:
+    """Computes the manifest's statistics of a split from its parts."""
     return {
-        "points": found.rows,
-        "tokens_max": max(len(found.tokens) - 1, 0),
-        "label_pairs": int(found.labels @ np.arange(len(found.labels))),
-        "labels_max": max(len(found.labels) - 1, 0),
-        "without_labels": int(found.labels[:1].sum()),
-        "filter_pairs": found.filter_pairs,
+        "points": counts.rows,
+        "tokens_max": max(len(counts.tokens) - 1, 0),
+        "label_pairs": int(counts.labels @ np.arange(len(counts.labels))),
+        "labels_max": max(len(counts.labels) - 1, 0),
+        "without_labels": int(counts.labels[:1].sum()),
+        "filter_pairs": counts.filter_pairs,
     }
 
 
 def _ids_below(n: int) -> int:
-    """Sum of the hashes of [0, n), modulo 2**64."""
+    """Sums the hashes of [0, n), modulo 2**64."""
     block = 2**20
     return sum(_wrapped(_hash(np.arange(i, min(i + block, n)))) for i in range(0, n, block)) % 2**64
 
@@ -301,7 +301,7 @@ def _wrapped(values: NDArray[np.uint64]) -> int:
 # --------------------------------------------------------------------------------------- facts
 
 
-def _facts(dataset: Dataset, found: dict[str, _Found]) -> dict[str, Any]:
+def _facts(dataset: Dataset, counts: dict[str, _Counts]) -> dict[str, Any]:
     manifest = dataset.manifest
     labels = manifest.statistics.get("labels", {})
     names = "share_of_labels_by_train_count", "share_of_pairs_by_train_count"
@@ -319,8 +319,8 @@ def _facts(dataset: Dataset, found: dict[str, _Found]) -> dict[str, Any]:
         "points": {split: manifest.num_points(split) for split in POINT_SPLITS},
         "parts": {split: len(parts) for split, parts in manifest.splits.items()},
         "bytes": sum(part.size for parts in manifest.splits.values() for part in parts),
-        "tokens_a_row": {split: _distribution(found[split].tokens) for split in found},
-        "labels_a_point": {s: _distribution(found[s].labels) for s in POINT_SPLITS},
+        "tokens_a_row": {split: _distribution(counts[split].tokens) for split in counts},
+        "labels_a_point": {s: _distribution(counts[s].labels) for s in POINT_SPLITS},
         "share_of_labels_by_points": shares[0],
         "share_of_pairs_by_points": shares[1],
     }
@@ -339,7 +339,7 @@ def _shares(dataset: Dataset, statistics: object, name: str) -> dict[str, float]
 
 
 def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:
-    """Mean, quantiles, and a histogram by powers of two, of values given by their counts."""
+    """Returns mean, quantiles and a histogram by powers of two of values given by their counts."""
     total = int(counts.sum())
     if total == 0:
         return {}
@@ -357,7 +357,7 @@ def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def _padding(dataset: Dataset, batch_size: int) -> float | None:
-    """Share of a batch that is padding, in the first window of epoch 0 as training reads it."""
+    """Returns the share of padding in the first window of epoch 0, as training reads it."""
     parts = [part.rows for part in dataset.manifest.splits["train"]]
     streams = min(STREAMS, batch_size)
     order = training_order(
@@ -374,10 +374,10 @@ def _padding(dataset: Dataset, batch_size: int) -> float | None:
 
 
 def _samples(dataset: Dataset, samples: int) -> list[dict[str, Any]]:
-    """The first training points, decoded where the tokenizer can be had."""
+    """Returns the first training points, decoded where the tokenizer can be had."""
     rows = dataset.read_rows("train", 0, min(samples, dataset.manifest.num_points("train")))
     try:
-        # The dataset names it, not the user: nothing is fetched for that.
+        # The name comes from the dataset, not from the user, so nothing is fetched.
         found = tokenizer.load(dataset.manifest.tokenizer, fetch=False)
         decoded = tokenizer.decode(found.serialised, rows["input_ids"].to_pylist())
     except ReneeError as error:
@@ -399,7 +399,7 @@ def _label_text(dataset: Dataset, label: int) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text for people, of about `limit` characters at most; says how long it is if it was cut."""
+    """Cuts a text to about `limit` characters, and then says how long it is."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 

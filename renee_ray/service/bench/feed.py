@@ -17,7 +17,7 @@ import torch
 
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.data.split import splitmix64
 from renee_ray.parallel.batch import Position, Ragged, ragged

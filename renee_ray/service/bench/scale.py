@@ -26,7 +26,14 @@ from renee_ray.benchmarks.processes import run_processes
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
+from renee_ray.parallel.collectives import (
+    PendingRows,
+    Ranks,
+    all_sum,
+    gather_rows,
+    route,
+    scatter_rows,
+)
 from renee_ray.service.bench.memory import ResidentPeak
 from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.launch import (
@@ -195,7 +202,7 @@ def _step(
     pairs = route(ranks, problem.rows[mine], problem.labels[mine], problem.num_labels)
     everyone = gather_rows(ranks, problem.embeddings[start:stop], counts)
     positives = Pairs(*pairs, shard.owned, everyone.device)
-    pending: list[scatter_rows] = []
+    pending: list[PendingRows] = []
     loss = shard.step(
         everyone,
         positives,

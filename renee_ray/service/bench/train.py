@@ -30,7 +30,7 @@ import torch
 from renee_ray.benchmarks.bare import Clock, Job, run_bare, weight_norms
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.launch import NICENESS, launch, threads_of, worker_environment

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 import pyarrow.fs as pafs
 
 from renee_ray.config.schema import ConvertConfig
+from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Manifest
-from renee_ray.data.dataset.destination import Destination, refuse_overlap
+from renee_ray.data.dataset import DATASET, Dataset, Manifest
+from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.sources.parquet import ParquetSource
 from renee_ray.data.sources.raw import Raw
 from renee_ray.data.sources.source import Source, find_source
@@ -53,11 +53,15 @@ def convert(
     """
     src, dst = storage.absolute(src), storage.absolute(dst)
     try:
-        destination = Destination(dst, src, config.overwrite)
+        refuse_overlap(src, dst)
+        destination = Destination(dst, DATASET, config.overwrite)
+        destination.check()
         found: Source | Raw | ParquetSource = find_source(src, config.labels)
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
-        if (manifest := destination.published(signature)) is None:
+        if destination.is_published(signature):
+            manifest = Dataset.without_check(dst).manifest
+        else:
             on_progress(f"reading {src}")
             ensure_ray()
             with _claimed(destination, signature, on_progress) as scratch:
@@ -127,9 +131,10 @@ def _claimed(
     """
     if destination.claim(signature):
         on_progress(f"going on with the conversion to {destination.path} that was cut off")
-    storage.make_directory(f"{destination.scratch}/{JOURNAL}")
+    scratch = destination.scratch(signature)
+    storage.make_directory(f"{scratch}/{JOURNAL}")
     try:
-        yield destination.scratch
+        yield scratch
     except (Interrupted, OSError):
         raise
     except ReneeError:

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import dataset as layout
 from renee_ray.data.sources.columns import texts_of
 from renee_ray.data.sources.lines import Int64s, SourceError
 from renee_ray.data.sources.parquet import Block, ParquetSource, label_columns, slices, where

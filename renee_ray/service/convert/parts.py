@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from renee_ray.config.schema import ConvertConfig
+from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import MAX_LABELS, Part
+from renee_ray.data.dataset import MAX_LABELS, Part
 from renee_ray.data.sources.lines import Int64s, SourceError
 from renee_ray.data.sources.parquet import ParquetSource
 from renee_ray.data.sources.raw import Raw, RawSplit

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import dataset as layout
 from renee_ray.data.sources import xmlrepo
 from renee_ray.data.sources.lines import (
     Counted,

@@ -1,8 +1,8 @@
-"""A run's directory: its configuration, what is known of it, and its checkpoints.
+"""The directory of a run: its configuration, its dataset and its checkpoints.
 
-run.json            configuration and dataset, as it was started last
+run.json            configuration and dataset of the last start
 history.json        losses and evaluations (service/run/history.py)
-status.json         how it is (renee_ray/report/status.py)
+status.json         progress (renee_ray/report/status.py)
 lease-TOKEN.json    the driver that trains it now (service/run/lease.py)
 checkpoints/        checkpoint/state.py
 """
@@ -20,7 +20,7 @@ from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset, has_manifest
+from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import filesystem_of, listing, make_directory, read_file, replace_file
 from renee_ray.data.untrusted import refuse_links_out
 from renee_ray.errors import SHOWN, ReneeError
@@ -38,7 +38,7 @@ class RunDirectory:
         return filesystem_of(self.path)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run; None where it is not there."""
+        """Reads a JSON file of the run; None where it is not there."""
         found = read_file(f"{self.path}/{name}")
         try:
             content = None if found is None else json.loads(found)
@@ -53,7 +53,7 @@ class RunDirectory:
         replace_file(f"{self.path}/{name}", json.dumps(content, indent=1).encode(), patience)
 
     def config(self) -> RunConfig:
-        """The configuration that the run was started with.
+        """Returns the configuration that the run was started with.
 
         Raises:
             ReneeError: there is no run here.
@@ -81,7 +81,7 @@ class RunDirectory:
         return make_config(RunConfig, config, where=where)
 
     def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
-        """An object in run.json."""
+        """Returns an object in run.json."""
         part = saved.get(name)
         if not isinstance(part, dict):
             raise ReneeError(
@@ -90,7 +90,7 @@ class RunDirectory:
         return part
 
     def dataset(self) -> Dataset:
-        """The dataset that the run was trained on, for its label counts, texts and points.
+        """Opens the dataset that the run was trained on.
 
         Raises:
             ReneeError: it is not where it was any more.
@@ -108,9 +108,9 @@ class RunDirectory:
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:
-        """The `best` by the run's `evaluation.metric`, or the `last`, of those that are whole.
+        """Returns the `best` whole checkpoint by `evaluation.metric`, or the `last`.
 
-        Without a validation split there is no best one: then it is the last.
+        Without a validation split there is no best one, and the last is returned.
 
         Raises:
             ReneeError: there is none.

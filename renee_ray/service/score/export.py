@@ -1,7 +1,7 @@
 """A trained run in files that need neither Ray nor renee_ray to be read.
 
     export.json                     what is here, and how a score comes about; written last
-                                    (until then `_claim.json`, service/run/output.py)
+                                    (until then `_claim.json`, data/destination.py)
     encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
     head.safetensors                constant [D]; bottleneck [D, H] where the encoder has one
     classifier-NNNNN.safetensors    weight float32 [n, D] of a range of labels
@@ -26,12 +26,12 @@ from safetensors.torch import save
 
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import ExportConfig, RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
+from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.models import quiet, resolve_model
-from renee_ray.data.storage import absolute, make_directory, write_file
+from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.encoder import Encoder, build_encoder, check_positions
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.output import Output
 from renee_ray.service.score.labels import check_labels
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -39,9 +39,14 @@ from renee_ray.xfc.weights.storages import Weights
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
 HEAD, ENCODER = "head.safetensors", "encoder"
-OURS = re.compile(
-    rf"{ENCODER}/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
+FILES = re.compile(
+    rf"{ENCODER}/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|head\.safetensors|"
+    r"classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
+EXPORT = Kind(
+    "an export", MANIFEST, "_claim.json", frozenset({"format_version", "step", "ranges"}),
+    FILES, (ENCODER,), listed_files,
+)  # fmt: skip
 RANGE_BYTES = 1 << 28
 """Of the classifier in a file, about."""
 CPU = torch.device("cpu")
@@ -65,8 +70,8 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     check_labels(directory, dataset)
     check_positions(settings.encoder, dataset.manifest.max_length)
     checkpoint = directory.checkpoint(config.checkpoint)
-    output = output_at(absolute(destination))
-    output.check(config.overwrite)
+    output = Destination(absolute(destination), EXPORT, config.overwrite)
+    output.check()
     # The checkpoint has all weights: the file that training began with is not looked at.
     plain = settings.encoder.model_copy(update={"compile": False, "weights": ""})
     encoder = build_encoder(plain, CPU, 0)
@@ -77,8 +82,8 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         saved = sorted(Path(local).iterdir())
         files = [f"{ENCODER}/{file.name}" for file in saved] + [HEAD]
         files += [name for index in range(len(owned)) for name in _range_names(index)]
-        output.claim(files)
-        make_directory(f"{output.path}/{ENCODER}")
+        output.claim()
+        output.declare(files)
         for file in saved:
             write_file(f"{output.path}/{ENCODER}/{file.name}", file.read_bytes())
     write_file(f"{output.path}/{HEAD}", _head(encoder))
@@ -96,13 +101,8 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "score": SCORE,
         "ranges": ranges,
     }
-    output.publish(content, files)
+    output.publish(content)
     return content
-
-
-def output_at(path: str) -> Output:
-    keys = frozenset({"format_version", "step", "ranges"})
-    return Output(path.rstrip("/"), "an export", (MANIFEST,), keys, OURS, ENCODER)
 
 
 def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:

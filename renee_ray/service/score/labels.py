@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 

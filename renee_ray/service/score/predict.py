@@ -6,7 +6,6 @@ whatever number of workers wrote it, and scores its own rows.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ import torch
 
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import EvalConfig, RunConfig, ScoreConfig
-from renee_ray.data.dataset.dataset import Dataset, has_manifest
-from renee_ray.data.storage import absolute, filesystem_of, overlap, patiently
+from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.data.destination import Destination, Kind, listed_files, refuse_overlap
+from renee_ray.data.storage import absolute, filesystem_of, patiently
 from renee_ray.errors import ReneeError
 from renee_ray.machine import available_bytes
 from renee_ray.model.encoder import Encoder, check_positions
@@ -37,7 +37,6 @@ from renee_ray.scoring.scorer import (
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.launch import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.output import Output
 from renee_ray.service.score.labels import check_labels
 from renee_ray.service.score.predictions import Layout, Writer
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
@@ -45,12 +44,13 @@ from renee_ray.service.train.train import scoring_feed
 
 log = logging.getLogger(__name__)
 
-MANIFESTS = ("_predictions.json", "predictions.json")
-"""Files beside Parquet begin with `_`: readers of a directory pass over them."""
-SCRATCH = "_texts"
 MAX_PAIRS = 1 << 31
 """Of rows and labels in a batch of a rank: Arrow's lists count them in 32 bits."""
-OURS = re.compile(rf"part-\d{{5}}-\d{{5}}\.parquet|part-\d{{12}}\.parquet|{SCRATCH}/")
+PREDICTIONS = Kind(
+    "predictions", "_predictions.json", "_claim.json", frozenset({"k", "step"}),
+    re.compile(r"part-\d{12}\.parquet"), (), listed_files,
+)  # fmt: skip
+"""Files beside Parquet begin with `_`: readers of a directory pass over them."""
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
             predictions already, at `destination`.
     """
     destination = absolute(destination)
-    output = Output(destination, "predictions", MANIFESTS, frozenset({"k", "step"}), OURS)
+    output = Destination(destination, PREDICTIONS, score.overwrite)
     directory = RunDirectory(absolute(run))
     directory.config()
     _check_source(src, "dataset, or texts,")
@@ -101,12 +101,8 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
         check_texts(src)
         if "split" in score.model_fields_set:
             raise ReneeError(f"split={score.split} has no meaning for the texts of {src}; omit it")
-    if overlap(destination, src):
-        raise ReneeError(
-            f"{src} and {destination} are the same, or one is in the other; give another "
-            f"destination"
-        )
-    output.check(score.overwrite)
+    refuse_overlap(src, destination)
+    output.check()
     labels = directory.dataset() if raw else Dataset.open(src)
     num_labels = labels.manifest.num_labels
     if score.k > num_labels:
@@ -116,14 +112,17 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     scoring = _Scoring.of(directory, labels, score)
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split}
-    with contextlib.ExitStack() as stack:
+    output.claim()
+    try:
         if raw:
-            scratch = stack.enter_context(output.scratch(SCRATCH))
             ensure_ray(scoring.workers + 1)
-            points, replaced = tokenise_texts(src, scratch, labels, scoring.max_length)
+            points, replaced = tokenise_texts(src, output.scratch(), labels, scoring.max_length)
             split, facts = TEXT_SPLIT, {"source": src, "replaced_lines": replaced}
         found = {**facts, **scoring.run(points, split, output)}
-    output.publish(found, scoring.layout(points, split).parts())
+    except ReneeError:
+        output.abandon()
+        raise
+    output.publish(found)
     return found
 
 
@@ -167,10 +166,10 @@ class _Scoring:
         rows = points.manifest.num_points(split)
         return Layout(rows, self.workers, self.score.batch_size, self.score.k)
 
-    def run(self, points: Dataset, split: str, output: Output | None = None) -> dict[str, Any]:
+    def run(self, points: Dataset, split: str, output: Destination | None = None) -> dict[str, Any]:
         """Scores: "step", "points", and "metrics", or "k" where `output` takes predictions.
 
-        Those have then been claimed by the workers, and are not yet published.
+        Their files have then been declared by the workers, and are not yet published.
         """
         rows = points.manifest.num_points(split)
         if not rows:
@@ -178,7 +177,6 @@ class _Scoring:
         ensure_ray(self.workers + 1)
         use_gpu = decide_gpu(self.score.use_gpu, self.workers)
         layout = None if output is None else self.layout(points, split)
-        scratch = [] if points is self.labels else [f"{SCRATCH}/"]
         arguments = {
             "config": self.config.model_dump(),
             "score": self.score.model_dump(),
@@ -191,7 +189,7 @@ class _Scoring:
             "checkpoint": self.checkpoint.name,
             "layout": layout,
             "output": output,
-            "files": None if layout is None else [*layout.parts(), *scratch],
+            "files": None if layout is None else layout.parts(),
         }
         found = launch(score_worker, arguments, self.config, use_gpu)
         if "refused" in found:
@@ -213,9 +211,9 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     scorer = _load(config, labels, voters, checkpoint, ranks, device)
     if layout and (refused := beyond_memory(layout, labels, voters, ranks, _free_bytes(device))):
         return {"refused": refused}
-    output: Output | None = arguments["output"]
+    output: Destination | None = arguments["output"]
     if output and ranks.rank == 0:  # now that nothing refuses what earlier ones make way for
-        output.claim(arguments["files"])
+        output.declare(arguments["files"])
     window = {"window": layout.window} if layout else {}
     split, length = arguments["split"], config.encoder.max_length
     batches = scoring_feed(points, split, score.batch_size, length, ranks, **window)
@@ -223,7 +221,7 @@ def score_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         sums = metric_sums(scorer, batches, Propensities.read(labels, scorer.shard.owned, ranks))
         return {"metrics": sums.metrics() if sums.any_label else None}
     texts = labels if score.texts else None
-    all_sum(ranks, torch.zeros(1))  # nobody writes before the claim
+    all_sum(ranks, torch.zeros(1))  # nobody writes before the files are declared
     writer = Writer(output.path, layout.part_rows, texts)
     for batch, scores, best in scorer.predict(batches, score.k):
         writer.add(batch, best.numpy(), scores.numpy())

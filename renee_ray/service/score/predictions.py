@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import write_file
 from renee_ray.parallel.batch import Batch
 from renee_ray.xfc.labels import split_range

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset.dataset import POINTS, SPLITS, Dataset, Part, part_path, write_part
+from renee_ray.data.dataset import POINTS, SPLITS, Dataset, Part, part_path, write_part
 from renee_ray.data.sources import xmlrepo
 from renee_ray.data.sources.columns import texts_of
 from renee_ray.data.sources.lines import Lines, cuts, read

@@ -23,7 +23,7 @@ from torch import Tensor
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import RunConfig, ServeConfig
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import Batch, Position, Ragged, ragged
 from renee_ray.parallel.collectives import Ranks

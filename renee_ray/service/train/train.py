@@ -14,7 +14,7 @@ from renee_ray.checkpoint.state import Checkpoint, State, set_moments
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.overrides import dotted, make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.storage import absolute
 from renee_ray.data.tokenizer import load as load_tokenizer
@@ -235,7 +235,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
         settings.background,
         lambda written: _written(written, observer),
         observer.flush_history,
-    )
+    ).start()
     writer.reserve(model.encoder, model.shard)
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
     trainer = Trainer(
@@ -263,7 +263,6 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
             dataset,
             lambda: scoring_feed(dataset, "train", config.evaluation.batch_size, length, ranks),
             ranks,
-            device,
             observer.recorder,
             channel.say,
         )
