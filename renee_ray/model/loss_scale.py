@@ -1,10 +1,10 @@
-"""The fp16 loss scale of the encoder: of its gradient alone ("split loss scaling", Renée, 3.2).
+"""The fp16 loss scale of the encoder's gradient alone ("split loss scaling", Renée, 3.2).
 
 Gradients inside an fp16 encoder may be too small for fp16, whose smallest number is 6e-8. dE is
 therefore multiplied by a scale before the encoder's backward, and the parameters' gradients, in
 fp32, are divided by it. The classifier needs none: its residuals lie within [-1, 1], and the
-gradients of its weights are added up in fp32. The scale is halved at each overflow, whose step
-is skipped, and doubled after `GROWTH_STEPS` steps without one.
+gradients of its weights are added up in fp32. The scale is halved at each overflow, in whose step
+the encoder is not updated, and doubled after `GROWTH_STEPS` steps without one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ LARGEST = 2.0**24
 
 @dataclass
 class LossScale:
-    """value: the present scale; steps: since it changed last; dynamic: whether it changes at all,
-    which it need not unless the encoder's autocast is fp16."""
+    """The present scale.
+
+    value: the factor; steps: number of steps since it changed last.
+    dynamic: whether it changes at all, which it does only if the encoder's autocast is fp16.
+    """
 
     value: float = 1.0
     steps: int = 0
@@ -28,11 +31,11 @@ class LossScale:
 
     @classmethod
     def start(cls) -> LossScale:
-        """The scale that a run with fp16 autocast begins with."""
+        """Returns the scale that a run with fp16 autocast begins with."""
         return cls(FIRST, 0, dynamic=True)
 
     def update(self, finite: bool) -> None:
-        """After each backward; finite: whether every rank's gradient was."""
+        """Adapts the scale after a backward; finite: whether every rank's gradient was finite."""
         if not self.dynamic:
             return
         self.steps = self.steps + 1 if finite else 0

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from renee_ray.xfc.kernels.device import choose_compute, choose_precision, chunk_bytes, has_kernels
 
 from renee_ray.xfc.kernels import device as module
-from renee_ray.xfc.kernels.device import choose_compute, choose_precision, chunk_bytes, has_kernels
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.xfc.interpreter import DEVICE, load_kernels
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from renee_ray.xfc.undo import undo_step
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Operations, Pairs, Shard, residual
-from renee_ray.xfc.undo import undo_step
 from renee_ray.xfc.weights.rounding import PERIOD, scaled_e4m3
 from renee_ray.xfc.weights.storages import SGD, STORAGES, Update, Weights
 from tests.xfc.interpreter import DEVICE, load_kernels
