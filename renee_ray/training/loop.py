@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 CHECKPOINT, STOP = 1, 2
-"""What a rank may wish for: a checkpoint after the step at hand; to end the run with it."""
+"""Bits of a wish: a checkpoint after the step at hand; that the run ends with it."""
 MOST_SKIPPED = 100
 """Steps in a row whose skipping ends a run. A loss scale that has to fit first takes 24 at most."""
 

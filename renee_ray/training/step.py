@@ -55,7 +55,7 @@ from renee_ray.xfc.weights.storages import SGD
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """The outcome of one step.
 
     loss: this rank's labels' part of the batch's summed BCE, float64 scalar.
     rows: points of the global batch.
@@ -73,7 +73,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What this rank knows of a global batch.
+    """A global batch as one rank knows it.
 
     counts: rows of each rank; first: place of this rank's first row; wishes: of all ranks.
     positives: pairs of the global batch whose labels this rank owns.

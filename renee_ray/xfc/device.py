@@ -1,4 +1,4 @@
-"""What a device computes well: the dtype of its matmuls, the storage to choose, its cache.
+"""Facts about a device: the dtype of its matmuls, the storage that suits it, its memory.
 
     storage      multiplies in, where the device does so in hardware     elsewhere
     fp32         fp32                                                    -

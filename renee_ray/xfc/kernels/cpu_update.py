@@ -1,4 +1,4 @@
-"""What a CPU does between a chunk's gradient and its stored weights, in one compiled pass.
+"""The update of a chunk on a CPU: from gradient to stored weights in one compiled pass.
 
 For c labels with weights w and velocities m [c, D] as stored, and the product P = G E [c, D] as
 BLAS gave it, bf16 or fp32; whatever is in between is fp32, and what is stored is rounded as the
@@ -48,7 +48,7 @@ class Rates(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What the loop makes noise of: `Noise.base` and `Noise.key`."""
+    """The parts of a `Noise` that the loop makes it of."""
 
     base: np.ndarray
     key: np.uint64

@@ -1,4 +1,4 @@
-"""What a GPU does with a chunk of labels: Triton kernels that write nothing but results.
+"""The operations on a chunk of labels on a GPU: Triton kernels that write nothing but results.
 
 For c labels with operand W [c, D] (the weights w in the dtype of the matmuls), embeddings
 E [B, D] and velocities m; whatever is in between is fp32:
@@ -13,12 +13,12 @@ that stride alone, so every B reads and writes G by 16 bytes, and a new B compil
 
 Neither Z nor the gradient G E is ever in memory: they live in the registers of the tile that
 computes them. W, E and G are of one dtype: fp32, bf16 or fp16; for Z alone W and E may be e4m3,
-which a GPU multiplies twice as fast. The sums are then what its tensor cores keep (on Hopper
-14 binary digits), which is more than numbers of four digits are worth. The other products
-would need e4m3 copies of W and E that lie the other way, and a G of four digits: they stay bf16.
+which a GPU multiplies twice as fast. The sums then have the digits that its tensor cores keep: 14
+binary ones on Hopper, more than numbers of four digits are worth. The other products would need
+e4m3 copies of W and E that lie the other way, and a G of four digits, so they stay bf16.
 The residual of a positive is computed anew from its logit, since sigmoid(z) - 1 would lose all
-digits in bf16. That a kernel of its own does so, with one program for each pair, keeps tiles
-free of searches and lets a label be positive in every row.
+digits in bf16. A kernel of its own does so, with one program for each pair: tiles then search for
+nothing, and a label may be positive in every row.
 
 The update reads and writes weights as integers (see `buffers`), which needs no fp8 instructions.
 Import this module only to use it: it needs triton, which comes with torch for CUDA.
@@ -48,7 +48,7 @@ from renee_ray.xfc.weights.rounding import (
 TILE = 128
 """Rows and columns of what one program computes."""
 TILE_BYTES = 128
-"""Of each row or column, what a program multiplies at once."""
+"""Bytes of each row or column that a program multiplies at once."""
 PADDING = 64
 """Numbers by which a row of G is padded: 128 bytes of bf16."""
 SETTINGS: dict[str, Any] = {"num_warps": 8, "num_stages": 3}

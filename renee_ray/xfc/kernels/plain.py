@@ -1,4 +1,4 @@
-"""What is done with a chunk of labels, in plain torch on any device.
+"""The operations on a chunk of labels in plain torch, for any device.
 
 For c labels with weights w and velocities m [c, D], embeddings E [B, D] and the positives Y
 [c, B] of the chunk:

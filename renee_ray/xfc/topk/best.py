@@ -21,7 +21,7 @@ BLOCK = 64
 """Labels compared with the threshold together, before each single one; a row has room for two
 blocks."""
 SPARSE = 32
-"""If more than one block in so many may hold a better label, the chunk's own top-k is taken."""
+"""The chunk's own top-k is taken if more than one block in so many may hold a better label."""
 
 
 class Best(ABC):
@@ -75,7 +75,7 @@ def best_of(rows: int, k: int, device: torch.device) -> Best:
 
 
 class CompiledBest(Best):
-    """On a CPU: a compiled loop over the rows, whose first `used` places are taken."""
+    """A compiled loop over the rows, for CPUs. The first `used` places of a row are taken."""
 
     def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
         from renee_ray.xfc.kernels.cpu_loops import collect  # numba takes a second to import
@@ -85,7 +85,7 @@ class CompiledBest(Best):
 
 
 class PlainBest(Best):
-    """In plain torch, for any device: k places, then `used` more.
+    """Plain torch, for any device. A row has its k best so far, then `used` more.
 
     The first k places hold the best so far, descending; the others labels that beat the last of
     these. The working memory is at most 4 bytes for each number of a chunk of 64 rows or more,

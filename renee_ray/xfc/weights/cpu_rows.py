@@ -33,12 +33,12 @@ from renee_ray.xfc.weights.rounding import (
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 INTEGERS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
-"""What numpy, which knows neither dtype, sees in their place."""
+"""The dtypes that numpy, which knows neither, sees in their place."""
 
 _FACTORS = tuple(np.uint64(factor % 2**64) for factor in FACTORS)
 _E4M3_LARGEST, _E4M3_SMALLEST = np.float32(E4M3_MAX), np.float32(2**-9)
 _E4M3_NAN = np.uint32(0x7FF00000)
-"""What torch reads such a code as."""
+"""The fp32 bits that torch reads the code of NaN as."""
 
 # No fast-math: NaN and the order of roundings are as written.
 compiled = numba.njit(nogil=True, error_model="numpy")
@@ -171,7 +171,7 @@ def _write_split(stored, rest, values, noise, offset):
 
 @compiled
 def _write_e4m3(stored, rest, values, noise, offset):
-    """As rounding.round_to_e4m3; the leading bits of the mantissa are then the code's last."""
+    """Rounds as `rounding.round_to_e4m3`; the leading bits of the mantissa are the code's last."""
     for j in range(len(values)):
         value = values[j]
         size = np.float32(abs(value))
