@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 
 import numpy as np
 import pytest
@@ -102,21 +102,22 @@ def trained_by(**feed: object) -> tuple[torch.Tensor, list[int]]:
     return (embedded @ shard.weights.read(0, LABELS).T)[0], tokens
 
 
+def equal_batches(first: int, stop: int) -> Iterator[Batch]:
+    row, none = Ragged.of_lists([[1, 4]]), Ragged.of_lists([[]])
+    for step in range(first, stop):
+        yield Batch(Position(0, step), np.arange(1), row, Ragged.of_lists([[0]]), none, 0)
+
+
 def run_poisoned(steps: int, poisoned: Container[int], state: State | None = None) -> Trainer:
     """A run in whose `poisoned` steps, numbered from 0, no embedding is finite."""
     config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})
     trainer = trainer_of(encoder := Bag(), config, steps, state)
-    row, none = Ragged.of_lists([[1, 4]]), Ragged.of_lists([[]])
-    first = trainer.state.step
 
     def poison(_: object, __: object, found: torch.Tensor) -> torch.Tensor:
         return found * (torch.nan if trainer.state.step in poisoned else 1.0)
 
     encoder.out.register_forward_hook(poison)
-    trainer.run(
-        Batch(Position(0, step), np.arange(1), row, Ragged.of_lists([[0]]), none, 0)
-        for step in range(first, steps)
-    )
+    trainer.run(equal_batches(trainer.state.step, steps))
     return trainer
 
 
@@ -136,6 +137,17 @@ def test_a_run_that_only_skips_ends_with_an_error(
 def test_so_does_one_that_was_resumed() -> None:
     with pytest.raises(ReneeError, match="all of the last 7 steps"):
         run_poisoned(7, range(7), State(Position(0, 5), 5, skipped=5))
+
+
+def test_a_classifier_that_is_lost_ends_the_run_and_spares_the_encoder() -> None:
+    """Its gradient for the encoder is not finite in any step, though the embeddings are."""
+    config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})
+    trainer = trainer_of(encoder := Bag(), config, 7)
+    trainer.model.shard.write(3, torch.full((1, DIM), torch.nan))
+    before = [parameter.detach().clone() for parameter in encoder.parameters()]
+    with pytest.raises(ReneeError, match="all of the last 7 steps"):
+        trainer.run(equal_batches(0, 7))
+    assert all(map(torch.equal, encoder.parameters(), before))
 
 
 def test_a_row_of_skipped_steps_is_said_once_with_its_length(
