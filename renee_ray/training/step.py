@@ -6,13 +6,13 @@ Ledger, for a global batch of B rows of which rank r holds b_r, and a rank that 
     E     [B, D]     fp32    those of all rows, without; the same on every rank
     dE    [B, D]     fp32    gradient of E from own labels; the sum over ranks is the whole one
 
-The phases, each of which is a method of `Step`:
+The phases, by the method of `Step`:
 
-    gather      e  = dropout(encoder(tokens));    E = gather_rows(e)
-    shard       dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
-    scatter     de = scatter_rows(dE)             beside the update of the last chunk of labels
-    backward    e.backward(scale * de)            in micro-batches (training/gradient_cache)
-    optimize    AdamW on the encoder, its gradient summed over ranks and divided by the scale
+    _gather         e  = dropout(encoder(tokens));    E = gather_rows(e)
+    _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
+                    de = scatter_rows(dE)             beside the update of the last chunk of labels
+    _backward       e.backward(scale * de)            in micro-batches (training/gradient_cache)
+    _optimize       AdamW on the encoder, its gradient summed over ranks and divided by the scale
 
 What is not finite is skipped, by all ranks alike:
 
@@ -71,24 +71,6 @@ class StepResult:
     wishes: int = 0
 
 
-@dataclass(frozen=True)
-class GlobalBatch:
-    """A global batch as one rank knows it.
-
-    counts: rows of each rank; first: place of this rank's first row; wishes: of all ranks.
-    positives: pairs of the global batch whose labels this rank owns.
-    """
-
-    counts: list[int]
-    first: int
-    wishes: int
-    positives: Pairs
-
-    @property
-    def rows(self) -> int:
-        return sum(self.counts)
-
-
 @dataclass
 class Step:
     """The parts that a step works on.
@@ -122,69 +104,69 @@ class Step:
 
         wish: bits that all ranks are told, beside the row counts.
         """
-        whole = self._announce(batch, wish)
+        counts, wishes, positives = self._announce(batch, wish)
         with training_attention(self.device):
-            own, mask, everyone = self._gather(batch, whole, step)
+            own, mask, everyone = self._gather(batch, counts, step)
             # As the classifier multiplies them: beyond 65,504 fp16 has no numbers.
             if not bool(torch.isfinite(everyone.to(self.shard.weights.compute_dtype)).all()):
-                return self._skip(own, whole)
-            loss, scattering = self._train_shard(everyone, whole, sgd, with_loss)
-            self._backward(own, mask, self._scatter(scattering))
+                self._skip(own)
+                zero = torch.zeros((), dtype=torch.float64, device=self.device)
+                return StepResult(zero, sum(counts), True, False, wishes)
+            loss, scattering = self._train_shard(everyone, counts, positives, sgd, with_loss)
+            self._backward(own, mask, scattering)
         stepped = self._optimize()
-        return StepResult(loss, whole.rows, skipped=not stepped, wishes=whole.wishes)
+        return StepResult(loss, sum(counts), skipped=not stepped, wishes=wishes)
 
-    def _announce(self, batch: Batch, wish: int) -> GlobalBatch:
-        """Exchanges row counts and wishes, and sends each positive to the owner of its label."""
+    def _announce(self, batch: Batch, wish: int) -> tuple[list[int], int, Pairs]:
+        """Tells the other ranks what this one has, and sends positives to their labels' owners.
+
+        Returns:
+            the rows of each rank; the wishes of all; the positives whose labels this rank owns.
+        """
         self.recorder.enter("route")
         counts, wishes = announce(self.ranks, len(batch), wish)
-        first, owned = sum(counts[: self.ranks.rank]), self.shard.owned
-        rows, labels = route(self.ranks, *batch.pairs(first), owned.num_labels)
+        pairs, owned = batch.pairs(sum(counts[: self.ranks.rank])), self.shard.owned
+        rows, labels = route(self.ranks, *pairs, owned.num_labels)
         self.recorder.enter("classifier")
-        return GlobalBatch(counts, first, wishes, Pairs(rows, labels, owned, self.device))
+        return counts, wishes, Pairs(rows, labels, owned, self.device)
 
     def _gather(
-        self, batch: Batch, whole: GlobalBatch, step: int
+        self, batch: Batch, counts: list[int], step: int
     ) -> tuple[GradientCache, Tensor, Tensor]:
         """Embeds own rows; returns them, their dropout mask, and E [B, D]."""
         self.recorder.enter("encoder_forward")
         own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
-        mask = dropout_mask(own.embeddings, self.dropout, self.seed, step, whole.rows, whole.first)
+        first = sum(counts[: self.ranks.rank])
+        mask = dropout_mask(own.embeddings, self.dropout, self.seed, step, sum(counts), first)
         dropped = own.embeddings * mask
         self.recorder.enter("gather")
-        return own, mask, gather_rows(self.ranks, dropped, whole.counts)
+        return own, mask, gather_rows(self.ranks, dropped, counts)
 
-    def _skip(self, own: GradientCache, whole: GlobalBatch) -> StepResult:
-        """Changes nothing; the backward only frees what it holds and joins DDP's reduction."""
+    def _skip(self, own: GradientCache) -> None:
+        """Changes nothing; the backward frees what the forward holds and joins DDP's reduction."""
         self.recorder.enter("encoder_backward")
         own.backward(torch.zeros_like(own.embeddings))
         self.optimizer.zero_grad(set_to_none=True)
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return StepResult(
-            zero, whole.rows, skipped=True, classifier_updated=False, wishes=whole.wishes
-        )
 
     def _train_shard(
-        self, everyone: Tensor, whole: GlobalBatch, sgd: SGD, with_loss: bool
+        self, everyone: Tensor, counts: list[int], positives: Pairs, sgd: SGD, with_loss: bool
     ) -> tuple[Tensor, scatter_rows]:
         """Updates the shard; returns its loss, and dE on its way to the owners of its rows."""
         self.recorder.enter("classifier")
         started: list[scatter_rows] = []
         loss = self.shard.step(
             everyone,
-            whole.positives,
+            positives,
             sgd,
             with_loss=with_loss,
-            on_gradient=lambda dE: started.append(scatter_rows(self.ranks, dE, whole.counts)),
+            on_gradient=lambda dE: started.append(scatter_rows(self.ranks, dE, counts)),
         )
         return loss, started[0]
 
-    def _scatter(self, scattering: scatter_rows) -> Tensor:
-        """Returns own rows of dE, summed over the ranks, [b_r, D]."""
+    def _backward(self, own: GradientCache, mask: Tensor, scattering: scatter_rows) -> None:
+        """Waits for own rows of dE; gives the encoder its gradient, times the loss scale."""
         self.recorder.enter("scatter")
-        return scattering.wait()
-
-    def _backward(self, own: GradientCache, mask: Tensor, gradient: Tensor) -> None:
-        """Gives the encoder's parameters their gradient, times the loss scale."""
+        gradient = scattering.wait()
         self.recorder.enter("encoder_backward")
         own.backward(gradient * (mask * self.loss_scale.value))
         self.recorder.enter("reduce")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,27 +39,6 @@ from renee_ray.xfc.weights.rounding import Noise
 from renee_ray.xfc.weights.storages import SGD, Weights
 
 
-class Rates(NamedTuple):
-    """The numbers of an update that the loop multiplies with."""
-
-    lr: np.float32
-    momentum: np.float32
-    decay: np.float32
-
-
-class Drawn(NamedTuple):
-    """The parts of a `Noise` that the loop makes it of."""
-
-    base: np.ndarray
-    key: np.uint64
-
-    @classmethod
-    def of(cls, noise: Noise | None) -> Drawn:
-        if noise is None:
-            return cls(np.zeros(0, dtype=np.int32), np.uint64(0))
-        return cls(noise.base.numpy(), np.uint64(noise.key % 2**64))
-
-
 class FusedUpdate(Update):
     """`plain.Update` on a CPU: everything after the product in one pass over the weights."""
 
@@ -74,8 +53,8 @@ class FusedUpdate(Update):
             update_loop(DTYPES[inputs.dtype], weight.kind, velocity.kind if velocity else None),
             (product, *_stored(weight, start, stop), *_stored(velocity or weight, start, stop)),
             self._first + start,
-            *(Drawn.of(noise) for noise in self._noise),
-            Rates(*(np.float32(rate) for rate in (sgd.lr, sgd.momentum, sgd.weight_decay))),
+            *(_drawn(noise) for noise in self._noise),
+            (np.float32(sgd.lr), np.float32(sgd.momentum), np.float32(sgd.weight_decay)),
         )
 
 
@@ -92,6 +71,13 @@ def _stored(buffer: Buffer, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return found[0], found[-1]
 
 
+def _drawn(noise: Noise | None) -> tuple[Any, Any]:
+    """Returns what the loop makes noise of: `Noise.base` and `Noise.key`."""
+    if noise is None:
+        return np.zeros(0, dtype=np.int32), np.uint64(0)
+    return noise.base.numpy(), np.uint64(noise.key % 2**64)
+
+
 @functools.cache
 def update_loop(product: str, weight: str, velocity: str | None) -> Callable[..., None]:
     """Returns the loop for these kinds of numbers; velocity None: no momentum."""
@@ -105,21 +91,19 @@ def update_loop(product: str, weight: str, velocity: str | None) -> Callable[...
         product, weight, weight_rest, velocity, velocity_rest, first,
         weight_drawn, velocity_drawn, rates,
     ):  # fmt: skip
-        c, dim = weight.shape
+        (c, dim), (lr, momentum, decay) = weight.shape, rates
         step, w, m = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
         for i in range(c):
             read_product(product[i], product[i], step)
             read_weight(weight[i], weight_rest[i], w)
-            _add(step, rates.decay, w)
+            _add(step, decay, w)
             if moving:
                 read_velocity(velocity[i], velocity_rest[i], m)
-                _add(step, rates.momentum, m)
-                base, key = velocity_drawn
-                noise, offset = noise_of(base, key, first + i, dim, velocity_bits)
+                _add(step, momentum, m)
+                noise, offset = noise_of(velocity_drawn, first + i, dim, velocity_bits)
                 write_velocity(velocity[i], velocity_rest[i], step, noise, offset)
-            _add(w, -rates.lr, step)
-            base, key = weight_drawn
-            noise, offset = noise_of(base, key, first + i, dim, weight_bits)
+            _add(w, -lr, step)
+            noise, offset = noise_of(weight_drawn, first + i, dim, weight_bits)
             write_weight(weight[i], weight_rest[i], w, noise, offset)
 
     return update

@@ -11,7 +11,7 @@ Without momentum it is one product, which BLAS accumulates into weights that are
 
     w <- (1 - lr * weight_decay) * w - lr * G E
 
-`cpu_update` and `gpu` do the same with fewer passes over memory; `choose` decides between them.
+`cpu_update` and `gpu` do the same in fewer passes over memory.
 """
 
 from __future__ import annotations

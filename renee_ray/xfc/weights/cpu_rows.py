@@ -93,9 +93,12 @@ def _expansion(dtype: str) -> Callable[..., None]:
 
 
 @compiled
-def noise_of(base, key, label, dim, bits):
-    """Returns two arrays whose exclusive or is the row of `rounding.Noise.rows` of one label."""
-    hashed = np.uint64(label)
+def noise_of(drawn, label, dim, bits):
+    """Returns an array and a number; their exclusive or is the label's row of `Noise.rows`.
+
+    drawn: `Noise.base` and `Noise.key`.
+    """
+    (base, key), hashed = drawn, np.uint64(label)
     for factor in _FACTORS:
         hashed = ((hashed ^ (hashed >> np.uint64(32))) + key) * factor
     at = label % PERIOD * STRIDE

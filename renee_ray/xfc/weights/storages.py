@@ -1,11 +1,13 @@
 """The storages of a shard by name: how its weights and their velocities are stored.
 
-name         weight     momentum   bytes/weight, momentum
-fp32         Float32    Float32    4, 4      the oracle
-bf16_split   Split      Split      4, 4      fp32 in two halves, the upper one a bf16 operand
-bf16_sr      BFloat16   BFloat16   2, 2      stochastic rounding
-fp16         Half       Float32    6, 4      for GPUs that multiply fp16 but not bf16
-fp8_sr       E4M3       BFloat16   1, 2      stochastic rounding (ELMO, ICML 2025)
+    name         weight     momentum   bytes/weight, momentum
+    fp32         Float32    Float32    4, 4      the oracle
+    bf16_split   Split      Split      4, 4      fp32 in two halves, the upper one a bf16 operand
+    bf16_sr      BFloat16   BFloat16   2, 2      stochastic rounding
+    fp16         Half       Float32    6, 4      for GPUs that multiply fp16 but not bf16
+    fp8_sr       E4M3       BFloat16   1, 2      stochastic rounding (ELMO, ICML 2025)
+
+The update of these buffers is `kernels.plain.Update`.
 """
 
 from __future__ import annotations
