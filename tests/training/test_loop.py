@@ -47,7 +47,7 @@ def test_evaluation_steps(every: float, batches: tuple[int, ...], steps: set[int
 
 def test_any_share_of_an_epoch_ends_with_the_end() -> None:
     """Shares that binary numbers cannot represent included."""
-    for epochs in range(1, 31):
+    for epochs in (1, 2, 3, 7, 30):
         for hundredths in range(1, 301):
             found = schedule(hundredths / 100, *[100] * epochs).evaluation_steps()
             marks = range(hundredths, 100 * epochs + 1, hundredths)
