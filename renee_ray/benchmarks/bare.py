@@ -26,7 +26,8 @@ from renee_ray.data.rows import read_window
 from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks, all_sum
-from renee_ray.training.loop import Plan, Trainer
+from renee_ray.training.loop import Trainer
+from renee_ray.training.schedule import Schedule
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import SGD
 
@@ -51,13 +52,13 @@ class Job:
         return self.warmup + self.steps + 1
 
     @property
-    def plan(self) -> Plan:
+    def schedule(self) -> Schedule:
         """Of `total` steps, in the batches of as many epochs as they reach into."""
         left, batches = self.total, []
         for order in self.orders:
             batches.append(min(left, order.num_batches))
             left -= batches[-1]
-        return Plan(tuple(n for n in batches if n), 0, self.config.checkpoint.every_steps)
+        return Schedule(tuple(n for n in batches if n), 0, self.config.checkpoint.every_steps)
 
 
 class Clock(Iterator[Batch]):
@@ -140,8 +141,7 @@ def measure(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:
     shard.initialise_normal(config.classifier.init_std, config.seed)
     model = replace(model, shard=shard)
     trainer = Trainer(
-        config, model, ranks, device, job.plan, lambda: (), None, None,
-        lambda record: None, lambda metrics: None,
+        config, model, ranks, device, job.schedule, None, lambda record: None, lambda metrics: None
     )  # fmt: skip
     batches = [trainer.prepared(batch) for batch in held_batches(job, ranks)]
 

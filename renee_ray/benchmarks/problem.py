@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.errors import ReneeError
-from renee_ray.xfc.kernels.device import free_memory
+from renee_ray.xfc.device import free_memory
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import Weights

@@ -21,7 +21,7 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.model.dropout import draw_fast
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.collectives import Ranks, sum_gradients
-from renee_ray.xfc.kernels.device import native, native_bf16
+from renee_ray.xfc.device import native, native_bf16
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -3,8 +3,8 @@
 Gradients inside an fp16 encoder may be too small for fp16, whose smallest number is 6e-8. dE is
 therefore multiplied by a scale before the encoder's backward, and the parameters' gradients, in
 fp32, are divided by it. The classifier needs none: its residuals lie within [-1, 1], and the
-gradients of its weights are added up in fp32. The scale is halved at each overflow, whose step
-is skipped, and doubled after `GROWTH_STEPS` steps without one.
+gradients of its weights are added up in fp32. The scale is halved at each overflow, in whose step
+the encoder is not updated, and doubled after `GROWTH_STEPS` steps without one.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST = 2.0**10
-"""Initial scale: moderate, since the loss is summed over the batch and its gradients are large."""
+"""The loss is summed over the batch, not averaged, so its gradients are large already."""
 GROWTH_STEPS = 1000
 LARGEST = 2.0**24
 
 
 @dataclass
 class LossScale:
-    """The scale and when it changed.
+    """The present scale.
 
-    value: the present scale; steps: since it changed last; dynamic: whether it changes at all, as
-    it does with fp16 autocast alone.
+    value: the factor; steps: number of steps since it changed last.
+    dynamic: whether it changes at all, which it does only if the encoder's autocast is fp16.
     """
 
     value: float = 1.0
@@ -35,7 +35,7 @@ class LossScale:
         return cls(FIRST, 0, dynamic=True)
 
     def update(self, finite: bool) -> None:
-        """Adapts the scale after a backward; finite: whether every rank's gradient was."""
+        """Adapts the scale after a backward; finite: whether every rank's gradient was finite."""
         if not self.dynamic:
             return
         self.steps = self.steps + 1 if finite else 0

@@ -9,7 +9,7 @@ import torch
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.parallel.collectives import Ranks, broadcast_bytes
-from renee_ray.xfc.kernels.device import choose_precision
+from renee_ray.xfc.device import choose_precision
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights

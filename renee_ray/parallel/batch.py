@@ -21,7 +21,7 @@ from torch import Tensor
 
 from renee_ray.data.dataset import POINTS
 from renee_ray.data.split import splitmix64
-from renee_ray.xfc.kernels.device import upload
+from renee_ray.xfc.device import upload
 
 
 @dataclass(frozen=True)

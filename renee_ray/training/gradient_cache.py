@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from renee_ray.parallel.batch import Batch
-from renee_ray.xfc.kernels.device import upload
+from renee_ray.xfc.device import upload
 
 
 class GradientCache:
-    """The embeddings of a rank's rows, and their backward through the encoder.
+    """The embeddings of a rank's rows, and their backward pass through the encoder.
 
     Args:
         encoder: [b, T] tokens -> [b, D] float32, possibly wrapped in DDP.
@@ -68,7 +68,7 @@ class GradientCache:
         return self._encoder(*self._batch.tokens(self._device, rows))[: len(rows)]
 
     def _reduction(self, *, at_once: bool) -> contextlib.AbstractContextManager[None]:
-        """Around a forward and around its backward: whether DDP reduces after the latter."""
+        """Surrounds a forward and its backward; at_once: whether DDP reduces after the latter."""
         if at_once or not isinstance(self._encoder, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._encoder.no_sync()
@@ -81,7 +81,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _random_numbers(state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Draws what was drawn after `state`; the generators go on afterwards as if nothing was."""
+    """Draws the numbers that followed `state`; the generators go on afterwards as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         for on_gpu in state[1:]:

@@ -1,16 +1,18 @@
 """One worker's life: steps over any iterator of batches, validation, checkpoints, progress.
 
-Runs under plain torch.distributed; what surrounds it (Ray Train, or a test) passes in the
-batches and two callbacks.
+The module runs under plain torch.distributed. What surrounds it (Ray Train, or a test) passes in
+the batches and two callbacks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from renee_ray.parallel.batch import Batch, Position
 from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.parallel.recorder import Recorder
 from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
-from renee_ray.training.schedule import warmup_cosine
+from renee_ray.training.schedule import Schedule, warmup_cosine
 from renee_ray.training.step import Step, StepResult
 from renee_ray.xfc.weights.storages import SGD
 
@@ -37,86 +39,103 @@ log = logging.getLogger(__name__)
 
 
 CHECKPOINT, STOP = 1, 2
-"""What a rank may wish for: a checkpoint after the step at hand; to end the run with it."""
+"""Bits of a wish: a checkpoint after the step at hand; that the run ends with it."""
 MOST_SKIPPED = 100
 """Steps in a row whose skipping ends a run. A loss scale that has to fit first takes 24 at most."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done, known before the first step.
-
-    batches: number of batches of each epoch.
-    """
-
-    batches: tuple[int, ...]
-    evaluate_every: float
-    checkpoint_every: int
-
-    @property
-    def total(self) -> int:
-        return sum(self.batches)
-
-    def evaluation_steps(self) -> set[int]:
-        """Numbers of done steps after which the validation split is scored; the end among them."""
-        if not self.evaluate_every:
-            return {self.total}
-        count = int(len(self.batches) / self.evaluate_every)
-        marks = {self._steps_at((i + 1) * self.evaluate_every) for i in range(count)}
-        return marks | {self.total}
-
-    def epochs_done(self, step: int) -> float:
-        """Epochs, with their fraction, after `step` steps."""
-        for epoch, batches in enumerate(self.batches):
-            if step < batches:
-                return epoch + step / batches
-            step -= batches
-        return float(len(self.batches))
-
-    def _steps_at(self, epochs: float) -> int:
-        whole = int(epochs)
-        if whole >= len(self.batches):  # a multiple of the share may round to just above the end
-            return self.total
-        part = epochs - whole
-        steps = sum(self.batches[:whole])
-        return steps + (round(part * self.batches[whole]) if part else 0)
-
-
 @dataclass
 class Meter:
-    """Sums since the last sample of the loss."""
+    """Sums since the last sample of the loss; `started` moves on by the pauses."""
 
     rows: int = 0
     steps: int = 0
-    seconds: float = 0.0
     tokens: int = 0
     cells: int = 0
+    started: float = field(default_factory=time.perf_counter)
 
-    def rate(self) -> float:
-        return self.rows / self.seconds if self.seconds else 0.0
+    def count(self, rows: int, tokens: int, cells: int) -> None:
+        self.rows, self.steps = self.rows + rows, self.steps + 1
+        self.tokens, self.cells = self.tokens + tokens, self.cells + cells
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation split, and what its scores are computed with.
+
+    batches(): this rank's rows of it, once.
+    offset: added to the scores of own labels, float32 [n], or None.
+    """
+
+    batches: Callable[[], Iterable[Batch]]
+    propensities: Propensities
+    offset: Tensor | None
+
+
+@dataclass
+class SkippedSteps:
+    """How many steps in a row were skipped, and what is said about it.
+
+    most: so many end the run.
+    """
+
+    most: int
+    in_a_row: int = 0
+
+    def follow(self, step: int, result: StepResult, *, speaks: bool) -> None:
+        """Counts the step, numbered from 1.
+
+        Raises:
+            ReneeError: it was the last of `most` in a row.
+        """
+        before = self.in_a_row
+        self.in_a_row = before + 1 if result.skipped else 0
+        if speaks and result.skipped and not before:
+            what = (
+                "the encoder's gradient is not finite, and only the classifier is updated"
+                if result.classifier_updated
+                else "an embedding is not finite, and nothing is updated"
+            )
+            log.warning("step %d: skipped by all workers: %s", step, what)
+        if speaks and not result.skipped and before > 1:
+            log.warning("steps %d to %d were skipped", step - before, step - 1)
+        if self.in_a_row >= self.most:
+            raise ReneeError(
+                f"all of the last {self.in_a_row} steps, up to step {step}, were skipped: "
+                f"the embeddings or the encoder's gradient are not finite; lower "
+                f"encoder.learning_rate and classifier.learning_rate or set encoder.autocast=off "
+                f"and classifier.precision=fp32, and give another output"
+            )
 
 
 @dataclass
 class Trainer:
     """A rank's model with its optimizers, at some state of a run.
 
-    on_progress(record): at every sampled loss, on every rank.
-    on_checkpoint(metrics): after each evaluation, every `checkpoint_every` steps and when a
+    validation: None if there is no such split.
+    on_progress(record): called at every sampled loss, on every rank.
+    on_checkpoint(metrics): called after each evaluation, every `checkpoint_every` steps and when a
         rank wishes for it; must save `state`, on every rank alike.
-    wish(): before every step, what this rank wishes for.
-    offset: added to the scores of own labels when validating, float32 [n], or None.
-    validation(): the batches of the validation split; empty: there is no such split.
     recorder: of the time and work of this rank.
+    wish(): asked before every step what this rank wishes for.
+    stopped: whether a rank wished for the end before it was reached.
     """
 
     config: RunConfig
     model: Model
     ranks: Ranks
     device: torch.device
-    plan: Plan
-    validation: Callable[[], Iterable[Batch]]
-    propensities: Propensities | None
-    offset: Tensor | None
+    schedule: Schedule
+    validation: Validation | None
     on_progress: Callable[[dict[str, Any]], None]
     on_checkpoint: Callable[[dict[str, float]], None]
     state: State = field(default_factory=State)
@@ -125,23 +144,78 @@ class Trainer:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        settings = self.config.encoder
+        self.optimizer = adamw(self.model.encoder, self.config.encoder)
         if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
             self.state.loss_scale = LossScale.start()
-        self._skipped_in_a_row = self.state.step if self.state.skipped == self.state.step else 0
-        self.optimizer = adamw(self.model.encoder, settings)
-        # What is compiled has dense gradients only.
-        tokens = (
-            None
-            if settings.compile
-            else TokenGradient(self.model.encoder, self.ranks, mean=settings.gradient == "mean")
+
+    def run(self, batches: Iterator[Batch]) -> None:
+        """Trains on the remaining batches, which begin at `state.position`, until the end or STOP.
+
+        Raises:
+            ReneeError: on all ranks; the steps were skipped, all of the run or many in a row.
+        """
+        state, evaluations = self.state, self.schedule.evaluation_steps()
+        every = self.schedule.checkpoint_every
+        if state.step == 0 and state.evaluation is None:
+            self.on_checkpoint(self._evaluate())
+        meter = Meter()
+        ready: Iterator[Batch] = map(self.prepared, batches)
+        if self.device.type == "cuda":
+            ready = one_ahead(ready, self.schedule.total - state.step)
+        while state.step < self.schedule.total and not self.stopped:
+            self.recorder.enter("data", state.step + 1)
+            batch = next(ready)
+            result, sampled = self.train_on(batch)
+            self._count(batch, result, meter)
+            if sampled:
+                self._sample(result, meter)
+                meter = Meter()
+            with meter.paused():
+                if state.step in evaluations:
+                    self.on_checkpoint(self._evaluate())
+                elif result.wishes or (every and state.step % every == 0):
+                    self.on_checkpoint({})
+            self.stopped = bool(result.wishes & STOP)
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Turns a batch as it is read into one as the model trains on it."""
+        feed = self.config.feed
+        return batch.for_training(
+            self.config.seed,
+            token_dropout=feed.token_dropout,
+            filter_labels_positive=feed.filter_labels == "positive",
         )
-        self._step = Step(
+
+    def train_on(self, batch: Batch) -> tuple[StepResult, bool]:
+        """Makes the step at `state.step` on a prepared batch.
+
+        Returns:
+            what it did; whether its loss was computed.
+        """
+        config, state = self.config, self.state
+        factor = warmup_cosine(state.step, self.schedule.total, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.encoder.learning_rate * factor
+        settings = config.classifier
+        lr, decay = settings.learning_rate * factor, settings.weight_decay
+        sgd = SGD(lr, settings.momentum, decay, seed=config.seed, step=state.step)
+        # Dropout inside the encoder then differs between ranks and steps, and needs no saved state.
+        torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
+        sampled = bool(config.loss_every) and state.step % config.loss_every == 0
+        result = self._step(batch, state.step, sgd, with_loss=sampled, wish=self.wish())
+        self._advance(batch.position, result)
+        return result, sampled
+
+    @cached_property
+    def _step(self) -> Step:
+        """The step, which begins by wrapping the encoder in DDP: a collective, on all ranks."""
+        settings, encoder = self.config.encoder, self.model.encoder
+        tokens = None
+        if not settings.compile:  # what is compiled has dense gradients only
+            tokens = TokenGradient(encoder, self.ranks, mean=settings.gradient == "mean")
+        return Step(
             data_parallel(
-                self.model.encoder,
-                self.ranks,
-                settings.gradient,
-                tokens,
+                encoder, self.ranks, settings.gradient, tokens,
                 lambda: self.recorder.enter("reduce"),
             ),
             self.model.shard,
@@ -155,139 +229,75 @@ class Trainer:
             settings.micro_batch,
             tokens,
             self.recorder,
-        )
+        )  # fmt: skip
 
-    def run(self, batches: Iterator[Batch]) -> None:
-        """Trains on the remaining batches, which begin at `state.position`.
+    @cached_property
+    def _skipped(self) -> SkippedSteps:
+        """A resumed run goes on counting if all of its steps were skipped."""
+        done, state = self.state.step, self.state
+        most = min(MOST_SKIPPED, self.schedule.total)
+        return SkippedSteps(most, done if state.skipped == done else 0)
 
-        `stopped`, afterwards: a rank wished for the end before it was reached.
-
-        Raises:
-            ReneeError: on all ranks; the steps were skipped, all of the run or many in a row.
-        """
-        evaluations = self.plan.evaluation_steps()
-        every = self.plan.checkpoint_every
-        if self.state.step == 0 and self.state.evaluation is None:
-            self.on_checkpoint(self._evaluate())
-        meter, started = Meter(), time.perf_counter()
-        ready: Iterator[Batch] = map(self.prepared, batches)
-        if self.device.type == "cuda":
-            ready = one_ahead(ready, self.plan.total - self.state.step)
-        while self.state.step < self.plan.total and not self.stopped:
-            self.recorder.enter("data", self.state.step + 1)
-            batch = next(ready)
-            result, sampled = self.train_on(batch)
-            meter.rows, meter.steps = meter.rows + result.rows, meter.steps + 1
-            tokens, cells = batch.padding(self.config.encoder.micro_batch)
-            meter.tokens, meter.cells = meter.tokens + tokens, meter.cells + cells
-            self._record(batch, result, tokens, cells)
-            if sampled:
-                meter.seconds = time.perf_counter() - started
-                self._sample(result, meter)
-                meter, started = Meter(), time.perf_counter()
-            if self.state.step in evaluations:
-                pause = time.perf_counter()
-                self.on_checkpoint(self._evaluate())
-                started += time.perf_counter() - pause
-            elif result.wishes or (every and self.state.step % every == 0):
-                pause = time.perf_counter()
-                self.on_checkpoint({})
-                started += time.perf_counter() - pause
-            self.stopped = bool(result.wishes & STOP)
-
-    def prepared(self, batch: Batch) -> Batch:
-        """A batch as it is read -> as the model trains on it."""
-        feed = self.config.feed
-        return batch.for_training(
-            self.config.seed,
-            token_dropout=feed.token_dropout,
-            filter_labels_positive=feed.filter_labels == "positive",
-        )
-
-    def train_on(self, batch: Batch) -> tuple[StepResult, bool]:
-        """The step at `state.step`, on a prepared batch; and whether its loss was computed."""
-        config, state = self.config, self.state
-        factor = warmup_cosine(state.step, self.plan.total, config.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.encoder.learning_rate * factor
-        settings = config.classifier
-        lr, decay = settings.learning_rate * factor, settings.weight_decay
-        sgd = SGD(lr, settings.momentum, decay, seed=config.seed, step=state.step)
-        # Dropout inside the encoder then differs between ranks and steps, and needs no saved state.
-        torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
-        sampled = bool(config.loss_every) and state.step % config.loss_every == 0
-        result = self._step(batch, state.step, sgd, with_loss=sampled, wish=self.wish())
-        self._count(batch.position, result)
-        return result, sampled
-
-    def _count(self, done: Position, result: StepResult) -> None:
-        state = self.state
+    def _advance(self, done: Position, result: StepResult) -> None:
+        state, skipped = self.state, self._skipped
         state.step += 1
         state.skipped += result.skipped
-        self._follow_skipped(result.skipped)
-        last = done.batch + 1 == self.plan.batches[done.epoch]
+        skipped.follow(state.step, result, speaks=self.ranks.rank == 0)
+        last = done.batch + 1 == self.schedule.batches[done.epoch]
         state.position = (
             Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
         )
 
-    def _follow_skipped(self, skipped: bool) -> None:
-        step, before = self.state.step, self._skipped_in_a_row
-        self._skipped_in_a_row = before + 1 if skipped else 0
-        if self.ranks.rank == 0 and skipped and not before:
-            log.warning("step %d: a value was not finite; skipped by all workers", step)
-        if self.ranks.rank == 0 and not skipped and before > 1:
-            log.warning("steps %d to %d were skipped", step - before, step - 1)
-        if self._skipped_in_a_row >= min(MOST_SKIPPED, self.plan.total):
-            raise ReneeError(
-                f"all of the last {self._skipped_in_a_row} steps, up to step {step}, were skipped: "
-                f"the embeddings or the encoder's gradient are not finite; lower "
-                f"encoder.learning_rate and classifier.learning_rate or set encoder.autocast=off "
-                f"and classifier.precision=fp32, and give another output"
-            )
-
-    def _record(self, batch: Batch, result: StepResult, tokens: int, cells: int) -> None:
+    def _count(self, batch: Batch, result: StepResult, meter: Meter) -> None:
+        tokens, cells = batch.padding(self.config.encoder.micro_batch)
+        meter.count(result.rows, tokens, cells)
+        trained = result.rows * len(self.model.shard.owned)
         self.recorder.count(
             steps=1,
             skipped=int(result.skipped),
             rows=len(batch),
-            label_rows=0 if result.skipped else result.rows * len(self.model.shard.owned),
+            label_rows=trained if result.classifier_updated else 0,
             tokens=tokens,
             cells=cells,
         )
 
     def _sample(self, result: StepResult, meter: Meter) -> None:
+        """Exchanges the loss with all ranks, and tells how the run is doing."""
+        seconds = meter.seconds()
         self.recorder.enter("loss")
         self.recorder.sample(self.ranks)
         loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
-        factor = warmup_cosine(self.state.step - 1, self.plan.total, self.config.warmup)
+        step, total = self.state.step, self.schedule.total
+        factor = warmup_cosine(step - 1, total, self.config.warmup)
         record = {
-            "step": self.state.step,
-            "total_steps": self.plan.total,
-            "epoch": self.plan.epochs_done(self.state.step),
+            "step": step,
+            "total_steps": total,
+            "epoch": self.schedule.epochs_done(step),
             "loss": loss,
-            "rows_per_second": meter.rate(),
+            "rows_per_second": meter.rows / seconds,
             "padding": 1 - meter.tokens / meter.cells if meter.cells else 0.0,
             "encoder_lr": self.config.encoder.learning_rate * factor,
             "classifier_lr": self.config.classifier.learning_rate * factor,
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "skipped": self.state.skipped,
             "loss_scale": self.state.loss_scale.value,
-            "seconds_left": (self.plan.total - self.state.step)
-            * (meter.seconds / meter.steps if meter.steps else 0.0),
+            "seconds_left": (total - step) * seconds / meter.steps,
             "time_s": time.time(),
         }
         self.on_progress(record)
 
     def _evaluate(self) -> dict[str, float]:
-        if self.propensities is None:
+        """Scores the validation split; empty if there is none."""
+        if self.validation is None:
             return {}
-        scorer = Scorer(self.model.encoder, self.model.shard, self.ranks, self.device, self.offset)
-        batches = self.recorder.each(self.validation(), "evaluation_data", "evaluation")
-        metrics = evaluate(scorer, batches, self.propensities)
-        self.state.evaluated(self.plan.epochs_done(self.state.step), metrics)
+        encoder, shard, given = self.model.encoder, self.model.shard, self.validation
+        scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset)
+        batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
+        metrics = evaluate(scorer, batches, given.propensities)
+        self.state.evaluated(self.schedule.epochs_done(self.state.step), metrics)
         return metrics
 
 
 def _mixed(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """Returns one seed made of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,16 +1,29 @@
 """One training step of the whole model, on one of R ranks (Renée, section 3; docs/design.md).
 
-    e  = dropout(encoder(tokens))            own rows [b_r, D], autograd, data-parallel
-    E  = gather_rows(e)                      [B, D], detached
-    dE = shard.step(E, positives)            own labels: sigmoid(E W') - Y, dE, update of W
-    e.backward(scale * scatter_rows(dE))     runs beside the update of the last chunk of labels;
-                                             in micro-batches (training/gradient_cache)
-    AdamW on the encoder, its gradient summed over ranks and divided by the scale
+Ledger, for a global batch of B rows of which rank r holds b_r, and a rank that owns n labels:
 
-A step whose embeddings, in the classifier's dtype, or whose encoder's gradient are not finite is
-skipped by every rank on both sides. All ranks see the same E, so they decide alike without
-another message, before any weight has changed. The gradient is known only when the classifier is
-updated already: its update is taken back then (xfc/undo.py), if it is not finite on any rank.
+    e     [b_r, D]   fp32    embeddings of own rows, with autograd
+    E     [B, D]     fp32    those of all rows, without; the same on every rank
+    dE    [B, D]     fp32    gradient of E from own labels; the sum over ranks is the whole one
+
+The phases, by the method of `Step`:
+
+    _gather         e  = dropout(encoder(tokens));    E = gather_rows(e)
+    _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
+                    de = scatter_rows(dE)             beside the update of the last chunk of labels
+    _backward       e.backward(scale * de)            in micro-batches (training/gradient_cache)
+    _optimize       AdamW on the encoder, its gradient summed over ranks and divided by the scale
+
+What is not finite is skipped, by all ranks alike:
+
+    E, in the classifier's dtype     Nothing is changed. All ranks see the same E, so they decide
+                                     alike without another message.
+    the encoder's gradient           AdamW makes no step and the loss scale is halved. The update
+                                     of W stands: it needs E alone, which is finite.
+
+dE is complete only when all but the last chunks of W have been updated. If E and W are finite, so
+is dE, short of an overflow of fp32. Otherwise W is lost already; the encoder's gradient then is
+not finite in this step nor in any later one, and `training/loop` ends the run.
 """
 
 from __future__ import annotations
@@ -36,25 +49,26 @@ from renee_ray.parallel.collectives import (
 )
 from renee_ray.parallel.recorder import Recorder
 from renee_ray.training.gradient_cache import GradientCache
-from renee_ray.xfc.kernels.device import upload
+from renee_ray.xfc.device import upload
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.undo import undo_step
 from renee_ray.xfc.weights.storages import SGD
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """The outcome of one step.
 
     loss: this rank's labels' part of the batch's summed BCE, float64 scalar.
     rows: points of the global batch.
-    skipped: the embeddings or the encoder's gradient were not finite; nothing is changed.
-    wishes: what any rank wished for, or-ed: the same on all of them.
+    skipped: the encoder was not updated: the embeddings or its gradient were not finite.
+    classifier_updated: the embeddings were finite.
+    wishes: the bits that any rank passed to the step, the same on all of them.
     """
 
     loss: Tensor
     rows: int
     skipped: bool = False
+    classifier_updated: bool = True
     wishes: int = 0
 
 
@@ -65,7 +79,7 @@ class Step:
     encoder: [b, T] tokens -> [b, D] float32, wrapped in DDP when there are several ranks.
     dropout: probability on the embedding; seed: of its masks.
     clip_norm: largest norm of the encoder's gradient; 0: none.
-    loss_scale: of the encoder's gradient; is updated by each step.
+    loss_scale: scale of the encoder's gradient; is updated by each step.
     micro_batch: rows of this rank that the encoder works on at once; 0: all.
     tokens: reduces the gradient of the token vectors where DDP does not, or None.
     recorder: is told which phase of the step begins.
@@ -91,58 +105,84 @@ class Step:
 
         wish: bits that all ranks are told, beside the row counts.
         """
-        enter = self.recorder.enter
-        enter("route")
-        counts, wishes = announce(self.ranks, len(batch), wish)
-        first = sum(counts[: self.ranks.rank])
-        total = sum(counts)
-        owned = self.shard.owned
-        rows, labels = route(self.ranks, *batch.pairs(first), owned.num_labels)
-        enter("classifier")
-        positives = Pairs(rows, labels, owned, self.device)
-
+        counts, wishes, positives = self._announce(batch, wish)
         with training_attention(self.device):
-            enter("encoder_forward")
-            own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
-            kept = dropout_mask(own.embeddings, self.dropout, self.seed, step, total, first)
-            kept_embeddings = own.embeddings * kept
-            enter("gather")
-            everyone = gather_rows(self.ranks, kept_embeddings, counts)
+            own, mask, everyone = self._gather(batch, counts, step)
             # As the classifier multiplies them: beyond 65,504 fp16 has no numbers.
-            dtype = self.shard.weights.compute_dtype
-            if not bool(torch.isfinite(everyone.to(dtype)).all()):
-                enter("encoder_backward")
-                own.backward(torch.zeros_like(own.embeddings))
-                self.optimizer.zero_grad(set_to_none=True)
+            if not bool(torch.isfinite(everyone.to(self.shard.weights.compute_dtype)).all()):
+                self._skip(own)
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
-                return StepResult(zero, total, skipped=True, wishes=wishes)
+                return StepResult(zero, sum(counts), True, False, wishes)
+            loss, scattering = self._train_shard(everyone, counts, positives, sgd, with_loss)
+            self._backward(own, mask, scattering)
+        stepped = self._optimize()
+        return StepResult(loss, sum(counts), skipped=not stepped, wishes=wishes)
 
-            pending: list[PendingRows] = []
-            enter("classifier")
-            loss = self.shard.step(
-                everyone,
-                positives,
-                sgd,
-                with_loss=with_loss,
-                on_gradient=lambda dE: pending.append(scatter_rows(self.ranks, dE, counts)),
-            )
-            enter("scatter")
-            gradient = pending[0].wait()
-            enter("encoder_backward")
-            own.backward(gradient * (kept * self.loss_scale.value))
-            enter("reduce")
-            if self.tokens is not None:
-                self.tokens.reduce()
-        enter("optimizer")
+    def _announce(self, batch: Batch, wish: int) -> tuple[list[int], int, Pairs]:
+        """Tells the other ranks what this one has, and sends positives to their labels' owners.
+
+        Returns:
+            the rows of each rank; the wishes of all; the positives whose labels this rank owns.
+        """
+        self.recorder.enter("route")
+        counts, wishes = announce(self.ranks, len(batch), wish)
+        pairs, owned = batch.pairs(sum(counts[: self.ranks.rank])), self.shard.owned
+        rows, labels = route(self.ranks, *pairs, owned.num_labels)
+        self.recorder.enter("classifier")
+        return counts, wishes, Pairs(rows, labels, owned, self.device)
+
+    def _gather(
+        self, batch: Batch, counts: list[int], step: int
+    ) -> tuple[GradientCache, Tensor, Tensor]:
+        """Embeds own rows; returns them, their dropout mask, and E [B, D]."""
+        self.recorder.enter("encoder_forward")
+        own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
+        first = sum(counts[: self.ranks.rank])
+        mask = dropout_mask(own.embeddings, self.dropout, self.seed, step, sum(counts), first)
+        dropped = own.embeddings * mask
+        self.recorder.enter("gather")
+        return own, mask, gather_rows(self.ranks, dropped, counts)
+
+    def _skip(self, own: GradientCache) -> None:
+        """Changes nothing; the backward frees what the forward holds and joins DDP's reduction."""
+        self.recorder.enter("encoder_backward")
+        own.backward(torch.zeros_like(own.embeddings))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _train_shard(
+        self, everyone: Tensor, counts: list[int], positives: Pairs, sgd: SGD, with_loss: bool
+    ) -> tuple[Tensor, PendingRows]:
+        """Updates the shard; returns its loss, and dE on its way to the owners of its rows."""
+        self.recorder.enter("classifier")
+        started: list[PendingRows] = []
+        loss = self.shard.step(
+            everyone,
+            positives,
+            sgd,
+            with_loss=with_loss,
+            on_gradient=lambda dE: started.append(scatter_rows(self.ranks, dE, counts)),
+        )
+        return loss, started[0]
+
+    def _backward(self, own: GradientCache, mask: Tensor, scattering: PendingRows) -> None:
+        """Waits for own rows of dE; gives the encoder its gradient, times the loss scale."""
+        self.recorder.enter("scatter")
+        gradient = scattering.wait()
+        self.recorder.enter("encoder_backward")
+        own.backward(gradient * (mask * self.loss_scale.value))
+        self.recorder.enter("reduce")
+        if self.tokens is not None:
+            self.tokens.reduce()
+
+    def _optimize(self) -> bool:
+        """Updates the encoder unless its gradient is not finite on some rank; whether it did."""
+        self.recorder.enter("optimizer")
         finite = self._clip()
         self.loss_scale.update(finite)
         if finite:
             self.optimizer.step()
-        else:
-            enter("classifier")
-            undo_step(self.shard, everyone, positives, sgd)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, total, skipped=not finite, wishes=wishes)
+        return finite
 
     def _clip(self) -> bool:
         """Unscales the gradient and limits its norm; whether it is finite on every rank."""
@@ -165,7 +205,7 @@ class Step:
 
 
 def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first: int) -> Tensor:
-    """Factors 0 or 1/(1-p) for rows [first, first + b_r) of a global batch of `total` rows.
+    """Draws factors 0 or 1/(1-p) for rows [first, first + b_r) of a global batch of `total` rows.
 
     They depend on (seed, step, place in the global batch), so not on who holds a row.
     """

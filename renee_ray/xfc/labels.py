@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NONE = -1
+"""The label id in a place of a result that no label fills."""
+
+
 def split_range(n: int, num_ranks: int, rank: int) -> tuple[int, int]:
-    """[start, stop) of piece `rank` when `n` things are split into `num_ranks` pieces."""
+    """Returns [start, stop) of piece `rank` when `n` things are split into `num_ranks` pieces."""
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank {rank} is not in [0, {num_ranks})")
     return rank * n // num_ranks, (rank + 1) * n // num_ranks
@@ -44,7 +48,7 @@ class LabelRange:
 
 
 def owners(labels: Tensor, num_labels: int, num_ranks: int) -> Tensor:
-    """Rank that owns each label. labels: int64 [n]; returns int64 [n]."""
+    """Returns the rank that owns each label, int64 [n], for labels int64 [n]."""
     import torch  # not above: the processes that read data need ranges and no torch
 
     bounds = torch.tensor(

@@ -1,10 +1,10 @@
 """Threads that each take a part of a shard's labels, on a CPU.
 
 BLAS divides every product among its threads and waits for the last of them, and so does every
-other operation on a chunk. To wake a thread that sleeps takes a virtual machine some 50 us, ten
-times a chunk. Labels have nothing in common but dE and the k best; so each thread, a lane, takes
-its labels through all operations, BLAS computes on that thread alone, and what the lanes found is
-put together at the end.
+other operation on a chunk. Waking a sleeping thread takes some 50 us on a virtual machine, and a
+chunk needs it ten times. Labels have nothing in common but dE and the k best. So each thread,
+called a lane, takes its own labels through all operations, BLAS computes on that thread alone,
+and what the lanes found is put together at the end.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LEAST_LABELS = 64
-"""Of a lane: for fewer it is not worth to start one."""
+"""Labels of a lane; for fewer it is not worth starting one."""
 MOST_BYTES = 512 << 20
-"""What all lanes may take beside their chunks."""
+"""Memory that all lanes together may take beside their chunks."""
 
 
 def lane_count(labels: int, each: int, device: torch.device) -> int:
-    """Lanes for so many labels: torch's threads, or 1, where the threads share every operation.
+    """Returns the number of lanes for so many labels: torch's threads or 1.
 
-    each: bytes of what every lane has for itself, beside its chunk.
+    With one lane the threads share every operation instead.
+    each: bytes that every lane has for itself, beside its chunk.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or labels < threads * LEAST_LABELS:
@@ -43,9 +44,10 @@ def lane_count(labels: int, each: int, device: torch.device) -> int:
 
 
 def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """What each task returns, run at once: the i-th always in lane i, a single one right here.
+    """Runs tasks at once, the i-th always in lane i and a single one right here.
 
-    What a task raises is raised once all have ended.
+    Returns:
+        what each task returned; what one raises is raised once all have ended.
     """
     if len(tasks) == 1:
         return [tasks[0]()]
@@ -65,9 +67,9 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
 
 @functools.cache
 def _threads(lanes: int) -> list[ThreadPoolExecutor]:
-    """Each is one thread, on which torch computes alone.
+    """Returns pools of one thread each, on which torch computes alone.
 
-    One pool would let a thread that is early take two of the tasks, and their buffers with them.
+    In a single pool a thread that is early could take two of the tasks, and fill their buffers.
     """
     before = torch.get_num_threads()
     threads = [ThreadPoolExecutor(1, f"classifier lane {i}") for i in range(lanes)]

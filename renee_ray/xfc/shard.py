@@ -1,6 +1,14 @@
 """Forward, backward and update of one label shard, chunk by chunk, without autograd.
 
-What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3):
+Ledger, for a global batch of B rows, dimension D and a rank that owns n labels:
+
+    W    [n, D]    stored (`weights`)      the shard; each rank has its own labels
+    E    [B, D]    fp32                    embeddings of all rows, the same on every rank
+    Y    [B, n]    pairs (row, label)      the positives; sparse, never a matrix
+    G    [c, B]    the matmuls' dtype      sigmoid(W E') - Y of one chunk of c labels
+    dE   [B, D]    fp32                    this rank's part; the gradient is the sum over ranks
+
+A step equals (Renée, section 3):
 
     loss = binary_cross_entropy_with_logits(E @ W.T, Y, reduction="sum")
     dE   = (sigmoid(E @ W.T) - Y) @ W            # summed over the shard's labels
@@ -8,10 +16,8 @@ What it equals, for E [B, D], W [n, D] and Y [B, n] in {0, 1} (Renée, section 3
 
 Neither logits nor dW ever exist for more than one chunk of labels, and where the matmuls are
 fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
-Buffers are those of the first step; the loop over chunks allocates nothing of a chunk's size,
-but in steps whose loss is asked for.
-Fewer passes over memory do the same on a CPU (`cpu_loops`) and, where triton is there, on a
-GPU (`kernels`).
+The first step allocates the buffers. Later ones allocate nothing of a chunk's size, unless their
+loss is asked for. `kernels` has the operations on a chunk for each kind of device.
 """
 
 from __future__ import annotations
@@ -26,18 +32,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.kernels.device import chunk_bytes, has_kernels, native_e4m3, upload
+from renee_ray.xfc.device import chunk_bytes, upload
+from renee_ray.xfc.kernels.choose import Operations, choose_operations
+from renee_ray.xfc.kernels.plain import Update, add_product
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.lanes import lane_count, run
-from renee_ray.xfc.weights.buffers import E4M3
 from renee_ray.xfc.weights.rounding import scaled_e4m3
-from renee_ray.xfc.weights.storages import SGD, Update, Weights, add_product
+from renee_ray.xfc.weights.storages import SGD, Weights
 
 HOST = torch.device("cpu")
 GRADIENT_BYTES = 10
-"""Of a number of dE in a lane: its sum, and a chunk's part of it as bf16 and as fp32."""
+"""Memory of one number of dE in a lane: its sum, and a chunk's part of it as bf16 and as fp32."""
 Chunks = list[tuple[int, int]]
-"""Local [start, stop) of labels that are worked on at once, one after the other."""
+"""Ranges [start, stop) of local labels; those of a range are worked on at once."""
 INIT_BLOCK = 1024
 """Labels whose first weights come from one random stream, whoever owns them."""
 
@@ -62,7 +69,7 @@ class Pairs:
         self._rows = upload(key % width, device)
 
     def of_rows(self, chosen: Tensor) -> Pairs:
-        """Those of the rows int64 [r], ascending, which become the rows 0 .. r - 1."""
+        """Returns the pairs of the rows int64 [r], ascending, which become the rows 0 .. r - 1."""
         place = torch.searchsorted(chosen, self._rows)
         inside = chosen[place.clamp(max=len(chosen) - 1)] == self._rows
         found = copy.copy(self)
@@ -71,9 +78,9 @@ class Pairs:
         return found
 
     def by_chunk(self, chunks: Chunks) -> list[tuple[Tensor, Tensor]]:
-        """(rows, columns inside the chunk) of each chunk of local labels [start, stop).
+        """Returns (rows, columns inside the chunk) of each chunk of local labels [start, stop).
 
-        chunks: one after the other, without a gap.
+        chunks: ascending ranges without a gap.
         """
         ends = [start for start, _ in chunks] + [stop for _, stop in chunks[-1:]]
         bounds = torch.searchsorted(self._host_labels, torch.tensor(ends)).tolist()
@@ -84,28 +91,11 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Operations:
-    """How a chunk is computed: `residual`, and `update` as `storage.Update`.
-
-    padding: the rows of G are padded to a multiple of it.
-    scaled: whether logits come from e4m3 numbers, whose scales `residual` then takes as well.
-    """
-
-    residual: Callable[..., Tensor]
-    update: type[Update]
-    padding: int = 1
-    scaled: bool = False
-
-    def padded(self, batch: int) -> int:
-        """Numbers that a row of G takes in memory for a batch of so many rows, at least 1."""
-        return -(-max(batch, 1) // self.padding) * self.padding
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """E of a global batch, as it is multiplied.
+    """The embeddings of a global batch, as they are multiplied.
 
-    wide: [B, D] in the compute dtype; scaled: as of `rounding.scaled_e4m3`, for the logits alone.
+    wide: [B, D] in the compute dtype.
+    scaled: what `rounding.scaled_e4m3` gives, for the logits alone; None: these take `wide`.
     """
 
     wide: Tensor
@@ -116,8 +106,8 @@ class Shard:
     """The labels `owned` of the classifier, with their weights.
 
     Args:
-        chunk: labels worked on at once; 0: as many as keep a chunk in the cache.
-        operations: how a chunk is computed; None: what is fastest on the device.
+        chunk: number of labels worked on at once; 0: as many as keep a chunk in the cache.
+        operations: how a chunk is computed; None: the fastest that the device has.
     """
 
     def __init__(
@@ -131,9 +121,9 @@ class Shard:
         self.operations = operations or choose_operations(weights)
 
     def lanes(self, batch: int, each: int = 0, *, gradient: bool = True) -> list[Chunks]:
-        """The chunks of each lane (see module `lanes`) for a global batch of `batch` rows.
+        """Returns the chunks of each lane (module `lanes`) for a global batch of `batch` rows.
 
-        each: bytes of working memory for a label; 0: what a training step takes.
+        each: bytes of working memory for one label; 0: what a training step takes.
         gradient: whether each lane has a dE of its own.
         """
         each = each or buffer_bytes(batch, self.weights, self.operations)
@@ -147,9 +137,9 @@ class Shard:
             for first, last in bounds
         ]
 
-    def chunks(self, batch: int, each: int = 0) -> Chunks:
-        """Those of all `lanes`, in the order of the labels."""
-        return [chunk for lane in self.lanes(batch, each) for chunk in lane]
+    def chunks(self, batch: int) -> Chunks:
+        """Returns the chunks of all `lanes` of a training step, in the order of the labels."""
+        return [chunk for lane in self.lanes(batch) for chunk in lane]
 
     def step(
         self,
@@ -170,7 +160,8 @@ class Shard:
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
         """
-        inputs = self.inputs(embeddings)
+        scaled = scaled_e4m3(embeddings) if self.operations.scaled else None
+        inputs = Inputs(embeddings.to(self.weights.compute_dtype), scaled)
         update = self.operations.update(self.weights, sgd, self.owned.start)
         lanes = [
             _Lane(self, inputs, positives, chunks, update, with_loss)
@@ -184,35 +175,6 @@ class Shard:
         on_gradient(gradient)
         run([lane.finish for lane in lanes])
         return loss
-
-    def inputs(self, embeddings: Tensor) -> Inputs:
-        """Of embeddings [B, D] float32."""
-        scaled = scaled_e4m3(embeddings) if self.operations.scaled else None
-        return Inputs(embeddings.to(self.weights.compute_dtype), scaled)
-
-    def residual(
-        self,
-        operand: Tensor,
-        inputs: Inputs,
-        chunk: tuple[int, int],
-        pairs: tuple[Tensor, Tensor],
-        loss: Tensor | None,
-    ) -> Tensor:
-        """The function `residual` of a chunk [start, stop), for its `operand` and its `pairs`.
-
-        Returns:
-            G [stop - start, B], until the next call.
-        """
-        rows, columns = pairs
-        batch = len(inputs.wide)
-        shape = len(operand), self.operations.padded(batch)
-        # Labels first: BLAS then reads every operand of the three products as it lies.
-        out = self.weights.scratch("logits", *shape, dtype=inputs.wide.dtype)[:, :batch]
-        if inputs.scaled is None:
-            return self.operations.residual(operand, inputs.wide, columns, rows, out, loss)
-        codes = self.weights.operand(*chunk, torch.float8_e4m3fn)
-        narrow, scales = inputs.scaled
-        return self.operations.residual(codes, narrow, columns, rows, out, loss, scales)
 
     def initialise_normal(self, std: float, seed: int) -> None:
         """W ~ N(0, std); the row of a label depends on (seed, label) only, not on the shards."""
@@ -234,7 +196,7 @@ class Shard:
 
 
 class _Lane:
-    """A step's work on some chunks of a shard.
+    """A step's work on the chunks of one lane.
 
     gradient: dE [B, D] float32; loss: float64 scalar; both of these chunks alone.
     """
@@ -248,96 +210,57 @@ class _Lane:
         update: Update,
         with_loss: bool,
     ) -> None:
-        self._shard, self._inputs, self._positives = shard, inputs, positives
+        self._weights, self._operations = shard.weights, shard.operations
+        self._inputs, self._positives = inputs, positives
         self._chunks, self._update, self._with_loss = chunks, update, with_loss
         self.gradient = torch.zeros_like(inputs.wide, dtype=torch.float32)
         self.loss = torch.zeros((), dtype=torch.float64, device=inputs.wide.device)
         self.finish: Callable[[], None] = lambda: None
 
     def forward(self) -> None:
-        """All but the last chunk's update, which `finish` makes."""
+        """Does all but the last chunk's update, which `finish` then makes."""
         for chunk, pairs in zip(self._chunks, self._positives.by_chunk(self._chunks), strict=True):
             self.finish()
             self.finish = self._forward(chunk, pairs)
 
     def _forward(self, chunk: tuple[int, int], pairs: tuple[Tensor, Tensor]) -> Callable[[], None]:
-        """A chunk's part of dE and of the loss; returns its update."""
-        (start, stop), scratch = chunk, self._shard.weights.scratch
-        operand, inputs = self._shard.weights.operand(start, stop), self._inputs.wide
-        loss = self.loss if self._with_loss else None
-        residual = self._shard.residual(operand, self._inputs, chunk, pairs, loss)
-        add_product(self.gradient, residual.T, operand, 1, 1, scratch)
+        """Adds a chunk's part of dE and of the loss; returns its update, to be called later."""
+        start, stop = chunk
+        operand, inputs = self._weights.operand(start, stop), self._inputs.wide
+        residual = self._residual(operand, chunk, pairs)
+        add_product(self.gradient, residual.T, operand, 1, 1, self._weights.scratch)
         return functools.partial(self._update, start, stop, operand, residual, inputs)
 
-
-def choose_operations(weights: Weights) -> Operations:
-    """Those of `cpu_loops`, of `kernels`, or of plain torch, by the device.
-
-    On a CPU plain torch is fastest where fp32 lies in memory: BLAS accumulates into it.
-    """
-    if weights.device.type == "cpu":
-        if not weights.weight.aliased:
-            from renee_ray.xfc.kernels import cpu_loops  # numba, which takes a second to import
-
-            cpu_loops.compile_for(weights)
-            return Operations(residual, cpu_loops.FusedUpdate)
-    elif has_kernels(weights.device):
-        from renee_ray.xfc.kernels import gpu
-
-        narrow = isinstance(weights.weight, E4M3) and weights.compute_dtype == torch.bfloat16
-        scaled = narrow and native_e4m3(weights.device)
-        return Operations(gpu.residual, gpu.FusedUpdate, gpu.PADDING, scaled)
-    return Operations(residual, Update)
-
-
-def residual(
-    operand: Tensor, inputs: Tensor, labels: Tensor, rows: Tensor, out: Tensor, loss: Tensor | None
-) -> Tensor:
-    """sigmoid(operand @ inputs.T) - y, where y is 1 at the pairs (labels, rows).
-
-    Args:
-        operand: [c, D]; inputs: [B, D]; out: [c, B], all of one dtype.
-        labels: int64 [m], rows of `operand`; rows: int64 [m], of `inputs`; no pair twice.
-        loss: if given, the sum of BCE-with-logits is added to it, a float64 scalar.
-
-    Returns:
-        `out`
-    """
-    torch.mm(operand, inputs.T, out=out)
-    if loss is not None:
-        loss += bce_sum(out, labels, rows)
-    return subtract_positives(out, labels, rows)
-
-
-def subtract_positives(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-    """sigmoid(logits) - y in place, logits [c, B], where y is 1 at the pairs (labels, rows).
-
-    At a positive it is -sigmoid(-logit): a difference from 1 would lose all digits in bf16.
-    """
-    positive = logits[labels, rows].neg_().sigmoid_().neg_()
-    logits.sigmoid_()
-    logits[labels, rows] = positive
-    return logits
-
-
-def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-    """Sum of BCE-with-logits over a chunk [c, B] whose positives are (labels, rows)."""
-    everywhere = torch.nn.functional.softplus(logits.float()).sum(dtype=torch.float64)
-    return everywhere - logits[labels, rows].sum(dtype=torch.float64)
+    def _residual(
+        self, operand: Tensor, chunk: tuple[int, int], pairs: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Returns G [stop - start, B] of a chunk, valid until the next call."""
+        rows, columns = pairs
+        inputs, loss = self._inputs.wide, self.loss if self._with_loss else None
+        shape = len(operand), self._operations.padded(len(inputs))
+        # Labels first: BLAS then reads every operand of the three products as it lies.
+        padded = self._weights.scratch("logits", *shape, dtype=inputs.dtype)
+        out = padded[:, : len(inputs)]
+        if self._inputs.scaled is None:
+            return self._operations.residual(operand, inputs, columns, rows, out, loss)
+        codes = self._weights.operand(*chunk, torch.float8_e4m3fn)
+        narrow, scales = self._inputs.scaled
+        return self._operations.residual(codes, narrow, columns, rows, out, loss, scales)
 
 
 def default_chunk(each: int, device_type: str) -> int:
-    """Labels of `each` bytes of buffers that fit what a chunk may take on the device."""
+    """Returns how many labels of `each` bytes of buffers make a chunk on the device."""
     return max(64, chunk_bytes(device_type) // each // 64 * 64)
 
 
 def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:
-    """Bytes of working memory for one label of a chunk, at most.
+    """Returns the bytes of working memory that one label of a chunk takes, at most.
 
-    Of kernels on a GPU: residuals and operand. Otherwise residuals and, for the loss, two fp32
-    copies; for each weight its operand and gradient, each at most fp32. Plain torch, where the
-    weights are not in memory as fp32, takes for each its operand, its value, velocity and noise,
-    the gradient as bf16 and fp32, and four numbers while rounding it.
+    Kernels on a GPU have a residual for each row and an operand for each dimension. All others
+    have residuals too and, for the loss, two fp32 copies of them; and for each dimension the
+    operand and the gradient, each at most fp32. Plain torch, where the weights are not in memory
+    as fp32, has for each dimension the operand, value, velocity and noise, the gradient as bf16
+    and as fp32, and four numbers while it rounds.
     """
     item, plain = weights.compute_dtype.itemsize, operations.update is Update
     if weights.device.type == "cuda" and not plain:

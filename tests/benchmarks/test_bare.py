@@ -69,7 +69,7 @@ def by_hand(job: Job) -> tuple[float, float]:
     model = tiny_model(job.config, job.dataset.manifest.num_labels, Ranks())
     model.shard.initialise_normal(job.config.classifier.init_std, job.config.seed)
     Trainer(
-        job.config, model, Ranks(), CPU, job.plan, lambda: (), None, None,
+        job.config, model, Ranks(), CPU, job.schedule, None,
         lambda record: None, lambda metrics: None,
     ).run(iter(held_batches(job, Ranks())))  # fmt: skip
     return weight_norms(model, Ranks())
@@ -105,11 +105,11 @@ def test_the_batches_are_the_global_ones_in_order(dataset: Dataset) -> None:
     assert sorted(seen) == list(range(sum(POINTS)))
 
 
-def test_the_plan_has_the_jobs_steps_in_the_batches_of_the_epochs(dataset: Dataset) -> None:
+def test_the_schedule_has_the_jobs_steps_in_the_batches_of_the_epochs(dataset: Dataset) -> None:
     job = job_of(dataset, steps=12)
     epoch = job.orders[0].num_batches
-    assert job.plan.batches == (epoch, epoch, 3) and job.plan.total == 15
-    assert job_of(dataset, warmup=1, steps=2).plan.batches == (4,)
+    assert job.schedule.batches == (epoch, epoch, 3) and job.schedule.total == 15
+    assert job_of(dataset, warmup=1, steps=2).schedule.batches == (4,)
 
 
 def test_the_clock_counts_from_asking_to_asking(monkeypatch: pytest.MonkeyPatch) -> None:

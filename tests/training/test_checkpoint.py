@@ -32,9 +32,10 @@ from renee_ray.config.schema import EncoderConfig
 from renee_ray.model.encoder import adamw
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.parallel.batch import Position
+from renee_ray.xfc.kernels.plain import Update
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.weights.storages import SGD, STORAGES, Update, Weights
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 
 CPU = torch.device("cpu")
 NAME = "step-000000031-0123abcd"

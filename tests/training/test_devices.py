@@ -20,7 +20,8 @@ from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch, Position, Ragged
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.scorer import Propensities
-from renee_ray.training.loop import Plan, Trainer
+from renee_ray.training.loop import Trainer, Validation
+from renee_ray.training.schedule import Schedule
 from renee_ray.xfc.labels import LabelRange
 from tests.devices import DEVICES
 
@@ -69,10 +70,13 @@ class Run:
         self.writer = CheckpointWriter(self.checkpoints, Ranks(), 1, "P@1").start()
         self.writer.reserve(self.model.encoder, self.model.shard)
         owned = LabelRange(0, LABELS, LABELS)
-        self.trainer = Trainer(
-            self.config, self.model, Ranks(), self.device, Plan((STEPS,), 1.0, SAVED),
+        validation = Validation(
             lambda: [batch_of(100)], Propensities(torch.ones(LABELS).double(), owned, Ranks()),
-            torch.zeros(LABELS, device=self.device), lambda r: self.losses.append(r["loss"]),
+            torch.zeros(LABELS, device=self.device),
+        )  # fmt: skip
+        self.trainer = Trainer(
+            self.config, self.model, Ranks(), self.device, Schedule((STEPS,), 1.0, SAVED),
+            validation, lambda r: self.losses.append(r["loss"]),
             self._save, checkpoint.state if checkpoint else State(),
         )  # fmt: skip
         if checkpoint:

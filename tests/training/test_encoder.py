@@ -22,7 +22,7 @@ from renee_ray.model.encoder import (
     training_attention,
 )
 from renee_ray.training.step import dropout_mask
-from renee_ray.xfc.kernels.device import native_bf16
+from renee_ray.xfc.device import native_bf16
 
 CPU = torch.device("cpu")
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

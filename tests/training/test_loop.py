@@ -1,8 +1,8 @@
-"""The plan of a run, and what the trainer makes of a batch before it trains on it."""
+"""The schedule of a run, and what the trainer makes of a batch before it trains on it."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from renee_ray.errors import ReneeError
 from renee_ray.model.model import Model
 from renee_ray.parallel.batch import Batch, Position, Ragged
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.training.loop import MOST_SKIPPED, Plan, Trainer
+from renee_ray.training.loop import MOST_SKIPPED, Trainer
+from renee_ray.training.schedule import Schedule
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -24,8 +25,8 @@ from tests.training.test_step import DIM, LABELS, Bag, first_weights
 CPU = torch.device("cpu")
 
 
-def plan(every: float, *batches: int) -> Plan:
-    return Plan(batches, every, 0)
+def schedule(every: float, *batches: int) -> Schedule:
+    return Schedule(batches, every, 0)
 
 
 @pytest.mark.parametrize(
@@ -41,20 +42,20 @@ def plan(every: float, *batches: int) -> Plan:
     ],
 )
 def test_evaluation_steps(every: float, batches: tuple[int, ...], steps: set[int]) -> None:
-    assert plan(every, *batches).evaluation_steps() == steps
+    assert schedule(every, *batches).evaluation_steps() == steps
 
 
 def test_any_share_of_an_epoch_ends_with_the_end() -> None:
     """Shares that binary numbers cannot represent included."""
-    for epochs in range(1, 31):
+    for epochs in (1, 2, 3, 7, 30):
         for hundredths in range(1, 301):
-            found = plan(hundredths / 100, *[100] * epochs).evaluation_steps()
+            found = schedule(hundredths / 100, *[100] * epochs).evaluation_steps()
             marks = range(hundredths, 100 * epochs + 1, hundredths)
             assert found == {*marks, 100 * epochs}, (epochs, hundredths)
 
 
 def test_epochs_done() -> None:
-    made = plan(1.0, 10, 20)
+    made = schedule(1.0, 10, 20)
     assert made.total == 30
     assert [made.epochs_done(step) for step in (0, 5, 10, 15, 29, 30)] == [
         0.0, 0.5, 1.0, 1.25, 1.95, 2.0,
@@ -63,17 +64,16 @@ def test_epochs_done() -> None:
 
 @pytest.mark.parametrize("share", [0.085, 0.68])
 def test_a_share_that_rounds_to_above_the_last_epoch_ends_with_the_end(share: float) -> None:
-    plan = Plan((37,) * 51, share, 0)
-    assert max(plan.evaluation_steps()) == plan.total
+    made = Schedule((37,) * 51, share, 0)
+    assert max(made.evaluation_steps()) == made.total
 
 
 def trainer_of(encoder: Bag, config: RunConfig, steps: int, state: State | None = None) -> Trainer:
     shard = Shard(LabelRange(0, LABELS, LABELS), Weights("fp32", LABELS, DIM, True, CPU))
     shard.write(0, first_weights())
     return Trainer(
-        config, Model(encoder, shard), Ranks(), CPU, plan(1.0, steps),  # type: ignore[arg-type]
-        validation=lambda: [], propensities=None, offset=None,
-        on_progress=lambda record: None, on_checkpoint=lambda metrics: None,
+        config, Model(encoder, shard), Ranks(), CPU, schedule(1.0, steps),  # type: ignore[arg-type]
+        validation=None, on_progress=lambda record: None, on_checkpoint=lambda metrics: None,
         state=state or State(),
     )  # fmt: skip
 
@@ -102,21 +102,22 @@ def trained_by(**feed: object) -> tuple[torch.Tensor, list[int]]:
     return (embedded @ shard.weights.read(0, LABELS).T)[0], tokens
 
 
+def equal_batches(first: int, stop: int) -> Iterator[Batch]:
+    row, none = Ragged.of_lists([[1, 4]]), Ragged.of_lists([[]])
+    for step in range(first, stop):
+        yield Batch(Position(0, step), np.arange(1), row, Ragged.of_lists([[0]]), none, 0)
+
+
 def run_poisoned(steps: int, poisoned: Container[int], state: State | None = None) -> Trainer:
     """A run in whose `poisoned` steps, numbered from 0, no embedding is finite."""
     config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})
     trainer = trainer_of(encoder := Bag(), config, steps, state)
-    row, none = Ragged.of_lists([[1, 4]]), Ragged.of_lists([[]])
-    first = trainer.state.step
 
     def poison(_: object, __: object, found: torch.Tensor) -> torch.Tensor:
         return found * (torch.nan if trainer.state.step in poisoned else 1.0)
 
     encoder.out.register_forward_hook(poison)
-    trainer.run(
-        Batch(Position(0, step), np.arange(1), row, Ragged.of_lists([[0]]), none, 0)
-        for step in range(first, steps)
-    )
+    trainer.run(equal_batches(trainer.state.step, steps))
     return trainer
 
 
@@ -136,6 +137,17 @@ def test_a_run_that_only_skips_ends_with_an_error(
 def test_so_does_one_that_was_resumed() -> None:
     with pytest.raises(ReneeError, match="all of the last 7 steps"):
         run_poisoned(7, range(7), State(Position(0, 5), 5, skipped=5))
+
+
+def test_a_classifier_that_is_lost_ends_the_run_and_spares_the_encoder() -> None:
+    """Its gradient for the encoder is not finite in any step, though the embeddings are."""
+    config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})
+    trainer = trainer_of(encoder := Bag(), config, 7)
+    trainer.model.shard.write(3, torch.full((1, DIM), torch.nan))
+    before = [parameter.detach().clone() for parameter in encoder.parameters()]
+    with pytest.raises(ReneeError, match="all of the last 7 steps"):
+        trainer.run(equal_batches(0, 7))
+    assert all(map(torch.equal, encoder.parameters(), before))
 
 
 def test_a_row_of_skipped_steps_is_said_once_with_its_length(

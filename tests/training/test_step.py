@@ -137,8 +137,13 @@ def distributed(
     }
 
 
-def oracle(without: Container[int] = ()) -> dict[str, torch.Tensor]:
-    """The same 20 steps, dense, by autograd in float64, but for those left out."""
+def oracle(
+    without: Container[int] = (), classifier_alone: Container[int] = ()
+) -> dict[str, torch.Tensor]:
+    """Makes the same 20 steps, dense, by autograd in float64.
+
+    without: steps that are left out; classifier_alone: those in which the encoder stays as it is.
+    """
     encoder = Bag().double()
     weight = first_weights().double().requires_grad_()
     classifier = torch.optim.SGD(
@@ -169,7 +174,8 @@ def oracle(without: Container[int] = ()) -> dict[str, torch.Tensor]:
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), CLIP)
         for each in (classifier, optimizer):
-            each.step()
+            if each is classifier or number not in classifier_alone:
+                each.step()
             each.zero_grad()
         losses.append(loss.detach())
     state = {f"encoder.{name}": p.detach() for name, p in encoder.named_parameters()}
@@ -296,23 +302,23 @@ def test_so_is_one_whose_embeddings_fp16_cannot_hold(runs: Runs, num_ranks: int)
 
 @pytest.mark.parametrize("variant", ["poisoned_backward", "micro_batches_backward"])
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
-def test_a_step_whose_gradient_is_not_finite_on_one_rank_is_skipped_by_all(
+def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_update_of_the_classifier(
     runs: Runs, num_ranks: int, variant: str
 ) -> None:
-    """Found in the encoder's backward, when the classifier has been updated already."""
+    """No rank updates its encoder, and every shard is as if the gradient had been finite."""
     results = [result[variant] for result in runs[num_ranks]]
     assert [result["skipped"].tolist() for result in results] == [[4]] * num_ranks
     found = of(runs, num_ranks, variant)
-    found["loss"] = found["loss"][torch.arange(STEPS) != 4]
-    assert difference(found, oracle(without=[4])) < 1e-5
-    assert difference(found, {**oracle(), "loss": found["loss"]}) > 1e-3
+    assert difference(found, oracle(classifier_alone=[4])) < 1e-5
+    assert difference(found, oracle()) > 1e-3
+    without = oracle(without=[4])
+    assert difference({**found, "loss": without["loss"]}, without) > 1e-3
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
 def test_a_loss_scale_that_overflows_is_halved_until_it_fits(runs: Runs, num_ranks: int) -> None:
-    """Steps are skipped until then; afterwards the scale changes nothing."""
+    """Until then the classifier alone is updated; afterwards the scale changes nothing."""
     found = of(runs, num_ranks, "overflow")
     skipped = found["skipped"].tolist()
     assert 2 <= len(skipped) < STEPS - 5
-    found["loss"] = found["loss"][[n for n in range(STEPS) if n not in skipped]]
-    assert difference(found, oracle(without=skipped)) < 1e-5
+    assert difference(found, oracle(classifier_alone=skipped)) < 1e-5

@@ -17,8 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from renee_ray.xfc.kernels import gpu
+from renee_ray.xfc.kernels.choose import Operations
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.shard import (Operations, Pairs, Shard)
+from renee_ray.xfc.shard import (Pairs, Shard)
 from renee_ray.xfc.weights.storages import (SGD, Weights)
 
 torch.set_num_threads(1)
@@ -80,16 +81,14 @@ INTEGER = {"fp32": "*fp32", "split": "*i16", "bf16": "*i16", "e4m3": "*u8"}
 def compile(kernel, capability, pointer, k, **constants):
     constants |= {"DIM": 80, "TILE": 32, "K": k, "LOSS": True}
     constants["SCALED"] = pointer == "*fp8e4nv"
-    stored = {"weight": constants.get("WEIGHT"), "velocity": constants.get("VELOCITY")}
     types = {name: pointer for name in ("weight", "inputs", "residual")}
     types["out"] = "*bf16" if pointer == "*fp8e4nv" else pointer
-    types |= {name: INTEGER[kind] for name, kind in stored.items() if kind}
-    types |= {f"{name}_rest": INTEGER[kind] for name, kind in stored.items() if kind}
+    for name, kind in zip(("weight", "velocity"), constants.get("KINDS", ())):
+        types[name] = (INTEGER[kind], INTEGER[kind], "*i32")
     types |= {name: "*fp32" for name in ("sums", "logits", "scales")}
     types |= {name: "*i64" for name in ("labels", "rows")}
-    types |= {name: "*i32" for name in ("weight_base", "velocity_base")}
     types |= {name: "i64" for name in ("weight_key", "velocity_key", "first")}
-    types |= {name: "fp32" for name in ("lr", "momentum", "decay")}
+    types["rates"] = ("fp32", "fp32", "fp32")
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     source = ASTSource(kernel, signature, {n: c for n, c in constants.items() if n in names})
@@ -104,8 +103,7 @@ for capability in (80, 90):
         compile(gpu._positives, capability, pointer, k)
     for kinds in (("fp32", "fp32"), ("split", "split"), ("bf16", "bf16"), ("e4m3", "bf16")):
         pointer, k = ("*fp32", 32) if kinds[0] == "fp32" else ("*bf16", 64)
-        weight, velocity = kinds
-        compile(gpu._update, capability, pointer, k, WEIGHT=weight, VELOCITY=velocity)
+        compile(gpu._update, capability, pointer, k, KINDS=kinds)
 """
 
 

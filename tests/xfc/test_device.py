@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from renee_ray.xfc.kernels import device as module
-from renee_ray.xfc.kernels.device import choose_compute, choose_precision, chunk_bytes, has_kernels
+from renee_ray.xfc import device as module
+from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes
+from renee_ray.xfc.kernels.choose import has_kernels
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.xfc.interpreter import DEVICE, load_kernels
 
@@ -42,7 +43,7 @@ def test_matmuls_are_narrow_only_where_that_is_native(precision: str, has_bf16: 
 
 
 def test_the_expansion_is_logged_once(has_bf16: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "renee_ray.xfc.kernels.device"):
+    with caplog.at_level(logging.INFO, "renee_ray.xfc.device"):
         for _ in range(3):
             choose_compute(torch.bfloat16, "fp8_sr", CPU)
             choose_compute(torch.float32, "fp32", CPU)
@@ -110,7 +111,7 @@ def test_kernels_are_tried_before_they_are_chosen(
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_gpu_machine_without_a_c_compiler_takes_the_slower_path(tmp_path: Path) -> None:
     code = (
-        "import torch; from renee_ray.xfc.kernels.device import has_kernels;"
+        "import torch; from renee_ray.xfc.kernels.choose import has_kernels;"
         "print(has_kernels(torch.device('cuda', 0)))"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("CC", "PATH")}

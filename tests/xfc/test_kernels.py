@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from renee_ray.xfc.kernels.choose import Operations
+from renee_ray.xfc.kernels.plain import Update, residual
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.shard import Operations, Pairs, Shard, residual
-from renee_ray.xfc.undo import undo_step
+from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.rounding import PERIOD, scaled_e4m3
-from renee_ray.xfc.weights.storages import SGD, STORAGES, Update, Weights
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
+from tests.pairwise import pairwise
 from tests.xfc.interpreter import DEVICE, load_kernels
 
 kernels = load_kernels()
@@ -42,6 +44,8 @@ POSITIVES = {
     "a row of all labels": [(label, 5) for label in range(LABELS)],
 }
 
+OTHERS = [kind for kind in POSITIVES if kind != "some"]
+
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +63,10 @@ def columns(listed: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return both[:, 0].contiguous(), both[:, 1].contiguous()
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("kind", POSITIVES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*(("some", dtype) for dtype in ROUNDING), *((kind, torch.bfloat16) for kind in OTHERS)],
+)
 def test_residual_and_loss(kind: str, dtype: torch.dtype) -> None:
     """Within the rounding of the result to its dtype, however small it is."""
     operand, inputs = (normal(n, DIM, seed=n).to(dtype) for n in (LABELS, BATCH))
@@ -100,7 +106,7 @@ def test_loss_of_improbable_labels_keeps_its_digits() -> None:
     assert float(loss) == pytest.approx(15 * math.log1p(math.exp(-17)), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", POSITIVES)
+@pytest.mark.parametrize("kind", ["some", "a label of all rows"])
 def test_residual_and_loss_of_e4m3_numbers(kind: str) -> None:
     """Exact products of these numbers, and no other rounding than that of the result."""
     operand = normal(LABELS, DIM, seed=1).to(torch.float8_e4m3fn)
@@ -181,10 +187,6 @@ def test_a_step_with_e4m3_logits(momentum: float) -> None:
     moved = weights.read(0, LABELS) - stored
     assert moved.norm() > 0.5 * (after - stored).norm()
 
-    undo_step(shard, embeddings, pairs, sgd)
-    left = weights.read(0, LABELS) - stored
-    assert abs(float((left * moved).sum() / moved.square().sum())) < 0.2
-
 
 def test_without_loss_the_residual_is_the_same() -> None:
     operand, inputs = (normal(n, DIM, seed=n) for n in (LABELS, BATCH))
@@ -204,12 +206,12 @@ def make_weights(precision: str, momentum: float, compute: torch.dtype, n: int) 
     return weights
 
 
+FIRSTS = [0, PERIOD - 50, 2**40 + PERIOD - 100]
 CASES = [
-    (name, dtype, momentum)
-    for name, storage in STORAGES.items()
-    for dtype in sorted({torch.float32, storage.compute}, key=str)
-    for momentum in (0.0, 0.9)
+    ((name, STORAGES[name].compute if own else torch.float32, momentum), first)
+    for name, own, momentum, first in pairwise(STORAGES, (True, False), (0.0, 0.9), FIRSTS)
 ]
+"""(storage, dtype of the matmuls, momentum), first label."""
 SPACING = {"bf16_sr": 2.0**-7, "fp8_sr": 2.0**-3}
 """Of the stored numbers, relative to them."""
 
@@ -233,8 +235,7 @@ def updated(
     return found
 
 
-@pytest.mark.parametrize("first", [0, PERIOD - 50, 2**40 + PERIOD - 100])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "first"), CASES, ids=str)
 def test_update_is_that_of_plain_torch(case: tuple[str, torch.dtype, float], first: int) -> None:
     """Rounded with the same noise, so bit for bit, but where the last bit of fp32 decides."""
     found, plain = (updated(each, case, first) for each in (kernels.FusedUpdate, Update))
@@ -251,7 +252,7 @@ def test_update_is_that_of_plain_torch(case: tuple[str, torch.dtype, float], fir
             assert (other[name] != theirs).double().mean() > 0.1, "other noise is noticed"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case, first in CASES if not first], ids=str)
 def test_update_is_the_exact_one_rounded_to_a_neighbour(
     case: tuple[str, torch.dtype, float],
 ) -> None:
@@ -288,12 +289,12 @@ def test_every_code_of_e4m3_is_read_and_written_as_it_is() -> None:
     assert torch.equal(stored, codes)
 
 
-@pytest.mark.parametrize("value", [1e6, -1e6, float("inf"), -float("inf"), 460.0])
-def test_e4m3_saturates(value: float) -> None:
+def test_e4m3_saturates() -> None:
     weights = Weights("fp8_sr", 3, 8, False, DEVICE, torch.float32)
-    residual, inputs = torch.ones(3, 1, device=DEVICE), torch.full((1, 8), value, device=DEVICE)
+    values = torch.tensor([[1e6, -1e6, math.inf, -math.inf, 460.0, -460.0, 448.0, 0.0]])
+    residual, inputs = torch.ones(3, 1, device=DEVICE), values.to(DEVICE)
     kernels.FusedUpdate(weights, SGD(-1.0, 0.0), 0)(0, 3, weights.operand(0, 3), residual, inputs)
-    assert torch.equal(weights.read(0, 3).cpu(), torch.full((3, 8), math.copysign(448.0, value)))
+    assert torch.equal(weights.read(0, 3).cpu(), values.clamp(-448, 448).expand(3, 8))
 
 
 def shard_of(precision: str, fused: bool, owned: LabelRange, chunk: int) -> Shard:
@@ -321,8 +322,9 @@ def trained(shard: Shard, steps: int = 3) -> tuple[list[torch.Tensor], torch.Ten
     return gradients, loss, shard.weights.read(0, len(owned)).clone()
 
 
-@pytest.mark.parametrize("chunk", [150, 40, 0])
-@pytest.mark.parametrize("precision", STORAGES)
+@pytest.mark.parametrize(
+    ("precision", "chunk"), list(zip(STORAGES, [150, 40, 0, 40, 0], strict=True))
+)
 def test_steps_are_those_of_plain_torch(precision: str, chunk: int) -> None:
     owned = LabelRange(0, LABELS, LABELS)
     ours, theirs = (trained(shard_of(precision, fused, owned, chunk)) for fused in (True, False))
@@ -363,8 +365,10 @@ def test_an_empty_batch_and_an_empty_shard() -> None:
     assert loss == 0
 
 
-@pytest.mark.parametrize("batch", [1, 63, 65, 1000])
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "compute"),
+    [(1, torch.float32), (63, torch.bfloat16), (65, torch.float32), (1000, torch.bfloat16)],
+)
 def test_a_step_on_any_number_of_rows(compute: torch.dtype, batch: int) -> None:
     """Whatever was left behind the rows of G."""
     weights = make_weights("bf16_split", 0.0, compute, LABELS)

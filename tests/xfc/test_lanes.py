@@ -20,6 +20,7 @@ from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.topk.screen import screened_topk
 from renee_ray.xfc.topk.select import shard_topk
 from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
+from tests.pairwise import pairwise
 
 CPU = torch.device("cpu")
 N, DIM, BATCH, FIRST = 331, 24, 19, 1000
@@ -27,9 +28,12 @@ RULE = SGD(0.1, 0.9, 0.02, seed=3)
 POSITIVES = [(0, 0), (0, N - 1), (3, 165), (4, 166), (18, 110), (7, 221), (7, 220)]
 
 
-@pytest.fixture(params=[1, 2, 3, 7])
+THREADS = [1, 2, 3, 7]
+
+
+@pytest.fixture(params=THREADS)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """torch computes with so many."""
+    """The number of threads that torch computes with."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -76,8 +80,11 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("precision", STORAGES)
+@pytest.mark.parametrize(
+    ("precision", "momentum", "threads"),
+    pairwise(STORAGES, [False, True], THREADS),
+    indirect=["threads"],
+)
 def test_a_step_equals_float64_autograd(precision: str, momentum: bool, threads: int) -> None:
     shard = make_shard(precision, momentum)
     assert len(shard.lanes(BATCH)) == threads
@@ -123,8 +130,11 @@ def test_every_label_is_in_one_chunk_of_one_lane(threads: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16_sr"])
+@pytest.mark.parametrize(
+    ("kind", "precision", "threads"),
+    pairwise(["normal", "ties"], ["fp32", "bf16_sr"], THREADS),
+    indirect=["threads"],
+)
 def test_topk_equals_a_stable_sort(precision: str, kind: str, threads: int) -> None:
     shard, inputs, k = make_shard(precision), normal(BATCH, DIM, seed=2), 30
     if kind == "ties":  # labels of other lanes with the very same scores, which are whole numbers
@@ -137,13 +147,13 @@ def test_topk_equals_a_stable_sort(precision: str, kind: str, threads: int) -> N
     wanted, order = scores.sort(dim=1, descending=True, stable=True)
     with torch.inference_mode():
         found = shard_topk(shard, inputs, k, pairs(), offset)
-        screened, labels, sure = screened_topk(shard, inputs, k, pairs(), offset)
+        screened, labels, certain = screened_topk(shard, inputs, k, pairs(), offset)
     assert torch.allclose(found[0], wanted[:, :k], atol=1e-5)
     assert torch.equal(found[1], order[:, :k] + FIRST)
     if kind == "normal":
-        assert sure.any()
-    assert torch.equal(labels[sure], order[sure, :k] + FIRST)
-    assert torch.allclose(screened[sure], wanted[sure, :k], atol=1e-5)
+        assert certain.any()
+    assert torch.equal(labels[certain], order[certain, :k] + FIRST)
+    assert torch.allclose(screened[certain], wanted[certain, :k], atol=1e-5)
 
 
 def test_a_lane_computes_alone_and_beside_the_others(threads: int) -> None:

@@ -11,6 +11,7 @@ from renee_ray.xfc.topk import screen
 from renee_ray.xfc.topk.screen import ROWS, kept, screened_topk, screens
 from renee_ray.xfc.topk.select import NONE, shard_topk
 from renee_ray.xfc.weights.storages import Weights
+from tests.pairwise import pairwise
 
 CPU = torch.device("cpu")
 LABELS, DIM, BATCH, FIRST = 3000, 48, 21, 7
@@ -49,9 +50,10 @@ def plain_topk(
     return scores, torch.where(scores == -torch.inf, NONE, labels)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("k", [1, 10, 100])
-@pytest.mark.parametrize("beside", ["nothing", "offset", "excluded", "both"])
+@pytest.mark.parametrize(
+    ("precision", "k", "beside"),
+    pairwise(PRECISIONS, [1, 10, 100], ["nothing", "offset", "excluded", "both"]),
+)
 def test_equals_the_dense_sort(precision: str, k: int, beside: str) -> None:
     shard, inputs = shard_of(drawn(LABELS, DIM) * 0.1, precision), drawn(BATCH, DIM, seed=1)
     offset = drawn(LABELS, seed=2) * 2 if beside in ("offset", "both") else None
@@ -64,8 +66,8 @@ def test_equals_the_dense_sort(precision: str, k: int, beside: str) -> None:
         banned = torch.cat([pairs, many])
     excluded = None if banned is None else Pairs(banned[:, 0], banned[:, 1], shard.owned)
     assert screens(shard, BATCH, k)
-    scores, labels, sure = screened_topk(shard, inputs, k, excluded, offset)
-    assert bool(sure.all()), "no row of such weights should need a second look"
+    scores, labels, certain = screened_topk(shard, inputs, k, excluded, offset)
+    assert bool(certain.all()), "no row of such weights should need a second look"
     wanted = plain_topk(shard, inputs, k, banned, offset)
     assert torch.equal(labels, wanted[1])
     torch.testing.assert_close(scores, wanted[0], rtol=1e-5, atol=1e-5)
@@ -82,9 +84,9 @@ def test_labels_that_bf16_cannot_tell_apart_are_left_to_fp32() -> None:
     inputs[::2] = weight[500] + 0.01 * drawn(len(inputs[::2]), DIM, seed=4)
     inputs[::2, 0] = 1.0
     shard, k = shard_of(weight), 20
-    _, screened, sure = screened_topk(shard, inputs, k, None, None)
+    _, screened, certain = screened_topk(shard, inputs, k, None, None)
     wanted = plain_topk(shard, inputs, k)
-    assert not sure[::2].any() and not torch.equal(screened, wanted[1])
+    assert not certain[::2].any() and not torch.equal(screened, wanted[1])
     pairs = torch.stack([torch.arange(BATCH), wanted[1][:, 0]], 1)
     for banned in (None, pairs):
         excluded = None if banned is None else Pairs(banned[:, 0], banned[:, 1], shard.owned)

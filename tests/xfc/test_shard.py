@@ -8,16 +8,12 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from renee_ray.xfc.kernels.choose import choose_operations
+from renee_ray.xfc.kernels.plain import subtract_positives
 from renee_ray.xfc.labels import LabelRange, split_range
-from renee_ray.xfc.shard import (
-    Pairs,
-    Shard,
-    buffer_bytes,
-    choose_operations,
-    default_chunk,
-    subtract_positives,
-)
+from renee_ray.xfc.shard import Pairs, Shard, buffer_bytes, default_chunk
 from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
+from tests.pairwise import pairwise
 from tests.xfc.memory import Fresh, Largest
 
 CPU = torch.device("cpu")
@@ -85,8 +81,10 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 16, 17, 100, 0])
-@pytest.mark.parametrize("kind", POSITIVES)
+@pytest.mark.parametrize(
+    ("kind", "chunk"),
+    [*(("some", chunk) for chunk in (1, 4, 16, 17, 100, 0)), *((kind, 5) for kind in POSITIVES)],
+)
 def test_fp32_equals_float64_autograd(kind: str, chunk: int) -> None:
     shard = make_shard(chunk=chunk)
     losses, gradients, weight = dense(POSITIVES[kind], steps=3)
@@ -233,9 +231,9 @@ def test_nothing_of_batch_by_labels_is_ever_made(precision: str) -> None:
     assert naive.numel == batch * n, "the naive expression is noticed"
 
 
-@pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("precision", STORAGES)
+@pytest.mark.parametrize(
+    ("precision", "momentum", "own"), pairwise(STORAGES, [0.0, 0.9], [True, False])
+)
 def test_a_second_step_allocates_nothing_of_a_chunks_size(
     precision: str, momentum: float, own: bool
 ) -> None:

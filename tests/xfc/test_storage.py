@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from renee_ray.xfc.kernels.plain import Update
 from renee_ray.xfc.weights.buffers import E4M3, BFloat16, Float32, Half, Split
 from renee_ray.xfc.weights.scratch import Scratch
-from renee_ray.xfc.weights.storages import SGD, STORAGES, Update, Weights
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
+from tests.pairwise import pairwise
 
 CPU = torch.device("cpu")
 LARGEST_BF16 = 3.3895313892515355e38
@@ -232,9 +234,7 @@ SPACING = {"bf16_split": 0.0, "bf16_sr": 2.0**-7, "fp16": 0.0, "fp8_sr": 2.0**-3
 """Of the stored numbers, relative to their size."""
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("precision", SPACING)
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("precision", "rule", "own"), pairwise(SPACING, RULES, [True, False]))
 def test_every_storage_follows_the_exact_update(precision: str, rule: SGD, own: bool) -> None:
     """With weight decay and momentum, whatever the matmuls are in; gradients rounded likewise."""
     compute = STORAGES[precision].compute if own else torch.float32

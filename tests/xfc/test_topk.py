@@ -15,6 +15,7 @@ from renee_ray.xfc.topk import best as module
 from renee_ray.xfc.topk import select as topk_module
 from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 from renee_ray.xfc.weights.storages import STORAGES, Weights
+from tests.pairwise import pairwise
 from tests.xfc.memory import Largest, peak_bytes
 
 CPU = torch.device("cpu")
@@ -23,9 +24,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=[pytest.mark.gpu, needs_gpu])]
 
 
-@pytest.fixture(autouse=True, params=["compiled", "plain torch"])
+WAYS = ["compiled", "plain torch"]
+
+
+@pytest.fixture(autouse=True, params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CPU does and what other devices do."""
+    """Takes what a CPU does, or what other devices do."""
     if request.param == "plain torch":
         monkeypatch.setattr(module, "CompiledBest", module.PlainBest)
 
@@ -76,10 +80,11 @@ def dense(k: int, excluded: torch.Tensor | None) -> tuple[torch.Tensor, torch.Te
     return scores, torch.where(scores > -torch.inf, labels, NONE)
 
 
-@pytest.mark.parametrize("k", [1, 5, 53, 70])
-@pytest.mark.parametrize("chunk", [1, 7, 53, 0])
-@pytest.mark.parametrize("with_excluded", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16_split"])
+@pytest.mark.parametrize(
+    ("k", "chunk", "with_excluded", "precision", "way"),
+    pairwise([1, 5, 53, 70], [1, 7, 53, 0], [False, True], ["fp32", "bf16_split"], WAYS),
+    indirect=["way"],
+)
 def test_one_shard_equals_dense(k: int, chunk: int, with_excluded: bool, precision: str) -> None:
     """bf16_split too: scores are products of the fp32 weights."""
     owned = LabelRange(0, NUM_LABELS, NUM_LABELS)
@@ -108,8 +113,7 @@ def test_filtering_after_the_cut_would_be_noticed() -> None:
     assert (dense(5, excluded_pairs())[1][:8] != NONE).all()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 5, 60])
-@pytest.mark.parametrize("k", [1, 5, 30])
+@pytest.mark.parametrize(("num_ranks", "k"), [(2, 1), (3, 5), (5, 30), (60, 5)])
 def test_merged_shards_equal_the_whole(num_ranks: int, k: int) -> None:
     """60 ranks: most shards have one label, some none."""
     excluded = excluded_pairs()
@@ -162,9 +166,16 @@ def test_equal_scores_at_the_cut_go_to_the_smaller_id(chunk: int) -> None:
     assert torch.equal(found[1], order)
 
 
-@pytest.mark.parametrize("k", [1, 7, 100, 300])
-@pytest.mark.parametrize("chunk", [64, 100, 1000, 3000])
-@pytest.mark.parametrize("kind", ["normal", "ties", "ascending", "descending", "equal"])
+@pytest.mark.parametrize(
+    ("kind", "chunk", "k", "way"),
+    pairwise(
+        ["normal", "ties", "ascending", "descending", "equal"],
+        [64, 100, 1000, 3000],
+        [1, 7, 100, 300],
+        WAYS,
+    ),
+    indirect=["way"],
+)
 def test_long_shards_equal_a_stable_sort(kind: str, chunk: int, k: int) -> None:
     """Scores are whole numbers, exact in any order of summation. Ascending: every label beats
     all before it, so that the room for candidates overflows in every chunk."""
@@ -242,8 +253,11 @@ def test_every_storage_gives_the_labels_of_exact_scores(
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "bf16_split", "fp8_sr"])
-@pytest.mark.parametrize("kind", ["normal", "ascending", "equal", "clustered"])
+@pytest.mark.parametrize(
+    ("kind", "precision", "way"),
+    pairwise(["normal", "ascending", "equal", "clustered"], ["fp32", "bf16_split", "fp8_sr"], WAYS),
+    indirect=["way"],
+)
 def test_memory_is_that_of_a_chunk(
     kind: str, precision: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: `train.train_worker` for `job.total` steps, timed."""
     job: Job = arguments["job"]
     trainer, batches, observer, writer = prepare(arguments)
-    trainer.plan, trainer.propensities = job.plan, None  # a validation is no step
+    trainer.schedule, trainer.validation = job.schedule, None  # a validation is no step
     save, taken = trainer.on_checkpoint, []
 
     def timed_save(metrics: dict[str, float]) -> None:

@@ -37,7 +37,8 @@ from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.history import History
 from renee_ray.service.run.lease import Lease, LeaseLost
 from renee_ray.service.train.preemption import wishes
-from renee_ray.training.loop import Plan, Trainer
+from renee_ray.training.loop import Trainer, Validation
+from renee_ray.training.schedule import Schedule
 
 MAY_CHANGE = {
     "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
@@ -208,7 +209,7 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
     dataset = _same_dataset(config.data, arguments["manifest_hash"])
     ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
     epochs = orders(config, dataset)
-    plan = Plan(
+    schedule = Schedule(
         tuple(order.num_batches for order in epochs),
         config.evaluation.every,
         config.checkpoint.every_steps,
@@ -238,17 +239,22 @@ def prepare(arguments: dict[str, Any]) -> Prepared:
     ).start()
     writer.reserve(model.encoder, model.shard)
     length, pad_multiple = config.encoder.max_length, 8 if config.encoder.compile else 1
+    validation = None
+    if dataset.manifest.num_points("validation"):
+        validation = Validation(
+            lambda: scoring_feed(
+                dataset, "validation", config.evaluation.batch_size, length, ranks
+            ),
+            Propensities.read(dataset, model.shard.owned, ranks),
+            prior_offset(read_counts(dataset, model.shard.owned), config.evaluation.tail, device),
+        )
     trainer = Trainer(
         config,
         model,
         ranks,
         device,
-        plan,
-        lambda: scoring_feed(dataset, "validation", config.evaluation.batch_size, length, ranks),
-        Propensities.read(dataset, model.shard.owned, ranks)
-        if dataset.manifest.num_points("validation")
-        else None,
-        prior_offset(read_counts(dataset, model.shard.owned), config.evaluation.tail, device),
+        schedule,
+        validation,
         observer.record,
         lambda metrics: _save(trainer, writer, metrics, channel, observer),
         state,

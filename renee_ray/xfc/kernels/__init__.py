@@ -1,1 +1,1 @@
-"""The loops that touch every weight: compiled for CPUs (numba) and GPUs (triton)."""
+"""The operations on a chunk of labels: residuals and updates, for each kind of device."""

@@ -1,4 +1,4 @@
-"""What a GPU does with a chunk of labels: Triton kernels that write nothing but results.
+"""The operations on a chunk of labels on a GPU: Triton kernels that write nothing but results.
 
 For c labels with operand W [c, D] (the weights w in the dtype of the matmuls), embeddings
 E [B, D] and velocities m; whatever is in between is fp32:
@@ -13,12 +13,12 @@ that stride alone, so every B reads and writes G by 16 bytes, and a new B compil
 
 Neither Z nor the gradient G E is ever in memory: they live in the registers of the tile that
 computes them. W, E and G are of one dtype: fp32, bf16 or fp16; for Z alone W and E may be e4m3,
-which a GPU multiplies twice as fast. The sums are then what its tensor cores keep (on Hopper
-14 binary digits), which is more than numbers of four digits are worth. The other products
-would need e4m3 copies of W and E that lie the other way, and a G of four digits: they stay bf16.
+which a GPU multiplies twice as fast. The sums then have the digits that its tensor cores keep: 14
+binary ones on Hopper, more than numbers of four digits are worth. The other products would need
+e4m3 copies of W and E that lie the other way, and a G of four digits, so they stay bf16.
 The residual of a positive is computed anew from its logit, since sigmoid(z) - 1 would lose all
-digits in bf16. That a kernel of its own does so, with one program for each pair, keeps tiles
-free of searches and lets a label be positive in every row.
+digits in bf16. A kernel of its own does so, with one program for each pair: tiles then search for
+nothing, and a label may be positive in every row.
 
 The update reads and writes weights as integers (see `buffers`), which needs no fp8 instructions.
 Import this module only to use it: it needs triton, which comes with torch for CUDA.
@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renee_ray.xfc.weights.buffers import E4M3, BFloat16, Buffer, Float32, Half, Split
+from renee_ray.xfc.kernels.plain import Update
+from renee_ray.xfc.weights.buffers import Buffer
 from renee_ray.xfc.weights.rounding import (
     BF16_DROPPED,
     E4M3_DROPPED,
@@ -41,20 +42,17 @@ from renee_ray.xfc.weights.rounding import (
     FACTORS,
     PERIOD,
     STRIDE,
+    Noise,
 )
-from renee_ray.xfc.weights.storages import Update
 
 TILE = 128
 """Rows and columns of what one program computes."""
 TILE_BYTES = 128
-"""Of each row or column, what a program multiplies at once."""
+"""Bytes of each row or column that a program multiplies at once."""
 PADDING = 64
 """Numbers by which a row of G is padded: 128 bytes of bf16."""
 SETTINGS: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
 
-KINDS: dict[type[Buffer], str] = {
-    Float32: "fp32", Split: "split", BFloat16: "bf16", Half: "half", E4M3: "e4m3",
-}  # fmt: skip
 INTEGERS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 
 _PERIOD, _STRIDE = tl.constexpr(PERIOD), tl.constexpr(STRIDE)
@@ -83,11 +81,12 @@ def residual(
     loss: Tensor | None,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """`shard.residual` on a GPU; with `scales`, of e4m3 numbers: row i of E is scales[i] inputs[i].
+    """Computes `plain.residual` on a GPU, of e4m3 numbers if there are `scales`.
 
     Args:
         out: its rows are followed by zeros up to its stride, which are written too.
-        scales: float32 [B]; operand and inputs are then float8_e4m3fn, and out has another dtype.
+        scales: float32 [B]; row i of E is then scales[i] * inputs[i], operand and inputs are
+            float8_e4m3fn, and out has another dtype.
     """
     (c, dim), batch, stride = operand.shape, len(inputs), out.stride(0)
     tiles = triton.cdiv(batch, TILE) * triton.cdiv(c, TILE)
@@ -111,30 +110,36 @@ def residual(
 
 
 class FusedUpdate(Update):
-    """`storage.Update` on a GPU: the product and the update in one pass over the weights."""
+    """`plain.Update` on a GPU: the product and the update in one pass over the weights."""
 
     def __call__(
         self, start: int, stop: int, operand: Tensor, residual: Tensor, inputs: Tensor
     ) -> None:
         weights, sgd = self._weights, self._sgd
         weight, velocity = weights.weight, weights.velocity
-        noise = [(each.base, each.key) if each else (residual, 0) for each in self._noise]
+        weight_noise, velocity_noise = self._noise
         batch, dim = inputs.shape
         _update[(triton.cdiv(dim, TILE) * triton.cdiv(stop - start, TILE),)](
             residual, inputs,
-            *_stored(weight, start, stop), *_stored(velocity or weight, start, stop),
-            *noise[0], *noise[1],
+            _stored(weight, start, stop, weight_noise, residual),
+            _stored(velocity or weight, start, stop, velocity_noise, residual),
+            weight_noise.key if weight_noise else 0, velocity_noise.key if velocity_noise else 0,
             self._first + start, stop - start, batch, residual.stride(0),
-            sgd.lr, sgd.momentum, sgd.weight_decay,
-            KINDS[type(weight)], KINDS[type(velocity)] if velocity else "none",
+            (sgd.lr, sgd.momentum, sgd.weight_decay),
+            (weight.kind, velocity.kind if velocity else "none"),
             dim, TILE, TILE_BYTES // inputs.element_size(), **SETTINGS,
         )  # fmt: skip
 
 
-def _stored(buffer: Buffer, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The one or two tensors of a buffer, as the kernels read them."""
+def _stored(
+    buffer: Buffer, start: int, stop: int, noise: Noise | None, unused: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns a buffer as `_update` takes it: its one or two tensors and the base of its noise.
+
+    unused: stands where there is no noise.
+    """
     found = [t[start:stop].view(INTEGERS.get(t.dtype, t.dtype)) for t in buffer.tensors().values()]
-    return found[0], found[-1]
+    return found[0], found[-1], noise.base if noise else unused
 
 
 @triton.jit
@@ -144,7 +149,7 @@ def _increment(number):
 
 @triton.jit
 def _tile(across, TILE: tl.constexpr):
-    """Rows and columns of this program's tile, of `across` tiles side by side.
+    """Returns rows and columns of this program's tile, of `across` tiles side by side.
 
     A grid's first axis alone may have more than 65,535 programs.
     """
@@ -156,7 +161,7 @@ def _tile(across, TILE: tl.constexpr):
 def _product(
     a, b, a_step, b_step, a_inside, b_inside, width, depth, TILE: tl.constexpr, K: tl.constexpr
 ):
-    """a @ b in fp32 [TILE, TILE], from pointers to their first K columns [TILE, K] and rows.
+    """Computes a @ b in fp32 [TILE, TILE], from pointers to their first K columns and rows.
 
     width: columns of a; depth: rows of b, the others of which count as zeros.
     """
@@ -221,12 +226,12 @@ def _positives(
 
 @triton.jit(do_not_specialize=["weight_key", "velocity_key", "first", "c", "batch"])
 def _update(
-    residual, inputs, weight, weight_rest, velocity, velocity_rest,
-    weight_base, weight_key, velocity_base, velocity_key,
-    first, c, batch, stride, lr, momentum, decay,
-    WEIGHT: tl.constexpr, VELOCITY: tl.constexpr,
-    DIM: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr,
+    residual, inputs, weight, velocity, weight_key, velocity_key, first, c, batch, stride, rates,
+    KINDS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
+    # `weight` and `velocity` are as `_stored` gives them. Their keys are arguments of their own:
+    # inside a tuple Triton cannot be told not to compile anew for multiples of 16.
+    lr, momentum, decay = rates
     row, column = _tile(tl.cdiv(DIM, TILE), TILE)
     k = tl.arange(0, K)
     left = residual + row.to(tl.int64)[:, None] * stride + k[None, :]
@@ -235,23 +240,19 @@ def _update(
     inside = (row < c)[:, None] & (column < DIM)[None, :]
     at = row.to(tl.int64)[:, None] * DIM + column[None, :]
     label = first + row.to(tl.int64)
-    w = _read(weight, weight_rest, at, inside, WEIGHT)
+    w = _read(weight, at, inside, KINDS[0])
     step += decay * w
-    if VELOCITY != "none":
-        step += momentum * _read(velocity, velocity_rest, at, inside, VELOCITY)
-        _write(
-            velocity, velocity_rest, at, inside, step,
-            velocity_base, velocity_key, label, column, VELOCITY,
-        )  # fmt: skip
+    if KINDS[1] != "none":
+        step += momentum * _read(velocity, at, inside, KINDS[1])
+        _write(velocity, at, inside, step, velocity_key, label, column, KINDS[1])
     w -= lr * step
-    _write(
-        weight, weight_rest, at, inside, w, weight_base, weight_key, label, column, WEIGHT
-    )  # fmt: skip
+    _write(weight, at, inside, w, weight_key, label, column, KINDS[0])
 
 
 @triton.jit
-def _read(stored, rest, at, inside, KIND: tl.constexpr):
-    """`Buffer.read`: fp32 numbers of a buffer whose tensors are `stored` and `rest`."""
+def _read(buffer, at, inside, KIND: tl.constexpr):
+    """Reads fp32 numbers of a buffer, as `Buffer.read` does."""
+    stored, rest, _ = buffer
     if KIND == "fp32" or KIND == "half":
         return tl.load(rest + at, mask=inside, other=0.0)
     bits = tl.load(stored + at, mask=inside, other=0).to(tl.int32)
@@ -268,8 +269,9 @@ def _read(stored, rest, at, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def _write(stored, rest, at, inside, value, base, key, label, column, KIND: tl.constexpr):
-    """`Buffer.store` of fp32 values of these labels [TILE] and columns [TILE]."""
+def _write(buffer, at, inside, value, key, label, column, KIND: tl.constexpr):
+    """Writes fp32 values of these labels [TILE] and columns [TILE], as `Buffer.store` does."""
+    stored, rest, base = buffer
     bits = value.to(tl.int32, bitcast=True)
     if KIND == "fp32":
         tl.store(stored + at, value, mask=inside)
@@ -296,7 +298,10 @@ def _write(stored, rest, at, inside, value, base, key, label, column, KIND: tl.c
 
 @triton.jit
 def _noise(base, key, label, column, inside, value, BITS: tl.constexpr):
-    """`rounding.Noise.rows` of these labels and columns, flipped where their value is negative."""
+    """Returns the noise of these labels and columns, flipped where their value is negative.
+
+    It is that of `rounding.Noise.rows` and `rounding._flip_below_zero`.
+    """
     hashed = label.to(tl.uint64)
     unsigned = key.to(tl.uint64)
     hashed = ((hashed ^ (hashed >> 32)) + unsigned) * _FACTOR_0

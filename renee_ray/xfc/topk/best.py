@@ -1,6 +1,11 @@
 """Collecting the k best labels of each row while chunks of scores pass by.
 
 Of equal scores the smaller label comes first, at the cut too. Labels must come in ascending order.
+
+    scores     [B, k + room]  fp32     of each row: the k best of some earlier labels, then those
+    labels     [B, k + room]  int64    that beat the worst of these; ids, NONE in an empty place
+    used       [B]            int64    how many places of a row are taken
+    threshold  [B, 1]         fp32     the score that a label has to beat
 """
 
 from __future__ import annotations
@@ -10,21 +15,20 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-NONE = -1
-"""Label id of a place that no label fills."""
+from renee_ray.xfc.labels import NONE
+
 BLOCK = 64
-"""Labels that are looked at together before each single one; a row's room holds two such blocks."""
+"""Labels compared with the threshold together, before each single one; a row has room for two
+blocks."""
 SPARSE = 32
-"""Where more than one block in so many may hold a better label, the chunk's own top-k is taken."""
+"""The chunk's own top-k is taken if more than one block in so many may hold a better label."""
 
 
 class Best(ABC):
     """The k best labels so far of each of B rows, and later ones that may be better.
 
-    scores, labels: [B, k + room]. Only when its room is full is a row cut to its k best, which
-    happens about log(labels) times: of labels in random order the i-th chunk holds k / i that
-    belong among the best up to there.
-    threshold: float32 [B, 1], what a label has to beat.
+    A row is cut to its k best only when its room is full. That happens about log(labels) times:
+    of labels in random order the i-th chunk holds k / i that belong among the best so far.
     """
 
     def __init__(self, rows: int, k: int, device: torch.device) -> None:
@@ -36,7 +40,7 @@ class Best(ABC):
 
     @abstractmethod
     def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
-        """Takes a chunk of labels from `first` on, later than all before.
+        """Takes the scores of a chunk of labels, which begins at `first`, later than all before.
 
         Args:
             logits: float32 or bfloat16 [B, c]; may be overwritten.
@@ -44,7 +48,7 @@ class Best(ABC):
         """
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(scores [B, k] descending, labels [B, k])."""
+        """Returns (scores [B, k] descending, labels [B, k])."""
         # Labels ascend among equal scores.
         scores, labels = leading(self.scores, self.labels, self.k)
         # A banned label has score -inf too, and must not be told apart from an empty place.
@@ -52,13 +56,13 @@ class Best(ABC):
 
 
 def leading(scores: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of scores [B, m], descending, and their labels; of equal ones the leftmost."""
+    """Returns the k largest of scores [B, m], descending, and their labels; ties: the leftmost."""
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k].contiguous(), labels.gather(1, order[:, :k])
 
 
 def join(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of several results, of which each has later labels than those before."""
+    """Returns the k best of several results, each with later labels than those before it."""
     if len(found) == 1:
         return found[0]
     scores, labels = zip(*found, strict=True)
@@ -66,28 +70,27 @@ def join(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
 
 
 def best_of(rows: int, k: int, device: torch.device) -> Best:
-    """A collector of the k best labels of each row, empty."""
+    """Returns an empty collector of the k best labels of each row."""
     return (CompiledBest if device.type == "cpu" else PlainBest)(rows, k, device)
 
 
 class CompiledBest(Best):
-    """On a CPU: a compiled loop over the rows. The first `used` [B] places of a row are taken."""
+    """A compiled loop over the rows, for CPUs. The first `used` places of a row are taken."""
 
     def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
-        from renee_ray.xfc.kernels.cpu_loops import collect  # numba, which takes a second to import
+        from renee_ray.xfc.kernels.cpu_loops import collect  # numba takes a second to import
 
-        shift = logits.new_empty(0, dtype=torch.float32) if offset is None else offset
-        collect(logits, self.threshold, self.used, self.scores, self.labels, self.k, first, shift)
+        places = self.threshold, self.used, self.scores, self.labels
+        collect(logits, *places, self.k, first, offset, BLOCK)
 
 
 class PlainBest(Best):
-    """In plain torch, for any device.
+    """Plain torch, for any device. A row has its k best so far, then `used` more.
 
-    The first k places are the best so far, descending; then come `used` [B] labels that beat the
-    last of these.
-
-    Works in at most 4 bytes for each number of a chunk of 64 rows or more, and 16 KiB a row: lists
-    of what is better take up to 64 bytes an entry, so they are made only where they are short.
+    The first k places hold the best so far, descending; the others labels that beat the last of
+    these. The working memory is at most 4 bytes for each number of a chunk of 64 rows or more,
+    and 16 KiB a row. A list of better labels takes up to 64 bytes an entry, so it is made only
+    where it is short.
     """
 
     def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
@@ -120,9 +123,9 @@ class PlainBest(Best):
         self.used += counts
 
     def _better(self, logits: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What beats the threshold, as `_chunk_topk` returns it; None: too much of a row or of all.
+        """Returns what beats the threshold, as `_chunk_topk` does, or None if that is too much.
 
-        While a row has no threshold, all of it does.
+        While a row has no threshold, all of it beats it.
         """
         blocks = logits.unflatten(1, (-1, block))
         # The largest of a block is cheap; most blocks of a late chunk hold nothing better. A block
@@ -141,7 +144,7 @@ class PlainBest(Best):
 
 
 def _chunk_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row, of equal ones the leftmost; a NaN becomes -inf.
+    """Finds the k largest of each row, of equal ones the leftmost; a NaN becomes -inf.
 
     Returns:
         (rows int64 [m], columns int64 [m] ascending in each row, their number int64 [B])

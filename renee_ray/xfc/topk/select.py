@@ -1,10 +1,13 @@
 """The k best labels of each row: streaming over a shard's chunks, and merging shards.
 
-What it equals: `torch.topk(E @ W.T, k)` after the excluded pairs were set to -inf,
-without ever holding [rows, labels]. Scores are fp32 products of the fp32 weights, since
-bf16 logits tie by the dozen; of labels with equal scores the one with the smaller id comes
-first, at the cut too. So the order of (score, label) is total, and ranks that merge what
-shards found agree: each pair of a row and a label has one score, its owner's.
+The result equals, for embeddings E [B, D] and weights W [n, D],
+
+    Z = E @ W.T + offset;  Z[excluded] = -inf;  torch.topk(Z, k)
+
+without ever holding Z [B, n]. Scores are fp32 products of the fp32 weights, since bf16 logits tie
+by the dozen. Of labels with equal scores the one with the smaller id comes first, at the cut too.
+So the order of (score, label) is total, and ranks that merge what shards found agree: each pair
+of a row and a label has one score, its owner's.
 
 How a score is rounded is not promised. BLAS adds up products in an order that depends on the
 device and on the shape: a CPU with AMX multiplies 8 rows otherwise than 256, and cuBLAS has a
@@ -30,9 +33,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.labels import NONE
 from renee_ray.xfc.lanes import run
 from renee_ray.xfc.shard import Chunks, Pairs, Shard
-from renee_ray.xfc.topk.best import NONE, best_of, join, leading
+from renee_ray.xfc.topk.best import best_of, join, leading
 from renee_ray.xfc.topk.screen import screened_topk, screens
 from renee_ray.xfc.weights.buffers import Split
 from renee_ray.xfc.weights.storages import Weights
@@ -49,7 +53,7 @@ def shard_topk(
     excluded: Pairs | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k best labels of a shard for each row.
+    """Finds the k best labels of a shard for each row.
 
     Args:
         embeddings: [B, D] float32.
@@ -61,11 +65,11 @@ def shard_topk(
     """
     if not screens(shard, len(embeddings), k):
         return _plain_topk(shard, embeddings, k, excluded, offset)
-    scores, labels, sure = screened_topk(shard, embeddings, k, excluded, offset)
-    if bool(sure.all()):
+    scores, labels, certain = screened_topk(shard, embeddings, k, excluded, offset)
+    if bool(certain.all()):
         return scores, labels
-    _log_unsure()
-    rest = (~sure).nonzero().squeeze(1)
+    _log_uncertain()
+    rest = (~certain).nonzero().squeeze(1)
     left = None if excluded is None else excluded.of_rows(rest)
     scores[rest], labels[rest] = _plain_topk(shard, embeddings[rest], k, left, offset)
     return scores, labels
@@ -74,7 +78,7 @@ def shard_topk(
 def _plain_topk(
     shard: Shard, embeddings: Tensor, k: int, excluded: Pairs | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """By fp32 products with every label."""
+    """Finds them by fp32 products with every label."""
     rows, scratch = len(embeddings), shard.weights.scratch
 
     def lane(chunks: Chunks) -> tuple[Tensor, Tensor]:
@@ -94,21 +98,21 @@ def _plain_topk(
 
 
 def label_bytes(rows: int, weights: Weights) -> int:
-    """Bytes of working memory for a label of a chunk, at most, for so many rows.
+    """Returns the bytes of working memory that one label of a chunk takes, at most.
 
-    All are fp32: its scores, and as much again to find the best (`best.PlainBest`); its weights,
-    with the lower halves of `buffers.Split`. What depends on the rows alone is not counted.
+    All are fp32: a score for each row, and as much again to find the best (`best.PlainBest`); the
+    weights, with the lower halves of `buffers.Split`. What depends on the rows alone is left out.
     """
     return 8 * max(rows, 64) + (8 if isinstance(weights.weight, Split) else 4) * weights.dim
 
 
 @functools.cache
-def _log_unsure() -> None:
+def _log_uncertain() -> None:
     log.info("some rows have labels too close for bf16 products: for them all products are fp32")
 
 
 def merge_topk(scores: list[Tensor], labels: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of several candidate lists per row; ties go to the smaller label id.
+    """Finds the k best of several candidate lists per row; ties go to the smaller label id.
 
     Args:
         scores: float32 [B, k_i] each, in any order.

@@ -1,1 +1,1 @@
-"""Storages of the weights: how numbers lie in memory, and how an update is rounded."""
+"""The weights of a shard: how their numbers lie in memory, are read, and are rounded."""

@@ -34,13 +34,15 @@ from renee_ray.xfc.weights.scratch import Scratch
 
 
 class Buffer(ABC):
-    """[n, D] numbers that are fp32 for whoever reads or writes them, however they are stored.
+    """Numbers [n, D] that are fp32 for whoever reads or writes them, however they are stored.
 
+    kind: the name of the format, by which compiled code chooses how to read and write it.
     dropped: bits of the noise that `store` rounds with; 0: it rounds to nearest, or not at all.
     aliased: whether `read` gives the buffer itself.
     exact_bf16: whether its numbers are bf16 numbers.
     """
 
+    kind = ""
     dropped = 0
     aliased = False
     exact_bf16 = False
@@ -50,38 +52,39 @@ class Buffer(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, each [n, D], by suffix of their name in a checkpoint."""
+        """Returns the stored tensors, each [n, D], by suffix of their name in a checkpoint."""
 
     @abstractmethod
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows [start, stop) as float32: the buffer itself, or `out`, or a new tensor.
+        """Returns rows [start, stop) as float32: the buffer itself, or `out`, or a new tensor.
 
         out: may be bfloat16 where it holds every number that the buffer can store.
         """
 
     @abstractmethod
     def pick(self, rows: Tensor) -> Tensor:
-        """The rows int64 [m], as a new float32 tensor [m, D]."""
+        """Returns the rows int64 [m], as a new float32 tensor [m, D]."""
 
     @abstractmethod
     def write(self, start: int, stop: int, rows: Tensor) -> None:
         """Stores the numbers nearest to float32 rows [stop - start, D]."""
 
     def store(self, start: int, stop: int, rows: Tensor, noise: Noise | None) -> None:
-        """As `write`, but rounds stochastically where the storage does; may overwrite `rows`.
+        """Stores the rows, rounded stochastically where the storage does so; may overwrite them.
 
         noise: of `dropped` bits; None where that is 0.
         """
         self.write(start, stop, rows)
 
     def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-        """Rows [start, stop) in `dtype` aliasing the buffer, if it stores them so."""
+        """Returns rows [start, stop) in `dtype` aliasing the buffer, or None if it has none."""
         return None
 
 
 class Float32(Buffer):
     """Plain float32."""
 
+    kind = "fp32"
     aliased = True
 
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
@@ -103,6 +106,8 @@ class Float32(Buffer):
 
 class Split(Buffer):
     """float32 as its nearest bfloat16 and the 16 bits that are missing."""
+
+    kind = "split"
 
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
         self.high = torch.zeros(rows, dim, dtype=torch.bfloat16, device=device)
@@ -141,6 +146,7 @@ class Split(Buffer):
 class BFloat16(Buffer):
     """bfloat16 alone; updates survive in expectation, by stochastic rounding."""
 
+    kind = "bf16"
     dropped = BF16_DROPPED
     exact_bf16 = True
 
@@ -173,6 +179,7 @@ class BFloat16(Buffer):
 class Half(Buffer):
     """A float32 master and its float16 copy, for matmuls in float16."""
 
+    kind = "half"
     aliased = True
 
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
@@ -200,6 +207,7 @@ class Half(Buffer):
 class E4M3(Buffer):
     """float8_e4m3fn alone; see `rounding.round_to_e4m3`."""
 
+    kind = "e4m3"
     dropped = E4M3_DROPPED
     exact_bf16 = True
 
@@ -224,10 +232,10 @@ class E4M3(Buffer):
         out = _like(codes) if out is None else out
         if out.device.type != "cpu":
             return out.copy_(codes)
-        from renee_ray.xfc.kernels import cpu_loops  # which imports this module
+        from renee_ray.xfc.weights.cpu_rows import expand_e4m3  # numba takes a second to import
 
         # torch converts e4m3 one by one, which takes a dozen times as long.
-        cpu_loops.expand_e4m3(codes, out)
+        expand_e4m3(codes, out)
         return out
 
     def write(self, start: int, stop: int, rows: Tensor) -> None:

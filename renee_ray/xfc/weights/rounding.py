@@ -2,8 +2,8 @@
 
 A number x between its neighbours a < b of the coarser format becomes b with probability
 (x - a) / (b - a), so that the expectation is x and small updates are not lost. Done on the
-bits: add a uniform integer to the bits that will be dropped, then drop them (of a negative
-number, whose size this is done to, the integer with all its bits flipped).
+bits: add a uniform integer to the bits that will be dropped, then drop them. What this is done
+to is the number's size; for a negative number all bits of the integer are flipped first.
 
 Noise of column j of label l at one step, with ^ the exclusive or:
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.kernels.device import upload
+from renee_ray.xfc.device import upload
 from renee_ray.xfc.weights.scratch import Scratch
 
 E4M3_MAX = 448.0
@@ -49,7 +49,6 @@ class Noise:
         stream: number of the tensor that is rounded, so that two of them get other noise.
         bits: at most 24.
         dim: D, columns; first: global id of local row 0.
-        opposite: all bits flipped, for the rounding that takes a sum back (see module `undo`).
     """
 
     def __init__(
@@ -61,19 +60,15 @@ class Noise:
         dim: int,
         first: int,
         scratch: Scratch,
-        *,
-        opposite: bool = False,
     ) -> None:
         drawn = np.random.default_rng([seed, step, stream])
         self.key = int(drawn.integers(-(2**63), 2**63, dtype=np.int64))
         pool = drawn.integers(0, 2**bits, STRIDE * PERIOD + dim, dtype=np.int32)
-        if opposite:
-            pool ^= 2**bits - 1
         self.base = upload(torch.from_numpy(pool), scratch.device)
         self._dim, self.bits, self.first, self._scratch = dim, bits, first, scratch
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """int32 [stop - start, D] for local rows [start, stop), in reused memory."""
+        """Returns int32 [stop - start, D] for local rows [start, stop), in reused memory."""
         out = self._scratch("noise", stop - start, self._dim, dtype=torch.int32)
         offset = self._offsets(start, stop)[:, None]
         done = 0
@@ -87,7 +82,7 @@ class Noise:
         return out
 
     def _offsets(self, start: int, stop: int) -> Tensor:
-        """int32 [stop - start]: a hash of the labels, by multiplications and shifts."""
+        """Returns int32 [stop - start]: a hash of the labels, by multiplications and shifts."""
         size = stop - start
         x = self._scratch("label hash", size, dtype=torch.int64)
         shifted = self._scratch("label hash shifted", size, dtype=torch.int64)
@@ -102,7 +97,7 @@ class Noise:
 
 
 def _odd(seed: int) -> int:
-    """A fixed odd 64-bit multiplier, as a signed number."""
+    """Returns a fixed odd 64-bit multiplier, as a signed number."""
     return int(np.random.default_rng(seed).integers(-(2**63), 2**63, dtype=np.int64)) | 1
 
 
@@ -147,9 +142,9 @@ def round_to_e4m3(values: Tensor, noise: Tensor, scratch: Scratch) -> None:
 def _flip_below_zero(values: Tensor, noise: Tensor, bits: int, scratch: Scratch) -> None:
     """Flips all bits of the noise of negative values.
 
-    Sign and size are stored apart, so what is rounded is the size. Flipped, more noise means
-    a greater number, and not a greater size, for values of either sign: an update can then be
-    taken back across zero too (see module `undo`).
+    Sign and size are stored apart, so what is rounded is the size. Flipped, more noise means a
+    greater number for values of either sign: the rounded number is floor(value + noise), in units
+    of the spacing and up to its last bit, as if numbers were stored in two's complement.
     """
     sign = scratch("noise sign", *values.shape, dtype=torch.int32)
     torch.bitwise_right_shift(values.view(torch.int32), 31, out=sign)
@@ -157,10 +152,10 @@ def _flip_below_zero(values: Tensor, noise: Tensor, bits: int, scratch: Scratch)
 
 
 def scaled_e4m3(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes float8_e4m3fn [B, D], scales float32 [B]): row i of values is scales[i] * codes[i].
+    """Returns (codes float8_e4m3fn [B, D], scales float32 [B]); row i is scales[i] * codes[i].
 
-    To the nearest, after each row's largest number was brought to the largest of e4m3: below
-    2**-14 of that, numbers have fewer than the four binary digits of the others.
+    Numbers go to the nearest code, after each row's largest was brought to the largest of e4m3.
+    Those below 2**-14 of that have fewer than the four binary digits of the others.
     """
     # A row of zeros stays one: the scale is no divisor by zero.
     scales = values.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny * E4M3_MAX)

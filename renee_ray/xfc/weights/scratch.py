@@ -12,8 +12,8 @@ from torch import Tensor
 class Scratch:
     """Named working memory on one device; a buffer grows to the largest size asked for.
 
-    Two calls of one thread with one name give the same memory, so a name stands for one use at a
-    time.
+    Two calls of one thread with one name give the same memory: a name has one use at a time.
+    Threads do not share buffers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,7 +22,7 @@ class Scratch:
         self._flat = WeakKeyDictionary()
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A contiguous tensor of `shape` with whatever was last written there."""
+        """Returns a contiguous tensor of `shape` with whatever was last written there."""
         size = 1
         for extent in shape:
             size *= extent
@@ -36,6 +36,6 @@ class Scratch:
         return flat[:size].view(shape)
 
     def nbytes(self) -> int:
-        """Bytes of all threads' buffers."""
+        """Returns the bytes of all threads' buffers."""
         buffers = [flat for own in self._flat.values() for flat in own.values()]
         return sum(flat.numel() * flat.element_size() for flat in buffers)

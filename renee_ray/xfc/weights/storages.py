@@ -1,4 +1,4 @@
-"""The storages of a shard by name, and their SGD update.
+"""The storages of a shard by name: how its weights and their velocities are stored.
 
     name         weight     momentum   bytes/weight, momentum
     fp32         Float32    Float32    4, 4      the oracle
@@ -7,14 +7,7 @@
     fp16         Half       Float32    6, 4      for GPUs that multiply fp16 but not bf16
     fp8_sr       E4M3       BFloat16   1, 2      stochastic rounding (ELMO, ICML 2025)
 
-Update of a chunk, SGD with coupled weight decay (Renée, section 3; torch.optim.SGD), with G
-the residuals and E the embeddings, whose product is the gradient:
-
-    m <- momentum * m + G' E + weight_decay * w;    w <- w - lr * m
-
-Without momentum that is one product accumulated into the weights:
-
-    w <- (1 - lr * weight_decay) * w - lr * G' E
+The update of these buffers is `kernels.plain.Update`.
 """
 
 from __future__ import annotations
@@ -24,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.kernels.device import choose_compute, choose_precision
+from renee_ray.xfc.device import choose_compute, choose_precision
 from renee_ray.xfc.weights.buffers import E4M3, BFloat16, Buffer, Float32, Half, Split
-from renee_ray.xfc.weights.rounding import Noise
 from renee_ray.xfc.weights.scratch import Scratch
 
 
@@ -34,7 +26,7 @@ from renee_ray.xfc.weights.scratch import Scratch
 class SGD:
     """Hyper-parameters of one classifier update; `lr` is that of the current step.
 
-    seed, step: what the noise of stochastic rounding depends on, besides label and column.
+    seed, step: they determine the noise of stochastic rounding, with label and column.
     """
 
     lr: float
@@ -46,7 +38,7 @@ class SGD:
 
 @dataclass(frozen=True)
 class Storage:
-    """Buffers of the weights and of the momentum, and the narrow dtype of the matmuls."""
+    """The buffers of weights and momentum, and the narrow dtype of the matmuls."""
 
     weight: type[Buffer]
     velocity: type[Buffer]
@@ -99,11 +91,11 @@ class Weights:
         self.velocity = storage.velocity(rows, dim, device, self.scratch) if momentum else None
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Weights [start, stop) as float32, until the next call; may alias the shard."""
+        """Returns weights [start, stop) as float32, valid until the next call; may alias."""
         return self._expanded(self.weight, "weight", start, stop)
 
     def operand(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Weights [start, stop) in a dtype, until the next call; may alias the shard.
+        """Returns weights [start, stop) in a dtype, valid until the next call; may alias the shard.
 
         dtype: one of those of the storage's matmuls; None: `compute_dtype`.
         """
@@ -117,97 +109,21 @@ class Weights:
         return self.weight.read(start, stop, out)
 
     def velocities(self, start: int, stop: int) -> Tensor:
-        """Velocities [start, stop) as float32, until the next call; may alias the shard."""
+        """Returns velocities [start, stop) as float32, valid until the next call; may alias."""
         assert self.velocity is not None
         return self._expanded(self.velocity, "velocity", start, stop)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by name; each tensor is [n, D] and aliases the shard."""
+        """Returns all that is to be saved, by name: tensors [n, D] that alias the shard."""
         named = {f"weight{suffix}": t for suffix, t in self.weight.tensors().items()}
         if self.velocity is not None:
             named |= {f"momentum{suffix}": t for suffix, t in self.velocity.tensors().items()}
         return named
 
     def nbytes(self) -> int:
-        """Bytes of the shard."""
+        """Returns the bytes of the shard."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def _expanded(self, buffer: Buffer, name: str, start: int, stop: int) -> Tensor:
         out = None if buffer.aliased else self.scratch(name, stop - start, self.dim)
         return buffer.read(start, stop, out)
-
-
-class Update:
-    """One SGD step on a shard, chunk by chunk.
-
-    Args:
-        first: global id of the shard's first label.
-    """
-
-    def __init__(self, weights: Weights, sgd: SGD, first: int) -> None:
-        self._weights, self._sgd, self._first = weights, sgd, first
-        self._noise = step_noise(weights, sgd, first)
-
-    def __call__(
-        self, start: int, stop: int, operand: Tensor, residual: Tensor, inputs: Tensor
-    ) -> None:
-        """Updates rows [start, stop) by the gradient `residual @ inputs`.
-
-        Args:
-            operand: what `Weights.operand(start, stop)` gave; is overwritten.
-            residual: [stop - start, B]; inputs: [B, D], both in the compute dtype.
-        """
-        weights, sgd = self._weights, self._sgd
-        exact = operand.dtype == torch.float32
-        weight = operand if exact else weights.read(start, stop)
-        if weights.velocity is None:
-            decay = 1 - sgd.lr * sgd.weight_decay
-            add_product(weight, residual, inputs, decay, -sgd.lr, weights.scratch)
-        else:
-            velocity = weights.velocities(start, stop)
-            add_product(velocity, residual, inputs, sgd.momentum, 1, weights.scratch)
-            if sgd.weight_decay:
-                velocity.add_(weight, alpha=sgd.weight_decay)
-            weight.sub_(velocity, alpha=sgd.lr)
-            weights.velocity.store(start, stop, velocity, self._noise[1])
-        weights.weight.store(start, stop, weight, self._noise[0])
-
-
-def step_noise(
-    weights: Weights, sgd: SGD, first: int, *, opposite: bool = False
-) -> list[Noise | None]:
-    """That of the weights and of the velocities at a step, None where nothing is rounded so.
-
-    first: global id of the shard's first label; opposite: as for `Noise`.
-    """
-    return [
-        Noise(
-            sgd.seed, sgd.step, stream, buffer.dropped, weights.dim, first, weights.scratch,
-            opposite=opposite,
-        )
-        if buffer is not None and buffer.dropped
-        else None
-        for stream, buffer in enumerate((weights.weight, weights.velocity))
-    ]  # fmt: skip
-
-
-def add_product(
-    total: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, scratch: Scratch
-) -> None:
-    """total <- beta * total + alpha * left @ right, accumulated in fp32.
-
-    Args:
-        total: float32 [m, n]; left: [m, k]; right: [k, n], of one dtype.
-    """
-    if right.dtype == torch.float32:
-        total.addmm_(left, right, beta=beta, alpha=alpha)
-        return
-    product = scratch("product fp32", *total.shape)
-    if right.is_cuda:
-        torch.mm(left, right, out_dtype=torch.float32, out=product)
-    else:
-        narrow = scratch("product", *total.shape, dtype=right.dtype)
-        product.copy_(torch.mm(left, right, out=narrow))
-    if beta != 1:
-        total.mul_(beta)
-    total.add_(product, alpha=alpha)

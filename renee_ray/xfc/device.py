@@ -1,4 +1,4 @@
-"""What a device computes well: the dtype of its matmuls, the storage to choose, its cache.
+"""Facts about a device: the dtype of its matmuls, the storage that suits it, its memory.
 
     storage      multiplies in, where the device does so in hardware     elsewhere
     fp32         fp32                                                    -
@@ -25,9 +25,9 @@ from renee_ray.machine import available_bytes
 log = logging.getLogger(__name__)
 
 GPU_CHUNK_BYTES = 256 << 20
-"""What the buffers of one chunk may take of a GPU's memory."""
+"""Memory of a GPU that the buffers of one chunk may take."""
 CPU_CHUNK_BYTES = 24 << 20
-"""At most, on a CPU: beyond, chunks get no faster, and a cloud host may report all of its L3."""
+"""The most on a CPU: larger chunks are no faster, and a cloud host may report all of its L3."""
 DEFAULT_CACHE_BYTES = 2 << 20
 """Cache of a core where the operating system does not say."""
 
@@ -54,7 +54,7 @@ def native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> torch.dtype:
-    """`dtype`, which the storage `precision` would multiply in, or fp32 if not native."""
+    """Returns the dtype to multiply a storage in, whose own is `dtype`: fp32 if not native."""
     if native(dtype, device):
         return dtype
     _log_expansion(precision, str(dtype).removeprefix("torch."), device.type)
@@ -62,7 +62,7 @@ def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> 
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`precision`, or for `auto` bf16_sr where the device multiplies bf16, else fp16 or fp32.
+    """Returns `precision`, or for `auto` what suits the device: bf16_sr, else fp16, else fp32.
 
     Without narrow products a narrower storage saves memory but not time, so fp32 stands.
     """
@@ -73,31 +73,10 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "fp16" if native(torch.float16, device) else "fp32"
 
 
-@functools.cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether `kernels` is to be used there: a GPU on which one of them was compiled and ran."""
-    if device.type != "cuda":
-        return False
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        log.warning("Triton does not support this GPU: the classifier takes a slower path")
-        return False
-    try:
-        from renee_ray.xfc.kernels import gpu  # needs triton, which not every machine has
-
-        gpu.try_out(device)
-    except Exception as error:  # a missing package, compiler or header, or a driver too old
-        log.warning(
-            "Triton's kernels do not run here, so the classifier takes a slower path on the GPU: "
-            "%s: %s", type(error).__name__, error,
-        )  # fmt: skip
-        return False
-    return True
-
-
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of host memory on `device`.
+    """Copies a tensor of host memory to `device`.
 
-    To a GPU it travels from pinned memory, in the order of the stream: from any other the host
+    To a GPU it travels from pinned memory, in the order of the stream. From other memory the host
     would wait until the GPU has done all that was asked of it before.
     """
     if device.type != "cuda":
@@ -106,14 +85,14 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of a GPU, or of the machine or its container."""
+    """Returns the bytes that are free on a GPU, or on the machine or in its container."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def chunk_bytes(device_type: str) -> int:
-    """Bytes that the buffers of one chunk of labels may take together.
+    """Returns the bytes that the buffers of one chunk of labels may take together.
 
-    On a CPU half of what a core has of cache, so that the embeddings and dE stay there too.
+    On a CPU it is half of a core's cache, so that the embeddings and dE stay there too.
     """
     if device_type == "cuda":
         return GPU_CHUNK_BYTES
@@ -130,7 +109,7 @@ def _log_expansion(precision: str, dtype: str, device_type: str) -> None:
 
 @functools.cache
 def _cache_bytes() -> int:
-    """Of a core: the largest of its shares of the caches, as Linux reports them."""
+    """Returns the largest of a core's shares of the caches, as Linux reports them."""
     shares = [DEFAULT_CACHE_BYTES]
     for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:

@@ -1,0 +1,123 @@
+"""The operations on a chunk of labels in plain torch, for any device.
+
+For c labels with weights w and velocities m [c, D], embeddings E [B, D] and the positives Y
+[c, B] of the chunk:
+
+    residual    G = sigmoid(w E') - Y
+    Update      m <- momentum * m + G E + weight_decay * w;    w <- w - lr * m
+
+The update is SGD with coupled weight decay (Renée, section 3), as `torch.optim.SGD` makes it.
+Without momentum it is one product, which BLAS accumulates into weights that are fp32:
+
+    w <- (1 - lr * weight_decay) * w - lr * G E
+
+`cpu_update` and `gpu` do the same in fewer passes over memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from renee_ray.xfc.weights.rounding import Noise
+from renee_ray.xfc.weights.scratch import Scratch
+from renee_ray.xfc.weights.storages import SGD, Weights
+
+
+def residual(
+    operand: Tensor, inputs: Tensor, labels: Tensor, rows: Tensor, out: Tensor, loss: Tensor | None
+) -> Tensor:
+    """Computes sigmoid(operand @ inputs.T) - y, where y is 1 at the pairs (labels, rows).
+
+    Args:
+        operand: [c, D]; inputs: [B, D]; out: [c, B], all of one dtype.
+        labels: int64 [m], rows of `operand`; rows: int64 [m], of `inputs`; no pair twice.
+        loss: float64 scalar, to which the sum of BCE-with-logits is added; None: not computed.
+
+    Returns:
+        `out`
+    """
+    torch.mm(operand, inputs.T, out=out)
+    if loss is not None:
+        loss += bce_sum(out, labels, rows)
+    return subtract_positives(out, labels, rows)
+
+
+def subtract_positives(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Computes sigmoid(logits) - y in place, for logits [c, B] and y as in `residual`.
+
+    At a positive it is -sigmoid(-logit): a difference from 1 would lose all digits in bf16.
+    """
+    positive = logits[labels, rows].neg_().sigmoid_().neg_()
+    logits.sigmoid_()
+    logits[labels, rows] = positive
+    return logits
+
+
+def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Returns the sum of BCE-with-logits over a chunk [c, B] whose positives are (labels, rows)."""
+    everywhere = torch.nn.functional.softplus(logits.float()).sum(dtype=torch.float64)
+    return everywhere - logits[labels, rows].sum(dtype=torch.float64)
+
+
+class Update:
+    """One SGD step on a shard, chunk by chunk.
+
+    Args:
+        first: the global id of the shard's first label.
+    """
+
+    def __init__(self, weights: Weights, sgd: SGD, first: int) -> None:
+        self._weights, self._sgd, self._first = weights, sgd, first
+        self._noise = [
+            Noise(sgd.seed, sgd.step, stream, buffer.dropped, weights.dim, first, weights.scratch)
+            if buffer is not None and buffer.dropped
+            else None
+            for stream, buffer in enumerate((weights.weight, weights.velocity))
+        ]
+
+    def __call__(
+        self, start: int, stop: int, operand: Tensor, residual: Tensor, inputs: Tensor
+    ) -> None:
+        """Updates the rows [start, stop) by the gradient `residual @ inputs`.
+
+        Args:
+            operand: what `Weights.operand(start, stop)` gave; is overwritten.
+            residual: [stop - start, B]; inputs: [B, D], both in the compute dtype.
+        """
+        weights, sgd = self._weights, self._sgd
+        exact = operand.dtype == torch.float32
+        weight = operand if exact else weights.read(start, stop)
+        if weights.velocity is None:
+            decay = 1 - sgd.lr * sgd.weight_decay
+            add_product(weight, residual, inputs, decay, -sgd.lr, weights.scratch)
+        else:
+            velocity = weights.velocities(start, stop)
+            add_product(velocity, residual, inputs, sgd.momentum, 1, weights.scratch)
+            if sgd.weight_decay:
+                velocity.add_(weight, alpha=sgd.weight_decay)
+            weight.sub_(velocity, alpha=sgd.lr)
+            weights.velocity.store(start, stop, velocity, self._noise[1])
+        weights.weight.store(start, stop, weight, self._noise[0])
+
+
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, scratch: Scratch
+) -> None:
+    """Computes total <- beta * total + alpha * left @ right, accumulated in fp32.
+
+    Args:
+        total: float32 [m, n]; left: [m, k]; right: [k, n], of one dtype.
+    """
+    if right.dtype == torch.float32:
+        total.addmm_(left, right, beta=beta, alpha=alpha)
+        return
+    product = scratch("product fp32", *total.shape)
+    if right.is_cuda:
+        torch.mm(left, right, out_dtype=torch.float32, out=product)
+    else:
+        narrow = scratch("product", *total.shape, dtype=right.dtype)
+        product.copy_(torch.mm(left, right, out=narrow))
+    if beta != 1:
+        total.mul_(beta)
+    total.add_(product, alpha=alpha)
