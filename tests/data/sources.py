@@ -222,7 +222,7 @@ REFUSED = {
         typed(labels=pa.list_(pa.uint64()), values=[*IDS[:5], [1, BEYOND]]),
         rf"train\.parquet: row 5 of row group 0 has {BEYOND} in labels",
     ),
-    "multi-hot": refused(typed(values=FLAGS), "give labels=multi-hot .* or labels=ids"),
+    "multi-hot": refused(typed(values=FLAGS), "give labels=multi-hot.* or labels=ids"),
     "multi-hot-ragged": refused(
         typed(values=[[0, 0], [1], [0], [1], [0], [0]]), "labels=multi-hot"
     ),

@@ -16,7 +16,7 @@ from renee_ray.data.dataset.dataset import Dataset, DatasetError
 from renee_ray.data.sources import lines
 from renee_ray.data.split import Shuffle
 from renee_ray.errors import ReneeError
-from renee_ray.service.convert import plan as convert_plan
+from renee_ray.service.convert import conversion
 from renee_ray.service.convert.convert import convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -138,7 +138,7 @@ def test_texts_against_naive_python(
     naive = random_repository()
     config = config_of(model, validation=0.2)
     monkeypatch.setattr(lines, "BLOCK_ROWS", 9)
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 2 * config.part_rows)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 2 * config.part_rows)
     messages: list[str] = []
     manifest = convert(
         write(tmp_path / "src", naive["files"]), str(tmp_path / "dst"), config, messages.append

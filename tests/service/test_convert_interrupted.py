@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset.dataset import Dataset
 from renee_ray.errors import ReneeError
+from renee_ray.service.convert import conversion
 from renee_ray.service.convert import convert as service
-from renee_ray.service.convert import plan as convert_plan
 from renee_ray.service.tasks import attempt
 
 from ..data.test_destination import tree, write
@@ -38,8 +38,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         for i in range(tasks):
             yield json.loads(attempt(work, plan, i, journal))
 
-    monkeypatch.setattr(convert_plan, "stream", stream)
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 16)
+    monkeypatch.setattr(conversion, "stream", stream)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 16)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
 
 

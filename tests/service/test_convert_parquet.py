@@ -17,8 +17,8 @@ from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset.dataset import Dataset
 from renee_ray.data.sources import lines
 from renee_ray.errors import ReneeError
+from renee_ray.service.convert import conversion
 from renee_ray.service.convert import convert as service
-from renee_ray.service.convert import plan as convert_plan
 from renee_ray.service.tasks import Interrupted, attempt
 
 CONFIG = ConvertConfig(validation=0.1, part_rows=64)
@@ -35,7 +35,7 @@ def shuffled(
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_plan, "stream", shuffled)
+    monkeypatch.setattr(conversion, "stream", shuffled)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
 
 
@@ -112,7 +112,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """What the text files are converted to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert_plan, "stream", shuffled)
+        patch.setattr(conversion, "stream", shuffled)
         patch.setattr(service, "ensure_ray", lambda *arguments: None)
         return convert(repository, tmp_path_factory.mktemp("expected") / "dataset")
 
@@ -128,8 +128,8 @@ def test_the_parts_are_those_of_the_text_files(
     strings: bool,
     bucket: int,
 ) -> None:
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", bucket)
-    monkeypatch.setattr(convert_plan, "TAIL_BYTES", min(bucket, 1 << 16))
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", bucket)
+    monkeypatch.setattr(conversion, "TAIL_BYTES", min(bucket, 1 << 16))
     made = convert(parquet(repository, tmp_path / "src", strings=strings), tmp_path / "dst")
     assert made.manifest.splits == expected.manifest.splits  # with the SHA-256 of every part
     assert made.manifest.other_texts == expected.manifest.other_texts
@@ -145,7 +145,7 @@ def test_the_parts_are_those_of_the_text_files(
 def test_a_vocabulary_is_made_of_strings(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 64)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 64)
     source = parquet(repository, tmp_path / "src", strings=True, with_labels=False)
     made = convert(source, tmp_path / "dst")
     labels = made.read_rows("labels", 0, made.manifest.num_labels)
@@ -236,7 +236,7 @@ def test_a_label_that_is_none_is_named(tmp_path: Path, strings: bool) -> None:
 def test_a_label_twice_in_the_table_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 2)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 2)
     write(tmp_path / "src", "train.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
     labels = pa.table({"label": ["L00001", "L00002", "L00003", "L00001"]})
     pq.write_table(labels, tmp_path / "src" / "labels.parquet", row_group_size=2)
@@ -286,9 +286,9 @@ def test_a_conversion_that_is_cut_off_goes_on(
         for i in range(tasks):
             yield json.loads(attempt(counted, plan, i, journal))
 
-    monkeypatch.setattr(convert_plan, "stream", stream)
+    monkeypatch.setattr(conversion, "stream", stream)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 64)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 64)
     monkeypatch.setattr(lines, "BLOCK_ROWS", 50)
     said: list[str] = []
     for _ in range(50):

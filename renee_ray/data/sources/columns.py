@@ -1,10 +1,7 @@
-"""Columns of a Parquet source: whatever types they were written with, read as these few.
+"""Columns of a Parquet source: whatever types they were written with, read as these of records.
 
-    text                     large_binary, null where there is none; `texts_of` decodes it
-    label                    string
-    point_id                 int64
-    input_ids                large_list<int64>, no row without tokens
-    labels, filter_labels    large_list<int64> or large_list<string>; no list is an empty one
+A `text` is large_binary here, null where there is none; `records.decode_texts` decodes it. A null
+list of labels is an empty one.
 
 A type's kind is what its values are: "string", "integer", "number" (bool or floating), "nothing"
 (null), "list of ..." one of these, or "" for any other. Dictionaries, views, widths, fixed sizes
@@ -20,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renee_ray.data.sources.lines import Int64s, SourceError
-from renee_ray.data.sources.xmlrepo import Texts, decoded, whole_characters
+from renee_ray.data.sources.records import Int64s, SourceError, decoded, whole_characters
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import reason
 
@@ -147,18 +143,6 @@ def common_kind(first: str, second: str) -> str | None:
         if kind == "list of nothing" and other.startswith("list of"):
             return other
     return None
-
-
-def texts_of(column: pa.Array) -> Texts:
-    """The column `text` decoded as a text file is: a null is an empty text, as a blank line is;
-    bytes that are not UTF-8 are replaced and counted."""
-    filled = pc.fill_null(column, b"")
-    try:
-        return Texts(pc.cast(filled, pa.large_string()).to_pylist(), 0, 0)
-    except pa.ArrowInvalid:
-        pass  # one by one, to tell how many
-    texts, bad = zip(*map(decoded, filled.to_pylist()), strict=True)
-    return Texts(list(texts), sum(number > 0 for number in bad), sum(bad))
 
 
 def read_column(name: str, column: pa.ChunkedArray, width: int | None = None) -> pa.Array:

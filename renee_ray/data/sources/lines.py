@@ -17,12 +17,10 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from renee_ray.data.sources.records import Block, Int64s, SourceError
 from renee_ray.data.storage import filesystem_of, patiently
-from renee_ray.errors import ReneeError, reason
-
-Int64s = NDArray[np.int64]
+from renee_ray.errors import reason
 
 GRAIN_BYTES = 1 << 20
 RANGE_BYTES = 1 << 26
@@ -36,10 +34,6 @@ PACKED_LEAST, PACKED_RATIO = 1 << 28, 100
 BLOCK_ROWS = 1 << 16
 BLOCK_BYTES = 1 << 24
 """Rows, and bytes of each file, that are read together: at most, and about."""
-
-
-class SourceError(ReneeError):
-    """Raw data that cannot be converted."""
 
 
 # ------------------------------------------------------------------------------------- counting
@@ -215,10 +209,10 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some rows of a file: row i of the block is data[starts[i]:starts[i + 1]], its end included.
+class LineBatch:
+    """Consecutive lines in memory: line i is data[starts[i]:starts[i + 1]], its end included.
 
-    starts: int64 [n + 1]. first: the row of the file that is row 0 of the block.
+    starts: int64 [n + 1]. first: the row of the file that is line 0 of the batch.
     """
 
     lines: Lines
@@ -227,7 +221,7 @@ class Block:
     first: int
 
     def where(self, i: int) -> str:
-        """file:line of row i of the block."""
+        """file:line of line i of the batch."""
         return self.lines.where(self.first + i)
 
     def __len__(self) -> int:
@@ -238,6 +232,10 @@ class Block:
         bounds = self.starts.tolist()
         for start, stop in pairwise(bounds):
             yield self.data[start:stop].removesuffix(b"\n").removesuffix(b"\r")
+
+    def contents(self) -> pa.Array:
+        """Each line without its end, as large_binary."""
+        return pa.array(list(self), pa.large_binary())
 
 
 def lines_of(parts: list[Range], counted: list[Counted]) -> Lines:
@@ -274,14 +272,14 @@ def _refuse_long_lines(path: str, newlines: Int64s) -> None:
         )
 
 
-def read(lines: Lines, start: int, stop: int) -> Block:
+def read(lines: Lines, start: int, stop: int) -> LineBatch:
     """Rows [start, stop) of the file.
 
     Raises:
         SourceError: the file has changed since it was counted.
     """
     if start >= stop:
-        return Block(lines, b"", np.zeros(1, np.int64), start)
+        return LineBatch(lines, b"", np.zeros(1, np.int64), start)
     first, last = start + lines.skipped, stop + lines.skipped
     low = max(int(np.searchsorted(lines.newlines, first, side="left")) - 1, 0)
     high = int(np.searchsorted(lines.newlines, last, side="left"))
@@ -298,7 +296,7 @@ def read(lines: Lines, start: int, stop: int) -> Block:
             f"{lines.path} was changed while it was being read: no line {last}; convert again when "
             f"it is complete"
         )
-    return Block(lines, data[starts[0] : starts[-1]], starts - starts[0], start)
+    return LineBatch(lines, data[starts[0] : starts[-1]], starts - starts[0], start)
 
 
 def _bytes_of(lines: Lines, start: int, stop: int) -> bytes:
@@ -316,10 +314,11 @@ def _bytes_of(lines: Lines, start: int, stop: int) -> bytes:
     return data
 
 
-def cuts(rows: int, *files: Lines) -> list[tuple[int, int]]:
-    """[0, rows) in ranges of rows to be read together from all of `files`."""
+def blocks_of(rows: int, *files: Lines) -> tuple[Block, ...]:
+    """Rows [0, rows) in blocks to be read together from all of `files`."""
     step = max(1, BLOCK_BYTES // GRAIN_BYTES)
     marks = [np.arange(0, rows, BLOCK_ROWS)]
     marks += [lines.newlines[::step] - lines.skipped for lines in files]
     firsts = np.unique(np.concatenate(marks))
-    return list(pairwise([*firsts[(firsts >= 0) & (firsts < rows)].tolist(), rows]))
+    bounds = [*firsts[(firsts >= 0) & (firsts < rows)].tolist(), rows]
+    return tuple(Block(files[0].path, start, stop - start) for start, stop in pairwise(bounds))

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from renee_ray.config.schema import ConvertConfig
-from renee_ray.data.sources.columns import texts_of
-from renee_ray.data.sources.parquet import ParquetSource, slices
+from renee_ray.data.sources.records import Source
 from renee_ray.data.sources.source import find_source
 from renee_ray.data.storage import absolute
 from renee_ray.service.bench.memory import ResidentPeak
@@ -90,15 +89,15 @@ def measure(src: str, name: str, max_length: int, labels_are: str) -> dict[str, 
 
 def _texts(src: str, labels_are: str) -> list[str]:
     found = find_source(src, labels_are)
-    if isinstance(found, ParquetSource):
-        return [
-            text
-            for block in found.train.blocks
-            for _, rows in slices(block, ["text"])
-            for text in texts_of(rows["text"]).texts
-        ]
-    path = found.train.texts
-    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    if not isinstance(found, Source):
+        path = found.train.texts
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    return [
+        text
+        for block in found.train.blocks
+        for records in found.train.read(block, ["text"])
+        for text in records.columns["text"].to_pylist()
+    ]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""From raw data to a dataset directory, as Ray Data tasks.
+"""From raw data to a dataset directory, as Ray Data tasks, with bounded memory everywhere.
 
-    index    tasks     text files: line ends counted by ranges of bytes, gzip unpacked
-             driver    Parquet: footers
-    parts    tasks     convert_parts.py: bad points show before anything is written
-    publish  driver    dataset.json, last
+    count      tasks     text files: line ends by ranges of bytes, gzip unpacked (count_lines.py)
+    filters    tasks     loose filter pairs to the blocks of their points (points.py)
+    label ids  tasks     where labels are strings (label_ids.py)
+    partition  tasks     records -> points in buckets: bad ones show before anything is written
+    parts      tasks     buckets and ranges of labels -> parts (parts.py)
+    publish    driver    dataset.json, last
 
-Texts and label lines never pass through the driver or the object store: tasks are given places
-in files and return counts.
+A source is tables of records (data/sources/records.py), and each stage is the same for all kinds;
+one that a source does not need has no tasks. A task holds a block, a bucket or a range, never all
+rows or all labels: it is given places in files and returns counts. Each row is read and tokenised
+once, and written once to scratch and once to its place. The driver holds some numbers a block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyarrow.fs as pafs
@@ -23,14 +27,17 @@ from renee_ray.data import storage, tokenizer
 from renee_ray.data.dataset import dataset as layout
 from renee_ray.data.dataset.dataset import Manifest
 from renee_ray.data.dataset.destination import Destination, refuse_overlap
-from renee_ray.data.sources.parquet import ParquetSource
-from renee_ray.data.sources.raw import Raw
-from renee_ray.data.sources.source import Source, find_source
+from renee_ray.data.sources.records import Source
+from renee_ray.data.sources.repository import agreed
+from renee_ray.data.sources.source import find_source
 from renee_ray.errors import ReneeError
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.convert.parts import Converted, write_parts
-from renee_ray.service.convert.plan import JOURNAL
-from renee_ray.service.convert.text import index_text
+from renee_ray.service.convert.conversion import JOURNAL, Progress, begin
+from renee_ray.service.convert.count_lines import count_lines
+from renee_ray.service.convert.label_ids import with_label_ids
+from renee_ray.service.convert.partition import partition
+from renee_ray.service.convert.parts import text_column, write_parts
+from renee_ray.service.convert.points import with_filters
 from renee_ray.service.tasks import Interrupted
 
 
@@ -38,9 +45,7 @@ def silent(message: str) -> None:
     """Progress nobody listens to."""
 
 
-def convert(
-    src: str, dst: str, config: ConvertConfig, on_progress: Callable[[str], None] = silent
-) -> Manifest:
+def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = silent) -> Manifest:
     """Converts the raw data in folder `src` to a dataset at `dst`; both local or URLs.
 
     Deterministic: the same source and configuration give the same parts.
@@ -54,21 +59,18 @@ def convert(
     src, dst = storage.absolute(src), storage.absolute(dst)
     try:
         destination = Destination(dst, src, config.overwrite)
-        found: Source | Raw | ParquetSource = find_source(src, config.labels)
+        found = find_source(src, config.labels)
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
         if (manifest := destination.published(signature)) is None:
             on_progress(f"reading {src}")
             ensure_ray()
             with _claimed(destination, signature, on_progress) as scratch:
-                if isinstance(found, Source):
-                    found = index_text(found, scratch, on_progress)
-                elif isinstance(found, ParquetSource):
-                    for note in found.notes:
-                        on_progress(note)
-                declare = destination.declare
-                made = write_parts(found, dst, scratch, vocabulary, config, declare, on_progress)
-                manifest = _manifest(made, vocabulary, config)
+                if not isinstance(found, Source):
+                    found = agreed(found, count_lines(found.paths, scratch, on_progress))
+                for note in found.notes:
+                    on_progress(note)
+                manifest = _converted(found, destination, vocabulary, config, on_progress)
                 layout.write_manifest(dst, manifest)
         destination.release()
     except OSError as error:
@@ -99,28 +101,39 @@ def hints(manifest: Manifest, config: ConvertConfig) -> list[str]:
     ]
 
 
-def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> Manifest:
+def _converted(
+    source: Source,
+    destination: Destination,
+    vocabulary: tokenizer.Vocabulary,
+    config: ConvertConfig,
+    on_progress: Progress,
+) -> Manifest:
+    """Writes all parts, and makes the manifest that names them."""
+    conversion = begin(source, destination.path, destination.scratch, vocabulary, config)
+    conversion = with_filters(conversion, on_progress)
+    conversion = with_label_ids(conversion, on_progress)
+    conversion, found = partition(conversion, config, on_progress)
+    destination.declare(found.paths)
+    written = write_parts(conversion, found, on_progress)
     return Manifest(
         format_version=layout.FORMAT_VERSION,
         tokenizer=config.tokenizer,
         vocabulary_hash=vocabulary.hash,
         max_length=config.max_length,
         pad_id=vocabulary.pad_id,
-        num_labels=made.num_labels,
-        has_label_texts=made.has_label_texts,
+        num_labels=found.rows["labels"],
+        has_label_texts=text_column(conversion) is not None,
         propensity_a=config.propensity_a,
         propensity_b=config.propensity_b,
-        splits=made.splits,
-        other_texts=made.other_texts,
-        statistics=made.statistics,
-        labels_hash=made.labels_hash,
+        splits=written.splits,
+        other_texts=written.other_texts,
+        statistics=written.statistics,
+        labels_hash=written.labels_hash,
     )
 
 
 @contextmanager
-def _claimed(
-    destination: Destination, signature: str, on_progress: Callable[[str], None]
-) -> Iterator[str]:
+def _claimed(destination: Destination, signature: str, on_progress: Progress) -> Iterator[str]:
     """The directory of scratch files.
 
     It outlives a conversion that was cut off, and serves the next one of the same signature.

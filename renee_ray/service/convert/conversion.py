@@ -1,4 +1,4 @@
-"""What the tasks of a conversion share, and their files in between.
+"""What the tasks of a conversion share, how they are run, and their files in between.
 
 A scratch file holds groups of rows by key, one after another (Arrow streams), and at its end
 where each begins: int64 keys, offsets and their number. A task reads its key's group of each file.
@@ -6,7 +6,7 @@ where each begins: int64 keys, offsets and their number. A task reads its key's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from renee_ray.data.sources.lines import Int64s
-from renee_ray.data.sources.parquet import Block, ParquetSource
-from renee_ray.data.sources.raw import Raw
-from renee_ray.data.split import Shuffle
+from renee_ray.config.schema import ConvertConfig
+from renee_ray.data.sources.records import Block, Int64s, Source, num_rows
+from renee_ray.data.split import Shuffle, shuffle_of
 from renee_ray.data.storage import filesystem_of, patiently, write_file
+from renee_ray.data.tokenizer import Vocabulary
+from renee_ray.errors import ReneeError
 from renee_ray.service.tasks import Reporter, stream
 
 BUCKET_ROWS = 1 << 19
@@ -30,38 +31,54 @@ PART_ROWS, PARTS = 2048, 1024
 JOURNAL = "done"
 """Directory of scratch with the results of tasks, for a conversion that is cut off."""
 TAIL_BYTES = 1 << 16
-"""Of a scratch file, read at first: the places of some thousand groups."""
+"""Bytes read from a scratch file's end at first: the places of some thousand groups."""
 
 Groups = tuple[str, int, int]
 """A scratch file and the first and last key it has a group of."""
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """What every task is given. Its size goes with the number of blocks, not of rows.
 
-    blocks: (split, block, rows of its split before it that are held out) of each task that reads
-        the source.
-    vocabulary: where it is made of strings, the first id of each of its buckets, and their number.
+    tokenizer: the serialised tokenizer. bucket_rows: rows of a bucket, and labels of a range.
+    blocks: (split, block, rows of its split before it that are held out) of all points.
     files: the scratch files by what is in them.
-    tasks: (what, key) of each task that reads scratch files.
-    part_rows: rows of a part of each split that is written.
     """
 
-    source: Raw | ParquetSource
+    source: Source
     dst: str
     scratch: str
     tokenizer: str
-    vocabulary_size: int
     max_length: int
     bucket_rows: int
     shuffle: Shuffle
     blocks: tuple[tuple[str, Block, int], ...]
-    files: dict[str, tuple[Groups, ...]]
-    vocabulary: tuple[int, ...] = ()
-    num_labels: int | None = None
-    tasks: tuple[tuple[str, int], ...] = ()
-    part_rows: dict[str, int] = field(default_factory=dict)
+    files: dict[str, tuple[Groups, ...]] = field(default_factory=dict)
+
+
+def begin(
+    source: Source, dst: str, scratch: str, vocabulary: Vocabulary, config: ConvertConfig
+) -> Conversion:
+    """Makes the conversion of a source: its blocks, and the order of its training points.
+
+    Raises:
+        ReneeError: `config.validation` leaves no training point.
+    """
+    blocks = [(name, block) for name, table in source.splits.items() for block in table.blocks]
+    starts = np.array([block.first for name, block in blocks if name == "train"])
+    rows, size = num_rows(source.train), bucket_rows(config.part_rows)
+    shuffle, held = shuffle_of(rows, starts, size, config.validation, config.seed)
+    if held[-1] == rows:
+        raise ReneeError(
+            f"validation={config.validation} holds out all {rows} training points of "
+            f"{blocks[0][1].path}; lower validation"
+        )
+    before = [*held[:-1].tolist(), *[0] * (len(blocks) - len(starts))]
+    with_held = tuple((*block, number) for block, number in zip(blocks, before, strict=True))
+    tokenizer, length = vocabulary.serialised, config.max_length
+    return Conversion(source, dst, scratch, tokenizer, length, size, shuffle, with_held)
 
 
 def bucket_rows(chosen: int) -> int:
@@ -79,21 +96,29 @@ def part_rows(chosen: int, rows: int, bucket: int) -> int:
 
 
 def run(
-    work: Callable[[Any, int], dict[str, Any]],
-    plan: Any,
-    tasks: int,
+    work: Callable[[Any, Any], dict[str, Any]],
+    shared: Any,
+    tasks: Sequence[Any],
+    scratch: str,
     what: str,
-    on_progress: Callable[[str], None],
+    on_progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """Results of work(plan, i) for i in [0, tasks), in any order, and progress said.
+    """Yields the results of work(shared, task) for all `tasks`, in any order; reports progress.
 
-    Args:
-        plan: has a directory `scratch`, where results are kept.
+    Results are kept in directory `scratch`, by the name of `work` and the place of the task.
     """
-    reporter = Reporter(what, tasks, on_progress)
-    for result in stream(work, plan, tasks, f"{plan.scratch}/{JOURNAL}"):
+
+    def numbered(given: tuple[Any, Sequence[Any]], i: int) -> dict[str, Any]:
+        return work(given[0], given[1][i])
+
+    numbered.__name__ = work.__name__
+    reporter = Reporter(what, len(tasks), on_progress)
+    for result in stream(numbered, (shared, tasks), len(tasks), f"{scratch}/{JOURNAL}"):
         reporter.one_more()
         yield result
+
+
+# ------------------------------------------------------------------------------- scratch files
 
 
 def keys_of(files: tuple[Groups, ...]) -> range:
@@ -103,10 +128,10 @@ def keys_of(files: tuple[Groups, ...]) -> range:
     return range(min(first for _, first, _ in files), max(last for _, _, last in files) + 1)
 
 
-def write_groups(plan: Plan, name: str, table: pa.Table, keys: Int64s) -> Groups | None:
-    """Writes a scratch file with a group for each value of `keys`, which ascend."""
+def write_groups(conversion: Conversion, name: str, table: pa.Table, keys: Int64s) -> list[Groups]:
+    """Writes a scratch file with a group for each value of `keys`, which ascend; none if empty."""
     if not len(table):
-        return None
+        return []
     values, starts = np.unique(keys, return_index=True)
     sink = pa.BufferOutputStream()
     offsets = []
@@ -117,18 +142,22 @@ def write_groups(plan: Plan, name: str, table: pa.Table, keys: Int64s) -> Groups
             writer.write_table(table.slice(start, stop - start).combine_chunks())
     index = np.array([*values, *offsets, sink.tell(), len(values)], dtype="<i8")
     sink.write(index.tobytes())
-    write_file(f"{plan.scratch}/{name}", sink.getvalue())
-    return name, int(values[0]), int(values[-1])
+    write_file(f"{conversion.scratch}/{name}", sink.getvalue())
+    return [(name, int(values[0]), int(values[-1]))]
 
 
-def read_groups(plan: Plan, what: str, key: int) -> Iterator[tuple[str, pa.Table]]:
-    """(file, its rows) of each scratch file of `what` that has a group for `key`."""
-    for name, first, last in plan.files.get(what, ()):
+def read_groups(conversion: Conversion, what: str, key: int) -> Iterator[tuple[str, pa.Table]]:
+    """Yields (file, its rows) of each scratch file of `what` that has a group for `key`."""
+    for name, first, last in conversion.files.get(what, ()):
         if first <= key <= last:
-            path = f"{plan.scratch}/{name}"
-            table = patiently(partial(_read_group, path, key), f"reading {path}")
+            table = read_group(f"{conversion.scratch}/{name}", key)
             if table is not None:
                 yield name, table
+
+
+def read_group(path: str, key: int) -> pa.Table | None:
+    """Reads the rows of a scratch file's group for `key`."""
+    return patiently(partial(_read_group, path, key), f"reading {path}")
 
 
 def _read_group(path: str, key: int) -> pa.Table | None:
