@@ -18,7 +18,7 @@ from renee_ray.data.sources.lines import (
     ranges,
     read,
 )
-from renee_ray.data.sources.records import Source, SourceError, decode_texts, num_rows
+from renee_ray.data.sources.records import Source, SourceError, num_rows
 from renee_ray.data.sources.repository import LineTable, agreed
 from renee_ray.data.sources.source import find_source
 
@@ -164,9 +164,10 @@ def test_utf16(tmp_path: Path) -> None:
 
 def test_replaced_bytes_are_counted(tmp_path: Path) -> None:
     block = block_of(tmp_path, b"ok \xef\xbf\xbd\n\xff\xfea\xe9\nna\xc3\xafve\n\xc3\n")
-    texts, replaced = decode_texts(block.contents())
-    assert texts.to_pylist() == ["ok \ufffd", "\ufffd\ufffda\ufffd", "na\u00efve", "\ufffd"]
-    assert replaced.tolist() == [0, 3, 0, 1]
+    found = xmlrepo.parse_texts(block)
+    texts = found.columns["text"].to_pylist()
+    assert texts == ["ok \ufffd", "\ufffd\ufffda\ufffd", "na\u00efve", "\ufffd"]
+    assert found.replaced.tolist() == [0, 3, 0, 1]
 
 
 # ------------------------------------------------------------------------------------- labels
@@ -262,8 +263,11 @@ def test_header(tmp_path: Path, data: bytes, texts: int, header: tuple[int, int]
 
 def test_filter_lines(tmp_path: Path) -> None:
     block = block_of(tmp_path, b"\xef\xbb\xbf4 1\r\n\n 0\t3 \n4 1", "trn_filter_labels.txt")
-    rows, labels = xmlrepo.parse_filters(block, 5, 4)
-    assert (rows.tolist(), labels.tolist()) == ([4, 0, 4], [1, 3, 1])
+    pairs = xmlrepo.parse_filters(block, 5, 4).columns
+    assert {name: column.to_pylist() for name, column in pairs.items()} == {
+        "row": [4, 0, 4],
+        "label": [1, 3, 1],
+    }
 
 
 @pytest.mark.parametrize(
@@ -299,9 +303,10 @@ def test_json_lines(tmp_path: Path) -> None:
     data = "\r\n".join(json.dumps(record) for record in records).encode()
     block = block_of(tmp_path, data + b'\n{"title": "\xff\xff", "target_ind": []}', "trn.json")
     found = xmlrepo.parse_objects(block, 4)
-    assert found.texts == ["T C c", "only", "", "\ufffd!", "\ufffd\ufffd"]
+    texts, labels = found.columns["text"].to_pylist(), found.columns["labels"].to_pylist()
+    assert texts == ["T C c", "only", "", "\ufffd!", "\ufffd\ufffd"]
     assert found.replaced.tolist() == [0, 0, 0, 1, 2]
-    assert found.labels == [[3, 1, 3], [2], [], [0], []]
+    assert labels == [[3, 1, 3], [2], [], [0], []]
     assert found.zeros == 1
 
 
@@ -337,8 +342,8 @@ def test_bad_json_lines(tmp_path: Path, line: str, message: str) -> None:
 def test_a_good_folder(tmp_path: Path) -> None:
     raw = indexed(source(tmp_path))
     assert raw.num_labels == 4 and num_rows(raw.train) == 3 and raw.test is not None
-    assert isinstance(raw.train, LineTable) and raw.train.labels is not None
-    assert raw.train.labels.where(0).endswith("trn_X_Y.txt:2")
+    assert isinstance(raw.train, LineTable)
+    assert raw.train.files[1].where(0).endswith("trn_X_Y.txt:2")
 
 
 @pytest.mark.parametrize(
@@ -407,10 +412,10 @@ def test_folders_that_disagree(tmp_path: Path, files: dict[str, str | None], mes
 def test_carriage_returns_are_no_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts may have a few in their lines; labels have none; a file of them alone is refused."""
     texts = indexed(source(tmp_path, trn_X="a\rb\nc\nd\n")).train
-    assert isinstance(texts, LineTable) and texts.texts.returns == 1
+    assert isinstance(texts, LineTable) and texts.files[0].returns == 1
     found = indexed(source(tmp_path, trn_X_Y="3 4\n0:1\n1:1\r3:1\n2:1\n"))
-    assert isinstance(found.train, LineTable) and found.train.labels is not None
-    labels = found.train.labels
+    assert isinstance(found.train, LineTable)
+    labels = found.train.files[1]
     with pytest.raises(SourceError, match=r"trn_X_Y\.txt:3: a carriage return within the line"):
         xmlrepo.parse_pairs(read(labels, 0, 3), 4)
     with pytest.raises(

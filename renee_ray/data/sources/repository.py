@@ -9,11 +9,10 @@ them: xmlrepo.py. The lines of all files are counted (lines.py) before anything 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
 from renee_ray.data.sources import xmlrepo
@@ -25,84 +24,30 @@ from renee_ray.data.sources.records import (
     Source,
     SourceError,
     Table,
-    decode_texts,
 )
 from renee_ray.data.storage import filesystem_of
-
-# -------------------------------------------------------------------------------------- tables
 
 
 @dataclass(frozen=True)
 class LineTable:
-    """A text a line, and where `labels` are given the labels of row i in their line i."""
+    """Row i is line i of each of some files; `parse` makes records of a batch of lines of each."""
 
-    texts: Lines
-    labels: Lines | None = None
-    num_labels: int | None = None
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        files = [self.texts] if self.labels is None else [self.texts, self.labels]
-        return blocks_of(self.texts.rows, *files)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ("text",) if self.labels is None else ("text", "labels")
-
-    def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
-        stop, found, zeros = block.first + block.rows, dict[str, pa.Array](), None
-        texts = read(self.texts, block.first, stop)
-        found["text"], replaced = decode_texts(texts.contents())
-        if self.labels is not None:
-            lines = read(self.labels, block.first, stop)
-            found["labels"], zeros = xmlrepo.parse_pairs(lines, self.num_labels)
-        yield Records(block.first, found, texts.where, replaced, zeros)
-
-
-@dataclass(frozen=True)
-class JsonTable:
-    """A JSON object a line: a point with its labels, or without them a label."""
-
-    lines: Lines
-    num_labels: int | None
-    with_labels: bool
+    files: tuple[Lines, ...]
+    columns: tuple[str, ...]
+    parse: Callable[..., Records]
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        return blocks_of(self.lines.rows, self.lines)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ("text", "labels") if self.with_labels else ("text",)
+        return blocks_of(self.files[0].rows, *self.files)
 
     def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
-        lines = read(self.lines, block.first, block.first + block.rows)
-        found = xmlrepo.parse_objects(lines, self.num_labels, with_labels=self.with_labels)
-        made: dict[str, pa.Array] = {"text": pa.array(found.texts, pa.large_string())}
-        if self.with_labels:
-            made["labels"] = pa.array(found.labels, pa.large_list(pa.int64()))
-        zeros = found.zeros if self.with_labels else None
-        yield Records(block.first, made, lines.where, found.replaced, zeros)
+        stop = block.first + block.rows
+        yield self.parse(*(read(lines, block.first, stop) for lines in self.files))
 
 
-@dataclass(frozen=True)
-class FilterTable:
-    """A pair (row, label) a line, of a split of `num_rows` rows."""
-
-    lines: Lines
-    num_rows: int
-    num_labels: int | None
-    columns = ("row", "label")
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        return blocks_of(self.lines.rows, self.lines)
-
-    def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
-        lines = read(self.lines, block.first, block.first + block.rows)
-        limit = MAX_INFERRED_LABELS if self.num_labels is None else self.num_labels
-        rows, labels = xmlrepo.parse_filters(lines, self.num_rows, limit)
-        yield Records(block.first, {"row": pa.array(rows), "label": pa.array(labels)}, lines.where)
+def text_table(lines: Lines) -> LineTable:
+    """The table of a file with a text a line."""
+    return LineTable((lines,), ("text",), xmlrepo.parse_texts)
 
 
 # --------------------------------------------------------------------------------------- files
@@ -220,9 +165,11 @@ def agreed(files: Files, lines: Mapping[str, Lines]) -> Source:
     label_texts, num_labels = _agree_on_labels(label_texts, said)
     labels: Table | None = None
     if label_texts is not None:
-        labels = JsonTable(label_texts, None, False) if files.is_json else LineTable(label_texts)
-    filters: dict[str, Table] = {
-        name: FilterTable(split.filters, split.texts.rows, num_labels)
+        objects = partial(xmlrepo.parse_objects, num_labels=None, with_labels=False)
+        parse = objects if files.is_json else xmlrepo.parse_texts
+        labels = LineTable((label_texts,), ("text",), parse)
+    filters = {
+        name: split.filter_table(num_labels)
         for name, split in (("train", train), ("test", test))
         if split is not None and split.filters is not None
     }
@@ -248,9 +195,15 @@ class _Split:
         return self.texts if self.labels is None else self.labels
 
     def table(self, num_labels: int | None) -> Table:
-        if self.labels is None:
-            return JsonTable(self.texts, num_labels, with_labels=True)
-        return LineTable(self.texts, self.labels, num_labels)
+        files = (self.texts,) if self.labels is None else (self.texts, self.labels)
+        parse = xmlrepo.parse_objects if self.labels is None else xmlrepo.parse_points
+        return LineTable(files, ("text", "labels"), partial(parse, num_labels=num_labels))
+
+    def filter_table(self, num_labels: int | None) -> Table:
+        assert self.filters is not None
+        limit = MAX_INFERRED_LABELS if num_labels is None else num_labels
+        parse = partial(xmlrepo.parse_filters, num_rows=self.texts.rows, num_labels=limit)
+        return LineTable((self.filters,), ("row", "label"), parse)
 
 
 def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[_Split, int | None]:

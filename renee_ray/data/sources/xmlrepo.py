@@ -11,7 +11,7 @@ What is parsed is a batch of lines (lines.py). Label ids are int64 from the firs
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ from renee_ray.data.sources.lines import LineBatch, Lines, lone_returns, read
 from renee_ray.data.sources.records import (
     MAX_INFERRED_LABELS,
     Int64s,
+    Records,
     SourceError,
+    decode_texts,
     decoded,
     whole_characters,
 )
@@ -37,7 +39,20 @@ MAX_LABELS = 2**31
 """A header that says more is taken for damage; the largest sets known have 10**8."""
 
 
-# ------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------- points
+
+
+def parse_texts(texts: LineBatch) -> Records:
+    """Parses lines that are a text each."""
+    column, replaced = decode_texts(texts.contents())
+    return Records(texts.first, {"text": column}, texts.where, replaced)
+
+
+def parse_points(texts: LineBatch, labels: LineBatch, num_labels: int | None) -> Records:
+    """Parses texts and the lines of labels that belong to them, as `parse_pairs`."""
+    points = parse_texts(texts)
+    lists, zeros = parse_pairs(labels, num_labels)
+    return replace(points, columns=points.columns | {"labels": lists}, zeros=zeros)
 
 
 def _table(characters: bytes) -> Bools:
@@ -232,8 +247,8 @@ def _is_count(field: bytes) -> bool:
     return field.isdigit() and len(field) <= MAX_HEADER_DIGITS
 
 
-def parse_filters(batch: LineBatch, num_rows: int, num_labels: int) -> tuple[Int64s, Int64s]:
-    """(rows, labels), int64 [m]: the lines `row label` as they stand; blank lines are skipped.
+def parse_filters(batch: LineBatch, num_rows: int, num_labels: int) -> Records:
+    """Parses the pairs of lines `row label`; blank lines are skipped.
 
     Raises:
         SourceError: a line that is not two integers, a row or a label out of range.
@@ -256,7 +271,8 @@ def parse_filters(batch: LineBatch, num_rows: int, num_labels: int) -> tuple[Int
             f"{where}: row {tokens.text(2 * i)} is out of range, the split has {num_rows} points "
             f"(rows count from 0); correct the row or remove the line"
         )
-    return rows, labels
+    pairs = {"row": pa.array(rows), "label": pa.array(labels)}
+    return Records(batch.first, pairs, batch.where)
 
 
 def _filter_error(batch: LineBatch, i: int) -> SourceError:
@@ -270,17 +286,7 @@ def _filter_error(batch: LineBatch, i: int) -> SourceError:
 # --------------------------------------------------------------------------------------- JSON
 
 
-@dataclass(frozen=True)
-class Objects:
-    """JSON lines: texts and labels of each, and bytes replaced in each; zeros as `parse_pairs`."""
-
-    texts: list[str]
-    labels: list[list[int]]
-    replaced: Int64s
-    zeros: int
-
-
-def parse_objects(batch: LineBatch, num_labels: int | None, *, with_labels: bool = True) -> Objects:
+def parse_objects(batch: LineBatch, num_labels: int | None, *, with_labels: bool = True) -> Records:
     """Parses JSON lines with texts (title, a space, content) and labels (target_ind).
 
     A target whose target_rel is 0 is left out and counted. Without `with_labels`, as in
@@ -297,10 +303,14 @@ def parse_objects(batch: LineBatch, num_labels: int | None, *, with_labels: bool
         text, broken = _text_of(record, batch.where(i))
         texts.append(text)
         replaced.append(bad + broken)
-        targets = _targets(record, num_labels, batch.where(i)) if with_labels else []
-        zeros += len(record["target_ind"]) - len(targets) if with_labels else 0
-        labels.append(targets)
-    return Objects(texts, labels, np.array(replaced, np.int64), zeros)
+        if with_labels:
+            labels.append(_targets(record, num_labels, batch.where(i)))
+            zeros += len(record["target_ind"]) - len(labels[-1])
+    columns = {"text": pa.array(texts, pa.large_string())}
+    if with_labels:
+        columns["labels"] = pa.array(labels, pa.large_list(pa.int64()))
+    counts = np.array(replaced, np.int64)
+    return Records(batch.first, columns, batch.where, counts, zeros if with_labels else None)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from renee_ray.config.schema import ConvertConfig
+from renee_ray.data import tokenizer
 from renee_ray.data.sources.records import Block, Int64s, Source, num_rows
 from renee_ray.data.split import Shuffle, shuffle_of
 from renee_ray.data.storage import filesystem_of, patiently, write_file
@@ -42,7 +43,7 @@ Progress = Callable[[str], None]
 class Conversion:
     """What every task is given. Its size goes with the number of blocks, not of rows.
 
-    tokenizer: the serialised tokenizer. bucket_rows: rows of a bucket, and labels of a range.
+    bucket_rows: rows of a bucket, and labels of a range.
     blocks: (split, block, rows of its split before it that are held out) of all points.
     files: the scratch files by what is in them.
     """
@@ -50,12 +51,16 @@ class Conversion:
     source: Source
     dst: str
     scratch: str
-    tokenizer: str
-    max_length: int
+    vocabulary: Vocabulary
+    config: ConvertConfig
     bucket_rows: int
     shuffle: Shuffle
     blocks: tuple[tuple[str, Block, int], ...]
     files: dict[str, tuple[Groups, ...]] = field(default_factory=dict)
+
+    def encode(self, texts: list[str]) -> pa.Array:
+        """Tokenises texts, as `tokenizer.encode`."""
+        return tokenizer.encode(self.vocabulary.serialised, texts, self.config.max_length)
 
 
 def begin(
@@ -77,8 +82,7 @@ def begin(
         )
     before = [*held[:-1].tolist(), *[0] * (len(blocks) - len(starts))]
     with_held = tuple((*block, number) for block, number in zip(blocks, before, strict=True))
-    tokenizer, length = vocabulary.serialised, config.max_length
-    return Conversion(source, dst, scratch, tokenizer, length, size, shuffle, with_held)
+    return Conversion(source, dst, scratch, vocabulary, config, size, shuffle, with_held)
 
 
 def bucket_rows(chosen: int) -> int:

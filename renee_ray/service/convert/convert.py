@@ -36,7 +36,7 @@ from renee_ray.service.convert.conversion import JOURNAL, Progress, begin
 from renee_ray.service.convert.count_lines import count_lines
 from renee_ray.service.convert.label_ids import with_label_ids
 from renee_ray.service.convert.partition import partition
-from renee_ray.service.convert.parts import text_column, write_parts
+from renee_ray.service.convert.parts import write_parts
 from renee_ray.service.convert.points import with_filters
 from renee_ray.service.tasks import Interrupted
 
@@ -70,7 +70,12 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
                     found = agreed(found, count_lines(found.paths, scratch, on_progress))
                 for note in found.notes:
                     on_progress(note)
-                manifest = _converted(found, destination, vocabulary, config, on_progress)
+                conversion = begin(found, dst, scratch, vocabulary, config)
+                conversion = with_filters(conversion, on_progress)
+                conversion = with_label_ids(conversion, on_progress)
+                conversion, partitioned = partition(conversion, on_progress)
+                destination.declare(partitioned.paths)
+                manifest = write_parts(conversion, partitioned, on_progress)
                 layout.write_manifest(dst, manifest)
         destination.release()
     except OSError as error:
@@ -99,37 +104,6 @@ def hints(manifest: Manifest, config: ConvertConfig) -> list[str]:
         f"no point has label 0, and labels 1 to {greatest} are there: ids count from 0, so if the "
         f"source counts from 1, subtract 1 from its labels and convert it again"
     ]
-
-
-def _converted(
-    source: Source,
-    destination: Destination,
-    vocabulary: tokenizer.Vocabulary,
-    config: ConvertConfig,
-    on_progress: Progress,
-) -> Manifest:
-    """Writes all parts, and makes the manifest that names them."""
-    conversion = begin(source, destination.path, destination.scratch, vocabulary, config)
-    conversion = with_filters(conversion, on_progress)
-    conversion = with_label_ids(conversion, on_progress)
-    conversion, found = partition(conversion, config, on_progress)
-    destination.declare(found.paths)
-    written = write_parts(conversion, found, on_progress)
-    return Manifest(
-        format_version=layout.FORMAT_VERSION,
-        tokenizer=config.tokenizer,
-        vocabulary_hash=vocabulary.hash,
-        max_length=config.max_length,
-        pad_id=vocabulary.pad_id,
-        num_labels=found.rows["labels"],
-        has_label_texts=text_column(conversion) is not None,
-        propensity_a=config.propensity_a,
-        propensity_b=config.propensity_b,
-        splits=written.splits,
-        other_texts=written.other_texts,
-        statistics=written.statistics,
-        labels_hash=written.labels_hash,
-    )
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset import dataset as layout
 from renee_ray.data.dataset.dataset import MAX_LABELS
 from renee_ray.data.sources.columns import LABELS
@@ -57,9 +56,7 @@ class Partitioned:
         ]
 
 
-def partition(
-    conversion: Conversion, config: ConvertConfig, on_progress: Progress
-) -> tuple[Conversion, Partitioned]:
+def partition(conversion: Conversion, on_progress: Progress) -> tuple[Conversion, Partitioned]:
     """Reads all points into scratch files.
 
     Returns:
@@ -82,14 +79,14 @@ def partition(
         raise SourceError(
             f"{source.labelled_path} gives no training point a label; there is nothing to learn"
         )
-    if config.labels == "auto":
+    if conversion.config.labels == "auto":
         duplicates = sum(total["duplicate_pairs"] for total in totals.values())
         refuse_multi_hot(source, greatest, duplicates)
     totals["labels"]["least_id"], totals["labels"]["greatest_id"] = least, greatest
     num_labels = greatest + 1 if source.num_labels is None else source.num_labels
     rows = {name: totals[name]["rows"] for name in layout.SPLITS} | {"labels": num_labels}
-    size = conversion.bucket_rows
-    sizes = {name: part_rows(config.part_rows, number, size) for name, number in rows.items()}
+    chosen, size = conversion.config.part_rows, conversion.bucket_rows
+    sizes = {name: part_rows(chosen, number, size) for name, number in rows.items()}
     sorted_files = {what: tuple(sorted(groups)) for what, groups in files.items()}
     conversion = replace(
         conversion,
@@ -116,7 +113,7 @@ def _partition(conversion: Conversion, i: int) -> dict[str, Any]:
             mine = points.take(pa.array(rows))
             files[split] += write_groups(conversion, f"{split}-{i}-{number}", mine, buckets)
             held += len(rows) if split == "validation" else 0
-            add(totals[split], totals_of(mine, conversion.max_length))
+            add(totals[split], totals_of(mine, conversion.config.max_length))
             if name == "train":
                 counts.append(_counts(mine, split))
         add(totals[name], odd)

@@ -7,33 +7,22 @@ labels    tasks    a task a range: counts summed, texts read, cut into parts
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from renee_ray.data import tokenizer
 from renee_ray.data.dataset import dataset as layout
-from renee_ray.data.dataset.dataset import Part
+from renee_ray.data.dataset.dataset import Manifest, Part
 from renee_ray.data.sources.records import odd_texts
 from renee_ray.service.convert.conversion import Conversion, Progress, keys_of, read_groups, run
 from renee_ray.service.convert.partition import Partitioned
 from renee_ray.service.convert.statistics import add, bands_of, statistics_of, text_totals
 
 
-@dataclass(frozen=True)
-class Written:
-    """What the manifest says of the parts."""
-
-    splits: dict[str, tuple[Part, ...]]
-    other_texts: tuple[int, ...]
-    labels_hash: str
-    statistics: dict[str, Any]
-
-
-def write_parts(conversion: Conversion, found: Partitioned, on_progress: Progress) -> Written:
-    """Writes all parts.
+def write_parts(conversion: Conversion, found: Partitioned, on_progress: Progress) -> Manifest:
+    """Writes all parts, and makes the manifest that names them.
 
     Raises:
         SourceError: a bad text of a label.
@@ -56,15 +45,25 @@ def write_parts(conversion: Conversion, found: Partitioned, on_progress: Progres
     ordered = {
         name: tuple(sorted(parts, key=lambda part: part.first)) for name, parts in splits.items()
     }
-    return Written(
-        ordered,
-        tuple(others[part.first] for part in ordered["labels"]),
-        layout.add_hashes(hashes),
-        statistics_of(found.totals, bands),
+    config, vocabulary = conversion.config, conversion.vocabulary
+    return Manifest(
+        format_version=layout.FORMAT_VERSION,
+        tokenizer=config.tokenizer,
+        vocabulary_hash=vocabulary.hash,
+        max_length=config.max_length,
+        pad_id=vocabulary.pad_id,
+        num_labels=found.rows["labels"],
+        has_label_texts=_text_column(conversion) is not None,
+        propensity_a=config.propensity_a,
+        propensity_b=config.propensity_b,
+        splits=ordered,
+        other_texts=tuple(others[part.first] for part in ordered["labels"]),
+        statistics=statistics_of(found.totals, bands),
+        labels_hash=layout.add_hashes(hashes),
     )
 
 
-def text_column(conversion: Conversion) -> str | None:
+def _text_column(conversion: Conversion) -> str | None:
     """The column of the labels' table that holds their texts; None where there is none."""
     table = conversion.source.labels
     columns = () if table is None else table.columns
@@ -115,7 +114,7 @@ def _write_labels(conversion: Conversion, index: int, part_rows: int) -> dict[st
             "is_point": pa.array(filters[here] > 0),
         }
         table = pa.table(columns, schema=layout.LABELS)
-        add(totals, text_totals(table, conversion.max_length))
+        add(totals, text_totals(table, conversion.config.max_length))
         path = layout.part_path("labels", (first + start) // part_rows)
         parts.append(asdict(layout.write_part(conversion.dst, path, first + start, table)))
         others.append(int((filters[here] == 0).sum()))
@@ -131,7 +130,7 @@ def _write_labels(conversion: Conversion, index: int, part_rows: int) -> dict[st
 
 def _label_texts(conversion: Conversion, start: int, stop: int) -> tuple[pa.Array, Counter[str]]:
     """Texts of labels [start, stop), empty where the source has none, and what was odd in them."""
-    table, column = conversion.source.labels, text_column(conversion)
+    table, column = conversion.source.labels, _text_column(conversion)
     if table is None or column is None:
         return pa.array([""] * (stop - start), pa.string()), Counter()
     texts, replaced = list[str](), [np.zeros(0, np.int64)]
@@ -146,9 +145,9 @@ def _label_texts(conversion: Conversion, start: int, stop: int) -> tuple[pa.Arra
 
 
 def _encoded(conversion: Conversion, texts: pa.Array) -> pa.Array:
-    if text_column(conversion) is not None:
-        return tokenizer.encode(conversion.tokenizer, texts.to_pylist(), conversion.max_length)
-    (ids,) = tokenizer.encode(conversion.tokenizer, [""], conversion.max_length).to_pylist()
+    if _text_column(conversion) is not None:
+        return conversion.encode(texts.to_pylist())
+    (ids,) = conversion.encode([""]).to_pylist()
     offsets = np.arange(len(texts) + 1, dtype=np.int32) * len(ids)
     return pa.ListArray.from_arrays(
         pa.array(offsets), pa.array(np.tile(np.array(ids, np.int32), len(texts)))

@@ -92,7 +92,7 @@ def _points(
         columns["input_ids"] = _given_tokens(conversion, records)
     else:
         texts = records.columns["text"].to_pylist()
-        columns["input_ids"] = tokenizer.encode(conversion.tokenizer, texts, conversion.max_length)
+        columns["input_ids"] = conversion.encode(texts)
         odd |= odd_texts(texts, records.replaced)
     return pa.table(columns, schema=layout.POINTS), odd
 
@@ -117,7 +117,10 @@ def _sorted_lists(num_rows: int, rows: Int64s, values: Int64s) -> tuple[pa.ListA
 
 def _given_tokens(conversion: Conversion, records: Records) -> pa.Array:
     """Tokens that the source has already, cut to max_length as a text's would be."""
-    lists, num_tokens = records.columns["input_ids"], tokenizer.size(conversion.tokenizer)
+    lists, num_tokens = (
+        records.columns["input_ids"],
+        tokenizer.size(conversion.vocabulary.serialised),
+    )
     values = lists.flatten().to_numpy()
     lengths = pc.list_value_length(lists).to_numpy()
     bad = ~((values >= 0) & (values < num_tokens))
@@ -128,7 +131,7 @@ def _given_tokens(conversion: Conversion, records: Records) -> pa.Array:
             f"{records.where(row)} has the token {values[at]} and the tokenizer has {num_tokens}; "
             f"give the tokenizer that made the tokens"
         )
-    kept = np.minimum(lengths, conversion.max_length)
+    kept = np.minimum(lengths, conversion.config.max_length)
     starts = np.cumsum(lengths) - lengths
     offsets = np.concatenate([[0], np.cumsum(kept)])
     places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], kept)

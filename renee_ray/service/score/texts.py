@@ -23,7 +23,7 @@ from renee_ray.data import tokenizer
 from renee_ray.data.dataset.dataset import POINTS, SPLITS, Dataset, Part, part_path, write_part
 from renee_ray.data.sources.parquet import parquet_files, table_of
 from renee_ray.data.sources.records import Records, Table
-from renee_ray.data.sources.repository import LineTable
+from renee_ray.data.sources.repository import text_table
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert.conversion import JOURNAL
@@ -119,7 +119,7 @@ def _indexed(src: str, scratch: str) -> Table:
     lines = count_lines([src], scratch, lambda message: None)[src]
     if lines.returns:
         log.warning("%s: %d carriage returns end no line and stay in texts", src, lines.returns)
-    return LineTable(lines)
+    return text_table(lines)
 
 
 def _write_block(texts: _Texts, i: int) -> dict[str, Any]:
