@@ -56,7 +56,7 @@ VALIDATION = ("validation", "valid", "val", "dev")
 _NAME = re.compile(
     rf"({'|'.join(SPLITS + VALIDATION)})(?:|\.parquet|-(\d+)(?:-of-(\d+))?(?:-\w+)?\.parquet)"
 )
-"""What it is of; its number among several files, and theirs."""
+"""The split; the number of the file, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class ParquetTable:
 
 
 def find_files(path: str) -> dict[str, list[str]]:
-    """The Parquet files of folder `path`, by what they are of (`SPLITS`, `VALIDATION`).
+    """Finds the Parquet files of folder `path`, by split (`SPLITS`, `VALIDATION`).
 
     Raises:
-        SourceError: there are two kinds of them, or some of several are missing.
+        SourceError: a split is there in two ways, or some of its numbered files are missing.
     """
     base, ways = path.rstrip("/"), defaultdict[str, dict[str, list[str]]](dict)
     for folder in (base, f"{base}/data"):
@@ -137,7 +137,7 @@ def _check_complete(way: str, numbers: list[tuple[str, str]]) -> None:
 
 
 def parquet_files(directory: str) -> list[str]:
-    """The Parquet files in a directory and below, by path, without those that are hidden."""
+    """Finds the Parquet files in a directory and below that are not hidden, by path."""
     base, (_, root) = directory.rstrip("/"), filesystem_of(directory)
     names = []
     for info in listing(base, recursive=True):
@@ -223,7 +223,7 @@ def _class_names(
 
 
 def _width(table: ParquetTable) -> int:
-    """Values in a list of labels, in the first block that has any."""
+    """Returns the number of values in a list of labels, from the first block that has any."""
     for block in table.blocks:
         for chunk in _read(block, ["labels"])["labels"].chunks:
             lists = plain(chunk)
@@ -238,7 +238,9 @@ def table_of(
     optional: tuple[str, ...] = (),
     multi_hot: bool = False,
 ) -> ParquetTable:
-    """The table in these files, with these of its columns; labelled `input_ids` serve as `text`.
+    """Makes the table of these files, with these of its columns.
+
+    Where labels are required, a column `input_ids` serves as `text`.
 
     Raises:
         SourceError: a file that is no Parquet, or has a column that is missing, of another kind,
@@ -267,7 +269,7 @@ def _table(
     optional: tuple[str, ...],
     multi_hot: bool,
 ) -> ParquetTable:
-    """The columns of one file."""
+    """Makes a table with the columns of one file, without its blocks."""
     columns = dict[str, str]()
     with_tokens = "labels" in required and "input_ids" in schema.names
     for wanted in required + optional:
@@ -285,7 +287,7 @@ def _table(
 
 
 def _merged(first: str, table: ParquetTable, path: str, here: ParquetTable) -> ParquetTable:
-    """The columns of file `path` and of those before it, of which `first` is one."""
+    """Merges the columns of file `path` with those of the files before it, such as `first`."""
     columns = dict[str, str]()
     for name in sorted(table.columns.keys() | here.columns.keys()):
         kinds = [each.columns.get(name, "missing") for each in (table, here)]
@@ -319,7 +321,7 @@ def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
 
 
 def _read(block: Block, columns: list[str]) -> pa.Table:
-    """All rows of the block.
+    """Reads all rows of the block.
 
     Raises:
         SourceError: the file is damaged.

@@ -67,7 +67,7 @@ class Records:
         return len(next(iter(self.columns.values())))
 
     def numbers(self) -> pa.Array:
-        """The number of each row in the table, int64."""
+        """Returns the number of each row in the table, int64."""
         return pa.array(np.arange(self.first, self.first + len(self)))
 
 
@@ -83,7 +83,7 @@ class Table(Protocol):
         """The columns that can be read."""
 
     def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
-        """Reads these columns of a block, in one piece or several.
+        """Reads these columns of a block, if not more, in one piece or several.
 
         Raises:
             SourceError: a row that cannot be read; the sentence names file, row and remedy.
@@ -135,7 +135,7 @@ class Names:
 
 
 def num_rows(table: Table) -> int:
-    """The rows of a table."""
+    """Returns the number of rows of a table."""
     return sum(block.rows for block in table.blocks)
 
 
@@ -157,7 +157,7 @@ def decode_texts(column: pa.Array) -> tuple[pa.Array, Int64s]:
 
 
 def decoded(line: bytes) -> tuple[str, int]:
-    """The line as text, and how many of its bytes are not UTF-8."""
+    """Decodes a line; returns the text and how many of its bytes are not UTF-8."""
     try:
         return line.decode("utf-8"), 0
     except UnicodeDecodeError:
@@ -166,7 +166,7 @@ def decoded(line: bytes) -> tuple[str, int]:
 
 
 def whole_characters(text: str) -> tuple[str, int]:
-    """The text, and how many lone surrogates (from \\ud800 escapes) were replaced in it."""
+    """Replaces lone surrogates (from \\ud800 escapes); returns the text and their number."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -176,7 +176,7 @@ def whole_characters(text: str) -> tuple[str, int]:
 
 
 def odd_texts(texts: Sequence[str], replaced: Int64s) -> dict[str, int]:
-    """Counts for a conversion's statistics."""
+    """Counts what was odd in texts, for a conversion's statistics."""
     return {
         "empty_texts": sum(not text.strip() for text in texts),
         "replaced_lines": int(np.count_nonzero(replaced)),

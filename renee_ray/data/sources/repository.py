@@ -30,7 +30,10 @@ from renee_ray.data.storage import filesystem_of
 
 @dataclass(frozen=True)
 class LineTable:
-    """Row i is line i of each of some files; `parse` makes records of a batch of lines of each."""
+    """Rows that are lines: row i is line i of each file.
+
+    parse: makes records of a batch of lines of each file.
+    """
 
     files: tuple[Lines, ...]
     columns: tuple[str, ...]
@@ -74,7 +77,7 @@ class Files:
 
     @property
     def paths(self) -> list[str]:
-        """All of them."""
+        """The paths of all files."""
         found = [self.label_texts]
         for split in (self.train, self.test):
             found += [split.texts, split.labels, split.filters] if split else []
@@ -207,7 +210,7 @@ class _Split:
 
 
 def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[_Split, int | None]:
-    """The split, and the number of labels that its header gives."""
+    """Makes a split; returns it with the number of labels that its header gives."""
     texts = lines[files.texts]
     filters = lines[files.filters] if files.filters else None
     if files.labels is None:
@@ -235,7 +238,7 @@ def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[_Split, int |
 def _agree_on_labels(
     label_texts: Lines | None, said: list[tuple[str, int]]
 ) -> tuple[Lines | None, int | None]:
-    """The label texts without a blank end, and the number of labels all files agree on.
+    """Returns the label texts without a blank end, and the number of labels all files agree on.
 
     Args:
         said: (file, number of labels in its header), where there is one.

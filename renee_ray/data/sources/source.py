@@ -15,7 +15,7 @@ READ = (
     "a folder is read that has trn_X.txt and trn_X_Y.txt, or trn.json, plain or .gz, or Parquet: "
     "train.parquet, train/*.parquet or train-00000-of-00001.parquet, there or in its data/"
 )
-"""The kinds of training sets."""
+"""The kinds of training sets, for error messages."""
 _NOT_YET = re.compile(r".*\.(csv|tsv|jsonl|ndjson)(\.\w+)?|(data/)?(train|test)[^/]*\.json(\.\w+)?")
 
 
@@ -28,7 +28,7 @@ def find_source(path: str, labels_are: str = "auto") -> Files | Source:
         labels_are: "auto", "ids" or "multi-hot", as the configuration's key `labels`.
 
     Raises:
-        SourceError: no such folder, no training set in it or two, half a split, and as
+        SourceError: no such folder, no training set in it or two, half a split, or an error of
             `index_parquet`.
     """
     filesystem, root = filesystem_of(path)
@@ -54,7 +54,7 @@ def find_source(path: str, labels_are: str = "auto") -> Files | Source:
 
 
 def _there(path: str) -> str:
-    """Which files of kinds that are not read, or of other names, are in the folder."""
+    """Says which files of kinds that are not read, or of other names, are in the folder."""
     names = sorted(
         f"{prefix}{info.base_name}"
         for folder, prefix in ((path, ""), (f"{path}/data", "data/"))

@@ -49,21 +49,13 @@ def parse_texts(texts: LineBatch) -> Records:
 
 
 def parse_points(texts: LineBatch, labels: LineBatch, num_labels: int | None) -> Records:
-    """Parses texts and the lines of labels that belong to them, as `parse_pairs`."""
+    """Parses texts, and the lines of their labels as `parse_pairs` does."""
     points = parse_texts(texts)
     lists, zeros = parse_pairs(labels, num_labels)
     return replace(points, columns=points.columns | {"labels": lists}, zeros=zeros)
 
 
-def _table(characters: bytes) -> Bools:
-    table = np.zeros(256, dtype=bool)
-    table[np.frombuffer(characters, np.uint8)] = True
-    return table
-
-
-_SPACE = _table(b" \t\r\n")
-_DIGIT = _table(b"0123456789")
-_NONZERO = _table(b"123456789")
+_SPACE = np.isin(np.arange(256), list(b" \t\r\n"))
 
 
 @dataclass(frozen=True)
@@ -94,14 +86,8 @@ class _Tokens:
     def text(self, i: int) -> str:
         return self.data[self.starts[i] : self.stops[i]].tobytes().decode("utf-8", "replace")
 
-    def count(self, table: Bools, starts: Int64s, stops: Int64s) -> Int64s:
-        """How many bytes of each [start, stop) are in `table`."""
-        total = np.zeros(len(self.data) + 1, dtype=np.int64)
-        np.cumsum(table[self.data], dtype=np.int64, out=total[1:])
-        return total[stops] - total[starts]
-
     def integers(self, stops: Int64s) -> tuple[Int64s, Bools]:
-        """Each token up to `stops` as an integer, and whether it is one."""
+        """Returns each token up to `stops` as an integer, and whether it is one."""
         lengths = stops - self.starts
         good = lengths > 0
         values = np.zeros(len(lengths), dtype=np.int64)
@@ -116,7 +102,7 @@ class _Tokens:
         return values, good
 
     def same_text(self, starts: Int64s) -> bytes | None:
-        """What every token holds from `starts` on, if it is the same in all of them."""
+        """Returns what all tokens hold from `starts` on, if it is the same in all of them."""
         lengths = self.stops - starts
         if len(starts) == 0 or not lengths.min() == lengths.max() <= MAX_VALUE_BYTES:
             return None
@@ -156,26 +142,24 @@ def parse_pairs(batch: LineBatch, num_labels: int | None) -> tuple[pa.Array, int
 
 
 def _lists(num_rows: int, rows: Int64s, values: Int64s) -> pa.Array:
-    """The values of each row, large_list<int64>; `rows` ascend."""
+    """Gathers the values of each row, large_list<int64>; `rows` ascend."""
     offsets = np.searchsorted(rows, np.arange(num_rows + 1))
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def _values(tokens: _Tokens, id_stops: Int64s, has_value: Bools) -> tuple[Bools, Bools]:
-    """For each token, is its value positive, and is it a finite number of at least 0."""
+    """Returns whether each value is positive, and whether it is a finite number of at least 0."""
     starts = np.minimum(id_stops + 1, tokens.stops)
     if has_value.all() and (same := tokens.same_text(starts)) is not None:
         value = _number(same)
         return np.full(len(starts), bool(value)), np.full(len(starts), value is not None)
-    digits = tokens.count(_DIGIT, starts, tokens.stops)
-    dots = tokens.count(_table(b"."), starts, tokens.stops)
-    plain = (digits > 0) & (dots <= 1) & (digits + dots == tokens.stops - starts)
-    positive = ~has_value | (tokens.count(_NONZERO, starts, tokens.stops) > 0)
-    valued = ~has_value | plain
-    for i in np.flatnonzero(has_value & ~plain).tolist():  # 1e-3 and the like: rare
-        value = _number(tokens.data[starts[i] : tokens.stops[i]].tobytes())
-        valued[i] = value is not None
-        positive[i] = bool(value)
+    positive, valued = ~has_value, np.ones(len(starts), dtype=bool)
+    data, known = tokens.data.tobytes(), dict[bytes, float | None]()
+    for i in np.flatnonzero(has_value).tolist():
+        text = data[starts[i] : tokens.stops[i]]
+        if text not in known:
+            known[text] = _number(text)
+        valued[i], positive[i] = known[text] is not None, bool(known[text])
     return positive, valued
 
 
@@ -216,7 +200,7 @@ def _range_message(where: str, label: str | int, num_labels: int | None) -> str:
 
 
 def header_of(lines: Lines, num_texts: int) -> tuple[int, int] | None:
-    """(rows, columns) if the first line of a label file says so, else None.
+    """Returns (rows, columns) if the first line of a label file is a header, else None.
 
     A file of bare ids can begin with a row of two labels: it is no header if the lines, the
     first included, are as many as the texts and its first number says otherwise.
@@ -326,7 +310,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _text_of(record: dict[str, Any], where: str) -> tuple[str, int]:
-    """The text, and how many characters were replaced in it."""
+    """Returns the text, and how many characters were replaced in it."""
     parts = []
     for name in ("title", "content"):
         value = record.get(name)

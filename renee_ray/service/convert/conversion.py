@@ -24,13 +24,13 @@ from renee_ray.errors import ReneeError
 from renee_ray.service.tasks import Reporter, stream
 
 BUCKET_ROWS = 1 << 19
-"""Rows of a bucket of the shuffle, and labels of a range, about: what a task holds."""
+"""About the most rows of a bucket of the shuffle, and labels of a range: what a task holds."""
 
 PART_ROWS, PARTS = 2048, 1024
-"""Rows of a part at the least, and parts of a split at the most, where the user chose neither."""
+"""The fewest rows of a part and the most parts of a split, where the user chose neither."""
 
 JOURNAL = "done"
-"""Directory of scratch with the results of tasks, for a conversion that is cut off."""
+"""The directory of scratch with the results of tasks, for a conversion that is cut off."""
 TAIL_BYTES = 1 << 16
 """Bytes read from a scratch file's end at first: the places of some thousand groups."""
 
@@ -86,13 +86,13 @@ def begin(
 
 
 def bucket_rows(chosen: int) -> int:
-    """Rows of a bucket: a multiple of the rows of a part, `chosen` by the user if not 0."""
+    """Returns the rows of a bucket: a multiple of those of a part, `chosen` by the user or 0."""
     least = chosen or PART_ROWS
     return least * max(1, BUCKET_ROWS // least)
 
 
 def part_rows(chosen: int, rows: int, bucket: int) -> int:
-    """Rows of a part in a split of so many `rows`: `chosen`, or so many that parts are few."""
+    """Returns the rows of a part in a split of `rows`: `chosen`, or enough for parts to be few."""
     size = chosen or PART_ROWS
     while not chosen and rows > PARTS * size and bucket % (2 * size) == 0:
         size *= 2
@@ -126,7 +126,7 @@ def run(
 
 
 def keys_of(files: tuple[Groups, ...]) -> range:
-    """All keys that a scratch file may have a group of."""
+    """Returns all keys for which a scratch file may have a group."""
     if not files:
         return range(0)
     return range(min(first for _, first, _ in files), max(last for _, _, last in files) + 1)

@@ -42,7 +42,7 @@ from renee_ray.service.tasks import Interrupted
 
 
 def silent(message: str) -> None:
-    """Progress nobody listens to."""
+    """Drops a message of progress."""
 
 
 def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = silent) -> Manifest:
@@ -88,7 +88,7 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
 
 
 def hints(manifest: Manifest, config: ConvertConfig) -> list[str]:
-    """Sentences on what may be wrong with a source though it could be converted."""
+    """Returns sentences on what may be wrong with a source though it could be converted."""
     labels = manifest.statistics["labels"]
     least, greatest = labels["least_id"], labels["greatest_id"]
     unused = labels["share_of_labels_by_train_count"]["0"]
@@ -108,7 +108,7 @@ def hints(manifest: Manifest, config: ConvertConfig) -> list[str]:
 
 @contextmanager
 def _claimed(destination: Destination, signature: str, on_progress: Progress) -> Iterator[str]:
-    """The directory of scratch files.
+    """Yields the directory of scratch files.
 
     It outlives a conversion that was cut off, and serves the next one of the same signature.
     """
@@ -125,7 +125,7 @@ def _claimed(destination: Destination, signature: str, on_progress: Progress) ->
 
 
 def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> str:
-    """What parts depend on: the source's files, the tokenizer, the configuration.
+    """Hashes what parts depend on: the source's files, the tokenizer, the configuration.
 
     Raises:
         ReneeError: a file of the source is one of `dst`.

@@ -1,4 +1,4 @@
-"""Labels that are strings -> ids, without any task that knows all of them.
+"""Gives labels that are strings ids, without any task that knows all of them.
 
     strings    tasks    a task a block, of points and of the labels' table: its distinct labels to
                         scratch files, by bucket of their hash
@@ -94,7 +94,7 @@ def with_label_ids(conversion: Conversion, on_progress: Progress) -> Conversion:
 def _with_vocabulary(
     source: Source, scratch: str, made: dict[int, tuple[int, list[Groups]]]
 ) -> Source:
-    """The source with the labels that each bucket has made: (their number, their file)."""
+    """Gives the source the labels that each bucket has made: (their number, their file)."""
     blocks, first = list[Block](), 0
     for bucket in sorted(made):
         number, files = made[bucket]
@@ -107,7 +107,7 @@ def refuse_multi_hot(source: Source, greatest: int, duplicates: int) -> None:
     """Refuses lists of 0 and 1 for every label that were read as ids.
 
     Args:
-        greatest: the greatest id. duplicates: ids that a point has already.
+        greatest: the greatest id. duplicates: number of ids that a point has already.
 
     Raises:
         SourceError: there are ids 0 and 1 alone, and points that have one more than once.
@@ -122,7 +122,7 @@ def refuse_multi_hot(source: Source, greatest: int, duplicates: int) -> None:
 
 
 def _strings(conversion: Conversion, task: tuple[int, str, Block, int]) -> dict[str, Any]:
-    """Distinct labels of a block of points; all of the table's, with their rows."""
+    """Finds the distinct labels of a block of points, or all labels of one of the table."""
     i, name, block, num_buckets = task
     source = conversion.source
     table = source.labels if name == TABLE else source.splits[name]
@@ -145,7 +145,7 @@ def _strings(conversion: Conversion, task: tuple[int, str, Block, int]) -> dict[
 
 
 def _join(conversion: Conversion, bucket: int) -> dict[str, Any]:
-    """The bucket's labels with their ids, or places in the bucket, by the blocks that have them."""
+    """Gives the bucket's labels ids, or places in the bucket, for the blocks that have them."""
     empty = pa.table({"label": pa.array([], pa.string()), "id": pa.array([], pa.int64())})
     known, asked = [empty], [empty]
     for name, table in read_groups(conversion, "strings", bucket):
@@ -190,7 +190,7 @@ class LabelIds:
 
     @classmethod
     def of_block(cls, conversion: Conversion, i: int) -> LabelIds:
-        """The ids of the labels of block i of points."""
+        """Reads the ids of the labels of block i of points."""
         source = conversion.source
         if not source.labels_are_strings:
             return cls(source.num_labels, None, np.zeros(0, np.int64))

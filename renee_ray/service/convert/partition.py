@@ -1,4 +1,4 @@
-"""Points -> the buckets and ranges of labels that parts are written from.
+"""Brings points to the buckets, and their labels to the ranges, that parts are written from.
 
 partition    tasks    a task a block: its points to scratch files, by bucket of the shuffle;
                       its counts of labels, by range of ids
@@ -144,7 +144,7 @@ def _destinations(
 
 
 def _counts(points: pa.Table, split: str) -> pa.Table:
-    """Points with each label, and those, not held out, that have it as a filter label."""
+    """Counts the points with each label, and those, not held out, with it as a filter label."""
     pieces = []
     for column, target in (("labels", "train"), ("filter_labels", "filter")):
         if target == "filter" and split == "validation":

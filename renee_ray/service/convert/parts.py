@@ -1,4 +1,4 @@
-"""Buckets of points and ranges of labels -> the parts of a dataset.
+"""Writes the parts of a dataset, from buckets of points and ranges of labels.
 
 points    tasks    a task a bucket: its rows in order, cut into parts
 labels    tasks    a task a range: counts summed, texts read, cut into parts
@@ -64,7 +64,7 @@ def write_parts(conversion: Conversion, found: Partitioned, on_progress: Progres
 
 
 def _text_column(conversion: Conversion) -> str | None:
-    """The column of the labels' table that holds their texts; None where there is none."""
+    """Returns the column of the labels' table that holds their texts; None if it has none."""
     table = conversion.source.labels
     columns = () if table is None else table.columns
     return next((name for name in ("text", "label") if name in columns), None)
@@ -129,7 +129,11 @@ def _write_labels(conversion: Conversion, index: int, part_rows: int) -> dict[st
 
 
 def _label_texts(conversion: Conversion, start: int, stop: int) -> tuple[pa.Array, Counter[str]]:
-    """Texts of labels [start, stop), empty where the source has none, and what was odd in them."""
+    """Reads the texts of labels [start, stop); empty ones where the source has none.
+
+    Returns:
+        (the texts, counts of what was odd in them)
+    """
     table, column = conversion.source.labels, _text_column(conversion)
     if table is None or column is None:
         return pa.array([""] * (stop - start), pa.string()), Counter()

@@ -1,4 +1,4 @@
-"""Blocks of records -> points as the dataset has them: label ids, filter labels, tokens.
+"""Makes points as the dataset has them of blocks of records: label ids, filter labels, tokens.
 
     filters    tasks    a task a block of loose filter pairs: its pairs to scratch files, by the
                         block of points that they belong to
@@ -98,7 +98,7 @@ def _points(
 
 
 def _sorted_lists(num_rows: int, rows: Int64s, values: Int64s) -> tuple[pa.ListArray, int]:
-    """Each row's values ascending and once, and how many were left out for that.
+    """Sorts the values of each row; returns the lists and the number of duplicates left out.
 
     Args:
         rows: the place of each value's row.
@@ -116,7 +116,7 @@ def _sorted_lists(num_rows: int, rows: Int64s, values: Int64s) -> tuple[pa.ListA
 
 
 def _given_tokens(conversion: Conversion, records: Records) -> pa.Array:
-    """Tokens that the source has already, cut to max_length as a text's would be."""
+    """Cuts the tokens that the source has to max_length, as those of a text would be."""
     lists, num_tokens = (
         records.columns["input_ids"],
         tokenizer.size(conversion.vocabulary.serialised),

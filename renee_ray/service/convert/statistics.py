@@ -1,4 +1,4 @@
-"""What a conversion counts on its way, for people."""
+"""The statistics of a conversion, which the manifest keeps for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BAND_NAMES = ("0", "1", "2-5", "6-20", "21-100", ">100")
 
 
 def totals_of(points: pa.Table, max_length: int) -> dict[str, int]:
-    """Counts of some points of a split."""
+    """Counts some points of a split."""
     labels = _lengths(points["labels"])
     return {
         **text_totals(points, max_length),
@@ -29,7 +29,7 @@ def totals_of(points: pa.Table, max_length: int) -> dict[str, int]:
 
 
 def text_totals(table: pa.Table, max_length: int) -> dict[str, int]:
-    """Counts of some texts."""
+    """Counts some texts."""
     sizes = _lengths(table["input_ids"])
     return {
         "rows": len(sizes),
@@ -50,7 +50,7 @@ def add(total: Counter[str], more: Mapping[str, int]) -> None:
 
 
 def bands_of(counts: Int64s) -> dict[str, int]:
-    """Labels, and pairs with them, in each band of training points a label (`counts`)."""
+    """Counts labels, and pairs with them, in each band of training points a label (`counts`)."""
     bands = np.searchsorted(BANDS, counts)
     labels = np.bincount(bands, minlength=len(BAND_NAMES))
     pairs = np.bincount(bands, weights=counts, minlength=len(BAND_NAMES))
@@ -59,7 +59,7 @@ def bands_of(counts: Int64s) -> dict[str, int]:
 
 
 def statistics_of(totals: dict[str, Counter[str]], bands: Counter[str]) -> dict[str, Any]:
-    """The statistics of a manifest, from the totals of each split and of the labels.
+    """Makes the statistics of a manifest of the totals of each split and of the labels.
 
     What was odd in the lines or rows of train (duplicate_pairs, zero_values, empty_texts,
     replaced_lines, replaced_bytes) is of its whole source, the points held out for validation

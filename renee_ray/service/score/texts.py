@@ -1,8 +1,9 @@
-"""Raw texts to predict for, tokenised by Ray Data tasks into a split of points without labels.
+"""Tokenises raw texts to predict for, by Ray Data tasks, into a split of points without labels.
 
     SRC.txt, SRC.txt.gz     a text a line; its point_id is the line's number, from 0
     SRC.parquet, SRC/       one Parquet file, or all of a directory in the order of their paths;
-                            column `text`, and `point_id`, integers, if the row number shall not do
+                            column `text`, and optionally `point_id`, integers, in place of the
+                            row number
 
 A blank line is an empty text, and so is a null.
 
@@ -54,7 +55,7 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
         number of texts that were not UTF-8 and had bytes replaced)
 
     Raises:
-        ReneeError: no such source, no column `text`, an id that is missing, no text at all.
+        ReneeError: no such source, no column `text`, a missing id, or no text at all.
     """
     src = absolute(src)
     for directory in (TEXT_SPLIT, JOURNAL):
@@ -71,10 +72,10 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
 
 
 def vocabulary_of(dataset: Dataset) -> str:
-    """What `tokenizer.encode` takes, to tokenise as a dataset was tokenised.
+    """Loads the tokenizer of a dataset, as `tokenizer.encode` takes it.
 
     Raises:
-        ReneeError: that tokenizer is not to be had.
+        ReneeError: that tokenizer is not available, or is another one now.
     """
     vocabulary = tokenizer.load(dataset.manifest.tokenizer)
     if vocabulary.hash != dataset.manifest.vocabulary_hash:
@@ -92,7 +93,7 @@ _KINDS = (
 
 
 def check_texts(src: str) -> list[str]:
-    """The Parquet files of a source of texts; none for a text file.
+    """Returns the Parquet files of a source of texts; none for a text file.
 
     Raises:
         ReneeError: it is neither.
@@ -112,7 +113,7 @@ def check_texts(src: str) -> list[str]:
 
 
 def _indexed(src: str, scratch: str) -> Table:
-    """The texts as a table, with a column point_id where rows have ids of their own."""
+    """Makes a table of the texts, with a column point_id where rows have ids of their own."""
     files = check_texts(src)
     if files:
         return table_of(files, ("text",), ("point_id",))
