@@ -40,6 +40,9 @@ from renee_ray.service.convert.parts import write_parts
 from renee_ray.service.convert.points import with_filters
 from renee_ray.service.tasks import Interrupted
 
+SCRATCH_FORMAT = "records"
+"""Names the format of scratch files and results: nothing goes on from those of another."""
+
 
 def silent(message: str) -> None:
     """Drops a message of progress."""
@@ -139,5 +142,5 @@ def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: Con
         for path, _, _ in files:
             refuse_overlap(path, dst)
     settings = config.model_dump(exclude={"overwrite"})
-    content = [layout.FORMAT_VERSION, "labels_hash", vocabulary.hash, settings, sorted(files)]
+    content = [layout.FORMAT_VERSION, SCRATCH_FORMAT, vocabulary.hash, settings, sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -133,8 +133,8 @@ def _strings(conversion: Conversion, task: tuple[int, str, Block, int]) -> dict[
         for values in records.columns.values():
             found.append(pc.cast(values if name == TABLE else values.flatten(), pa.string()))
     labels = pa.concat_arrays(found)
-    # A point's label is asked for by its block.
     labels = labels if name == TABLE else pc.unique(labels)
+    # A label of the table comes with its id, a label of points with the block that asks for it.
     first = np.arange(block.first, block.first + len(labels))
     ids = first if name == TABLE else np.full(len(labels), i)
     hashes = pd.util.hash_array(labels.to_numpy(zero_copy_only=False))
