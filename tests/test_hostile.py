@@ -36,14 +36,14 @@ from renee_ray.data.sources.lines import (
     GRAIN_BYTES,
     MAX_LINE_BYTES,
     PACKED_LEAST,
-    Block,
+    LineBatch,
     Lines,
     count,
     lines_of,
     ranges,
 )
 from renee_ray.data.sources.lines import read as read_lines
-from renee_ray.data.sources.parquet import index_parquet, slices
+from renee_ray.data.sources.parquet import index_parquet
 from renee_ray.errors import ReneeError, printable, redacted
 from renee_ray.model.encoder import build_encoder
 from renee_ray.report.inspection import inspection_text
@@ -697,7 +697,7 @@ def counted(path: str, scratch: str = "") -> Lines:
     return lines_of(parts, [count(part) for part in parts])
 
 
-def lines(parse: Callable[[Block], object]) -> Callable[[str], object]:
+def lines(parse: Callable[[LineBatch], object]) -> Callable[[str], object]:
     def read(path: str) -> object:
         found = counted(path)
         return parse(read_lines(found, 0, found.rows))
@@ -717,8 +717,8 @@ def source_bomb(place: Place) -> Made:
     pq.write_table(table, path / "train.parquet", compression="zstd", **WHOLE)
 
     def read() -> None:
-        block = index_parquet(str(path)).train.blocks[0]
-        next(slices(block, ["text"]))
+        train = index_parquet(str(path)).train
+        next(train.read(train.blocks[0], ["text"]))
 
     return read
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 TEXTS = ["red lamp", "blue chair", "steel table", "wood shelf red", "garden stool", "amber lamp"]
 IDS: list[list[int]] = [[0], [1, 2], [2], [0, 3], [3], [0, 1]]
@@ -18,6 +19,16 @@ FLAGS = [[int(label in row) for label in range(4)] for row in IDS]
 BOOLS = [[bool(flag) for flag in row] for row in FLAGS]
 NAMES = ["lamp", "chair", "table", "stool"]
 I64 = pa.int64()
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> str:
+    """A tokenizer of whole words, in a directory; one of a model takes a second to load."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *dict.fromkeys(words)])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    return str(folder)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ CLASS = {"names": NAMES, "_type": "ClassLabel"}
 MULTI_HOT = {"labels": "multi-hot"}
 LATIN = [b"red lamp", b"caf\xe9", b"steel table", b"wood shelf red", b"garden stool", b"amber lamp"]
 READABLE = ["red lamp", "caf\ufffd", "steel table", "wood shelf red", "garden stool", "amber lamp"]
+WORDS = [word for text in [*TEXTS, *READABLE, *NAMES, "a b 0 1 2 3"] for word in text.split()]
 NULLS = pa.table(
     {"text": pa.array(["a", "b"]), "labels": pa.array([[], None], pa.list_(pa.null()))}
 )
@@ -222,7 +234,7 @@ REFUSED = {
         typed(labels=pa.list_(pa.uint64()), values=[*IDS[:5], [1, BEYOND]]),
         rf"train\.parquet: row 5 of row group 0 has {BEYOND} in labels",
     ),
-    "multi-hot": refused(typed(values=FLAGS), "give labels=multi-hot .* or labels=ids"),
+    "multi-hot": refused(typed(values=FLAGS), "give labels=multi-hot.* or labels=ids"),
     "multi-hot-ragged": refused(
         typed(values=[[0, 0], [1], [0], [1], [0], [0]]), "labels=multi-hot"
     ),

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.data.sources.columns import common_kind, kind_of
-from renee_ray.data.sources.lines import SourceError
-from renee_ray.data.sources.parquet import index_parquet, slices, table_of
+from renee_ray.data.sources.parquet import index_parquet, table_of
+from renee_ray.data.sources.records import SourceError, num_rows
 from renee_ray.service.tasks import _attempt
 
 from .sources import rows
@@ -53,9 +53,9 @@ def test_a_damaged_page_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[60:90] = bytes(30)
     path.write_bytes(data)
-    (block,) = index_parquet(str(tmp_path)).train.blocks
+    train = index_parquet(str(tmp_path)).train
     with pytest.raises(SourceError, match=r"train\.parquet cannot be read .* in row group 0"):
-        next(slices(block, ["text"]))
+        next(train.read(train.blocks[0], ["text"]))
 
 
 def test_any_error_in_a_task_comes_out_as_a_sentence() -> None:
@@ -82,9 +82,9 @@ def test_null_lists_of_a_fixed_size_do_not_fill_memory(tmp_path: Path) -> None:
         encoded = base64.b64encode(schema.serialize().to_pybytes())
         writer.add_key_value_metadata({"ARROW:schema": encoded})
         writer.write_table(pa.table({"text": np.full(1000, "a"), "labels": narrow}))
-    (block,) = index_parquet(str(tmp_path)).train.blocks
+    train = index_parquet(str(tmp_path)).train
     with pytest.raises(SourceError, match="would decode to"):
-        next(slices(block, ["labels"]))
+        next(train.read(train.blocks[0], ["labels"]))
 
 
 def test_what_nobody_reads_refuses_nothing(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_what_nobody_reads_refuses_nothing(tmp_path: Path) -> None:
     pq.write_table(rows(), tmp_path / "validation-00000-of-00002.parquet")
     pq.write_table(rows(), tmp_path / "validation.parquet")
     source = index_parquet(str(tmp_path))
-    assert len(next(slices(source.train.blocks[0], ["text"]))[0]) == len(rows())
+    assert len(next(source.train.read(source.train.blocks[0], ["text"]))) == len(rows())
     assert "is not read" in source.notes[0]
 
 
@@ -113,4 +113,4 @@ def test_texts_to_predict_for_have_no_class_names(tmp_path: Path) -> None:
         paths.append(str(tmp_path / f"{name}.parquet"))
         table = rows().select(["text"]).replace_schema_metadata({b"huggingface": content})
         pq.write_table(table, paths[-1])
-    assert table_of(paths, ("text",), ("point_id",)).rows == 2 * len(rows())
+    assert num_rows(table_of(paths, ("text",), ("point_id",))) == 2 * len(rows())

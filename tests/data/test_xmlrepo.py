@@ -10,17 +10,17 @@ import pytest
 from renee_ray.data.sources import lines as module
 from renee_ray.data.sources import xmlrepo
 from renee_ray.data.sources.lines import (
-    Block,
+    LineBatch,
     Lines,
-    SourceError,
+    blocks_of,
     count,
-    cuts,
     lines_of,
     ranges,
     read,
 )
-from renee_ray.data.sources.raw import Raw, agreed, files_of
-from renee_ray.data.sources.source import Source, find_source
+from renee_ray.data.sources.records import Source, SourceError, num_rows
+from renee_ray.data.sources.repository import LineTable, agreed
+from renee_ray.data.sources.source import find_source
 
 
 def lines_at(path: Path | str, scratch: Path | str = "nowhere") -> Lines:
@@ -28,16 +28,11 @@ def lines_at(path: Path | str, scratch: Path | str = "nowhere") -> Lines:
     return lines_of(parts, [count(part) for part in parts])
 
 
-def block_of(tmp_path: Path, data: bytes, name: str = "trn_X_Y.txt") -> Block:
+def block_of(tmp_path: Path, data: bytes, name: str = "trn_X_Y.txt") -> LineBatch:
     path = tmp_path / name
     path.write_bytes(data)
     lines = lines_at(path)
     return read(lines, 0, lines.rows)
-
-
-def rows_of(block: Block, found: xmlrepo.Pairs) -> list[list[int]]:
-    offsets = found.offsets(len(block))
-    return [found.labels[offsets[i] : offsets[i + 1]].tolist() for i in range(len(block))]
 
 
 def source(tmp_path: Path, **files: str | bytes | None) -> str:
@@ -57,10 +52,10 @@ def source(tmp_path: Path, **files: str | bytes | None) -> str:
     return str(tmp_path)
 
 
-def indexed(path: str) -> Raw:
+def indexed(path: str) -> Source:
     found = find_source(path)
-    assert isinstance(found, Source)
-    return agreed(found, {file: lines_at(file) for file in files_of(found)})
+    assert not isinstance(found, Source)
+    return agreed(found, {file: lines_at(file) for file in found.paths})
 
 
 # ------------------------------------------------------------------------------ lines and reads
@@ -115,18 +110,19 @@ def test_blank_rows_at_the_end(tmp_path: Path) -> None:
     assert [lines.without_blank_tail(rows).rows for rows in (2, 3, 4, 6, 7)] == [6, 3, 4, 6, 6]
 
 
-def test_cuts_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("GRAIN_BYTES", 8), ("BLOCK_BYTES", 40), ("BLOCK_ROWS", 7)):
         monkeypatch.setattr(module, name, value)
     paths = tmp_path / "f", tmp_path / "g"
     paths[0].write_bytes(b"".join(b"y" * (i * 5 % 31) + b"\n" for i in range(40)))
     paths[1].write_bytes(b"40 1\n" + b"0:1\n" * 40)
     files = lines_at(paths[0]), lines_at(paths[1]).without_header()
-    bounds = cuts(40, *files)
+    blocks = blocks_of(40, *files)
+    bounds = [(block.first, block.first + block.rows) for block in blocks]
     assert [row for start, stop in bounds for row in range(start, stop)] == list(range(40))
     longest = max(len(read(file, *bound).data) for file in files for bound in bounds)
     assert max(stop - start for start, stop in bounds) <= 7 and longest <= 40 + 31
-    assert cuts(0, *files) == []
+    assert blocks_of(0, *files) == ()
 
 
 def test_file_that_shrinks(tmp_path: Path) -> None:
@@ -167,11 +163,11 @@ def test_utf16(tmp_path: Path) -> None:
 
 
 def test_replaced_bytes_are_counted(tmp_path: Path) -> None:
-    texts = xmlrepo.texts_of(
-        block_of(tmp_path, b"ok \xef\xbf\xbd\n\xff\xfea\xe9\nna\xc3\xafve\n\xc3\n")
-    )
-    assert texts.texts == ["ok \ufffd", "\ufffd\ufffda\ufffd", "na\u00efve", "\ufffd"]
-    assert (texts.replaced_lines, texts.replaced_bytes) == (2, 4)
+    block = block_of(tmp_path, b"ok \xef\xbf\xbd\n\xff\xfea\xe9\nna\xc3\xafve\n\xc3\n")
+    found = xmlrepo.parse_texts(block)
+    texts = found.columns["text"].to_pylist()
+    assert texts == ["ok \ufffd", "\ufffd\ufffda\ufffd", "na\u00efve", "\ufffd"]
+    assert found.replaced.tolist() == [0, 3, 0, 1]
 
 
 # ------------------------------------------------------------------------------------- labels
@@ -180,16 +176,16 @@ def test_replaced_bytes_are_counted(tmp_path: Path) -> None:
 def test_odd_label_lines(tmp_path: Path) -> None:
     data = b"3:1.00000 1:1.00000\r\n\n 5\t2:1 \n4:0.0 4:1 7:0 6:0.00000\n1:1 1:2 1\n0:1e-3 2:0e5\n9"
     block = block_of(tmp_path, data)
-    found = xmlrepo.parse_pairs(block, 10)
-    assert rows_of(block, found) == [[1, 3], [], [2, 5], [4], [1], [0], [9]]
-    assert (found.duplicates, found.zeros) == (2, 4)
+    labels, zeros = xmlrepo.parse_pairs(block, 10)
+    assert labels.to_pylist() == [[3, 1], [], [5, 2], [4], [1, 1, 1], [0], [9]]
+    assert zeros == 4
 
 
 def test_label_ids_stay_integers(tmp_path: Path) -> None:
     """Float32 would make 2**24 of the first, float64 2**53 of the second."""
     ids = [2**24 + 1, 2**53 + 1, 10**18 - 1]
     block = block_of(tmp_path, b"\n".join(b"%d:1.0" % i for i in ids))
-    assert xmlrepo.parse_pairs(block, 10**18).labels.tolist() == ids
+    assert xmlrepo.parse_pairs(block, 10**18)[0].flatten().to_pylist() == ids
 
 
 def test_parse_equals_naive_python(tmp_path: Path) -> None:
@@ -200,12 +196,11 @@ def test_parse_equals_naive_python(tmp_path: Path) -> None:
         for n in rng.integers(0, 12, 500)
     ]
     block = block_of(tmp_path, "\n".join(lines).encode() + b"\n")
-    found = xmlrepo.parse_pairs(block, 300)
+    labels, zeros = xmlrepo.parse_pairs(block, 300)
     split = [[(*token.split(":"), "1")[:2] for token in line.split()] for line in lines]
     kept = [[int(i) for i, value in line if float(value) != 0] for line in split]
-    assert rows_of(block, found) == [sorted(set(line)) for line in kept]
-    assert found.duplicates == sum(len(line) - len(set(line)) for line in kept)
-    assert found.zeros == sum(len(a) - len(b) for a, b in zip(split, kept, strict=True))
+    assert labels.to_pylist() == kept
+    assert zeros == sum(len(a) - len(b) for a, b in zip(split, kept, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -268,8 +263,11 @@ def test_header(tmp_path: Path, data: bytes, texts: int, header: tuple[int, int]
 
 def test_filter_lines(tmp_path: Path) -> None:
     block = block_of(tmp_path, b"\xef\xbb\xbf4 1\r\n\n 0\t3 \n4 1", "trn_filter_labels.txt")
-    rows, labels = xmlrepo.parse_filters(block, 5, 4)
-    assert (rows.tolist(), labels.tolist()) == ([4, 0, 4], [1, 3, 1])
+    pairs = xmlrepo.parse_filters(block, 5, 4).columns
+    assert {name: column.to_pylist() for name, column in pairs.items()} == {
+        "row": [4, 0, 4],
+        "label": [1, 3, 1],
+    }
 
 
 @pytest.mark.parametrize(
@@ -304,11 +302,12 @@ def test_json_lines(tmp_path: Path) -> None:
     ]
     data = "\r\n".join(json.dumps(record) for record in records).encode()
     block = block_of(tmp_path, data + b'\n{"title": "\xff\xff", "target_ind": []}', "trn.json")
-    texts, found = xmlrepo.parse_objects(block, 4)
-    assert texts.texts == ["T C c", "only", "", "\ufffd!", "\ufffd\ufffd"]
-    assert (texts.replaced_lines, texts.replaced_bytes) == (2, 3)
-    assert rows_of(block, found) == [[1, 3], [2], [], [0], []]
-    assert (found.duplicates, found.zeros) == (1, 1)
+    found = xmlrepo.parse_objects(block, 4)
+    texts, labels = found.columns["text"].to_pylist(), found.columns["labels"].to_pylist()
+    assert texts == ["T C c", "only", "", "\ufffd!", "\ufffd\ufffd"]
+    assert found.replaced.tolist() == [0, 0, 0, 1, 2]
+    assert labels == [[3, 1, 3], [2], [], [0], []]
+    assert found.zeros == 1
 
 
 @pytest.mark.parametrize(
@@ -342,8 +341,9 @@ def test_bad_json_lines(tmp_path: Path, line: str, message: str) -> None:
 
 def test_a_good_folder(tmp_path: Path) -> None:
     raw = indexed(source(tmp_path))
-    assert raw.num_labels == 4 and raw.train.rows == 3 and raw.test is not None
-    assert raw.train.labelled.where(0).endswith("trn_X_Y.txt:2")
+    assert raw.num_labels == 4 and num_rows(raw.train) == 3 and raw.test is not None
+    assert isinstance(raw.train, LineTable)
+    assert raw.train.files[1].where(0).endswith("trn_X_Y.txt:2")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_good_folder(tmp_path: Path) -> None:
 )
 def test_blank_ends_and_missing_headers(tmp_path: Path, files: dict[str, str | None]) -> None:
     raw = indexed(source(tmp_path, **files))
-    assert raw.num_labels == 4 and raw.train.rows == 3
+    assert raw.num_labels == 4 and num_rows(raw.train) == 3
 
 
 def test_no_header_and_no_label_texts(tmp_path: Path) -> None:
@@ -411,10 +411,11 @@ def test_folders_that_disagree(tmp_path: Path, files: dict[str, str | None], mes
 
 def test_carriage_returns_are_no_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts may have a few in their lines; labels have none; a file of them alone is refused."""
-    assert indexed(source(tmp_path, trn_X="a\rb\nc\nd\n")).train.texts.returns == 1
+    texts = indexed(source(tmp_path, trn_X="a\rb\nc\nd\n")).train
+    assert isinstance(texts, LineTable) and texts.files[0].returns == 1
     found = indexed(source(tmp_path, trn_X_Y="3 4\n0:1\n1:1\r3:1\n2:1\n"))
-    labels = found.train.labels
-    assert labels is not None
+    assert isinstance(found.train, LineTable)
+    labels = found.train.files[1]
     with pytest.raises(SourceError, match=r"trn_X_Y\.txt:3: a carriage return within the line"):
         xmlrepo.parse_pairs(read(labels, 0, 3), 4)
     with pytest.raises(

@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from renee_ray.cli.main import main
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset import Dataset, DatasetError
 from renee_ray.data.sources import lines
 from renee_ray.data.split import Shuffle
 from renee_ray.errors import ReneeError
-from renee_ray.service.convert import plan as convert_plan
+from renee_ray.service.convert import conversion
 from renee_ray.service.convert.convert import convert
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+from ..data.sources import KINDS, REFUSED
+from .test_convert_fuzz import CASES, check_cases, tokenizer
+from .test_convert_parquet import in_this_process
+from .test_convert_sources import check, refuse
+from .test_convert_sources import convert as convert_kind
 
+__all__ = ["in_this_process", "tokenizer"]
+IN_THIS_PROCESS = pytest.mark.usefixtures("in_this_process")
 WORDS = ["red", "green", "blue", "one", "two", "three", "caf\u00e9", "\ufffd"]
 
 
@@ -132,13 +139,15 @@ def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> No
     assert not Path(path, "_scratch").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_texts_against_naive_python(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     naive = random_repository()
     config = config_of(model, validation=0.2)
     monkeypatch.setattr(lines, "BLOCK_ROWS", 9)
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 2 * config.part_rows)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 2 * config.part_rows)
     messages: list[str] = []
     manifest = convert(
         write(tmp_path / "src", naive["files"]), str(tmp_path / "dst"), config, messages.append
@@ -159,6 +168,7 @@ def test_texts_against_naive_python(
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
 
 
+@IN_THIS_PROCESS
 def test_gzip_gives_the_same_parts(tmp_path: Path, model: str) -> None:
     naive = random_repository()
     config = config_of(model, validation=0.2)
@@ -167,6 +177,7 @@ def test_gzip_gives_the_same_parts(tmp_path: Path, model: str) -> None:
     check_against(naive, str(tmp_path / "dst"), config)
 
 
+@IN_THIS_PROCESS
 def test_json_lines_give_the_same_parts(tmp_path: Path, model: str) -> None:
     naive = random_repository()
     config = config_of(model, validation=0.2)
@@ -187,6 +198,7 @@ def test_json_lines_give_the_same_parts(tmp_path: Path, model: str) -> None:
     check_against(naive, str(tmp_path / "dst"), config)
 
 
+@IN_THIS_PROCESS
 def test_odd_but_good(tmp_path: Path, model: str) -> None:
     """Bare ids, zero values, no header, no Y.txt, no test split, no filters, odd characters."""
     files: dict[str, str | bytes] = {
@@ -222,6 +234,7 @@ def test_odd_but_good(tmp_path: Path, model: str) -> None:
     assert {name: counts[name] for name in expected} == expected
 
 
+@IN_THIS_PROCESS
 def test_same_seed_same_files(tmp_path: Path, model: str) -> None:
     src = write(tmp_path / "src", random_repository()["files"])
 
@@ -238,6 +251,7 @@ def test_same_seed_same_files(tmp_path: Path, model: str) -> None:
     assert first["test/part-00000.parquet"] == other["test/part-00000.parquet"]
 
 
+@IN_THIS_PROCESS
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -269,6 +283,7 @@ def test_refused(tmp_path: Path, model: str, name: str, text: str, message: str)
     assert not list(tmp_path.glob("dst/**/*.parquet"))
 
 
+@IN_THIS_PROCESS
 def test_bad_json_and_bad_gzip(tmp_path: Path, model: str) -> None:
     good = '{"title": "red", "target_ind": [0]}\n'
     src = write(tmp_path / "src", {"trn.json": good * 9 + '{"title": "red"}\n'})
@@ -282,6 +297,7 @@ def test_bad_json_and_bad_gzip(tmp_path: Path, model: str) -> None:
     assert not (tmp_path / "dst" / "_scratch").exists()
 
 
+@IN_THIS_PROCESS
 def test_bad_label_texts_are_found_while_writing(tmp_path: Path, model: str) -> None:
     files: dict[str, str | bytes] = {
         "trn.json": '{"title": "red", "target_ind": [0]}\n' * 9,
@@ -293,6 +309,8 @@ def test_bad_label_texts_are_found_while_writing(tmp_path: Path, model: str) -> 
     assert not [path for path in Path(dst).rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_a_conversion_that_dies_and_the_next_one(tmp_path: Path, model: str) -> None:
     """The label texts vanish under the tasks that write."""
     naive = random_repository()
@@ -314,6 +332,7 @@ def test_a_conversion_that_dies_and_the_next_one(tmp_path: Path, model: str) -> 
     assert names == {part.path for parts in manifest.splits.values() for part in parts}
 
 
+@IN_THIS_PROCESS
 def test_a_destination_that_is_taken(tmp_path: Path, model: str) -> None:
     naive = random_repository()
     src, dst = write(tmp_path / "src", naive["files"]), tmp_path / "dst"
@@ -340,12 +359,14 @@ def test_a_destination_that_is_taken(tmp_path: Path, model: str) -> None:
     assert len(list(dst.rglob("train/*.parquet"))) == 1
 
 
+@IN_THIS_PROCESS
 def test_nothing_left_to_train_on(tmp_path: Path, model: str) -> None:
     src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
     with pytest.raises(ReneeError, match=r"validation=0\.999999 holds out all 1 training points"):
         convert(src, str(tmp_path / "dst"), config_of(model, validation=0.999999))
 
 
+@IN_THIS_PROCESS
 def test_no_such_tokenizer(tmp_path: Path) -> None:
     src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
     broken: list[dict[str, str]] = [{}, {"tokenizer.json": "{"}]
@@ -356,8 +377,43 @@ def test_no_such_tokenizer(tmp_path: Path) -> None:
     assert not (tmp_path / "dst").exists()
 
 
+@IN_THIS_PROCESS
 def test_a_destination_that_cannot_be_written(tmp_path: Path, model: str) -> None:
     src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
     with pytest.raises(ReneeError, match=r"^cannot convert .* to .*Y/dst \(.*\); check that both"):
         write(tmp_path, {"Y": "a file"})
         convert(src, str(tmp_path / "Y" / "dst"), config_of(model))
+
+
+# ------------------------------------------------------------------------------------- on Ray
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("name", ["dictionary-names", "class-label"])
+def test_kinds_on_ray(tmp_path: Path, name: str) -> None:
+    check(KINDS[name], convert_kind(KINDS[name], tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("name", ["uint64-beyond", "label-not-utf8", "cr-only"])
+def test_refused_on_ray(tmp_path: Path, name: str) -> None:
+    refuse(*REFUSED[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_the_command(tmp_path: Path) -> None:
+    """With the tokenizer that it takes by default."""
+    src = write(tmp_path / "src", random_repository()["files"])
+    assert main(["convert", src, str(tmp_path / "d"), "part_rows=16", "--json"]) == 0
+    assert main(["inspect", str(tmp_path / "d"), "--verify", "--json"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_random_folders_on_ray(tmp_path: Path, tokenizer: str) -> None:
+    """Tasks run beside one another here, also when what gave them is interrupted."""
+    outcomes = check_cases(range(CASES, CASES + 30), tmp_path, tokenizer)
+    assert 0 < outcomes["converted"] < 30

@@ -1,4 +1,7 @@
-"""Random small folders, whole or damaged, converted over destinations that hold other files."""
+"""Random small folders, whole or damaged, converted over destinations that hold other files.
+
+Some more of them are converted on Ray in test_convert.py.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ from renee_ray.errors import ReneeError
 from renee_ray.service.convert.convert import convert
 
 from ..data.test_destination import NEEDED, OTHERS, tree
+from .test_convert_parquet import in_this_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
-
-CASES = 200
+__all__ = ["in_this_process", "tokenizer"]
+CASES = 170
 Rng = np.random.Generator
 Rows = list[list[int]]
 
@@ -263,9 +266,9 @@ def case(seed: int, place: Path, tokenizer: str) -> str:
     return "converted" if refusal is None else str(refusal)[-40:]
 
 
-def test_random_folders_over_other_files(tmp_path: Path, tokenizer: str) -> None:
+def check_cases(seeds: range, tmp_path: Path, tokenizer: str) -> Counter[str]:
     outcomes: Counter[str] = Counter()
-    for seed in range(CASES):
+    for seed in seeds:
         place = tmp_path / str(seed)
         place.mkdir()
         try:
@@ -273,5 +276,12 @@ def test_random_folders_over_other_files(tmp_path: Path, tokenizer: str) -> None
         except Exception as error:
             error.add_note(f"seed {seed}")
             raise
+    return outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_random_folders_over_other_files(tmp_path: Path, tokenizer: str) -> None:
+    outcomes = check_cases(range(CASES), tmp_path, tokenizer)
     assert CASES / 8 < outcomes["converted"] < CASES * 7 / 8
     assert len(outcomes) > 12, "many kinds of refusals were met"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,8 @@ from tokenizers import Tokenizer, models
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
+from renee_ray.service.convert import conversion
 from renee_ray.service.convert import convert as service
-from renee_ray.service.convert import plan as convert_plan
 from renee_ray.service.tasks import attempt
 
 from ..data.test_destination import tree, write
@@ -38,8 +39,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         for i in range(tasks):
             yield json.loads(attempt(work, plan, i, journal))
 
-    monkeypatch.setattr(convert_plan, "stream", stream)
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 16)
+    monkeypatch.setattr(conversion, "stream", stream)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 16)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
 
 
@@ -164,11 +165,11 @@ def interrupt(*arguments: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "before",
+    ("before", "first", "step"),
     [
-        before_nothing,
-        pytest.param(before_dataset, marks=pytest.mark.slow),
-        pytest.param(before_other, marks=pytest.mark.slow),
+        (before_nothing, 0, 1),
+        pytest.param(before_dataset, 0, 2, marks=pytest.mark.slow),
+        pytest.param(before_other, 1, 2, marks=pytest.mark.slow),
     ],
 )
 def test_at_each_operation_on_storage(
@@ -176,11 +177,15 @@ def test_at_each_operation_on_storage(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     before: Callable[[Path, Path], bool],
+    first: int,
+    step: int,
 ) -> None:
     wanted = {seed: converted(source, tmp_path / f"{seed}", config(seed=seed)) for seed in (0, 1)}
-    for number in range(10_000):
+    overwrite = before(source, tmp_path / "before")
+    for number in range(first, 10_000, step):
         dst = tmp_path / f"dst-{number}"
-        overwrite = before(source, dst)
+        if (tmp_path / "before").exists():
+            shutil.copytree(tmp_path / "before", dst)
         with monkeypatch.context() as patch:
             steps = Interrupting(patch, number)
             with contextlib.suppress(KeyboardInterrupt):

@@ -12,16 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from renee_ray.cli.main import main
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.sources import lines
 from renee_ray.errors import ReneeError
+from renee_ray.service.convert import conversion
 from renee_ray.service.convert import convert as service
-from renee_ray.service.convert import plan as convert_plan
 from renee_ray.service.tasks import Interrupted, attempt
 
-CONFIG = ConvertConfig(validation=0.1, part_rows=64)
+from ..data.sources import write_tokenizer
+
+WORDS = [f"w{i}" for i in range(300)]
 Rows = dict[str, list[Any]]
 
 
@@ -35,7 +36,7 @@ def shuffled(
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_plan, "stream", shuffled)
+    monkeypatch.setattr(conversion, "stream", shuffled)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
 
 
@@ -83,8 +84,15 @@ def parquet(source: Path, folder: Path, *, strings: bool, with_labels: bool = Tr
     return folder
 
 
-def convert(source: Path, destination: Path) -> Dataset:
-    service.convert(str(source), str(destination), CONFIG)
+def config_at(folder: Path, **changes: Any) -> ConvertConfig:
+    """A configuration whose tokenizer is written to `folder`."""
+    fixed = {"tokenizer": write_tokenizer(folder, WORDS), "validation": 0.1, "part_rows": 64}
+    return ConvertConfig(**{**fixed, **changes})
+
+
+def convert(source: Path, destination: Path, say: Callable[[str], None] = print) -> Dataset:
+    config = config_at(destination.parent / "model")
+    service.convert(str(source), str(destination), config, say)
     return Dataset.open(str(destination))
 
 
@@ -112,7 +120,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """What the text files are converted to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert_plan, "stream", shuffled)
+        patch.setattr(conversion, "stream", shuffled)
         patch.setattr(service, "ensure_ray", lambda *arguments: None)
         return convert(repository, tmp_path_factory.mktemp("expected") / "dataset")
 
@@ -128,8 +136,8 @@ def test_the_parts_are_those_of_the_text_files(
     strings: bool,
     bucket: int,
 ) -> None:
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", bucket)
-    monkeypatch.setattr(convert_plan, "TAIL_BYTES", min(bucket, 1 << 16))
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", bucket)
+    monkeypatch.setattr(conversion, "TAIL_BYTES", min(bucket, 1 << 16))
     made = convert(parquet(repository, tmp_path / "src", strings=strings), tmp_path / "dst")
     assert made.manifest.splits == expected.manifest.splits  # with the SHA-256 of every part
     assert made.manifest.other_texts == expected.manifest.other_texts
@@ -145,7 +153,7 @@ def test_the_parts_are_those_of_the_text_files(
 def test_a_vocabulary_is_made_of_strings(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 64)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 64)
     source = parquet(repository, tmp_path / "src", strings=True, with_labels=False)
     made = convert(source, tmp_path / "dst")
     labels = made.read_rows("labels", 0, made.manifest.num_labels)
@@ -177,9 +185,8 @@ def test_tokens_that_are_there_already(tmp_path: Path) -> None:
         {"input_ids": tokens, "labels": [[0, 2], [], [2]]},
         strings=False,
     )
-    service.convert(
-        str(tmp_path / "src"), str(tmp_path / "d"), ConvertConfig(validation=0, max_length=16)
-    )
+    config = config_at(tmp_path / "model", validation=0, max_length=16)
+    service.convert(str(tmp_path / "src"), str(tmp_path / "d"), config)
     made = Dataset.open(str(tmp_path / "d"))
     found = {row["point_id"]: row for row in made.read_rows("train", 0, 3).to_pylist()}
     assert found[0]["input_ids"] == tokens[0] and found[2]["input_ids"] == [5]
@@ -210,7 +217,7 @@ def test_bad_rows_are_named(tmp_path: Path, columns: Rows, strings: bool, senten
         columns = {"text": pa.array([], pa.string()), "labels": []}  # type: ignore[dict-item]
     write(tmp_path / "src", "train.parquet", columns, strings=strings)
     with pytest.raises(ReneeError, match=sentence) as caught:
-        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+        convert(tmp_path / "src", tmp_path / "d")
     assert str(tmp_path / "src") in str(caught.value)
     assert not (tmp_path / "d" / "dataset.json").exists()
     assert not (tmp_path / "d" / "_scratch").exists()
@@ -229,19 +236,19 @@ def test_a_label_that_is_none_is_named(tmp_path: Path, strings: bool) -> None:
     with pytest.raises(
         ReneeError, match=f"row 2 of row group 0 has {value} in labels, .* 2 labels"
     ):
-        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+        convert(tmp_path / "src", tmp_path / "d")
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_label_twice_in_the_table_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 2)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 2)
     write(tmp_path / "src", "train.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
     labels = pa.table({"label": ["L00001", "L00002", "L00003", "L00001"]})
     pq.write_table(labels, tmp_path / "src" / "labels.parquet", row_group_size=2)
     with pytest.raises(ReneeError, match="has the label 'L00001' 2 times"):
-        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+        convert(tmp_path / "src", tmp_path / "d")
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -249,10 +256,10 @@ def test_files_that_differ_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "src/train/0.parquet", {"text": ["a"], "labels": [[1]]}, strings=False)
     write(tmp_path, "src/train/1.parquet", {"text": ["a"], "labels": [[1]]}, strings=True)
     with pytest.raises(ReneeError, match=r"1\.parquet has .*'labels' that is list of string"):
-        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+        convert(tmp_path / "src", tmp_path / "d")
     (tmp_path / "src" / "train" / "1.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ReneeError, match=r"1\.parquet is not Parquet"):
-        service.convert(str(tmp_path / "src"), str(tmp_path / "d"), CONFIG)
+        convert(tmp_path / "src", tmp_path / "d")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "text"])
@@ -286,15 +293,15 @@ def test_a_conversion_that_is_cut_off_goes_on(
         for i in range(tasks):
             yield json.loads(attempt(counted, plan, i, journal))
 
-    monkeypatch.setattr(convert_plan, "stream", stream)
+    monkeypatch.setattr(conversion, "stream", stream)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
-    monkeypatch.setattr(convert_plan, "BUCKET_ROWS", 64)
+    monkeypatch.setattr(conversion, "BUCKET_ROWS", 64)
     monkeypatch.setattr(lines, "BLOCK_ROWS", 50)
     said: list[str] = []
     for _ in range(50):
         budget = 7
         try:
-            service.convert(str(source), str(tmp_path / "dst"), CONFIG, said.append)
+            convert(source, tmp_path / "dst", said.append)
             break
         except Interrupted:
             assert not (tmp_path / "dst" / "dataset.json").exists()
@@ -315,24 +322,12 @@ def test_what_was_cut_off_serves_only_the_same_source(
 
     with monkeypatch.context() as patch, pytest.raises(ReneeError, match="no space left"):
         patch.setattr(service.layout, "write_manifest", full)
-        service.convert(str(source), str(tmp_path / "d"), CONFIG)
+        convert(source, tmp_path / "d")
     assert (tmp_path / "d" / "_scratch").exists(), "kept for the next attempt"
     other = {"text": ["a"], "labels": [[0]], "filter_labels": [[1]]}
     write(source, "train/1.parquet", other, strings=False)
     said: list[str] = []
-    service.convert(str(source), str(tmp_path / "d"), CONFIG, said.append)
+    convert(source, tmp_path / "d", said.append)
     manifest = Dataset.open(str(tmp_path / "d")).manifest
     assert manifest.num_points("train") + manifest.num_points("validation") == 134
     assert not any("going on" in text for text in said)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-def test_on_ray(
-    repository: Path, expected: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = parquet(repository, tmp_path / "src", strings=True)
-    arguments = [str(source), str(tmp_path / "d"), "validation=0.1", "part_rows=64", "--json"]
-    assert main(["convert", *arguments]) == 0
-    assert Dataset.open(str(tmp_path / "d")).manifest.splits == expected.manifest.splits
-    assert main(["inspect", str(tmp_path / "d"), "--verify", "--json"]) == 0

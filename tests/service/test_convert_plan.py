@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from renee_ray.config.schema import ConvertConfig
+from renee_ray.service.convert.conversion import bucket_rows, part_rows
 from renee_ray.service.convert.convert import hints
-from renee_ray.service.convert.plan import bucket_rows, part_rows
 
 from ..data.test_dataset import manifest
 

@@ -12,7 +12,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 
-from ..data.sources import KINDS, REFUSED, Kind
+from ..data.sources import KINDS, REFUSED, WORDS, Kind, write_tokenizer
 from .test_convert_parquet import in_this_process
 
 __all__ = ["in_this_process"]
@@ -20,7 +20,8 @@ __all__ = ["in_this_process"]
 
 def convert(kind: Kind, path: Path) -> Dataset:
     kind.write(path / "src")
-    config = ConvertConfig.model_validate({"validation": 0, "max_length": 16, **kind.settings})
+    fixed = {"tokenizer": write_tokenizer(path / "model", WORDS), "validation": 0, "max_length": 16}
+    config = ConvertConfig.model_validate({**fixed, **kind.settings})
     service.convert(str(path / "src"), str(path / "dst"), config)
     return Dataset.open(str(path / "dst"))
 
@@ -70,20 +71,6 @@ def test_what_was_odd_is_counted_and_what_is_not_read_is_said(tmp_path: Path) ->
     assert (none["without_labels"], none["filter_pairs"]) == (1, 1)
     KINDS["hub"].write(tmp_path / "hub")
     said: list[str] = []
-    config = ConvertConfig(validation=0)
+    config = ConvertConfig(tokenizer=made.manifest.tokenizer, validation=0)
     service.convert(str(tmp_path / "hub"), str(tmp_path / "d"), config, said.append)
     assert any("validation-00000-of-00001.parquet is not read" in text for text in said)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("name", ["spark", "not-utf8", "multi-hot", "class-label", "list-view"])
-def test_on_ray(tmp_path: Path, name: str) -> None:
-    check(KINDS[name], convert(KINDS[name], tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("name", ["uint64-beyond", "multi-hot", "cr-only", "label-not-utf8"])
-def test_refused_on_ray(tmp_path: Path, name: str) -> None:
-    refuse(*REFUSED[name], tmp_path)

@@ -1,1 +1,1 @@
-"""Source folders as others wrote them: text files of the XML repository, and Parquet."""
+"""Source folders as others wrote them, as tables of records: text files and Parquet."""

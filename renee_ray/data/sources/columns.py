@@ -1,10 +1,7 @@
-"""Columns of a Parquet source: whatever types they were written with, read as these few.
+"""Columns of a Parquet source: whatever types they were written with, read as these of records.
 
-    text                     large_binary, null where there is none; `texts_of` decodes it
-    label                    string
-    point_id                 int64
-    input_ids                large_list<int64>, no row without tokens
-    labels, filter_labels    large_list<int64> or large_list<string>; no list is an empty one
+A `text` is large_binary here, null where there is none; `records.decode_texts` decodes it. A null
+list of labels is an empty one.
 
 A type's kind is what its values are: "string", "integer", "number" (bool or floating), "nothing"
 (null), "list of ..." one of these, or "" for any other. Dictionaries, views, widths, fixed sizes
@@ -20,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renee_ray.data.sources.lines import Int64s, SourceError
-from renee_ray.data.sources.xmlrepo import Texts, decoded, whole_characters
+from renee_ray.data.sources.records import Int64s, SourceError, decoded, whole_characters
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import reason
 
@@ -60,7 +56,7 @@ _STRINGS = (
 
 
 class BadRow(Exception):
-    """A row that cannot be read. row: its place in the column."""
+    """A row that cannot be read; `row` is its place in the column."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(problem)
@@ -68,7 +64,7 @@ class BadRow(Exception):
 
 
 def kind_of(given: pa.DataType) -> str:
-    """What values of a type are, as the module says."""
+    """Returns what the values of a type are, as the module says."""
     if isinstance(given, pa.BaseExtensionType):
         return kind_of(given.storage_type)
     if pa.types.is_dictionary(given):
@@ -86,18 +82,18 @@ def kind_of(given: pa.DataType) -> str:
 
 
 def column_title(name: str) -> str:
-    """What is in a column, for people."""
+    """Returns what is in a column, for error messages."""
     return _COLUMNS[name][0]
 
 
 def checked_kind(path: str, field: pa.Field, multi_hot: bool) -> str:
-    """The kind of a column.
+    """Returns the kind of a column.
 
     Args:
         multi_hot: lists of labels have a 0 or 1 for every label.
 
     Raises:
-        SourceError: it is none that the column may have.
+        SourceError: the column may not have this kind.
     """
     kind, (_, kinds, remedy) = kind_of(field.type), _COLUMNS[field.name]
     if field.name in LABELS and multi_hot:
@@ -112,10 +108,10 @@ def checked_kind(path: str, field: pa.Field, multi_hot: bool) -> str:
 
 
 def class_names(path: str, schema: pa.Schema) -> tuple[str, ...] | None:
-    """Names of the labels in the metadata that Hugging Face's `datasets` write.
+    """Returns the names of the labels in the metadata that Hugging Face's `datasets` writes.
 
     Raises:
-        SourceError: the metadata is no JSON.
+        SourceError: the metadata is not JSON.
     """
     try:
         feature: Any = parse_json((schema.metadata or {}).get(b"huggingface", b"null"))
@@ -139,7 +135,7 @@ def class_names(path: str, schema: pa.Schema) -> tuple[str, ...] | None:
 
 
 def common_kind(first: str, second: str) -> str | None:
-    """The kind of a column that has both kinds, in different files; None if there is none."""
+    """Returns the kind of a column with these kinds in two files; None if they do not agree."""
     for kind, other in ((first, second), (second, first)):
         less = kind.replace("integer", "number") == other
         if kind in (other, "nothing") or less:
@@ -149,27 +145,15 @@ def common_kind(first: str, second: str) -> str | None:
     return None
 
 
-def texts_of(column: pa.Array) -> Texts:
-    """The column `text` decoded as a text file is: a null is an empty text, as a blank line is;
-    bytes that are not UTF-8 are replaced and counted."""
-    filled = pc.fill_null(column, b"")
-    try:
-        return Texts(pc.cast(filled, pa.large_string()).to_pylist(), 0, 0)
-    except pa.ArrowInvalid:
-        pass  # one by one, to tell how many
-    texts, bad = zip(*map(decoded, filled.to_pylist()), strict=True)
-    return Texts(list(texts), sum(number > 0 for number in bad), sum(bad))
-
-
 def read_column(name: str, column: pa.ChunkedArray, width: int | None = None) -> pa.Array:
-    """A column as the module says.
+    """Reads a column as one of the types of `records`.
 
     Args:
         width: values in a list of labels, each 0 or 1, whose places are the ids; None: the
             values are ids or strings.
 
     Raises:
-        BadRow: names what is wrong with it.
+        BadRow: a row has a value that cannot be read.
     """
     array = pa.concat_arrays([plain(chunk) for chunk in column.chunks])
     if name == "text":
@@ -198,7 +182,7 @@ def read_column(name: str, column: pa.ChunkedArray, width: int | None = None) ->
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """Without extensions, dictionaries and views; lists large_list, strings large_binary."""
+    """Removes extensions, dictionaries and views: lists become large_list, strings large_binary."""
     if isinstance(array, pa.ExtensionArray):
         return plain(array.storage)
     if pa.types.is_dictionary(array.type):
@@ -246,7 +230,7 @@ def _strings(name: str, values: pa.Array, row_of: Callable[[int], int]) -> pa.Ar
 def _places(
     name: str, lengths: Int64s, values: pa.Array, width: int, row_of: Callable[[int], int]
 ) -> pa.Array:
-    """The places of the ones in each list."""
+    """Returns the places of the ones in each list."""
     _refuse(
         pa.array((lengths != 0) & (lengths != width)),
         lambda at: at,

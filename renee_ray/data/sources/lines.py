@@ -1,9 +1,9 @@
-"""A file of lines of which any rows can be read, though nobody knows where each one begins.
+"""Files of lines, from which any rows can be read though the place of no single line is kept.
 
-A task counts the line ends in a range of bytes, a number for each grain of it. Rows are then read
-from the grain where they begin: what is kept of a file is a number a grain. Lines end at b"\\n"
-and nowhere else: a text may hold Unicode's line separators. A file with more carriage returns
-within its lines than lines is refused: they are the line ends of another system.
+A task counts the line ends in a range of bytes: one number for each grain of GRAIN_BYTES. Rows are
+then read from the grain in which they begin. Lines end at b"\\n" and nowhere else, because a text
+may hold Unicode's line separators. A file with more carriage returns within its lines than lines
+is refused: they are the line ends of another system.
 """
 
 from __future__ import annotations
@@ -17,29 +17,24 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from renee_ray.data.sources.records import Block, Int64s, SourceError
 from renee_ray.data.storage import filesystem_of, patiently
-from renee_ray.errors import ReneeError, reason
-
-Int64s = NDArray[np.int64]
+from renee_ray.errors import reason
 
 GRAIN_BYTES = 1 << 20
 RANGE_BYTES = 1 << 26
-"""Of a task that counts: a multiple of GRAIN_BYTES."""
+"""Bytes that one task counts: a multiple of GRAIN_BYTES."""
 REQUEST_BYTES = 1 << 23
-"""Read from storage at once: an object store answers a request in tens of milliseconds."""
+"""Bytes of one request: an object store takes tens of milliseconds to answer any."""
 MAX_LINE_BYTES = 1 << 26
-"""A longer line is taken for damage: a text, with all its labels, is far below."""
+"""A longer line is taken for damage: a text with all its labels is far shorter."""
 PACKED_LEAST, PACKED_RATIO = 1 << 28, 100
-"""What a gzip file may hold: so many bytes, or so many times its own. Texts pack to a tenth."""
+"""The most that a gzip file may unpack to: this many bytes, or this many times its own size. Texts
+shrink to about a tenth."""
 BLOCK_ROWS = 1 << 16
 BLOCK_BYTES = 1 << 24
-"""Rows, and bytes of each file, that are read together: at most, and about."""
-
-
-class SourceError(ReneeError):
-    """Raw data that cannot be converted."""
+"""The most rows of a block, and about the most bytes of each of its files."""
 
 
 # ------------------------------------------------------------------------------------- counting
@@ -67,7 +62,7 @@ class Counted:
     size: int
     """Bytes, unpacked."""
     begin: int
-    """Bytes of a mark that is no part of the first line."""
+    """Bytes of a byte-order mark before the first line."""
     solid: int
     """Lines of the range up to the last that holds more than white space."""
     is_open: bool
@@ -77,7 +72,7 @@ class Counted:
 
 
 def ranges(path: str, scratch: str) -> list[Range]:
-    """The ranges of a file; if it is in gzip, it will be unpacked into directory `scratch`."""
+    """Splits a file into ranges; one in gzip will be unpacked into directory `scratch`."""
     filesystem, name = filesystem_of(path)
     size = patiently(lambda: filesystem.get_file_info(name).size, f"reading {path}")
     if path.endswith(".gz"):
@@ -88,7 +83,7 @@ def ranges(path: str, scratch: str) -> list[Range]:
 
 
 def count(part: Range) -> Counted:
-    """Counts line ends, and unpacks.
+    """Counts the line ends of a range, and unpacks gzip.
 
     Raises:
         SourceError: damaged or truncated gzip, or UTF-16.
@@ -113,14 +108,14 @@ def _count(part: Range) -> Counted:
 
 
 def _grains(file: IO[bytes] | gzip.GzipFile, size: int | None) -> Iterator[bytes]:
-    """The next `size` bytes, None: all."""
+    """Reads the next `size` bytes, or all if it is None."""
     while grain := file.read(GRAIN_BYTES if size is None else min(GRAIN_BYTES, size)):
         yield grain
         size = None if size is None else size - len(grain)
 
 
 def _bounded(grains: Iterator[bytes], part: Range) -> Iterator[bytes]:
-    """The grains of a file in gzip, as long as there are not too many."""
+    """Yields the grains of a file in gzip, and refuses more than it may hold."""
     left = max(PACKED_LEAST, PACKED_RATIO * part.stop)
     for grain in grains:
         left -= len(grain)
@@ -157,7 +152,7 @@ def _counted(grains: Iterator[bytes], part: Range) -> Counted:
 
 
 def lone_returns(data: bytes) -> Int64s:
-    """Places of the carriage returns that end no line: another byte follows, and not one more."""
+    """Finds the carriage returns within lines: those followed by neither \\n nor another \\r."""
     if b"\r" not in data:
         return np.zeros(0, dtype=np.int64)
     values = np.frombuffer(data, np.uint8)
@@ -182,7 +177,7 @@ class Lines:
     """
 
     path: str
-    """The file's name for the reader of an error."""
+    """The name that error messages use."""
     stored_at: str
     """Where its (uncompressed) bytes are."""
     newlines: Int64s
@@ -206,19 +201,19 @@ class Lines:
         )
 
     def without_blank_tail(self, rows: int) -> Lines:
-        """Less the rows after the first `rows` if all of them are blank."""
+        """Returns the file without the rows after the first `rows`, if all of them are blank."""
         return replace(self, rows=rows) if self.solid <= rows < self.rows else self
 
     def without_blank_end(self) -> Lines:
-        """Less all blank rows at the end of the file."""
+        """Returns the file without the blank rows at its end."""
         return replace(self, rows=min(self.rows, self.solid))
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some rows of a file: row i of the block is data[starts[i]:starts[i + 1]], its end included.
+class LineBatch:
+    """Consecutive lines in memory: line i is data[starts[i]:starts[i + 1]], its end included.
 
-    starts: int64 [n + 1]. first: the row of the file that is row 0 of the block.
+    starts: int64 [n + 1]. first: the row of the file that is line 0 of the batch.
     """
 
     lines: Lines
@@ -227,21 +222,25 @@ class Block:
     first: int
 
     def where(self, i: int) -> str:
-        """file:line of row i of the block."""
+        """Returns file:line of line i of the batch."""
         return self.lines.where(self.first + i)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __iter__(self) -> Iterator[bytes]:
-        """Each line without its end."""
+        """Yields each line without its end."""
         bounds = self.starts.tolist()
         for start, stop in pairwise(bounds):
             yield self.data[start:stop].removesuffix(b"\n").removesuffix(b"\r")
 
+    def contents(self) -> pa.Array:
+        """Returns all lines without their ends, as large_binary."""
+        return pa.array(list(self), pa.large_binary())
+
 
 def lines_of(parts: list[Range], counted: list[Counted]) -> Lines:
-    """The file whose ranges, all and in order, are `parts`."""
+    """Makes the file of all its ranges, in order, and what was counted in each."""
     newlines = np.cumsum([0, *(n for each in counted for n in each.newlines)], dtype=np.int64)
     returns = sum(each.returns for each in counted)
     if returns > newlines[-1]:
@@ -263,7 +262,7 @@ def lines_of(parts: list[Range], counted: list[Counted]) -> Lines:
 
 
 def _refuse_long_lines(path: str, newlines: Int64s) -> None:
-    """A block of rows would hold such a line whole."""
+    """Refuses lines that would not fit in a block."""
     grains = max(1, MAX_LINE_BYTES // GRAIN_BYTES)
     without = newlines[:-grains] == newlines[grains:]
     if without.any():
@@ -274,14 +273,14 @@ def _refuse_long_lines(path: str, newlines: Int64s) -> None:
         )
 
 
-def read(lines: Lines, start: int, stop: int) -> Block:
-    """Rows [start, stop) of the file.
+def read(lines: Lines, start: int, stop: int) -> LineBatch:
+    """Reads rows [start, stop) of the file.
 
     Raises:
         SourceError: the file has changed since it was counted.
     """
     if start >= stop:
-        return Block(lines, b"", np.zeros(1, np.int64), start)
+        return LineBatch(lines, b"", np.zeros(1, np.int64), start)
     first, last = start + lines.skipped, stop + lines.skipped
     low = max(int(np.searchsorted(lines.newlines, first, side="left")) - 1, 0)
     high = int(np.searchsorted(lines.newlines, last, side="left"))
@@ -298,7 +297,7 @@ def read(lines: Lines, start: int, stop: int) -> Block:
             f"{lines.path} was changed while it was being read: no line {last}; convert again when "
             f"it is complete"
         )
-    return Block(lines, data[starts[0] : starts[-1]], starts - starts[0], start)
+    return LineBatch(lines, data[starts[0] : starts[-1]], starts - starts[0], start)
 
 
 def _bytes_of(lines: Lines, start: int, stop: int) -> bytes:
@@ -316,10 +315,11 @@ def _bytes_of(lines: Lines, start: int, stop: int) -> bytes:
     return data
 
 
-def cuts(rows: int, *files: Lines) -> list[tuple[int, int]]:
-    """[0, rows) in ranges of rows to be read together from all of `files`."""
+def blocks_of(rows: int, *files: Lines) -> tuple[Block, ...]:
+    """Splits rows [0, rows) into blocks that are read together from all of `files`."""
     step = max(1, BLOCK_BYTES // GRAIN_BYTES)
     marks = [np.arange(0, rows, BLOCK_ROWS)]
     marks += [lines.newlines[::step] - lines.skipped for lines in files]
     firsts = np.unique(np.concatenate(marks))
-    return list(pairwise([*firsts[(firsts >= 0) & (firsts < rows)].tolist(), rows]))
+    bounds = [*firsts[(firsts >= 0) & (firsts < rows)].tolist(), rows]
+    return tuple(Block(files[0].path, start, stop - start) for start, stop in pairwise(bounds))

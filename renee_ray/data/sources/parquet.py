@@ -7,17 +7,16 @@
 
 Each may be in the folder itself or in its `data/`. A directory, also one `train.parquet/`, stands
 for all Parquet files in it and below, in the order of their paths. Files and directories whose
-names begin with "." or "_" are passed over. Types of columns: parquet_columns.py.
+names begin with "." or "_" are passed over. Types of columns: columns.py.
 
-Only footers are read to index it. Rows are read a row group at a time and handed on in slices
-of at most `SLICE_ROWS`.
+Only footers are read to index it. A block is a row group.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -38,7 +37,15 @@ from renee_ray.data.sources.columns import (
     plain,
     read_column,
 )
-from renee_ray.data.sources.lines import Int64s, SourceError
+from renee_ray.data.sources.records import (
+    Block,
+    Names,
+    Records,
+    Source,
+    SourceError,
+    decode_texts,
+    num_rows,
+)
 from renee_ray.data.storage import filesystem_of, is_transient, listing, patiently
 from renee_ray.data.untrusted import read_row_groups, rows_of
 from renee_ray.errors import reason
@@ -49,85 +56,51 @@ VALIDATION = ("validation", "valid", "val", "dev")
 _NAME = re.compile(
     rf"({'|'.join(SPLITS + VALIDATION)})(?:|\.parquet|-(\d+)(?:-of-(\d+))?(?:-\w+)?\.parquet)"
 )
-"""What it is of; its number among several files, and theirs."""
+"""The split; the number of the file, and how many there are."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some rows of a file that are read together. first: row number in the split."""
-
-    path: str
-    group: int
-    first: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Table:
+class ParquetTable:
     """The files of `train`, `test` or `labels`.
 
-    columns: name -> kind (parquet_columns.py) of those that are read.
-    class_names: of the labels, where Hugging Face's metadata has them.
+    columns: name -> kind (columns.py) of those that are read.
+    class_names: the labels', where Hugging Face's metadata has them.
+    width: values in a row's list of labels, each 0 or 1 for a label; None: the lists name labels.
     """
 
     blocks: tuple[Block, ...]
     columns: dict[str, str]
     class_names: tuple[str, ...] | None = None
-
-    @property
-    def rows(self) -> int:
-        return sum(block.rows for block in self.blocks)
-
-
-@dataclass(frozen=True)
-class ParquetSource:
-    """An indexed folder.
-
-    labels_are_strings: else they are ids.
-    class_names: texts of the labels where there is no table of them.
-    width: values in a row's list, each 0 or 1 for a label; None: the lists name labels.
-    notes: sentences about files that are there and not read.
-    """
-
-    train: Table
-    test: Table | None
-    labels: Table | None
-    labels_are_strings: bool
-    class_names: tuple[str, ...] | None = None
     width: int | None = None
-    notes: tuple[str, ...] = ()
 
     @property
-    def num_labels(self) -> int | None:
-        """None while only the greatest id, or all strings, can tell."""
-        if self.labels is not None:
-            return self.labels.rows
-        return self.width if self.class_names is None else len(self.class_names)
+    def label_columns(self) -> list[str]:
+        """The columns of points that hold labels."""
+        return [name for name in LABELS if name in self.columns]
 
-    @property
-    def has_label_texts(self) -> bool:
-        given = self.labels is not None and "text" in self.labels.columns
-        return given or self.labels_are_strings or self.class_names is not None
-
-    @property
-    def labelled_path(self) -> str:
-        """The file, or first file, with labels of training points."""
-        return self.train.blocks[0].path
-
-    def split(self, name: str) -> Table:
-        table = self.train if name == "train" else self.test
-        assert table is not None
-        return table
+    def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
+        """Reads a row group and hands it on in slices of at most `SLICE_ROWS`."""
+        table = _read(block, list(columns))
+        for start in range(0, len(table), SLICE_ROWS):
+            piece, replaced = table.slice(start, SLICE_ROWS), np.zeros(0, np.int64)
+            try:
+                found = {name: read_column(name, piece[name], self.width) for name in columns}
+            except BadRow as bad:
+                raise SourceError(f"{_where(block, start, bad.row)} {bad}") from None
+            if "text" in found:
+                found["text"], replaced = decode_texts(found["text"])
+            where = partial(_where, block, start)
+            yield Records(block.first + start, found, where, replaced)
 
 
 # --------------------------------------------------------------------------------------- files
 
 
 def find_files(path: str) -> dict[str, list[str]]:
-    """The Parquet files of folder `path`, by what they are of (`SPLITS`, `VALIDATION`).
+    """Finds the Parquet files of folder `path`, by split (`SPLITS`, `VALIDATION`).
 
     Raises:
-        SourceError: there are two kinds of them, or some of several are missing.
+        SourceError: a split is there in two ways, or some of its numbered files are missing.
     """
     base, ways = path.rstrip("/"), defaultdict[str, dict[str, list[str]]](dict)
     for folder in (base, f"{base}/data"):
@@ -164,7 +137,7 @@ def _check_complete(way: str, numbers: list[tuple[str, str]]) -> None:
 
 
 def parquet_files(directory: str) -> list[str]:
-    """The Parquet files in a directory and below, by path, without those that are hidden."""
+    """Finds the Parquet files in a directory and below that are not hidden, by path."""
     base, (_, root) = directory.rstrip("/"), filesystem_of(directory)
     names = []
     for info in listing(base, recursive=True):
@@ -178,8 +151,8 @@ def parquet_files(directory: str) -> list[str]:
 # --------------------------------------------------------------------------------------- index
 
 
-def index_parquet(path: str, labels_are: str = "auto") -> ParquetSource:
-    """The tables of folder `path`, whose columns are as the module says.
+def index_parquet(path: str, labels_are: str = "auto") -> Source:
+    """Reads the footers of folder `path` and makes its tables.
 
     Args:
         labels_are: "auto", "ids" or "multi-hot", as the configuration's key `labels`.
@@ -189,46 +162,59 @@ def index_parquet(path: str, labels_are: str = "auto") -> ParquetSource:
             files that disagree, no training row.
     """
     multi_hot = labels_are == "multi-hot"
-    files, tables = find_files(path), dict[str, Table]()
+    files, tables = find_files(path), dict[str, ParquetTable]()
     for name in ("train", "test"):
         if name in files:
             tables[name] = table_of(files[name], ("text", "labels"), LABELS[1:], multi_hot)
-    if "train" not in tables or not tables["train"].rows:
+    if "train" not in tables or not num_rows(tables["train"]):
         raise SourceError(f"{path} has no training row; give a training set of at least one")
-    kinds = {table.columns[name] for table in tables.values() for name in label_columns(table)}
+    kinds = {table.columns[name] for table in tables.values() for name in table.label_columns}
     strings = "list of string" in kinds
     if {"list of integer", "list of string"} <= kinds:
         raise SourceError(f"{path} has labels that are strings and others that are ids; use one")
+    train_path = tables["train"].blocks[0].path
+    labels: ParquetTable | Names | None = None
     if "labels" in files:
-        needed = ("label",) if strings else ()
-        tables["labels"] = table_of(files["labels"], needed, ("text",))
-    source = ParquetSource(
+        labels = table_of(files["labels"], ("label",) if strings else (), ("text",))
+    elif not strings and (names := _class_names(files, tables)) is not None:
+        labels = Names(names, train_path)
+    num_labels = None if labels is None else num_rows(labels)
+    if multi_hot:
+        width = _width(tables["train"])
+        tables = {name: replace(table, width=width) for name, table in tables.items()}
+        if num_labels not in (None, width):
+            raise SourceError(
+                f"{train_path} has {width} values in a row of labels and there are {num_labels} "
+                f"labels; make them agree"
+            )
+        num_labels = width
+    return Source(
         tables["train"],
         tables.get("test"),
-        tables.get("labels"),
+        labels,
+        train_path,
+        num_labels,
         strings,
-        None if strings or "labels" in files else _class_names(files, tables),
-        _width(tables["train"]) if multi_hot else None,
-        tuple(
-            f"{files[name][0]} is not read: validation= of the training points are held out"
-            for name in VALIDATION
-            if name in files
-        )
-        + tuple(
-            f"{files[name][0]} is in a directory that stands for a column, which is not read"
-            for name in SPLITS
-            if name in files and "=" in files[name][0][len(path) :].rpartition("/")[0]
-        ),
+        notes=_notes(path, files),
     )
-    if source.width is not None and source.width != source.num_labels:
-        raise SourceError(
-            f"{source.labelled_path} has {source.width} values in a row of labels and there are "
-            f"{source.num_labels} labels; make them agree"
-        )
-    return source
 
 
-def _class_names(files: dict[str, list[str]], tables: dict[str, Table]) -> tuple[str, ...] | None:
+def _notes(path: str, files: dict[str, list[str]]) -> tuple[str, ...]:
+    """Sentences about files that are there and not read."""
+    return tuple(
+        f"{files[name][0]} is not read: validation= of the training points are held out"
+        for name in VALIDATION
+        if name in files
+    ) + tuple(
+        f"{files[name][0]} is in a directory that stands for a column, which is not read"
+        for name in SPLITS
+        if name in files and "=" in files[name][0][len(path) :].rpartition("/")[0]
+    )
+
+
+def _class_names(
+    files: dict[str, list[str]], tables: dict[str, ParquetTable]
+) -> tuple[str, ...] | None:
     train, test = tables["train"], tables.get("test")
     if test is None:
         return train.class_names
@@ -236,8 +222,8 @@ def _class_names(files: dict[str, list[str]], tables: dict[str, Table]) -> tuple
     return _merged(files["train"][0], train, files["test"][0], only).class_names
 
 
-def _width(table: Table) -> int:
-    """Values in a list of labels, in the first block that has any."""
+def _width(table: ParquetTable) -> int:
+    """Returns the number of values in a list of labels, from the first block that has any."""
     for block in table.blocks:
         for chunk in _read(block, ["labels"])["labels"].chunks:
             lists = plain(chunk)
@@ -251,15 +237,17 @@ def table_of(
     required: tuple[str, ...],
     optional: tuple[str, ...] = (),
     multi_hot: bool = False,
-) -> Table:
-    """The table in these files, with these of its columns; labelled `input_ids` serve as `text`.
+) -> ParquetTable:
+    """Makes the table of these files, with these of its columns.
+
+    Where labels are required, a column `input_ids` serves as `text`.
 
     Raises:
         SourceError: a file that is no Parquet, or has a column that is missing, of another kind,
             or does not go with those of the files before it.
     """
     blocks: list[Block] = []
-    first, table = 0, Table((), {})
+    first, table = 0, ParquetTable((), {})
     for path in paths:
         schema, metadata = patiently(partial(_footer, path), f"reading {path}")
         here = _table(path, schema, required, optional, multi_hot)
@@ -267,7 +255,7 @@ def table_of(
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             if rows:
-                blocks.append(Block(path, group, first, rows))
+                blocks.append(Block(path, first, rows, group))
             first += rows
     if table.columns.get("text") == "nothing" and "text" in required:
         raise SourceError(f"{paths[0]} has a column 'text' of type null; it must be strings")
@@ -280,8 +268,8 @@ def _table(
     required: tuple[str, ...],
     optional: tuple[str, ...],
     multi_hot: bool,
-) -> Table:
-    """The columns of one file."""
+) -> ParquetTable:
+    """Makes a table with the columns of one file, without its blocks."""
     columns = dict[str, str]()
     with_tokens = "labels" in required and "input_ids" in schema.names
     for wanted in required + optional:
@@ -295,11 +283,11 @@ def _table(
                 f"{path} has the columns {schema.names!s:.300}; rename the one with the "
                 f"{column_title(name)} to {name!r}"
             )
-    return Table((), columns, class_names(path, schema) if "labels" in required else None)
+    return ParquetTable((), columns, class_names(path, schema) if "labels" in required else None)
 
 
-def _merged(first: str, table: Table, path: str, here: Table) -> Table:
-    """The columns of file `path` and of those before it, of which `first` is one."""
+def _merged(first: str, table: ParquetTable, path: str, here: ParquetTable) -> ParquetTable:
+    """Merges the columns of file `path` with those of the files before it, such as `first`."""
     columns = dict[str, str]()
     for name in sorted(table.columns.keys() | here.columns.keys()):
         kinds = [each.columns.get(name, "missing") for each in (table, here)]
@@ -313,7 +301,7 @@ def _merged(first: str, table: Table, path: str, here: Table) -> Table:
     names = table.class_names or here.class_names
     if here.class_names not in (None, names):
         raise SourceError(f"{path} has other class names than {first}; make them equal")
-    return Table((), columns, names)
+    return ParquetTable((), columns, names)
 
 
 def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
@@ -332,26 +320,8 @@ def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
 # -------------------------------------------------------------------------------------- reading
 
 
-def slices(
-    block: Block, columns: list[str], width: int | None = None
-) -> Iterator[tuple[Int64s, dict[str, pa.Array]]]:
-    """(row numbers in the split, columns as parquet_columns.py says) of the block, in slices.
-
-    Raises:
-        SourceError: the file is damaged, or a row is bad.
-    """
-    table = _read(block, columns)
-    for start in range(0, len(table), SLICE_ROWS):
-        piece = table.slice(start, SLICE_ROWS)
-        try:
-            read = {name: read_column(name, piece[name], width) for name in columns}
-        except BadRow as bad:
-            raise SourceError(f"{where(block, start + bad.row)} {bad}") from None
-        yield np.arange(block.first + start, block.first + start + len(piece)), read
-
-
 def _read(block: Block, columns: list[str]) -> pa.Table:
-    """All rows of the block.
+    """Reads all rows of the block.
 
     Raises:
         SourceError: the file is damaged.
@@ -373,11 +343,5 @@ def _read(block: Block, columns: list[str]) -> pa.Table:
         ) from None
 
 
-def label_columns(table: Table) -> list[str]:
-    """The columns of points that hold labels."""
-    return [name for name in LABELS if name in table.columns]
-
-
-def where(block: Block, row: int) -> str:
-    """file and row, for people; `row` counted in the block."""
-    return f"{block.path}: row {row} of row group {block.group}"
+def _where(block: Block, start: int, row: int) -> str:
+    return f"{block.path}: row {start + row} of row group {block.group}"

@@ -5,19 +5,29 @@
     filters  `row label` a line
     JSON     an object a line: title, content, target_ind, target_rel
 
-What is parsed is a block of lines (data/sources/lines.py). Label ids are int64 from the first byte.
+What is parsed is a batch of lines (lines.py). Label ids are int64 from the first byte.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from renee_ray.data.sources.lines import Block, Int64s, Lines, SourceError, lone_returns, read
+from renee_ray.data.sources.lines import LineBatch, Lines, lone_returns, read
+from renee_ray.data.sources.records import (
+    MAX_INFERRED_LABELS,
+    Int64s,
+    Records,
+    SourceError,
+    decode_texts,
+    decoded,
+    whole_characters,
+)
 from renee_ray.errors import reason
 
 Bools = NDArray[np.bool_]
@@ -27,104 +37,30 @@ MAX_HEADER_DIGITS = 100
 MAX_VALUE_BYTES = 16
 MAX_LABELS = 2**31
 """A header that says more is taken for damage; the largest sets known have 10**8."""
-MAX_INFERRED_LABELS = 10**8
-"""Without a header and without label texts, a larger id is taken for damage."""
 
 
-# -------------------------------------------------------------------------------------- texts
+# ------------------------------------------------------------------------------------- points
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Decoded texts of a block, and what was wrong with them."""
-
-    texts: list[str]
-    replaced_lines: int
-    """Lines with at least one byte that is not UTF-8."""
-    replaced_bytes: int
-
-    def odd(self) -> dict[str, int]:
-        """Counts for a conversion's statistics."""
-        return {
-            "empty_texts": sum(not text.strip() for text in self.texts),
-            "replaced_lines": self.replaced_lines,
-            "replaced_bytes": self.replaced_bytes,
-        }
+def parse_texts(texts: LineBatch) -> Records:
+    """Parses lines that are a text each."""
+    column, replaced = decode_texts(texts.contents())
+    return Records(texts.first, {"text": column}, texts.where, replaced)
 
 
-def texts_of(block: Block) -> Texts:
-    """A text a line; bytes that are not UTF-8 are replaced and counted."""
-    try:
-        whole = block.data.decode("utf-8").removesuffix("\n").split("\n")
-        return Texts([text.removesuffix("\r") for text in whole[: len(block)]], 0, 0)
-    except UnicodeDecodeError:
-        pass  # line by line, to tell how many
-    texts: list[str] = []
-    bad_lines = bad_bytes = 0
-    for line in block:
-        text, bad = decoded(line)
-        texts.append(text)
-        bad_lines += bad > 0
-        bad_bytes += bad
-    return Texts(texts, bad_lines, bad_bytes)
+def parse_points(texts: LineBatch, labels: LineBatch, num_labels: int | None) -> Records:
+    """Parses texts, and the lines of their labels as `parse_pairs` does."""
+    points = parse_texts(texts)
+    lists, zeros = parse_pairs(labels, num_labels)
+    return replace(points, columns=points.columns | {"labels": lists}, zeros=zeros)
 
 
-def decoded(line: bytes) -> tuple[str, int]:
-    """The line as text, and how many of its bytes are not UTF-8."""
-    try:
-        return line.decode("utf-8"), 0
-    except UnicodeDecodeError:
-        valid = len(line.decode("utf-8", "ignore").encode())
-        return line.decode("utf-8", "replace"), len(line) - valid
-
-
-# ------------------------------------------------------------------------------------- labels
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """(row, label) pairs of a block: ascending by row, then label; unique.
-
-    rows: int64 [m], places in the block. labels: int64 [m].
-    """
-
-    rows: Int64s
-    labels: Int64s
-    duplicates: int = 0
-    zeros: int = 0
-    """Pairs whose value is 0: not positives, dropped."""
-
-    def offsets(self, num_rows: int) -> Int64s:
-        """int64 [num_rows + 1]: row i's labels are labels[offsets[i]:offsets[i + 1]]."""
-        return np.searchsorted(self.rows, np.arange(num_rows + 1))
-
-
-def pairs(rows: Int64s, labels: Int64s, zeros: int = 0) -> Pairs:
-    """Sorts and removes duplicates, which are counted."""
-    ascending = (rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (labels[1:] > labels[:-1]))
-    if ascending.all():  # as most files are
-        return Pairs(rows, labels, 0, zeros)
-    order = np.lexsort((labels, rows))
-    rows, labels = rows[order], labels[order]
-    new = np.ones(len(rows), dtype=bool)
-    new[1:] = (rows[1:] != rows[:-1]) | (labels[1:] != labels[:-1])
-    return Pairs(rows[new], labels[new], int(len(new) - new.sum()), zeros)
-
-
-def _table(characters: bytes) -> Bools:
-    table = np.zeros(256, dtype=bool)
-    table[np.frombuffer(characters, np.uint8)] = True
-    return table
-
-
-_SPACE = _table(b" \t\r\n")
-_DIGIT = _table(b"0123456789")
-_NONZERO = _table(b"123456789")
+_SPACE = np.isin(np.arange(256), list(b" \t\r\n"))
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Runs of non-blank bytes: starts, stops int64 [t]; rows int64 [t], places in the block."""
+    """Runs of non-blank bytes: starts, stops int64 [t]; rows int64 [t], places in the batch."""
 
     data: NDArray[np.uint8]
     starts: Int64s
@@ -132,32 +68,26 @@ class _Tokens:
     rows: Int64s
 
     @classmethod
-    def of(cls, block: Block) -> _Tokens:
-        data = np.frombuffer(block.data, np.uint8)
-        if len(inner := lone_returns(block.data)):
-            row = int(np.searchsorted(block.starts, inner[0], side="right")) - 1
+    def of(cls, batch: LineBatch) -> _Tokens:
+        data = np.frombuffer(batch.data, np.uint8)
+        if len(inner := lone_returns(batch.data)):
+            row = int(np.searchsorted(batch.starts, inner[0], side="right")) - 1
             raise SourceError(
-                f"{block.where(row)}: a carriage return within the line; end every line with a "
+                f"{batch.where(row)}: a carriage return within the line; end every line with a "
                 f"line feed"
             )
         inside = np.zeros(len(data) + 2, dtype=bool)
         inside[1:-1] = ~_SPACE[data]
         edges = np.flatnonzero(inside[1:] != inside[:-1])
         starts, stops = edges[0::2], edges[1::2]
-        rows = np.searchsorted(block.starts, starts, side="right") - 1
+        rows = np.searchsorted(batch.starts, starts, side="right") - 1
         return cls(data, starts, stops, rows)
 
     def text(self, i: int) -> str:
         return self.data[self.starts[i] : self.stops[i]].tobytes().decode("utf-8", "replace")
 
-    def count(self, table: Bools, starts: Int64s, stops: Int64s) -> Int64s:
-        """How many bytes of each [start, stop) are in `table`."""
-        total = np.zeros(len(self.data) + 1, dtype=np.int64)
-        np.cumsum(table[self.data], dtype=np.int64, out=total[1:])
-        return total[stops] - total[starts]
-
     def integers(self, stops: Int64s) -> tuple[Int64s, Bools]:
-        """Each token up to `stops` as an integer, and whether it is one."""
+        """Returns each token up to `stops` as an integer, and whether it is one."""
         lengths = stops - self.starts
         good = lengths > 0
         values = np.zeros(len(lengths), dtype=np.int64)
@@ -172,7 +102,7 @@ class _Tokens:
         return values, good
 
     def same_text(self, starts: Int64s) -> bytes | None:
-        """What every token holds from `starts` on, if it is the same in all of them."""
+        """Returns what all tokens hold from `starts` on, if it is the same in all of them."""
         lengths = self.stops - starts
         if len(starts) == 0 or not lengths.min() == lengths.max() <= MAX_VALUE_BYTES:
             return None
@@ -183,16 +113,18 @@ class _Tokens:
         return first.tobytes()
 
 
-def parse_pairs(block: Block, num_labels: int | None) -> Pairs:
-    """The labels of lines `id:value id:value ...`; a bare `id` counts as `id:1`.
+def parse_pairs(batch: LineBatch, num_labels: int | None) -> tuple[pa.Array, int]:
+    """Parses lines `id:value id:value ...`; a bare `id` counts as `id:1`.
 
-    Equals, for each line, sorted({int(i) for i, v in tokens if float(v) != 0}).
+    Returns:
+        (for each line, [int(i) for i, v in tokens if float(v) != 0], as large_list<int64>,
+        number of pairs whose value is 0)
 
     Raises:
         SourceError: at the first malformed pair, negative id, or id not below `num_labels`
             (None: not known, any id up to a bound).
     """
-    tokens = _Tokens.of(block)
+    tokens = _Tokens.of(batch)
     colons = np.flatnonzero(tokens.data == ord(":"))
     owners = np.searchsorted(tokens.starts, colons, side="right") - 1
     num_colons = np.bincount(owners, minlength=len(tokens.starts))
@@ -204,25 +136,30 @@ def parse_pairs(block: Block, num_labels: int | None) -> Pairs:
     limit = MAX_INFERRED_LABELS if num_labels is None else num_labels
     bad = ~good | (ids >= limit)
     if bad.any():
-        raise _pair_error(block, tokens, int(bad.argmax()), num_labels)
-    return pairs(tokens.rows[positive], ids[positive], int(len(ids) - positive.sum()))
+        raise _pair_error(batch, tokens, int(bad.argmax()), num_labels)
+    lists = _lists(len(batch), tokens.rows[positive], ids[positive])
+    return lists, int(len(ids) - positive.sum())
+
+
+def _lists(num_rows: int, rows: Int64s, values: Int64s) -> pa.Array:
+    """Gathers the values of each row, large_list<int64>; `rows` ascend."""
+    offsets = np.searchsorted(rows, np.arange(num_rows + 1))
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def _values(tokens: _Tokens, id_stops: Int64s, has_value: Bools) -> tuple[Bools, Bools]:
-    """For each token, is its value positive, and is it a finite number of at least 0."""
+    """Returns whether each value is positive, and whether it is a finite number of at least 0."""
     starts = np.minimum(id_stops + 1, tokens.stops)
     if has_value.all() and (same := tokens.same_text(starts)) is not None:
         value = _number(same)
         return np.full(len(starts), bool(value)), np.full(len(starts), value is not None)
-    digits = tokens.count(_DIGIT, starts, tokens.stops)
-    dots = tokens.count(_table(b"."), starts, tokens.stops)
-    plain = (digits > 0) & (dots <= 1) & (digits + dots == tokens.stops - starts)
-    positive = ~has_value | (tokens.count(_NONZERO, starts, tokens.stops) > 0)
-    valued = ~has_value | plain
-    for i in np.flatnonzero(has_value & ~plain).tolist():  # 1e-3 and the like: rare
-        value = _number(tokens.data[starts[i] : tokens.stops[i]].tobytes())
-        valued[i] = value is not None
-        positive[i] = bool(value)
+    positive, valued = ~has_value, np.ones(len(starts), dtype=bool)
+    data, known = tokens.data.tobytes(), dict[bytes, float | None]()
+    for i in np.flatnonzero(has_value).tolist():
+        text = data[starts[i] : tokens.stops[i]]
+        if text not in known:
+            known[text] = _number(text)
+        valued[i], positive[i] = known[text] is not None, bool(known[text])
     return positive, valued
 
 
@@ -234,8 +171,8 @@ def _number(text: bytes) -> float | None:
     return value if 0 <= value < float("inf") and b"_" not in text else None
 
 
-def _pair_error(block: Block, tokens: _Tokens, i: int, num_labels: int | None) -> SourceError:
-    where, token = block.where(int(tokens.rows[i])), tokens.text(i)
+def _pair_error(batch: LineBatch, tokens: _Tokens, i: int, num_labels: int | None) -> SourceError:
+    where, token = batch.where(int(tokens.rows[i])), tokens.text(i)
     label, _, value = token.partition(":")
     digits = label.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()) or (
@@ -263,7 +200,7 @@ def _range_message(where: str, label: str | int, num_labels: int | None) -> str:
 
 
 def header_of(lines: Lines, num_texts: int) -> tuple[int, int] | None:
-    """(rows, columns) if the first line of a label file says so, else None.
+    """Returns (rows, columns) if the first line of a label file is a header, else None.
 
     A file of bare ids can begin with a row of two labels: it is no header if the lines, the
     first included, are as many as the texts and its first number says otherwise.
@@ -294,37 +231,38 @@ def _is_count(field: bytes) -> bool:
     return field.isdigit() and len(field) <= MAX_HEADER_DIGITS
 
 
-def parse_filters(block: Block, num_rows: int, num_labels: int) -> tuple[Int64s, Int64s]:
-    """(rows, labels), int64 [m]: the lines `row label` as they stand; blank lines are skipped.
+def parse_filters(batch: LineBatch, num_rows: int, num_labels: int) -> Records:
+    """Parses the pairs of lines `row label`; blank lines are skipped.
 
     Raises:
         SourceError: a line that is not two integers, a row or a label out of range.
     """
-    tokens = _Tokens.of(block)
+    tokens = _Tokens.of(batch)
     values, good = tokens.integers(tokens.stops)
-    bad_line = np.zeros(len(block), dtype=bool)
+    bad_line = np.zeros(len(batch), dtype=bool)
     bad_line[tokens.rows[~good]] = True
-    bad_line |= ~np.isin(np.bincount(tokens.rows, minlength=len(block)), (0, 2))
+    bad_line |= ~np.isin(np.bincount(tokens.rows, minlength=len(batch)), (0, 2))
     if bad_line.any():
-        raise _filter_error(block, int(bad_line.argmax()))
+        raise _filter_error(batch, int(bad_line.argmax()))
     rows, labels = values[0::2], values[1::2]
     bad = (rows >= num_rows) | (labels >= num_labels)
     if bad.any():
         i = int(bad.argmax())
-        where = block.where(int(tokens.rows[2 * i]))
+        where = batch.where(int(tokens.rows[2 * i]))
         if labels[i] >= num_labels:
             raise SourceError(_range_message(where, tokens.text(2 * i + 1), num_labels))
         raise SourceError(
             f"{where}: row {tokens.text(2 * i)} is out of range, the split has {num_rows} points "
             f"(rows count from 0); correct the row or remove the line"
         )
-    return rows, labels
+    pairs = {"row": pa.array(rows), "label": pa.array(labels)}
+    return Records(batch.first, pairs, batch.where)
 
 
-def _filter_error(block: Block, i: int) -> SourceError:
-    line = block.data[block.starts[i] : block.starts[i + 1]].decode("utf-8", "replace").strip()
+def _filter_error(batch: LineBatch, i: int) -> SourceError:
+    line = batch.data[batch.starts[i] : batch.starts[i + 1]].decode("utf-8", "replace").strip()
     return SourceError(
-        f"{block.where(i)}: malformed filter line {line[:80]!r}; write two integers, row and "
+        f"{batch.where(i)}: malformed filter line {line[:80]!r}; write two integers, row and "
         f"label, each at least 0"
     )
 
@@ -332,36 +270,31 @@ def _filter_error(block: Block, i: int) -> SourceError:
 # --------------------------------------------------------------------------------------- JSON
 
 
-def parse_objects(
-    block: Block, num_labels: int | None, with_labels: bool = True
-) -> tuple[Texts, Pairs]:
-    """Texts (title, a space, content) and labels (target_ind) of JSON lines.
+def parse_objects(batch: LineBatch, num_labels: int | None, *, with_labels: bool = True) -> Records:
+    """Parses JSON lines with texts (title, a space, content) and labels (target_ind).
 
-    A target whose target_rel is 0 is dropped and counted. Without `with_labels`, as in
-    lbl.json, targets are not looked for and the pairs are empty.
+    A target whose target_rel is 0 is left out and counted. Without `with_labels`, as in
+    lbl.json, targets are not looked for.
 
     Raises:
         SourceError: a line that is no JSON object, a title or content that is no string, or
             targets that are not a list of ids in range.
     """
-    texts: list[str] = []
-    rows: list[int] = []
-    labels: list[int] = []
-    bad_lines = bad_bytes = zeros = 0
-    for i, line in enumerate(block):
+    texts, labels, replaced, zeros = list[str](), list[list[int]](), list[int](), 0
+    for i, line in enumerate(batch):
         decoded_line, bad = decoded(line)
-        record = _object(decoded_line, block.where(i))
-        text, broken = _text_of(record, block.where(i))
+        record = _object(decoded_line, batch.where(i))
+        text, broken = _text_of(record, batch.where(i))
         texts.append(text)
-        bad_lines += bad > 0 or broken > 0
-        bad_bytes += bad + broken
+        replaced.append(bad + broken)
         if with_labels:
-            targets = _targets(record, num_labels, block.where(i))
-            zeros += len(record["target_ind"]) - len(targets)
-            labels += targets
-            rows += [i] * len(targets)
-    found = pairs(np.array(rows, dtype=np.int64), np.array(labels, dtype=np.int64), zeros)
-    return Texts(texts, bad_lines, bad_bytes), found
+            labels.append(_targets(record, num_labels, batch.where(i)))
+            zeros += len(record["target_ind"]) - len(labels[-1])
+    columns = {"text": pa.array(texts, pa.large_string())}
+    if with_labels:
+        columns["labels"] = pa.array(labels, pa.large_list(pa.int64()))
+    counts = np.array(replaced, np.int64)
+    return Records(batch.first, columns, batch.where, counts, zeros if with_labels else None)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -377,7 +310,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _text_of(record: dict[str, Any], where: str) -> tuple[str, int]:
-    """The text, and how many characters were replaced in it."""
+    """Returns the text, and how many characters were replaced in it."""
     parts = []
     for name in ("title", "content"):
         value = record.get(name)
@@ -386,16 +319,6 @@ def _text_of(record: dict[str, Any], where: str) -> tuple[str, int]:
         parts.append(value or "")
     text = " ".join(part for part in parts if part)
     return whole_characters(text)
-
-
-def whole_characters(text: str) -> tuple[str, int]:
-    """The text, and how many lone surrogates (from \\ud800 escapes) were replaced in it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        broken = sum("\ud800" <= character <= "\udfff" for character in text)
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), broken
-    return text, 0
 
 
 def _targets(record: dict[str, Any], num_labels: int | None, where: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 The reference is `encode_batch_fast` of the tokenizers library on all cores, on the training texts
 already in memory, and nothing else: no reading, no labels, no writing. It is timed once before
-the conversion and once after it, since the machine may change its mind.
+the conversion and once after it, since the speed of the machine may change.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from renee_ray.config.schema import ConvertConfig
-from renee_ray.data.sources.columns import texts_of
-from renee_ray.data.sources.parquet import ParquetSource, slices
+from renee_ray.data.sources.records import Source
 from renee_ray.data.sources.source import find_source
 from renee_ray.data.storage import absolute
 from renee_ray.service.bench.memory import ResidentPeak
@@ -64,7 +63,7 @@ def bench_convert(src: str, config: ConvertConfig) -> dict[str, Any]:
 
 
 def _tokenizer_rate(src: str, config: ConvertConfig) -> float:
-    """In a process of its own: the tokenizer's threads must not be set up in this one."""
+    """Times the tokenizer in a process of its own: its threads must not be set up in this one."""
     command = [sys.executable, "-m", __name__, src, config.tokenizer, str(config.max_length)]
     command.append(config.labels)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
@@ -73,7 +72,7 @@ def _tokenizer_rate(src: str, config: ConvertConfig) -> float:
 
 
 def measure(src: str, name: str, max_length: int, labels_are: str) -> dict[str, float]:
-    """Rows a second of `encode_batch_fast` on the training texts of `src`."""
+    """Measures the rows a second of `encode_batch_fast` on the training texts of `src`."""
     from tokenizers import Tokenizer
 
     from renee_ray.data import tokenizer
@@ -90,15 +89,15 @@ def measure(src: str, name: str, max_length: int, labels_are: str) -> dict[str, 
 
 def _texts(src: str, labels_are: str) -> list[str]:
     found = find_source(src, labels_are)
-    if isinstance(found, ParquetSource):
-        return [
-            text
-            for block in found.train.blocks
-            for _, rows in slices(block, ["text"])
-            for text in texts_of(rows["text"]).texts
-        ]
-    path = found.train.texts
-    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    if not isinstance(found, Source):
+        path = found.train.texts
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    return [
+        text
+        for block in found.train.blocks
+        for records in found.train.read(block, ["text"])
+        for text in records.columns["text"].to_pylist()
+    ]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""From raw data to a dataset directory, as Ray Data tasks.
+"""From raw data to a dataset directory, as Ray Data tasks, with bounded memory everywhere.
 
-    index    tasks     text files: line ends counted by ranges of bytes, gzip unpacked
-             driver    Parquet: footers
-    parts    tasks     convert_parts.py: bad points show before anything is written
-    publish  driver    dataset.json, last
+    count      tasks     text files: line ends by ranges of bytes, gzip unpacked (count_lines.py)
+    filters    tasks     loose filter pairs to the blocks of their points (points.py)
+    label ids  tasks     where labels are strings (label_ids.py)
+    partition  tasks     records -> points in buckets: bad ones show before anything is written
+    parts      tasks     buckets and ranges of labels -> parts (parts.py)
+    publish    driver    dataset.json, last
 
-Texts and label lines never pass through the driver or the object store: tasks are given places
-in files and return counts.
+A source is tables of records (data/sources/records.py), and each stage is the same for all kinds;
+one that a source does not need has no tasks. A task holds a block, a bucket or a range, never all
+rows or all labels: it is given places in files and returns counts. Each row is read and tokenised
+once, and written once to scratch and once to its place. The driver holds some numbers a block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyarrow.fs as pafs
@@ -23,24 +27,28 @@ from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer
 from renee_ray.data.dataset import DATASET, Dataset, Manifest
 from renee_ray.data.destination import Destination, refuse_overlap
-from renee_ray.data.sources.parquet import ParquetSource
-from renee_ray.data.sources.raw import Raw
-from renee_ray.data.sources.source import Source, find_source
+from renee_ray.data.sources.records import Source
+from renee_ray.data.sources.repository import agreed
+from renee_ray.data.sources.source import find_source
 from renee_ray.errors import ReneeError
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.convert.parts import Converted, write_parts
-from renee_ray.service.convert.plan import JOURNAL
-from renee_ray.service.convert.text import index_text
+from renee_ray.service.convert.conversion import JOURNAL, Progress, begin
+from renee_ray.service.convert.count_lines import count_lines
+from renee_ray.service.convert.label_ids import with_label_ids
+from renee_ray.service.convert.partition import partition
+from renee_ray.service.convert.parts import write_parts
+from renee_ray.service.convert.points import with_filters
 from renee_ray.service.tasks import Interrupted
+
+SCRATCH_FORMAT = "records"
+"""Names the format of scratch files and results: nothing goes on from those of another."""
 
 
 def silent(message: str) -> None:
-    """Progress nobody listens to."""
+    """Drops a message of progress."""
 
 
-def convert(
-    src: str, dst: str, config: ConvertConfig, on_progress: Callable[[str], None] = silent
-) -> Manifest:
+def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = silent) -> Manifest:
     """Converts the raw data in folder `src` to a dataset at `dst`; both local or URLs.
 
     Deterministic: the same source and configuration give the same parts.
@@ -56,7 +64,7 @@ def convert(
         refuse_overlap(src, dst)
         destination = Destination(dst, DATASET, config.overwrite)
         destination.check()
-        found: Source | Raw | ParquetSource = find_source(src, config.labels)
+        found = find_source(src, config.labels)
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
         if destination.is_published(signature):
@@ -65,14 +73,16 @@ def convert(
             on_progress(f"reading {src}")
             ensure_ray()
             with _claimed(destination, signature, on_progress) as scratch:
-                if isinstance(found, Source):
-                    found = index_text(found, scratch, on_progress)
-                elif isinstance(found, ParquetSource):
-                    for note in found.notes:
-                        on_progress(note)
-                declare = destination.declare
-                made = write_parts(found, dst, scratch, vocabulary, config, declare, on_progress)
-                manifest = _manifest(made, vocabulary, config)
+                if not isinstance(found, Source):
+                    found = agreed(found, count_lines(found.paths, scratch, on_progress))
+                for note in found.notes:
+                    on_progress(note)
+                conversion = begin(found, dst, scratch, vocabulary, config)
+                conversion = with_filters(conversion, on_progress)
+                conversion = with_label_ids(conversion, on_progress)
+                conversion, partitioned = partition(conversion, on_progress)
+                destination.declare(partitioned.paths)
+                manifest = write_parts(conversion, partitioned, on_progress)
                 layout.write_manifest(dst, manifest)
         destination.release()
     except OSError as error:
@@ -85,7 +95,7 @@ def convert(
 
 
 def hints(manifest: Manifest, config: ConvertConfig) -> list[str]:
-    """Sentences on what may be wrong with a source though it could be converted."""
+    """Returns sentences on what may be wrong with a source though it could be converted."""
     labels = manifest.statistics["labels"]
     least, greatest = labels["least_id"], labels["greatest_id"]
     unused = labels["share_of_labels_by_train_count"]["0"]
@@ -103,29 +113,9 @@ def hints(manifest: Manifest, config: ConvertConfig) -> list[str]:
     ]
 
 
-def _manifest(made: Converted, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> Manifest:
-    return Manifest(
-        format_version=layout.FORMAT_VERSION,
-        tokenizer=config.tokenizer,
-        vocabulary_hash=vocabulary.hash,
-        max_length=config.max_length,
-        pad_id=vocabulary.pad_id,
-        num_labels=made.num_labels,
-        has_label_texts=made.has_label_texts,
-        propensity_a=config.propensity_a,
-        propensity_b=config.propensity_b,
-        splits=made.splits,
-        other_texts=made.other_texts,
-        statistics=made.statistics,
-        labels_hash=made.labels_hash,
-    )
-
-
 @contextmanager
-def _claimed(
-    destination: Destination, signature: str, on_progress: Callable[[str], None]
-) -> Iterator[str]:
-    """The directory of scratch files.
+def _claimed(destination: Destination, signature: str, on_progress: Progress) -> Iterator[str]:
+    """Yields the directory of scratch files.
 
     It outlives a conversion that was cut off, and serves the next one of the same signature.
     """
@@ -143,7 +133,7 @@ def _claimed(
 
 
 def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: ConvertConfig) -> str:
-    """What parts depend on: the source's files, the tokenizer, the configuration.
+    """Hashes what parts depend on: the source's files, the tokenizer, the configuration.
 
     Raises:
         ReneeError: a file of the source is one of `dst`.
@@ -157,5 +147,5 @@ def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: Con
         for path, _, _ in files:
             refuse_overlap(path, dst)
     settings = config.model_dump(exclude={"overwrite"})
-    content = [layout.FORMAT_VERSION, "labels_hash", vocabulary.hash, settings, sorted(files)]
+    content = [layout.FORMAT_VERSION, SCRATCH_FORMAT, vocabulary.hash, settings, sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,35 +1,34 @@
-"""Raw texts to predict for, tokenised by Ray Data tasks into a split of points without labels.
+"""Tokenises raw texts to predict for, by Ray Data tasks, into a split of points without labels.
 
     SRC.txt, SRC.txt.gz     a text a line; its point_id is the line's number, from 0
     SRC.parquet, SRC/       one Parquet file, or all of a directory in the order of their paths;
-                            column `text`, and `point_id`, integers, if the row number shall not do
+                            column `text`, and optionally `point_id`, integers, in place of the
+                            row number
 
 A blank line is an empty text, and so is a null.
 
-Lines are counted by tasks (service/convert/text.py), Parquet's footers are read by the driver.
+Lines are counted by tasks (service/convert/count_lines.py), Parquet's footers are read by the
+driver.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import POINTS, SPLITS, Dataset, Part, part_path, write_part
-from renee_ray.data.sources import xmlrepo
-from renee_ray.data.sources.columns import texts_of
-from renee_ray.data.sources.lines import Lines, cuts, read
-from renee_ray.data.sources.parquet import Block, parquet_files, slices, table_of
+from renee_ray.data.sources.parquet import parquet_files, table_of
+from renee_ray.data.sources.records import Records, Table
+from renee_ray.data.sources.repository import text_table
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
-from renee_ray.service.convert.plan import JOURNAL
-from renee_ray.service.convert.text import counted
+from renee_ray.service.convert.conversion import JOURNAL
+from renee_ray.service.convert.count_lines import count_lines
 from renee_ray.service.tasks import stream
 
 log = logging.getLogger(__name__)
@@ -39,12 +38,10 @@ TEXT_SPLIT = "test"
 
 
 @dataclass(frozen=True)
-class _Plan:
-    blocks: tuple[Block, ...]
-    """Rows of the source that one task turns into one part."""
-    lines: Lines | None
-    with_ids: bool
-    """The source is Parquet that has a column `point_id`."""
+class _Texts:
+    """What each task is given: it turns one block of the table into one part."""
+
+    table: Table
     scratch: str
     vocabulary: str
     max_length: int
@@ -58,16 +55,16 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
         number of texts that were not UTF-8 and had bytes replaced)
 
     Raises:
-        ReneeError: no such source, no column `text`, an id that is missing, no text at all.
+        ReneeError: no such source, no column `text`, a missing id, or no text at all.
     """
     src = absolute(src)
     for directory in (TEXT_SPLIT, JOURNAL):
         make_directory(f"{scratch}/{directory}")
-    blocks, lines, with_ids = _indexed(src, scratch)
-    if not blocks:
+    table = _indexed(src, scratch)
+    if not table.blocks:
         raise ReneeError(f"{src} holds no texts; there is nothing to predict")
-    plan = _Plan(blocks, lines, with_ids, scratch, vocabulary_of(like), max_length)
-    results = list(stream(_write_block, plan, len(blocks)))
+    texts = _Texts(table, scratch, vocabulary_of(like), max_length)
+    results = list(stream(_write_block, texts, len(table.blocks)))
     parts = sorted((Part(**each["part"]) for each in results), key=lambda part: part.first)
     splits = {name: tuple(parts) if name == TEXT_SPLIT else () for name in SPLITS}
     replaced = sum(each["replaced_lines"] for each in results)
@@ -75,10 +72,10 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
 
 
 def vocabulary_of(dataset: Dataset) -> str:
-    """What `tokenizer.encode` takes, to tokenise as a dataset was tokenised.
+    """Loads the tokenizer of a dataset, as `tokenizer.encode` takes it.
 
     Raises:
-        ReneeError: that tokenizer is not to be had.
+        ReneeError: that tokenizer is not available, or is another one now.
     """
     vocabulary = tokenizer.load(dataset.manifest.tokenizer)
     if vocabulary.hash != dataset.manifest.vocabulary_hash:
@@ -96,7 +93,7 @@ _KINDS = (
 
 
 def check_texts(src: str) -> list[str]:
-    """The Parquet files of a source of texts; none for a text file.
+    """Returns the Parquet files of a source of texts; none for a text file.
 
     Raises:
         ReneeError: it is neither.
@@ -115,45 +112,33 @@ def check_texts(src: str) -> list[str]:
     raise ReneeError(f"{src} is neither a dataset directory nor texts; give {_KINDS}")
 
 
-def _indexed(src: str, scratch: str) -> tuple[tuple[Block, ...], Lines | None, bool]:
-    """(blocks of rows, the file if its rows are lines, whether rows have ids of their own)."""
+def _indexed(src: str, scratch: str) -> Table:
+    """Makes a table of the texts, with a column point_id where rows have ids of their own."""
     files = check_texts(src)
     if files:
-        table = table_of(files, ("text",), ("point_id",))
-        return table.blocks, None, "point_id" in table.columns
-    lines = counted([src], scratch, lambda message: None)[src]
+        return table_of(files, ("text",), ("point_id",))
+    lines = count_lines([src], scratch, lambda message: None)[src]
     if lines.returns:
         log.warning("%s: %d carriage returns end no line and stay in texts", src, lines.returns)
-    blocks = tuple(Block(src, 0, start, stop - start) for start, stop in cuts(lines.rows, lines))
-    return blocks, lines, False
+    return text_table(lines)
 
 
-def _write_block(plan: _Plan, i: int) -> dict[str, Any]:
-    block, tables, replaced = plan.blocks[i], [], 0
-    for ids, texts in _texts(plan, block):
-        tables.append(_tokenised(plan, texts.texts, ids))
-        replaced += texts.replaced_lines
-    part = write_part(plan.scratch, part_path(TEXT_SPLIT, i), block.first, tables)
+def _write_block(texts: _Texts, i: int) -> dict[str, Any]:
+    table, block = texts.table, texts.table.blocks[i]
+    rows, replaced = [], 0
+    for records in table.read(block, table.columns):
+        rows.append(_tokenised(texts, records))
+        replaced += int((records.replaced > 0).sum())
+    part = write_part(texts.scratch, part_path(TEXT_SPLIT, i), block.first, rows)
     return {"part": asdict(part), "replaced_lines": replaced}
 
 
-def _texts(plan: _Plan, block: Block) -> Iterator[tuple[pa.Array, xmlrepo.Texts]]:
-    """(ids, texts) of the block, in slices."""
-    if plan.lines is not None:
-        stop = block.first + block.rows
-        texts = xmlrepo.texts_of(read(plan.lines, block.first, stop))
-        yield pa.array(np.arange(block.first, stop)), texts
-        return
-    columns = ["text"] + (["point_id"] if plan.with_ids else [])
-    for rows, piece in slices(block, columns):
-        yield piece.get("point_id", pa.array(rows)), texts_of(piece["text"])
-
-
-def _tokenised(plan: _Plan, texts: list[str], ids: pa.Array) -> pa.Table:
-    empty = pa.array([[]] * len(texts), type=pa.list_(pa.int64()))
+def _tokenised(texts: _Texts, records: Records) -> pa.Table:
+    given = records.columns["text"].to_pylist()
+    empty = pa.array([[]] * len(records), type=pa.list_(pa.int64()))
     columns = {
-        "point_id": ids,
-        "input_ids": tokenizer.encode(plan.vocabulary, texts, plan.max_length),
+        "point_id": records.columns.get("point_id", records.numbers()),
+        "input_ids": tokenizer.encode(texts.vocabulary, given, texts.max_length),
         "labels": empty,
         "filter_labels": empty,
     }

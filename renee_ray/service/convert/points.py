@@ -1,0 +1,142 @@
+"""Makes points as the dataset has them of blocks of records: label ids, filter labels, tokens.
+
+    filters    tasks    a task a block of loose filter pairs: its pairs to scratch files, by the
+                        block of points that they belong to
+
+A block of points then reads its records, its labels' ids (label_ids.py) and its filter pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from renee_ray.data import dataset as layout
+from renee_ray.data import tokenizer
+from renee_ray.data.sources.records import Block, Int64s, Records, SourceError, odd_texts
+from renee_ray.service.convert.conversion import (
+    Conversion,
+    Groups,
+    Progress,
+    read_groups,
+    run,
+    write_groups,
+)
+from renee_ray.service.convert.label_ids import LabelIds
+
+
+def with_filters(conversion: Conversion, on_progress: Progress) -> Conversion:
+    """Brings loose filter pairs to the blocks of their points.
+
+    Raises:
+        SourceError: a bad pair.
+    """
+    tables = conversion.source.filters.items()
+    tasks = [(name, block) for name, table in tables for block in table.blocks]
+    files: list[Groups] = []
+    what = "filter lines read, blocks"
+    for result in run(_filters, conversion, tasks, conversion.scratch, what, on_progress):
+        files += map(tuple, result["files"])
+    return replace(conversion, files=conversion.files | {"filters": tuple(sorted(files))})
+
+
+def _filters(conversion: Conversion, task: tuple[str, Block]) -> dict[str, list[Groups]]:
+    name, block = task
+    table, files = conversion.source.filters[name], list[Groups]()
+    points = [(i, at.first) for i, (split, at, _) in enumerate(conversion.blocks) if split == name]
+    firsts = np.array([first for _, first in points])
+    for records in table.read(block, table.columns):
+        pairs = pa.table(records.columns)
+        keys = points[0][0] + np.searchsorted(firsts, pairs["row"].to_numpy(), side="right") - 1
+        order = np.argsort(keys, kind="stable")
+        scratch = f"filters-{name}-{records.first}"
+        files += write_groups(conversion, scratch, pairs.take(pa.array(order)), keys[order])
+    return {"files": files}
+
+
+def read_points(conversion: Conversion, i: int) -> Iterator[tuple[pa.Table, dict[str, int]]]:
+    """Yields (rows of block i as the dataset has them, counts of what was odd), in pieces.
+
+    Raises:
+        SourceError: a bad row.
+    """
+    split, block, _ = conversion.blocks[i]
+    table = conversion.source.splits[split]
+    ids = LabelIds.of_block(conversion, i)
+    none = pa.table({"row": pa.array([], pa.int64()), "label": pa.array([], pa.int64())})
+    filters = pa.concat_tables([none, *(p for _, p in read_groups(conversion, "filters", i))])
+    for records in table.read(block, table.columns):
+        yield _points(conversion, records, ids, filters)
+
+
+def _points(
+    conversion: Conversion, records: Records, ids: LabelIds, filters: pa.Table
+) -> tuple[pa.Table, dict[str, int]]:
+    labels = ids.of(records, "labels")
+    rows, values = ids.of(records, "filter_labels")
+    loose = filters["row"].to_numpy() - records.first
+    here = (loose >= 0) & (loose < len(records))
+    rows = np.concatenate([rows, loose[here]])
+    values = np.concatenate([values, filters["label"].to_numpy()[here]])
+    columns = {"point_id": records.numbers()}
+    columns["labels"], duplicates = _sorted_lists(len(records), *labels)
+    columns["filter_labels"], _ = _sorted_lists(len(records), rows, values)
+    odd = {"duplicate_pairs": duplicates}
+    if records.zeros is not None:
+        odd["zero_values"] = records.zeros
+    if "input_ids" in records.columns:
+        columns["input_ids"] = _given_tokens(conversion, records)
+    else:
+        texts = records.columns["text"].to_pylist()
+        columns["input_ids"] = conversion.encode(texts)
+        odd |= odd_texts(texts, records.replaced)
+    return pa.table(columns, schema=layout.POINTS), odd
+
+
+def _sorted_lists(num_rows: int, rows: Int64s, values: Int64s) -> tuple[pa.ListArray, int]:
+    """Sorts the values of each row; returns the lists and the number of duplicates left out.
+
+    Args:
+        rows: the place of each value's row.
+    """
+    ascending = (rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (values[1:] > values[:-1]))
+    given = len(values)
+    if not ascending.all():  # in most sources they do ascend
+        order = np.lexsort((values, rows))
+        rows, values = rows[order], values[order]
+        new = np.ones(given, dtype=bool)
+        new[1:] = (rows[1:] != rows[:-1]) | (values[1:] != values[:-1])
+        rows, values = rows[new], values[new]
+    offsets = np.searchsorted(rows, np.arange(num_rows + 1)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)), given - len(values)
+
+
+def _given_tokens(conversion: Conversion, records: Records) -> pa.Array:
+    """Cuts the tokens that the source has to max_length, as those of a text would be."""
+    lists, num_tokens = (
+        records.columns["input_ids"],
+        tokenizer.size(conversion.vocabulary.serialised),
+    )
+    values = lists.flatten().to_numpy()
+    lengths = pc.list_value_length(lists).to_numpy()
+    bad = ~((values >= 0) & (values < num_tokens))
+    if bad.any():
+        at = int(np.argmax(bad))
+        row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+        raise SourceError(
+            f"{records.where(row)} has the token {values[at]} and the tokenizer has {num_tokens}; "
+            f"give the tokenizer that made the tokens"
+        )
+    kept = np.minimum(lengths, conversion.config.max_length)
+    starts = np.cumsum(lengths) - lengths
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], kept)
+    cut = kept < lengths
+    places[offsets[1:][cut] - 1] = (starts + lengths)[cut] - 1  # the end-of-text token stays
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), pa.array(values[places].astype(np.int32))
+    )
