@@ -39,7 +39,7 @@ PIECE = 1 << 24
 
 
 def bench_checkpoint(gib: float, dim: int, directory: str | None) -> dict[str, Any]:
-    """Saves `gib` GiB of weights `ROUNDS` times, below `directory` (None: a temporary one).
+    """Times saving `gib` GiB of weights, `ROUNDS` times, below `directory` (None: a temporary one).
 
     Returns:
         bytes, of all weights; write_s, of as many by plain writing, its median; stalled_s, for
@@ -82,7 +82,7 @@ def _plain_write(path: Path, size: int) -> float:
 
 
 def _spawn(num_ranks: int, work: Any, labels: int, dim: int, run: str) -> list[dict[str, Any]]:
-    """What `work` returns on each rank."""
+    """Runs `work` in `num_ranks` processes; returns what each rank returned."""
     with tempfile.TemporaryDirectory() as shared:
         mp.spawn(_rank, (num_ranks, shared, work, labels, dim, run), nprocs=num_ranks)
         return [json.loads(Path(shared, str(rank)).read_text()) for rank in range(num_ranks)]

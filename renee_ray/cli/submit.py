@@ -16,9 +16,7 @@ from renee_ray.cli.output import progress, say
 from renee_ray.cli.score import evaluate, export, predict
 from renee_ray.cli.train import train
 from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
-from renee_ray.config.schema import (
-    RunConfig,
-)
+from renee_ray.config.schema import RunConfig
 from renee_ray.signals import INTERRUPTED, at_signals
 
 JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, export)}
@@ -110,7 +108,7 @@ def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
 
 
 def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
-    """Refuses here what the command would refuse on the cluster; returns its configuration file."""
+    """Refuses what the command would refuse on the cluster; returns its configuration file."""
     from renee_ray.service.submit.job_files import check_shared, refuse_password
 
     command = JOBS[job]
@@ -132,7 +130,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
 
 
 def _follow(follower: Any, submission: Any) -> Any:
-    """The end of a job; None where it is left running."""
+    """Follows a job to its end; returns None where it is left running."""
     try:
         return follower.follow()
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 The reference is `encode_batch_fast` of the tokenizers library on all cores, on the training texts
 already in memory, and nothing else: no reading, no labels, no writing. It is timed once before
-the conversion and once after it, since the machine may change its mind.
+the conversion and once after it, since the machine's speed may drift.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK = 16384
 
 
 def bench_convert(src: str, config: ConvertConfig) -> dict[str, Any]:
-    """Converts `src` to a temporary directory.
+    """Times a conversion of `src` to a temporary directory.
 
     Returns:
         rows, of the training set; convert_s, of a conversion with Ray running already;
@@ -64,7 +64,7 @@ def bench_convert(src: str, config: ConvertConfig) -> dict[str, Any]:
 
 
 def _tokenizer_rate(src: str, config: ConvertConfig) -> float:
-    """In a process of its own: the tokenizer's threads must not be set up in this one."""
+    """Runs this module: the tokenizer's threads must not be set up in this process."""
     command = [sys.executable, "-m", __name__, src, config.tokenizer, str(config.max_length)]
     command.append(config.labels)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
@@ -72,8 +72,8 @@ def _tokenizer_rate(src: str, config: ConvertConfig) -> float:
     return float(json.loads(done.stdout)["rows_per_second"])
 
 
-def measure(src: str, name: str, max_length: int, labels_are: str) -> dict[str, float]:
-    """Rows a second of `encode_batch_fast` on the training texts of `src`."""
+def time_tokenizer(src: str, name: str, max_length: int, labels_are: str) -> dict[str, float]:
+    """Returns rows a second of `encode_batch_fast` on the training texts of `src`."""
     from tokenizers import Tokenizer
 
     from renee_ray.data import tokenizer
@@ -102,4 +102,4 @@ def _texts(src: str, labels_are: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])))
+    print(json.dumps(time_tokenizer(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])))

@@ -1,9 +1,9 @@
 """`renee-ray bench feed`: an epoch streamed through R workers, and whether each pair came once.
 
-The order is that of training, without label texts. The workers only read: what is timed is
-Ray Data, decoding, shuffling and cutting into batches. Each (point, label) pair is hashed, and
-the sum of the hashes, modulo 2^64, does not depend on the order; it is worked out again from
-the part files, by tasks of their own, so that a pair lost or repeated shows.
+The order is that of training, without label texts. The workers only read: the time is that of
+Ray Data, decoding, shuffling and cutting into batches. Each (point, label) pair is hashed. The
+sum of the hashes, modulo 2^64, does not depend on the order. Tasks compute it again from the
+part files, so that a pair lost or repeated shows.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def bench_feed(dataset: str, workers: int, batch: int) -> dict[str, Any]:
 
 
 def feed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs."""
+    """Streams this worker's rows; rank 0's result counts those of all."""
     config = RunConfig.model_validate(arguments["config"])
     dataset: Dataset = arguments["dataset"]
     ranks = Ranks.of_process_group()
@@ -106,7 +106,7 @@ def feed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def pair_checksum(points: np.ndarray, labels: Ragged) -> int:
-    """Sum modulo 2^64 of splitmix64(splitmix64(point) ^ label) over all pairs."""
+    """Returns the sum modulo 2^64 of splitmix64(splitmix64(point) ^ label) over all pairs."""
     hashed = splitmix64(points.astype(np.uint64))[labels.pairs()[0]]
     return int(splitmix64(hashed ^ labels.values.astype(np.uint64)).sum(dtype=np.uint64))
 

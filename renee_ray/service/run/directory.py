@@ -1,8 +1,8 @@
-"""A run's directory: its configuration, what is known of it, and its checkpoints.
+"""A run's directory: its configuration, its state, and its checkpoints.
 
 run.json            configuration and dataset, as it was started last
 history.json        losses and evaluations (service/run/history.py)
-status.json         how it is (renee_ray/report/status.py)
+status.json         its state (renee_ray/report/status.py)
 lease-TOKEN.json    the driver that trains it now (service/run/lease.py)
 checkpoints/        checkpoint/state.py
 """
@@ -38,7 +38,7 @@ class RunDirectory:
         return filesystem_of(self.path)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run; None where it is not there."""
+        """Reads a JSON file of the run; None where it is not there."""
         found = read_file(f"{self.path}/{name}")
         try:
             content = None if found is None else json.loads(found)
@@ -53,7 +53,7 @@ class RunDirectory:
         replace_file(f"{self.path}/{name}", json.dumps(content, indent=1).encode(), patience)
 
     def config(self) -> RunConfig:
-        """The configuration that the run was started with.
+        """Reads the configuration that the run was started with.
 
         Raises:
             ReneeError: there is no run here.
@@ -81,7 +81,7 @@ class RunDirectory:
         return make_config(RunConfig, config, where=where)
 
     def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
-        """An object in run.json."""
+        """Returns an object in run.json."""
         part = saved.get(name)
         if not isinstance(part, dict):
             raise ReneeError(
@@ -90,7 +90,7 @@ class RunDirectory:
         return part
 
     def dataset(self) -> Dataset:
-        """The dataset that the run was trained on, for its label counts, texts and points.
+        """Opens the dataset that the run was trained on, for its label counts, texts and points.
 
         Raises:
             ReneeError: it is not where it was any more.
@@ -108,9 +108,9 @@ class RunDirectory:
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:
-        """The `best` by the run's `evaluation.metric`, or the `last`, of those that are whole.
+        """Finds the `best` whole checkpoint, by the run's `evaluation.metric`, or the `last`.
 
-        Without a validation split there is no best one: then it is the last.
+        Without a validation split, the best one is the last.
 
         Raises:
             ReneeError: there is none.

@@ -43,7 +43,7 @@ OURS = re.compile(
     rf"{ENCODER}/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 RANGE_BYTES = 1 << 28
-"""Of the classifier in a file, about."""
+"""Bytes of the classifier in a file, about."""
 CPU = torch.device("cpu")
 SCORE = (
     "tokens = tokenizer(text, truncation=True, max_length=max_length); "

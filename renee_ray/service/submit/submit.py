@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
-from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.threads import in_thread
+from renee_ray.service.ray_compat import LARGEST_UPLOAD
 from renee_ray.service.submit.job_files import pack, packed_name
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ def submit(
     if config is not None and file is not None:
         words[words.index(config)] = packed_name(root, file).as_posix()
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
-        large = pack(root, Path(scratch), DASHBOARD_CLIENT_MAX_SIZE, file)
+        large = pack(root, Path(scratch), LARGEST_UPLOAD, file)
         if large:
             shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
             on_progress(f"large files stay here: {shown}")

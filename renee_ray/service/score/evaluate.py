@@ -1,0 +1,50 @@
+"""`renee-ray evaluate`: metrics of a trained run on a split of a dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from renee_ray.config.schema import ScoreConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.data.storage import absolute
+from renee_ray.errors import ReneeError
+from renee_ray.scoring.scorer import Propensities, metric_sums
+from renee_ray.service.feed import scoring_feed
+from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.score.job import ScoringJob, WorkerScorer, check_source
+
+
+def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
+    """Computes metrics of a run's checkpoint on a split.
+
+    Returns:
+        "metrics" in percent, "points", "step" and "split".
+
+    Raises:
+        ReneeError: no run, no checkpoint, a dataset of another kind or with other labels, or
+            no point of the split has a label.
+    """
+    directory = RunDirectory(absolute(run))
+    directory.config()
+    check_source(data, "dataset")
+    points, split = Dataset.open(data), str(score.split)
+    nothing = ReneeError(f"no point of split={split} of {points.path} has a label; give another")
+    counts = points.manifest.statistics.get(split)
+    some = points.manifest.num_points(split) > 0
+    if some and isinstance(counts, dict) and counts.get("label_pairs") == 0:
+        raise nothing
+    found = ScoringJob.checked(directory, points, score).run(evaluate_worker, points, split)
+    if found["metrics"] is None:
+        raise nothing
+    return {"split": split, **found}
+
+
+def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Computes the metrics of all ranks' rows, as one worker; None where no row has a label."""
+    worker = WorkerScorer.of(arguments)
+    labels, ranks, length = worker.labels, worker.ranks, worker.config.encoder.max_length
+    rows = worker.score.batch_size
+    batches = scoring_feed(arguments["points"], arguments["split"], rows, length, ranks)
+    propensities = Propensities.read(labels, worker.scorer.shard.owned, ranks)
+    sums = metric_sums(worker.scorer, batches, propensities)
+    return {"metrics": sums.metrics() if sums.any_label else None}

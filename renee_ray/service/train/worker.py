@@ -1,0 +1,259 @@
+"""A training worker: its model, new or as the last checkpoint left it, and what surrounds it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from renee_ray.checkpoint.resume import resume
+from renee_ray.checkpoint.state import Checkpoint, State, set_moments
+from renee_ray.checkpoint.writer import CheckpointWriter, Written
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset.dataset import Dataset
+from renee_ray.errors import ReneeError
+from renee_ray.model.initialise import initialise_classifier
+from renee_ray.model.model import Model, build_model
+from renee_ray.parallel.batch import Batch
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts
+from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
+from renee_ray.service.launch import quiet, worker_device
+from renee_ray.service.observe.observe import Observer, run_name
+from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
+from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.history import History
+from renee_ray.service.train.preemption import requests
+from renee_ray.training.loop import Plan, Trainer
+
+LAST_ATTEMPTS, LAST_PAUSE_S = 5, 20.0
+"""Attempts to write the last checkpoint, and the pause between two: a disk may be full."""
+
+
+def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Trains as one Ray Train worker, on a fresh start and after every failure."""
+    with prepared(arguments) as (trainer, batches, observer, writer):
+        if trainer.ranks.rank == 0:
+            requests.follow(arguments["channel"])
+        trainer.wish = lambda: requests.take(trainer.state.step)
+        trainer.run(batches)
+        _finish(trainer, writer)
+        observer.stopped = trainer.stopped
+    return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
+
+
+def outcome(state: State, config: RunConfig) -> dict[str, Any]:
+    """Returns what `train` returns, from the state of the last checkpoint."""
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "best": state.best.get(config.evaluation.metric),
+        "validation": state.evaluation["metrics"] if state.evaluation else {},
+    }
+
+
+class Prepared(NamedTuple):
+    """A trainer, the batches that remain for it, its observer and its checkpoint writer."""
+
+    trainer: Trainer
+    batches: Iterator[Batch]
+    observer: Observer
+    writer: CheckpointWriter
+
+
+@contextlib.contextmanager
+def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
+    """Yields what a worker trains with, which is observed until the end of the context."""
+    quiet()
+    worker = _Worker.of(arguments)
+    model, checkpoint, moments = worker.resume()
+    state = checkpoint.state if checkpoint else State(facts=worker.facts(model))
+    with worker.observer(checkpoint, state, arguments["launched_s"]) as observer:
+        writer = worker.writer(model, observer)
+        trainer = worker.trainer(model, state, writer, observer)
+        if checkpoint:
+            set_moments(model.encoder, trainer.optimizer, moments)
+        else:
+            worker.initialise(model, observer)
+        yield Prepared(trainer, worker.batches(trainer), observer, writer)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A worker's share of a run: makes each piece that training needs."""
+
+    config: RunConfig
+    dataset: Dataset
+    ranks: Ranks
+    device: torch.device
+    channel: WorkerChannel
+    orders: Epochs
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> _Worker:
+        config = RunConfig.model_validate(arguments["config"])
+        dataset = _same_dataset(config.data, arguments["manifest_hash"])
+        ranks = Ranks.of_process_group(config.timeout_s)
+        channel = WorkerChannel(arguments["channel"], ranks.rank)
+        channel.forward_warnings()
+        orders = training_orders(config, dataset)
+        return cls(config, dataset, ranks, worker_device(), channel, orders)
+
+    def resume(self) -> tuple[Model, Checkpoint | None, dict[str, Any]]:
+        """Builds the model; if there is a checkpoint, loads it, and the optimizer's moments."""
+
+        def build(checkpoint: Checkpoint | None) -> Model:
+            labels = self.dataset.manifest.num_labels
+            precision = checkpoint.state.facts.get("precision") if checkpoint else None
+            return build_model(
+                self.config, labels, self.ranks, self.device, training=True, precision=precision
+            )
+
+        return resume(RunDirectory(self.config.output).checkpoints(), self.ranks, build)
+
+    def facts(self, model: Model) -> dict[str, Any]:
+        """Returns what every checkpoint of a new run says of the model."""
+        return {
+            "num_labels": self.dataset.manifest.num_labels,
+            "dim": model.encoder.dim,
+            "precision": model.shard.weights.precision,
+            "tokenizer": self.dataset.manifest.tokenizer,
+        }
+
+    def observer(self, checkpoint: Checkpoint | None, state: State, launched_s: float) -> Observer:
+        history = None
+        if self.ranks.rank == 0:
+            earlier = checkpoint.manifest.history if checkpoint else None
+            history = History.read(RunDirectory(self.config.output), state, earlier)
+        return Observer(
+            self.config, self.ranks, self.device, self.channel, state, launched_s, history
+        )
+
+    def writer(self, model: Model, observer: Observer) -> CheckpointWriter:
+        def on_written(written: Written) -> None:
+            if written.committed:
+                observer.checkpointed(written.step, written.seconds, written.bytes)
+            requests.written(written)
+
+        settings = self.config.checkpoint
+        writer = CheckpointWriter(
+            RunDirectory(self.config.output).checkpoints(),
+            self.ranks,
+            settings.keep,
+            self.config.evaluation.metric,
+            settings.background,
+            on_written,
+            observer.flush_history,
+        )
+        writer.reserve(model.encoder, model.shard)
+        return writer
+
+    def trainer(
+        self, model: Model, state: State, writer: CheckpointWriter, observer: Observer
+    ) -> Trainer:
+        owned, settings = model.shard.owned, self.config.evaluation
+        propensities = None
+        if self.dataset.manifest.num_points("validation"):
+            propensities = Propensities.read(self.dataset, owned, self.ranks)
+        trainer = Trainer(
+            config=self.config,
+            model=model,
+            ranks=self.ranks,
+            device=self.device,
+            plan=Plan(
+                tuple(order.num_batches for order in self.orders),
+                settings.every,
+                self.config.checkpoint.every_steps,
+            ),
+            validation=lambda: self._scoring("validation"),
+            propensities=propensities,
+            offset=prior_offset(read_counts(self.dataset, owned), settings.tail, self.device),
+            on_progress=observer.record,
+            on_checkpoint=lambda metrics: self._save(trainer, writer, metrics, observer),
+            state=state,
+            recorder=observer.recorder,
+        )
+        return trainer
+
+    def initialise(self, model: Model, observer: Observer) -> None:
+        """Gives a new model its first classifier weights."""
+        initialise_classifier(
+            model,
+            self.config,
+            self.dataset,
+            lambda: self._scoring("train"),
+            self.ranks,
+            self.device,
+            observer.recorder,
+            self.channel.say,
+        )
+
+    def batches(self, trainer: Trainer) -> Iterator[Batch]:
+        """Returns the batches from the trainer's position to the end of the run."""
+        return feed(
+            self.dataset,
+            self.orders,
+            self.ranks.rank,
+            self.ranks.num_ranks,
+            start=trainer.state.position,
+            max_length=self.config.encoder.max_length,
+            pad_multiple=8 if self.config.encoder.compile else 1,
+            prefetch=self.config.feed.prefetch,
+            run=run_name(self.config),
+        )
+
+    def _scoring(self, split: str) -> Iterator[Batch]:
+        rows, length = self.config.evaluation.batch_size, self.config.encoder.max_length
+        return scoring_feed(self.dataset, split, rows, length, self.ranks)
+
+    def _save(
+        self,
+        trainer: Trainer,
+        writer: CheckpointWriter,
+        metrics: dict[str, float],
+        observer: Observer,
+    ) -> None:
+        """Starts a checkpoint, and reports the evaluation before it, if there was one."""
+        state, model = trainer.state, trainer.model
+        observer.recorder.enter("checkpoint")
+        if metrics:
+            observer.evaluated(state.step, metrics)
+        observer.write_history()  # which the checkpoint's commit waits for
+        writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
+        if metrics and self.ranks.rank == 0:
+            self.channel.say(evaluation_line(state.step, metrics))
+
+
+def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
+    """Waits for the last checkpoint, which the run must have; all ranks alike.
+
+    Raises:
+        ReneeError: it could not be written.
+    """
+    state, model = trainer.state, trainer.model
+    last = state.evaluation
+    metrics = last["metrics"] if last and last["step"] == state.step else {}
+    for _ in range(LAST_ATTEMPTS):
+        if writer.wait():
+            return
+        time.sleep(LAST_PAUSE_S)
+        writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
+    if not writer.wait():
+        raise ReneeError(
+            f"the last checkpoint of {trainer.config.output}, of step {state.step}, cannot be "
+            f"written; see the warnings, then give the same command again"
+        )
+
+
+def _same_dataset(path: str, manifest_hash: str) -> Dataset:
+    """Opens the dataset that the driver found; the manifest, which may be large, is read anew."""
+    dataset = Dataset.without_check(path)
+    if dataset.manifest.hash != manifest_hash:
+        raise ReneeError(
+            f"{path} was converted anew while it was trained on; train to another output"
+        )
+    return dataset
