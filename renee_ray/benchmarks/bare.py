@@ -8,7 +8,7 @@ each position, their tokens dropped already. No loss, no progress, no checkpoint
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -27,8 +27,7 @@ from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.training.loop import Plan, Trainer
-from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.weights.storages import SGD
+from renee_ray.xfc.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -95,19 +94,9 @@ class ClockedShard(Shard):
         clocked.seconds = []
         return clocked
 
-    def step(
-        self,
-        embeddings: Tensor,
-        positives: Pairs,
-        sgd: SGD,
-        *,
-        with_loss: bool = False,
-        on_gradient: Callable[[Tensor], None] = lambda gradient: None,
-    ) -> Tensor:
+    def step(self, *arguments: Any, **options: Any) -> Tensor:
         start = time.perf_counter()
-        loss = super().step(
-            embeddings, positives, sgd, with_loss=with_loss, on_gradient=on_gradient
-        )
+        loss = super().step(*arguments, **options)
         self.seconds.append(time.perf_counter() - start)
         return loss
 
@@ -116,14 +105,9 @@ def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, 
     """Runs `time_bare_steps` in processes of its own; returns what rank 0 returned."""
     config = job.config
     return run_processes(
-        time_bare_steps,
-        {"job": job},
-        config.max_workers,
-        use_gpu=job.use_gpu,
-        timeout_s=config.timeout_s,
-        environment=environment,
-        niceness=niceness,
-    )
+        time_bare_steps, {"job": job}, config.max_workers, use_gpu=job.use_gpu,
+        timeout_s=config.timeout_s, environment=environment, niceness=niceness,
+    )  # fmt: skip
 
 
 def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:

@@ -59,12 +59,9 @@ def _process(
         torch.cuda.set_device(device)
     if num_ranks > 1:
         dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
-            init_method=f"file://{directory}/rendezvous",
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
-        )
+            "nccl" if use_gpu else "gloo", init_method=f"file://{directory}/rendezvous",
+            rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
     try:
         found = function(Ranks.of_process_group(timeout_s), device, **arguments)
         if rank == 0:

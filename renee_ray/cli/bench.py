@@ -31,13 +31,9 @@ def _count(name: str, default: int | None, text: str, minimum: int = 1) -> Calla
 
 def _sizes(function: Any) -> Any:
     """The flags of every benchmark of a classifier on one device."""
-    for flag in (
-        _count("--batch", 256, "Rows of a global batch."),
-        _count("--dim", 384, "Dimension of the embeddings."),
-        _count("--labels", 131072, "Labels."),
-    ):
-        function = flag(function)
-    return function
+    function = _count("--batch", 256, "Rows of a global batch.")(function)
+    function = _count("--dim", 384, "Dimension of the embeddings.")(function)
+    return _count("--labels", 131072, "Labels.")(function)
 
 
 _repeats = _count("--repeats", 5, "Timed rounds.")

@@ -101,9 +101,7 @@ def state_of(content: Mapping[str, Any], age: float) -> tuple[str, str]:
     if state in ("finished", "stopped", "failed"):
         return state, reason
     if age > (STARTING_S if state == "waiting" else SILENT_S):
-        before = (
-            f"waiting {reason}" if state == "waiting" else f"in phase `{content.get('phase')}`"
-        )
+        before = f"waiting {reason}" if state == "waiting" else f"in phase `{content.get('phase')}`"
         return "unknown", f"nothing was heard for {duration(age)}; it was {before}"
     if state == "waiting":
         return state, reason

@@ -54,8 +54,8 @@ def leave_ray(orderly: bool) -> None:
     orderly: no thread is inside Ray, whose shutdown would crash then. A cluster that was joined
         is left only in this case.
     """
-    if started_here():
-        ray_compat.remove_spilled_objects()
+    if (node := ray_compat.started_node()) is not None:
+        node.destroy_external_storage()  # objects that were spilled to disk
     elif orderly:
         ray.shutdown()
     for act in (psutil.Process.suspend, psutil.Process.kill):  # none can start another meanwhile

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from itertools import islice
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +37,7 @@ READ_CPUS = 0.25
 """CPUs of a reading task: several share the one that the workers leave free."""
 
 
-class Epochs(Sequence[Order]):
+class Epochs:
     """The order of each epoch, made when it is asked for; the last two are kept.
 
     An order names every part of the dataset, so those of all epochs would fill the memory.
@@ -50,14 +49,11 @@ class Epochs(Sequence[Order]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, epoch: int) -> Order: ...
-    @overload
-    def __getitem__(self, epoch: slice) -> list[Order]: ...
-    def __getitem__(self, epoch: int | slice) -> Order | list[Order]:
-        if isinstance(epoch, slice):
-            return [self._made(each) for each in range(self._count)[epoch]]
+    def __getitem__(self, epoch: int) -> Order:
         return self._made(range(self._count)[epoch])
+
+    def __iter__(self) -> Iterator[Order]:
+        return map(self._made, range(self._count))
 
 
 def training_orders(config: RunConfig, dataset: Dataset) -> Epochs:
@@ -70,16 +66,10 @@ def training_orders(config: RunConfig, dataset: Dataset) -> Epochs:
 
     def make(epoch: int) -> Order:
         return training_order(
-            points,
-            list(texts) if manifest.has_label_texts else [],
-            augment=config.feed.augment,
-            texts=OTHER_TEXTS if others else "labels",
-            seed=config.seed,
-            epoch=epoch,
-            batch_size=config.batch_size,
-            streams=config.feed.streams,
-            window=config.feed.window,
-        )
+            points, list(texts) if manifest.has_label_texts else [], augment=config.feed.augment,
+            texts=OTHER_TEXTS if others else "labels", seed=config.seed, epoch=epoch,
+            batch_size=config.batch_size, streams=config.feed.streams, window=config.feed.window,
+        )  # fmt: skip
 
     return Epochs(make, config.epochs)
 
@@ -97,7 +87,7 @@ def scoring_feed(
 
 def feed(
     dataset: Dataset,
-    orders: Sequence[Order],
+    orders: Sequence[Order] | Epochs,
     rank: int,
     num_ranks: int,
     *,

@@ -35,11 +35,7 @@ from renee_ray.service.policies import (
     user_error,
     workers_beside_reading,
 )
-from renee_ray.service.ray_compat import (
-    DatasetsCallback,
-    PlacementGroupCleanerCallback,
-    node_cpus,
-)
+from renee_ray.service.ray_compat import DatasetsCallback, PlacementGroupCleanerCallback, node_cpus
 from renee_ray.service.run.lease import LeaseLost
 from renee_ray.service.train.preemption import CheckpointBeforeResize, SignalHandler
 from renee_ray.signals import at_signals
@@ -70,11 +66,28 @@ def launch(
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
     """
     check_placement(config, use_gpu, ray.nodes())
+    grace_s = config.checkpoint.grace_s
     # Checkpoints are our own business, so Ray Train has nothing to keep.
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
-        trainer = _trainer(_worker(function, config, use_gpu), arguments, config, use_gpu, scratch)
+        trainer = _Trainer(
+            _worker(function, config, use_gpu),
+            train_loop_config=arguments,
+            torch_config=TorchConfig(timeout_s=config.timeout_s),
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+                num_workers=config.num_workers,  # type: ignore[arg-type]
+                elastic_resize_monitor_interval_s=config.regroup_s,
+                use_gpu=use_gpu,
+                **placement(config, use_gpu),
+            ),
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+                storage_path=scratch,
+                name="job",
+                failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
+                callbacks=[SignalHandler(grace_s), CheckpointBeforeResize(grace_s)],
+                worker_runtime_env={"env_vars": worker_environment()},
+            ),
+        )
         try:
-            grace_s = config.checkpoint.grace_s
             return interruptible(trainer.fit, on_stop, grace_s, check).return_value
         except LeaseLost:  # raised by `check`, in this process
             raise
@@ -129,34 +142,6 @@ class _Trainer(TorchTrainer):
         if scaling.elasticity_enabled:
             of_controller["scaling_policy"] = Elastic(scaling)
         return super()._initialize_and_run_controller(**of_controller)  # type: ignore[misc]
-
-
-def _trainer(
-    function: Callable[[dict[str, Any]], Any],
-    arguments: dict[str, Any],
-    config: RunConfig,
-    use_gpu: bool,
-    scratch: str,
-) -> TorchTrainer:
-    grace_s = config.checkpoint.grace_s
-    return _Trainer(
-        function,
-        train_loop_config=arguments,
-        torch_config=TorchConfig(timeout_s=config.timeout_s),
-        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
-            num_workers=config.num_workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=config.regroup_s,
-            use_gpu=use_gpu,
-            **placement(config, use_gpu),
-        ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
-            storage_path=scratch,
-            name="job",
-            failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-            callbacks=[SignalHandler(grace_s), CheckpointBeforeResize(grace_s)],
-            worker_runtime_env={"env_vars": worker_environment()},
-        ),
-    )
 
 
 def placement(config: RunConfig, use_gpu: bool) -> dict[str, Any]:

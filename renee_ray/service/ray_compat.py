@@ -45,10 +45,7 @@ LAZY = {
     "DatasetsCallback": f"{TRAIN}.callbacks.datasets",
     "PlacementGroupCleanerCallback": f"{TRAIN}.callbacks.placement_group_callback",
 }
-"""Name -> module of what is imported when it is first asked for.
-
-A conversion and its tasks, which need none of it, start 0.6 s sooner without Ray Train.
-"""
+"""Name -> module. Imported when first asked for: a conversion starts 0.6 s sooner without it."""
 
 LARGEST_UPLOAD = ray_constants.DASHBOARD_CLIENT_MAX_SIZE
 """Bytes of the largest package that a job server takes. Check that the server still has it."""
@@ -56,14 +53,12 @@ node_cpus = utils.get_num_cpus
 """CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
 LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Variable that `on_loopback` sets to "0" for Ray's processes, which inherit it."""
-KEEP_IDLE_MS = 60_000
-"""Milliseconds after which an idle process ends. By default it ends after one second, between two
-windows of rows, and to start another takes one core for four seconds."""
-SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": KEEP_IDLE_MS}
-"""For `ray.init(_system_config=...)`. Check the key in Ray's ray_config_def.h."""
+SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": 60_000}
+"""For `ray.init(_system_config=...)`: by default an idle process ends after a second, between two
+windows of rows, and a new one takes a core for four. Check the key in Ray's ray_config_def.h."""
 UNUSED = ("log_monitor", "dashboard", "monitor")
-"""Processes of Ray's that a local cluster has no use for. They send logs to a driver that shows
-none; report, where no dashboard is asked for, that Ray is used; and look after other nodes."""
+"""Ray's processes that a local cluster has no use for: they send logs to a driver that shows none,
+report that Ray is used, and look after other nodes."""
 
 
 def __getattr__(name: str) -> Any:
@@ -82,17 +77,9 @@ def started_node() -> Any:
 
 
 def end_unused() -> None:
-    """Ends processes of the Ray that was started here, for which Ray has no switch.
-
-    Check that the node still has a `kill_NAME` for each of UNUSED.
-    """
+    """Ends UNUSED of the Ray that was started here. Check that the node still has `kill_NAME`."""
     for name in UNUSED:
         getattr(started_node(), f"kill_{name}")(check_alive=False)
-
-
-def remove_spilled_objects() -> None:
-    """Removes what the Ray that was started here has written to disk, before it is killed."""
-    started_node().destroy_external_storage()
 
 
 def cpus_of_worker(scaling_config: Any) -> float:
@@ -111,9 +98,8 @@ def silence_token_notice() -> None:
 def sigterm_left_alone() -> Iterator[None]:
     """Keeps a handler of SIGTERM that somebody has set, while Ray starts.
 
-    Ray would replace it by one that ends the process by SystemExit. Its C++ part would add
-    another below Python's, which prints a stack. Check that `ray.init` still sets its handler
-    by `utils.set_sigterm_handler`.
+    Ray would replace it by one that raises SystemExit, and add one in C++ that prints a stack.
+    Check that `ray.init` still sets its handler by `utils.set_sigterm_handler`.
     """
     handler, set_by_ray = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
     ours = threading.current_thread() is threading.main_thread() and handler != signal.SIG_DFL
@@ -157,9 +143,8 @@ def on_loopback() -> Iterator[None]:
 def replica_on_loopback() -> None:
     """Puts the server of a Serve replica in a local Ray on 127.0.0.1, before it starts.
 
-    That server unpickles what it gets. Serve opens it on every interface after the replica's
-    constructor, although nothing uses it by default, and has no switch. Check that the replica
-    still opens it by `add_port_to_grpc_server`.
+    That server unpickles what it gets. Serve opens it on every interface, unused, after the
+    replica's constructor. Check that it still does so by `add_port_to_grpc_server`.
     """
     if os.environ.get(LOCAL_ONLY) != "0":
         return

@@ -104,15 +104,11 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def _without_ray(config: RunConfig, arguments: dict[str, Any], use_gpu: bool) -> dict[str, float]:
+    environment = worker_environment(threads_of(config, use_gpu, config.max_workers))
     found = run_processes(
-        time_steps,
-        arguments,
-        config.max_workers,
-        use_gpu=use_gpu,
-        timeout_s=TIMEOUT_S,
-        environment=worker_environment(threads_of(config, use_gpu, config.max_workers)),
-        niceness=NICENESS,
-    )
+        time_steps, arguments, config.max_workers, use_gpu=use_gpu, timeout_s=TIMEOUT_S,
+        environment=environment, niceness=NICENESS,
+    )  # fmt: skip
     return {f"bare_{name}": found[name] for name in ("step_s", "one_worker_step_s", "speedup")}
 
 

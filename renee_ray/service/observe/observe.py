@@ -204,11 +204,7 @@ class Status:
     """Writes RUN/status.json, which renee_ray/report/status.py reads, and RUN/history.json."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        state: State,
-        launched_s: float,
-        history: History,
+        self, config: RunConfig, state: State, launched_s: float, history: History
     ) -> None:
         self._config, self._state, self._launched_s = config, state, launched_s
         self._directory = RunDirectory(config.output)

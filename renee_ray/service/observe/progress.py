@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -21,6 +22,8 @@ FLUSH_SECONDS = 5
 WATCH_SECONDS, LATE_SECONDS = 2.0, 0.5
 """Seconds between two looks at who is silent. Each calls an actor on the workers' cores."""
 SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
+FIELDS = ("epoch", "loss", "rows_per_second", "padding", "encoder_lr", "classifier_lr")
+Show = Callable[[dict[str, Any]], None]
 
 
 class WorkerChannel:
@@ -93,7 +96,7 @@ class Display:
         self.channel.close()
 
     def _run(self) -> None:
-        show = _Bar if self._console.is_terminal else _Lines
+        show = _bar if self._console.is_terminal else _lines
         with show(self._console) as shown:
             while True:
                 # What workers sent last may come after what this process sent.
@@ -120,68 +123,49 @@ class Display:
             yield {"text": complaint}
 
 
-class _Bar:
-    """A rich progress bar."""
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[Show]:
+    """Shows records as a progress bar."""
+    task: Any = None
+    with Progress(
+        TextColumn("epoch {task.fields[epoch]:.2f}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rows_per_second]:.0f} rows/s  "
+                   "{task.fields[padding]:.0%} padding  "
+                   "lr {task.fields[encoder_lr]:.1e}/{task.fields[classifier_lr]:.1e}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:  # fmt: skip
 
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]:.2f}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} rows/s  "
-                       "{task.fields[padding]:.0%} padding  "
-                       "lr {task.fields[lr]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )  # fmt: skip
-        self._task: Any = None
+        def show(record: dict[str, Any]) -> None:
+            nonlocal task
+            if "text" in record:
+                progress.console.print(record["text"], markup=False)
+                return
+            fields = {name: record[name] for name in FIELDS}
+            if task is None:
+                task = progress.add_task("", total=record["total_steps"], **fields)
+            progress.update(task, completed=record["step"], **fields)
 
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        self._progress.start()
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _show(self, record: dict[str, Any]) -> None:
-        if "text" in record:
-            self._progress.console.print(record["text"], markup=False)
-            return
-        fields = {
-            "epoch": record["epoch"],
-            "loss": record["loss"],
-            "rate": record["rows_per_second"],
-            "padding": record["padding"],
-            "lr": f"{record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}",
-        }
-        if self._task is None:
-            self._task = self._progress.add_task("", total=record["total_steps"], **fields)
-        self._progress.update(self._task, completed=record["step"], **fields)
+        yield show
 
 
-class _Lines:
-    """A line every LINE_SECONDS, for logs."""
+@contextlib.contextmanager
+def _lines(console: Console) -> Iterator[Show]:
+    """Shows a record as a line every LINE_SECONDS, for logs."""
+    last = -float(LINE_SECONDS)
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._last = console, -float(LINE_SECONDS)
+    def show(record: dict[str, Any]) -> None:
+        nonlocal last
+        text, now = record.get("text"), time.monotonic()
+        if text is None:
+            if now - last < LINE_SECONDS and record["step"] != record["total_steps"]:
+                return
+            last, text = now, line(record)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def _show(self, record: dict[str, Any]) -> None:
-        if "text" in record:
-            self._write(record["text"])
-        elif (
-            time.monotonic() - self._last >= LINE_SECONDS or record["step"] == record["total_steps"]
-        ):
-            self._last = time.monotonic()
-            self._write(line(record))
-
-    def _write(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    yield show
 
 
 def line(record: dict[str, Any]) -> str:

@@ -288,23 +288,20 @@ def _who(claim: dict[str, Any]) -> str:
 def _gone(claim: dict[str, Any]) -> bool:
     """Returns whether a claim's process, of this machine and PID namespace, has ended."""
     pid, started, here = claim.get("pid"), claim.get("started_s"), machine()
-    if type(pid) is not int or pid <= 0 or not isinstance(started, int | float):
-        return False
     if not here or claim.get("machine") != here:
+        return False
+    if type(pid) is not int or pid <= 0 or not isinstance(started, int | float):
         return False
     try:
         os.kill(pid, 0)
+        if psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return True
         # Another process may have the number now; the time of boot is known to the second.
-        return ended(pid) or abs(started_s(pid) - started) > 2
+        return abs(started_s(pid) - started) > 2
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError, psutil.Error):  # nobody knows: its heartbeat decides
+    except (OSError, OverflowError, psutil.Error):  # unknown: the heartbeat decides
         return False
-
-
-def ended(pid: int) -> bool:
-    """Returns whether a process has ended, and is not yet waited for."""
-    return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def started_s(pid: int) -> float:

@@ -25,11 +25,8 @@ def most_frequent(
 ) -> Ints:
     """Predicts the k labels with the most training points for all n points, but for filters.
 
-    Args:
-        train_count: int64 [L], training points of each label.
-
-    Raises:
-        ValueError: the offsets are not those of n points.
+    train_count: int64 [L], training points of each label. Raises ValueError if the offsets are not
+    those of n points.
     """
     _check_offsets(filter_offsets, filter_values, n)
     filters = np.diff(filter_offsets)
@@ -60,15 +57,9 @@ def nearest_label_text(
 ) -> Ints:
     """Predicts the k labels whose texts' embeddings have the largest cosine with the point's.
 
-    This is zero-shot. Points go in blocks, so that the scores of all points and labels never
-    exist together.
-
-    Args:
-        point_embeddings: float32 [n, D], not necessarily normalised.
-        label_embeddings: float32 [L, D], likewise.
-
-    Raises:
-        ValueError: the offsets are not those of n points.
+    point_embeddings: float32 [n, D]; label_embeddings: float32 [L, D]; neither need be normalised.
+    Points go in blocks, so that scores of all points and labels never exist together. Raises
+    ValueError if the offsets are not those of n points.
     """
     n, num_labels = len(point_embeddings), len(label_embeddings)
     _check_offsets(filter_offsets, filter_values, n)

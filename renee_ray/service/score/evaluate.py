@@ -9,9 +9,8 @@ from renee_ray.data.dataset.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.scoring.scorer import Propensities, metric_sums
-from renee_ray.service.feed import scoring_feed
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.score.job import ScoringJob, WorkerScorer, check_source
+from renee_ray.service.score.job import ScoringJob, check_source
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
@@ -41,10 +40,9 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
 
 def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Computes the metrics of all ranks' rows, as one worker; None where no row has a label."""
-    worker = WorkerScorer.of(arguments)
-    labels, ranks, length = worker.labels, worker.ranks, worker.config.encoder.max_length
-    rows = worker.score.batch_size
-    batches = scoring_feed(arguments["points"], arguments["split"], rows, length, ranks)
-    propensities = Propensities.read(labels, worker.scorer.shard.owned, ranks)
-    sums = metric_sums(worker.scorer, batches, propensities)
+    job: ScoringJob = arguments["job"]
+    scorer = job.load_scorer()
+    batches = job.batches(arguments["points"], arguments["split"], scorer.ranks)
+    propensities = Propensities.read(job.labels, scorer.shard.owned, scorer.ranks)
+    sums = metric_sums(scorer, batches, propensities)
     return {"metrics": sums.metrics() if sums.any_label else None}

@@ -6,20 +6,20 @@ whatever number of workers wrote it, and scores its own rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.fs as pafs
 import torch
 
-from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import EvalConfig, RunConfig, ScoreConfig
 from renee_ray.data.dataset.dataset import Dataset, has_manifest
 from renee_ray.data.storage import absolute, filesystem_of, patiently
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.model.model import build_model
+from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import Scorer, prior_offset, read_counts
@@ -34,13 +34,15 @@ from renee_ray.service.score.labels import check_labels
 class ScoringJob:
     """A run that is about to score, with everything checked that can be before there is Ray.
 
-    labels: the dataset whose labels are predicted; voters: the one whose training points vote.
+    checkpoint: named once for all workers, since a training beside us may publish another; step:
+    its step; labels: the dataset whose labels are predicted; voters: the one whose points vote.
     """
 
     directory: RunDirectory
     config: RunConfig
     score: ScoreConfig
-    checkpoint: Checkpoint
+    checkpoint: str
+    step: int
     labels: Dataset
     voters: Dataset | None
 
@@ -57,81 +59,50 @@ class ScoringJob:
         check_positions(config.encoder, labels.manifest.max_length)
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
-        checkpoint = directory.checkpoint(score.checkpoint)
-        return cls(directory, config, score, checkpoint, labels, voters)
-
-    @property
-    def workers(self) -> int:
-        return self.config.max_workers
+        found = directory.checkpoint(score.checkpoint)
+        return cls(directory, config, score, found.name, found.state.step, labels, voters)
 
     def run(
-        self,
-        worker: Callable[[dict[str, Any]], dict[str, Any]],
-        points: Dataset,
-        split: str,
-        **arguments: Any,
+        self, worker: Callable[[dict[str, Any]], Any], points: Dataset, split: str, **more: Any
     ) -> dict[str, Any]:
-        """Runs `worker` on every worker; returns "step", "points" and what rank 0 returned.
+        """Runs `worker` with "job", "points", "split" and `more` on every worker.
 
-        Args:
-            worker: is given `points`, `split`, `arguments` and what `WorkerScorer.of` reads.
+        Returns:
+            "step", "points", and what rank 0 returned.
         """
         rows = points.manifest.num_points(split)
         if not rows:
             raise ReneeError(f"{points.path} has no points in split={split}; choose another")
-        ensure_ray(self.workers + 1)
-        use_gpu = decide_gpu(self.score.use_gpu, self.workers)
-        shared = {
-            "config": self.config.model_dump(),
-            "score": self.score.model_dump(),
-            "points": points,
-            "split": split,
-            "labels": self.labels,
-            "voters": self.voters,
-            "run": self.directory.path,
-            # Named once for all workers: a training beside us may publish another meanwhile.
-            "checkpoint": self.checkpoint.name,
-        }
-        found = launch(worker, shared | arguments, self.config, use_gpu)
-        return {"step": self.checkpoint.state.step, "points": rows, **found}
+        workers = self.config.max_workers
+        ensure_ray(workers + 1)
+        use_gpu = decide_gpu(self.score.use_gpu, workers)
+        arguments = {"job": self, "points": points, "split": split, **more}
+        found = launch(worker, arguments, self.config, use_gpu)
+        return {"step": self.step, "points": rows, **found}
 
-
-@dataclass(frozen=True)
-class WorkerScorer:
-    """One worker's scorer, loaded from the checkpoint, and the job's settings."""
-
-    scorer: Scorer
-    config: RunConfig
-    score: ScoreConfig
-    labels: Dataset
-    voters: Dataset | None
-    ranks: Ranks
-    device: torch.device
-
-    @classmethod
-    def of(cls, arguments: dict[str, Any]) -> WorkerScorer:
-        """Loads encoder, label range and voters of a job's worker; a collective of all ranks."""
+    def load_scorer(self) -> Scorer:
+        """Loads encoder, label range and voters in a worker; a collective of all ranks."""
         quiet()
-        config = RunConfig.model_validate(arguments["config"])
-        score = ScoreConfig.model_validate(arguments["score"])
-        labels: Dataset = arguments["labels"]
-        voters: Dataset | None = arguments["voters"]
-        checkpoint = RunDirectory(arguments["run"]).checkpoints().at(arguments["checkpoint"])
-        ranks, device = Ranks.of_process_group(config.timeout_s), worker_device()
+        ranks, device = Ranks.of_process_group(self.config.timeout_s), worker_device()
+        checkpoint = self.directory.checkpoints().at(self.checkpoint)
+        num_labels = self.labels.manifest.num_labels
         precision = checkpoint.state.facts.get("precision")
         model = build_model(
-            config, labels.manifest.num_labels, ranks, device, training=False, precision=precision
+            self.config, num_labels, ranks, device, training=False, precision=precision
         )
         checkpoint.load_encoder(model.encoder)
         checkpoint.load_shard(model.shard, momentum=False)
-        offset = prior_offset(
-            read_counts(labels, model.shard.owned), config.evaluation.tail, device
-        )
+        counts = read_counts(self.labels, model.shard.owned)
+        offset = prior_offset(counts, self.config.evaluation.tail, device)
         neighbours = None
-        if voters is not None:
-            neighbours = embed_voters(config, voters, model.encoder, ranks, device)
-        scorer = Scorer(model.encoder, model.shard, ranks, device, offset, neighbours)
-        return cls(scorer, config, score, labels, voters, ranks, device)
+        if self.voters is not None:
+            neighbours = embed_voters(self.config, self.voters, model.encoder, ranks, device)
+        return Scorer(model.encoder, model.shard, ranks, device, offset, neighbours)
+
+    def batches(self, points: Dataset, split: str, ranks: Ranks, **options: int) -> Iterator[Batch]:
+        """Returns this rank's rows of a split; `options` are those of `scoring_order`."""
+        rows, length = self.score.batch_size, self.config.encoder.max_length
+        return scoring_feed(points, split, rows, length, ranks, **options)
 
 
 def embed_voters(

@@ -19,10 +19,9 @@ from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.scoring.scorer import topk_bytes
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import scoring_feed
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.output import Output
-from renee_ray.service.score.job import ScoringJob, WorkerScorer, check_source
+from renee_ray.service.score.job import ScoringJob, check_source
 from renee_ray.service.score.predictions import Layout, Writer
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
 
@@ -62,20 +61,17 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split}
     with contextlib.ExitStack() as stack:
-        scratch = []
         if raw:
-            directory_of_texts = stack.enter_context(output.scratch(SCRATCH))
-            ensure_ray(job.workers + 1)
+            scratch = stack.enter_context(output.scratch(SCRATCH))
+            ensure_ray(job.config.max_workers + 1)
             length = min(job.config.encoder.max_length, labels.manifest.max_length)
-            points, replaced = tokenise_texts(src, directory_of_texts, labels, length)
+            points, replaced = tokenise_texts(src, scratch, labels, length)
             split, facts = TEXT_SPLIT, {"source": src, "replaced_lines": replaced}
-            scratch = [f"{SCRATCH}/"]
         rows = points.manifest.num_points(split)
-        layout = Layout(rows, job.workers, job.score.batch_size, job.score.k)
+        layout = Layout(rows, job.config.max_workers, job.score.batch_size, job.score.k)
         parts = layout.parts()
-        found = job.run(
-            predict_worker, points, split, layout=layout, output=output, files=[*parts, *scratch]
-        )
+        files = [*parts, f"{SCRATCH}/"] if raw else parts
+        found = job.run(predict_worker, points, split, layout=layout, output=output, files=files)
         if "refused" in found:
             raise ReneeError(found["refused"])
     found = {**facts, **found}
@@ -114,27 +110,23 @@ def _bounded(score: ScoreConfig, num_labels: int) -> ScoreConfig:
 
 def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Writes the predictions of this worker's rows; or returns why memory does not suffice."""
-    worker = WorkerScorer.of(arguments)
+    job: ScoringJob = arguments["job"]
     layout: Layout = arguments["layout"]
     output: Output = arguments["output"]
-    ranks, score = worker.ranks, worker.score
-    free = _free_bytes(worker.device)
-    if refused := beyond_memory(layout, worker.labels, worker.voters, ranks, free):
+    scorer, k = job.load_scorer(), job.score.k
+    ranks, free = scorer.ranks, _free_bytes(scorer.device)
+    if refused := beyond_memory(layout, job.labels, job.voters, ranks, free):
         return {"refused": refused}
     if ranks.rank == 0:  # only now, when nothing refuses, may earlier predictions go
         output.claim(arguments["files"])
-    points, split, length = (
-        arguments["points"],
-        arguments["split"],
-        worker.config.encoder.max_length,
-    )
-    batches = scoring_feed(points, split, score.batch_size, length, ranks, window=layout.window)
+    points, split = arguments["points"], arguments["split"]
+    batches = job.batches(points, split, ranks, window=layout.window)
     all_sum(ranks, torch.zeros(1))  # nobody writes before the claim
-    writer = Writer(output.path, layout.part_rows, worker.labels if score.texts else None)
-    for batch, scores, best in worker.scorer.predict(batches, score.k):
+    writer = Writer(output.path, layout.part_rows, job.labels if job.score.texts else None)
+    for batch, scores, best in scorer.predict(batches, k):
         writer.add(batch, best.numpy(), scores.numpy())
     writer.close()
-    return {"k": score.k}
+    return {"k": k}
 
 
 def _free_bytes(device: torch.device) -> int:

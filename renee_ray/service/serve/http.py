@@ -100,11 +100,7 @@ def question_model(config: ServeConfig) -> type[Question]:
 
 
 def parse(model: type[Question], body: bytes) -> Question:
-    """Parses a body.
-
-    Raises:
-        Refused: it is no JSON in UTF-8, or no question within the limits.
-    """
+    """Parses a body; raises Refused if it is no JSON, or no question within the limits."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -186,11 +182,7 @@ async def _before(until: float, work: Awaitable[T], late: Refused) -> T:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Reads a request's body.
-
-    Raises:
-        Refused: it is no JSON by its header, or longer than the limit.
-    """
+    """Reads a body; raises Refused if its header says no JSON, or it exceeds the limit."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, "send JSON with the header 'Content-Type: application/json'")

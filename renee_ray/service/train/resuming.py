@@ -23,10 +23,7 @@ MAY_CHANGE = {
 
 
 def resumed(
-    config: RunConfig,
-    directory: RunDirectory,
-    dataset: Dataset,
-    on_progress: Callable[[str], None],
+    config: RunConfig, directory: RunDirectory, dataset: Dataset, on_progress: Callable[[str], None]
 ) -> RunConfig:
     """Returns the configuration to go on with: what is not given now is as the run has it.
 

@@ -69,22 +69,38 @@ class Prepared(NamedTuple):
 def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
     """Yields what a worker trains with, which is observed until the end of the context."""
     quiet()
-    worker = _Worker.of(arguments)
-    model, checkpoint, moments = worker.resume()
-    state = checkpoint.state if checkpoint else State(facts=worker.facts(model))
-    with worker.observer(checkpoint, state, arguments["launched_s"]) as observer:
-        writer = worker.writer(model, observer)
-        trainer = worker.trainer(model, state, writer, observer)
+    share = _Share.of(arguments)
+    config, ranks, directory = share.config, share.ranks, RunDirectory(share.config.output)
+    model, checkpoint, moments = resume(directory.checkpoints(), ranks, share.model)
+    state = checkpoint.state if checkpoint else State(facts=share.facts(model))
+    history = None
+    if ranks.rank == 0:
+        earlier = checkpoint.manifest.history if checkpoint else None
+        history = History.read(directory, state, earlier)
+    launched_s = arguments["launched_s"]
+    with Observer(
+        config, ranks, share.device, share.channel, state, launched_s, history
+    ) as observer:
+        writer = share.writer(model, observer)
+        trainer = share.trainer(model, state, writer, observer)
         if checkpoint:
             set_moments(model.encoder, trainer.optimizer, moments)
         else:
-            worker.initialise(model, observer)
-        yield Prepared(trainer, worker.batches(trainer), observer, writer)
+            initialise_classifier(
+                model, config, share.dataset, lambda: share.scoring("train"), ranks, share.device,
+                observer.recorder, share.channel.say,
+            )  # fmt: skip
+        batches = feed(
+            share.dataset, share.orders, ranks.rank, ranks.num_ranks, start=state.position,
+            max_length=config.encoder.max_length, pad_multiple=8 if config.encoder.compile else 1,
+            prefetch=config.feed.prefetch, run=run_name(config),
+        )  # fmt: skip
+        yield Prepared(trainer, batches, observer, writer)
 
 
 @dataclass(frozen=True)
-class _Worker:
-    """A worker's share of a run: makes each piece that training needs."""
+class _Share:
+    """A worker's share of a run: its rank and device, and the pieces that training needs."""
 
     config: RunConfig
     dataset: Dataset
@@ -94,7 +110,7 @@ class _Worker:
     orders: Epochs
 
     @classmethod
-    def of(cls, arguments: dict[str, Any]) -> _Worker:
+    def of(cls, arguments: dict[str, Any]) -> _Share:
         config = RunConfig.model_validate(arguments["config"])
         dataset = _same_dataset(config.data, arguments["manifest_hash"])
         ranks = Ranks.of_process_group(config.timeout_s)
@@ -103,17 +119,13 @@ class _Worker:
         orders = training_orders(config, dataset)
         return cls(config, dataset, ranks, worker_device(), channel, orders)
 
-    def resume(self) -> tuple[Model, Checkpoint | None, dict[str, Any]]:
-        """Builds the model; if there is a checkpoint, loads it, and the optimizer's moments."""
-
-        def build(checkpoint: Checkpoint | None) -> Model:
-            labels = self.dataset.manifest.num_labels
-            precision = checkpoint.state.facts.get("precision") if checkpoint else None
-            return build_model(
-                self.config, labels, self.ranks, self.device, training=True, precision=precision
-            )
-
-        return resume(RunDirectory(self.config.output).checkpoints(), self.ranks, build)
+    def model(self, checkpoint: Checkpoint | None) -> Model:
+        """Builds a model, with the precision of a checkpoint that it will be loaded from."""
+        precision = checkpoint.state.facts.get("precision") if checkpoint else None
+        return build_model(
+            self.config, self.dataset.manifest.num_labels, self.ranks, self.device, training=True,
+            precision=precision,
+        )  # fmt: skip
 
     def facts(self, model: Model) -> dict[str, Any]:
         """Returns what every checkpoint of a new run says of the model."""
@@ -124,14 +136,9 @@ class _Worker:
             "tokenizer": self.dataset.manifest.tokenizer,
         }
 
-    def observer(self, checkpoint: Checkpoint | None, state: State, launched_s: float) -> Observer:
-        history = None
-        if self.ranks.rank == 0:
-            earlier = checkpoint.manifest.history if checkpoint else None
-            history = History.read(RunDirectory(self.config.output), state, earlier)
-        return Observer(
-            self.config, self.ranks, self.device, self.channel, state, launched_s, history
-        )
+    def scoring(self, split: str) -> Iterator[Batch]:
+        rows, length = self.config.evaluation.batch_size, self.config.encoder.max_length
+        return scoring_feed(self.dataset, split, rows, length, self.ranks)
 
     def writer(self, model: Model, observer: Observer) -> CheckpointWriter:
         def on_written(written: Written) -> None:
@@ -139,16 +146,11 @@ class _Worker:
                 observer.checkpointed(written.step, written.seconds, written.bytes)
             requests.written(written)
 
-        settings = self.config.checkpoint
+        settings, metric = self.config.checkpoint, self.config.evaluation.metric
         writer = CheckpointWriter(
-            RunDirectory(self.config.output).checkpoints(),
-            self.ranks,
-            settings.keep,
-            self.config.evaluation.metric,
-            settings.background,
-            on_written,
-            observer.flush_history,
-        )
+            RunDirectory(self.config.output).checkpoints(), self.ranks, settings.keep, metric,
+            settings.background, on_written, observer.flush_history,
+        )  # fmt: skip
         writer.reserve(model.encoder, model.shard)
         return writer
 
@@ -156,76 +158,29 @@ class _Worker:
         self, model: Model, state: State, writer: CheckpointWriter, observer: Observer
     ) -> Trainer:
         owned, settings = model.shard.owned, self.config.evaluation
+        batches = tuple(order.num_batches for order in self.orders)
+        plan = Plan(batches, settings.every, self.config.checkpoint.every_steps)
         propensities = None
         if self.dataset.manifest.num_points("validation"):
             propensities = Propensities.read(self.dataset, owned, self.ranks)
+        offset = prior_offset(read_counts(self.dataset, owned), settings.tail, self.device)
+
+        def on_checkpoint(metrics: dict[str, float]) -> None:
+            observer.recorder.enter("checkpoint")
+            if metrics:
+                observer.evaluated(state.step, metrics)
+            observer.write_history()  # which the checkpoint's commit waits for
+            writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
+            if metrics and self.ranks.rank == 0:
+                self.channel.say(evaluation_line(state.step, metrics))
+
         trainer = Trainer(
-            config=self.config,
-            model=model,
-            ranks=self.ranks,
-            device=self.device,
-            plan=Plan(
-                tuple(order.num_batches for order in self.orders),
-                settings.every,
-                self.config.checkpoint.every_steps,
-            ),
-            validation=lambda: self._scoring("validation"),
-            propensities=propensities,
-            offset=prior_offset(read_counts(self.dataset, owned), settings.tail, self.device),
-            on_progress=observer.record,
-            on_checkpoint=lambda metrics: self._save(trainer, writer, metrics, observer),
-            state=state,
-            recorder=observer.recorder,
-        )
+            self.config, model, self.ranks, self.device, plan,
+            validation=lambda: self.scoring("validation"), propensities=propensities,
+            offset=offset, on_progress=observer.record, on_checkpoint=on_checkpoint,
+            state=state, recorder=observer.recorder,
+        )  # fmt: skip
         return trainer
-
-    def initialise(self, model: Model, observer: Observer) -> None:
-        """Gives a new model its first classifier weights."""
-        initialise_classifier(
-            model,
-            self.config,
-            self.dataset,
-            lambda: self._scoring("train"),
-            self.ranks,
-            self.device,
-            observer.recorder,
-            self.channel.say,
-        )
-
-    def batches(self, trainer: Trainer) -> Iterator[Batch]:
-        """Returns the batches from the trainer's position to the end of the run."""
-        return feed(
-            self.dataset,
-            self.orders,
-            self.ranks.rank,
-            self.ranks.num_ranks,
-            start=trainer.state.position,
-            max_length=self.config.encoder.max_length,
-            pad_multiple=8 if self.config.encoder.compile else 1,
-            prefetch=self.config.feed.prefetch,
-            run=run_name(self.config),
-        )
-
-    def _scoring(self, split: str) -> Iterator[Batch]:
-        rows, length = self.config.evaluation.batch_size, self.config.encoder.max_length
-        return scoring_feed(self.dataset, split, rows, length, self.ranks)
-
-    def _save(
-        self,
-        trainer: Trainer,
-        writer: CheckpointWriter,
-        metrics: dict[str, float],
-        observer: Observer,
-    ) -> None:
-        """Starts a checkpoint, and reports the evaluation before it, if there was one."""
-        state, model = trainer.state, trainer.model
-        observer.recorder.enter("checkpoint")
-        if metrics:
-            observer.evaluated(state.step, metrics)
-        observer.write_history()  # which the checkpoint's commit waits for
-        writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
-        if metrics and self.ranks.rank == 0:
-            self.channel.say(evaluation_line(state.step, metrics))
 
 
 def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
