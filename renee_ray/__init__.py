@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from renee_ray.errors import ReneeError
     from renee_ray.service.convert.convert import convert
     from renee_ray.service.quickstart import quickstart
+    from renee_ray.service.score.evaluate import evaluate_run as evaluate
     from renee_ray.service.score.export import export_run as export
-    from renee_ray.service.score.predict import evaluate_run as evaluate
     from renee_ray.service.score.predict import predict_run as predict
     from renee_ray.service.train.train import train
 
@@ -37,7 +37,7 @@ _HOMES = {
     "RunConfig": "config.schema.RunConfig",
     "ScoreConfig": "config.schema.ScoreConfig",
     "convert": "service.convert.convert.convert",
-    "evaluate": "service.score.predict.evaluate_run",
+    "evaluate": "service.score.evaluate.evaluate_run",
     "export": "service.score.export.export_run",
     "make_config": "config.overrides.make_config",
     "predict": "service.score.predict.predict_run",

@@ -114,10 +114,10 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 def test_evaluate_prints_json_or_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import renee_ray.service.score.predict as predict
+    from renee_ray.service.score import evaluate
 
     found = {"split": "test", "step": 7, "points": 3, "metrics": {"P@1": 50.0, "recall@100": 75.5}}
-    monkeypatch.setattr(predict, "evaluate_run", lambda *_: found)
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda *_: found)
     status, out, _ = run(capsys, "evaluate", "run", "data", "--json")
     assert status == 0 and json.loads(out) == found
     status, out, _ = run(capsys, "evaluate", "run", "data")

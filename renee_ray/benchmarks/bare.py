@@ -1,4 +1,4 @@
-"""Training steps and nothing else: what a whole run is measured against.
+"""Bare training steps: the reference that a whole run is measured against.
 
 R processes of torch.distributed, without Ray, train the batches that a run of the same
 configuration would train, held in memory before the first step: the rows that `data.order` gives
@@ -8,7 +8,7 @@ each position, their tokens dropped already. No loss, no progress, no checkpoint
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -28,8 +28,7 @@ from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
-from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.weights.storages import SGD
+from renee_ray.xfc.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Job:
 
     @property
     def schedule(self) -> Schedule:
-        """Of `total` steps, in the batches of as many epochs as they reach into."""
+        """The schedule of `total` steps, in the batches of as many epochs as they reach into."""
         left, batches = self.total, []
         for order in self.orders:
             batches.append(min(left, order.num_batches))
@@ -76,11 +75,11 @@ class Clock(Iterator[Batch]):
         return batch
 
     def seconds(self, first: int, stop: int) -> float:
-        """From asking for batch `first` to asking for batch `stop`."""
+        """Returns the seconds from asking for batch `first` to asking for batch `stop`."""
         return self.asked[stop] - self.asked[first]
 
     def waited(self, first: int, stop: int) -> float:
-        """Seconds spent waiting for batches [first, stop)."""
+        """Returns the seconds spent waiting for batches [first, stop)."""
         pairs = zip(self.asked[first:stop], self.came[first:stop], strict=True)
         return sum(came - asked for asked, came in pairs)
 
@@ -96,39 +95,24 @@ class ClockedShard(Shard):
         clocked.seconds = []
         return clocked
 
-    def step(
-        self,
-        embeddings: Tensor,
-        positives: Pairs,
-        sgd: SGD,
-        *,
-        with_loss: bool = False,
-        on_gradient: Callable[[Tensor], None] = lambda gradient: None,
-    ) -> Tensor:
+    def step(self, *arguments: Any, **options: Any) -> Tensor:
         start = time.perf_counter()
-        loss = super().step(
-            embeddings, positives, sgd, with_loss=with_loss, on_gradient=on_gradient
-        )
+        loss = super().step(*arguments, **options)
         self.seconds.append(time.perf_counter() - start)
         return loss
 
 
 def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, Any]:
-    """What `measure` gives on rank 0 of processes as `run_processes` starts them."""
+    """Runs `time_bare_steps` in processes of its own; returns what rank 0 returned."""
     config = job.config
     return run_processes(
-        measure,
-        {"job": job},
-        config.max_workers,
-        use_gpu=job.use_gpu,
-        timeout_s=config.timeout_s,
-        environment=environment,
-        niceness=niceness,
-    )
+        time_bare_steps, {"job": job}, config.max_workers, use_gpu=job.use_gpu,
+        timeout_s=config.timeout_s, environment=environment, niceness=niceness,
+    )  # fmt: skip
 
 
-def measure(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:
-    """Figures of the timed steps, on every rank.
+def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:
+    """Times the job's steps, on every rank.
 
     Returns:
         seconds of all timed steps, and classifier_seconds of them on a CPU, else None (a GPU works
@@ -167,7 +151,7 @@ def measure(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:
 
 
 def held_batches(job: Job, ranks: Ranks) -> list[Batch]:
-    """This rank's rows of the first `job.total` batches."""
+    """Reads this rank's rows of the first `job.total` batches."""
     length, pad_id = job.config.encoder.max_length, job.dataset.manifest.pad_id
     positions = (
         Position(epoch, batch)
@@ -187,7 +171,7 @@ def _tables(job: Job, ranks: Ranks) -> Iterator[pa.Table]:
 
 
 def weight_norms(model: Model, ranks: Ranks) -> tuple[float, float]:
-    """Norms of the encoder's parameters and of all ranks' shards together."""
+    """Returns the norms of the encoder's parameters and of all ranks' shards together."""
     encoder = sum(float(p.detach().double().square().sum()) for p in model.encoder.parameters())
     weights = model.shard.weights
     own = torch.zeros((), dtype=torch.float64)

@@ -7,7 +7,6 @@ the same place. Then a group of three reads its shards while the bytes read are 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -20,15 +19,15 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from renee_ray.benchmarks.processes import run_processes
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint, State
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.model.encoder import adamw
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.parallel.collectives import Ranks, gather_numbers
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -36,10 +35,12 @@ from renee_ray.xfc.weights.storages import Weights
 WRITERS, READERS, ROUNDS = 2, 3, 3
 CPU = torch.device("cpu")
 PIECE = 1 << 24
+TIMEOUT_S = 1800
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def bench_checkpoint(gib: float, dim: int, directory: str | None) -> dict[str, Any]:
-    """Saves `gib` GiB of weights `ROUNDS` times, below `directory` (None: a temporary one).
+    """Times saving `gib` GiB of weights, `ROUNDS` times, below `directory` (None: a temporary one).
 
     Returns:
         bytes, of all weights; write_s, of as many by plain writing, its median; stalled_s, for
@@ -52,17 +53,16 @@ def bench_checkpoint(gib: float, dim: int, directory: str | None) -> dict[str, A
         write_s, saved = [], []
         for _ in range(ROUNDS):
             write_s.append(_plain_write(Path(run, "plain"), labels * dim * 4))
-            saved.append(_spawn(WRITERS, _save, labels, dim, run))
-        read = _spawn(READERS, _load, labels, dim, run)
-    stalled = median(max(each["stalled_s"] for each in ranks) for ranks in saved)
-    plain = median(write_s)
+            saved.append(_on_ranks(WRITERS, _save, labels, dim, run))
+        read = _on_ranks(READERS, _load, labels, dim, run)
+    stalled, plain = median(each["stalled_s"] for each in saved), median(write_s)
     return {
         "bytes": labels * dim * 4,
         "write_s": plain,
         "stalled_s": stalled,
         "ratio_of_stall": stalled / plain,
-        "background_s": median(ranks[0]["seconds"] for ranks in saved),
-        "read_ratio": max(each["read"] / each["needed"] for each in read),
+        "background_s": median(each["seconds"] for each in saved),
+        "read_ratio": read["ratio"],
         "writers": WRITERS,
         "readers": READERS,
     }
@@ -81,31 +81,21 @@ def _plain_write(path: Path, size: int) -> float:
     return seconds
 
 
-def _spawn(num_ranks: int, work: Any, labels: int, dim: int, run: str) -> list[dict[str, Any]]:
-    """What `work` returns on each rank."""
-    with tempfile.TemporaryDirectory() as shared:
-        mp.spawn(_rank, (num_ranks, shared, work, labels, dim, run), nprocs=num_ranks)
-        return [json.loads(Path(shared, str(rank)).read_text()) for rank in range(num_ranks)]
+def _on_ranks(num_ranks: int, work: Any, labels: int, dim: int, run: str) -> dict[str, float]:
+    """Runs `work` in `num_ranks` processes of one thread; returns what rank 0 returned."""
+    return run_processes(
+        work, {"labels": labels, "dim": dim, "run": run}, num_ranks, use_gpu=False,
+        timeout_s=TIMEOUT_S, environment=ENVIRONMENT, niceness=0,
+    )  # fmt: skip
 
 
-def _rank(
-    rank: int, num_ranks: int, shared: str, work: Any, labels: int, dim: int, run: str
-) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    method = f"file://{shared}/rendezvous"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=num_ranks)
-    try:
-        ranks = Ranks.of_process_group()
-        owned = LabelRange.of_rank(labels, num_ranks, rank)
-        shard = Shard(owned, Weights("fp32", len(owned), dim, False, CPU))
-        found = work(ranks, shard, run)
-        Path(shared, str(rank)).write_text(json.dumps(found))
-    finally:
-        dist.destroy_process_group()
+def _shard(ranks: Ranks, labels: int, dim: int) -> Shard:
+    owned = LabelRange.of_rank(labels, ranks.num_ranks, ranks.rank)
+    return Shard(owned, Weights("fp32", len(owned), dim, False, CPU))
 
 
-def _save(ranks: Ranks, shard: Shard, run: str) -> dict[str, Any]:
+def _save(ranks: Ranks, device: torch.device, labels: int, dim: int, run: str) -> dict[str, float]:
+    shard = _shard(ranks, labels, dim)
     encoder = nn.Linear(8, 8)
     optimizer = adamw(encoder, EncoderConfig())  # type: ignore[arg-type]
     written: list[Written] = []
@@ -114,7 +104,8 @@ def _save(ranks: Ranks, shard: Shard, run: str) -> dict[str, Any]:
     dist.barrier(group=ranks.host)
     writer.save(State(), encoder, optimizer, shard, {})  # type: ignore[arg-type]
     assert writer.wait()
-    return {"stalled_s": written[0].stalled_s, "seconds": written[0].seconds}
+    stalled = [each for (each,) in gather_numbers(ranks, [written[0].stalled_s])]
+    return {"stalled_s": max(stalled), "seconds": written[0].seconds}
 
 
 class _Counting:
@@ -142,9 +133,9 @@ class _Counting:
         return raw
 
 
-def _load(ranks: Ranks, shard: Shard, run: str) -> dict[str, Any]:
-    newest = Checkpoints(run).newest()
+def _load(ranks: Ranks, device: torch.device, labels: int, dim: int, run: str) -> dict[str, float]:
+    shard, newest, counting = _shard(ranks, labels, dim), Checkpoints(run).newest(), _Counting()
     assert newest is not None
-    counting = _Counting()
     Checkpoint(counting, newest.path).load_shard(shard)  # type: ignore[arg-type]
-    return {"read": counting.bytes, "needed": shard.weights.nbytes()}
+    ratios = gather_numbers(ranks, [counting.bytes / shard.weights.nbytes()])
+    return {"ratio": max(each for (each,) in ratios)}

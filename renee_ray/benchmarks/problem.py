@@ -1,4 +1,4 @@
-"""A classifier step's inputs, drawn from a seed: what the benchmarks time."""
+"""A classifier step's inputs, drawn from a seed, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNKS = (256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Problem:
-    """embeddings: float32 [B, D]; rows, labels: int64 [m], the distinct positives."""
+    """A batch. embeddings: float32 [B, D]; rows, labels: int64 [m], the distinct positives."""
 
     num_labels: int
     embeddings: Tensor
@@ -32,7 +32,7 @@ class Problem:
         return LabelRange(0, self.num_labels, self.num_labels)
 
     def shard(self, precision: str, momentum: float) -> Shard:
-        """All labels, with weights N(0, 0.02)."""
+        """Makes a shard of all labels, with weights N(0, 0.02)."""
         dim, device = self.embeddings.shape[1], self.embeddings.device
         weights = Weights(precision, self.num_labels, dim, momentum > 0, device)
         shard = Shard(self.owned, weights)
@@ -44,7 +44,7 @@ class Problem:
 
 
 def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Problem:
-    """`POSITIVES_PER_ROW` random labels for each of `batch` standard normal rows."""
+    """Draws `batch` standard normal rows, and `POSITIVES_PER_ROW` random labels for each."""
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(batch, dim, generator=generator)
     drawn = torch.randint(0, labels, (batch, POSITIVES_PER_ROW), generator=generator)
@@ -54,12 +54,12 @@ def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Pro
 
 
 def chunk_sizes(labels: int, own: int) -> list[int]:
-    """own: labels of a chunk of the shard."""
+    """Returns the chunk sizes to try; own: labels of a chunk of the shard."""
     return sorted({min(size, labels) for size in (*CHUNKS, own)})
 
 
 def check_memory(labels: int, numbers: int, device: torch.device) -> None:
-    """Whether arrays of so many float32 `numbers` in all will fit.
+    """Checks that arrays of `numbers` float32 in all will fit.
 
     Raises:
         ReneeError: they will not.

@@ -1,4 +1,4 @@
-"""Processes of torch.distributed on this machine, without Ray: what runs through Ray are beside."""
+"""Processes of torch.distributed on this machine, without Ray: the reference for runs on it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def run_processes(
     environment: dict[str, str],
     niceness: int,
 ) -> dict[str, Any]:
-    """What function(ranks, device, **arguments) gives on rank 0 of so many processes.
+    """Calls function(ranks, device, **arguments) in `num_ranks` processes; returns rank 0's result.
 
     Args:
-        function: of a module; it returns what JSON can hold.
+        function: a module's own; it returns what JSON can hold.
         use_gpu: rank r takes GPU r.
-        timeout_s: of a collective.
+        timeout_s: timeout of a collective.
         environment: variables that the processes start with, such as their threads.
-        niceness: added to that of this process.
+        niceness: added to this process's.
     """
     with tempfile.TemporaryDirectory(prefix="renee-ray-bare-") as directory:
         how = (num_ranks, use_gpu, timeout_s, niceness)
@@ -59,12 +59,9 @@ def _process(
         torch.cuda.set_device(device)
     if num_ranks > 1:
         dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
-            init_method=f"file://{directory}/rendezvous",
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
-        )
+            "nccl" if use_gpu else "gloo", init_method=f"file://{directory}/rendezvous",
+            rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
     try:
         found = function(Ranks.of_process_group(timeout_s), device, **arguments)
         if rank == 0:

@@ -42,7 +42,7 @@ def bench_step(
     repeats: int,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Medians of `repeats` interleaved rounds, in seconds, and the memory of the step.
+    """Times `repeats` interleaved rounds: medians in seconds, and the memory of the step.
 
     Returns:
         step_s, gemm_s, ratio_to_gemm, reference_s, speedup_vs_reference, autograd_s;
@@ -66,20 +66,14 @@ def bench_step(
 
     # Freed memory that is still resident would hide some of the step's own buffers.
     extra = max(peak_extra_bytes(step, device), weights.scratch.nbytes())
-    compute = weights.compute_dtype
     chunk = shard.chunks(batch)[0][1]
-    sizes = chunk_sizes(labels, chunk)
-    best = fastest({size: bare_matmuls(problem, size, compute) for size in sizes}, device)
-    taken = interleaved(
-        {
-            "step": step,
-            "gemm": bare_matmuls(problem, best, compute),
-            "reference": reference(problem, REFERENCE_MOMENTUM),
-            "autograd": autograd(problem, momentum),
-        },
-        repeats,
-        device,
-    )
+    functions = {
+        "step": step,
+        "gemm": fastest_matmuls(problem, chunk, weights.compute_dtype),
+        "reference": reference(problem, REFERENCE_MOMENTUM),
+        "autograd": autograd(problem, momentum),
+    }
+    taken = interleaved(functions, repeats, device)
     return {
         "step_s": taken["step"],
         "gemm_s": taken["gemm"],
@@ -90,7 +84,7 @@ def bench_step(
         "bytes_per_weight": weights.nbytes() / (labels * dim),
         "peak_extra_bytes": extra,
         "precision": weights.precision,
-        "compute": str(compute).removeprefix("torch."),
+        "compute": str(weights.compute_dtype).removeprefix("torch."),
         "chunk": chunk,
         "labels": labels,
         "dim": dim,
@@ -101,8 +95,15 @@ def bench_step(
     }
 
 
+def fastest_matmuls(problem: Problem, chunk: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Returns the bare matmuls of the chunk size that is fastest on this machine."""
+    sizes = chunk_sizes(problem.num_labels, chunk)
+    functions = {size: bare_matmuls(problem, size, dtype) for size in sizes}
+    return functions[fastest(functions, problem.embeddings.device)]
+
+
 def bare_matmuls(problem: Problem, chunk: int, dtype: torch.dtype) -> Callable[[], None]:
-    """The three products of every chunk of a weight matrix [L, D], into buffers of a chunk."""
+    """Returns the three products of every chunk of a matrix [L, D], into buffers of a chunk."""
     inputs = problem.embeddings.to(dtype)
     batch, dim = inputs.shape
     weight = inputs.new_zeros(problem.num_labels, dim).normal_(std=0.02)
@@ -120,7 +121,7 @@ def bare_matmuls(problem: Problem, chunk: int, dtype: torch.dtype) -> Callable[[
 
 
 def reference(problem: Problem, momentum: float) -> Callable[[], Tensor]:
-    """The published algorithm; each call is a step on one weight matrix and returns dE [B, D]."""
+    """Returns a step of the published algorithm on one weight matrix; it returns dE [B, D]."""
     inputs = problem.embeddings
     rows, labels = problem.rows.to(inputs.device), problem.labels.to(inputs.device)
     weight = problem.shard("fp32", 0).weights.read(0, problem.num_labels)
@@ -140,7 +141,7 @@ def reference(problem: Problem, momentum: float) -> Callable[[], Tensor]:
 
 
 def autograd(problem: Problem, momentum: float) -> Callable[[], Tensor]:
-    """The step as torch users write it; each call returns dE [B, D]."""
+    """Returns a step as torch users write it; it returns dE [B, D]."""
     inputs = problem.embeddings.clone().requires_grad_()
     start = problem.shard("fp32", 0).weights.read(0, problem.num_labels)
     weight = start.clone().requires_grad_()

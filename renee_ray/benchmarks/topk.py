@@ -25,15 +25,12 @@ CHECKED = 4096
 def bench_topk(
     labels: int, dim: int, batch: int, k: int, repeats: int, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """Medians of `repeats` interleaved rounds, in seconds, on fp32 weights.
+    """Times `repeats` interleaved rounds on fp32 weights: medians, in seconds.
 
     Returns:
         topk_s, of `shard_topk`; gemm_s, the logits' matmul over chunks of the fastest size;
-        ratio_to_gemm; torch_topk_s, full logits [B, L] and torch.topk; speedup_vs_torch;
-        same_but_ties and greatest_difference, of `against_exact` in float64, and the greatest
-        rounding that it allows; identical, whether scores and labels are bit for bit those of a
-        stable sort of the full logits, which depends on the device (see `xfc/topk/select.py`); and
-        what was timed.
+        ratio_to_gemm; torch_topk_s, full logits [B, L] and torch.topk; speedup_vs_torch; the
+        figures of `quality`; and what was timed.
 
     Raises:
         ReneeError: it does not fit in memory.
@@ -58,27 +55,13 @@ def bench_topk(
         repeats,
         device,
     )
-    wanted = best_by_sorting(inputs @ weight.T, min(k, labels))
-    found = shard_topk(shard, inputs, k)
-    allowed = rounding(inputs, weight)
-    exact = (
-        (start, inputs.double() @ weight[start : start + CHECKED].double().T)
-        for start in range(0, labels, CHECKED)
-    )
-    same, difference = against_exact(found, exact, allowed)
     return {
         "topk_s": taken["topk"],
         "gemm_s": taken["gemm"],
         "ratio_to_gemm": taken["topk"] / taken["gemm"],
         "torch_topk_s": taken["torch"],
         "speedup_vs_torch": taken["torch"] / taken["topk"],
-        "identical": all(
-            torch.equal(ours[:, : min(k, labels)], theirs)
-            for ours, theirs in zip(found, wanted, strict=True)
-        ),
-        "same_but_ties": same,
-        "greatest_difference": difference,
-        "rounding": float(allowed.max()),
+        **quality(shard_topk(shard, inputs, k), inputs, weight),
         "chunk": chunk,
         "labels": labels,
         "dim": dim,
@@ -88,8 +71,34 @@ def bench_topk(
     }
 
 
+def quality(found: tuple[Tensor, Tensor], inputs: Tensor, weight: Tensor) -> dict[str, Any]:
+    """Compares a top-k (scores, labels) [B, k] with the exact scores of all labels.
+
+    Returns:
+        same_but_ties and greatest_difference, of `against_exact` in float64, and rounding, the
+        greatest that it allows; identical, whether scores and labels are bit for bit those of a
+        stable sort of the full logits, which depends on the device (see `xfc/topk/select.py`).
+    """
+    labels, allowed = len(weight), rounding(inputs, weight)
+    k = min(found[0].shape[1], labels)
+    by_sorting = best_by_sorting(inputs @ weight.T, k)
+    exact = (
+        (start, inputs.double() @ weight[start : start + CHECKED].double().T)
+        for start in range(0, labels, CHECKED)
+    )
+    same, difference = against_exact(found, exact, allowed)
+    return {
+        "identical": all(
+            torch.equal(ours[:, :k], theirs) for ours, theirs in zip(found, by_sorting, strict=True)
+        ),
+        "same_but_ties": same,
+        "greatest_difference": difference,
+        "rounding": float(allowed.max()),
+    }
+
+
 def rounding(inputs: Tensor, weight: Tensor) -> Tensor:
-    """The bound on the rounding of a row's scores that `xfc/topk/select.py` states, float64 [B]."""
+    """Returns the bound of `xfc/topk/select.py` on the rounding of a row's scores, float64 [B]."""
     longest = torch.linalg.vector_norm(weight, dim=1).max().double()
     lengths = torch.linalg.vector_norm(inputs.double(), dim=1)
     return inputs.shape[1] * 1.01 * 2.0**-24 * lengths * longest
@@ -111,7 +120,7 @@ def against_exact(
         allowed: float64 [B].
 
     Returns:
-        (whether it is the same but for ties, greatest |score - z|)
+        whether it is the same but for ties, and the greatest |score - z|.
     """
     scores, labels = found[0].double(), found[1]
     own, others = torch.full_like(scores, -torch.inf), torch.full_like(allowed, -torch.inf)
@@ -133,14 +142,14 @@ def against_exact(
 
 
 def best_by_sorting(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(scores, labels) [B, k] of logits [B, L], equal scores by ascending label."""
+    """Returns (scores, labels) [B, k] of logits [B, L], equal scores by ascending label."""
     parts = [rows.sort(dim=1, descending=True, stable=True) for rows in logits.split(16)]
     scores, labels = zip(*((p.values[:, :k], p.indices[:, :k]) for p in parts), strict=True)
     return torch.cat(scores), torch.cat(labels)
 
 
 def bare_matmul(problem: Problem, weight: Tensor, chunk: int) -> Callable[[], None]:
-    """E W' over chunks of `weight` [L, D], into a buffer [B, chunk]."""
+    """Returns E W' over chunks of `weight` [L, D], into a buffer [B, chunk]."""
     inputs = problem.embeddings
     logits = inputs.new_empty(len(inputs) * chunk)
 

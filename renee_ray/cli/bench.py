@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -11,10 +12,7 @@ import click
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured
 from renee_ray.cli.output import say
 from renee_ray.config.overrides import parse_overrides, read_yaml
-from renee_ray.config.schema import (
-    ConvertConfig,
-    RunConfig,
-)
+from renee_ray.config.schema import ConvertConfig, RunConfig
 from renee_ray.machine import OPENMP
 
 
@@ -25,24 +23,21 @@ def bench() -> None:
         os.environ.setdefault(name, value)
 
 
+def _count(name: str, default: int | None, text: str, minimum: int = 1) -> Callable[[Any], Any]:
+    """A flag that is a number, `minimum` at least; its default is shown if it has one."""
+    kind, shown = click.IntRange(min=minimum), default is not None
+    return click.option(name, type=kind, default=default, show_default=shown, help=text)
+
+
 def _sizes(function: Any) -> Any:
-    """The flags that every benchmark of a classifier has."""
-    flags = (
-        ("--labels", 131072, 1, "Labels."),
-        ("--dim", 384, 1, "Dimension of the embeddings."),
-        ("--batch", 256, 1, "Rows of a global batch."),
-    )
-    for name, default, least, text in reversed(flags):
-        kind = click.IntRange(min=least)
-        function = click.option(name, type=kind, default=default, show_default=True, help=text)(
-            function
-        )
-    return function
+    """The flags of every benchmark of a classifier on one device."""
+    function = _count("--batch", 256, "Rows of a global batch.")(function)
+    function = _count("--dim", 384, "Dimension of the embeddings.")(function)
+    return _count("--labels", 131072, "Labels.")(function)
 
 
-_repeats = click.option(
-    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed rounds."
-)
+_repeats = _count("--repeats", 5, "Timed rounds.")
+_workers = _count("--workers", 2, "Workers.")
 _precision = click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]),
@@ -73,7 +68,7 @@ def bench_step(**settings: Any) -> None:
 
 @bench.command("topk")
 @_sizes
-@click.option("--k", type=click.IntRange(min=1), default=100, show_default=True, help="Labels.")
+@_count("--k", 100, "Labels.")
 @_repeats
 def bench_topk(**settings: Any) -> None:
     """The k best labels of each row, beside the bare matmul and torch.topk of full logits."""
@@ -83,23 +78,13 @@ def bench_topk(**settings: Any) -> None:
 
 
 @bench.command("scale")
-@click.option(
-    "--labels", type=click.IntRange(min=1), default=None, help="Labels; without: 1M, 4M, 16M."
-)
-@click.option("--dim", type=click.IntRange(min=1), default=64, show_default=True, help="Dimension.")
-@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Rows.")
-@click.option(
-    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Torch threads of a worker.",
-)
+@_count("--labels", None, "Labels; without: 1M, 4M, 16M.")
+@_count("--dim", 64, "Dimension.")
+@_count("--batch", 256, "Rows.")
+@_workers
+@_count("--threads", 1, "Torch threads of a worker.")
 @_precision
-@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Timed.")
+@_count("--steps", 3, "Timed steps.")
 @click.option(
     "--speedup", is_flag=True, help="Beside one worker with as many threads, with Ray and without."
 )
@@ -141,12 +126,8 @@ def bench_convert(src: str, overrides: tuple[str, ...]) -> None:
 
 @bench.command("feed")
 @click.argument("dataset", type=PATH)
-@click.option(
-    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Workers."
-)
-@click.option(
-    "--batch", type=click.IntRange(min=8), default=4096, show_default=True, help="Rows of a batch."
-)
+@_workers
+@_count("--batch", 4096, "Rows of a batch.", minimum=8)
 def bench_feed(**settings: Any) -> None:
     """An epoch of DATASET streamed through workers: rows a second, memory, each pair once."""
     from renee_ray.service.bench.feed import bench_feed as run
@@ -157,16 +138,8 @@ def bench_feed(**settings: Any) -> None:
 @bench.command("train", cls=ConfiguredCommand, keys=RunConfig)
 @click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Timed steps of a block, rounded up to feed.window times feed.prefetch.",
-)
-@click.option(
-    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Blocks of each."
-)
+@_count("--steps", 64, "Timed steps of a block, rounded up to feed.window times feed.prefetch.")
+@_count("--repeats", 3, "Blocks of each.")
 def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: int) -> None:
     """A run of CONFIG through Ray, beside the same steps by torch.distributed alone.
 

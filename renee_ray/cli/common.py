@@ -1,4 +1,4 @@
-"""What all commands share: configured commands, paths, options, the call of the service."""
+"""Pieces that all commands share: configuration keys, paths, options, the call of the service."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from renee_ray.config.overrides import keys_of, make_config, parse_overrides
-from renee_ray.config.schema import (
-    Config,
-)
+from renee_ray.config.schema import Config
 from renee_ray.errors import ReneeError
 from renee_ray.signals import unwinding
 
@@ -21,7 +19,7 @@ C = TypeVar("C", bound=Config)
 
 
 class ConfiguredCommand(click.Command):
-    """A command whose help lists the keys of its configuration."""
+    """A command whose help lists the keys of its configuration model."""
 
     def __init__(self, *args: Any, keys: type[Config] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,6 +40,7 @@ class ConfiguredCommand(click.Command):
 
 
 def configured(model: type[C], overrides: Sequence[str], command: str) -> C:
+    """Makes a command's configuration from its `key=value` arguments alone."""
     return make_config(model, parse_overrides(overrides, model), where=command)
 
 
@@ -60,12 +59,13 @@ PATH = PathType()
 
 
 def json_option(function: Any) -> Any:
+    """Adds the flag --json."""
     return click.option(
         "--json", "as_json", is_flag=True, help="Write one JSON object to standard output."
     )(function)
 
 
 def call(function: Callable[..., T], *arguments: Any) -> T:
-    """Calls; Ray's own notices, which it writes to standard output, go to standard error."""
+    """Calls the service; a first signal is KeyboardInterrupt, and Ray's notices go to stderr."""
     with contextlib.redirect_stdout(sys.stderr), unwinding():
         return function(*arguments)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
-from rich.console import Console
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
-from renee_ray.cli.output import say
-from renee_ray.config.schema import (
-    ConvertConfig,
-)
+from renee_ray.cli.output import print_facts, say
+from renee_ray.config.schema import ConvertConfig
 from renee_ray.errors import ReneeError
 
 
@@ -35,10 +31,7 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
         "statistics": manifest.statistics,
         "hints": service.hints(manifest, config),
     }
-    if as_json:
-        click.echo(json.dumps(facts))
-    else:
-        Console().print(conversion_text(facts), highlight=False)
+    print_facts(facts, as_json, conversion_text(facts))
 
 
 @click.command()
@@ -66,10 +59,7 @@ def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: 
 
     opened = (Dataset.without_check if verify else Dataset.open)(dataset)
     facts = run(opened, batch_size=batch_size, samples=samples, verify=verify)
-    if as_json:
-        click.echo(json.dumps(facts))
-    else:
-        Console().print(inspection_text(facts), highlight=False)
+    print_facts(facts, as_json, inspection_text(facts))
     if problems := facts.get("problems"):
         number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
         raise ReneeError(f"{dataset} has {number}: convert its source again")

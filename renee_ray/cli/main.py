@@ -1,4 +1,4 @@
-"""`renee-ray`: its commands, and the exit status of what went wrong."""
+"""`renee-ray`: its commands, and the exit status of errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _user_error(error: Exception) -> ReneeError | None:
-    """`error` if it is a user's, or the user's error that Ray wrapped in it."""
+    """Returns `error` if it is a user's, or the user's error that Ray wrapped in it."""
     from renee_ray.data.storage import storage_error
 
     if isinstance(error, ReneeError):

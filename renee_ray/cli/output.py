@@ -1,4 +1,4 @@
-"""How a command speaks: sentences to standard error, results to standard output."""
+"""Output of commands: sentences to standard error, results to standard output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,12 +16,21 @@ progress = Console(stderr=True)
 
 
 def say(text: str, style: str | None = None) -> None:
-    """A sentence for people, to standard error, on one line however narrow the terminal."""
+    """Writes a sentence to standard error, on one line however narrow the terminal."""
     shown = printable(redacted(text))
     progress.print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_facts(facts: dict[str, Any], as_json: bool, text: RenderableType) -> None:
+    """Writes facts to standard output: one JSON object, or `text`, which shows them to people."""
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        Console().print(text, highlight=False)
+
+
 def print_result(content: dict[str, Any], as_json: bool, title: str) -> None:
+    """Writes a result to standard output: one JSON object, or a table and lines."""
     if as_json:
         click.echo(json.dumps(content))
         return

@@ -10,11 +10,7 @@ import click
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
 from renee_ray.cli.output import print_result
-from renee_ray.config.schema import (
-    ExportConfig,
-    ScoreConfig,
-    ServeConfig,
-)
+from renee_ray.config.schema import ExportConfig, ScoreConfig, ServeConfig
 from renee_ray.errors import printable
 
 
@@ -26,7 +22,7 @@ from renee_ray.errors import printable
 def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Score the run at RUN on a split of DATASET: P, nDCG, PSP, PSnDCG and recall at k."""
     config = configured(ScoreConfig, overrides, "evaluate")
-    from renee_ray.service.score.predict import evaluate_run
+    from renee_ray.service.score.evaluate import evaluate_run
 
     found = call(evaluate_run, run, dataset, config)
     print_result(found, as_json, f"{found['split']} split, step {found['step']}")

@@ -140,7 +140,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
 
 
 def _follow(follower: Any, submission: Any) -> Any:
-    """The end of a job; None where it is left running."""
+    """Follows a job to its end; returns None where it is left running."""
     try:
         return follower.follow()
     except KeyboardInterrupt:

@@ -9,11 +9,9 @@ import click
 from rich.console import Console
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, json_option
-from renee_ray.cli.output import print_result, say
+from renee_ray.cli.output import print_facts, print_result, say
 from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
-from renee_ray.config.schema import (
-    RunConfig,
-)
+from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
 
 
@@ -69,10 +67,7 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 
     while True:
         found = read_status(run.rstrip("/"), time.time())
-        if as_json:
-            click.echo(json.dumps(found))
-        else:
-            Console().print(status_text(found), highlight=False)
+        print_facts(found, as_json, status_text(found))
         if not watch:
             return
         time.sleep(10)
@@ -92,10 +87,8 @@ def checkpoints(run: str, verify: bool, as_json: bool) -> None:
 
     metric = RunDirectory(run).config().evaluation.metric
     rows = list_checkpoints(run, verify=verify)
-    if as_json:
-        click.echo(json.dumps({"run": run, "checkpoints": rows}))
-    else:
-        Console().print(checkpoint_table(rows, metric, verify))
+    facts = {"run": run, "checkpoints": rows}
+    print_facts(facts, as_json, checkpoint_table(rows, metric, verify))
     if bad := [row["name"] for row in rows if row["problem"]]:
         raise ReneeError(
             f"{run} has {len(bad)} checkpoint{'s' * (len(bad) > 1)} that cannot be used "

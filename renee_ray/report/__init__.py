@@ -1,1 +1,1 @@
-"""What people read of datasets and runs: tables of the terminal and the HTML page."""
+"""Reports on datasets and runs for people: tables for a terminal and the HTML page."""

@@ -14,13 +14,13 @@ from renee_ray.checkpoint.state import CheckpointError
 
 
 def list_checkpoints(run: str, *, verify: bool) -> list[dict[str, Any]]:
-    """What every committed checkpoint of `run` is, the newest first.
+    """Describes every committed checkpoint of `run`, the newest first.
 
     Args:
         verify: reads all of them and compares checksums; without it, files and their sizes.
 
     Returns:
-        of each: name, step, bytes, files, workers (that wrote it), time_s (of its commit),
+        for each: name, step, bytes, files, workers (that wrote it), time_s (of its commit),
         metrics, problem (None: there is none).
     """
     return [_described(found, verify) for found in Checkpoints(run).found()]
@@ -46,7 +46,7 @@ def _described(found: Found, verify: bool) -> dict[str, Any]:
 
 
 def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) -> Table:
-    """The list for a terminal; the best by `metric` is marked."""
+    """Shows the list for a terminal; the best by `metric` is marked."""
     scores = [row["metrics"].get(metric) for row in rows if not row["problem"]]
     best = max((score for score in scores if score is not None), default=None)
     table = Table()

@@ -1,4 +1,4 @@
-"""What `renee-ray convert` made, for a terminal."""
+"""The result of `renee-ray convert`, for a terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from renee_ray.errors import printable
 
 SHOWN = ("points", "tokens_mean", "tokens_max", "at_max_length", "labels_mean", "labels_max")
 EXPECTED = {*SHOWN, "label_pairs", "filter_pairs", "least_id", "greatest_id"}
-"""Counts that say nothing odd; any other one is a repair, or something to look at."""
+"""Ordinary counts; any other one is a repair, or something to look at."""
 
 
 def conversion_text(facts: Mapping[str, Any]) -> RenderableType:
-    """A table of the splits, what was odd in the source, and hints.
+    """Shows a table of the splits, oddities of the source, and hints.
 
     facts: `dataset`, `labels`, `statistics` by split as in dataset.json, `hints`.
     """

@@ -1,4 +1,4 @@
-"""What `renee-ray inspect` found, for a terminal."""
+"""The findings of `renee-ray inspect`, for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BAR = 40
 
 
 def inspection_text(facts: Mapping[str, Any]) -> RenderableType:
-    """The facts of `data.inspection.inspect`."""
+    """Shows the facts of `data.dataset.inspection.inspect`."""
     return Group(*_blocks(facts))
 
 

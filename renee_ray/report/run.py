@@ -1,4 +1,4 @@
-"""What a run came to: one self-contained HTML page, and the same contents for a terminal.
+"""The report of a run: one self-contained HTML page, and the same contents for a terminal.
 
     facts       {"training points": "2,379", ...}, shown in the given order
     history     a run's history.json: {"steps": [{"step", "epoch", "loss", "rows_per_second",
@@ -47,12 +47,12 @@ DASHES = ("-", "--", ":")
 MARKERS = ("o", "s", "^")
 
 FORMATS = {"%": ".1f", "rows/s": ".0f", "GiB": ".2f"}
-"""Units of the charts, and how their values are written."""
+"""Unit of a chart -> format of its values."""
 
 MAX_POINTS = 300
-"""Points of a drawn line; longer histories are averaged in bins, which bounds the page's size."""
+"""Most points of a line; longer histories are averaged in bins, which bounds the page's size."""
 SMOOTH_FROM = 40
-"""Sampled losses from which a running mean is drawn over them."""
+"""Number of sampled losses from which a running mean is drawn over them."""
 
 NOT_KNOWN = "n/a"
 
@@ -63,7 +63,7 @@ class Chart:
 
     title: str
     note: str
-    """The last (or highest) value of each line, in words: a screen reader's text too."""
+    """The last (or highest) value of each line, in words; also the text for screen readers."""
     svg: Markup
 
 
@@ -120,7 +120,7 @@ def write_report(
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The comparison for a terminal; the best figure of each column is bold."""
+    """Shows the comparison for a terminal; the best figure of each column is bold."""
     cells = _cells(rows)
     table = Table(title="Test set, percent", title_justify="left")
     for i, name in enumerate(cells.header):
@@ -131,7 +131,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def examples_text(examples: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """The examples for a terminal: a title, then its predictions, the right ones ticked."""
+    """Shows the examples for a terminal: a title, then its predictions, the right ones ticked."""
     blocks: list[RenderableType] = []
     for example in examples:
         predictions = Table.grid(padding=(0, 1), pad_edge=True)
@@ -163,7 +163,7 @@ class Cells:
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
-    """Rows whose first key names them; columns in order of first appearance."""
+    """Formats rows whose first key names them; columns in order of first appearance."""
     header = list(dict.fromkeys(key for row in rows for key in row))
     if not header:
         return Cells([], [])
@@ -187,7 +187,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
 
 
 def _in_order(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """By step, the last of each: a resumed run has repeated some steps."""
+    """Sorts by step and keeps the last of each: a resumed run has repeated some steps."""
     by_step = {entry["step"]: entry for entry in entries}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -207,7 +207,7 @@ def _charts(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any
 
 
 def _lines(entries: Sequence[Mapping[str, Any]], *keys: str, scale: float = 1.0) -> list[Line]:
-    """A line for each key that has a finite value somewhere."""
+    """Makes a line for each key that has a finite value somewhere."""
     found = []
     for key in keys:
         x, y = _finite(entries, key)
@@ -218,7 +218,7 @@ def _lines(entries: Sequence[Mapping[str, Any]], *keys: str, scale: float = 1.0)
 
 
 def _finite(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[Floats, Floats]:
-    """Epochs and values of the entries that have a finite `key`: float64 [n], [n]."""
+    """Returns epochs and values of the entries with a finite `key`: float64 [n], [n]."""
     pairs = [(entry["epoch"], entry.get(key)) for entry in entries]
     array = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None becomes NaN
     array = array[np.isfinite(array).all(axis=1)]
@@ -226,7 +226,7 @@ def _finite(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[Floats, Flo
 
 
 def _binned(values: Floats) -> Floats:
-    """Means of at most MAX_POINTS bins of nearly equal size, in order."""
+    """Averages in at most MAX_POINTS bins of nearly equal size, in order."""
     if len(values) <= MAX_POINTS:
         return values
     edges = np.linspace(0, len(values), MAX_POINTS + 1).astype(np.int64)
@@ -234,7 +234,7 @@ def _binned(values: Floats) -> Floats:
 
 
 def _running_mean(values: Floats) -> Floats:
-    """Centred, over a twentieth of the samples; the window shrinks at the ends."""
+    """Averages over a centred twentieth of the samples; the window shrinks at the ends."""
     window = np.ones(max(5, len(values) // 20) | 1)
     total = np.convolve(values, window, mode="same")
     return np.asarray(total / np.convolve(np.ones_like(values), window, mode="same"))
@@ -310,7 +310,7 @@ def _chart(
 
 
 def _note(lines: Sequence[Line], unit: str, peak: bool) -> str:
-    """The last (or highest) value of each line, in words."""
+    """Says the last (or highest) value of each line in words."""
     places = FORMATS.get(unit, ".3g")
     values = [
         f"{line.label if len(lines) > 1 else ''} {line.y.max() if peak else line.y[-1]:{places}}"
@@ -321,7 +321,7 @@ def _note(lines: Sequence[Line], unit: str, peak: bool) -> str:
 
 
 def _inline(svg: str, title: str, note: str) -> Markup:
-    """An SVG file as an element for a page: own ids, colours of the page, no metadata."""
+    """Turns an SVG file into an element of a page: own ids, the page's colours, no metadata."""
     from markupsafe import Markup, escape
 
     svg = svg[svg.index("<svg") :]

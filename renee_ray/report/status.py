@@ -1,14 +1,14 @@
-"""How a run is, from the files in its directory alone: no Ray, no cluster.
+"""The state of a run, from the files in its directory alone: no Ray, no cluster.
 
 RUN/status.json is written by the run's first worker every ten seconds, and by the driver before
 the workers are there and when the run has failed:
 
-    state, reason               of whoever wrote it; time_s: when
+    state, reason               the writer's state; time_s: when it wrote
     launched_s, restarts        when the command was given; how often workers were started anew
     record                      the last one of training/loop: step, loss, rows a second, ...
-    step, phase, phase_s        steps done, what that worker is doing, and for how long
-    doing                       how far it is with that, where it takes long before the first step
-    ranks                       of every worker: node, seconds of a step, its own part of it
+    step, phase, phase_s        steps done, that worker's phase, and for how long
+    doing                       progress of a long phase before the first step
+    ranks                       for every worker: node, seconds of a step, its own part of it
     checkpoint, evaluation, best, skipped
 """
 
@@ -27,11 +27,11 @@ from renee_ray.errors import ReneeError
 
 STATUS_FILE, STATUS_VERSION = "status.json", 1
 SILENT_S = 60.0
-"""Seconds without a word after which nobody knows whether a run is still there."""
+"""Seconds without an update after which a run's state is unknown."""
 STARTING_S = 600.0
-"""The same while workers are started, of which nothing is heard."""
+"""The same while workers are started, which send no updates."""
 WAITING_S = 15.0
-"""Seconds in a phase that waits, after which a run is said to wait."""
+"""Seconds in a waiting phase after which a run counts as waiting."""
 SHOWN_RANKS = 16
 WAITS_FOR = {
     "data": "for data",
@@ -46,7 +46,7 @@ COLOURS = {"running": "green", "finished": "green", "waiting": "yellow", "failed
 
 
 def read_status(run: str, now: float) -> dict[str, Any]:
-    """How the run at `run` is; `now`: seconds since 1970.
+    """Reads the state of the run at `run`; `now`: seconds since 1970.
 
     Returns:
         `state` (running, finished, stopped, waiting, failed or unknown), `reason`, `age_s` of the
@@ -72,15 +72,15 @@ def read_status(run: str, now: float) -> dict[str, Any]:
 
 
 def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """What `read_status` returns, from the content of status.json."""
+    """Returns what `read_status` returns, from the content of status.json."""
     age = max(0.0, now - content["time_s"])
-    state, why = state_of(content, age)
+    state, reason = state_of(content, age)
     record = content.get("record") or {}
     keys = ("total_steps", "epoch", "loss", "rows_per_second", "padding", "seconds_left")
     checkpoint = content.get("checkpoint")
     return {
         "state": state,
-        "reason": why,
+        "reason": reason,
         "age_s": age,
         "step": content.get("step", record.get("step")),
         **{key: record.get(key) for key in keys},
@@ -96,15 +96,15 @@ def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
 
 
 def state_of(content: Mapping[str, Any], age: float) -> tuple[str, str]:
-    """(state, why) of a run whose status.json is `age` seconds old."""
-    state, why = content["state"], content.get("reason", "")
+    """Returns (state, reason) of a run whose status.json is `age` seconds old."""
+    state, reason = content["state"], content.get("reason", "")
     if state in ("finished", "stopped", "failed"):
-        return state, why
+        return state, reason
     if age > (STARTING_S if state == "waiting" else SILENT_S):
-        before = f"waiting {why}" if state == "waiting" else f"in phase `{content.get('phase')}`"
+        before = f"waiting {reason}" if state == "waiting" else f"in phase `{content.get('phase')}`"
         return "unknown", f"nothing was heard for {duration(age)}; it was {before}"
     if state == "waiting":
-        return state, why
+        return state, reason
     phase, seconds = content.get("phase", ""), content.get("phase_s", 0.0) + age
     if phase in WAITS_FOR and content.get("phase_s", 0.0) > WAITING_S:
         return "waiting", f"{WAITS_FOR[phase]}, for {duration(seconds)}"
@@ -112,12 +112,12 @@ def state_of(content: Mapping[str, Any], age: float) -> tuple[str, str]:
 
 
 def status_text(status: Mapping[str, Any]) -> RenderableType:
-    """The status for a terminal."""
+    """Shows the status for a terminal."""
     return Group(*_blocks(status))
 
 
 def duration(seconds: float) -> str:
-    """`0:42`, `3:07:00`."""
+    """Formats seconds as `0:42` or `3:07:00`."""
     hours, rest = divmod(int(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -203,7 +203,7 @@ def _damaged(run: str, name: str) -> ReneeError:
 
 
 def _of_history(run: str) -> dict[str, Any]:
-    """Of a run that was made before there was a status.json."""
+    """Makes the content of status.json for a run of a version that did not write it."""
     history = _json(run, "history.json") or {"steps": [], "evals": []}
     steps, evals = history["steps"], history["evals"]
     done = bool(steps) and evals and evals[-1]["step"] == steps[-1]["total_steps"]

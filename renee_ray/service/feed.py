@@ -1,13 +1,12 @@
-"""Ray Data feeding one worker: windows of rows, read ahead in tasks, in exactly the given order.
+"""Feeds one worker by Ray Data: windows of rows, read ahead in tasks, in exactly the given order.
 
-Ray Data has no seekable position and its splits give no order, so the order is not asked of
-it: a Ray dataset is a list of windows to come, each task reads one window of this worker's
-rows (`data.rows.Window`, which holds no more than that), and `preserve_order` keeps them in
-sequence.
+Ray Data has no seekable position and its splits give no order, so the order does not come from
+it. A Ray dataset is a list of windows to come. Each task reads one window of this worker's rows
+(`data.rows.Window`, which holds no more than that), and `preserve_order` keeps them in sequence.
 
-A Ray dataset here is `prefetch` windows long and read whole while the ones before it are
-consumed. One endless execution would be simpler, but Ray Data 2.60 polls without a pause as
-long as its consumer holds it back: half a core a worker, taken from training.
+A Ray dataset here is `prefetch` windows long, and is read whole while the one before it is
+consumed. One endless execution would be simpler, but Ray Data 2.60 polls without a pause while
+its consumer holds it back: half a core a worker, taken from training.
 """
 
 from __future__ import annotations
@@ -17,27 +16,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from itertools import islice
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
 import ray
 
+from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.order import Order
+from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, Window
 from renee_ray.parallel.batch import Batch, Position, cut_batches
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.observe.metric import count_retries
 
 log = logging.getLogger(__name__)
 
 PATIENT_S = 15
-"""Seconds for which a worker waits for data without saying so."""
+"""Seconds that a worker waits for data before it says so."""
 READ_CPUS = 0.25
 """CPUs of a reading task: several share the one that the workers leave free."""
 
 
-class Epochs(Sequence[Order]):
+class Epochs:
     """The order of each epoch, made when it is asked for; the last two are kept.
 
     An order names every part of the dataset, so those of all epochs would fill the memory.
@@ -49,19 +49,45 @@ class Epochs(Sequence[Order]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, epoch: int) -> Order: ...
-    @overload
-    def __getitem__(self, epoch: slice) -> list[Order]: ...
-    def __getitem__(self, epoch: int | slice) -> Order | list[Order]:
-        if isinstance(epoch, slice):
-            return [self._made(each) for each in range(self._count)[epoch]]
+    def __getitem__(self, epoch: int) -> Order:
         return self._made(range(self._count)[epoch])
+
+    def __iter__(self) -> Iterator[Order]:
+        return map(self._made, range(self._count))
+
+
+def training_orders(config: RunConfig, dataset: Dataset) -> Epochs:
+    """Returns the order of every epoch of a run."""
+    manifest = dataset.manifest
+    # A point whose filter labels are positives teaches the texts of these labels already.
+    others = config.feed.filter_labels == "positive"
+    texts = manifest.other_texts if others else [part.rows for part in manifest.splits["labels"]]
+    points = [part.rows for part in manifest.splits["train"]]
+
+    def make(epoch: int) -> Order:
+        return training_order(
+            points, list(texts) if manifest.has_label_texts else [], augment=config.feed.augment,
+            texts=OTHER_TEXTS if others else "labels", seed=config.seed, epoch=epoch,
+            batch_size=config.batch_size, streams=config.feed.streams, window=config.feed.window,
+        )  # fmt: skip
+
+    return Epochs(make, config.epochs)
+
+
+def scoring_feed(
+    dataset: Dataset, split: str, batch_size: int, max_length: int, ranks: Ranks, **options: int
+) -> Iterator[Batch]:
+    """Returns this rank's rows of a split, once; `options` are those of `scoring_order`."""
+    parts = [part.rows for part in dataset.manifest.splits[split]]
+    order = scoring_order(split, parts, batch_size=batch_size, num_ranks=ranks.num_ranks, **options)
+    return feed(
+        dataset, [order], ranks.rank, ranks.num_ranks, start=Position(), max_length=max_length
+    )
 
 
 def feed(
     dataset: Dataset,
-    orders: Sequence[Order],
+    orders: Sequence[Order] | Epochs,
     rank: int,
     num_ranks: int,
     *,
@@ -71,11 +97,11 @@ def feed(
     prefetch: int = 2,
     run: str = "",
 ) -> Iterator[Batch]:
-    """This rank's rows of every batch from `start` to the end of the last epoch.
+    """Returns this rank's rows of every batch from `start` to the end of the last epoch.
 
     Args:
-        orders: one an epoch, e.g. `Epochs`; `start.epoch` indexes it.
-        run: by whose name retries of storage are counted; empty: they are not.
+        orders: one an epoch, such as `Epochs`; `start.epoch` indexes it.
+        run: name of the run that retries of storage are counted for; empty: they are not.
     """
     windows = (
         Window.of(dataset, orders[epoch], orders[epoch].slots_of(rank, num_ranks), window)
@@ -96,7 +122,7 @@ def feed(
 def _read_ahead(
     read: Callable[[Sequence[Window]], list[pa.Table]], groups: Iterable[Sequence[Window]]
 ) -> Iterator[pa.Table]:
-    """Tables of all groups in order; one group is read while the one before it is consumed."""
+    """Yields the tables of all groups in order; reads one group while the last is consumed."""
     with ThreadPoolExecutor(1, "feed") as executor:
         source = iter(groups)
 
@@ -121,7 +147,7 @@ def _read_ahead(
 def reading(
     windows: Sequence[Window], start: Position, run: str, rank: int
 ) -> Callable[[dict[str, np.ndarray]], Iterator[pa.Table]]:
-    """What a task runs: it is given numbers of windows. All that a task carries is in it."""
+    """Returns what a task runs on numbers of windows; the closure is all that a task carries."""
     # As numbers: a task that unpickled a Position would import torch for it, for two seconds.
     start_epoch, start_batch = start.epoch, start.batch
 
@@ -142,7 +168,7 @@ def _tables(windows: Sequence[Window], start: Position, run: str, rank: int) -> 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    # Wrapped in Ray Data's own, what was raised does not come with it from another process.
+    # Ray Data's own error would not carry what was raised out of another process.
     context.raise_original_map_exception = True
     rows = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
         reading(windows, start, run, rank), batch_size=None, num_cpus=READ_CPUS

@@ -1,4 +1,4 @@
-"""Running a worker function as a Ray Train job, and what every such worker does first."""
+"""Runs a worker function as a Ray Train job, and prepares every such worker's process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.train
 import torch
-from ray._private.utils import get_num_cpus
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from renee_ray.config.schema import RunConfig
 from renee_ray.data import models
@@ -39,14 +35,15 @@ from renee_ray.service.policies import (
     user_error,
     workers_beside_reading,
 )
+from renee_ray.service.ray_compat import DatasetsCallback, PlacementGroupCleanerCallback, node_cpus
 from renee_ray.service.run.lease import LeaseLost
-from renee_ray.service.train.preemption import Regroup, SignalHandler
+from renee_ray.service.train.preemption import CheckpointBeforeResize, SignalHandler
 from renee_ray.signals import at_signals
 
 GPU_THREADS = 4
-"""At most, of a worker that has a GPU."""
+"""Most threads of a worker that has a GPU."""
 NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
-"""Of Ray's workers, as Ray sets it: on a machine with other work it decides who gets the cores."""
+"""Niceness of Ray's workers, as Ray sets it: beside other work it decides who gets the cores."""
 
 
 def launch(
@@ -60,26 +57,55 @@ def launch(
 ) -> Any:
     """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
 
-    on_stop: asks the workers to end, at the first SIGTERM or SIGINT, and returns whether they have
-        anything to save; None: they are just ended.
-    check: is called several times a second; what it raises is raised.
+    Args:
+        on_stop: asks the workers to end, at the first SIGTERM or SIGINT, and returns whether they
+            have anything to save. None: they are ended at once.
+        check: is called several times a second; what it raises is raised.
 
     Raises:
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
     """
     check_placement(config, use_gpu, ray.nodes())
+    grace_s = config.checkpoint.grace_s
     # Checkpoints are our own business, so Ray Train has nothing to keep.
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
-        trainer = _trainer(_worker(function, config, use_gpu), arguments, config, use_gpu, scratch)
-        fit = partial(interruptible, trainer.fit, on_stop, config, check)
-        return _unwrapped(fit).return_value
+        trainer = _Trainer(
+            _worker(function, config, use_gpu),
+            train_loop_config=arguments,
+            torch_config=TorchConfig(timeout_s=config.timeout_s),
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+                num_workers=config.num_workers,  # type: ignore[arg-type]
+                elastic_resize_monitor_interval_s=config.regroup_s,
+                use_gpu=use_gpu,
+                **placement(config, use_gpu),
+            ),
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+                storage_path=scratch,
+                name="job",
+                failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
+                callbacks=[SignalHandler(grace_s), CheckpointBeforeResize(grace_s)],
+                worker_runtime_env={"env_vars": worker_environment()},
+            ),
+        )
+        try:
+            return interruptible(trainer.fit, on_stop, grace_s, check).return_value
+        except LeaseLost:  # raised by `check`, in this process
+            raise
+        except Exception as error:
+            found = user_error(error)
+            if found is None or found is error:
+                raise
+            raise found from error
 
 
 def _worker(
     function: Callable[[dict[str, Any]], Any], config: RunConfig, use_gpu: bool
 ) -> Callable[[dict[str, Any]], Any]:
-    """`function` as each worker runs it: with its share of the node's cores, and a user's error
-    as itself, since what it was raised from does not travel; on a cluster with the node's name."""
+    """Wraps `function` with what each worker needs around it.
+
+    The worker gets its share of the node's cores. A user's error is raised as itself, since its
+    cause does not travel, and on a cluster it names the node.
+    """
 
     def work(arguments: dict[str, Any]) -> Any:
         sharing = ray.train.get_context().get_local_world_size()
@@ -98,8 +124,10 @@ def _worker(
 
 
 class _Trainer(TorchTrainer):
-    """With our own policies, and without actors that do nothing for it: an idle process of Ray's
-    polls, and takes 0.2 GB."""
+    """A TorchTrainer with our policies, and without actors that do nothing for it.
+
+    An idle process of Ray's polls, and takes 0.2 GB.
+    """
 
     def _initialize_and_run_controller(self, **of_controller: Any) -> Any:
         # Workers read for themselves (service/feed.py), so the trainer is given no datasets.
@@ -116,36 +144,8 @@ class _Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**of_controller)  # type: ignore[misc]
 
 
-def _trainer(
-    function: Callable[[dict[str, Any]], Any],
-    arguments: dict[str, Any],
-    config: RunConfig,
-    use_gpu: bool,
-    scratch: str,
-) -> TorchTrainer:
-    grace_s = config.checkpoint.grace_s
-    return _Trainer(
-        function,
-        train_loop_config=arguments,
-        torch_config=TorchConfig(timeout_s=config.timeout_s),
-        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
-            num_workers=config.num_workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=config.regroup_s,
-            use_gpu=use_gpu,
-            **placement(config, use_gpu),
-        ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
-            storage_path=scratch,
-            name="job",
-            failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-            callbacks=[SignalHandler(grace_s), Regroup(grace_s)],  # type: ignore[list-item]
-            worker_runtime_env={"env_vars": worker_environment()},
-        ),
-    )
-
-
 def placement(config: RunConfig, use_gpu: bool) -> dict[str, Any]:
-    """Where Ray Train puts workers and what each reserves, as arguments of ScalingConfig."""
+    """Returns what each worker reserves and where it runs, as arguments of ScalingConfig."""
     cpus = config.cpus_per_worker or (0 if use_gpu else 1)
     return {
         "resources_per_worker": {"GPU": int(use_gpu), "CPU": cpus},
@@ -155,9 +155,13 @@ def placement(config: RunConfig, use_gpu: bool) -> dict[str, Any]:
 
 
 def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]]) -> None:
-    """Raises ReneeError where the workers could never be placed, for which Ray would wait silently.
+    """Refuses workers that could never be placed, for which Ray would wait silently.
 
-    nodes: as `ray.nodes()` returns them.
+    Args:
+        nodes: as `ray.nodes()` returns them.
+
+    Raises:
+        ReneeError: the nodes that are up have too few places.
     """
     kind = f"accelerator_type:{config.accelerator_type}" if config.accelerator_type else None
     alive = [node["Resources"] for node in nodes if node["Alive"]]
@@ -193,12 +197,12 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
 def interruptible(
     fit: Callable[[], Any],
     on_stop: Callable[[], bool] | None,
-    config: RunConfig,
+    grace_s: float,
     check: Callable[[], None] = lambda: None,
 ) -> Any:
     """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
 
-    A second one, or `checkpoint.grace_s` without an end, interrupts at once, as does the first
+    A second signal, or `grace_s` seconds without an end, interrupts at once. So does the first
     where `on_stop` says that there is nothing to save.
 
     Raises:
@@ -214,7 +218,7 @@ def interruptible(
         while not wait([found], timeout=0.2).done:
             check()
             if signals and on_stop is not None and limit == math.inf:
-                limit = time.monotonic() + (config.checkpoint.grace_s if on_stop() else 0)
+                limit = time.monotonic() + (grace_s if on_stop() else 0)
             if len(signals) > 1 or time.monotonic() > limit:
                 break
         else:
@@ -223,31 +227,18 @@ def interruptible(
     raise KeyboardInterrupt
 
 
-def _unwrapped(fit: Callable[[], Any]) -> Any:
-    """Calls; a ReneeError that a worker raised comes out as itself."""
-    try:
-        return fit()
-    except LeaseLost:  # of this process
-        raise
-    except Exception as error:
-        found = user_error(error)
-        if found is None or found is error:
-            raise
-        raise found from error
-
-
 def threads_of(config: RunConfig, use_gpu: bool, sharing: int) -> int:
-    """Threads of one of `sharing` workers on this node, whose cores they divide."""
-    # What a container may use of its node, too; Ray counts in the same way what a node has.
-    cores = min(len(os.sched_getaffinity(0)), int(get_num_cpus(True)))
+    """Returns the threads of one of `sharing` workers on this node, whose cores they divide."""
+    # Both limits matter: the cores that this process may use, and those of its container.
+    cores = min(len(os.sched_getaffinity(0)), int(node_cpus(True)))
     each = max(1, cores // sharing)
     return config.threads or (min(each, GPU_THREADS) if use_gpu else each)
 
 
 def worker_environment(threads: int = 1) -> dict[str, str]:
-    """What a worker's libraries read when they load.
+    """Returns the environment variables that a worker's libraries read when they load.
 
-    threads: until `use_threads`, where a worker can only say on its node how many there are.
+    threads: holds until `use_threads`, since only a worker knows the cores of its node.
     """
     return {
         **OPENMP,
@@ -265,7 +256,7 @@ def use_threads(threads: int) -> None:
 
 
 def decide_gpu(choice: str, num_workers: int) -> bool:
-    """Whether workers get a GPU each.
+    """Decides whether each worker gets a GPU.
 
     Raises:
         ReneeError: GPUs are demanded and the cluster has too few.
@@ -280,7 +271,7 @@ def decide_gpu(choice: str, num_workers: int) -> bool:
 
 
 def worker_device() -> torch.device:
-    """The device that Ray Train gave this worker."""
+    """Returns the device that Ray Train gave this worker."""
     return ray.train.torch.get_device()
 
 

@@ -1,4 +1,4 @@
-"""What the controller of a Ray Train job decides: to start again or to end, and with how many.
+"""Policies of the controller of a Ray Train job: restarts after failures, number of workers.
 
 a user's error                      ends the job: it would come again
 an exception of the code itself     at most CODE_RESTARTS more attempts: it may have been a race
@@ -14,79 +14,82 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.train.v2._internal.execution.failure_handling import (
-    DefaultFailurePolicy,
-    FailureDecision,
-)
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from renee_ray.data.storage import REFUSED, storage_error
 from renee_ray.errors import ReneeError, reason
+from renee_ray.service.ray_compat import (
+    DefaultFailurePolicy,
+    ElasticScalingPolicy,
+    FailureDecision,
+    cpus_of_worker,
+)
 
 CODE_RESTARTS = 3
-"""However many lost workers a run survives."""
-OF_CODE = (
+"""Restarts after an exception of the code, however many lost workers a run survives."""
+CODE_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
     NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
-"""What no lost worker, memory or storage raises: torch says RuntimeError, files say OSError."""
+"""Errors of code alone: lost workers and memory raise RuntimeError in torch, storage OSError."""
 READING_CPUS = 1
 """CPUs of a cluster that workers leave to the tasks that read for them."""
 
 
 class Failures(DefaultFailurePolicy):
-    """Ray's own policy, but for what another attempt would not change."""
+    """Ray's own policy, except that failures that would come again end the job."""
 
     def __init__(self, failure_config: FailureConfig) -> None:
         super().__init__(failure_config)
-        self._of_code = 0
+        self._code_failures = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = getattr(training_failed_error, "worker_failures", None) or {}
-        # What others raise when a worker is lost says nothing of the code.
+        # When a worker is lost, what the others raise says nothing about the code.
         lost = any(isinstance(each, RayActorError) for each in failures.values())
-        self._of_code += not lost and any(isinstance(each, OF_CODE) for each in failures.values())
-        if is_final(training_failed_error) or self._of_code > CODE_RESTARTS:
+        self._code_failures += not lost and any(
+            isinstance(each, CODE_ERRORS) for each in failures.values()
+        )
+        if is_final(training_failed_error) or self._code_failures > CODE_RESTARTS:
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
 
 class Elastic(ElasticScalingPolicy):
-    """Ray's own policy, but for the CPU that reads: workers on it would wait for data for ever."""
+    """Ray's own policy, except that it leaves the CPU that the reading tasks need."""
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        each = self.scaling_config._resources_per_worker_not_none.get("CPU", 0)
-        room = workers_beside_reading(ray.cluster_resources().get("CPU", 0), each)
+        cpus, each = ray.cluster_resources().get("CPU", 0), cpus_of_worker(self.scaling_config)
+        room = workers_beside_reading(cpus, each)
         return int(min(super()._count_possible_workers(reserved_resources), room))
 
 
 def workers_beside_reading(cpus: float, each: float) -> float:
-    """Workers of `each` CPUs for which a cluster has room beside what reads for them."""
+    """Returns how many workers of `each` CPUs fit a cluster beside the tasks that read for them."""
     return max(cpus - READING_CPUS, 0) // each if each else math.inf
 
 
 def user_error(error: BaseException) -> ReneeError | None:
-    """The user's error in what Ray wrapped, or storage's in one sentence, if there is one."""
+    """Finds the user's error, or storage's in one sentence, in what Ray wrapped."""
     causes = list(_causes(error))
     found = [*filter(_is_final, causes), *filter(_is_of_storage, causes)]
     if not found:
         return None
     first = found[0]
     if not isinstance(first, ReneeError):
-        return storage_error(OSError(_said(first)))
+        return storage_error(OSError(_without_traceback(first)))
     # Ray Data appends lines on its retries to what a task raised.
     return ReneeError(reason(first)) if "\n" in str(first) else first
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether it is a user's error, which another attempt would meet again."""
+    """Returns whether it is a user's error, which another attempt would meet again."""
     return any(map(_is_final, _causes(error)))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """All that an error wraps, itself too; of a task's error, what was raised in the task."""
+    """Yields an error and all that it wraps; for a task's error, what was raised in the task."""
     seen: set[int] = set()
     queue: list[Any] = [error]
     while queue:
@@ -111,7 +114,7 @@ def _is_of_storage(error: BaseException) -> bool:
     return isinstance(error, OSError) and "AWS Error" in str(error)
 
 
-def _said(error: BaseException) -> str:
-    """What an error said itself, without a traceback that Ray put before it."""
+def _without_traceback(error: BaseException) -> str:
+    """Returns an error's own message, without the traceback that Ray put before it."""
     lines = str(error).splitlines()
     return next((line for line in reversed(lines) if "AWS Error" in line), str(error))

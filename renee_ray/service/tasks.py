@@ -1,4 +1,4 @@
-"""Ray Data tasks that are given numbers and return counts; texts never pass through the driver.
+"""Ray Data tasks that take numbers and return counts; texts never pass through the driver.
 
 A user's error inside a task comes back as a value, so that Ray logs no traceback for it.
 """
@@ -33,11 +33,11 @@ class Interrupted(ReneeError):
 def stream(
     work: Callable[[Any, int], dict[str, Any]], plan: Any, tasks: int, journal: str | None = None
 ) -> Iterator[Any]:
-    """The results of work(plan, i) for i in [0, tasks), as Ray Data tasks finish, in any order.
+    """Yields the results of work(plan, i) for i in [0, tasks), in the order in which tasks finish.
 
     Args:
-        journal: a directory where each result is kept; what is there already is not worked out
-            again, so that what was cut off goes on where it was.
+        journal: a directory where each result is kept. A result that is there is not computed
+            again, so that an interrupted command goes on where it was.
 
     Raises:
         ReneeError: the sentence of the first task that failed; with a journal when all others have
@@ -104,9 +104,9 @@ def _attempt(
 def attempt(
     work: Callable[[Any, int], dict[str, Any]], plan: Any, i: int, journal: str | None
 ) -> str:
-    """The result of work(plan, i) as JSON, from the journal where it is there.
+    """Returns the result of work(plan, i) as JSON, from the journal if it is there.
 
-    A user's error is kept there too, and ends all tasks that have not begun.
+    The journal keeps a user's error too, which ends all tasks that have not begun.
     """
     if journal is None:
         return json.dumps(work(plan, i))
@@ -129,7 +129,7 @@ def attempt(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray Data without bars and without its account of the plan: the caller reports progress."""
+    """Silences Ray Data's bars and its account of the plan: the caller reports progress."""
     context = ray.data.DataContext.get_current()
     logger = logging.getLogger("ray.data")
     before = context.enable_progress_bars, logger.level
@@ -143,7 +143,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Reporter:
-    """Says how many of `total` are done, not more than once in a while."""
+    """Reports how many of `total` are done, at most once every SECONDS_BETWEEN_MESSAGES."""
 
     def __init__(self, what: str, total: int, on_progress: Callable[[str], None]) -> None:
         self.what, self.total, self.on_progress = what, total, on_progress

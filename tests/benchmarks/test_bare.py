@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from renee_ray.benchmarks import bare, processes
-from renee_ray.benchmarks.bare import Clock, Job, held_batches, measure, weight_norms
+from renee_ray.benchmarks.bare import Clock, Job, held_batches, time_bare_steps, weight_norms
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
@@ -61,7 +61,7 @@ def tiny_model(config: RunConfig, num_labels: int, ranks: Ranks, *_: Any, **__: 
 
 def measured(ranks: Ranks, job: Job) -> dict[str, Any]:
     bare.build_model = tiny_model  # type: ignore[assignment]  # in a process of its own
-    return measure(ranks, CPU, job)
+    return time_bare_steps(ranks, CPU, job)
 
 
 def by_hand(job: Job) -> tuple[float, float]:

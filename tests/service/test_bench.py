@@ -9,14 +9,15 @@ import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from renee_ray.cli import main as cli
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.bench import scale as bench
-from renee_ray.service.bench.memory import ResidentPeak, resident_bytes
-from renee_ray.service.bench.scale import measure
+from renee_ray.service.bench.memory import ResidentPeak
+from renee_ray.service.bench.scale import time_steps
 from tests.service.conftest import renee_ray
 from tests.training.gloo import on_ranks
 
@@ -24,7 +25,7 @@ SIZES: dict[str, Any] = {"labels": 3001, "dim": 8, "batch": 10, "steps": 2}
 
 
 def measured(ranks: Ranks, precision: str) -> dict[str, Any]:
-    return measure(ranks, torch.device("cpu"), precision=precision, **SIZES)
+    return time_steps(ranks, torch.device("cpu"), precision=precision, **SIZES)
 
 
 @pytest.mark.parametrize(("precision", "bytes_per_weight"), [("bf16_sr", 2), ("fp8_sr", 1)])
@@ -49,7 +50,7 @@ def test_a_speedup_is_of_the_same_steps_by_one_rank(num_ranks: int) -> None:
 
 
 def compared(ranks: Ranks) -> dict[str, Any]:
-    return measure(ranks, torch.device("cpu"), precision="fp32", speedup=True, **SIZES)
+    return time_steps(ranks, torch.device("cpu"), precision="fp32", speedup=True, **SIZES)
 
 
 def test_a_speedup_of_one_worker_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +60,7 @@ def test_a_speedup_of_one_worker_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 def test_memory_of_processes_below_is_counted() -> None:
     size = 80 << 20
-    before = resident_bytes()
+    before = psutil.Process().memory_info().rss
     code = f"import time; held = b'x' * {size}; print('ready', flush=True); time.sleep(60)"
     with ResidentPeak() as peak:
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -71,7 +72,7 @@ def test_memory_of_processes_below_is_counted() -> None:
             child.kill()
             child.wait()
     assert peak.bytes >= before + 0.9 * size
-    assert resident_bytes() < peak.bytes - 0.5 * size
+    assert psutil.Process().memory_info().rss < peak.bytes - 0.5 * size
 
 
 @pytest.mark.slow

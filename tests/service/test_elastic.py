@@ -176,7 +176,7 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
         stopped = finish(process)
     finally:
         end(process)
-    assert "ray::TrainController" in below and "ray::_Mail" in below
+    assert "ray::TrainController" in below and "ray::_ChannelActor" in below
     assert not re.search("PlacementGroupCleaner|DatasetManager|_QueueActor", below), below
     assert stopped.status == 130, stopped.stderr
     assert stopped.stdout == ""

@@ -20,8 +20,8 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.parallel.batch import Position, Ragged
 from renee_ray.service.bench.feed import pair_checksum
+from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import launch
-from renee_ray.service.train.train import orders
 
 COMMIT_EVERY = 3
 EPOCHS = 2
@@ -32,15 +32,14 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
 
     def read(arguments: dict[str, Any]) -> int:
         from renee_ray.parallel.collectives import Ranks, all_sum
-        from renee_ray.service.feed import feed
-        from renee_ray.service.train.train import orders
+        from renee_ray.service.feed import feed, training_orders
 
         config = RunConfig.model_validate(arguments["config"])
         dataset: Dataset = arguments["dataset"]
         ranks = Ranks.of_process_group()
         committed = Path(folder, "committed")
         done = int(committed.read_text()) if committed.exists() else 0
-        epochs = orders(config, dataset)
+        epochs = training_orders(config, dataset)
         batches = epochs[0].num_batches
         start = Position(done // batches, done % batches)
         for batch in feed(
@@ -79,7 +78,7 @@ def test_each_row_once_after_kills_with_two_three_and_one_workers(
     # Both kills are between two commits, so that what follows the last one is read again.
     for run, (workers, kill, share) in enumerate([(2, 5, 0.4), (3, 14, 0.75), (1, 10**6, 1)]):
         config = make_config(RunConfig, {**made, "num_workers": workers}, where="test")
-        epochs = orders(config, opened)
+        epochs = training_orders(config, opened)
         total = sum(order.num_batches for order in epochs)
         arguments = {
             "config": config.model_dump(), "dataset": opened, "run": run, "kill": kill,

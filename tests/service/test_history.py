@@ -103,6 +103,7 @@ def test_a_full_disk_costs_one_warning(
     monkeypatch.setattr(module, "RETRY_S", 0.05)
     caplog.set_level(logging.WARNING)
     writer = BackgroundWriter(RunDirectory(str(tmp_path)))
+    writer.start()
     small_files(4096)
     for steps in range(500, 510):
         writer.put(HISTORY_FILE, content(steps))
@@ -119,6 +120,7 @@ def test_a_full_disk_costs_one_warning(
 def test_what_can_never_be_written_does_not_keep_the_end_waiting(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("no directory")
     writer = BackgroundWriter(RunDirectory(str(tmp_path / "run")))
+    writer.start()
     writer.put(HISTORY_FILE, content(1))
     assert not writer.close(0.5)
 
@@ -135,6 +137,7 @@ def test_storage_that_is_away_makes_nobody_wait(
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(module, "RETRY_S", 0.5)
         writer = BackgroundWriter(RunDirectory(f"s3://{BUCKET}/run"))
+        writer.start()
         assert gateway.process is not None
         gateway.process.send_signal(signal.SIGSTOP)
         for steps in range(1, 50):

@@ -48,7 +48,7 @@ class Workers:
 
 def wait_for(workers: Workers, on_stop: Callable[[], bool] | None, grace_s: float = 60) -> Any:
     try:
-        return interruptible(workers.fit, on_stop, config(grace_s))
+        return interruptible(workers.fit, on_stop, grace_s)
     finally:
         workers.asked.set()
         workers.over.set()

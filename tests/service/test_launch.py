@@ -17,9 +17,8 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import READ_CPUS
+from renee_ray.service.feed import READ_CPUS, scoring_feed
 from renee_ray.service.launch import launch
-from renee_ray.service.train.train import scoring_feed
 
 from ..data.tiny import write_tiny
 

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +19,24 @@ import pytest
 
 from renee_ray.data.storage import replace_file
 from renee_ray.service.run.directory import RUN_FILE
-from renee_ray.service.run.lease import CLAIM, Lease, LeaseHeld, LeaseLost
+from renee_ray.service.run.lease import (
+    CLAIM,
+    Lease,
+    LeaseHeld,
+    LeaseLost,
+    machine,
+    started_s,
+)
 
 from .conftest import descendants, end, finish, renee_ray, run_of, start
 from .gateway import BUCKET, Gateway
 from .test_train import newest_commit, wait_for_commit
 
 BEAT_S, DEAD_S, PATIENT_S = 0.1, 3.0, 60.0
-ELSEWHERE = {"host": "elsewhere", "pid": 7, "process": "another-boot pid:[1] 5", "beats": 3}
+ELSEWHERE: dict[str, Any] = {
+    "host": "elsewhere", "pid": 7, "machine": "another-boot pid:[1]", "started_s": 5.0,
+    "beats": 3,
+}  # fmt: skip
 
 
 def lease(run: str, **settings: Any) -> Lease:
@@ -110,14 +119,11 @@ def test_an_error_releases_it(run: str) -> None:
 @pytest.fixture(scope="module")
 def gone() -> dict[str, Any]:
     """What the claim of a process of this host says that has ended."""
-    code = (
-        "import os\n"
-        "from renee_ray.service.run.lease import process_name as n\n"
-        "print(n(os.getpid()))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    name = process.communicate()[0].strip()
-    return ELSEWHERE | {"pid": process.pid, "process": name}
+    process = subprocess.Popen(["sleep", "600"])
+    started = started_s(process.pid)
+    process.kill()
+    process.wait()
+    return ELSEWHERE | {"pid": process.pid, "machine": machine(), "started_s": started}
 
 
 @pytest.mark.parametrize("taken_over", [False, True])
@@ -151,7 +157,9 @@ def test_a_driver_of_this_host_that_is_gone_is_taken_over_at_once(
     claim = write_claim(run, **gone)
     with lease(run, dead_s=1e6):
         assert claim not in claims(run)
-    write_claim(run, **gone | {"pid": os.getpid()})  # its number is another process's now
+    write_claim(
+        run, **gone | {"pid": os.getpid(), "started_s": 1.0}
+    )  # its number is another process's now
     with lease(run, dead_s=1e6):
         pass
 

@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.driver_channel import Mail
-from renee_ray.service.observe.progress import Channel
-from renee_ray.service.train.preemption import Wishes
+from renee_ray.service.driver_channel import DriverChannel
+from renee_ray.service.observe.progress import WorkerChannel
+from renee_ray.service.train.preemption import Requests
 from renee_ray.training.loop import STOP
 
 PATIENT_S = 60
@@ -20,14 +20,14 @@ PATIENT_S = 60
 @pytest.mark.slow
 def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
     ensure_ray(1)
-    mail, logger = Mail(), logging.getLogger("renee_ray")
+    sent, logger = DriverChannel(), logging.getLogger("renee_ray")
     before = list(logger.handlers)
-    channel = Channel(mail, 1)
+    channel = WorkerChannel(sent, 1)
     try:
         channel.forward_warnings()
         logger.warning("the last words")
         channel.flush()
-        assert mail.receive(1) == {"text": "the last words"}
+        assert sent.receive(1) == {"text": "the last words"}
     finally:
         logger.handlers[:] = before
         ray.shutdown()
@@ -36,35 +36,35 @@ def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
 
 
 @pytest.mark.slow
-def test_the_wish_to_stop_reaches_whoever_waits_before_and_after() -> None:
+def test_the_request_to_stop_reaches_whoever_waits_before_and_after() -> None:
     ensure_ray(1)
     try:
-        mail = Mail()
-        waiter = ray.remote(num_cpus=0)(Waiter).remote(mail)
-        gone = ray.remote(num_cpus=0)(Waiter).remote(mail)
+        channel = DriverChannel()
+        waiter = ray.remote(num_cpus=0)(Waiter).remote(channel)
+        gone = ray.remote(num_cpus=0)(Waiter).remote(channel)
         ray.get([waiter.follow.remote(), gone.follow.remote()])
         ray.kill(gone)  # a worker that ended while it waited takes nothing with it
-        assert ray.get(waiter.wish.remote(0)) == 0
-        mail.stop()
-        assert ray.get(waiter.wish.remote(PATIENT_S)) == STOP
-        later = ray.remote(num_cpus=0)(Waiter).remote(mail)
+        assert ray.get(waiter.request.remote(0)) == 0
+        channel.stop()
+        assert ray.get(waiter.request.remote(PATIENT_S)) == STOP
+        later = ray.remote(num_cpus=0)(Waiter).remote(channel)
         ray.get(later.follow.remote())
-        assert ray.get(later.wish.remote(PATIENT_S)) == STOP
+        assert ray.get(later.request.remote(PATIENT_S)) == STOP
     finally:
         ray.shutdown()
 
 
 class Waiter:
-    def __init__(self, mail: Mail) -> None:
-        self._mail, self._wishes = mail, Wishes()
-        self._wishes._look_for_preemption = lambda: None  # type: ignore[method-assign]
+    def __init__(self, channel: DriverChannel) -> None:
+        self._channel, self._requests = channel, Requests()
+        self._requests._look_for_preemption = lambda: None  # type: ignore[method-assign]
 
     def follow(self) -> None:
-        self._wishes.follow(self._mail)
+        self._requests.follow(self._channel)
 
-    def wish(self, seconds: float) -> int:
-        """What is wished for within so many seconds."""
+    def request(self, seconds: float) -> int:
+        """Waits so many seconds for a request, and takes it."""
         until = time.monotonic() + seconds
-        while not (bits := self._wishes.take(0)) and time.monotonic() < until:
+        while not (bits := self._requests.take(0)) and time.monotonic() < until:
             time.sleep(0.1)
         return bits

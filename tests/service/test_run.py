@@ -11,7 +11,7 @@ from renee_ray.config.schema import RunConfig, ScoreConfig
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.score.predict import scoring_config
+from renee_ray.service.score.job import scoring_config
 
 from ..training.test_checkpoint_writer import METRIC, Worker, writer_of
 

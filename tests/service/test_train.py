@@ -22,8 +22,9 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.errors import ReneeError
 from renee_ray.report.status import STATUS_FILE
+from renee_ray.service.feed import training_orders
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.train.train import identity, is_finished, orders, resumed
+from renee_ray.service.train.resuming import identity, is_finished, resumed
 
 from ..data.tiny import write_tiny
 from .conftest import (
@@ -42,7 +43,7 @@ slow = pytest.mark.slow
 
 def planned_steps(dataset: str) -> int:
     config = make_config(RunConfig, RECIPE, {"data": dataset, "output": "unused"})
-    return sum(order.num_batches for order in orders(config, Dataset.open(dataset)))
+    return sum(order.num_batches for order in training_orders(config, Dataset.open(dataset)))
 
 
 def workers(process: subprocess.Popen[str]) -> set[int]:

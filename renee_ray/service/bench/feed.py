@@ -1,9 +1,9 @@
 """`renee-ray bench feed`: an epoch streamed through R workers, and whether each pair came once.
 
-The order is that of training, without label texts. The workers only read: what is timed is
-Ray Data, decoding, shuffling and cutting into batches. Each (point, label) pair is hashed, and
-the sum of the hashes, modulo 2^64, does not depend on the order; it is worked out again from
-the part files, by tasks of their own, so that a pair lost or repeated shows.
+The order is that of training, without label texts. The workers only read: the time is that of
+Ray Data, decoding, shuffling and cutting into batches. Each (point, label) pair is hashed. The
+sum of the hashes, modulo 2^64, does not depend on the order. Tasks compute it again from the
+part files, so that a pair lost or repeated shows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import torch
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.order import training_order
 from renee_ray.data.split import splitmix64
 from renee_ray.parallel.batch import Position, Ragged, ragged
-from renee_ray.parallel.collectives import Ranks, all_sum
+from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import feed
+from renee_ray.service.feed import feed, training_orders
 from renee_ray.service.launch import launch
 from renee_ray.service.tasks import stream
 
@@ -43,7 +42,7 @@ def bench_feed(dataset: str, workers: int, batch: int) -> dict[str, Any]:
     config = make_config(
         RunConfig,
         {"data": opened.path, "output": "unused", "num_workers": workers, "batch_size": batch},
-        {"feed": {"window": WINDOW}},
+        {"feed": {"window": WINDOW, "augment": 0}},
     )
     ensure_ray(workers + 1)
     arguments = {"config": config.model_dump(), "dataset": opened}
@@ -58,29 +57,15 @@ def bench_feed(dataset: str, workers: int, batch: int) -> dict[str, Any]:
 
 
 def feed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs."""
+    """Streams this worker's rows; rank 0's result counts those of all."""
     config = RunConfig.model_validate(arguments["config"])
     dataset: Dataset = arguments["dataset"]
     ranks = Ranks.of_process_group()
-    order = training_order(
-        [part.rows for part in dataset.manifest.splits["train"]],
-        [],
-        augment=0,
-        seed=config.seed,
-        epoch=0,
-        batch_size=config.batch_size,
-        streams=config.feed.streams,
-        window=config.feed.window,
-    )
+    order = training_orders(config, dataset)[0]
     batches = feed(
-        dataset,
-        [order],
-        ranks.rank,
-        ranks.num_ranks,
-        start=Position(),
-        max_length=dataset.manifest.max_length,
-        prefetch=config.feed.prefetch,
-    )
+        dataset, [order], ranks.rank, ranks.num_ranks, start=Position(),
+        max_length=dataset.manifest.max_length, prefetch=config.feed.prefetch,
+    )  # fmt: skip
     before, start = _peak_rss(), time.perf_counter()
     rows = pairs = checksum = 0
     first = 0.0
@@ -93,7 +78,8 @@ def feed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # Halves of 32 bits, since a sum of int64 over ranks would overflow.
     halves = torch.tensor([rows, pairs, checksum & 0xFFFFFFFF, checksum >> 32 & 0xFFFFFFFF])
     total = [int(value) for value in all_sum(ranks, halves)]
-    most = [_greatest(ranks, value) for value in (seconds, first, before, _peak_rss())]
+    everyone = gather_numbers(ranks, [seconds, first, before, _peak_rss()])
+    most = [max(values) for values in zip(*everyone, strict=True)]
     return {
         "rows": total[0],
         "pairs": total[1],
@@ -106,7 +92,7 @@ def feed_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def pair_checksum(points: np.ndarray, labels: Ragged) -> int:
-    """Sum modulo 2^64 of splitmix64(splitmix64(point) ^ label) over all pairs."""
+    """Returns the sum modulo 2^64 of splitmix64(splitmix64(point) ^ label) over all pairs."""
     hashed = splitmix64(points.astype(np.uint64))[labels.pairs()[0]]
     return int(splitmix64(hashed ^ labels.values.astype(np.uint64)).sum(dtype=np.uint64))
 
@@ -117,12 +103,6 @@ def _part_sums(dataset: Dataset, i: int) -> dict[str, Any]:
     labels = ragged(table["labels"])
     checksum = pair_checksum(table["point_id"].to_numpy(), labels)
     return {"sums": [len(table), len(labels.values), checksum]}
-
-
-def _greatest(ranks: Ranks, value: float) -> float:
-    everyone = torch.zeros(ranks.num_ranks, dtype=torch.float64)
-    everyone[ranks.rank] = value
-    return float(all_sum(ranks, everyone).max())
 
 
 def _peak_rss() -> float:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import psutil
 
 SAMPLE_S = 0.2
-"""Seconds between two looks at the memory of all processes."""
+"""Seconds between two samples of the memory of all processes."""
 SAMPLES_A_SEARCH = 5
-"""Looks to one search for new processes: that reads of every process of the machine."""
+"""Samples for one search for new processes, which reads every process of the machine."""
 
 
 class ResidentPeak:
-    """Highest resident memory while it is entered, sampled.
+    """The highest resident memory while it is entered, sampled.
 
-    A process counts from the next search on, about a second at most after its start. Pages that
-    several processes share count once for each: an upper bound.
+    A process counts from the next search on, at most about a second after its start. Pages that
+    several processes share count once for each: the result is an upper bound.
 
-    bytes: of all processes together; greatest: of one process that is not Ray's raylet, which
-    holds the object store; command: the beginning of its command line.
+    bytes: all processes together; greatest: the largest process but Ray's raylet, which holds the
+    object store; command: the beginning of its command line.
     """
 
     def __init__(self) -> None:
@@ -36,42 +37,22 @@ class ResidentPeak:
         self._thread.join()
 
     def _watch(self) -> None:
+        own = psutil.Process()
         while True:
-            processes = processes_below()
+            processes = [own, *own.children(recursive=True)]
             for _ in range(SAMPLES_A_SEARCH):
-                self._look(processes)
+                self._sample(processes)
                 if self._over.wait(SAMPLE_S):
                     return
 
-    def _look(self, processes: list[psutil.Process]) -> None:
-        found = {process: _resident(process) for process in processes}
-        self.bytes = max(self.bytes, sum(found.values()))
-        for process, resident in found.items():
-            command = _command(process) if resident > self.greatest else ""
-            if command and "raylet/raylet" not in command:
-                self.greatest, self.command = resident, command
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process and its descendants now."""
-    return sum(map(_resident, processes_below()))
-
-
-def processes_below() -> list[psutil.Process]:
-    """This process and its descendants."""
-    own = psutil.Process()
-    return [own, *own.children(recursive=True)]
-
-
-def _resident(process: psutil.Process) -> int:
-    try:
-        return process.memory_info().rss
-    except psutil.Error:  # it has ended
-        return 0
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())[:80]
-    except psutil.Error:
-        return ""
+    def _sample(self, processes: list[psutil.Process]) -> None:
+        total = 0
+        for process in processes:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                resident = process.memory_info().rss
+                total += resident
+                if resident > self.greatest:
+                    command = " ".join(process.cmdline())[:80]
+                    if command and "raylet/raylet" not in command:
+                        self.greatest, self.command = resident, command
+        self.bytes = max(self.bytes, total)

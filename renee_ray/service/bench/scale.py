@@ -1,13 +1,13 @@
 """`renee-ray bench scale`: the classifier's step on R Ray Train workers, at any number of labels.
 
 A planted problem without an encoder: B points with fixed embeddings, whose first component is
-the same for all, and a few labels each. Every step sees all of them, each rank owning B / R
-rows and L / R labels, so what crosses the ranks is what crosses them in training.
+the same for all, and a few labels each. Every step sees all of them. Each rank owns B / R rows
+and L / R labels, so the same bytes cross the ranks as in training.
 
-For a speed-up rank 0 holds all labels besides its own, and steps on them alone while the others
-wait, in turns with the steps of all: both meet the same machine, and the same batch. Where Ray
-was started for this, the same is then measured in processes without it: on a machine whose cores
-all train, its idle processes take their time from the steps of all, and less from one worker's.
+For a speed-up rank 0 also holds all labels, and steps on them alone while the others wait, in
+turns with the steps of all. Both meet the same machine and the same batch. Where Ray was started
+for this, the same is then measured in processes without it. On a machine whose cores all train,
+Ray's idle processes slow the steps of all more than those of one worker.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def bench_scale(
     steps: int,
     speedup: bool,
 ) -> dict[str, Any]:
-    """Without momentum; `labels` None: a sweep over `SWEEP`.
+    """Times steps without momentum; `labels` None: a sweep over `SWEEP`.
 
     Returns:
         step_s, the median of `steps`; with `speedup`, one_worker_step_s, the same of one worker,
@@ -101,7 +101,7 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
     use_gpu = decide_gpu("auto", workers)
     with ResidentPeak() as peak:
         found = launch(scale_worker, arguments, config, use_gpu)
-    # Of another's Ray neither processes nor machines are known here.
+    # In a Ray that was joined, the workers' processes are not below this one.
     resident = peak.bytes / 2**30 if started_here() else None
     found |= {"peak_rss_gib": resident, "workers": workers}
     if arguments["speedup"] and started_here():
@@ -111,24 +111,20 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def _without_ray(config: RunConfig, arguments: dict[str, Any], use_gpu: bool) -> dict[str, float]:
+    environment = worker_environment(threads_of(config, use_gpu, config.max_workers))
     found = run_processes(
-        measure,
-        arguments,
-        config.max_workers,
-        use_gpu=use_gpu,
-        timeout_s=TIMEOUT_S,
-        environment=worker_environment(threads_of(config, use_gpu, config.max_workers)),
-        niceness=NICENESS,
-    )
+        time_steps, arguments, config.max_workers, use_gpu=use_gpu, timeout_s=TIMEOUT_S,
+        environment=environment, niceness=NICENESS,
+    )  # fmt: skip
     return {f"bare_{name}": found[name] for name in ("step_s", "one_worker_step_s", "speedup")}
 
 
 def scale_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs."""
-    return measure(Ranks.of_process_group(), worker_device(), **arguments)
+    """Times the steps as one worker."""
+    return time_steps(Ranks.of_process_group(), worker_device(), **arguments)
 
 
-def measure(
+def time_steps(
     ranks: Ranks,
     device: torch.device,
     labels: int,
@@ -138,7 +134,7 @@ def measure(
     steps: int,
     speedup: bool = False,
 ) -> dict[str, Any]:
-    """The figures of `bench_scale` but for memory, on every rank (one worker's on rank 0)."""
+    """Returns the figures of `bench_scale`, but for memory; one worker's on rank 0 alone."""
     problem = make_problem(labels, dim, batch, device)
     problem.embeddings.mul_(dim**-0.5)[:, 0] = 1
     start = time.perf_counter()
@@ -193,7 +189,7 @@ def _timed_step(ranks: Ranks, shard: Shard, problem: Problem, step: int) -> floa
 def _step(
     ranks: Ranks, shard: Shard, problem: Problem, step: int, *, with_loss: bool = False
 ) -> float:
-    """One step from own rows to the gradient of own rows; returns the loss of a point."""
+    """Makes a step, from own rows to the gradient of own rows; returns the loss of a point."""
     batch = len(problem.embeddings)
     bounds = [split_range(batch, ranks.num_ranks, rank) for rank in range(ranks.num_ranks)]
     counts = [stop - start for start, stop in bounds]

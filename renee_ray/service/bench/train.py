@@ -8,11 +8,11 @@ Both begin with the same weights (N(0, init_std): the first weights do not matte
 step, and those from label texts cost a pass over all points) and train the same batches in the
 same order; `weights_apart` compares what they come to.
 
-They are timed one after the other, bare full bare full, and Ray is stopped while bare runs. Blocks
-that alternate inside the Ray Train workers would see more nearly the same machine, but Ray's
-processes and what its tasks still read would take their time from the bare blocks too, and so
-be hidden. Ray Data reads `feed.prefetch` windows of `feed.window` batches in one go, so a block
-is a whole number of these groups: it holds as much of their reading as it uses up.
+They are timed in turns, bare full bare full, and Ray is stopped while bare runs. Blocks that
+alternate inside the Ray Train workers would meet more nearly the same machine. But Ray's own
+processes and reading tasks would slow the bare blocks too, and so be hidden. Ray Data reads
+`feed.prefetch` windows of `feed.window` batches in one go, so a block is a whole number of these
+groups: it holds as much of their reading as it uses up.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import NICENESS, launch, threads_of, worker_environment
 from renee_ray.service.observe.progress import Display
-from renee_ray.service.train.train import check, orders, prepare
+from renee_ray.service.train.train import check
+from renee_ray.service.train.worker import prepared
 
 WARMUP = 10
 """Untimed steps: pages and buffers are new, and Ray Data reads the second group meanwhile."""
@@ -48,10 +50,10 @@ def bench_train(
     repeats: int,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Medians of `repeats` blocks of at least `steps` steps of each.
+    """Times `repeats` blocks of at least `steps` steps of each, and returns medians.
 
     Args:
-        recipe, overrides: a RunConfig but for `output`: a run leaves nothing behind.
+        recipe, overrides: a RunConfig without `output`: a run leaves nothing behind.
 
     Returns:
         rows_per_second, bare_rows_per_second and ratio_to_bare, their quotient; ratios, of each
@@ -86,7 +88,7 @@ def _job(recipe: dict[str, Any], overrides: dict[str, Any], steps: int) -> Job:
     config = config.model_copy(update={"data": dataset.path})
     check(config, dataset)
     group = config.feed.window * config.feed.prefetch
-    epochs = tuple(orders(config, dataset))
+    epochs = tuple(training_orders(config, dataset))
     use_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.max_workers
     multiple = 8 if config.encoder.compile else 1
     job = Job(config, dataset, epochs, WARMUP, -(-steps // group) * group, multiple, use_gpu)
@@ -109,7 +111,7 @@ def _run_full(job: Job) -> dict[str, Any]:
                 arguments = {
                     "config": config.model_dump(),
                     "manifest_hash": job.dataset.manifest.hash,
-                    "mail": display.mail,
+                    "channel": display.channel,
                     "launched_s": 0.0,
                     "job": job,
                 }
@@ -120,20 +122,19 @@ def _run_full(job: Job) -> dict[str, Any]:
 
 
 def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs: `train.train_worker` for `job.total` steps, timed."""
+    """Does what `train_worker` does for `job.total` steps, timed, as one worker."""
     job: Job = arguments["job"]
-    trainer, batches, observer, writer = prepare(arguments)
-    trainer.schedule, trainer.validation = job.schedule, None  # a validation is no step
-    save, taken = trainer.on_checkpoint, []
+    with prepared(arguments) as (trainer, batches, _, writer):
+        trainer.schedule, trainer.validation = job.schedule, None  # a validation is no step
+        save, taken = trainer.on_checkpoint, []
 
-    def timed_save(metrics: dict[str, float]) -> None:
-        start = time.perf_counter()
-        save(metrics)
-        taken.append(time.perf_counter() - start)
+        def timed_save(metrics: dict[str, float]) -> None:
+            start = time.perf_counter()
+            save(metrics)
+            taken.append(time.perf_counter() - start)
 
-    trainer.on_checkpoint = timed_save
-    clock = Clock(batches)
-    with observer:
+        trainer.on_checkpoint = timed_save
+        clock = Clock(batches)
         trainer.run(clock)
         writer.wait()
     block = (job.warmup, job.warmup + job.steps)

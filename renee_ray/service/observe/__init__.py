@@ -1,1 +1,1 @@
-"""What a run tells of itself: status, progress, metrics, curves, logs, stragglers."""
+"""Observation of a run: status, progress, metrics, curves, logs, stragglers."""

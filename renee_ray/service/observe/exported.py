@@ -1,4 +1,4 @@
-"""What a worker shows at its node's Prometheus endpoint, through Ray.
+"""The series that a worker exports at its node's Prometheus endpoint, through Ray.
 
 A name here is `ray_NAME` there, a counter's `ray_NAME_total`. Every series has the tags `run`,
 the last part of the run's path, and `rank`. Only sums and last values are sent, every few seconds.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from renee_ray.parallel.recorder import KINDS, Pace, Totals
-from renee_ray.service.observe.metric import STORAGE_RETRIES, Metric, count_retries, made
+from renee_ray.service.observe.metric import STORAGE_RETRIES, Metric, count_retries, series
 
 PHASE_SECONDS = Metric(
     "renee_ray_phase_seconds",
@@ -58,12 +58,12 @@ class Exported:
 
     def __init__(self, run: str, rank: int) -> None:
         self._tags = {"run": run, "rank": str(rank)}
-        self._series = {m.name: made(m) for m in METRICS if m is not STORAGE_RETRIES}
+        self._series = {m.name: series(m) for m in METRICS if m is not STORAGE_RETRIES}
         self._before = Totals()
         count_retries(run, rank)
 
     def totals(self, now: Totals) -> None:
-        """Adds what came since the last call."""
+        """Adds the difference to the last call's totals."""
         before, self._before = self._before, now
         for phase, kind in KINDS.items():
             added = now.seconds[phase] - before.seconds[phase]
@@ -72,15 +72,17 @@ class Exported:
             self._add(metric, getattr(now, name) - getattr(before, name))
 
     def pace(self, own: Pace) -> None:
+        """Takes this rank's pace."""
         for name, metric in PACE.items():
             self._set(metric, getattr(own, name))
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """A record of training/loop."""
+        """Takes a record of training/loop."""
         for name, metric in RECORD.items():
             self._set(metric, record[name])
 
     def validation(self, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of the validation split."""
         for name, value in metrics.items():
             self._set(VALIDATION, value, metric=name)
 

@@ -1,4 +1,4 @@
-"""The lines that a worker writes to its log, which Ray keeps: text, or a JSON object each."""
+"""The lines of a worker's log, which Ray keeps: text, or one JSON object each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TEXT = "%(time)s %(levelname)s rank %(rank)d step %(step)d %(name)s: %(message)s
 
 
 def log_lines(log_format: str, run: str, rank: int, recorder: Recorder) -> None:
-    """From now on, what this package logs in this process goes to standard error in lines.
+    """Sends what this package logs in this process to standard error, from now on.
 
     Args:
         log_format: `text` or `json`.
-        run: name of the run; rank: of this worker; recorder: knows the step.
+        run: name of the run; rank: this worker's; recorder: knows the step.
     """
     logger = logging.getLogger("renee_ray")
     for old in [each for each in logger.handlers if isinstance(each, _Lines)]:
@@ -31,7 +31,7 @@ def log_lines(log_format: str, run: str, rank: int, recorder: Recorder) -> None:
 
 
 class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only
-    """A handler that is known to be ours."""
+    """A handler that `log_lines` recognises as its own."""
 
 
 class _Where(logging.Filter):
@@ -49,7 +49,7 @@ class _Where(logging.Filter):
 
 
 class JSONLines(logging.Formatter):
-    """`{"time", "level", "run", "rank", "step", "logger", "message"}`, and `exception` if any."""
+    """Formats `{"time", "level", "run", "rank", "step", "logger", "message"}`, and `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
         content = {

@@ -1,6 +1,6 @@
-"""A series at Ray's Prometheus endpoint, and the one that tasks that read add to.
+"""A series at Ray's Prometheus endpoint, and the one that reading tasks add to.
 
-Apart from `exported`, whose other series need torch: a task that reads starts without it.
+The other series stand in `exported`, which needs torch; a reading task starts without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TAGS = ("run", "rank")
 
 @dataclass(frozen=True)
 class Metric:
-    """kind: `counter` or `gauge`; tags: besides `run` and `rank`."""
+    """A series. kind: `counter` or `gauge`; tags: those besides `run` and `rank`."""
 
     name: str
     kind: str
@@ -35,13 +35,13 @@ STORAGE_RETRIES = Metric(
 
 
 def count_retries(run: str, rank: int) -> None:
-    """Retries of storage in this process, a task that reads for a worker, count as the worker's."""
-    counter, tags = made(STORAGE_RETRIES), {"run": run, "rank": str(rank)}
+    """Counts retries of storage in this process, a task of a worker's, as the worker's."""
+    counter, tags = series(STORAGE_RETRIES), {"run": run, "rank": str(rank)}
     assert isinstance(counter, Counter)
     storage.on_retry[:] = [lambda: counter.inc(1, tags)]
 
 
-def made(metric: Metric) -> Counter | Gauge:
-    """The series itself, in this process."""
+def series(metric: Metric) -> Counter | Gauge:
+    """Makes Ray's own object of a series, in this process."""
     kind = Counter if metric.kind == "counter" else Gauge
     return kind(metric.name, metric.description, TAGS + metric.tags)

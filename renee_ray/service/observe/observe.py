@@ -1,8 +1,8 @@
-"""What a run tells of itself while it runs: signs of life, metrics, status.json, curves, log lines.
+"""Observes a run: heartbeats, metrics, status.json, curves and log lines.
 
-Every worker has an `Observer`. The training thread hands it records; a thread of its own sends a
-beat to the driver and sums to Prometheus every few seconds, another one of rank 0 writes
-status.json and history.json. None of them can fail the training or make a step wait.
+Every worker has an `Observer`, which the training thread hands records to. The observer's thread
+sends a heartbeat to the driver and sums to Prometheus every few seconds. Another thread, of rank
+0, writes status.json and history.json. None of them can fail the training or make a step wait.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from renee_ray.parallel.recorder import KINDS, Recorder, Totals
 from renee_ray.report.status import STATUS_FILE, STATUS_VERSION
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
-from renee_ray.service.observe.progress import Channel, line
+from renee_ray.service.observe.progress import WorkerChannel, line
 from renee_ray.service.observe.sinks import Sinks
 from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
@@ -38,27 +38,27 @@ from renee_ray.service.run.lease import LeaseLost
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 10.0
-"""Between two writes of status.json."""
+"""Seconds between two writes of status.json."""
 LINE_SECONDS = 30.0
-"""Between two lines of progress in rank 0's log."""
+"""Seconds between two lines of progress in rank 0's log."""
 CLOSE_S, FAILED_CLOSE_S = 30.0, 5.0
-"""For which the end of a run, or of a worker that fails, waits for these files."""
+"""Seconds for which the end of a run, or of a worker that fails, waits for these files."""
 FLUSH_S = 5.0
-"""For which a checkpoint, beside training, waits for the curves up to it."""
+"""Seconds for which a checkpoint, beside training, waits for the curves up to it."""
 NAME_BYTES = 64
-"""Of a node's name, as it travels between ranks."""
+"""Bytes of a node's name, as it travels between ranks."""
 TIMED_OUT = re.compile(r"tim(ed|e) ?-?out", re.IGNORECASE)
-"""What gloo and NCCL say of a collective that some rank did not join."""
+"""Matches the errors of gloo and NCCL for a collective that some rank did not join."""
 
 
 class Observer:
-    """One worker's. Use it as a context around training; it has begun before.
+    """Observes one worker, as a context around all that it does; all ranks enter it together.
 
     Args:
         launched_s: when the driver started this job: tells a restart from a resumption.
-        history: the curves up to `state`; None but on rank 0.
+        history: the curves up to `state` on rank 0; None on other ranks.
 
-    recorder: for the training to write to; stopped: whether it ended before its end.
+    recorder: training writes its phases to it; stopped: whether training ended before its end.
     """
 
     stopped = False
@@ -68,34 +68,39 @@ class Observer:
         config: RunConfig,
         ranks: Ranks,
         device: torch.device,
-        channel: Channel,
+        channel: WorkerChannel,
         state: State,
         launched_s: float,
         history: History | None,
     ) -> None:
         self._config, self._ranks, self._channel, self._state = config, ranks, channel, state
         self.recorder = Recorder(device)
-        run = run_name(config)
-        log_lines(config.observe.log_format, run, ranks.rank, self.recorder)
-        self._node, self._nodes = node_name(), node_names(ranks)
-        # Of rank 0, so that all ranks have the same.
-        began = time.time_ns() // 1_000_000 if ranks.rank == 0 else 0
-        self._group = int(all_sum(ranks, torch.tensor(began)))
-        self._exported = Exported(run, ranks.rank)
-        self._sinks = Sinks(config, ranks.rank, state.step)
+        self._node, self._nodes, self._group = node_name(), [""], 0
+        self._exported = Exported(run_name(config), ranks.rank)
         settings = config.observe
         self._stragglers = Stragglers(settings.straggler_factor, settings.straggler_window_s)
-        self._status = (
-            Status(config, self._nodes, state, launched_s, history) if history is not None else None
-        )
+        self._sinks = Sinks(config, state.step)
+        self._status: Status | None = None
+        if history is not None:
+            self._status = Status(config, state, launched_s, history)
         self._before, self._last_line = Totals(), 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observe", daemon=True)
-        self._thread.start()
-        log.info("rank %d of %d on %s, after step %d", ranks.rank, ranks.num_ranks, self._node,
-                 state.step)  # fmt: skip
 
     def __enter__(self) -> Observer:
+        ranks = self._ranks
+        log_format = self._config.observe.log_format
+        log_lines(log_format, run_name(self._config), ranks.rank, self.recorder)
+        self._nodes = node_names(ranks)
+        # The time is rank 0's, so that all ranks have the same.
+        began = time.time_ns() // 1_000_000 if ranks.rank == 0 else 0
+        self._group = int(all_sum(ranks, torch.tensor(began)))
+        if self._status is not None:
+            self._status.start(self._nodes)
+            self._sinks.start()
+        self._thread.start()
+        log.info("rank %d of %d on %s, after step %d", ranks.rank, ranks.num_ranks, self._node,
+                 self._state.step)  # fmt: skip
         return self
 
     def __exit__(
@@ -103,7 +108,7 @@ class Observer:
     ) -> None:
         place = self.recorder.place()
         if error is not None:
-            # All ranks fail when one does: of one of them, the driver is told.
+            # All ranks fail when one does: rank 0 warns, which the driver shows; others log.
             log.log(
                 logging.INFO if self._ranks.rank else logging.WARNING,
                 "rank %d on %s stops in phase `%s` of step %d: %s",
@@ -112,19 +117,20 @@ class Observer:
         self._closed.set()
         self._thread.join(5)
         self._tell(ended=True)
+        if self._status is None:
+            return
         if error is None:
             self._sinks.close()
-        if self._status is not None and error is None:
             self._status.ended(self.recorder, "stopped" if self.stopped else "finished")
-        elif self._status is not None:
+        else:
             self._status.close(FAILED_CLOSE_S)
 
     def record(self, record: dict[str, Any]) -> None:
-        """A record of training/loop; its recorder has just exchanged the paces."""
-        found = self._stragglers.add(self.recorder.paces, time.monotonic())
+        """Takes a record of training/loop, whose recorder has just exchanged the paces."""
+        slow = self._stragglers.add(self.recorder.paces, time.monotonic())
         if self._status is None:
             return
-        for rank, times in found:
+        for rank, times in slow:
             log.warning(
                 "rank %d on %s is slow: %.1f times the median of all in its own part of a step",
                 rank, self._nodes[rank], times,
@@ -138,7 +144,7 @@ class Observer:
             log.info("%s", line(record))
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """The validation split was scored."""
+        """Takes the metrics of the validation split."""
         if self._status is not None:
             self._status.evaluated()
             self._exported.validation(metrics)
@@ -146,24 +152,24 @@ class Observer:
             log.info("validation after step %d: %s", step, metrics)
 
     def write_history(self) -> None:
-        """Has the curves written, beside training."""
+        """Hands the curves to the thread that writes them."""
         if self._status is not None:
             self._status.write_history()
 
     def flush_history(self) -> None:
-        """Waits a little for the curves, so that no checkpoint is ahead of them."""
+        """Waits for the curves, FLUSH_S at most, so that no checkpoint is ahead of them."""
         if self._status is not None:
             self._status.flush()
 
     def checkpointed(self, step: int, seconds: float, written: int) -> None:
-        """A checkpoint of `step` has ended, of which this rank wrote so many bytes."""
+        """Notes that the checkpoint of `step` has ended; this rank wrote `written` bytes of it."""
         self.recorder.checkpointed(seconds, written)
         if self._status is not None:
-            self._status.checkpointed(step, seconds, written)
+            self._status.checkpointed(step, seconds)
             log.info("checkpoint of step %d: %.1f s, %d bytes of rank 0", step, seconds, written)
 
     def _phases(self) -> dict[str, float]:
-        """Seconds a step by phase since the last record."""
+        """Returns the seconds a step by phase since the last record."""
         now, before = self.recorder.totals(), self._before
         self._before = now
         steps = max(1, now.steps - before.steps)
@@ -177,7 +183,7 @@ class Observer:
         while True:
             self._tell()
             if self._status is not None:
-                self._status.write_now_and_then(self.recorder)
+                self._status.write_when_due(self.recorder)
             if self._closed.wait(beat_seconds(self._config.timeout_s)):
                 return
 
@@ -195,36 +201,39 @@ class Observer:
 
 
 class Status:
-    """RUN/status.json, which renee_ray/report/status.py reads, and RUN/history.json, by rank 0."""
+    """Writes RUN/status.json, which renee_ray/report/status.py reads, and RUN/history.json."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        nodes: list[str],
-        state: State,
-        launched_s: float,
-        history: History,
+        self, config: RunConfig, state: State, launched_s: float, history: History
     ) -> None:
-        self._directory, self._state, self._nodes = RunDirectory(config.output), state, nodes
-        self._metric = config.evaluation.metric
+        self._config, self._state, self._launched_s = config, state, launched_s
+        self._directory = RunDirectory(config.output)
         self._history, self._writer = history, BackgroundWriter(self._directory)
+        self._content: dict[str, Any] = {}
+        self._nodes: list[str] = []
         self._written = -STATUS_SECONDS
+
+    def start(self, nodes: list[str]) -> None:
+        """Begins a group of workers on these nodes, and the thread that writes."""
+        self._nodes = nodes
         before = quietly_read(self._directory)
-        again = before.get("launched_s") == launched_s and before.get("groups", 0) > 0
-        self._content: dict[str, Any] = before | {
+        again = before.get("launched_s") == self._launched_s and before.get("groups", 0) > 0
+        if again:
+            step = self._state.step
+            log.warning("the workers were started again; they go on after step %d", step)
+        self._content = before | {
             "format_version": STATUS_VERSION,
             "state": "running",
             "reason": "",
-            "launched_s": launched_s,
+            "launched_s": self._launched_s,
             "groups": before.get("groups", 0) + 1 if again else 1,
             "restarts": before.get("restarts", 0) + again,
             "num_workers": len(nodes),
-            "epochs": config.epochs,
+            "epochs": self._config.epochs,
             "ranks": [],
+            "record": self._history.steps[-1] if self._history.steps else None,
         }
-        if again:
-            log.warning("the workers were started again; they go on after step %d", state.step)
-        self._content["record"] = history.steps[-1] if history.steps else None
+        self._writer.start()
 
     def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
         self._history.add(record)
@@ -241,12 +250,12 @@ class Status:
         if self._state.evaluation is not None:
             self._history.evals.append(self._state.evaluation)
 
-    def checkpointed(self, step: int, seconds: float, written: int) -> None:
+    def checkpointed(self, step: int, seconds: float) -> None:
         self._content["checkpoint"] = {"step": step, "time_s": time.time(), "seconds": seconds}
 
     def ended(self, recorder: Recorder, state: str) -> None:
         self._content |= {"state": state, "reason": ""}
-        self._now(recorder)
+        self._write(recorder)
         self.close(CLOSE_S)
 
     def close(self, seconds: float) -> None:
@@ -258,11 +267,11 @@ class Status:
     def flush(self) -> None:
         self._writer.flush(FLUSH_S)
 
-    def write_now_and_then(self, recorder: Recorder) -> None:
+    def write_when_due(self, recorder: Recorder) -> None:
         if time.monotonic() - self._written >= STATUS_SECONDS:
-            self._now(recorder)
+            self._write(recorder)
 
-    def _now(self, recorder: Recorder) -> None:
+    def _write(self, recorder: Recorder) -> None:
         self._written, place = time.monotonic(), recorder.place()
         self._content |= {
             "time_s": time.time(),
@@ -272,15 +281,15 @@ class Status:
             "doing": recorder.doing,
             "skipped": self._state.skipped,
             "evaluation": self._state.evaluation,
-            "best": self._history.best(self._metric),
-            "metric": self._metric,
+            "best": self._history.best(self._config.evaluation.metric),
+            "metric": self._config.evaluation.metric,
         }
         self._writer.put(STATUS_FILE, dict(self._content))
 
 
 @contextlib.contextmanager
 def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[None]:
-    """The driver's part: status.json before the workers are there, and when the run fails.
+    """Writes the driver's part of status.json: before the workers start, and when the run fails.
 
     Raises:
         ReneeError: a collective timed out, with the worker that did not come; other errors
@@ -302,8 +311,8 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
             if blamed and isinstance(error, Exception) and _timed_out(error)
             else error
         )
-        why = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
-        _change(directory, "failed", why, launched_s)
+        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
+        _change(directory, "failed", ended, launched_s)
         if found is error:
             raise
         raise found from error
@@ -314,10 +323,10 @@ def _timed_out(error: Exception) -> bool:
     return any(TIMED_OUT.search(str(each)) for each in [error, *failures.values()])
 
 
-def _change(directory: RunDirectory, state: str, why: str, launched_s: float) -> None:
+def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) -> None:
     before = quietly_read(directory)
     content = before | {
-        "format_version": STATUS_VERSION, "state": state, "reason": why, "time_s": time.time(),
+        "format_version": STATUS_VERSION, "state": state, "reason": cause, "time_s": time.time(),
     }  # fmt: skip
     if before.get("launched_s") != launched_s:
         content |= {"launched_s": launched_s, "groups": 0}
@@ -328,7 +337,7 @@ def _change(directory: RunDirectory, state: str, why: str, launched_s: float) ->
 
 
 def quietly_read(directory: RunDirectory) -> dict[str, Any]:
-    """status.json as it is; empty where it is not there, or of no use."""
+    """Returns the content of status.json; empty where it is missing or unusable."""
     try:
         found = directory.read(STATUS_FILE)
     except (OSError, ReneeError):
@@ -337,17 +346,17 @@ def quietly_read(directory: RunDirectory) -> dict[str, Any]:
 
 
 def run_name(config: RunConfig) -> str:
-    """By which metrics and log lines name a run: the last part of its path."""
+    """Returns the name of a run in metrics and log lines: the last part of its path."""
     return os.path.basename(config.output.rstrip("/"))
 
 
 def node_name() -> str:
-    """Of this worker's node, for people: host name and address."""
+    """Returns the name of this worker's node, for people: host name and address."""
     return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
 
 
 def node_names(ranks: Ranks) -> list[str]:
-    """Of every rank, in rank order."""
+    """Returns the names of all ranks' nodes, in rank order; a collective."""
     name = node_name().encode()[:NAME_BYTES]
     everyone = gather_numbers(ranks, [float(each) for each in name.ljust(NAME_BYTES, b"\0")])
     return [bytes(map(int, each)).rstrip(b"\0").decode(errors="replace") for each in everyone]

@@ -1,7 +1,8 @@
-"""From the workers to the driver's terminal: records of progress, warnings, signs of life."""
+"""Progress of a run, from the workers to the driver's terminal: records, warnings, heartbeats."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -12,22 +13,24 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from renee_ray.service.driver_channel import Mail
+from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.observe.watch import Beat, Watch
 
 LINE_SECONDS = 30
-"""Where there is no terminal, a line is written this often instead of a bar."""
+"""Seconds between two lines of progress, where there is no terminal that could show a bar."""
 FLUSH_SECONDS = 5
 WATCH_SECONDS, LATE_SECONDS = 2.0, 0.5
-"""Between two looks at who is silent: each is a call of an actor that shares the workers' cores."""
+"""Seconds between two looks at who is silent. Each calls an actor on the workers' cores."""
 SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
+FIELDS = ("epoch", "loss", "rows_per_second", "padding", "encoder_lr", "classifier_lr")
+Show = Callable[[dict[str, Any]], None]
 
 
-class Channel:
-    """The workers' end: rank 0 sends records, every rank its warnings."""
+class WorkerChannel:
+    """A worker's end of the driver channel: rank 0 sends records, every rank its warnings."""
 
-    def __init__(self, mail: Mail | None, rank: int) -> None:
-        self._mail, self._rank = mail, rank
+    def __init__(self, channel: DriverChannel | None, rank: int) -> None:
+        self._channel, self._rank = channel, rank
         self._last: ray.ObjectRef | None = None
 
     def record(self, record: dict[str, Any]) -> None:
@@ -41,22 +44,22 @@ class Channel:
         self._send({"beat": beat.to_dict()})
 
     def forward_warnings(self) -> None:
-        """Warnings of this package in this worker reach the driver."""
+        """Sends the warnings of this package in this worker to the driver from now on."""
         logging.getLogger("renee_ray").addHandler(_Forward(self))
 
     def _send(self, record: dict[str, Any]) -> None:
-        if self._mail is not None:
-            self._last = self._mail.send(record)
+        if self._channel is not None:
+            self._last = self._channel.send(record)
 
     def flush(self) -> None:
-        """Waits for what was sent, FLUSH_SECONDS at most: for a process that is about to end."""
+        """Waits until what was sent has arrived, FLUSH_SECONDS at most; before a process ends."""
         # Logging flushes again when the interpreter exits, and Ray, asked then, would start anew.
         if self._last is not None and ray.is_initialized():
             ray.wait([self._last], timeout=FLUSH_SECONDS)
 
 
 class _Forward(logging.Handler):
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: WorkerChannel) -> None:
         super().__init__(logging.WARNING)
         self._channel = channel
 
@@ -68,27 +71,29 @@ class _Forward(logging.Handler):
 
 
 class Display:
-    """The driver's end, a thread that draws what arrives while a job runs.
+    """The driver's end: as a context, a channel and a thread that draws what arrives on it.
 
-    watch: is told of the workers' signs of life; what it complains of is shown.
+    watch: is given the workers' heartbeats; its complaints are shown.
     """
+
+    channel: DriverChannel
 
     def __init__(self, console: Console | None = None, watch: Watch | None = None) -> None:
         self._console = console or Console(stderr=True)
         self.watch = watch
-        self.mail = Mail()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Display:
+        self.channel = DriverChannel()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self.mail.send({})  # wakes the thread
+        self.channel.send({})  # wakes the thread
         self._thread.join(timeout=10)
-        self.mail.close()
+        self.channel.close()
 
     def _run(self) -> None:
         show = _bar if self._console.is_terminal else _lines
@@ -97,7 +102,7 @@ class Display:
                 # What workers sent last may come after what this process sent.
                 timeout = LATE_SECONDS if self._stop.is_set() else WATCH_SECONDS
                 try:
-                    record = self.mail.receive(timeout)
+                    record = self.channel.receive(timeout)
                 except Exception:  # the actor went away with the cluster: nothing to show
                     return
                 if record is None and self._stop.is_set():
@@ -106,7 +111,7 @@ class Display:
                     shown(each)
 
     def _watched(self, record: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        """The record, unless it is a sign of life, and what the watch has to say."""
+        """Yields the record, unless it is a heartbeat, and the watch's complaint, if any."""
         if record and "beat" not in record:
             yield record
         if self.watch is None:
@@ -118,72 +123,53 @@ class Display:
             yield {"text": complaint}
 
 
-class _bar:
-    """A rich progress bar."""
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[Show]:
+    """Shows records as a progress bar."""
+    task: Any = None
+    with Progress(
+        TextColumn("epoch {task.fields[epoch]:.2f}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rows_per_second]:.0f} rows/s  "
+                   "{task.fields[padding]:.0%} padding  "
+                   "lr {task.fields[encoder_lr]:.1e}/{task.fields[classifier_lr]:.1e}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:  # fmt: skip
 
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]:.2f}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} rows/s  "
-                       "{task.fields[padding]:.0%} padding  "
-                       "lr {task.fields[lr]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )  # fmt: skip
-        self._task: Any = None
+        def show(record: dict[str, Any]) -> None:
+            nonlocal task
+            if "text" in record:
+                progress.console.print(record["text"], markup=False)
+                return
+            fields = {name: record[name] for name in FIELDS}
+            if task is None:
+                task = progress.add_task("", total=record["total_steps"], **fields)
+            progress.update(task, completed=record["step"], **fields)
 
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        self._progress.start()
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _show(self, record: dict[str, Any]) -> None:
-        if "text" in record:
-            self._progress.console.print(record["text"], markup=False)
-            return
-        fields = {
-            "epoch": record["epoch"],
-            "loss": record["loss"],
-            "rate": record["rows_per_second"],
-            "padding": record["padding"],
-            "lr": f"{record['encoder_lr']:.1e}/{record['classifier_lr']:.1e}",
-        }
-        if self._task is None:
-            self._task = self._progress.add_task("", total=record["total_steps"], **fields)
-        self._progress.update(self._task, completed=record["step"], **fields)
+        yield show
 
 
-class _lines:
-    """A line now and then, for logs."""
+@contextlib.contextmanager
+def _lines(console: Console) -> Iterator[Show]:
+    """Shows a record as a line every LINE_SECONDS, for logs."""
+    last = -float(LINE_SECONDS)
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._last = console, -float(LINE_SECONDS)
+    def show(record: dict[str, Any]) -> None:
+        nonlocal last
+        text, now = record.get("text"), time.monotonic()
+        if text is None:
+            if now - last < LINE_SECONDS and record["step"] != record["total_steps"]:
+                return
+            last, text = now, line(record)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def _show(self, record: dict[str, Any]) -> None:
-        if "text" in record:
-            self._write(record["text"])
-        elif (
-            time.monotonic() - self._last >= LINE_SECONDS or record["step"] == record["total_steps"]
-        ):
-            self._last = time.monotonic()
-            self._write(line(record))
-
-    def _write(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    yield show
 
 
 def line(record: dict[str, Any]) -> str:
-    """A progress record as one line."""
+    """Formats a progress record as one line."""
     left = record["seconds_left"]
     return (
         f"epoch {record['epoch']:.2f}  step {record['step']}/{record['total_steps']}  "
@@ -195,6 +181,6 @@ def line(record: dict[str, Any]) -> str:
 
 
 def evaluation_line(step: int, metrics: dict[str, float]) -> str:
-    """The figures of an evaluation as one line."""
+    """Formats the figures of an evaluation as one line."""
     shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics)
     return f"validation after step {step}:  {shown}"

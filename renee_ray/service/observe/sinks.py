@@ -1,6 +1,6 @@
-"""Curves of a run in TensorBoard or MLflow: rank 0 writes them, where `observe.log_to` asks.
+"""Curves of a run in TensorBoard or MLflow, which rank 0 writes where `observe.log_to` asks.
 
-A sink that fails is said once and dropped; training goes on.
+A sink that fails is reported once and dropped; training goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Sink(Protocol):
 
 
 def check_sinks(config: RunConfig) -> None:
-    """Raises ReneeError where a sink that is asked for cannot be had."""
+    """Raises ReneeError where a sink that is asked for is not available."""
     for name in config.observe.log_to:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ReneeError(
@@ -63,47 +63,47 @@ def check_sinks(config: RunConfig) -> None:
 
 
 class Sinks:
-    """All sinks of a run, written to by a thread of their own; none on ranks other than 0.
+    """All sinks of a run, written to by a thread that `start` starts.
 
     Args:
         step: the run begins, or goes on, after it; later entries of a run cut off are replaced.
     """
 
-    def __init__(self, config: RunConfig, rank: int, step: int) -> None:
+    def __init__(self, config: RunConfig, step: int) -> None:
+        self._config, self._step = config, step
         self._open: dict[str, Sink] = {}
         self._queue: Queue[tuple[int, dict[str, float]] | None] = Queue(LONGEST_QUEUE)
-        self._thread: threading.Thread | None = None
-        if rank == 0 and config.observe.log_to:
-            self._thread = threading.Thread(target=self._run, args=(config, step), daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
+
+    def start(self) -> None:
+        """Begins to write."""
+        self._thread.start()
 
     def record(self, record: Mapping[str, Any], phases: Mapping[str, float]) -> None:
-        """A record of training/loop, and seconds a step by phase."""
+        """Takes a record of training/loop, and seconds a step by phase."""
         numbers = {f"train/{key}": float(record[key]) for key in CURVES}
         self._put(record["step"], numbers | {f"seconds/{k}": v for k, v in phases.items()})
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of the validation split."""
         self._put(step, {f"validation/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
-        """Waits for what is to be written, but not for long."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(CLOSE_S)
+        """Waits until everything is written, CLOSE_S at most."""
+        self._queue.put(None)
+        self._thread.join(CLOSE_S)
 
     def _put(self, step: int, numbers: dict[str, float]) -> None:
-        if self._thread is None:
-            return
         try:
             self._queue.put_nowait((step, numbers))
         except Full:
             log.warning("curves of step %d are not written: a sink is too slow", step)
 
-    def _run(self, config: RunConfig, step: int) -> None:
-        for wanted in config.observe.log_to:
-            made = self._guarded(wanted, partial(SINKS[wanted], config, step))
-            if made is not None:
-                self._open[wanted] = made
+    def _run(self) -> None:
+        for name in self._config.observe.log_to:
+            opened = self._guarded(name, partial(SINKS[name], self._config, self._step))
+            if opened is not None:
+                self._open[name] = opened
         while (entry := self._queue.get()) is not None:
             for kind, sink in list(self._open.items()):
                 self._guarded(kind, partial(sink.write, *entry))
@@ -120,7 +120,7 @@ class Sinks:
 
 
 class TensorBoard:
-    """Files of events in a directory."""
+    """Event files in a directory."""
 
     def __init__(self, config: RunConfig, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -168,8 +168,8 @@ class MLflow:
         from mlflow.entities import Param
 
         name = os.path.basename(config.output)
-        made = self._client.create_run(experiment, tags={RUN_TAG: config.output}, run_name=name)
-        run: str = made.info.run_id
+        created = self._client.create_run(experiment, tags={RUN_TAG: config.output}, run_name=name)
+        run: str = created.info.run_id
         params = [Param(key, str(value)) for key, value in dotted(config.model_dump())]
         self._client.log_batch(run, params=params)
         return run

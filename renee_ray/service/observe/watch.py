@@ -1,8 +1,8 @@
-"""Which worker is slow, and which one did not come: decisions on what the workers tell.
+"""Finds the worker that is slow, and the one that did not come to a collective.
 
-Each worker sends a beat every few seconds, from a thread that goes on while it waits in a
+Each worker sends a heartbeat every few seconds, from a thread that goes on while it waits in a
 collective. A process that is stopped or cut off sends none; one that hangs elsewhere says where.
-Nothing here does anything, so all of it is tested without a cluster.
+Everything here only decides, so all of it is tested without a cluster.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from renee_ray.parallel.recorder import KINDS, Pace
 
 PATIENT_S = 30.0
-"""Seconds that workers wait for one of them without the driver saying so."""
+"""Seconds that workers wait for one of them before the driver says so."""
 BEFORE_STEPS = {"start", "first_weights"}
 """Phases in which there is nothing to save yet."""
 
 
 def beat_seconds(timeout_s: float) -> float:
-    """Seconds between two beats: several of them fit into the time-out of a collective."""
+    """Returns the seconds between two heartbeats: several fit into a collective's timeout."""
     return max(1.0, min(5.0, timeout_s / 6))
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a worker tells of itself.
+    """A worker's heartbeat.
 
-    group: of workers that started together, ascending; node: where it runs, for people;
-    step, phase, entered, seconds: as in training.recorder.Place; ended: it has left its
+    group: number of the workers that started together, ascending; node: where it runs, for
+    people; step, phase, entered, seconds: as in parallel.recorder.Place; ended: it has left its
     training function, so the whole group is at its end.
     """
 
@@ -55,7 +55,7 @@ class Beat:
 class Watch:
     """The driver's view of the newest group of workers.
 
-    timeout_s: of a collective.
+    timeout_s: timeout of a collective.
     """
 
     timeout_s: float
@@ -63,7 +63,7 @@ class Watch:
     _group: int = -1
     _over: bool = False
     _beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
-    _said: set[tuple[int, int]] = field(default_factory=set)
+    _reported: set[tuple[int, int]] = field(default_factory=set)
 
     @property
     def patience(self) -> float:
@@ -71,11 +71,11 @@ class Watch:
 
     @property
     def training(self) -> bool:
-        """Whether the workers have come so far that a checkpoint can be asked for."""
+        """Whether the workers are far enough to be asked for a checkpoint."""
         return any(beat.phase not in BEFORE_STEPS for beat, _ in list(self._beats.values()))
 
     def saw(self, beat: Beat, now: float) -> None:
-        """A beat came; `now`: seconds of a clock that only goes forward."""
+        """Takes a heartbeat; `now`: seconds of a clock that only goes forward."""
         if beat.group > self._group:
             self._group, self._over, self._beats = beat.group, False, {}
         if beat.group == self._group:
@@ -83,7 +83,7 @@ class Watch:
             self._over |= beat.ended
 
     def complaint(self, now: float) -> str | None:
-        """A sentence on the workers that others wait for; once for each collective."""
+        """Returns a sentence on the workers that others wait for, once for each collective."""
         if self._over:
             return None
         silent, waiting, late = [], [], []
@@ -100,19 +100,19 @@ class Watch:
             elif beat.entered < front:
                 late.append(f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
                             f"for {still:.0f} s")  # fmt: skip
-        if longest <= self.patience or not (silent or late) or (self._group, front) in self._said:
+        culprits, collective = silent or late, (self._group, front)
+        if longest <= self.patience or not culprits or collective in self._reported:
             return None
-        self._said.add((self._group, front))
-        culprits = silent or late
+        self._reported.add(collective)
         self._last = ("; ".join(culprits), now)
         place = f"in phase `{waiting[0].phase}` of step {waiting[0].step}"
         others = _others(len(waiting), len(culprits))
         return f"{self._last[0]}; {others} {place}, for at most {self.timeout_s:.0f} s"
 
     def blamed(self, now: float) -> str:
-        """Who did not come to the collective that has just failed; empty where nobody knows."""
-        said, when = self._last
-        return said if now - when < 2 * self.timeout_s + PATIENT_S else ""
+        """Names who did not come to the collective that has just failed; empty if unknown."""
+        complaint, when = self._last
+        return complaint if now - when < 2 * self.timeout_s + PATIENT_S else ""
 
 
 def _waits(beat: Beat) -> bool:
@@ -139,13 +139,13 @@ class Stragglers:
     _sums: list[float] = field(default_factory=list)
 
     def add(self, paces: Sequence[Pace], now: float) -> list[tuple[int, float]]:
-        """Takes one sample; at the end of a window, (rank, times the median) of slow ranks."""
+        """Takes one sample; at the end of a window, returns slow ranks as (rank, times median)."""
         if self._started is None or len(self._sums) != len(paces):
             self._started, self._sums = now, [0.0] * len(paces)
         self._sums = [sum_ + pace.own for sum_, pace in zip(self._sums, paces, strict=True)]
         if now - self._started < self.window_s:
             return []
-        # The lower one: of two ranks, the mean of both would hide the slow one.
+        # The lower median: with two ranks, the mean of both would hide the slow one.
         middle = median_low(self._sums)
         found = [
             (rank, own / middle)

@@ -2,7 +2,7 @@
 
 run.json            configuration and dataset of the last start
 history.json        losses and evaluations (service/run/history.py)
-status.json         progress (renee_ray/report/status.py)
+status.json         its state (renee_ray/report/status.py)
 lease-TOKEN.json    the driver that trains it now (service/run/lease.py)
 checkpoints/        checkpoint/state.py
 """
@@ -90,7 +90,7 @@ class RunDirectory:
         return part
 
     def dataset(self) -> Dataset:
-        """Opens the dataset that the run was trained on.
+        """Opens the dataset that the run was trained on, for its label counts, texts and points.
 
         Raises:
             ReneeError: it is not where it was any more.
@@ -108,9 +108,9 @@ class RunDirectory:
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:
-        """Returns the `best` whole checkpoint by `evaluation.metric`, or the `last`.
+        """Finds the `best` whole checkpoint, by the run's `evaluation.metric`, or the `last`.
 
-        Without a validation split there is no best one, and the last is returned.
+        Without a validation split, the best one is the last.
 
         Raises:
             ReneeError: there is none.

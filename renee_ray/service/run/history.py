@@ -1,7 +1,7 @@
-"""RUN/history.json, the curves of a run; and the thread that writes a run's small files.
+"""RUN/history.json, the curves of a run, and the thread that writes a run's small files.
 
     steps    records of training/loop at sampled losses, ascending; older ones are thinned out
-    evals    of the validation split: {"step", "epoch", "metrics"}, ascending
+    evals    evaluations of the validation split: {"step", "epoch", "metrics"}, ascending
 
 A checkpoint does not hold the curves: a run that resumes reads them up to its own step. If the
 file is lost or damaged, the run goes on without its earlier curves.
@@ -22,9 +22,9 @@ from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 log = logging.getLogger(__name__)
 
 MOST_STEPS = 10_000
-"""Records of losses that are kept."""
+"""Most records of losses that are kept."""
 RETRY_S, CLOSING_RETRY_S = 10.0, 1.0
-"""Pauses before what could not be written is tried again."""
+"""Seconds before a write that failed is tried again."""
 Records = list[dict[str, Any]]
 
 
@@ -38,7 +38,7 @@ class History:
     def read(
         cls, directory: RunDirectory, state: State, earlier: Mapping[str, Records] | None
     ) -> History:
-        """What a run that goes on from `state` keeps: nothing that comes after it.
+        """Reads what a run that goes on from `state` keeps: nothing that comes after it.
 
         Args:
             earlier: the history that the checkpoint itself holds, if its format is that old.
@@ -68,26 +68,26 @@ class History:
             return cls([], [state.evaluation] if state.evaluation else [])
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes a record; where they are too many, every other one of the older half goes."""
+        """Takes a record; beyond MOST_STEPS, every other one of the older half is dropped."""
         self.steps.append(record)
         if len(self.steps) > MOST_STEPS:
             half = len(self.steps) // 2
             self.steps[:half] = self.steps[:half:2]
 
     def best(self, metric: str) -> dict[str, Any] | None:
-        """The evaluation of the highest `metric`; of several the earliest."""
+        """Returns the evaluation of the highest `metric`; the earliest of several."""
         return max(self.evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None)
 
     def content(self) -> dict[str, Records]:
-        """What the file holds; later additions do not change it."""
+        """Returns the content of the file, which later additions do not change."""
         return {"steps": list(self.steps), "evals": list(self.evals)}
 
 
 class BackgroundWriter:
-    """Writes JSON files of a run from a thread of its own; the latest content of each wins.
+    """Writes JSON files of a run from a thread that `start` starts; the latest content wins.
 
-    Nothing waits for storage but `close`. Content that cannot be written is said once, and is
-    tried again with the next one, or after RETRY_S.
+    Only `flush` and `close` wait for storage. A write that fails is reported once, and is tried
+    again with the next content, or after RETRY_S.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -95,12 +95,15 @@ class BackgroundWriter:
         self._pending: dict[str, dict[str, Any]] = {}
         self._changed = threading.Condition()
         self._until: float | None = None
-        self._said = self._busy = False
+        self._reported = self._busy = False
         self._thread = threading.Thread(target=self._run, name="run files", daemon=True)
+
+    def start(self) -> None:
+        """Begins to write."""
         self._thread.start()
 
     def put(self, name: str, content: dict[str, Any]) -> None:
-        """Hands over the content of a file, which must not be changed any more."""
+        """Takes the content of a file, which must not be changed any more."""
         with self._changed:
             self._pending[name] = content
             self._changed.notify()
@@ -111,7 +114,7 @@ class BackgroundWriter:
             self._changed.wait_for(lambda: not self._pending and not self._busy, seconds)
 
     def close(self, seconds: float) -> bool:
-        """Ends the thread; whether all was written within `seconds`."""
+        """Ends the thread; returns whether everything was written within `seconds`."""
         with self._changed:
             self._until = time.monotonic() + seconds
             self._changed.notify()
@@ -140,12 +143,12 @@ class BackgroundWriter:
         try:
             self._directory.write(name, content, patience=0)
         except Exception as error:  # whatever it is, the run goes on
-            if not self._said:
+            if not self._reported:
                 log.warning(
                     "%s/%s is not written: %s; training goes on, and it is tried again",
                     self._directory.path, name, reason(error),
                 )  # fmt: skip
-            self._said = True
+            self._reported = True
             return False
-        self._said = False
+        self._reported = False
         return True

@@ -40,6 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.fs as pafs
 
 from renee_ray.data.storage import filesystem_of, make_directory, patiently, refuse_link, replace_on
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S, DEAD_S = 5.0, 60.0
 RELEASE_S = 10.0
-"""For which the end of a driver waits to take its claim away."""
+"""Seconds for which the end of a driver tries to delete its claim."""
 CLAIM = re.compile(r"lease-([0-9a-f]{16})\.json")
 CLAIM_BYTES = 1 << 16
 
@@ -113,7 +114,7 @@ class Lease:
             raise LeaseLost(self._lost)
 
     def _won(self) -> bool:
-        """Waits until no driver is alive; whether the lease is then this one's."""
+        """Waits until no driver is alive; returns whether the lease is then this one's."""
         dead = self._all_dead()
         self._token, self._since = secrets.token_hex(8), time.time()
         self._patiently(self._write)
@@ -134,7 +135,7 @@ class Lease:
         """
         pause = self._beat_s / 5
         looks: dict[str, tuple[bytes, int]] = {}
-        said = False
+        reported = False
         while True:
             found = self._patiently(self._claims)
             for token, content in found.items():
@@ -149,13 +150,13 @@ class Lease:
             ]
             if not alive:
                 return set(found)
-            if not said:
+            if not reported:
                 who = " and ".join(_who(_fields(found[token])) for token in alive)
                 self._say(
                     f"{self.run} belongs to {who}: waiting for a sign of life, "
                     f"{self._dead_s:.0f} s at most"
                 )
-            said = True
+            reported = True
             time.sleep(pause)
 
     def _held(self, token: str, claim: dict[str, Any]) -> str:
@@ -167,20 +168,20 @@ class Lease:
         )
 
     def _run(self) -> None:
-        said = False
+        reported = False
         while not self._lost:
             try:
                 self._beat()
-                said = False
+                reported = False
             except Exception as error:  # whatever storage raises, the lease is not lost by it
-                if not said:
+                if not reported:
                     log.warning("the lease of %s is not renewed: %s", self.run, reason(error))
-                said = True
+                reported = True
             if self._closed.wait(self._beat_s):
                 return
 
     def _beat(self) -> None:
-        """Looks whether the claim is still the one that counts, and renews it."""
+        """Renews the claim if it is still the one that counts."""
         names = self._names()
         tokens = _tokens(names)
         others = [
@@ -201,7 +202,8 @@ class Lease:
     def _write(self) -> None:
         self._beats += 1
         content = {
-            "host": socket.gethostname(), "pid": os.getpid(), "process": process_name(os.getpid()),
+            "host": socket.gethostname(), "machine": machine(),
+            "pid": os.getpid(), "started_s": started_s(os.getpid()),
             "since_s": self._since, "beat_s": time.time(), "beats": self._beats,
             "holds": self._holds,
         }  # fmt: skip
@@ -211,7 +213,7 @@ class Lease:
         replace_on(self._filesystem, name, json.dumps(content, indent=1).encode())
 
     def _release(self) -> None:
-        """Takes the claim away."""
+        """Deletes the claim."""
         try:
             if self._token:
                 release = partial(self._delete, self._token)
@@ -220,14 +222,14 @@ class Lease:
             log.warning("%s remains: %s", self._where(self._token), reason(error))
 
     def _names(self) -> set[str]:
-        """What the run directory shows."""
+        """Lists the run directory."""
         if isinstance(self._filesystem, pafs.PyFileSystem):  # fsspec keeps listings
             self._filesystem.handler.fs.invalidate_cache()
         listed = self._filesystem.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
         return {info.base_name for info in listed}
 
     def _claims(self) -> dict[str, bytes]:
-        """The claims that are there."""
+        """Reads the claims that are there, by token."""
         found = {token: self._content(token) for token in _tokens(self._names())}
         return {token: content for token, content in found.items() if content is not None}
 
@@ -248,7 +250,7 @@ class Lease:
         return f"{self._root}/lease-{token}.json"
 
     def _where(self, token: str) -> str:
-        """The path of a claim, for people."""
+        """Returns the path of a claim, for people."""
         return f"{self.run}/lease-{token}.json"
 
     def _patiently(self, operation: Callable[[], Any]) -> Any:
@@ -256,7 +258,7 @@ class Lease:
 
 
 def _tokens(names: set[str]) -> set[str]:
-    """Of the claims among the names of files."""
+    """Returns the tokens of the claims among the names of files."""
     return {match[1] for match in map(CLAIM.fullmatch, names) if match}
 
 
@@ -267,7 +269,7 @@ def _time(claim: dict[str, Any], name: str) -> str:
 
 
 def _fields(content: bytes) -> dict[str, Any]:
-    """What a claim says; nothing where it is damaged."""
+    """Parses a claim; empty where it is damaged."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
@@ -284,33 +286,34 @@ def _who(claim: dict[str, Any]) -> str:
 
 
 def _gone(claim: dict[str, Any]) -> bool:
-    """Whether a claim is of a process of this host, in this namespace of them, that is gone."""
-    pid, process = claim.get("pid"), claim.get("process")
-    if type(pid) is not int or pid <= 0 or not isinstance(process, str):
+    """Returns whether a claim's process, of this machine and PID namespace, has ended."""
+    pid, started, here = claim.get("pid"), claim.get("started_s"), machine()
+    if not here or claim.get("machine") != here:
         return False
-    here, _, _ = process_name(os.getpid()).rpartition(" ")
-    if not here or process.rpartition(" ")[0] != here:
+    if type(pid) is not int or pid <= 0 or not isinstance(started, int | float):
         return False
     try:
         os.kill(pid, 0)
+        if psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return True
+        # Another process may have the number now; the time of boot is known to the second.
+        return abs(started_s(pid) - started) > 2
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError, psutil.Error):  # unknown: the heartbeat decides
         return False
-    now = process_name(pid)
-    return bool(now) and now != process
 
 
-def process_name(pid: int) -> str:
-    """Names a process for all time: the boot and namespace of this process, and when it started.
+def started_s(pid: int) -> float:
+    """Returns when a process started, in seconds after boot: the time of day may be set."""
+    boot = psutil.boot_time()
+    return psutil.Process(pid).create_time() - boot
 
-    Empty where /proc does not tell; a process that has ended, and is not yet waited for, started
-    "never".
-    """
+
+def machine() -> str:
+    """Names this boot of this machine, and the PID namespace; empty where Linux does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        started = "never" if fields[0] in "ZX" else fields[19]
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {started}"
-    except (OSError, IndexError):
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
         return ""

@@ -23,7 +23,7 @@ BLOCK_ELEMENTS = 2**22
 def most_frequent(
     train_count: Ints, filter_offsets: Ints, filter_values: Ints, n: int, k: int
 ) -> Ints:
-    """The k labels with the most training points: the same for all n points, but for filters.
+    """Predicts the k labels with the most training points for all n points, but for filters.
 
     train_count: int64 [L], training points of each label. Raises ValueError if the offsets are not
     those of n points.
@@ -55,7 +55,7 @@ def nearest_label_text(
     filter_values: Ints,
     k: int,
 ) -> Ints:
-    """The k labels whose texts' embeddings have the largest cosine with the point's: zero-shot.
+    """Predicts the k labels whose texts' embeddings have the largest cosine with the point's.
 
     point_embeddings: float32 [n, D]; label_embeddings: float32 [L, D]; neither need be normalised.
     Points go in blocks, so that scores of all points and labels never exist together. Raises
@@ -75,20 +75,20 @@ def nearest_label_text(
 
 
 def _blocks(n: int, width: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of blocks of rows whose [rows, width] matrix has about BLOCK_ELEMENTS."""
+    """Yields [start, stop) of blocks of rows whose [rows, width] has about BLOCK_ELEMENTS."""
     rows = max(1, BLOCK_ELEMENTS // max(width, 1))
     for start in range(0, n, rows):
         yield start, min(start + rows, n)
 
 
 def _filters_of(offsets: Ints, values: Ints, start: int, stop: int) -> tuple[Ints, Ints]:
-    """(row within the block, label) of each filter label of the points [start, stop)."""
+    """Returns (row within the block, label) of each filter label of points [start, stop)."""
     point = np.repeat(np.arange(stop - start), np.diff(offsets[start : stop + 1]))
     return point, values[offsets[start] : offsets[stop]]
 
 
 def _unit_rows(matrix: Floats) -> Floats:
-    """Rows of length 1; a zero row stays zero."""
+    """Divides rows by their length; a zero row stays zero."""
     length = np.linalg.norm(matrix, axis=1, keepdims=True)
     return matrix / np.maximum(length, np.finfo(np.float32).tiny)
 

@@ -48,7 +48,7 @@ EXPORT = Kind(
     FILES, (ENCODER,), listed_files,
 )  # fmt: skip
 RANGE_BYTES = 1 << 28
-"""Of the classifier in a file, about."""
+"""Bytes of the classifier in a file, about."""
 CPU = torch.device("cpu")
 SCORE = (
     "tokens = tokenizer(text, truncation=True, max_length=max_length); "

@@ -1,4 +1,4 @@
-"""Whether the labels of a dataset are those that a run was trained with, in the same order."""
+"""Checks that a dataset has the labels that a run was trained with, in the same order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 def check_labels(directory: RunDirectory, dataset: Dataset) -> None:
     """Raises ReneeError where a run was trained with other labels or another vocabulary.
 
-    Where either has no label texts, their number is all that can be compared. A run that is
-    older than `labels_hash` is compared with the dataset that it was trained on.
+    Where either has no label texts, only their number can be compared. A run that is older than
+    `labels_hash` is compared with the dataset that it was trained on.
     """
     trained = (directory.read(RUN_FILE) or {}).get("dataset", {})
     manifest = dataset.manifest
@@ -35,7 +35,7 @@ def check_labels(directory: RunDirectory, dataset: Dataset) -> None:
 
 
 def _trained_on(directory: RunDirectory, dataset: Dataset) -> Dataset:
-    """The dataset that an earlier renee_ray trained the run on, as it was then.
+    """Opens the dataset that an earlier renee_ray trained the run on, as it was then.
 
     Raises:
         ReneeError: it is not there any more, so that nobody knows the run's labels.
@@ -51,7 +51,7 @@ def _trained_on(directory: RunDirectory, dataset: Dataset) -> Dataset:
 
 
 def _first_difference(directory: RunDirectory, known: str, dataset: Dataset) -> str:
-    """The first label that differs, for a sentence; empty where the run's labels are gone."""
+    """Names the first label that differs, for a sentence; empty if the run's labels are gone."""
     try:
         other = directory.dataset()
         if other.labels_hash() != known:

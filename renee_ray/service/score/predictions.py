@@ -20,14 +20,14 @@ from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.topk.select import NONE
 
 PART_ROWS, PART_PAIRS = 1 << 14, 1 << 21
-"""Rows, and pairs of a row and a label, that a part has at most, but for those of one batch."""
+"""Most rows, and most pairs of a row and a label, of a part; one batch may exceed them."""
 WINDOW = 16
-"""Batches of a window at most."""
+"""Most batches of a window."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How R ranks write the k best labels of a split's rows, a batch of each rank at a time."""
+    """The parts that R ranks write the k best labels of a split's rows to."""
 
     rows: int
     num_ranks: int
@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def _batch_rows(self) -> int:
-        """Of one rank, as `data.order.scoring_order` has them."""
+        """Rows of one rank's batch, as `data.order.scoring_order` cuts them."""
         return -(-self.batch_size // self.num_ranks)
 
     @property
@@ -46,7 +46,7 @@ class Layout:
 
     @property
     def part_rows(self) -> int:
-        """A multiple of a window's rows."""
+        """Rows of a part: a multiple of a window's rows."""
         rows = self.window * self._batch_rows
         return rows * max(1, self._part_rows // rows)
 
@@ -55,7 +55,7 @@ class Layout:
         return min(PART_ROWS, PART_PAIRS // self.k)
 
     def parts(self) -> list[str]:
-        """The names of all parts, in the order of their rows."""
+        """Returns the names of all parts, in the order of their rows."""
         ranges = (split_range(self.rows, self.num_ranks, r) for r in range(self.num_ranks))
         return [
             part_name(row) for first, stop in ranges for row in range(first, stop, self.part_rows)
@@ -63,7 +63,7 @@ class Layout:
 
 
 def part_name(first: int) -> str:
-    """Of the part that begins with this row of the split."""
+    """Returns the name of the part that begins with this row of the split."""
     return f"part-{first:012d}.parquet"
 
 
@@ -80,7 +80,7 @@ class Writer:
         self._rows = 0
 
     def add(self, batch: Batch, labels: np.ndarray, scores: np.ndarray) -> None:
-        """labels int64 [b, k] and scores float32 [b, k], best first, of the batch's rows."""
+        """Takes labels int64 [b, k] and scores float32 [b, k] of a batch's rows, best first."""
         assert batch.rows is not None
         kept = labels != NONE
         offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]).astype(np.int32))
@@ -95,7 +95,7 @@ class Writer:
             self.close()
 
     def close(self) -> None:
-        """Writes what has been added since the last part."""
+        """Writes the rows that were added since the last part."""
         if not self._rows:
             return
         rows = np.concatenate([rows for rows, _ in self._found])
@@ -113,7 +113,7 @@ class Writer:
 
 
 def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
-    """Texts of any labels int64 [m]; reads each part that holds one of them once."""
+    """Returns the texts of labels int64 [m]; reads each part that holds one of them once."""
     ids, inverse = np.unique(labels, return_inverse=True)
     pieces = []
     for part in dataset.manifest.splits["labels"]:

@@ -1,4 +1,4 @@
-"""The HTTP side of `renee-ray serve`: who may ask, what, how much of it, and for how long.
+"""The HTTP side of `renee-ray serve`: its paths, its token, and its limits of size and time.
 
     POST /predict   {"texts": [str, ...], "k": 5}
                     -> {"step": N, "predictions": [[{"label", "text", "score"}, ...], ...]}
@@ -40,7 +40,7 @@ Predict = Callable[[list[str], int], Awaitable[list[list[dict[str, Any]]]]]
 
 
 class Refused(Exception):
-    """An answer that is an error. `close`: what the client still sends is not waited for."""
+    """An answer that is an error. `close`: the connection ends, whatever the client still sends."""
 
     def __init__(self, status: int, sentence: str, *, close: bool = False, **headers: str) -> None:
         super().__init__(sentence)
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 class Bearer:
-    """The token that requests must bear. It is not kept, only its hash with a key of this process.
+    """The token that requests must bear, kept as a hash with a key of this process.
 
     Raises:
         ReneeError: it is too short, or not printable ASCII.
@@ -73,7 +73,7 @@ class Bearer:
         return cls(environment.pop(TOKEN, ""))
 
     def accepts(self, values: list[str]) -> bool:
-        """Whether these values of the header Authorization are one, with the token."""
+        """Returns whether these values of the header Authorization are one, with the token."""
         scheme, _, token = (values[0] if len(values) == 1 else "").partition(" ")
         same = hmac.compare_digest(self._hash(token.strip().encode()), self._digest)
         return same and scheme.lower() == "bearer"
@@ -83,7 +83,7 @@ class Bearer:
 
 
 class Question(BaseModel):
-    """What /predict is asked."""
+    """The body of POST /predict."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     texts: list[str]
@@ -91,7 +91,7 @@ class Question(BaseModel):
 
 
 def question_model(config: ServeConfig) -> type[Question]:
-    """A question within the limits of a configuration."""
+    """Makes the model of a question within the limits of a configuration."""
     text = Annotated[str, Field(max_length=config.max_text_chars)]
     texts = Annotated[list[text], Field(min_length=1, max_length=config.max_texts)]  # type: ignore[valid-type]
     k = Annotated[int, Field(ge=1, le=config.max_k)]
@@ -100,7 +100,7 @@ def question_model(config: ServeConfig) -> type[Question]:
 
 
 def parse(model: type[Question], body: bytes) -> Question:
-    """Raises Refused: no JSON in UTF-8, or not a question within the limits."""
+    """Parses a body; raises Refused if it is no JSON, or no question within the limits."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -113,8 +113,8 @@ class Endpoint:
     """The ASGI application.
 
     Args:
-        facts: what `GET /` answers, with `step`.
-        predict: scores texts; it may take as long as it likes.
+        facts: the answer of `GET /`, with `step`.
+        predict: scores texts; it is cancelled after `timeout_s`.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Endpoint:
 
 
 async def _before(until: float, work: Awaitable[T], late: Refused) -> T:
-    """The result of `work`, which is cancelled when it is late. Raises `late` then."""
+    """Awaits `work`, or cancels it at the time `until` and raises `late`."""
     try:
         return await asyncio.wait_for(work, max(0.0, until - time.monotonic()))
     except TimeoutError:
@@ -182,12 +182,12 @@ async def _before(until: float, work: Awaitable[T], late: Refused) -> T:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Raises Refused: it is no JSON by its header, or longer than the limit."""
+    """Reads a body; raises Refused if its header says no JSON, or it exceeds the limit."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, "send JSON with the header 'Content-Type: application/json'")
     long = Refused(413, f"the body is longer than {limit} bytes; send fewer texts at once")
-    # Its digits are checked by the parser, their number is not.
+    # The HTTP parser checks that these are digits, but not how many.
     length = request.headers.get("content-length", "0")
     if len(length) > 18 or int(length) > limit:
         raise long
@@ -204,10 +204,9 @@ def _error(refused: Refused) -> JSONResponse:
 
 
 def protocol(timeout_s: float) -> type[H11Protocol]:
-    """HTTP/1.1 by h11, which bounds a request's head to 64 KiB, in time as well.
+    """Returns HTTP/1.1 by h11, which bounds a request's head to 64 KiB, with a timeout for it.
 
-    Without a token nobody keeps a connection: a head that does not come ends it, and so does the
-    answer 401.
+    Without a token nobody keeps a connection: a late head ends it, and so does the answer 401.
     """
 
     class Impatient(H11Protocol):

@@ -1,9 +1,13 @@
-"""What `renee-ray serve` deploys: shards of the classifier, and the encoder that asks them.
+"""The deployments of `renee-ray serve`: shards of the classifier, and the encoder that asks them.
 
-For a batch of requests: texts -> embeddings E [B, D] in the encoder's process; E to every
-shard, a streaming top-k of its label range there; the lists merged where E was made, with the
-neighbours' votes if there are any; the texts of what is left from the shards that own them.
-What it equals: `renee-ray predict` of the same texts.
+A batch of requests takes these steps:
+
+    texts -> embeddings E [B, D]                        in the encoder's process
+    E -> (scores, labels) [B, k] of each label range    in every shard: a streaming top-k
+    these lists -> the k best, with neighbours' votes   in the encoder's process
+    label ids -> label texts                            in the shards that own them
+
+The result equals `renee-ray predict` of the same texts.
 """
 
 from __future__ import annotations
@@ -29,10 +33,10 @@ from renee_ray.parallel.batch import Batch, Position, Ragged, ragged
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.scoring.scorer import prior_offset, read_counts
-from renee_ray.service.cluster import replica_on_loopback
 from renee_ray.service.launch import quiet
+from renee_ray.service.ray_compat import replica_on_loopback
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.score.predict import embed_voters
+from renee_ray.service.score.job import embed_voters
 from renee_ray.service.score.texts import vocabulary_of
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.shard import Shard
@@ -41,10 +45,10 @@ from renee_ray.xfc.weights.storages import Weights
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What every process of a service is given: so little that Serve may keep it for each.
+class ServedRun:
+    """The run that a service answers with, by name: Serve keeps a copy for every process.
 
-    config: of the run, to score with `num_workers` shards; checkpoint: its name, the same for all.
+    config: the run's, changed to score with `num_workers` shards; checkpoint: its name.
     """
 
     config: RunConfig
@@ -57,7 +61,7 @@ class Plan:
         return self.config.max_workers
 
     def open(self) -> tuple[Checkpoint, Dataset]:
-        """What is served, and the dataset of its labels."""
+        """Opens the checkpoint, and the dataset of its labels."""
         directory = RunDirectory(self.run)
         return directory.checkpoints().at(self.checkpoint), directory.dataset()
 
@@ -65,25 +69,25 @@ class Plan:
 class ShardReplica:
     """The classifier's rows of one range of labels, with their texts. One call at a time."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, served: ServedRun, rank: int) -> None:
         replica_on_loopback()
         quiet()
-        (checkpoint, dataset), device = plan.open(), _device()
-        owned = LabelRange.of_rank(dataset.manifest.num_labels, plan.num_shards, rank)
+        (checkpoint, dataset), device = served.open(), _device()
+        owned = LabelRange.of_rank(dataset.manifest.num_labels, served.num_shards, rank)
         facts = checkpoint.state.facts
         weights = Weights(facts["precision"], len(owned), facts["dim"], False, device)
-        self._shard = Shard(owned, weights, plan.config.classifier.chunk)
+        self._shard = Shard(owned, weights, served.config.classifier.chunk)
         checkpoint.load_shard(self._shard, momentum=False)
-        tail = plan.config.evaluation.tail
+        tail = served.config.evaluation.tail
         self._offset = prior_offset(read_counts(dataset, owned), tail, device)
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
 
     @torch.inference_mode()
     def topk(self, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of embeddings float32 [B, D], scores float32 and labels int64 [B, k] as `shard_topk`.
+        """Returns scores float32 and labels int64 [B, k], as `shard_topk`, for E float32 [B, D].
 
-        k is the number of this range's labels where it is greater.
+        k is at most the number of this range's labels.
         """
         rows = torch.tensor(embeddings, device=self._shard.weights.device)
         k = min(k, len(self._shard.owned))
@@ -91,13 +95,13 @@ class ShardReplica:
         return scores.cpu().numpy(), labels.cpu().numpy()
 
     def texts(self, labels: np.ndarray) -> list[str]:
-        """Of labels int64 [m] of this range."""
+        """Returns the texts of labels int64 [m] of this range."""
         found: list[str] = self._texts.take(pa.array(labels - self._shard.owned.start)).to_pylist()
         return found
 
 
 class Question(NamedTuple):
-    """Of one request."""
+    """One request."""
 
     texts: list[str]
     k: int
@@ -108,28 +112,28 @@ def num_texts(questions: list[Question]) -> int:
 
 
 class EncoderReplica:
-    """Tokeniser and encoder; batches requests, asks the shards, merges what they say."""
+    """Tokeniser and encoder; batches requests, asks the shards and merges their lists."""
 
-    def __init__(self, plan: Plan, shards: list[DeploymentHandle]) -> None:
+    def __init__(self, served: ServedRun, shards: list[DeploymentHandle]) -> None:
         replica_on_loopback()
         quiet()
         self._shards, self._device = shards, _device()
-        checkpoint, self._dataset = plan.open()
+        checkpoint, self._dataset = served.open()
         self._vocabulary = vocabulary_of(self._dataset)
-        self._max_length = min(plan.config.encoder.max_length, self._dataset.manifest.max_length)
-        self._encoder = build_encoder(plan.config.encoder, self._device, plan.config.seed)
+        self._max_length = min(served.config.encoder.max_length, self._dataset.manifest.max_length)
+        self._encoder = build_encoder(served.config.encoder, self._device, served.config.seed)
         checkpoint.load_encoder(self._encoder)
         self._encoder.eval()
         self._neighbours = None
-        if plan.config.evaluation.neighbours:
+        if served.config.evaluation.neighbours:
             self._neighbours = embed_voters(
-                plan.config, self._dataset, self._encoder, Ranks(), self._device
+                served.config, self._dataset, self._encoder, Ranks(), self._device
             )
-        self._answers.set_max_batch_size(plan.settings.max_batch_size)  # type: ignore[attr-defined]
-        self._answers.set_batch_wait_timeout_s(plan.settings.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+        self._answers.set_max_batch_size(served.settings.max_batch_size)  # type: ignore[attr-defined]
+        self._answers.set_batch_wait_timeout_s(served.settings.batch_wait_ms / 1000)  # type: ignore[attr-defined]
 
     async def predict(self, texts: list[str], k: int) -> list[list[dict[str, Any]]]:
-        """The k best labels of each text, best first: label, text, score."""
+        """Returns the k best labels of each text, best first: label, text, score."""
         found: list[list[dict[str, Any]]] = await self._answers(Question(texts, k))
         return found
 
@@ -149,7 +153,7 @@ class EncoderReplica:
 
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> np.ndarray:
-        """float32 [B, D]."""
+        """Returns the texts' embeddings, float32 [B, D]."""
         ids = ragged(tokenizer.encode(self._vocabulary, texts, self._max_length))
         none, points = Ragged.of_lists([[]] * len(texts)), np.arange(len(texts))
         batch = Batch(Position(), points, ids, none, none, self._dataset.manifest.pad_id)
@@ -166,7 +170,7 @@ class EncoderReplica:
         wanted: Tensor,
         ks: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(scores, labels) [B, max k] in host memory; `NONE` beyond what a row was asked for."""
+        """Merges the shards' lists to (scores, labels) [B, max k]; `NONE` beyond a row's own k."""
         lists = [[torch.tensor(each[i]) for each in found] for i in (0, 1)]
         best = only(merge_topk(lists[0], lists[1], int(wanted.max())), wanted)
         if self._neighbours is not None:
@@ -175,7 +179,7 @@ class EncoderReplica:
         return only(best, ks)
 
     async def _texts_of(self, labels: Tensor) -> dict[int, str]:
-        """Of the labels that occur, each asked of the shard that owns it."""
+        """Asks the shards for the texts of the labels that occur."""
         ids = labels.unique()
         ids = ids[ids != NONE]
         owner = owners(ids, self._dataset.manifest.num_labels, len(self._shards))
@@ -191,14 +195,14 @@ class EncoderReplica:
 
 
 def only(best: tuple[Tensor, Tensor], ks: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores, labels) [B, k], of each row only the first of `ks` int64 [B]; `NONE` beyond."""
+    """Keeps the first ks[i] (int64 [B]) of row i of (scores, labels) [B, k]; `NONE` beyond."""
     scores, labels = best
     beyond = torch.arange(scores.shape[1]) >= ks[:, None]
     return scores.masked_fill(beyond, -torch.inf), labels.masked_fill(beyond, NONE)
 
 
 def answers(scores: Tensor, labels: Tensor, texts: dict[int, str]) -> list[list[dict[str, Any]]]:
-    """Each row's labels, best first.
+    """Returns each row's labels, best first.
 
     Raises:
         ArithmeticError: a label's score is not finite.
@@ -216,5 +220,5 @@ def answers(scores: Tensor, labels: Tensor, texts: dict[int, str]) -> list[list[
 
 
 def _device() -> torch.device:
-    """The device that Ray gave this process."""
+    """Returns the device that Ray gave this process."""
     return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")

@@ -1,10 +1,10 @@
 """A trained run behind HTTP: Ray Serve scores, this process listens.
 
-Serve runs a deployment for each range of labels and one for the encoder (serve_replicas.py).
-HTTP (serve_http.py) is not Serve's but this command's, for three reasons read in Serve 2.60: its
-proxy buffers whatever a client sends before the application has seen the token
-(`proxy_asgi_receive` into an unbounded queue), it answers some paths without one, and the token
-would have to reach its replicas. Here it stays in one process, and the port closes with that.
+Serve runs a deployment for each range of labels and one for the encoder (replicas.py). HTTP
+(http.py) is not Serve's but this command's, for three reasons read in Serve 2.60. Its proxy
+buffers whatever a client sends before the application has seen the token (`proxy_asgi_receive`
+fills an unbounded queue). It answers some paths without a token. The token would have to reach
+its replicas; here it stays in one process, and the port closes with that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ try:
     from ray.serve.handle import DeploymentHandle
 
     from renee_ray.service.serve.http import Bearer, Endpoint, protocol
-    from renee_ray.service.serve.replicas import EncoderReplica, Plan, ShardReplica
+    from renee_ray.service.serve.replicas import EncoderReplica, ServedRun, ShardReplica
 except ImportError as error:
     raise ReneeError(
         f"serving needs Ray Serve ({reason(error):.200}); pip install 'renee_ray[serve]'"
@@ -42,16 +42,17 @@ from renee_ray.data.storage import absolute
 from renee_ray.model.encoder import check_positions
 from renee_ray.parallel.threads import in_thread
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.launch import at_signals, threads_of, worker_environment
+from renee_ray.service.launch import threads_of, worker_environment
 from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.score.job import scoring_config
 from renee_ray.service.score.labels import check_labels
-from renee_ray.service.score.predict import scoring_config
 from renee_ray.service.score.texts import vocabulary_of
+from renee_ray.signals import at_signals
 
 STARTS = 2
-"""Times that a replica may fail to start before the service is given up."""
+"""Failed starts of a replica after which the service is given up."""
 SHOWN = ("max_k", "max_texts", "max_text_chars", "max_body_bytes", "timeout_s")
-"""Of the settings, to those who ask."""
+"""Settings that `GET /` shows."""
 
 
 def serve_run(run: str, settings: ServeConfig, on_ready: Callable[[dict[str, Any]], None]) -> None:
@@ -63,13 +64,13 @@ def serve_run(run: str, settings: ServeConfig, on_ready: Callable[[dict[str, Any
         ReneeError: no token, no run, no checkpoint, a taken port, or replicas that do not start.
     """
     bearer = Bearer.take(os.environ)
-    plan, facts = _plan(run, settings)
-    with _bound(settings.host, settings.port) as listener, _deployed(plan) as encoder:
+    served, facts = _served_run(run, settings)
+    with _bound(settings.host, settings.port) as listener, _deployed(served) as encoder:
         _answer(settings, bearer, facts, encoder, listener, on_ready)
 
 
-def _plan(run: str, settings: ServeConfig) -> tuple[Plan, dict[str, Any]]:
-    """(what is to be served, what `GET /` answers)."""
+def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, Any]]:
+    """Returns the run to serve, checked before there is Ray, and the answer of `GET /`."""
     directory = RunDirectory(absolute(run))
     config, dataset = directory.config(), directory.dataset()
     check_labels(directory, dataset)
@@ -90,11 +91,11 @@ def _plan(run: str, settings: ServeConfig) -> tuple[Plan, dict[str, Any]]:
         "shards": shards,
         **{name: getattr(settings, name) for name in SHOWN},
     }
-    return Plan(config, settings, directory.path, checkpoint.name), facts
+    return ServedRun(config, settings, directory.path, checkpoint.name), facts
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet: whether the port is free is known before Ray starts."""
+    """Binds a socket that does not listen yet: a taken port is found before Ray starts."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family)
@@ -108,16 +109,16 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _deployed(plan: Plan) -> Iterator[DeploymentHandle]:
-    """The encoder's handle. Then a Ray started for it ends; of a cluster, our part alone."""
+def _deployed(served: ServedRun) -> Iterator[DeploymentHandle]:
+    """Yields the encoder's handle; afterwards ends the Ray started for it, or our application."""
     joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
-    ensure_ray(plan.num_shards + 2)
+    ensure_ray(served.num_shards + 2)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     name = f"renee_ray-{secrets.token_hex(4)}"
     try:
-        _check_gpus(plan)
+        _check_gpus(served)
         serve.start(proxy_location="Disabled")
-        yield _run(name, plan)
+        yield _run(name, served)
     finally:
         if joined:
             _leave(name)
@@ -126,7 +127,7 @@ def _deployed(plan: Plan) -> Iterator[DeploymentHandle]:
 
 
 def _leave(name: str) -> None:
-    """Ends an application, and Serve where it has no other and no proxy: then it was ours too."""
+    """Ends an application, and Serve too if it has no other and no proxy: then it was ours."""
     if serve.status().applications:
         serve.delete(name)
     left = serve.status()
@@ -134,23 +135,23 @@ def _leave(name: str) -> None:
         serve.shutdown()
 
 
-def _check_gpus(plan: Plan) -> None:
-    """Raises ReneeError where replicas could never be placed, for which Serve would wait."""
-    each, have = plan.settings.gpus_per_process, ray.cluster_resources().get("GPU", 0)
-    if each * (plan.num_shards + 1) > have:
+def _check_gpus(served: ServedRun) -> None:
+    """Refuses replicas that could never be placed, for which Serve would wait for ever."""
+    each, have = served.settings.gpus_per_process, ray.cluster_resources().get("GPU", 0)
+    if each * (served.num_shards + 1) > have:
         raise ReneeError(
-            f"gpus_per_process={each:g} for {plan.num_shards} shards and the encoder exceeds the "
+            f"gpus_per_process={each:g} for {served.num_shards} shards and the encoder exceeds the "
             f"{have:.0f} GPUs of the Ray cluster; lower it or num_shards"
         )
 
 
-def _run(name: str, plan: Plan) -> DeploymentHandle:
-    on_gpu = bool(plan.settings.gpus_per_process)
-    threads = threads_of(plan.config, on_gpu, plan.config.max_workers)
+def _run(name: str, served: ServedRun) -> DeploymentHandle:
+    on_gpu = bool(served.settings.gpus_per_process)
+    threads = threads_of(served.config, on_gpu, served.config.max_workers)
     options: dict[str, Any] = {
         "ray_actor_options": {
             "num_cpus": 1,
-            "num_gpus": plan.settings.gpus_per_process,
+            "num_gpus": served.settings.gpus_per_process,
             "runtime_env": {"env_vars": worker_environment(threads)},
         },
         "graceful_shutdown_wait_loop_s": 0.1,
@@ -161,27 +162,27 @@ def _run(name: str, plan: Plan) -> DeploymentHandle:
     shards = [
         # One call at a time: a shard reuses its working memory.
         serve.deployment(ShardReplica, name=f"shard-{rank}", max_ongoing_requests=1, **options)
-        .bind(plan, rank)  # type: ignore[attr-defined]
-        for rank in range(plan.num_shards)
+        .bind(served, rank)  # type: ignore[attr-defined]
+        for rank in range(served.num_shards)
     ]  # fmt: skip
     encoder = serve.deployment(
         EncoderReplica,
         name="encoder",
-        max_ongoing_requests=plan.settings.max_waiting,
+        max_ongoing_requests=served.settings.max_waiting,
         **options,
     )
     try:
-        handle = serve.run(encoder.bind(plan, shards), name=name, route_prefix=None)  # type: ignore[attr-defined]
+        handle = serve.run(encoder.bind(served, shards), name=name, route_prefix=None)  # type: ignore[attr-defined]
     except RuntimeError as error:
-        raise ReneeError(_why(error)) from error
-    handle.predict.remote([""], 1).result()  # all of it works, before anyone is told
+        raise ReneeError(_reason(error)) from error
+    handle.predict.remote([""], 1).result()  # raises unless all of it works
     return handle
 
 
-def _why(error: Exception) -> str:
-    """What a replica said when it could not start, without its traceback."""
-    said = re.findall(r"^renee_ray\.[\w.]+: (.+)$", str(error), re.MULTILINE)
-    return said[-1] if said else f"the service did not start: {reason(error):.500}"
+def _reason(error: Exception) -> str:
+    """Finds the sentence of a replica that could not start, without its traceback."""
+    sentences = re.findall(r"^renee_ray\.[\w.]+: (.+)$", str(error), re.MULTILINE)
+    return sentences[-1] if sentences else f"the service did not start: {reason(error):.500}"
 
 
 def _answer(

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
-from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from renee_ray import __version__
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.threads import in_thread
+from renee_ray.service.ray_compat import LARGEST_UPLOAD
 from renee_ray.service.submit.job_files import PACKAGE, pack
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ def submit(
     words = list(arguments)
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
         root, place = (clone, scratch) if clone else (PACKAGE, f"{scratch}/{PACKAGE.name}")
-        if large := pack(root, Path(place), DASHBOARD_CLIENT_MAX_SIZE):
+        if large := pack(root, Path(place), LARGEST_UPLOAD):
             shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
             on_progress(f"large files stay here: {shown}")
         if config is not None:

@@ -1,11 +1,11 @@
-"""What a worker is asked for from outside, until the next step boundary: a checkpoint, the end.
+"""Requests for a checkpoint, or for the end of the run, which a worker takes between two steps.
 
     SIGTERM to a worker          checkpoint; the process ends once it is committed
     its node is drained          checkpoint (Ray says so when a spot node is to be taken away)
     more nodes are there         checkpoint; the controller then starts a larger group from it
     SIGTERM or Ctrl-C, driver    checkpoint, and the run ends
 
-A wish of any worker reaches all of them with the row counts of the next step.
+A request to any worker reaches all of them with the row counts of the next step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from types import FrameType
 from typing import Any
 
 import ray.train
-from ray.train.v2._internal.execution.callback import (
+
+from renee_ray.checkpoint.writer import Written
+from renee_ray.service.driver_channel import DriverChannel
+from renee_ray.service.ray_compat import (
     ControllerCallback,
+    ResizingState,
     WorkerCallback,
     WorkerGroupCallback,
 )
-from ray.train.v2._internal.execution.controller.state import ResizingState
-
-from renee_ray.checkpoint.writer import Written
-from renee_ray.service.driver_channel import Mail
 from renee_ray.training.loop import CHECKPOINT, STOP
 
 log = logging.getLogger(__name__)
@@ -37,17 +37,17 @@ TERMINATED = 143
 """Exit status of a process that ended after SIGTERM."""
 
 
-def _end(why: str, number: float) -> None:
+def _end_process(warning: str, number: float) -> None:
     """Ends this process as soon as the driver has been told."""
     try:
-        log.warning(why, number)
+        log.warning(warning, number)
         logging.shutdown()  # flushes: the warning goes to the driver through an actor
     finally:
         os._exit(TERMINATED)
 
 
-class Wishes:
-    """Of this worker's process; asked by any thread, taken by the one that trains."""
+class Requests:
+    """The requests to this process; any thread asks, and the training thread takes them."""
 
     def __init__(self) -> None:
         self._bits = 0
@@ -58,12 +58,13 @@ class Wishes:
         self.terminated = False
 
     def ask(self, bits: int) -> None:
+        """Asks for a checkpoint, the end, or both."""
         with self._changed:
             self._bits |= bits
             self._due = None
 
     def take(self, step: int) -> int:
-        """What is wished for after the step that follows `step` ones; each wish is taken once."""
+        """Takes what is asked for, once; it is granted after the step that follows `step` ones."""
         self._look_for_preemption()
         if not self._bits:
             return 0
@@ -72,43 +73,43 @@ class Wishes:
             return bits
 
     def written(self, written: Written) -> None:
-        """A checkpoint has ended."""
+        """Notes that a checkpoint has ended; after SIGTERM, ends the process with it."""
         with self._changed:
             if written.committed:
                 self._committed = max(self._committed, written.step)
             self._changed.notify_all()
-        if self.terminated and self._fulfilled():
-            _end("ended by SIGTERM after the checkpoint of step %d", written.step)
+        if self.terminated and self._granted():
+            _end_process("ended by SIGTERM after the checkpoint of step %d", written.step)
 
     def checkpoint_within(self, seconds: float) -> bool:
-        """Asks for a checkpoint and waits for it; whether it was committed in time."""
+        """Asks for a checkpoint and waits for it; returns whether it was committed in time."""
         self.ask(CHECKPOINT)
         with self._changed:
-            return self._changed.wait_for(self._fulfilled, seconds)
+            return self._changed.wait_for(self._granted, seconds)
 
     def terminate(self, grace_s: float) -> None:
-        """SIGTERM: a checkpoint, then the end, at most `grace_s` seconds from now."""
+        """Asks for a checkpoint after SIGTERM, and ends the process within `grace_s` seconds."""
         # Without taking the lock: a signal may come while this very thread holds it.
         self._bits, self._due = self._bits | CHECKPOINT, None
         self.terminated = True
 
         def late() -> None:
             time.sleep(grace_s)
-            _end("ended by SIGTERM after %.0f s without a checkpoint", grace_s)
+            _end_process("ended by SIGTERM after %.0f s without a checkpoint", grace_s)
 
         threading.Thread(target=late, daemon=True).start()
 
-    def follow(self, mail: Mail) -> None:
-        """Stops when the driver says so."""
+    def follow(self, channel: DriverChannel) -> None:
+        """Starts a thread that asks for the end when the driver does."""
 
         def run() -> None:
             with contextlib.suppress(Exception):  # without its driver this process ends too
-                mail.wait_for_stop()
+                channel.wait_for_stop()
                 self.ask(STOP)
 
         threading.Thread(target=run, name="stop", daemon=True).start()
 
-    def _fulfilled(self) -> bool:
+    def _granted(self) -> bool:
         return self._due is not None and self._committed >= self._due
 
     def _look_for_preemption(self) -> None:
@@ -122,30 +123,30 @@ class Wishes:
             self.ask(CHECKPOINT)
 
 
-wishes = Wishes()
-"""Of this process."""
+requests = Requests()
+"""The requests to this process."""
 
 
 def ask_for_checkpoint(seconds: float) -> bool:
-    """Runs in a worker's main thread, beside training."""
-    return wishes.checkpoint_within(seconds)
+    """Asks this worker for a checkpoint; runs in its main thread, beside training."""
+    return requests.checkpoint_within(seconds)
 
 
 class SignalHandler(WorkerCallback):
-    """SIGTERM in a worker; installed in its main thread, where Python demands it."""
+    """Handles SIGTERM in a worker; installed in its main thread, where Python demands it."""
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
 
     def after_init_train_context(self) -> None:
         def handle(number: int, frame: FrameType | None) -> None:
-            wishes.terminate(self._grace_s)
+            requests.terminate(self._grace_s)
 
         signal.signal(signal.SIGTERM, handle)
 
 
-class Regroup(ControllerCallback, WorkerGroupCallback):
-    """A checkpoint before workers are stopped so that more can start: no step is lost."""
+class CheckpointBeforeResize(ControllerCallback, WorkerGroupCallback):
+    """Takes a checkpoint before workers are stopped so that more can start: no step is lost."""
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s

@@ -1,0 +1,156 @@
+"""Every part of Ray that is not public, in one place: what it is needed for, and its risks.
+
+`setup.cfg` keeps Ray below the version after the one that this file was read against (2.60).
+Before raising that bound, read the note beside each name, then run `tests/test_ray_compat.py`
+and `tests/service`. No other module imports a private part of Ray (tests/test_ray_compat.py).
+
+Two methods of Ray's are private and overridden elsewhere, beside what they decide:
+
+    TorchTrainer._initialize_and_run_controller    launch.py: hands our policies to the controller.
+        Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`.
+    ElasticScalingPolicy._count_possible_workers   policies.py: leaves a CPU to the reading tasks.
+        Check that the policy still sizes a group of workers by this method alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray._private import ray_constants, utils
+
+TRAIN = "ray.train.v2._internal"
+LAZY = {
+    # Base of our failure policy. Check that `make_decision` still takes one error, and that
+    # `FailureDecision.RAISE` still ends the job.
+    "DefaultFailurePolicy": f"{TRAIN}.execution.failure_handling",
+    "FailureDecision": f"{TRAIN}.execution.failure_handling",
+    # Base of our scaling policy: see `_count_possible_workers` above.
+    "ElasticScalingPolicy": f"{TRAIN}.execution.scaling_policy",
+    # Bases of our callbacks: a worker's SIGTERM, a checkpoint before a group is resized. Check
+    # that the three methods that preemption.py defines are still called, where it says.
+    "ControllerCallback": f"{TRAIN}.execution.callback",
+    "WorkerCallback": f"{TRAIN}.execution.callback",
+    "WorkerGroupCallback": f"{TRAIN}.execution.callback",
+    # The state that tells a resize from a failure. Check that elastic training still enters it.
+    "ResizingState": f"{TRAIN}.execution.controller.state",
+    # Callbacks whose actors idle for nothing here. Check that removing them is still harmless.
+    "DatasetsCallback": f"{TRAIN}.callbacks.datasets",
+    "PlacementGroupCleanerCallback": f"{TRAIN}.callbacks.placement_group_callback",
+}
+"""Name -> module. Imported when first asked for: a conversion starts 0.6 s sooner without it."""
+
+LARGEST_UPLOAD = ray_constants.DASHBOARD_CLIENT_MAX_SIZE
+"""Bytes of the largest package that a job server takes. Check that the server still has it."""
+node_cpus = utils.get_num_cpus
+"""CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
+LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+"""Variable that `on_loopback` sets to "0" for Ray's processes, which inherit it."""
+SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": 60_000}
+"""For `ray.init(_system_config=...)`: by default an idle process ends after a second, between two
+windows of rows, and a new one takes a core for four. Check the key in Ray's ray_config_def.h."""
+UNUSED = ("log_monitor", "dashboard", "monitor")
+"""Ray's processes that a local cluster has no use for: they send logs to a driver that shows none,
+report that Ray is used, and look after other nodes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(LAZY[name]), name)
+
+
+def started_node() -> Any:
+    """Returns the node of a Ray that this process started, or None.
+
+    Ray does not tell publicly whether it was joined or started. Check `_global_node` and `head`.
+    """
+    node = ray._private.worker._global_node
+    return node if node is not None and node.head else None
+
+
+def end_unused() -> None:
+    """Ends UNUSED of the Ray that was started here. Check that the node still has `kill_NAME`."""
+    for name in UNUSED:
+        getattr(started_node(), f"kill_{name}")(check_alive=False)
+
+
+def cpus_of_worker(scaling_config: Any) -> float:
+    """Returns the CPUs that a worker reserves. Check this property of ScalingConfig."""
+    cpus: float = scaling_config._resources_per_worker_not_none.get("CPU", 0)
+    return cpus
+
+
+def silence_token_notice() -> None:
+    """Keeps Ray from warning that it asks for a token by default. Check the logger's name."""
+    name = "ray._private.authentication.authentication_token_setup"
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def sigterm_left_alone() -> Iterator[None]:
+    """Keeps a handler of SIGTERM that somebody has set, while Ray starts.
+
+    Ray would replace it by one that raises SystemExit, and add one in C++ that prints a stack.
+    Check that `ray.init` still sets its handler by `utils.set_sigterm_handler`.
+    """
+    handler, set_by_ray = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    ours = threading.current_thread() is threading.main_thread() and handler != signal.SIG_DFL
+    if ours:
+        utils.set_sigterm_handler = lambda theirs: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = set_by_ray
+        if ours:
+            signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Makes a Ray that starts inside, and its workers' collectives, listen on 127.0.0.1 alone.
+
+    Whoever reaches a port of Ray's can run code, and on Linux Ray listens on every interface. Its
+    only switch is the one for systems without clusters, read from the environment by each of its
+    processes. Check with `ss -ltn` that nothing listens on 0.0.0.0 while a command runs.
+    """
+    local = {
+        LOCAL_ONLY: "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes the only node away
+    }
+    before, enabled = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(local)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        for name in local:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+
+
+def replica_on_loopback() -> None:
+    """Puts the server of a Serve replica in a local Ray on 127.0.0.1, before it starts.
+
+    That server unpickles what it gets. Serve opens it on every interface, unused, after the
+    replica's constructor. Check that it still does so by `add_port_to_grpc_server`.
+    """
+    if os.environ.get(LOCAL_ONLY) != "0":
+        return
+    from ray.serve._private import replica
+
+    listen = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: listen(
+        server, address.replace("[::]", "127.0.0.1")
+    )

@@ -1,0 +1,48 @@
+"""`renee-ray evaluate`: metrics of a trained run on a split of a dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from renee_ray.config.schema import ScoreConfig
+from renee_ray.data.dataset import Dataset
+from renee_ray.data.storage import absolute
+from renee_ray.errors import ReneeError
+from renee_ray.scoring.scorer import Propensities, metric_sums
+from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.score.job import ScoringJob, check_source
+
+
+def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
+    """Computes metrics of a run's checkpoint on a split.
+
+    Returns:
+        "metrics" in percent, "points", "step" and "split".
+
+    Raises:
+        ReneeError: no run, no checkpoint, a dataset of another kind or with other labels, or
+            no point of the split has a label.
+    """
+    directory = RunDirectory(absolute(run))
+    directory.config()
+    check_source(data, "dataset")
+    points, split = Dataset.open(data), str(score.split)
+    nothing = ReneeError(f"no point of split={split} of {points.path} has a label; give another")
+    counts = points.manifest.statistics.get(split)
+    some = points.manifest.num_points(split) > 0
+    if some and isinstance(counts, dict) and counts.get("label_pairs") == 0:
+        raise nothing
+    found = ScoringJob.checked(directory, points, score).run(evaluate_worker, points, split)
+    if found["metrics"] is None:
+        raise nothing
+    return {"split": split, **found}
+
+
+def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Computes the metrics of all ranks' rows, as one worker; None where no row has a label."""
+    job: ScoringJob = arguments["job"]
+    scorer = job.load_scorer()
+    batches = job.batches(arguments["points"], arguments["split"], scorer.ranks)
+    propensities = Propensities.read(job.labels, scorer.shard.owned, scorer.ranks)
+    sums = metric_sums(scorer, batches, propensities)
+    return {"metrics": sums.metrics() if sums.any_label else None}

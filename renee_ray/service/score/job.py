@@ -1,0 +1,165 @@
+"""The part that `evaluate` and `predict` share: checks beforehand, and a scorer in every worker.
+
+Scoring is a Ray Train job like training. Each worker loads its label range from the checkpoint,
+whatever number of workers wrote it, and scores its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from renee_ray.config.schema import EvalConfig, RunConfig, ScoreConfig
+from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.data.storage import absolute, filesystem_of, patiently
+from renee_ray.errors import ReneeError
+from renee_ray.model.encoder import Encoder, check_positions
+from renee_ray.model.model import build_model
+from renee_ray.parallel.batch import Batch
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.neighbours import Neighbours
+from renee_ray.scoring.scorer import Scorer, prior_offset, read_counts
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.feed import scoring_feed
+from renee_ray.service.launch import decide_gpu, launch, quiet, worker_device
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.score.labels import check_labels
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """A run that is about to score, with everything checked that can be before there is Ray.
+
+    checkpoint: named once for all workers, since a training beside us may publish another; step:
+    its step; labels: the dataset whose labels are predicted; voters: the one whose points vote.
+    """
+
+    directory: RunDirectory
+    config: RunConfig
+    score: ScoreConfig
+    checkpoint: str
+    step: int
+    labels: Dataset
+    voters: Dataset | None
+
+    @classmethod
+    def checked(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> ScoringJob:
+        """Makes a job.
+
+        Raises:
+            ReneeError: the labels are not the run's, the encoder cannot read so long texts, or
+                there is no checkpoint.
+        """
+        config = directory.config()
+        check_labels(directory, labels)
+        check_positions(config.encoder, labels.manifest.max_length)
+        config = scoring_config(config, score, score.num_workers or config.max_workers)
+        voters = _voters(directory, labels, config.evaluation, score)
+        found = directory.checkpoint(score.checkpoint)
+        return cls(directory, config, score, found.name, found.state.step, labels, voters)
+
+    def run(
+        self, worker: Callable[[dict[str, Any]], Any], points: Dataset, split: str, **more: Any
+    ) -> dict[str, Any]:
+        """Runs `worker` with "job", "points", "split" and `more` on every worker.
+
+        Returns:
+            "step", "points", and what rank 0 returned.
+        """
+        rows = points.manifest.num_points(split)
+        if not rows:
+            raise ReneeError(f"{points.path} has no points in split={split}; choose another")
+        workers = self.config.max_workers
+        ensure_ray(workers + 1)
+        use_gpu = decide_gpu(self.score.use_gpu, workers)
+        arguments = {"job": self, "points": points, "split": split, **more}
+        found = launch(worker, arguments, self.config, use_gpu)
+        return {"step": self.step, "points": rows, **found}
+
+    def load_scorer(self) -> Scorer:
+        """Loads encoder, label range and voters in a worker; a collective of all ranks."""
+        quiet()
+        ranks, device = Ranks.of_process_group(self.config.timeout_s), worker_device()
+        checkpoint = self.directory.checkpoints().at(self.checkpoint)
+        num_labels = self.labels.manifest.num_labels
+        precision = checkpoint.state.facts.get("precision")
+        model = build_model(
+            self.config, num_labels, ranks, device, training=False, precision=precision
+        )
+        checkpoint.load_encoder(model.encoder)
+        checkpoint.load_shard(model.shard, momentum=False)
+        counts = read_counts(self.labels, model.shard.owned)
+        offset = prior_offset(counts, self.config.evaluation.tail, device)
+        neighbours = None
+        if self.voters is not None:
+            neighbours = embed_voters(self.config, self.voters, model.encoder, ranks, device)
+        return Scorer(model.encoder, model.shard, ranks, device, offset, neighbours)
+
+    def batches(self, points: Dataset, split: str, ranks: Ranks, **options: int) -> Iterator[Batch]:
+        """Returns this rank's rows of a split; `options` are those of `scoring_order`."""
+        rows, length = self.score.batch_size, self.config.encoder.max_length
+        return scoring_feed(points, split, rows, length, ranks, **options)
+
+
+def embed_voters(
+    config: RunConfig, voters: Dataset, encoder: Encoder, ranks: Ranks, device: torch.device
+) -> Neighbours:
+    """Embeds the training points of `voters`; a collective of all ranks."""
+    settings, length = config.evaluation, config.encoder.max_length
+    points = scoring_feed(voters, "train", settings.batch_size, length, ranks)
+    count, weight = settings.neighbours, settings.neighbour_weight
+    return Neighbours.embed(encoder, points, ranks, device, count, weight)
+
+
+def scoring_config(config: RunConfig, score: ScoreConfig, workers: int) -> RunConfig:
+    """Returns the configuration of a run, changed to score with so many workers.
+
+    The checkpoint has all weights: the file that training began with is not looked at.
+    """
+    encoder = config.encoder.model_copy(update={"weights": ""})
+    keys = ("tail", "neighbours", "neighbour_weight")
+    anew = {key: value for key in keys if (value := getattr(score, key)) is not None}
+    settings = config.evaluation.model_copy(update=anew)
+    placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
+    return config.model_copy(
+        update={"num_workers": workers, "evaluation": settings, "encoder": encoder}
+        | {"batch_size": workers * config.feed.streams}  # of training: it bounds num_workers
+        | {key: getattr(score, key) for key in placed}
+    )
+
+
+def _voters(
+    directory: RunDirectory, labels: Dataset, settings: EvalConfig, score: ScoreConfig
+) -> Dataset | None:
+    """Opens the dataset whose training points vote: the one that the run was trained on."""
+    if not settings.neighbours:
+        return None
+    if score.split == "train":
+        raise ReneeError(
+            f"split=train with neighbours={settings.neighbours} would let points vote on "
+            f"themselves; add neighbours=0"
+        )
+    trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
+    if labels.manifest.hash == trained_on:
+        return labels
+    voters = directory.dataset()
+    check_labels(directory, voters)
+    return voters
+
+
+def check_source(path: str, wanted: str) -> None:
+    """Raises ReneeError where nothing is at `path`, or something that is no `wanted`."""
+    filesystem, root = filesystem_of(path)
+    kind = patiently(lambda: filesystem.get_file_info(root), f"reading {path}").type
+    if kind == pafs.FileType.NotFound and wanted == "dataset":
+        raise ReneeError(f"{path} does not exist; give a dataset that does")
+    if kind == pafs.FileType.File and wanted == "dataset":
+        raise ReneeError(
+            f"{path} is a file; give the directory of a dataset, made by `renee-ray convert`"
+        )
+    if not has_manifest(path) and RunDirectory(absolute(path)).read(RUN_FILE) is not None:
+        raise ReneeError(f"{path} is a run; give a {wanted} after the run")

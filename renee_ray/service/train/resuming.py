@@ -1,0 +1,80 @@
+"""Resuming a run: which settings it keeps, which may change, and whether it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from renee_ray.checkpoint.state import State
+from renee_ray.config.overrides import dotted, make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset import Dataset
+from renee_ray.data.order import Order
+from renee_ray.errors import ReneeError
+from renee_ray.report.status import STATUS_FILE
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+
+MAY_CHANGE = {
+    "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
+    "evaluation", "loss_every", "observe", "placement_strategy", "accelerator_type",
+    "cpus_per_worker", "regroup_s",
+}  # fmt: skip
+"""Keys that a resumed run may set anew; any other would change the trajectory it continues."""
+
+
+def resumed(
+    config: RunConfig, directory: RunDirectory, dataset: Dataset, on_progress: Callable[[str], None]
+) -> RunConfig:
+    """Returns the configuration to go on with: what is not given now is as the run has it.
+
+    Raises:
+        ReneeError: the run that is there has another configuration or dataset.
+    """
+    saved = directory.read(RUN_FILE)
+    if saved is None:
+        return config
+    own = directory.config().model_dump(exclude=MAY_CHANGE)
+    given, before = config.model_dump(exclude_unset=True), dict(dotted(own))
+    for key, value in dotted(given):
+        if before.get(key, value) != value:
+            raise ReneeError(
+                f"{directory.path} is a run with {key}={before[key]!r} and not {value!r}; "
+                f"give the same configuration to resume it, or another output"
+            )
+    for key, value in identity(dataset).items():
+        # Earlier runs have no hash of the labels; their manifest_hash tells as much.
+        if key not in ("path", "labels_hash") and saved["dataset"].get(key) != value:
+            raise ReneeError(
+                f"{directory.path} was trained on a dataset with {key}="
+                f"{saved['dataset'].get(key)!r} and {dataset.path} has {value!r}; "
+                f"give the same dataset to resume it, or another output"
+            )
+    for key, value in dotted(config.model_dump()):
+        if before.get(key, value) != value:
+            on_progress(f"{directory.path} goes on with its {key}={before[key]!r}, not {value!r}")
+    return make_config(RunConfig, own, given)
+
+
+def identity(dataset: Dataset) -> dict[str, Any]:
+    """Returns what run.json says of the dataset, which a resumed run's dataset must have too."""
+    manifest = dataset.manifest
+    return {
+        "path": dataset.path,
+        "num_labels": manifest.num_labels,
+        "num_points": manifest.num_points("train"),
+        "tokenizer": manifest.tokenizer,
+        "vocabulary_hash": manifest.vocabulary_hash,
+        "has_label_texts": manifest.has_label_texts,
+        "labels_hash": manifest.labels_hash,
+        "manifest_hash": manifest.hash,
+    }
+
+
+def is_finished(directory: RunDirectory, state: State, epochs: Iterable[Order]) -> bool:
+    """Returns whether a checkpoint's state is the end of the run, and status.json agrees."""
+    try:
+        status = directory.read(STATUS_FILE) or {}
+    except ReneeError:  # damaged: the workers write another
+        return False
+    at_end = state.step >= sum(order.num_batches for order in epochs)
+    return at_end and status.get("state") == "finished"

@@ -1,0 +1,216 @@
+"""A training worker: its model, new or as the last checkpoint left it, and what surrounds it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from renee_ray.checkpoint.resume import resume
+from renee_ray.checkpoint.state import Checkpoint, State, set_moments
+from renee_ray.checkpoint.writer import CheckpointWriter, Written
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset import Dataset
+from renee_ray.errors import ReneeError
+from renee_ray.model.initialise import initialise_classifier
+from renee_ray.model.model import Model, build_model
+from renee_ray.parallel.batch import Batch
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts
+from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
+from renee_ray.service.launch import quiet, worker_device
+from renee_ray.service.observe.observe import Observer, run_name
+from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
+from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.history import History
+from renee_ray.service.train.preemption import requests
+from renee_ray.training.loop import Trainer, Validation
+from renee_ray.training.schedule import Schedule
+
+LAST_ATTEMPTS, LAST_PAUSE_S = 5, 20.0
+"""Attempts to write the last checkpoint, and the pause between two: a disk may be full."""
+
+
+def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Trains as one Ray Train worker, on a fresh start and after every failure."""
+    with prepared(arguments) as (trainer, batches, observer, writer):
+        if trainer.ranks.rank == 0:
+            requests.follow(arguments["channel"])
+        trainer.wish = lambda: requests.take(trainer.state.step)
+        trainer.run(batches)
+        _finish(trainer, writer)
+        observer.stopped = trainer.stopped
+    return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
+
+
+def outcome(state: State, config: RunConfig) -> dict[str, Any]:
+    """Returns what `train` returns, from the state of the last checkpoint."""
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "best": state.best.get(config.evaluation.metric),
+        "validation": state.evaluation["metrics"] if state.evaluation else {},
+    }
+
+
+class Prepared(NamedTuple):
+    """A trainer, the batches that remain for it, its observer and its checkpoint writer."""
+
+    trainer: Trainer
+    batches: Iterator[Batch]
+    observer: Observer
+    writer: CheckpointWriter
+
+
+@contextlib.contextmanager
+def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
+    """Yields what a worker trains with, which is observed until the end of the context."""
+    quiet()
+    share = _Share.of(arguments)
+    config, ranks, directory = share.config, share.ranks, RunDirectory(share.config.output)
+    model, checkpoint, moments = resume(directory.checkpoints(), ranks, share.model)
+    state = checkpoint.state if checkpoint else State(facts=share.facts(model))
+    history = None
+    if ranks.rank == 0:
+        earlier = checkpoint.manifest.history if checkpoint else None
+        history = History.read(directory, state, earlier)
+    launched_s = arguments["launched_s"]
+    with Observer(
+        config, ranks, share.device, share.channel, state, launched_s, history
+    ) as observer:
+        writer = share.writer(model, observer)
+        trainer = share.trainer(model, state, writer, observer)
+        if checkpoint:
+            set_moments(model.encoder, trainer.optimizer, moments)
+        else:
+            initialise_classifier(
+                model, config, share.dataset, lambda: share.scoring("train"), ranks,
+                observer.recorder, share.channel.say,
+            )  # fmt: skip
+        batches = feed(
+            share.dataset, share.orders, ranks.rank, ranks.num_ranks, start=state.position,
+            max_length=config.encoder.max_length, pad_multiple=8 if config.encoder.compile else 1,
+            prefetch=config.feed.prefetch, run=run_name(config),
+        )  # fmt: skip
+        yield Prepared(trainer, batches, observer, writer)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A worker's share of a run: its rank and device, and the pieces that training needs."""
+
+    config: RunConfig
+    dataset: Dataset
+    ranks: Ranks
+    device: torch.device
+    channel: WorkerChannel
+    orders: Epochs
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> _Share:
+        config = RunConfig.model_validate(arguments["config"])
+        dataset = _same_dataset(config.data, arguments["manifest_hash"])
+        ranks = Ranks.of_process_group(config.timeout_s)
+        channel = WorkerChannel(arguments["channel"], ranks.rank)
+        channel.forward_warnings()
+        orders = training_orders(config, dataset)
+        return cls(config, dataset, ranks, worker_device(), channel, orders)
+
+    def model(self, checkpoint: Checkpoint | None) -> Model:
+        """Builds a model, with the precision of a checkpoint that it will be loaded from."""
+        precision = checkpoint.state.facts.get("precision") if checkpoint else None
+        return build_model(
+            self.config, self.dataset.manifest.num_labels, self.ranks, self.device, training=True,
+            precision=precision,
+        )  # fmt: skip
+
+    def facts(self, model: Model) -> dict[str, Any]:
+        """Returns what every checkpoint of a new run says of the model."""
+        return {
+            "num_labels": self.dataset.manifest.num_labels,
+            "dim": model.encoder.dim,
+            "precision": model.shard.weights.precision,
+            "tokenizer": self.dataset.manifest.tokenizer,
+        }
+
+    def scoring(self, split: str) -> Iterator[Batch]:
+        rows, length = self.config.evaluation.batch_size, self.config.encoder.max_length
+        return scoring_feed(self.dataset, split, rows, length, self.ranks)
+
+    def writer(self, model: Model, observer: Observer) -> CheckpointWriter:
+        def on_written(written: Written) -> None:
+            if written.committed:
+                observer.checkpointed(written.step, written.seconds, written.bytes)
+            requests.written(written)
+
+        settings, metric = self.config.checkpoint, self.config.evaluation.metric
+        writer = CheckpointWriter(
+            RunDirectory(self.config.output).checkpoints(), self.ranks, settings.keep, metric,
+            settings.background, on_written, observer.flush_history,
+        ).start()  # fmt: skip
+        writer.reserve(model.encoder, model.shard)
+        return writer
+
+    def trainer(
+        self, model: Model, state: State, writer: CheckpointWriter, observer: Observer
+    ) -> Trainer:
+        owned, settings = model.shard.owned, self.config.evaluation
+        batches = tuple(order.num_batches for order in self.orders)
+        schedule = Schedule(batches, settings.every, self.config.checkpoint.every_steps)
+        validation = None
+        if self.dataset.manifest.num_points("validation"):
+            validation = Validation(
+                lambda: self.scoring("validation"),
+                Propensities.read(self.dataset, owned, self.ranks),
+                prior_offset(read_counts(self.dataset, owned), settings.tail, self.device),
+            )
+
+        def on_checkpoint(metrics: dict[str, float]) -> None:
+            observer.recorder.enter("checkpoint")
+            if metrics:
+                observer.evaluated(state.step, metrics)
+            observer.write_history()  # which the checkpoint's commit waits for
+            writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
+            if metrics and self.ranks.rank == 0:
+                self.channel.say(evaluation_line(state.step, metrics))
+
+        trainer = Trainer(
+            self.config, model, self.ranks, self.device, schedule, validation,
+            observer.record, on_checkpoint, state, observer.recorder,
+        )  # fmt: skip
+        return trainer
+
+
+def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
+    """Waits for the last checkpoint, which the run must have; all ranks alike.
+
+    Raises:
+        ReneeError: it could not be written.
+    """
+    state, model = trainer.state, trainer.model
+    last = state.evaluation
+    metrics = last["metrics"] if last and last["step"] == state.step else {}
+    for _ in range(LAST_ATTEMPTS):
+        if writer.wait():
+            return
+        time.sleep(LAST_PAUSE_S)
+        writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
+    if not writer.wait():
+        raise ReneeError(
+            f"the last checkpoint of {trainer.config.output}, of step {state.step}, cannot be "
+            f"written; see the warnings, then give the same command again"
+        )
+
+
+def _same_dataset(path: str, manifest_hash: str) -> Dataset:
+    """Opens the dataset that the driver found; the manifest, which may be large, is read anew."""
+    dataset = Dataset.without_check(path)
+    if dataset.manifest.hash != manifest_hash:
+        raise ReneeError(
+            f"{path} was converted anew while it was trained on; train to another output"
+        )
+    return dataset

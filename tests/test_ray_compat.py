@@ -1,0 +1,36 @@
+"""The private parts of Ray that the package needs: in one file, and present in this Ray."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from renee_ray.service import ray_compat
+
+PACKAGE = Path(ray_compat.__file__).parents[1]
+PRIVATE = re.compile(r"\bray\.(_\w+|\w[\w.]*\._\w+)|import _raylet|_global_node")
+
+
+def test_no_other_module_names_a_private_part_of_ray() -> None:
+    found = {path.name for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text())}
+    assert found == {"ray_compat.py"}
+
+
+@pytest.mark.parametrize("name", ray_compat.LAZY)
+def test_what_is_imported_late_is_there(name: str) -> None:
+    assert getattr(ray_compat, name).__name__ == name
+
+
+def test_what_is_overridden_is_there() -> None:
+    from ray._private.node import Node
+    from ray.serve._private import replica
+    from ray.train.torch import TorchTrainer
+
+    assert callable(TorchTrainer._initialize_and_run_controller)  # type: ignore[attr-defined]
+    assert callable(ray_compat.ElasticScalingPolicy._count_possible_workers)
+    assert callable(replica.add_port_to_grpc_server)
+    assert all(callable(getattr(Node, f"kill_{name}")) for name in ray_compat.UNUSED)
+    with pytest.raises(AttributeError, match="no attribute 'Unknown'"):
+        _ = ray_compat.Unknown
