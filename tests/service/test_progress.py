@@ -8,18 +8,32 @@ import time
 import pytest
 import ray
 
-from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.driver_channel import Mail
 from renee_ray.service.observe.progress import Channel
 from renee_ray.service.train.preemption import Wishes
 from renee_ray.training.loop import STOP
 
+pytestmark = pytest.mark.slow
 PATIENT_S = 60
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_the_wish_to_stop_reaches_whoever_waits_before_and_after() -> None:
+    mail = Mail()
+    waiter = ray.remote(num_cpus=0)(Waiter).remote(mail)
+    gone = ray.remote(num_cpus=0)(Waiter).remote(mail)
+    ray.get([waiter.follow.remote(), gone.follow.remote()])
+    ray.kill(gone)  # a worker that ended while it waited takes nothing with it
+    assert ray.get(waiter.wish.remote(0)) == 0
+    mail.stop()
+    assert ray.get(waiter.wish.remote(PATIENT_S)) == STOP
+    later = ray.remote(num_cpus=0)(Waiter).remote(mail)
+    ray.get(later.follow.remote())
+    assert ray.get(later.wish.remote(PATIENT_S)) == STOP
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
-    ensure_ray(1)
     mail, logger = Mail(), logging.getLogger("renee_ray")
     before = list(logger.handlers)
     channel = Channel(mail, 1)
@@ -33,25 +47,6 @@ def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
         ray.shutdown()
     channel.flush()
     assert not ray.is_initialized()
-
-
-@pytest.mark.slow
-def test_the_wish_to_stop_reaches_whoever_waits_before_and_after() -> None:
-    ensure_ray(1)
-    try:
-        mail = Mail()
-        waiter = ray.remote(num_cpus=0)(Waiter).remote(mail)
-        gone = ray.remote(num_cpus=0)(Waiter).remote(mail)
-        ray.get([waiter.follow.remote(), gone.follow.remote()])
-        ray.kill(gone)  # a worker that ended while it waited takes nothing with it
-        assert ray.get(waiter.wish.remote(0)) == 0
-        mail.stop()
-        assert ray.get(waiter.wish.remote(PATIENT_S)) == STOP
-        later = ray.remote(num_cpus=0)(Waiter).remote(mail)
-        ray.get(later.follow.remote())
-        assert ray.get(later.wish.remote(PATIENT_S)) == STOP
-    finally:
-        ray.shutdown()
 
 
 class Waiter:
