@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ HELD_S, FREE_S = 0.12, 0.04
 TIMEOUT_S = 15
 """Longer than workers take on a busy machine between two steps."""
 WORKER = "ray::RayTrainWorker"
-WORKER_LOGS = "session_2*/logs/worker-*.err"
 IMPATIENT = {storage.PATIENCE: "1"}
 """With storage: between two steps a worker waits for others that much longer than `timeout_s`."""
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
@@ -99,81 +98,108 @@ def slow_ranks(states: list[dict[str, Any]]) -> set[int]:
     return {each["rank"] for state in states for each in state["ranks"] if each["slow"]}
 
 
-@pytest.fixture(scope="module")
-def watched(
-    dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Watched]:
-    """Two workers; one is stopped for most of the time, until line and status call it slow."""
-    path = str(tmp_path_factory.mktemp("runs") / "watched")
-    config = make_config(
-        RunConfig,
-        read_yaml(recipe),
-        {
-            "data": dataset, "output": path, "epochs": EPOCHS,
-            "evaluation": {"every": EPOCHS / 2}, "checkpoint": {"every_steps": 0},
-            "observe": {
-                "log_format": "json", "log_to": ["tensorboard"],
-                "straggler_window_s": 4.0, "straggler_factor": 1.4,
-            },
-        },
-    )  # fmt: skip
-    port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
-    ray.init(
-        "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
-        _metrics_export_port=port,
-        _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
-    )  # fmt: skip
-    series: dict[Any, float] = {}
-    states: list[dict[str, Any]] = []
-    over = threading.Event()
-    held = -1
+@dataclass
+class Onlooker:
+    """Threads that look at a run from outside, and hold back one of its workers.
 
-    def look() -> None:
-        while not over.wait(2):
+    path: of the run; port: where its metrics are; logs: the directory of its workers' logs.
+    """
+
+    path: str
+    port: int
+    logs: Path
+    text: io.StringIO = field(default_factory=io.StringIO)
+    series: dict[Any, float] = field(default_factory=dict)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    held: int = -1
+    over: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        threads = [threading.Thread(target=each) for each in (self._look, self._hold_back)]
+        for thread in threads:
+            thread.start()
+        try:
+            with contextlib.redirect_stderr(self.text):
+                yield
+        finally:
+            self.over.set()
+            for thread in threads:
+                thread.join()
+
+    def _look(self) -> None:
+        while not self.over.wait(2):
             with contextlib.suppress(OSError):
-                series.update(scraped(port))
+                self.series.update(scraped(self.port))
             with contextlib.suppress(Exception):
-                states.append(read_status(path, time.time()))
+                self.states.append(read_status(self.path, time.time()))
 
-    def hold_back() -> None:
-        while not over.wait(0.5) and not any(name.endswith("_steps_total") for name, _ in series):
-            pass
-        nonlocal held
+    def _hold_back(self) -> None:
+        """Stops it for most of the time, until log line and status call it slow."""
+        while not any(name.endswith("_steps_total") for name, _ in [*self.series]):
+            if self.over.wait(0.5):
+                return
         pid = max(p for p, line in descendants(os.getpid()).items() if WORKER in line)
-        (log,) = Path(temporary).glob(f"session_2*/logs/worker-*-{pid}.err")
-        held = json_lines(log.read_text())[0]["rank"]
-        while not over.wait(FREE_S) and not (
-            re.search(rf"rank {held} on .* is slow", text.getvalue()) and held in slow_ranks(states)
+        (log,) = self.logs.glob(f"worker-*-{pid}.err")
+        self.held = json_lines(log.read_text())[0]["rank"]
+        said = re.compile(rf"rank {self.held} on .* is slow")
+        while not self.over.wait(FREE_S) and not (
+            said.search(self.text.getvalue()) and self.held in slow_ranks(self.states)
         ):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(HELD_S)
                 os.kill(pid, signal.SIGCONT)
 
-    text = io.StringIO()
-    threads = [threading.Thread(target=look), threading.Thread(target=hold_back)]
+
+@pytest.fixture(scope="module")
+def ray_with_metrics() -> Iterator[tuple[int, Path]]:
+    """A local Ray: (the port of its metrics, the directory of its logs)."""
+    port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+        _metrics_export_port=port,
+        _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
+    )  # fmt: skip
     try:
-        for thread in threads:
-            thread.start()
-        with contextlib.redirect_stderr(text):
-            result = train(config)
-        other = Exported("other", 0)
-        other.totals(Totals(skipped=1))
-        storage.on_retry[0]()
-        limit = time.monotonic() + 30
-        while time.monotonic() < limit and len({n for n, _ in scraped(port)}) < len(METRICS):
-            time.sleep(0.5)
-        series.update(scraped(port))
+        (session,) = Path(temporary).glob("session_2*")
+        yield port, session / "logs"
     finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-        logs = [p.read_text() for p in Path(temporary).glob(WORKER_LOGS)]
         ray.shutdown()
         storage.on_retry.clear()
         shutil.rmtree(temporary, ignore_errors=True)
-    lines = [line for log in logs for line in json_lines(log)]
-    yield Watched(path, result, series, states, text.getvalue(), lines, held)
+
+
+@pytest.fixture(scope="module")
+def watched(
+    ray_with_metrics: tuple[int, Path],
+    dataset: str,
+    recipe: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Watched:
+    """Two workers, one of which is held back."""
+    path, (port, logs) = str(tmp_path_factory.mktemp("runs") / "watched"), ray_with_metrics
+    settings = {
+        "data": dataset, "output": path, "epochs": EPOCHS,
+        "evaluation": {"every": EPOCHS / 2}, "checkpoint": {"every_steps": 0},
+        "observe": {
+            "log_format": "json", "log_to": ["tensorboard"],
+            "straggler_window_s": 4.0, "straggler_factor": 1.4,
+        },
+    }  # fmt: skip
+    onlooker = Onlooker(path, port, logs)
+    with onlooker.looking():
+        result = train(make_config(RunConfig, read_yaml(recipe), settings))
+    other = Exported("other", 0)
+    other.totals(Totals(skipped=1))
+    storage.on_retry[0]()
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit and len({name for name, _ in scraped(port)}) < len(METRICS):
+        time.sleep(0.5)
+    series = onlooker.series | scraped(port)
+    lines = [line for log in logs.glob("worker-*.err") for line in json_lines(log.read_text())]
+    text = onlooker.text.getvalue()
+    return Watched(path, result, series, onlooker.states, text, lines, onlooker.held)
 
 
 def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
