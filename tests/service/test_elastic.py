@@ -29,7 +29,7 @@ from .test_train import (
     wait_for_commit,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

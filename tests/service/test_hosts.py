@@ -20,7 +20,7 @@ from .test_train import (
     planned_steps,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_hosts]
+pytestmark = [pytest.mark.slow, needs_hosts]
 
 
 @pytest.fixture

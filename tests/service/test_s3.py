@@ -29,7 +29,7 @@ from renee_ray.data.dataset.dataset import Dataset
 from .conftest import TESTS, Run, descendants
 from .gateway import BUCKET, SECRET_KEY, Gateway
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slow
 OUTAGE_S = float(os.environ.get("RENEE_RAY_OUTAGE_S", "6"))
 """Of the gateway, in each command."""
 SRC, DATA, RUN = f"s3://{BUCKET}/source", f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/runs/one"
