@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM at random moments of a command's life: imports, Ray's start, work, the end.
 
-RENEE_RAY_INTERRUPTS: how many a command, of all five. Without it `predict` is interrupted once, when
-its workers have been started: test_elastic.py interrupts training, test_convert_interrupted.py a
+RENEE_RAY_INTERRUPTS: how many a command, of all five. Without it `predict` is interrupted once, as
+soon as its workers are there: test_elastic.py interrupts training, test_convert_interrupted.py a
 conversion. RENEE_RAY_SEED: of the moments.
 """
 
