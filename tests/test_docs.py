@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,43 @@ from renee_ray.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_CHARACTERS = 450, 60, 110
+
+
+def tracked(*suffixes: str) -> Iterator[tuple[Path, str]]:
+    """Each tracked file with one of these suffixes, and its text."""
+    command = ["git", "ls-files", "-z", *(f"*{suffix}" for suffix in suffixes)]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    for name in listed.stdout.split("\0")[:-1]:
+        if (ROOT / name).exists():  # else it is deleted and not yet committed
+            yield Path(name), (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_no_line_is_long() -> None:
+    long = [
+        f"{path}:{number}"
+        for path, text in tracked(".py", ".md")
+        for number, line in enumerate(text.split("\n"), 1)
+        if len(line) > MOST_CHARACTERS
+    ]
+    assert not long, long
+
+
+def test_no_file_and_no_function_is_long() -> None:
+    files = {path: text for path, text in tracked(".py")}
+    assert files
+    long = [f"{path}" for path, text in files.items() if text.count("\n") > MOST_LINES]
+    for path, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION:
+                    long.append(f"{path}:{node.lineno} {node.name}")
+    assert not long, long
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:
@@ -27,8 +66,7 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     needle = re.search(r'grep -F -- "(.*)" README', script)
     assert needle
     lines = [line for line in README.splitlines() if needle[1] in line]
-    tests = '&& .venv/bin/pytest -n 2 -m "not alone" && .venv/bin/pytest -m alone'
-    assert len(lines) == 1 and lines[0].endswith(tests)
+    assert len(lines) == 1 and lines[0].endswith(""" && .venv/bin/pytest -n 2 -m \"\"""")
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
@@ -112,6 +117,24 @@ def end(process: subprocess.Popen[str]) -> None:
             continue
 
 
+def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: str) -> Any:
+    """What `condition` gives once it is true, while the process lives."""
+    limit = time.monotonic() + 300
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, f"{what}: nothing after 300 s"
+        time.sleep(0.1)
+    return found
+
+
+def status_of(run: str) -> dict[str, Any]:
+    """status.json of a run; empty while there is none."""
+    try:
+        return dict(json.loads(Path(run, "status.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -143,12 +166,25 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory filled by `make`, once for all processes of a pytest session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    done = folder.with_suffix(".done")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed to make it
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LF-DebianPerl-2K's first LABELS labels, and the first points of each split that have some."""
-    folder = tmp_path_factory.mktemp("source")
-    write_subset(folder)
-    return folder
+    return once(tmp_path_factory, "source", write_subset)
 
 
 def write_subset(folder: Path) -> None:
@@ -182,10 +218,12 @@ def write_subset(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def dataset(source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("data") / "dataset")
-    done = renee_ray("convert", str(source), path, "validation=0.1", "part_rows=64")
-    assert done.status == 0, done.stderr
-    return path
+    def make(folder: Path) -> None:
+        settings = "validation=0.1", "part_rows=64"
+        done = renee_ray("convert", str(source), str(folder / "dataset"), *settings)
+        assert done.status == 0, done.stderr
+
+    return str(once(tmp_path_factory, "data", make) / "dataset")
 
 
 @pytest.fixture(scope="session")
@@ -234,19 +272,52 @@ def run_of(path: str, command: Command) -> Run:
     return Run(path, command, json.loads(command.stdout), history)
 
 
+def trained_once(tmp_path_factory: pytest.TempPathFactory, name: str, arguments: list[str]) -> Run:
+    """The run of `renee-ray train`, which is given `arguments` and an output."""
+
+    def make(folder: Path) -> None:
+        done = renee_ray("train", *arguments, f"output={folder}/{name}", "--json")
+        assert done.status == 0, done.stderr
+        (folder / "command.json").write_text(json.dumps(asdict(done)))
+
+    folder = once(tmp_path_factory, name, make)
+    command = Command(**json.loads((folder / "command.json").read_text()))
+    return run_of(str(folder / name), command)
+
+
 @pytest.fixture(scope="session")
 def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An undisturbed run of RECIPE with two workers."""
-    path = str(tmp_path_factory.mktemp("runs") / "undisturbed")
-    return run_of(path, renee_ray("train", recipe, f"data={dataset}", f"output={path}", "--json"))
+    return trained_once(tmp_path_factory, "undisturbed", [recipe, f"data={dataset}"])
 
 
-LONGER = ["epochs=6", "evaluation.every=3"]
+LONGER = ["epochs=10", "evaluation.every=5"]
 
 
 @pytest.fixture(scope="session")
 def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """As `trained`, with LONGER; without checkpoints on the way."""
-    path = str(tmp_path_factory.mktemp("runs") / "longer")
-    settings = [f"data={dataset}", f"output={path}", "checkpoint.every_steps=0", *LONGER]
-    return run_of(path, renee_ray("train", recipe, *settings, "--json"))
+    settings = [f"data={dataset}", "checkpoint.every_steps=0", *LONGER]
+    return trained_once(tmp_path_factory, "longer", [recipe, *settings])
+
+
+RAW_K = 121
+RAW_IDS = [1000 + TESTS - i for i in range(TESTS)]
+
+
+@pytest.fixture(scope="session")
+def raw_predictions(trained: Run, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The best labels of the test points' texts, which are Parquet and have the ids RAW_IDS."""
+
+    def make(folder: Path) -> None:
+        texts = (source / "tst_X.txt").read_text(encoding="utf-8").splitlines()
+        ids = pa.array(RAW_IDS, pa.int64())
+        table = pa.table({"text": texts, "point_id": ids, "other": ids})
+        (folder / "texts").mkdir()
+        pq.write_table(table.slice(0, 40), folder / "texts" / "a.parquet", row_group_size=16)
+        pq.write_table(table.slice(40), folder / "texts" / "b.parquet")
+        arguments = str(folder / "texts"), str(folder / "predictions"), f"k={RAW_K}", "texts=true"
+        done = renee_ray("predict", trained.path, *arguments)
+        assert done.status == 0, done.stderr
+
+    return once(tmp_path_factory, "raw", make) / "predictions"

@@ -66,7 +66,7 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_each_row_once_after_kills_with_two_three_and_one_workers(
+def test_each_row_once_after_a_kill_and_with_other_numbers_of_workers(
     dataset: str, recipe: str, tmp_path: Path
 ) -> None:
     opened = Dataset.open(dataset)
@@ -75,8 +75,8 @@ def test_each_row_once_after_kills_with_two_three_and_one_workers(
     made: dict[str, Any] = {"data": dataset, "output": str(tmp_path / "run"), "epochs": EPOCHS}
     made |= {"batch_size": 24, "timeout_s": 60, "feed": {"streams": 4, "window": 4}}
     total = 0
-    # Both kills are between two commits, so that what follows the last one is read again.
-    for run, (workers, kill, share) in enumerate([(2, 5, 0.4), (3, 14, 0.75), (1, 10**6, 1)]):
+    # The kill is between two commits, so that what follows the last one is read again.
+    for run, (workers, kill, share) in enumerate([(1, 10**6, 0.4), (2, 14, 1)]):
         config = make_config(RunConfig, {**made, "num_workers": workers}, where="test")
         epochs = training_orders(config, opened)
         total = sum(order.num_batches for order in epochs)
@@ -85,7 +85,7 @@ def test_each_row_once_after_kills_with_two_three_and_one_workers(
             "stop": total if share == 1 else int(total * share),
         }  # fmt: skip
         assert launch(reader(str(notes)), arguments, config, use_gpu=False) == arguments["stop"]
-    assert {path.name for path in notes.glob("killed-*")} == {"killed-0", "killed-1"}
+    assert {path.name for path in notes.glob("killed-*")} == {"killed-1"}
 
     seen: list[Counter[int]] = [Counter() for _ in range(EPOCHS)]
     for number in range(total):
@@ -104,7 +104,7 @@ def test_each_row_once_after_kills_with_two_three_and_one_workers(
 def test_an_epoch_streamed_by_the_benchmark_has_each_pair_once(
     dataset: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "feed", dataset, "--workers", "3", "--batch", "32"]) == 0
+    assert main(["bench", "feed", dataset, "--workers", "2", "--batch", "32"]) == 0
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     opened = Dataset.open(dataset)
     table = opened.read_rows("train", 0, opened.manifest.num_points("train"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import resource
@@ -20,9 +19,7 @@ from renee_ray.service.run import history as module
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 from renee_ray.service.run.history import MOST_STEPS, BackgroundWriter, History
 
-from .conftest import end, finish, run_of, start
 from .gateway import BUCKET, Gateway
-from .test_train import assert_continuous, wait_for_commit
 
 PATIENT_S = 60
 
@@ -152,27 +149,3 @@ def test_storage_that_is_away_makes_nobody_wait(
         assert caplog.text.count("is not written") == 1
     finally:
         gateway.kill()
-
-
-@pytest.mark.slow
-def test_a_full_disk_does_not_end_a_run(disk: Path, dataset: str, recipe: str) -> None:
-    """No failure is allowed it; the curves have no gap afterwards."""
-    path, ballast = disk / "run", disk / "ballast"
-    process = start(
-        "train", recipe, f"data={dataset}", f"output={path}", "--json", "checkpoint.keep=1",
-        "checkpoint.max_failures=0",
-    )  # fmt: skip
-    try:
-        wait_for_commit(process, str(path), 5)
-        failed = path / f"{HISTORY_FILE}.tmp"  # what an attempt leaves
-        with ballast.open("wb") as file:
-            while process.poll() is None and not (failed.exists() and failed.stat().st_size == 0):
-                with contextlib.suppress(OSError):
-                    file.write(bytes(1 << 16))
-                    file.flush()
-        ballast.unlink()
-        run = run_of(str(path), finish(process))
-    finally:
-        end(process)
-    assert "is not written" in run.command.stderr
-    assert_continuous(run, dataset)

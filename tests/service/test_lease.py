@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from renee_ray.data.storage import replace_file
-from renee_ray.service.run.directory import RUN_FILE
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import (
     CLAIM,
     Lease,
@@ -28,9 +28,16 @@ from renee_ray.service.run.lease import (
     started_s,
 )
 
-from .conftest import descendants, end, finish, renee_ray, run_of, start
+from .conftest import LONGER, Run, descendants, end, finish, renee_ray, run_of, start, status_of
 from .gateway import BUCKET, Gateway
-from .test_train import newest_commit, wait_for_commit
+from .test_train import (
+    OTHER_ORDER,
+    assert_continuous,
+    assert_same_outcome,
+    newest_commit,
+    planned_steps,
+    wait_for_commit,
+)
 
 BEAT_S, DEAD_S, PATIENT_S = 0.1, 3.0, 60.0
 ELSEWHERE: dict[str, Any] = {
@@ -280,11 +287,15 @@ def assert_gone(processes: dict[int, str]) -> None:
 
 
 @pytest.mark.slow
-def test_two_drivers_on_one_run(dataset: str, recipe: str, tmp_path: Path) -> None:
-    """Refused while the first lives; takes over when its claim is deleted, or it is killed."""
+def test_two_drivers_on_one_run(
+    trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
+) -> None:
+    """The second is refused while the first lives, until its claim is deleted or it is killed.
+
+    Each has another number of workers than the one before.
+    """
     path = str(tmp_path / "run")
-    command = ["train", recipe, f"data={dataset}", f"output={path}", "--json", "epochs=6"]
-    command += ["evaluation.every=3"]
+    command = ["train", recipe, f"data={dataset}", f"output={path}", "--json", *LONGER]
     first = start(*command)
     try:
         wait_for_commit(first, path, 5)
@@ -304,26 +315,27 @@ def test_two_drivers_on_one_run(dataset: str, recipe: str, tmp_path: Path) -> No
         assert ended.status == 1 and "was taken over by" in ended.stderr.splitlines()[-1]
         assert "Traceback" not in ended.stderr
         assert_gone(family)
-        assert json.loads(Path(path, "status.json").read_text())["state"] == "running", (
-            "not its own"
-        )
+        assert status_of(path)["state"] == "running", "not its own"
     finally:
         end(first)
 
-    at = newest_commit(path)
-    killed = start(*command)
+    stops = [(newest_commit(path), time.time())]
+    killed = start(*command, "num_workers=3")
     try:
-        wait_for_commit(killed, path, at + 5)
+        wait_for_commit(killed, path, stops[0][0] + 5)
         family = descendants(killed.pid)
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
         assert len(claims(path)) == 1
-        run = run_of(path, renee_ray(*command))
+        stops.append((newest_commit(path), time.time()))
+        run = run_of(path, renee_ray(*command, "num_workers=1"))
         assert_gone(family)
     finally:
         end(killed)
     assert claims(path) == []
-    steps = [record["step"] for record in run.history["steps"]]
-    assert steps == list(range(1, run.result["step"] + 1)), "a step was lost or repeated"
-    evaluated = [record["step"] for record in run.history["evals"]]
-    assert len(evaluated) == 3 and evaluated == sorted(set(evaluated))
+    times = [record["time_s"] for record in run.history["steps"]]
+    for step, stopped in stops:
+        assert times[step - 1] < stopped, f"step {step} was done again"
+    assert_continuous(run, planned_steps(dataset, *LONGER))
+    assert_same_outcome(run, trained_longer, points=3.0, rtol=OTHER_ORDER)
+    assert RunDirectory(path).config().num_workers == 1

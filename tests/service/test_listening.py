@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ENVIRONMENT, descendants, end
+from .conftest import descendants, end
 
 pytestmark = pytest.mark.slow
 LISTEN = "0A"
@@ -46,21 +46,29 @@ def listening(pids: set[int]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def local() -> tuple[set[str], list[str]]:
-    """Addresses on which a local Ray listens, and command lines of its processes."""
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | ENVIRONMENT
+def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], list[str]]:
+    """Addresses on which a local Ray listens, and command lines of its processes.
+
+    It is started as users do, who have not set RAY_AUTH_MODE: their token is made then.
+    """
+    home = str(tmp_path_factory.mktemp("home"))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment | {"HOME": home},
     )
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        first = process.stdout.readline()
         below = descendants(process.pid)
-        return listening({process.pid, *below}), list(below.values())
+        found = listening({process.pid, *below}), list(below.values())
+        rest, said = process.communicate(timeout=300)
+        assert (process.returncode, first + rest, said) == (0, "ready\n", ""), "not silent"
+        return found
     finally:
         end(process)
 
@@ -82,17 +90,3 @@ def test_what_listens_everywhere_is_seen() -> None:
 
     with socket.create_server(("0.0.0.0", 0)):
         assert listening({os.getpid()}) & ANY
-
-
-def test_it_starts_without_a_word(tmp_path: Path) -> None:
-    """As users start it, who have not set RAY_AUTH_MODE: their token is made then."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=environment | {"HOME": str(tmp_path)},
-        timeout=300,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")

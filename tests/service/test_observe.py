@@ -16,10 +16,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -31,15 +32,16 @@ from renee_ray.report.status import read_status
 from renee_ray.service.observe.exported import METRICS, Exported
 from renee_ray.service.train.train import train
 
-from .conftest import LABELS, RECIPE, Run, descendants, end, finish, run_of, start
-from .test_train import OTHER_ORDER, assert_same_outcome, planned_steps, wait_for_commit, workers
+from .conftest import LABELS, LONGER, RECIPE, Run, descendants, end, finish, start
+from .test_train import OTHER_ORDER, losses, newest_commit, wait_for_commit, workers
 
 pytestmark = pytest.mark.slow
 
 EPOCHS = 8
 HELD_S, FREE_S = 0.12, 0.04
+TIMEOUT_S = 15
+"""Longer than workers take on a busy machine between two steps."""
 WORKER = "ray::RayTrainWorker"
-WORKER_LOGS = "session_2*/logs/worker-*.err"
 IMPATIENT = {storage.PATIENCE: "1"}
 """With storage: between two steps a worker waits for others that much longer than `timeout_s`."""
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
@@ -96,81 +98,108 @@ def slow_ranks(states: list[dict[str, Any]]) -> set[int]:
     return {each["rank"] for state in states for each in state["ranks"] if each["slow"]}
 
 
-@pytest.fixture(scope="module")
-def watched(
-    dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Watched]:
-    """Two workers; one is stopped for most of the time, until line and status call it slow."""
-    path = str(tmp_path_factory.mktemp("runs") / "watched")
-    config = make_config(
-        RunConfig,
-        read_yaml(recipe),
-        {
-            "data": dataset, "output": path, "epochs": EPOCHS,
-            "evaluation": {"every": EPOCHS / 2}, "checkpoint": {"every_steps": 0},
-            "observe": {
-                "log_format": "json", "log_to": ["tensorboard"],
-                "straggler_window_s": 4.0, "straggler_factor": 1.4,
-            },
-        },
-    )  # fmt: skip
-    port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
-    ray.init(
-        "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
-        _metrics_export_port=port,
-        _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
-    )  # fmt: skip
-    series: dict[Any, float] = {}
-    states: list[dict[str, Any]] = []
-    over = threading.Event()
-    held = -1
+@dataclass
+class Onlooker:
+    """Threads that look at a run from outside, and hold back one of its workers.
 
-    def look() -> None:
-        while not over.wait(2):
+    path: of the run; port: where its metrics are; logs: the directory of its workers' logs.
+    """
+
+    path: str
+    port: int
+    logs: Path
+    text: io.StringIO = field(default_factory=io.StringIO)
+    series: dict[Any, float] = field(default_factory=dict)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    held: int = -1
+    over: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        threads = [threading.Thread(target=each) for each in (self._look, self._hold_back)]
+        for thread in threads:
+            thread.start()
+        try:
+            with contextlib.redirect_stderr(self.text):
+                yield
+        finally:
+            self.over.set()
+            for thread in threads:
+                thread.join()
+
+    def _look(self) -> None:
+        while not self.over.wait(2):
             with contextlib.suppress(OSError):
-                series.update(scraped(port))
+                self.series.update(scraped(self.port))
             with contextlib.suppress(Exception):
-                states.append(read_status(path, time.time()))
+                self.states.append(read_status(self.path, time.time()))
 
-    def hold_back() -> None:
-        while not over.wait(0.5) and not any(name.endswith("_steps_total") for name, _ in series):
-            pass
-        nonlocal held
+    def _hold_back(self) -> None:
+        """Stops it for most of the time, until log line and status call it slow."""
+        while not any(name.endswith("_steps_total") for name, _ in [*self.series]):
+            if self.over.wait(0.5):
+                return
         pid = max(p for p, line in descendants(os.getpid()).items() if WORKER in line)
-        (log,) = Path(temporary).glob(f"session_2*/logs/worker-*-{pid}.err")
-        held = json_lines(log.read_text())[0]["rank"]
-        while not over.wait(FREE_S) and not (
-            re.search(rf"rank {held} on .* is slow", text.getvalue()) and held in slow_ranks(states)
+        (log,) = self.logs.glob(f"worker-*-{pid}.err")
+        self.held = json_lines(log.read_text())[0]["rank"]
+        said = re.compile(rf"rank {self.held} on .* is slow")
+        while not self.over.wait(FREE_S) and not (
+            said.search(self.text.getvalue()) and self.held in slow_ranks(self.states)
         ):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(HELD_S)
                 os.kill(pid, signal.SIGCONT)
 
-    text = io.StringIO()
-    threads = [threading.Thread(target=look), threading.Thread(target=hold_back)]
+
+@pytest.fixture(scope="module")
+def ray_with_metrics() -> Iterator[tuple[int, Path]]:
+    """A local Ray: (the port of its metrics, the directory of its logs)."""
+    port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+        _metrics_export_port=port,
+        _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
+    )  # fmt: skip
     try:
-        for thread in threads:
-            thread.start()
-        with contextlib.redirect_stderr(text):
-            result = train(config)
-        other = Exported("other", 0)
-        other.totals(Totals(skipped=1))
-        storage.on_retry[0]()
-        limit = time.monotonic() + 30
-        while time.monotonic() < limit and len({n for n, _ in scraped(port)}) < len(METRICS):
-            time.sleep(0.5)
-        series.update(scraped(port))
+        (session,) = Path(temporary).glob("session_2*")
+        yield port, session / "logs"
     finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-        logs = [p.read_text() for p in Path(temporary).glob(WORKER_LOGS)]
         ray.shutdown()
         storage.on_retry.clear()
         shutil.rmtree(temporary, ignore_errors=True)
-    lines = [line for log in logs for line in json_lines(log)]
-    yield Watched(path, result, series, states, text.getvalue(), lines, held)
+
+
+@pytest.fixture(scope="module")
+def watched(
+    ray_with_metrics: tuple[int, Path],
+    dataset: str,
+    recipe: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Watched:
+    """Two workers, one of which is held back."""
+    path, (port, logs) = str(tmp_path_factory.mktemp("runs") / "watched"), ray_with_metrics
+    settings = {
+        "data": dataset, "output": path, "epochs": EPOCHS,
+        "evaluation": {"every": EPOCHS / 2}, "checkpoint": {"every_steps": 0},
+        "observe": {
+            "log_format": "json", "log_to": ["tensorboard"],
+            "straggler_window_s": 4.0, "straggler_factor": 1.4,
+        },
+    }  # fmt: skip
+    onlooker = Onlooker(path, port, logs)
+    with onlooker.looking():
+        result = train(make_config(RunConfig, read_yaml(recipe), settings))
+    other = Exported("other", 0)
+    other.totals(Totals(skipped=1))
+    storage.on_retry[0]()
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit and len({name for name, _ in scraped(port)}) < len(METRICS):
+        time.sleep(0.5)
+    series = onlooker.series | scraped(port)
+    lines = [line for log in logs.glob("worker-*.err") for line in json_lines(log.read_text())]
+    text = onlooker.text.getvalue()
+    return Watched(path, result, series, onlooker.states, text, lines, onlooker.held)
 
 
 def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
@@ -246,58 +275,43 @@ def test_curves_are_in_tensorboard(watched: Watched) -> None:
     assert events.Scalars("seconds/classifier")[-1].value > 0
 
 
-def hung_worker(process: subprocess.Popen[str], path: str, seconds: float) -> int:
-    """Stops a worker after the checkpoint of step 5, and kills it later; its process id."""
-    wait_for_commit(process, path, 5)
+def hung_worker(process: subprocess.Popen[str], path: str, step: int) -> int:
+    """Stops a worker after the checkpoint of `step`, and kills it later; its process id."""
+    wait_for_commit(process, path, step)
     victim = max(workers(process))
     os.kill(victim, signal.SIGSTOP)
-    time.sleep(seconds)
+    time.sleep(TIMEOUT_S + 5)
     os.kill(victim, signal.SIGKILL)
     return victim
 
 
-@pytest.mark.alone  # other tests keep workers from answering in time
-def test_a_worker_that_hangs_is_named_and_replaced(
-    trained: Run, dataset: str, recipe: str, tmp_path: Path
+def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
+    trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "run")
     process = start(
-        "train", recipe, f"data={dataset}", f"output={path}", "--json", "num_workers=3",
-        "timeout_s=15", env=IMPATIENT,
+        "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=3",
+        f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1", env=IMPATIENT,
     )  # fmt: skip
     try:
-        victim = hung_worker(process, path, 20)
-        run = run_of(path, finish(process))
-    finally:
-        end(process)
-    said = run.command.stderr
-    silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", said)
-    assert set(silent) == {str(victim)}, said
-    assert "2 others wait for it in phase" in said
-    assert "the workers were started again" in said
-    assert_same_outcome(run, trained, points=3.0, rtol=OTHER_ORDER)
-    assert len(run.history["steps"]) == planned_steps(dataset)
-    status = read_status(path, time.time())
-    assert (status["state"], status["restarts"]) == ("finished", 1)
-
-
-@pytest.mark.alone  # other tests keep workers from answering in time
-def test_a_run_that_gives_up_says_who_did_not_come(
-    dataset: str, recipe: str, tmp_path: Path
-) -> None:
-    path = str(tmp_path / "run")
-    process = start(
-        "train", recipe, f"data={dataset}", f"output={path}", "timeout_s=8",
-        "checkpoint.max_failures=0", env=IMPATIENT,
-    )  # fmt: skip
-    try:
-        victim = hung_worker(process, path, 18)
+        victims = [hung_worker(process, path, 5)]
+        victims.append(hung_worker(process, path, newest_commit(path) + 5))
         done = finish(process)
     finally:
         end(process)
     assert done.status == 1
+    silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", done.stderr)
+    assert {*map(int, silent)} == {*victims}, done.stderr
+    assert "2 others wait for it in phase" in done.stderr
+    assert done.stderr.count("the workers were started again") == 1
     sentence = done.stderr.splitlines()[-1]
-    assert sentence.startswith("renee-ray: the workers gave up waiting for each other after 8 s")
-    assert f"(process {victim}) has sent nothing" in sentence
+    assert sentence.startswith("renee-ray: the workers gave up waiting for each other after")
+    assert f"(process {victims[1]}) has sent nothing" in sentence
     status = read_status(path, time.time())
-    assert status["state"] == "failed" and f"(process {victim})" in status["reason"]
+    assert (status["state"], status["restarts"]) == ("failed", 1)
+    assert f"(process {victims[1]})" in status["reason"]
+    steps = json.loads(Path(path, "history.json").read_text())["steps"]
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+    expected = losses(trained_longer)[: len(steps)]
+    found = [record["loss"] for record in steps]
+    np.testing.assert_allclose(found, expected, rtol=OTHER_ORDER)

@@ -21,11 +21,11 @@ from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.score.predictions import part_name
 
-from .conftest import TESTS, Run
+from .conftest import RAW_IDS, RAW_K, TESTS, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
-K = 120
+K = RAW_K - 1
 
 
 @pytest.fixture(scope="module")
@@ -173,47 +173,19 @@ def brute_force(
     return metrics
 
 
-def raw_texts(folder: Path, texts: list[str], kind: str) -> Path:
-    """The texts as a source of the kind, the Parquet ones with ids from 1000 on, backwards."""
-    if kind == "txt.gz":
-        path = folder / "texts.txt.gz"
-        path.write_bytes(gzip.compress("".join(f"{text}\r\n" for text in texts).encode()))
-        return path
-    path = folder / "texts"
-    path.mkdir()
-    ids = [1000 + len(texts) - i for i in range(len(texts))]
-    table = pa.table({"text": texts, "point_id": pa.array(ids, pa.int64()), "other": ids})
-    pq.write_table(table.slice(0, 40), path / "a.parquet", row_group_size=16)
-    pq.write_table(table.slice(40), path / "b.parquet")
-    return path
-
-
-@pytest.mark.parametrize("kind", ["txt.gz", "parquet"])
 def test_raw_texts(
-    trained: Run,
-    source: Path,
-    predicted: dict[int, pa.Table],
-    rows: dict[int, dict[str, list[int]]],
-    tmp_path: Path,
-    kind: str,
+    raw_predictions: Path, predicted: dict[int, pa.Table], rows: dict[int, dict[str, list[int]]]
 ) -> None:
     """As for the points of the dataset, but that no filter label is known."""
-    texts = (source / "tst_X.txt").read_text(encoding="utf-8").splitlines()
-    raw, destination = raw_texts(tmp_path, texts, kind), tmp_path / "predictions"
     # A point has at most one filter label, which stands among the best of its own text.
     assert max(len(row["filter_labels"]) for row in rows.values()) == 1
-    arguments = ["predict", trained.path, str(raw), str(destination), f"k={K + 1}", "texts=true"]
-    assert main(arguments) == 0
-    assert sorted(p.name for p in destination.iterdir() if p.suffix != ".parquet") == [
+    assert [p.name for p in raw_predictions.iterdir() if p.suffix != ".parquet"] == [
         "_predictions.json"
     ]
-    found = pads.dataset(destination).to_table()
-    by_id = {row["point_id"]: row for row in found.to_pylist()}
-    numbers = range(TESTS) if kind == "txt.gz" else [1000 + TESTS - i for i in range(TESTS)]
-    assert found["point_id"].to_pylist() == list(numbers), "the order of the input"
-    for number, expected in zip(numbers, sorted_rows(predicted[1]), strict=True):
-        got = by_id[number]
-        assert len(got["label_texts"]) == len(got["label_ids"]) == K + 1
+    found = pads.dataset(raw_predictions).to_table()
+    assert found["point_id"].to_pylist() == RAW_IDS, "the order of the input"
+    for got, expected in zip(found.to_pylist(), sorted_rows(predicted[1]), strict=True):
+        assert len(got["label_texts"]) == len(got["label_ids"]) == RAW_K
         filtered = set(rows[expected["point_id"]]["filter_labels"])
         scores = {
             label: score
@@ -304,9 +276,10 @@ def test_more_labels_than_there_are(
 ) -> None:
     """k is cut to their number, which is said."""
     labels, out = Dataset.open(dataset).manifest.num_labels, tmp_path / "out"
-    raw = tmp_path / "raw.txt"
-    raw.write_text("a much longer text comes first here\n\nshort\n")
-    assert main(["predict", trained.path, str(raw), str(out), "k=10000000000"]) == 0
+    raw = tmp_path / "raw.txt.gz"
+    raw.write_bytes(gzip.compress(b"a much longer text comes first here\r\n\r\nshort\r\n"))
+    arguments = ["predict", trained.path, str(raw), str(out)]
+    assert main([*arguments, "k=10000000000", "num_workers=1"]) == 0
     assert caplog.text.count(f"k=10000000000 is cut to the {labels} labels") == 1
     found = pads.dataset(out).to_table()
     assert found["point_id"].to_pylist() == [0, 1, 2]
@@ -318,15 +291,15 @@ def test_more_labels_than_there_are(
     (out / "_predictions.json").rename(out / "_claim.json")
     mine = out / "part-00000-00000.parquet"
     mine.write_text("mine")
-    assert main(["predict", trained.path, str(raw), str(out), "k=3", "overwrite=true"]) == 1
+    assert main([*arguments, "k=3", "overwrite=true"]) == 1
     assert mine.read_text() == "mine"
     mine.unlink()
-    assert main(["predict", trained.path, str(raw), str(out), "k=3", "num_workers=3"]) == 0
+    assert main([*arguments, "k=3", "num_workers=2"]) == 0
     assert not (out / "_claim.json").exists()
     found = pads.dataset(out).to_table()
     assert found["point_id"].to_pylist() == [0, 1, 2]
     assert {len(row) for row in found["label_ids"].to_pylist()} == {3}
-    assert len(list(out.glob("*.parquet"))) == 3 > len(manifest["files"])
+    assert len(list(out.glob("*.parquet"))) == 2 > len(manifest["files"])
 
 
 def test_a_split_whose_points_have_no_label(

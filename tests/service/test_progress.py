@@ -8,18 +8,32 @@ import time
 import pytest
 import ray
 
-from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.observe.progress import WorkerChannel
 from renee_ray.service.train.preemption import Requests
 from renee_ray.training.loop import STOP
 
+pytestmark = pytest.mark.slow
 PATIENT_S = 60
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_the_request_to_stop_reaches_whoever_waits_before_and_after() -> None:
+    sent = DriverChannel()
+    waiter = ray.remote(num_cpus=0)(Waiter).remote(sent)
+    gone = ray.remote(num_cpus=0)(Waiter).remote(sent)
+    ray.get([waiter.follow.remote(), gone.follow.remote()])
+    ray.kill(gone)  # a worker that ended while it waited takes nothing with it
+    assert ray.get(waiter.request.remote(0)) == 0
+    sent.stop()
+    assert ray.get(waiter.request.remote(PATIENT_S)) == STOP
+    later = ray.remote(num_cpus=0)(Waiter).remote(sent)
+    ray.get(later.follow.remote())
+    assert ray.get(later.request.remote(PATIENT_S)) == STOP
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
-    ensure_ray(1)
     sent, logger = DriverChannel(), logging.getLogger("renee_ray")
     before = list(logger.handlers)
     channel = WorkerChannel(sent, 1)
@@ -33,25 +47,6 @@ def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
         ray.shutdown()
     channel.flush()
     assert not ray.is_initialized()
-
-
-@pytest.mark.slow
-def test_the_request_to_stop_reaches_whoever_waits_before_and_after() -> None:
-    ensure_ray(1)
-    try:
-        channel = DriverChannel()
-        waiter = ray.remote(num_cpus=0)(Waiter).remote(channel)
-        gone = ray.remote(num_cpus=0)(Waiter).remote(channel)
-        ray.get([waiter.follow.remote(), gone.follow.remote()])
-        ray.kill(gone)  # a worker that ended while it waited takes nothing with it
-        assert ray.get(waiter.request.remote(0)) == 0
-        channel.stop()
-        assert ray.get(waiter.request.remote(PATIENT_S)) == STOP
-        later = ray.remote(num_cpus=0)(Waiter).remote(channel)
-        ray.get(later.follow.remote())
-        assert ray.get(later.request.remote(PATIENT_S)) == STOP
-    finally:
-        ray.shutdown()
 
 
 class Waiter:

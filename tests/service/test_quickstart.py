@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from renee_ray.cli.main import main
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Ragged
 from renee_ray.service import quickstart
@@ -119,19 +120,21 @@ def test_it_prints_figures_and_examples_and_writes_a_report(first: Command, outp
 
 @pytest.mark.slow
 def test_a_second_call_gives_the_same_figures(
-    first: Command, tiny_encoder: str, output: Path
+    first: Command,
+    tiny_encoder: str,
+    output: Path,
+    local_ray: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    again = renee_ray(
-        "quickstart", f"output={output}", f"encoder.name={tiny_encoder}", "epochs=1", "--json"
-    )
-    assert again.status == 0, again.stderr
-    found = json.loads(again.stdout)
-    assert "parts written" not in again.stderr  # the dataset was there already
+    call = ["quickstart", f"output={output}", f"encoder.name={tiny_encoder}", "epochs=1"]
+    assert main([*call, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert "parts written" not in said.err  # the dataset was there already
     shown = {row["model"]: row for row in found["comparison"]}
     assert f"{shown['renee_ray']['P@1']:.1f}" in first.stdout
     assert len(found["examples"]) == quickstart.EXAMPLES
-    evaluated = renee_ray("evaluate", f"{output}/run", f"{output}/dataset", "--json")
-    assert evaluated.status == 0, evaluated.stderr
-    metrics = json.loads(evaluated.stdout)["metrics"]
+    assert main(["evaluate", f"{output}/run", f"{output}/dataset", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
     for name in quickstart.COMPARED:
         assert shown["renee_ray"][name] == pytest.approx(metrics[name], abs=1e-6)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import pytest
 from renee_ray.cli.main import main
 from renee_ray.errors import ReneeError
 
+Made = list[str] | Callable[[], object]
+"""Arguments of `renee-ray`, or a call that raises ReneeError."""
 SECRET = "canary-9b1c-secret"
 LONGEST = 800
 """Characters of a sentence."""
@@ -49,6 +51,19 @@ class Place:
         }
 
 
+@dataclass(frozen=True)
+class Case:
+    """One hostile case: its name in docs/security.md, how it is made, and what it says.
+
+    make: puts the case into `given` and returns what is to be done with it.
+    sentence: a pattern.
+    """
+
+    name: str
+    make: Callable[[Place], Made]
+    sentence: str
+
+
 class Canary:
     """Runs a command when it is unpickled."""
 
@@ -59,29 +74,10 @@ class Canary:
         return os.system, (self.command,)
 
 
-@dataclass(frozen=True)
-class Case:
-    """name: as docs/security.md lists it. make: puts it there and returns what is to be done with
-    it, arguments of `renee-ray` or a call that raises ReneeError. sentence: a pattern."""
-
-    name: str
-    make: Callable[[Place], list[str] | Callable[[], object]]
-    sentence: str
-
-
 def _age(path: Path) -> None:
     """Makes a read of the file show in its access time, where the filesystem keeps one."""
     stat = path.stat()
     os.utime(path, ns=(stat.st_mtime_ns - 10**9, stat.st_mtime_ns))
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """Nothing outside may change, be read or have been executed when the test is over."""
-    made = Place(tmp_path)
-    monkeypatch.chdir(made.given)
-    yield made
-    assert not made.executed.exists()
 
 
 def refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -> None:

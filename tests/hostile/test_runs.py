@@ -19,12 +19,10 @@ from renee_ray.checkpoint.state import MANIFEST, OPTIMIZER, Checkpoint
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.run.directory import RunDirectory
 
-from .data.tiny import write_tiny
-from .hostile import Case, Place, place, refused
-from .training import test_checkpoint as kept
+from ..data.tiny import write_tiny
+from ..training import test_checkpoint as kept
+from .place import Case, Made, Place, refused
 
-__all__ = ["place"]
-Made = list[str] | Callable[[], object]
 STEP = f"checkpoints/{kept.NAME}"
 
 

@@ -1,0 +1,68 @@
+"""A tiny dataset, and parts of it that are written anew."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from renee_ray.data.dataset import Dataset
+
+from ..data.tiny import write_tiny
+from .place import Place
+
+Change = Callable[[pa.Table], pa.Table]
+WHOLE = {"store_schema": False, "dictionary_pagesize_limit": 1 << 30}
+
+
+def tiny(place: Place) -> Path:
+    path = place.given / "set"
+    write_tiny(path)
+    return path
+
+
+def replaced(path: Path, split: str, content: bytes) -> Dataset:
+    """The dataset with another first part, of which the manifest knows size and SHA-256."""
+    name = f"{split}/part-00000.parquet"
+    (path / name).write_bytes(content)
+    raw = json.loads((path / layout.MANIFEST).read_text())
+    raw["splits"][split][0] |= {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (path / layout.MANIFEST).write_text(json.dumps(raw))
+    return Dataset.without_check(str(path))
+
+
+def parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", **options)
+    return sink.getvalue()
+
+
+def first_part(path: Path, split: str) -> pa.Table:
+    return pq.read_table(path / split / "part-00000.parquet")
+
+
+def column(
+    name: str, values: Any, kind: pa.DataType | None = None
+) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        index = table.column_names.index(name)
+        made = values if isinstance(values, pa.Array) else pa.array(values, kind)
+        return table.set_column(index, name, made)
+
+    return change
+
+
+def long_texts(rows: int, size: int = 100 << 20) -> pa.Array:
+    """`rows` times one text: some KB of Parquet, GBs of memory."""
+    indices = pa.array(np.zeros(rows, np.int32))
+    return pa.DictionaryArray.from_arrays(indices, pa.array(["x" * size]))

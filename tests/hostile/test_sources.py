@@ -1,0 +1,221 @@
+"""Hostile sources and destinations."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from renee_ray.data import storage
+from renee_ray.data.dataset import DATASET, Dataset
+from renee_ray.data.destination import Destination
+from renee_ray.data.sources import xmlrepo
+from renee_ray.data.sources.lines import (
+    GRAIN_BYTES,
+    MAX_LINE_BYTES,
+    PACKED_LEAST,
+    LineBatch,
+    Lines,
+    count,
+    lines_of,
+    ranges,
+)
+from renee_ray.data.sources.lines import read as read_lines
+from renee_ray.data.sources.parquet import index_parquet
+
+from .parts import WHOLE, long_texts, tiny
+from .place import Case, Made, Place, refused
+
+
+def source_file(
+    name: str, content: bytes, read: Callable[[str], object]
+) -> Callable[[Place], Made]:
+    def make(place: Place) -> Made:
+        (place.given / name).write_bytes(content)
+        return lambda: read(str(place.given / name))
+
+    return make
+
+
+def bomb(place: Place) -> Made:
+    """300 MB of lines in 300 KB; refused before they are all unpacked."""
+    path = place.given / "trn_X.txt.gz"
+    with gzip.open(path, "wb", 1) as file:
+        for _ in range(300):
+            file.write((b"x" * 1023 + b"\n") * 1024)
+
+    def index() -> None:
+        unpacked = place.given / "trn_X.txt"
+        try:
+            counted(str(path), str(place.given))
+        finally:
+            assert unpacked.stat().st_size <= PACKED_LEAST + GRAIN_BYTES
+            unpacked.unlink()
+
+    return index
+
+
+def long_line(place: Place) -> Made:
+    path = place.given / "trn_X.txt"
+    with open(path, "wb") as file:
+        file.write(b"first\n")
+        file.truncate(MAX_LINE_BYTES + 2 * GRAIN_BYTES)
+    return lambda: counted(str(path))
+
+
+def counted(path: str, scratch: str = "") -> Lines:
+    parts = ranges(path, scratch)
+    return lines_of(parts, [count(part) for part in parts])
+
+
+def lines(parse: Callable[[LineBatch], object]) -> Callable[[str], object]:
+    def read(path: str) -> object:
+        found = counted(path)
+        return parse(read_lines(found, 0, found.rows))
+
+    return read
+
+
+def header(path: str) -> object:
+    return xmlrepo.header_of(counted(path), 1)
+
+
+def source_bomb(place: Place) -> Made:
+    path = place.given / "source"
+    path.mkdir()
+    texts = long_texts(200)
+    table = pa.table({"text": texts, "labels": pa.array([[1]] * 200)})
+    pq.write_table(table, path / "train.parquet", compression="zstd", **WHOLE)
+
+    def read() -> None:
+        train = index_parquet(str(path)).train
+        next(train.read(train.blocks[0], ["text"]))
+
+    return read
+
+
+PAIR = partial(xmlrepo.parse_pairs, num_labels=None)
+FILTER = partial(xmlrepo.parse_filters, num_rows=3, num_labels=3)
+OBJECT = partial(xmlrepo.parse_objects, num_labels=3)
+SOURCES = [
+    Case("gzip-bomb", bomb, "unpacks to more than 100 times its size"),
+    Case("line-long", long_line, "trn_X.txt:2: the line is longer than"),
+    Case(
+        "label-id-huge",
+        source_file("y.txt", b"1000000000000000000:1\n", lines(PAIR)),
+        "implausibly large",
+    ),
+    Case(
+        "label-id-of-many-digits",
+        source_file("y.txt", b"9" * 10**5 + b":1\n", lines(PAIR)),
+        "implausibly large",
+    ),
+    Case(
+        "label-header-huge",
+        source_file("y.txt", b"1 4611686018427387904\n0:1\n", header),
+        "above the limit",
+    ),
+    Case(
+        "label-header-of-many-digits",
+        source_file("y.txt", b"1 " + b"9" * 10**5 + b"\n", lines(PAIR)),
+        "implausibly large",
+    ),
+    Case(
+        "filter-row-huge",
+        source_file("f.txt", b"1000000000000000000 1\n", lines(FILTER)),
+        "is out of range",
+    ),
+    Case(
+        "json-nested",
+        source_file("j.json", b'{"title": ' + b"[" * 10**5, lines(OBJECT)),
+        "bad JSON",
+    ),
+    Case(
+        "json-target-huge",
+        source_file(
+            "j.json", b'{"title": "a", "target_ind": [' + b"9" * 5000 + b"]}", lines(OBJECT)
+        ),
+        "bad JSON|out of range",
+    ),
+    Case("source-of-one-text", source_bomb, "text would decode to more"),
+]
+
+
+def run_directory(place: Place, dataset: Path) -> Path:
+    """As much of a run as is read before Ray is started."""
+    path = place.given / "run"
+    path.mkdir()
+    made = Dataset.open(str(dataset)).manifest
+    saved = {
+        "config": {"data": str(dataset), "output": str(path)},
+        "dataset": {
+            "path": str(dataset),
+            "num_labels": made.num_labels,
+            "vocabulary_hash": made.vocabulary_hash,
+            "manifest_hash": made.hash,
+        },
+    }
+    (path / "run.json").write_text(json.dumps(saved))
+    return path
+
+
+def predicted_into(destination: str) -> Callable[[Place], Made]:
+    def make(place: Place) -> Made:
+        dataset = tiny(place)
+        run = run_directory(place, dataset)
+        (place.given / "link").symlink_to(dataset)
+        return ["predict", str(run), str(dataset), str(place.given / destination)]
+
+    return make
+
+
+def through_a_link(place: Place) -> Made:
+    (place.given / "report.json").symlink_to(place.secret)
+    return lambda: storage.write_file(str(place.given / "report.json"), b"x")
+
+
+def cleared(place: Place) -> Made:
+    """A directory to be overwritten, whose split is a link to somebody's parts."""
+    path = tiny(place)
+    (path / "train").rename(place.outside / "train")
+    (path / "train").symlink_to(place.outside / "train")
+    return lambda: Destination(str(path), DATASET, overwrite=True).check()
+
+
+def claimed(place: Place) -> Made:
+    from renee_ray.service.score.export import EXPORT
+
+    path = place.given / "home"
+    (path / "thesis").mkdir(parents=True)
+    (path / "thesis" / "thesis.tex").write_text("years of work")
+    manifest = {"format_version": 1, "step": 1, "ranges": [], "files": ["thesis/thesis.tex"]}
+    (path / "export.json").write_text(json.dumps(manifest))
+    return lambda: Destination(str(path), EXPORT, overwrite=True).check()
+
+
+DESTINATIONS = [
+    Case("predictions-in-the-source", predicted_into("set/predictions"), "one is in the other"),
+    Case(
+        "predictions-in-the-source-by-a-link",
+        predicted_into("link/predictions"),
+        "one is in the other",
+    ),
+    Case("predictions-over-the-source", predicted_into("."), "one is in the other"),
+    Case("written-through-a-link", through_a_link, "is a symbolic link"),
+    Case("cleared-through-a-link", cleared, "'train', which leads out"),
+    Case("export-over-other-files", claimed, r"home/export\.json is in the way"),
+]
+
+CASES = [*SOURCES, *DESTINATIONS]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(case, place, capsys)
