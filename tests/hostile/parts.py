@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset
 
 from ..data.tiny import write_tiny
