@@ -54,7 +54,7 @@ def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: 
     Exit status 1 if --verify finds any.
     """
     from renee_ray.data.dataset import Dataset
-    from renee_ray.data.dataset.inspection import inspect as run
+    from renee_ray.data.inspection import inspect as run
     from renee_ray.report.inspection import inspection_text
 
     opened = (Dataset.without_check if verify else Dataset.open)(dataset)

@@ -16,7 +16,7 @@ BAR = 40
 
 
 def inspection_text(facts: Mapping[str, Any]) -> RenderableType:
-    """Shows the facts of `data.dataset.inspection.inspect`."""
+    """Shows the facts of `data.inspection.inspect`."""
     return Group(*_blocks(facts))
 
 

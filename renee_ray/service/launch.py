@@ -35,9 +35,9 @@ from renee_ray.service.policies import (
     user_error,
     workers_beside_reading,
 )
+from renee_ray.service.preemption import CheckpointBeforeResize, SignalHandler
 from renee_ray.service.ray_compat import DatasetsCallback, PlacementGroupCleanerCallback, node_cpus
 from renee_ray.service.run.lease import LeaseLost
-from renee_ray.service.train.preemption import CheckpointBeforeResize, SignalHandler
 from renee_ray.signals import at_signals
 
 GPU_THREADS = 4

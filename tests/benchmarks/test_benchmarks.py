@@ -41,9 +41,9 @@ def test_bench_step(
 ) -> None:
     found = bench(capsys, "step", *SMALL, "--precision", precision, "--momentum", momentum)
     assert {*TIMES, "ratio_to_gemm", "speedup_vs_reference", "peak_extra_bytes"} <= set(found)
-    assert all(isinstance(found[key], float) and found[key] > 0 for key in TIMES)  # type: ignore[operator]
+    assert all(isinstance(found[key], float) and found[key] > 0 for key in TIMES)
     assert found["bytes_per_weight"] == bytes_per_weight
-    assert found["ratio_to_gemm"] == pytest.approx(found["step_s"] / found["gemm_s"])  # type: ignore[operator]
+    assert found["ratio_to_gemm"] == pytest.approx(found["step_s"] / found["gemm_s"])
     assert (found["precision"], found["labels"], found["dim"]) == (precision, 700, 16)
     assert (found["momentum"], found["reference_momentum"]) == (float(momentum), 0.9)
 
@@ -55,7 +55,7 @@ def test_bench_topk(capsys: pytest.CaptureFixture[str], k: int) -> None:
     assert found["same_but_ties"] is True
     assert 0 < float(found["greatest_difference"]) <= float(found["rounding"]) < 1e-4
     assert found["identical"] in (True, False)  # as the BLAS of this machine rounds
-    assert found["ratio_to_gemm"] == pytest.approx(found["topk_s"] / found["gemm_s"])  # type: ignore[operator]
+    assert found["ratio_to_gemm"] == pytest.approx(found["topk_s"] / found["gemm_s"])
 
 
 def test_wrong_flags_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

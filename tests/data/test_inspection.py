@@ -14,7 +14,7 @@ import pytest
 from renee_ray.cli.main import main
 from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset, DatasetError
-from renee_ray.data.dataset.inspection import inspect
+from renee_ray.data.inspection import inspect
 
 from .tiny import make_splits
 

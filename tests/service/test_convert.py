@@ -186,7 +186,7 @@ def test_json_lines_give_the_same_parts(tmp_path: Path, model: str) -> None:
         split = [text.split(" ", 1) for text in texts]
         rows = [{"title": words[0], "content": " ".join(words[1:])} for words in split]
         if pairs is not None:
-            rows = [{**row, "target_ind": ids} for row, ids in zip(rows, pairs, strict=True)]  # type: ignore[dict-item]
+            rows = [{**row, "target_ind": ids} for row, ids in zip(rows, pairs, strict=True)]
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     files: dict[str, str | bytes] = {

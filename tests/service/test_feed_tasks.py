@@ -52,4 +52,4 @@ def test_the_orders_of_two_epochs_are_kept_at_most() -> None:
     epochs = Epochs(make, 5)
     assert [order.epoch for order in epochs] == list(range(5)) == made
     assert epochs[-1].epoch == 4 and len(made) == 5
-    assert [order.epoch for order in epochs[:2]] == [0, 1] and len(made) == 7
+    assert (epochs[0].epoch, epochs[1].epoch) == (0, 1) and len(made) == 7

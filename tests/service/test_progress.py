@@ -10,7 +10,7 @@ import ray
 
 from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.observe.progress import WorkerChannel
-from renee_ray.service.train.preemption import Requests
+from renee_ray.service.preemption import Requests
 from renee_ray.training.loop import STOP
 
 pytestmark = pytest.mark.slow

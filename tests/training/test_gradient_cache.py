@@ -32,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make(directory: str, dropout: float = 0.0, autocast: str = "off") -> Encoder:
-    config = EncoderConfig(name=directory, internal_dropout=dropout, autocast=autocast)  # type: ignore[arg-type]
+    config = EncoderConfig(name=directory, internal_dropout=dropout, autocast=autocast)
     return build_encoder(config, CPU, seed=0).train()
 
 

@@ -78,10 +78,10 @@ def slow_steps(ranks: Ranks, where: str) -> dict[str, object]:
     shard = Shard(owned, Weights("fp32", len(owned), DIM, True, torch.device("cpu")), chunk=3)
     shard.initialise_normal(0.1, 0)
     step = Step(
-        data_parallel(  # type: ignore[arg-type]
+        data_parallel(
             encoder, ranks, "sum", None, lambda: recorder.enter("reduce")
         ),
-        shard, adamw(encoder, ENCODER), ranks, torch.device("cpu"), recorder=recorder,  # type: ignore[arg-type]
+        shard, adamw(encoder, ENCODER), ranks, torch.device("cpu"), recorder=recorder,
     )  # fmt: skip
     last = ranks.rank == ranks.num_ranks - 1
     if last:

@@ -1,4 +1,4 @@
-"""A dataset directory: schemas, manifest, reading rows by position, writing, inspection.
+"""A dataset directory: schemas, manifest, reading rows by position, writing.
 
     dataset.json            the manifest; written last, so a directory without it is no dataset
     train/part-*.parquet    POINTS, in the order of a seeded hash of point_id

@@ -125,7 +125,8 @@ class TensorBoard:
     def __init__(self, config: RunConfig, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(_tensorboard_dir(config), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        writer: Any = SummaryWriter  # which has no types
+        self._writer = writer(_tensorboard_dir(config), purge_step=step + 1)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, number in numbers.items():

@@ -93,7 +93,8 @@ class Question(BaseModel):
 def question_model(config: ServeConfig) -> type[Question]:
     """Makes the model of a question within the limits of a configuration."""
     text = Annotated[str, Field(max_length=config.max_text_chars)]
-    texts = Annotated[list[text], Field(min_length=1, max_length=config.max_texts)]  # type: ignore[valid-type]
+    several = Field(min_length=1, max_length=config.max_texts)
+    texts = Annotated[list[text], several]  # type: ignore[valid-type]
     k = Annotated[int, Field(ge=1, le=config.max_k)]
     fields: dict[str, Any] = {"texts": (texts, ...), "k": (k, min(DEFAULT_K, config.max_k))}
     return create_model("Question", __base__=Question, **fields)

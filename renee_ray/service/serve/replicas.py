@@ -130,7 +130,8 @@ class EncoderReplica:
                 served.config, self._dataset, self._encoder, Ranks(), self._device
             )
         self._answers.set_max_batch_size(served.settings.max_batch_size)  # type: ignore[attr-defined]
-        self._answers.set_batch_wait_timeout_s(served.settings.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+        wait_s = served.settings.batch_wait_ms / 1000
+        self._answers.set_batch_wait_timeout_s(wait_s)  # type: ignore[attr-defined]
 
     async def predict(self, texts: list[str], k: int) -> list[list[dict[str, Any]]]:
         """Returns the k best labels of each text, best first: label, text, score."""

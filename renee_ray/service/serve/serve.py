@@ -172,7 +172,8 @@ def _run(name: str, served: ServedRun) -> DeploymentHandle:
         **options,
     )
     try:
-        handle = serve.run(encoder.bind(served, shards), name=name, route_prefix=None)  # type: ignore[attr-defined]
+        bound = encoder.bind(served, shards)  # type: ignore[attr-defined]
+        handle = serve.run(bound, name=name, route_prefix=None)
     except RuntimeError as error:
         raise ReneeError(_reason(error)) from error
     handle.predict.remote([""], 1).result()  # raises unless all of it works

@@ -1,1 +1,1 @@
-"""`train`: what a training worker runs, resuming, checkpoints on demand."""
+"""`train`: its driver, what a training worker runs, and what a resumed run may change."""

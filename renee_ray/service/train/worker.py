@@ -25,9 +25,9 @@ from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
 from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
+from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.history import History
-from renee_ray.service.train.preemption import requests
 from renee_ray.training.loop import Trainer, Validation
 from renee_ray.training.schedule import Schedule
 
