@@ -1,4 +1,4 @@
-"""The process of a command: its signals, from before anything slow is imported, and its end.
+"""SIGINT and SIGTERM of a command's process, and the end of the process.
 
 SIGINT and SIGTERM mean the same:
 

@@ -1,4 +1,4 @@
-"""The process of a command. It handles signals before it imports anything slow."""
+"""The entry point `renee-ray`: takes over signals (signals.py), then imports and runs the rest."""
 
 from __future__ import annotations
 

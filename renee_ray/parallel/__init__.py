@@ -1,1 +1,1 @@
-"""What the ranks of a job do together: collectives, rounds, batches, times by phase."""
+"""What ranks do together (collectives, rounds), and a rank's batches, threads and times."""

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from renee_ray.xfc.kernels import cpu_loops
 from renee_ray.xfc.kernels.choose import Operations
 from renee_ray.xfc.kernels.cpu_update import FusedUpdate, update_loop
 from renee_ray.xfc.kernels.plain import Update, residual
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.topk import cpu_loops
 from renee_ray.xfc.weights.rounding import PERIOD
 from renee_ray.xfc.weights.storages import SGD, Weights
 from tests.pairwise import pairwise

@@ -78,7 +78,7 @@ class CompiledBest(Best):
     """A compiled loop over the rows, for CPUs. The first `used` places of a row are taken."""
 
     def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
-        from renee_ray.xfc.kernels.cpu_loops import collect  # numba takes a second to import
+        from renee_ray.xfc.topk.cpu_loops import collect  # numba takes a second to import
 
         places = self.threshold, self.used, self.scores, self.labels
         collect(logits, *places, self.k, first, offset, BLOCK)

@@ -139,7 +139,7 @@ class Narrow:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Returns bfloat16 [stop - start, D], valid until the next call; may alias the shard."""
-        from renee_ray.xfc.kernels import cpu_loops  # numba takes a second to import
+        from renee_ray.xfc.topk import cpu_loops  # numba takes a second to import
 
         weights = self.weights
         norms = weights.scratch("norms", stop - start, 2)

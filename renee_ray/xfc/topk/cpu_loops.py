@@ -1,4 +1,4 @@
-"""Compiled loops that read scores and weights for the top-k, on a CPU.
+"""The loops of the top-k on a CPU, compiled: they read scores and weights.
 
     collect      of each row of scores those above the row's threshold (`topk.best`)
     narrow       fp32 to bf16, with the length of each row and of what it loses (`topk.screen`)
