@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,7 +53,18 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
         Path("/proc/self/clear_refs").write_text("5")  # the peak is the present from here on
     before = psutil.Process().memory_info().rss
     function()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return max(0, _resident_peak() - before)
+
+
+def _resident_peak() -> int:
+    """Bytes since `clear_refs` (Linux): ru_maxrss would be that of the parent, if it is larger."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _timed(function: Callable[[], object], device: torch.device) -> float:

@@ -31,12 +31,12 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import pyarrow.fs as pafs
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from renee_ray.checkpoint.tensor_file import FileFacts, TensorFile
 from renee_ray.data.storage import is_transient, patiently
-from renee_ray.data.untrusted import first_problem
+from renee_ray.data.untrusted import FIRST_ENTRY, first_problem
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.loss_scale import LossScale
@@ -85,10 +85,10 @@ Count = Annotated[int, Field(ge=0, lt=MAX_STEPS)]
 class State:
     """What a run is besides its tensors.
 
-    position: the next batch; step: optimizer steps taken or skipped so far; skipped: steps that
-    changed nothing; loss_scale: of the encoder's gradient; best: the greatest value of each metric
-    so far; evaluation: the last one, {"step", "epoch", "metrics"}, or None; facts: what a reader
-    must know to build the model.
+    position: the next batch; step: optimizer steps taken or skipped so far; skipped: steps in
+    which the encoder was not updated; loss_scale: of the encoder's gradient; best: the greatest
+    value of each metric so far; evaluation: the last one, {"step", "epoch", "metrics"}, or None;
+    facts: what a reader must know to build the model.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -97,7 +97,7 @@ class State:
     step: Count = 0
     skipped: Count = 0
     loss_scale: LossScale = field(default_factory=LossScale)
-    best: dict[str, float] = field(default_factory=dict)
+    best: Annotated[dict[str, float], FIRST_ENTRY] = field(default_factory=dict)
     evaluation: Annotated[dict[str, Any], AfterValidator(_evaluation)] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -118,10 +118,10 @@ class Manifest:
     """
 
     state: State
-    metrics: dict[str, float]
-    files: Annotated[dict[str, FileFacts], AfterValidator(_known_names)]
+    metrics: Annotated[dict[str, float], FIRST_ENTRY]
+    files: Annotated[dict[str, FileFacts], AfterValidator(_known_names), FIRST_ENTRY]
     time_s: float
-    history: dict[str, list[dict[str, Any]]] | None = None
+    history: dict[str, Annotated[list[dict[str, Any]], FailFast()]] | None = None
 
     @property
     def size(self) -> int:

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import pyarrow.fs as pafs
-from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, FailFast, Field, TypeAdapter, ValidationError
 
 from renee_ray.data import storage
 from renee_ray.data.untrusted import parse_json, refuse_links_out
@@ -80,7 +80,9 @@ def listed_files(manifest: dict[str, Any]) -> list[Any]:
 class Claim:
     """What a claim says."""
 
-    files: Annotated[tuple[str, ...], Field(validation_alias=AliasChoices("files", "parts"))] = ()
+    files: Annotated[
+        tuple[str, ...], FailFast(), Field(validation_alias=AliasChoices("files", "parts"))
+    ] = ()
     """Paths below the directory that are ours, whether they are there or not. The renee_ray
     before this one called them `parts` in _converting.json."""
     signature: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
@@ -104,6 +106,9 @@ class Destination:
     path: str
     kind: Kind
     overwrite: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path.rstrip("/") or "/")
 
     def check(self) -> None:
         """Refuses a directory that must not be written to.
@@ -171,8 +176,17 @@ class Destination:
         self._write_claim(replace(claim, files=tuple(sorted(new)), writing=True))
 
     def publish(self, content: dict[str, Any]) -> None:
-        """Writes a manifest of `content` and of the files that were declared, and releases."""
-        claim = self._read_claim() or Claim()
+        """Writes a manifest of `content` and of the files that were declared, and releases.
+
+        Raises:
+            ReneeError: the claim is gone.
+        """
+        claim = self._read_claim()
+        if claim is None:
+            raise ReneeError(
+                f"{self.path}/{self.kind.claim} is gone: another command has written to "
+                f"{self.path} meanwhile; give this one again, with another directory"
+            )
         text = json.dumps({**content, "files": claim.files}, indent=1)
         storage.replace_file(f"{self._base}/{self.kind.manifest}", text.encode())
         self.release()
@@ -228,6 +242,8 @@ class Destination:
             claim = _CLAIM.validate_python(found)
         except ValidationError:
             return None
+        # The renee_ray before this one named a directory of scratch files, `_texts/`, too.
+        claim = replace(claim, files=tuple(f for f in claim.files if not f.endswith("/")))
         return claim if all(map(self.kind.files.fullmatch, claim.files)) else None
 
     def _published(self) -> frozenset[str] | None:

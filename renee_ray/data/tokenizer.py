@@ -83,6 +83,7 @@ def decode(serialised: str, rows: list[list[int]]) -> list[str]:
     return Tokenizer.from_str(serialised).decode_batch(rows)
 
 
+@lru_cache(maxsize=2)
 def size(serialised: str) -> int:
     """Returns the number of tokens of the vocabulary, added ones included."""
     return Tokenizer.from_str(serialised).get_vocab_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,14 +17,13 @@ from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.topk import cpu_loops
 from renee_ray.xfc.weights.rounding import PERIOD
 from renee_ray.xfc.weights.storages import SGD, Weights
-from tests.pairwise import pairwise
 
 CPU = torch.device("cpu")
 LABELS, BATCH, DIM = 150, 7, 43
 SINGLE = 2.0**-21
 """Error of a few operations in fp32, relative to the largest number that they meet."""
 STORED = ("bf16_split", "bf16_sr", "fp8_sr")
-CASES = pairwise(STORED, (torch.float32, torch.bfloat16), (0.0, 0.9))
+CASES = list(product(STORED, (torch.float32, torch.bfloat16), (0.0, 0.9)))
 """(storage, dtype of the matmuls, momentum); a loop is compiled for each."""
 SPACING = {
     ("bf16_sr", "weight"): 2.0**-7,
@@ -129,7 +129,7 @@ def test_split_keeps_every_bit_of_an_update_in_fp32(momentum: float) -> None:
     assert momentum == 0 or torch.equal(found["velocity"], step)
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("case", CASES[1::2], ids=str)
 def test_threads_share_the_rows(
     case: tuple[str, torch.dtype, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    FailFast,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from renee_ray.data.dataset.schema import MAX_LABELS, MAX_ROWS, SPLITS
 from renee_ray.data.destination import Kind
@@ -80,9 +87,11 @@ class Manifest:
     has_label_texts: Annotated[bool, Field(strict=True)]
     propensity_a: Propensity
     propensity_b: Propensity
-    splits: Annotated[dict[str, tuple[Part, ...]], BeforeValidator(_all_splits)]
+    splits: Annotated[
+        dict[str, Annotated[tuple[Part, ...], FailFast()]], BeforeValidator(_all_splits)
+    ]
     """Keys SPLITS; a split without rows has no parts."""
-    other_texts: tuple[Count, ...]
+    other_texts: Annotated[tuple[Count, ...], FailFast()]
     """For each part of labels, the number of its labels that are not `is_point`."""
     statistics: dict[str, Any]
     """Counts of the conversion, for people."""

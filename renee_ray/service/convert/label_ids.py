@@ -227,8 +227,9 @@ class LabelIds:
             bad = (ids < 0) | (ids >= limit)
         if bad.any():
             first = int(np.argmax(bad))
+            number = limit if self.labels is None else len(self.labels)
             raise SourceError(
                 f"{records.where(int(rows[first]))} has {values[first].as_py()!r} in {column}, "
-                f"which is none of the {limit} labels; correct it"
+                f"which is none of the {number} labels; correct it"
             )
         return rows, ids

@@ -76,8 +76,9 @@ class Sinks:
         self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
 
     def start(self) -> None:
-        """Begins to write."""
-        self._thread.start()
+        """Begins to write, where there is anything to write to."""
+        if self._config.observe.log_to:
+            self._thread.start()
 
     def record(self, record: Mapping[str, Any], phases: Mapping[str, float]) -> None:
         """Takes a record of training/loop, and seconds a step by phase."""
@@ -90,10 +91,13 @@ class Sinks:
 
     def close(self) -> None:
         """Waits until everything is written, CLOSE_S at most."""
-        self._queue.put(None)
-        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(CLOSE_S)
 
     def _put(self, step: int, numbers: dict[str, float]) -> None:
+        if not self._config.observe.log_to:
+            return
         try:
             self._queue.put_nowait((step, numbers))
         except Full:

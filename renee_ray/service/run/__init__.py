@@ -1,1 +1,1 @@
-"""The run directory: configuration, checkpoints, curves, its one writer, what it may replace."""
+"""The run directory: configuration, checkpoints, curves, its one writer."""
