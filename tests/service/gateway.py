@@ -18,6 +18,7 @@ ACCESS_KEY, SECRET_KEY = "gateway-access", "gateway-secret-5f3a"
 BUCKET = "renee"
 START_S = 60
 SERVICES = ("master", "volume", "filer", "s3")
+PORTS = [f"{service}.port{kind}" for service in SERVICES for kind in ("", ".grpc")]
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Gateway:
     def env(self) -> dict[str, str]:
         """What a client needs in its environment."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.ports['s3']}",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.ports['s3.port']}",
             "AWS_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -42,7 +43,7 @@ class Gateway:
     def start(self) -> None:
         """Starts the server, or starts it again, and waits until it answers."""
         if not self.ports:
-            self.ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
+            self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
             keys = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
             actions = ["Admin", "Read", "Write", "List", "Tagging"]
             identity = {"name": "admin", "credentials": keys, "actions": actions}
@@ -54,15 +55,12 @@ class Gateway:
                 f"-dir={self.directory}",
                 "-ip=127.0.0.1",
                 "-ip.bind=127.0.0.1",
-                f"-master.port={self.ports['master']}",
+                *(f"-{name}={port}" for name, port in self.ports.items()),
                 "-master.telemetry=false",
                 "-master.volumeSizeLimitMB=64",
                 "-volume.max=400",
-                f"-volume.port={self.ports['volume']}",
                 "-filer",
-                f"-filer.port={self.ports['filer']}",
                 "-s3",
-                f"-s3.port={self.ports['s3']}",
                 f"-s3.config={self.directory / 's3.json'}",
                 "-s3.port.iceberg=0",
                 "-s3.port.lance=0",
@@ -85,7 +83,7 @@ class Gateway:
         self.kill()
         with socket.socket() as door:
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.bind(("127.0.0.1", self.ports["s3"]))
+            door.bind(("127.0.0.1", self.ports["s3.port"]))
             door.listen()
             door.settimeout(START_S)
             door.accept()[0].close()
@@ -96,7 +94,7 @@ class Gateway:
         return pafs.S3FileSystem(
             access_key=ACCESS_KEY,
             secret_key=SECRET_KEY,
-            endpoint_override=f"127.0.0.1:{self.ports['s3']}",
+            endpoint_override=f"127.0.0.1:{self.ports['s3.port']}",
             scheme="http",
             region="us-east-1",
             allow_bucket_creation=True,
@@ -124,13 +122,14 @@ class Gateway:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free, and so is each one's port + 10000, which the server takes for gRPC.
+    """Ports that are free, from a random one on, since tests run side by side.
 
-    From a random one on, since tests run side by side.
+    All are below 32768. From there on Linux gives ports to outgoing connections, so one of them
+    might be taken when a server that was killed starts again.
     """
     found: list[int] = []
-    for port in range(random.randrange(20000, 30000), 32000):
-        if all(_is_free(each) for each in (port, port + 10000)):
+    for port in range(random.randrange(20000, 31000), 32000):
+        if _is_free(port):
             found.append(port)
         if len(found) == count:
             return found
