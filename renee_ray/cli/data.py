@@ -31,7 +31,7 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
         "statistics": manifest.statistics,
         "hints": service.hints(manifest, config),
     }
-    print_facts(facts, as_json, conversion_text(facts))
+    print_facts(facts, as_json, conversion_text)
 
 
 @click.command()
@@ -59,7 +59,7 @@ def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: 
 
     opened = (Dataset.without_check if verify else Dataset.open)(dataset)
     facts = run(opened, batch_size=batch_size, samples=samples, verify=verify)
-    print_facts(facts, as_json, inspection_text(facts))
+    print_facts(facts, as_json, inspection_text)
     if problems := facts.get("problems"):
         number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
         raise ReneeError(f"{dataset} has {number}: convert its source again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -21,12 +22,14 @@ def say(text: str, style: str | None = None) -> None:
     progress.print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_facts(facts: dict[str, Any], as_json: bool, text: RenderableType) -> None:
-    """Writes facts to standard output: one JSON object, or `text`, which shows them to people."""
+def print_facts(
+    facts: dict[str, Any], as_json: bool, shown: Callable[[dict[str, Any]], RenderableType]
+) -> None:
+    """Writes facts to standard output: one JSON object, or `shown(facts)`, which is for people."""
     if as_json:
         click.echo(json.dumps(facts))
     else:
-        Console().print(text, highlight=False)
+        Console().print(shown(facts), highlight=False)
 
 
 def print_result(content: dict[str, Any], as_json: bool, title: str) -> None:

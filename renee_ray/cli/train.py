@@ -67,7 +67,7 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 
     while True:
         found = read_status(run.rstrip("/"), time.time())
-        print_facts(found, as_json, status_text(found))
+        print_facts(found, as_json, status_text)
         if not watch:
             return
         time.sleep(10)
@@ -88,7 +88,7 @@ def checkpoints(run: str, verify: bool, as_json: bool) -> None:
     metric = RunDirectory(run).config().evaluation.metric
     rows = list_checkpoints(run, verify=verify)
     facts = {"run": run, "checkpoints": rows}
-    print_facts(facts, as_json, checkpoint_table(rows, metric, verify))
+    print_facts(facts, as_json, lambda _: checkpoint_table(rows, metric, verify))
     if bad := [row["name"] for row in rows if row["problem"]]:
         raise ReneeError(
             f"{run} has {len(bad)} checkpoint{'s' * (len(bad) > 1)} that cannot be used "

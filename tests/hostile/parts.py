@@ -67,3 +67,21 @@ def long_texts(rows: int, size: int = 100 << 20) -> pa.Array:
     """`rows` times one text: some KB of Parquet, GBs of memory."""
     indices = pa.array(np.zeros(rows, np.int32))
     return pa.DictionaryArray.from_arrays(indices, pa.array(["x" * size]))
+
+
+def run_directory(place: Place, dataset: Path) -> Path:
+    """As much of a run as is read before Ray is started."""
+    path = place.given / "run"
+    path.mkdir()
+    made = Dataset.open(str(dataset)).manifest
+    saved = {
+        "config": {"data": str(dataset), "output": str(path)},
+        "dataset": {
+            "path": str(dataset),
+            "num_labels": made.num_labels,
+            "vocabulary_hash": made.vocabulary_hash,
+            "manifest_hash": made.hash,
+        },
+    }
+    (path / "run.json").write_text(json.dumps(saved))
+    return path

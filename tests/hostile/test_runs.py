@@ -21,6 +21,7 @@ from renee_ray.service.run.directory import RunDirectory
 
 from ..data.tiny import write_tiny
 from ..training import test_checkpoint as kept
+from .parts import run_directory
 from .place import Case, Made, Place, refused
 
 STEP = f"checkpoints/{kept.NAME}"
@@ -29,19 +30,8 @@ STEP = f"checkpoints/{kept.NAME}"
 def run_of(place: Place) -> Path:
     """A run with one committed checkpoint, and the dataset beside it."""
     dataset = place.given / "set"
-    made = write_tiny(dataset).manifest
-    path = place.given / "run"
-    path.mkdir()
-    saved = {
-        "config": {"data": str(dataset), "output": str(path)},
-        "dataset": {
-            "path": str(dataset),
-            "num_labels": made.num_labels,
-            "vocabulary_hash": made.vocabulary_hash,
-            "manifest_hash": made.hash,
-        },
-    }
-    (path / "run.json").write_text(json.dumps(saved))
+    write_tiny(dataset)
+    path = run_directory(place, dataset)
     kept.write(path)
     return path
 

@@ -6,14 +6,13 @@ import gzip
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.data import storage
-from renee_ray.data.dataset import DATASET, Dataset
+from renee_ray.data.dataset import DATASET
 from renee_ray.data.destination import Destination
 from renee_ray.data.sources import xmlrepo
 from renee_ray.data.sources.lines import (
@@ -29,7 +28,7 @@ from renee_ray.data.sources.lines import (
 from renee_ray.data.sources.lines import read as read_lines
 from renee_ray.data.sources.parquet import index_parquet
 
-from .parts import WHOLE, long_texts, tiny
+from .parts import WHOLE, long_texts, run_directory, tiny
 from .place import Case, Made, Place, refused
 
 
@@ -145,24 +144,6 @@ SOURCES = [
     ),
     Case("source-of-one-text", source_bomb, "text would decode to more"),
 ]
-
-
-def run_directory(place: Place, dataset: Path) -> Path:
-    """As much of a run as is read before Ray is started."""
-    path = place.given / "run"
-    path.mkdir()
-    made = Dataset.open(str(dataset)).manifest
-    saved = {
-        "config": {"data": str(dataset), "output": str(path)},
-        "dataset": {
-            "path": str(dataset),
-            "num_labels": made.num_labels,
-            "vocabulary_hash": made.vocabulary_hash,
-            "manifest_hash": made.hash,
-        },
-    }
-    (path / "run.json").write_text(json.dumps(saved))
-    return path
 
 
 def predicted_into(destination: str) -> Callable[[Place], Made]:
