@@ -115,9 +115,8 @@ def test_undisturbed(trained: Run, dataset: str) -> None:
     loss = losses(trained)
     assert np.isfinite(loss).all()
     assert loss[-5:].mean() < 0.9 * loss[:5].mean()
-    first, last = trained.history["evals"][0], trained.history["evals"][-1]
+    last = trained.history["evals"][-1]
     assert trained.result["validation"] == last["metrics"]
-    assert last["metrics"]["P@1"] > first["metrics"]["P@1"] * 0.9
     assert last["metrics"]["P@1"] > 5
     assert trained.result["best"] == max(e["metrics"]["P@1"] for e in trained.history["evals"])
     record = trained.history["steps"][-1]
