@@ -285,21 +285,40 @@ def hung_worker(process: subprocess.Popen[str], path: str, step: int) -> int:
     return victim
 
 
+WATCHDOG = """
+import logging, os
+def watch(record):
+    if record.msg.startswith("rank %d on %s stops in phase") and os.path.exists(__file__ + ".on"):
+        open(f"{__file__}.{os.getpid()}", "w").close()
+        os.abort()
+    return True
+logging.getLogger("renee_ray.service.observe.observe").addFilter(watch)
+"""
+"""Makes each process of a run end by SIGABRT at the moment when gloo raises: as NCCL's does, whose
+watchdog leaves no time for an exception. A file turns it on."""
+
+
 def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
-    path = str(tmp_path / "run")
+    """The first time the others' collective raises, the second time they die in it."""
+    path, watchdog = str(tmp_path / "run"), tmp_path / "sitecustomize.py"
+    watchdog.write_text(WATCHDOG)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = start(
         "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=3",
-        f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1", env=IMPATIENT,
+        f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1",
+        env=IMPATIENT | {"PYTHONPATH": paths},
     )  # fmt: skip
     try:
         victims = [hung_worker(process, path, 5)]
+        Path(f"{watchdog}.on").touch()
         victims.append(hung_worker(process, path, newest_commit(path) + 5))
         done = finish(process)
     finally:
         end(process)
     assert done.status == 1
+    assert len(list(tmp_path.glob("sitecustomize.py.[0-9]*"))) >= 2, "nobody died of SIGABRT"
     silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", done.stderr)
     assert {*map(int, silent)} == {*victims}, done.stderr
     assert "2 others wait for it in phase" in done.stderr
