@@ -23,12 +23,15 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from renee_ray.config.overrides import make_config, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.data import storage
+from renee_ray.errors import ReneeError
 from renee_ray.parallel.recorder import KINDS, Totals
 from renee_ray.report.status import read_status
+from renee_ray.service.launch import decide_gpu
 from renee_ray.service.observe.exported import METRICS, Exported
 from renee_ray.service.train.train import train
 
@@ -42,6 +45,8 @@ HELD_S, FREE_S = 0.12, 0.04
 TIMEOUT_S = 15
 """Longer than workers take on a busy machine between two steps."""
 WORKER = "ray::RayTrainWorker"
+GPUS = None if torch.cuda.is_available() else 2
+"""That Ray believes to be there, though torch cannot use them."""
 IMPATIENT = {storage.PATIENCE: "1"}
 """With storage: between two steps a worker waits for others that much longer than `timeout_s`."""
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
@@ -157,7 +162,7 @@ def ray_with_metrics() -> Iterator[tuple[int, Path]]:
     """A local Ray: (the port of its metrics, the directory of its logs)."""
     port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
     ray.init(
-        "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+        "local", num_cpus=4, num_gpus=GPUS, include_dashboard=False, log_to_driver=False,
         _metrics_export_port=port,
         _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
     )  # fmt: skip
@@ -260,6 +265,16 @@ def test_log_lines_are_json_with_rank_and_step(watched: Watched) -> None:
     assert slow and all(line["level"] == "WARNING" and line["step"] > 0 for line in slow)
     started = [line for line in watched.lines if "of 2 on" in line["message"]]
     assert len(started) == 2 and {line["level"] for line in started} == {"INFO"}
+
+
+@pytest.mark.skipif(not GPUS, reason="torch can use the GPUs")
+def test_gpus_that_torch_cannot_use_are_given_to_nobody(
+    ray_with_metrics: tuple[int, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not decide_gpu("auto", 2)
+    assert f"torch {torch.__version__} cannot use the GPUs" in caplog.text
+    with pytest.raises(ReneeError, match="needs 1 GPUs and the Ray cluster has 0"):
+        decide_gpu("yes", 1)
 
 
 def test_curves_are_in_tensorboard(watched: Watched) -> None:

@@ -156,6 +156,10 @@ class Watch:
 
 
 def _waits(beat: Beat) -> bool:
+    """Whether it may be waiting for others.
+
+    The host of a GPU runs ahead of its collectives, but waits for its device in such a phase only.
+    """
     return KINDS[beat.phase] in ("collective", "pause")
 
 
