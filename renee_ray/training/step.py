@@ -193,8 +193,9 @@ class Step:
                 parameter.grad /= self.loss_scale.value
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.
-        self.recorder.enter("reduce")  # the host of a GPU waits here for the sum over ranks
-        broken = all_sum(self.ranks, (~torch.isfinite(norm)).int().cpu())
+        broken = (~torch.isfinite(norm)).int().cpu()
+        self.recorder.enter("reduce")
+        broken = all_sum(self.ranks, broken)
         self.recorder.enter("optimizer")
         if bool(broken):
             return False
