@@ -266,7 +266,7 @@ def decide_gpu(choice: str, num_workers: int) -> bool:
     have = ray.cluster_resources().get("GPU", 0)
     if have and choice != "no" and started_here() and not torch.cuda.is_available():
         log.warning(
-            "torch %s cannot use the GPUs of this machine: its build or the driver does not fit",
+            "torch %s cannot use the GPUs of this machine; install a build that fits their driver",
             torch.__version__,
         )  # fmt: skip
         have = 0

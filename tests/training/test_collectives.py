@@ -82,7 +82,7 @@ def everything(ranks: Ranks, device: str) -> dict[str, Any]:
             values = value_of(torch.arange(start, stop))
             out[f"look up {num_labels}"] = look_up(ranks, labels, values, start, num_labels)
     out["announce"] = announce(ranks, ranks.rank, 1 << ranks.rank)
-    for where in {"cpu", device}:
+    for where in dict.fromkeys(["cpu", device]):  # in one order on all ranks
         values = torch.tensor([1.0 + ranks.rank, 2.0]).double().to(where)
         out[f"sum on {where}"] = collectives.all_sum(ranks, values).cpu()
     out["gradient"] = gradients(ranks, device)
