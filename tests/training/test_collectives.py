@@ -91,8 +91,9 @@ def everything(ranks: Ranks, device: str) -> dict[str, Any]:
 
 def gradients(ranks: Ranks, device: str) -> dict[str, torch.Tensor]:
     """The gradient of an encoder in DDP with our hook, which calls before the sum over ranks."""
-    encoder, before = linear().to(device), []
-    wrapped = data_parallel(encoder, ranks, "sum", None, lambda: before.append(True))  # type: ignore[arg-type]
+    encoder: Any = linear().to(device)
+    before: list[bool] = []
+    wrapped = data_parallel(encoder, ranks, "sum", on_last=lambda: before.append(True))
     (wrapped(rows_of(ranks.rank, 3).to(device)) ** 2).sum().backward()
     assert before == [True] * (ranks.num_ranks > 1)
     return {name: p.grad.cpu() for name, p in encoder.named_parameters() if p.grad is not None}
