@@ -40,6 +40,8 @@ from renee_ray.service.ray_compat import DatasetsCallback, PlacementGroupCleaner
 from renee_ray.service.run.lease import LeaseLost
 from renee_ray.signals import at_signals
 
+log = logging.getLogger(__name__)
+
 GPU_THREADS = 4
 """Most threads of a worker that has a GPU."""
 NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
@@ -262,6 +264,12 @@ def decide_gpu(choice: str, num_workers: int) -> bool:
         ReneeError: GPUs are demanded and the cluster has too few.
     """
     have = ray.cluster_resources().get("GPU", 0)
+    if have and choice != "no" and started_here() and not torch.cuda.is_available():
+        log.warning(
+            "torch %s cannot use the GPUs of this machine; install a build that fits their driver",
+            torch.__version__,
+        )  # fmt: skip
+        have = 0
     if choice == "yes" and have < num_workers:
         raise ReneeError(
             f"use_gpu=yes needs {num_workers} GPUs and the Ray cluster has {have:.0f}; "

@@ -124,6 +124,7 @@ def on_loopback() -> Iterator[None]:
     local = {
         LOCAL_ONLY: "0",
         "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes the only node away
     }
     before, enabled = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER

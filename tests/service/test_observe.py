@@ -23,12 +23,15 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from renee_ray.config.overrides import make_config, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.data import storage
+from renee_ray.errors import ReneeError
 from renee_ray.parallel.recorder import KINDS, Totals
 from renee_ray.report.status import read_status
+from renee_ray.service.launch import decide_gpu
 from renee_ray.service.observe.exported import METRICS, Exported
 from renee_ray.service.train.train import train
 
@@ -42,6 +45,8 @@ HELD_S, FREE_S = 0.12, 0.04
 TIMEOUT_S = 15
 """Longer than workers take on a busy machine between two steps."""
 WORKER = "ray::RayTrainWorker"
+GPUS = None if torch.cuda.is_available() else 2
+"""That Ray believes to be there, though torch cannot use them."""
 IMPATIENT = {storage.PATIENCE: "1"}
 """With storage: between two steps a worker waits for others that much longer than `timeout_s`."""
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
@@ -157,7 +162,7 @@ def ray_with_metrics() -> Iterator[tuple[int, Path]]:
     """A local Ray: (the port of its metrics, the directory of its logs)."""
     port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
     ray.init(
-        "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+        "local", num_cpus=4, num_gpus=GPUS, include_dashboard=False, log_to_driver=False,
         _metrics_export_port=port,
         _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
     )  # fmt: skip
@@ -262,6 +267,16 @@ def test_log_lines_are_json_with_rank_and_step(watched: Watched) -> None:
     assert len(started) == 2 and {line["level"] for line in started} == {"INFO"}
 
 
+@pytest.mark.skipif(not GPUS, reason="torch can use the GPUs")
+def test_gpus_that_torch_cannot_use_are_given_to_nobody(
+    ray_with_metrics: tuple[int, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not decide_gpu("auto", 2)
+    assert f"torch {torch.__version__} cannot use the GPUs" in caplog.text
+    with pytest.raises(ReneeError, match="needs 1 GPUs and the Ray cluster has 0"):
+        decide_gpu("yes", 1)
+
+
 def test_curves_are_in_tensorboard(watched: Watched) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -285,21 +300,40 @@ def hung_worker(process: subprocess.Popen[str], path: str, step: int) -> int:
     return victim
 
 
+WATCHDOG = """
+import logging, os
+def watch(record):
+    if record.msg.startswith("rank %d on %s stops in phase") and os.path.exists(__file__ + ".on"):
+        open(f"{__file__}.{os.getpid()}", "w").close()
+        os.abort()
+    return True
+logging.getLogger("renee_ray.service.observe.observe").addFilter(watch)
+"""
+"""Makes each process of a run end by SIGABRT at the moment when gloo raises: as NCCL's does, whose
+watchdog leaves no time for an exception. A file turns it on."""
+
+
 def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
-    path = str(tmp_path / "run")
+    """The first time the others' collective raises, the second time they die in it."""
+    path, watchdog = str(tmp_path / "run"), tmp_path / "sitecustomize.py"
+    watchdog.write_text(WATCHDOG)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = start(
         "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=3",
-        f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1", env=IMPATIENT,
+        f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1",
+        env=IMPATIENT | {"PYTHONPATH": paths},
     )  # fmt: skip
     try:
         victims = [hung_worker(process, path, 5)]
+        Path(f"{watchdog}.on").touch()
         victims.append(hung_worker(process, path, newest_commit(path) + 5))
         done = finish(process)
     finally:
         end(process)
     assert done.status == 1
+    assert len(list(tmp_path.glob("sitecustomize.py.[0-9]*"))) >= 2, "nobody died of SIGABRT"
     silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", done.stderr)
     assert {*map(int, silent)} == {*victims}, done.stderr
     assert "2 others wait for it in phase" in done.stderr

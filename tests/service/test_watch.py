@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,6 @@ def test_a_worker_that_hangs_elsewhere_is_named_with_its_phase() -> None:
     assert "for 31 s" in said and "2 others wait for it in phase `gather`" in said
     assert "rank 0" not in said and "rank 1" not in said
     assert watch.complaint(51) is None, "said twice"
-    assert "rank 2" in watch.blamed(80) and watch.blamed(1000) == ""
 
 
 def test_all_that_wait_are_counted_however_long_each_does() -> None:
@@ -76,6 +76,50 @@ def test_nobody_is_accused_without_reason(beats: list[Beat]) -> None:
     watch = Watch(60)
     told(watch, beats, 0)
     assert watch.complaint(0) is None
+
+
+def died(timeout_s: float, wait: float, *, raises: bool = False) -> Watch:
+    """Two workers have waited for rank 2 when they end: by SIGABRT, as NCCL's watchdog does, or
+    by gloo's exception, which lets them send a last heartbeat."""
+    watch, period = Watch(timeout_s), int(beat_seconds(timeout_s))
+    for now in range(0, int(wait) + 1, period):
+        late = Beat(1, 2, "beta", 102, 120, "data", 897, now)
+        told(watch, [waiting(0, now), waiting(1, now), late], now)
+        watch.complaint(now)
+    if raises:
+        told(watch, [replace(waiting(r, wait), ended=True) for r in (0, 1)], wait)
+    for now in range(int(wait), int(wait) + 60):  # until Ray tells that they are gone
+        if now % period == 0:
+            watch.saw(replace(late, seconds=now), now)
+        watch.complaint(now)
+    return watch
+
+
+@pytest.mark.parametrize("timeout_s", [12, 60, 600])
+def test_who_did_not_come_is_blamed_whether_the_others_raise_or_die(timeout_s: float) -> None:
+    for raises in (False, True):
+        said = died(timeout_s, timeout_s, raises=raises).blamed()
+        found = re.search(r"rank 2 on beta \(process 102\) .* `data` of step 120 for (\d+) s", said)
+        assert found is not None and timeout_s - 5 <= int(found[1]) < timeout_s + 60, said
+        assert "rank 0" not in said and "rank 1" not in said and "phase `gather`" in said
+
+
+def test_nobody_is_blamed_for_another_end() -> None:
+    assert Watch(1).blamed() == ""
+    killed = died(600, 120)  # long before the timeout
+    assert "rank 2" in killed._missing.sentence() and killed.blamed() == ""
+
+    came = died(60, 60)
+    told(came, [replace(waiting(r, 1), entered=901) for r in range(3)], 130)
+    assert came.blamed() == ""
+
+    itself = died(60, 60)
+    itself.saw(Beat(1, 2, "beta", 102, 120, "data", 897, 100, ended=True), 130)
+    assert itself.blamed() == "", "its own error tells more"
+
+    again = died(60, 60)
+    told(again, [replace(waiting(r, 60), group=2) for r in range(3)], 130)
+    assert again.blamed() == ""
 
 
 def test_a_group_that_has_ended_or_was_replaced_is_not_judged() -> None:

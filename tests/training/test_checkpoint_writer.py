@@ -28,6 +28,7 @@ from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
 
+from ..devices import DEVICES
 from .gloo import on_ranks
 
 LABELS, DIM, METRIC = 17, 6, "P@1"
@@ -37,10 +38,10 @@ CPU = torch.device("cpu")
 class Worker:
     """What a rank saves: all its numbers are `step`."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device = CPU) -> None:
         owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
-        self.shard = Shard(owned, Weights("fp32", len(owned), DIM, True, CPU))
-        self.encoder = nn.Linear(DIM, DIM)
+        self.shard = Shard(owned, Weights("fp32", len(owned), DIM, True, device))
+        self.encoder = nn.Linear(DIM, DIM, device=device)
         self.optimizer = adamw(self.encoder, EncoderConfig())  # type: ignore[arg-type]
         self.state = State(Position(), 0, facts={"num_labels": LABELS})
 
@@ -76,8 +77,9 @@ def steps(run: Path) -> list[int]:
     return [found.step for found in Checkpoints(str(run)).found()]
 
 
-def save_some(ranks: Ranks, run: str, background: bool) -> torch.Tensor:
-    worker, writer = Worker(ranks), writer_of(Path(run), ranks, background=background)
+def save_some(ranks: Ranks, run: str, background: bool, device: str) -> torch.Tensor:
+    worker = Worker(ranks, torch.device(device))
+    writer = writer_of(Path(run), ranks, background=background)
     committed = []
     for step in (1, 2, 3):
         worker.at(step).save(writer, {})
@@ -88,8 +90,12 @@ def save_some(ranks: Ranks, run: str, background: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_all_ranks_write_one_checkpoint(tmp_path: Path, num_ranks: int, background: bool) -> None:
-    found = on_ranks(num_ranks, save_some, str(tmp_path), background)
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_ranks_write_one_checkpoint(
+    tmp_path: Path, device: str, num_ranks: int, background: bool
+) -> None:
+    """What ranks write that share a GPU is read on a CPU."""
+    found = on_ranks(num_ranks, save_some, str(tmp_path), background, device)
     assert all(each.all() for each in found)
     assert steps(tmp_path) == [3, 2]
     newest = Checkpoints(str(tmp_path)).newest()

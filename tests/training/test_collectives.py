@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from renee_ray.data.storage import PATIENCE
+from renee_ray.model.encoder import data_parallel
 from renee_ray.parallel import collectives
 from renee_ray.parallel.collectives import (
     Ranks,
+    announce,
     gather_rows,
     look_up,
     return_rows,
@@ -23,6 +26,7 @@ from renee_ray.parallel.collectives import (
     scatter_rows,
 )
 from renee_ray.xfc.labels import split_range
+from tests.devices import DEVICES
 from tests.training.gloo import on_ranks
 
 WORLD_SIZES = (1, 2, 3)
@@ -53,21 +57,23 @@ def value_of(labels: torch.Tensor) -> torch.Tensor:
     return labels.double() * 3 + 1
 
 
-def everything(ranks: Ranks) -> dict[str, Any]:
+def everything(ranks: Ranks, device: str) -> dict[str, Any]:
+    """What every collective gives; embeddings and gradients are on `device`, all else is host's."""
     out: dict[str, Any] = {}
     for case, all_counts in enumerate(COUNTS):
-        own = rows_of(ranks.rank, case)
+        own = rows_of(ranks.rank, case).to(device)
         counts = row_counts(ranks, len(own))
         assert counts == all_counts[: ranks.num_ranks]
         if sum(counts) == 0:
             continue
-        out[f"gather {case}"] = gather_rows(ranks, own, counts)
-        pending = scatter_rows(ranks, gradient_of(ranks.rank, case, ranks.num_ranks), counts)
-        out[f"scatter {case}"] = pending.wait().clone()
-        ours = gradient_of(ranks.rank, case, ranks.num_ranks)
-        out[f"return {case}"] = [rows.clone() for rows in return_rows(ranks, ours, counts)]
-        ids = torch.arange(len(ours))[:, None] + 2**40
-        out[f"return ids {case}"] = [rows.clone() for rows in return_rows(ranks, ids, counts)]
+        out[f"gather {case}"] = gather_rows(ranks, own, counts).cpu()
+        ours = gradient_of(ranks.rank, case, ranks.num_ranks).to(device)
+        pending = scatter_rows(ranks, ours.clone(), counts)
+        out[f"scatter {case}"] = pending.wait().cpu().clone()
+        out[f"return {case}"] = [rows.cpu().clone() for rows in return_rows(ranks, ours, counts)]
+        ids = torch.arange(len(ours), device=device)[:, None] + 2**40
+        found = return_rows(ranks, ids, counts)
+        out[f"return ids {case}"] = [rows.cpu().clone() for rows in found]
     for num_labels in LABELS:
         rows, labels = pairs_of(ranks.rank, num_labels)
         out[f"route {num_labels}"] = torch.stack(route(ranks, rows, labels, num_labels), 1)
@@ -75,13 +81,37 @@ def everything(ranks: Ranks) -> dict[str, Any]:
             start, stop = split_range(num_labels, ranks.num_ranks, ranks.rank)
             values = value_of(torch.arange(start, stop))
             out[f"look up {num_labels}"] = look_up(ranks, labels, values, start, num_labels)
-    out["sum"] = collectives.all_sum(ranks, torch.tensor([1.0 + ranks.rank, 2.0]).double())
+    out["announce"] = announce(ranks, ranks.rank, 1 << ranks.rank)
+    for where in dict.fromkeys(["cpu", device]):  # in one order on all ranks
+        values = torch.tensor([1.0 + ranks.rank, 2.0]).double().to(where)
+        out[f"sum on {where}"] = collectives.all_sum(ranks, values).cpu()
+    out["gradient"] = gradients(ranks, device)
     return out
 
 
-@pytest.fixture(scope="module")
-def runs() -> dict[int, list[dict[str, Any]]]:
-    return {n: [everything(Ranks())] if n == 1 else on_ranks(n, everything) for n in WORLD_SIZES}
+def gradients(ranks: Ranks, device: str) -> dict[str, torch.Tensor]:
+    """The gradient of an encoder in DDP with our hook, which calls before the sum over ranks."""
+    encoder: Any = linear().to(device)
+    before: list[bool] = []
+    wrapped = data_parallel(encoder, ranks, "sum", on_last=lambda: before.append(True))
+    (wrapped(rows_of(ranks.rank, 3).to(device)) ** 2).sum().backward()
+    assert before == [True] * (ranks.num_ranks > 1)
+    return {name: p.grad.cpu() for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(DIM, 3)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def runs(request: pytest.FixtureRequest) -> dict[int, list[dict[str, Any]]]:
+    """All ranks share one GPU, where there is one: NCCL would refuse, gloo copies to the host."""
+    device = request.param
+    return {
+        n: [everything(Ranks(), device)] if n == 1 else on_ranks(n, everything, device)
+        for n in WORLD_SIZES
+    }
 
 
 Runs = dict[int, list[dict[str, Any]]]
@@ -177,7 +207,21 @@ def test_look_up_answers_in_the_order_of_the_questions(
 @each_world
 def test_all_sum(runs: Runs, num_ranks: int) -> None:
     for result in runs[num_ranks]:
-        assert result["sum"].tolist() == [num_ranks * (num_ranks + 1) / 2, 2.0 * num_ranks]
+        sums = [value for name, value in result.items() if name.startswith("sum on")]
+        for found in sums:
+            assert found.tolist() == [num_ranks * (num_ranks + 1) / 2, 2.0 * num_ranks]
+        assert sums and result["announce"] == ([*range(num_ranks)], 2**num_ranks - 1)
+
+
+@each_world
+def test_ddp_sums_the_gradient(runs: Runs, num_ranks: int) -> None:
+    dense = linear().double()
+    rows = torch.cat([rows_of(rank, 3) for rank in range(num_ranks)]).double()
+    (dense(rows) ** 2).sum().backward()
+    for result in runs[num_ranks]:
+        for name, parameter in dense.named_parameters():
+            found = result["gradient"][name].double()
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
 
 
 def waited_for(_: Ranks, inside: bool) -> torch.Tensor:

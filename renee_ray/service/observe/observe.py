@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -47,8 +46,6 @@ FLUSH_S = 5.0
 """Seconds for which a checkpoint, beside training, waits for the curves up to it."""
 NAME_BYTES = 64
 """Bytes of a node's name, as it travels between ranks."""
-TIMED_OUT = re.compile(r"tim(ed|e) ?-?out", re.IGNORECASE)
-"""Matches the errors of gloo and NCCL for a collective that some rank did not join."""
 
 
 class Observer:
@@ -302,13 +299,13 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
     except LeaseLost:  # status.json is another driver's
         raise
     except BaseException as error:
-        blamed = watch.blamed(time.monotonic())
+        blamed = watch.blamed() if getattr(error, "worker_failures", None) else ""
         found = (
             ReneeError(
                 f"the workers gave up waiting for each other after {config.timeout_s} s: {blamed}; "
                 f"look at that node and its log, then give the same command again to resume"
             )
-            if blamed and isinstance(error, Exception) and _timed_out(error)
+            if blamed
             else error
         )
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
@@ -316,11 +313,6 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
         if found is error:
             raise
         raise found from error
-
-
-def _timed_out(error: Exception) -> bool:
-    failures = getattr(error, "worker_failures", None) or {}
-    return any(TIMED_OUT.search(str(each)) for each in [error, *failures.values()])
 
 
 def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) -> None:

@@ -51,6 +51,28 @@ class Beat:
         return f"rank {self.rank} on {self.node} (process {self.pid})"
 
 
+@dataclass(frozen=True)
+class Missing:
+    """The workers that are missing in a collective.
+
+    collective: its group, and the number of phases that who waits in it has entered.
+    ranks: what is known of each missing one; waiting: how many wait; place: where they wait.
+    """
+
+    collective: tuple[int, int]
+    ranks: dict[int, str]
+    waiting: int
+    place: str
+
+    def sentence(self) -> str:
+        others = "another worker waits" if self.waiting == 1 else f"{self.waiting} others wait"
+        whom = "it" if len(self.ranks) == 1 else "them"
+        return f"{'; '.join(self.ranks.values())}; {others} for {whom} {self.place}"
+
+
+NOBODY = Missing((-1, -1), {}, 0, "")
+
+
 @dataclass
 class Watch:
     """The driver's view of the newest group of workers.
@@ -59,11 +81,10 @@ class Watch:
     """
 
     timeout_s: float
-    _last: tuple[str, float] = ("", 0.0)
     _group: int = -1
     _over: bool = False
     _beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
-    _reported: set[tuple[int, int]] = field(default_factory=set)
+    _missing: Missing = NOBODY
 
     @property
     def patience(self) -> float:
@@ -84,44 +105,62 @@ class Watch:
 
     def complaint(self, now: float) -> str | None:
         """Returns a sentence on the workers that others wait for, once for each collective."""
-        if self._over:
+        if self._over or (found := self._look(now)) is None:
             return None
-        silent, waiting, late = [], [], []
-        longest = 0.0
-        front = max((beat.entered for beat, _ in self._beats.values()), default=0)
-        for beat, seen in self._beats.values():
+        before = self._missing
+        new = found.collective != before.collective
+        # Whoever dies of the wait is silent too, so later looks add nobody to the first.
+        if new or found.ranks.keys() <= before.ranks.keys():
+            self._missing = found
+        return f"{found.sentence()}, for at most {self.timeout_s:.0f} s" if new else None
+
+    def _look(self, now: float) -> Missing | None:
+        """Finds who keeps the others waiting for longer than `patience`."""
+        silent: dict[int, str] = {}
+        late: dict[int, str] = {}
+        waiting: list[Beat] = []
+        longest, front = 0.0, self._front()
+        for rank, (beat, seen) in self._beats.items():
             still = beat.seconds + now - seen
             if now - seen > max(self.patience, 3 * beat_seconds(self.timeout_s)):
-                silent.append(f"{beat.who()} has sent nothing for {now - seen:.0f} s; it was in "
-                              f"phase `{beat.phase}` of step {beat.step}")  # fmt: skip
+                silent[rank] = (f"{beat.who()} has sent nothing for {now - seen:.0f} s; it was in "
+                                f"phase `{beat.phase}` of step {beat.step}")  # fmt: skip
             elif beat.entered == front and _waits(beat):
                 waiting.append(beat)
                 longest = max(longest, still)
             elif beat.entered < front:
-                late.append(f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
-                            f"for {still:.0f} s")  # fmt: skip
-        culprits, collective = silent or late, (self._group, front)
-        if longest <= self.patience or not culprits or collective in self._reported:
+                late[rank] = (f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
+                              f"for {still:.0f} s")  # fmt: skip
+        if longest <= self.patience or not (silent or late):
             return None
-        self._reported.add(collective)
-        self._last = ("; ".join(culprits), now)
         place = f"in phase `{waiting[0].phase}` of step {waiting[0].step}"
-        others = _others(len(waiting), len(culprits))
-        return f"{self._last[0]}; {others} {place}, for at most {self.timeout_s:.0f} s"
+        return Missing((self._group, front), silent or late, len(waiting), place)
 
-    def blamed(self, now: float) -> str:
-        """Names who did not come to the collective that has just failed; empty if unknown."""
-        complaint, when = self._last
-        return complaint if now - when < 2 * self.timeout_s + PATIENT_S else ""
+    def blamed(self) -> str:
+        """Names who did not come to the collective in which the others waited until its timeout.
+
+        gloo raises then, while NCCL ends the process with SIGABRT. So only heartbeats are asked:
+        the last ones were sent from that collective, shortly before the timeout. Returns an empty
+        string if the workers ended for another reason.
+        """
+        front, beats = self._front(), [beat for beat, _ in list(self._beats.values())]
+        waited = max((beat.seconds for beat in beats if beat.entered == front), default=0.0)
+        to_the_end = waited >= self.timeout_s - 2 * beat_seconds(self.timeout_s)
+        failed_itself = any(beat.ended and beat.entered < front for beat in beats)
+        same = self._missing.collective == (self._group, front)
+        return self._missing.sentence() if same and to_the_end and not failed_itself else ""
+
+    def _front(self) -> int:
+        """Returns the most phases that a worker has entered."""
+        return max((beat.entered for beat, _ in list(self._beats.values())), default=0)
 
 
 def _waits(beat: Beat) -> bool:
+    """Whether it may be waiting for others.
+
+    The host of a GPU runs ahead of its collectives, but waits for its device in such a phase only.
+    """
     return KINDS[beat.phase] in ("collective", "pause")
-
-
-def _others(waiting: int, culprits: int) -> str:
-    others = "another worker waits" if waiting == 1 else f"{waiting} others wait"
-    return f"{others} for {'it' if culprits == 1 else 'them'}"
 
 
 @dataclass
