@@ -6,7 +6,9 @@ Ledger, for V tokens of width H, of which the rows of rank r contain v_r differe
     rows     [v_r, H] with ids [v_r]      own rows' tokens, each once
     dense    [V, H] on each rank          zero but for the tokens of the global batch
 
-    grad  --coalesce-->  rows  --gather_rows, added in rank order-->  dense
+    grad  --added up-->  rows  --gather_rows, added in rank order-->  dense
+
+The host knows the ids from the batch. Asked for them, a GPU would make it wait.
 
 A batch contains some hundred of V = 30,522 tokens. A dense gradient would be filled with zeros,
 copied and summed over the ranks in each step, and would be most of what DDP sends. `dense` is
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, row_counts
+from renee_ray.xfc.device import upload
 
 
 class TokenGradient:
@@ -32,18 +35,28 @@ class TokenGradient:
     def __init__(self, encoder: nn.Module, ranks: Ranks, *, mean: bool = False) -> None:
         embeddings = [module for module in encoder.modules() if isinstance(module, nn.Embedding)]
         embedding = max(embeddings, key=lambda each: each.num_embeddings)
+        # Where a sparse gradient leaves out the padding, it asks a GPU for the places of it.
+        self._padding, embedding.padding_idx = embedding.padding_idx, None
         embedding.sparse = True
         self.weight = embedding.weight
         self._ranks, self._scale = ranks, 1 / ranks.num_ranks if mean else 1.0
         self._dense = torch.zeros_like(self.weight, requires_grad=False)
         self._written = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
 
-    def reduce(self) -> None:
-        """Replaces the weight's sparse gradient by the dense one of the global batch."""
+    def reduce(self, tokens: Tensor) -> None:
+        """Replaces the weight's sparse gradient by the dense one of the global batch.
+
+        tokens: int64 [v_r], in host memory: the ids of own rows' tokens, ascending, each once.
+        """
         assert self.weight.grad is not None
-        own = self.weight.grad.coalesce()
+        own, ids = self.weight.grad, upload(tokens, self.weight.device)
+        places = torch.searchsorted(ids, own._indices()[0])
+        # The backward of dense vectors: unlike `index_add_` it adds in the same order on a GPU.
+        rows = torch.ops.aten.embedding_dense_backward(own._values(), places, len(ids), -1, False)
         self._dense.index_fill_(0, self._written, 0.0)
-        self._written = self._add(own.indices()[0], own.values() * self._scale)
+        self._written = self._add(ids, rows * self._scale)
+        if self._padding is not None:
+            self._dense[self._padding] = 0.0
         self.weight.grad = self._dense
 
     def _add(self, ids: Tensor, rows: Tensor) -> Tensor:

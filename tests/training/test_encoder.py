@@ -21,7 +21,6 @@ from renee_ray.model.encoder import (
     build_encoder,
     training_attention,
 )
-from renee_ray.training.step import dropout_mask
 from renee_ray.xfc.device import native_bf16
 
 CPU = torch.device("cpu")
@@ -256,20 +255,6 @@ def test_autocast_dtype() -> None:
     assert autocast_dtype("fp16", CPU) == torch.float16
     native = torch.bfloat16 if native_bf16(CPU) else None
     assert autocast_dtype("auto", CPU) == native
-
-
-def mask_of(seed: int = 1, step: int = 4, first: int = 0, rows: int = 40) -> torch.Tensor:
-    return dropout_mask(torch.zeros(rows, 50), 0.25, seed, step, 40, first)
-
-
-def test_dropout_depends_on_seed_step_and_place_only() -> None:
-    whole = mask_of()
-    assert torch.equal(mask_of(first=13, rows=9), whole[13:22])
-    assert whole.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert float((whole == 0).float().mean()) == pytest.approx(0.25, abs=0.04)
-    assert not torch.equal(whole, mask_of(step=5))
-    assert not torch.equal(whole, mask_of(seed=2)), "the seed is ignored"
-    assert dropout_mask(torch.zeros(3, 2), 0.0, 1, 1, 3, 0) == 1
 
 
 @pytest.mark.slow

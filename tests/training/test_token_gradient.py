@@ -31,9 +31,9 @@ def gradients(ranks: Ranks, few: bool, mean: bool, device: str = "cpu") -> torch
     tokens = TokenGradient(encoder, ranks, mean=mean)
     found = []
     for step in range(STEPS):
-        vectors = encoder[1](ids_of(step, ranks.rank, few).to(device))
-        vectors.backward(upstream(step, ranks.rank, few).to(device))
-        tokens.reduce()
+        ids = ids_of(step, ranks.rank, few)
+        encoder[1](ids.to(device)).backward(upstream(step, ranks.rank, few).to(device))
+        tokens.reduce(ids.unique())
         assert tokens.weight.grad is not None
         found.append(tokens.weight.grad.cpu().clone())
         encoder.zero_grad(set_to_none=True)
