@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,7 @@ def reduce_scatter_single(
     return scatter(own, everyone, group=group, async_op=True)
 
 
-def own_buffers(wrapper: type[DistributedDataParallel]) -> dict[str, bool]:
+def own_buffers(wrapper: type[DistributedDataParallel]) -> dict[str, Any]:
     """Returns the argument with which DDP does not send buffers around in every forward."""
     known, name = inspect.signature(wrapper).parameters, "forward_sync_buffers"
     return {name if name in known else "broadcast_buffers": False}

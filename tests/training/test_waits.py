@@ -8,7 +8,9 @@ number, or a tensor whose shape depends on numbers.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,34 +151,41 @@ def batch_of(ranks: Ranks, step: int, *, padded: bool) -> Batch:
     return Batch(Position(0, step), np.arange(5), *columns, pad_id=0)
 
 
-def waits_of_steps(
-    ranks: Ranks, bert: str, attention: str, micro_batch: int, chunk: int, sparse: bool
-) -> list[list[str]]:
-    """Returns what each of four steps waits for, of which every other one has padded rows."""
+def step_of(
+    ranks: Ranks, device: torch.device, bert: str, attention: str, micro_batch: int, chunk: int,
+    sparse: bool, operations: Operations | None,
+) -> Step:  # fmt: skip
     settings = EncoderConfig(
         name=bert, attention=attention, autocast="bf16", dropout=0.2, micro_batch=micro_batch
     )
-    encoder = build_encoder(settings, CPU, 0).train()
+    encoder = build_encoder(settings, device, 0).train()
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
-    weights = Weights("bf16_sr", len(owned), DIM, True, CPU)
+    weights = Weights("bf16_sr", len(owned), DIM, True, device)
     tokens = TokenGradient(encoder, ranks) if sparse else None
-    step = Step(
-        data_parallel(encoder, ranks, "sum", tokens),
-        Shard(owned, weights, chunk, Operations(residual, Update)),
-        adamw(encoder, settings), ranks, CPU, 0.2, 1, 1.0, LossScale(8.0, dynamic=True),
+    return Step(
+        data_parallel(encoder, ranks, "sum", tokens), Shard(owned, weights, chunk, operations),
+        adamw(encoder, settings), ranks, device, 0.2, 1, 1.0, LossScale(8.0, dynamic=True),
         micro_batch, tokens,
     )  # fmt: skip
-    found = []
-    for number in range(4):
 
-        def work(waits: Waits, number: int = number) -> None:
-            for each in (*encoder.parameters(), *encoder.buffers(), *weights.tensors().values()):
-                waits.put(each)
-            batch = batch_of(ranks, number, padded=number % 2 == 0)
-            step(batch, number, SGD(0.1, 0.9, 0.01, seed=1, step=number))
 
-        found.append(counted(work))
-    return found
+def train(step: Step, number: int) -> None:
+    """Makes a step; every other one has padded rows."""
+    batch = batch_of(step.ranks, number, padded=number % 2 == 0)
+    step(batch, number, SGD(0.1, 0.9, 0.01, seed=1, step=number))
+
+
+def waits_of_steps(ranks: Ranks, *settings: Any) -> list[list[str]]:
+    """Returns what each of four steps waits for."""
+    step = step_of(ranks, CPU, *settings, Operations(residual, Update))
+
+    def work(waits: Waits, number: int) -> None:
+        weights = step.shard.weights.tensors().values()
+        for each in (*step.encoder.parameters(), *step.encoder.buffers(), *weights):
+            waits.put(each)
+        train(step, number)
+
+    return [counted(partial(work, number=number)) for number in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -195,3 +204,23 @@ def test_a_step_waits_once(
     ranks = [waits_of_steps(Ranks(), *given)] if alone else on_ranks(2, waits_of_steps, *given)
     for found in ranks:
         assert [len(step) for step in found] == [1] * 4, found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_on_a_gpu_torch_says_so_too(bert: str, micro_batch: int, sparse: bool) -> None:
+    step = step_of(Ranks(), torch.device("cuda"), bert, "sdpa", micro_batch, 7, sparse, None)
+    train(step, 0)
+    train(step, 1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train(step, 2)
+            train(step, 3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in said if "synchronizing" in str(each.message)]
+    assert len(waits) == 2, waits
