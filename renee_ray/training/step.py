@@ -6,9 +6,8 @@ Ledger, for a global batch of B rows of which rank r holds b_r, and a rank that 
     E     [B, D]     fp32    those of all rows, without; the same on every rank
     dE    [B, D]     fp32    gradient of E from own labels; the sum over ranks is the whole one
 
-The phases, by the method of `Step`:
+The phases, by the method of `Step`, once `GradientCache` has launched encoder(tokens):
 
-    GradientCache   encoder(tokens) is launched
     _announce       row counts; positives travel to the owners of their labels
     _gather         e  = dropout(encoder(tokens));    E = gather_rows(e)
     _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
