@@ -19,6 +19,7 @@ allocated once, and only the rows that were written are cleared again.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class TokenGradient:
         embedding.sparse = True
         self.weight, self._by_token = embedding.weight, False
         with contextlib.suppress(AttributeError, NotImplementedError):  # no model of transformers
-            self._by_token = encoder.backbone.get_input_embeddings() is embedding
+            backbone: Any = encoder.backbone
+            self._by_token = backbone.get_input_embeddings() is embedding
         self._ranks, self._scale = ranks, 1 / ranks.num_ranks if mean else 1.0
         self._dense = torch.zeros_like(self.weight, requires_grad=False)
         self._written = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
