@@ -49,7 +49,7 @@ from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk, u
 from renee_ray.errors import reason
 from renee_ray.machine import available_bytes
 from renee_ray.model.encoder import Encoder
-from renee_ray.parallel.collectives import Ranks, all_sum, broadcast_bytes
+from renee_ray.parallel.collectives import Ranks, all_gather_single, all_sum, broadcast_bytes
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.shard import Shard
 
@@ -291,7 +291,7 @@ class CheckpointWriter:
             if self._group is None:
                 rows = row
             else:
-                dist.all_gather_single(rows, row, group=self._group)
+                all_gather_single(rows, row, self._group)
         except RuntimeError as error:  # a peer died: this worker is about to be stopped too
             log.warning("a checkpoint is left out: %s", reason(error))
             return None

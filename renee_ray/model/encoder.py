@@ -6,8 +6,9 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from renee_ray.data.models import resolve_model
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.dropout import draw_fast
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.collectives import Ranks, sum_gradients
+from renee_ray.parallel.collectives import Ranks, own_buffers, sum_gradients
 from renee_ray.xfc.device import native, native_bf16
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ class Encoder(nn.Module):
         self.constant: Tensor
         self.register_buffer("constant", torch.zeros(self.dim))
         self.autocast = autocast_dtype(config.autocast, device)
+        self.compiled = config.compile
         if config.weights:
             load_initial_weights(self, config.weights)
         self.to(device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask: int64 [b, T] -> float32 [b, D]."""
+        """input_ids, attention_mask: int64 [b, T] -> float32 [b, D]; see `padded_tokens`."""
         device = input_ids.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             hidden = self._hidden(input_ids, attention_mask)
@@ -70,8 +72,11 @@ class Encoder(nn.Module):
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns the last hidden states; a CPU notices a token outside the vocabulary."""
+        # Compiled code is compiled anew for an absent mask, and for a mask of other strides.
+        padded = self.compiled or attention_mask.stride(1) != 0
+        mask = attention_mask.contiguous() if padded else None
         try:
-            hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+            hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=mask)[0]
         except IndexError as error:
             raise ReneeError(
                 f"the dataset has token ids up to {int(input_ids.max())} and the encoder knows "
@@ -121,7 +126,7 @@ def data_parallel(
         encoder,
         device_ids=None if not on_gpu else [torch.cuda.current_device()],
         gradient_as_bucket_view=True,
-        forward_sync_buffers=False,
+        **own_buffers(DistributedDataParallel),
     )
     if gradient == "sum":
         sum_gradients(wrapped, on_last)
@@ -197,8 +202,11 @@ def _attention(choice: str, device: torch.device) -> str:
 
 def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     # The import takes seconds, and most processes of a run hold no encoder.
-    from transformers import AutoModel
+    from transformers import AttentionMaskInterface, AutoModel
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
+    for kind, make in ("eager", eager_mask), ("sdpa", sdpa_mask):
+        AttentionMaskInterface.register(kind, partial(_mask, make))
     directory = resolve_model(config.name)
     attention = _attention(config.attention, device)
     with _loading(config.name):
@@ -218,6 +226,13 @@ def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return model
+
+
+def _mask(make: Callable[..., Tensor | None], **given: Any) -> Tensor | None:
+    """Makes a mask of transformers, which would wait for a GPU to tell that no text is padded."""
+    if given.get("attention_mask") is not None:
+        given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return make(**given)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from renee_ray.data.split import splitmix64
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.model import Model
-from renee_ray.parallel.batch import Batch, Ragged, pad, ragged, truncate
+from renee_ray.parallel.batch import Batch, Ragged, padded_tokens, ragged, truncate
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, route, row_counts
 from renee_ray.parallel.recorder import Recorder
 from renee_ray.parallel.rounds import Rounds
@@ -270,8 +270,7 @@ def embed_texts(
     order = np.argsort(tokens.lengths, kind="stable")
     for start in range(0, len(order), TEXT_BATCH):
         rows = order[start : start + TEXT_BATCH]
-        ids, mask = pad(tokens.take(rows), pad_id)
-        embedded = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
+        embedded = encoder(*padded_tokens(tokens.take(rows), pad_id, device))
         out[torch.from_numpy(rows).to(device)] = embedded
         on_batch(len(rows))
     return out

@@ -6,7 +6,10 @@ Ledger, for V tokens of width H, of which the rows of rank r contain v_r differe
     rows     [v_r, H] with ids [v_r]      own rows' tokens, each once
     dense    [V, H] on each rank          zero but for the tokens of the global batch
 
-    grad  --coalesce-->  rows  --gather_rows, added in rank order-->  dense
+    grad  --added up-->  rows  --gather_rows, added in rank order-->  dense
+
+The host knows the ids from the batch, if these are what the vectors are looked up by. For an
+encoder whose largest embedding is another, it asks the device, and waits.
 
 A batch contains some hundred of V = 30,522 tokens. A dense gradient would be filled with zeros,
 copied and summed over the ranks in each step, and would be most of what DDP sends. `dense` is
@@ -15,10 +18,14 @@ allocated once, and only the rows that were written are cleared again.
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, row_counts
+from renee_ray.xfc.device import upload
 
 
 class TokenGradient:
@@ -32,18 +39,32 @@ class TokenGradient:
     def __init__(self, encoder: nn.Module, ranks: Ranks, *, mean: bool = False) -> None:
         embeddings = [module for module in encoder.modules() if isinstance(module, nn.Embedding)]
         embedding = max(embeddings, key=lambda each: each.num_embeddings)
+        # Where a sparse gradient leaves out the padding, it asks a GPU for the places of it.
+        self._padding, embedding.padding_idx = embedding.padding_idx, None
         embedding.sparse = True
-        self.weight = embedding.weight
+        self.weight, self._by_token = embedding.weight, False
+        with contextlib.suppress(AttributeError, NotImplementedError):  # no model of transformers
+            backbone: Any = encoder.backbone
+            self._by_token = backbone.get_input_embeddings() is embedding
         self._ranks, self._scale = ranks, 1 / ranks.num_ranks if mean else 1.0
         self._dense = torch.zeros_like(self.weight, requires_grad=False)
         self._written = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
 
-    def reduce(self) -> None:
-        """Replaces the weight's sparse gradient by the dense one of the global batch."""
+    def reduce(self, tokens: Tensor) -> None:
+        """Replaces the weight's sparse gradient by the dense one of the global batch.
+
+        tokens: int64 [v_r], in host memory: the ids of own rows' tokens, ascending, each once.
+        """
         assert self.weight.grad is not None
-        own = self.weight.grad.coalesce()
+        found, values = self.weight.grad._indices()[0], self.weight.grad._values()
+        ids = upload(tokens, self.weight.device) if self._by_token else found.unique()
+        places = torch.searchsorted(ids, found)
+        # The backward of dense vectors: unlike `index_add_` it adds in the same order on a GPU.
+        rows = torch.ops.aten.embedding_dense_backward(values, places, len(ids), -1, False)
         self._dense.index_fill_(0, self._written, 0.0)
-        self._written = self._add(own.indices()[0], own.values() * self._scale)
+        self._written = self._add(ids, rows * self._scale)
+        if self._padding is not None:
+            self._dense[self._padding] = 0.0
         self.weight.grad = self._dense
 
     def _add(self, ids: Tensor, rows: Tensor) -> Tensor:

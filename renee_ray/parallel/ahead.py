@@ -1,6 +1,6 @@
 """Items that a thread makes, one ahead of their consumer.
 
-A step ends by waiting for the GPU, which must not then wait for the next batch to be made.
+A step waits for the GPU in its middle, which must not be idle while the next batch is made.
 """
 
 from __future__ import annotations

@@ -134,16 +134,18 @@ class Batch:
         return [order[i : i + limit] for i in range(0, len(order), limit)]
 
     def tokens(self, device: torch.device, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Returns (input_ids, attention_mask) int64 [max(b, 1), T], padded to the longest row.
+        """Returns (input_ids, attention_mask) as `padded_tokens` of these rows, in this order.
 
-        rows: which ones, in this order; None: all.
+        rows: None: all.
         """
         chosen = self.input_ids if rows is None else self.input_ids.take(rows)
-        padded, mask = pad(chosen, self.pad_id, self.pad_multiple)
-        return (
-            upload(torch.from_numpy(padded), device),
-            upload(torch.from_numpy(mask), device),
-        )
+        return padded_tokens(chosen, self.pad_id, device, self.pad_multiple)
+
+    def distinct_tokens(self) -> Tensor:
+        """Returns the ids of all tokens, the padding's too: int64, ascending, each once."""
+        there = np.bincount(self.input_ids.values, minlength=self.pad_id + 1)
+        there[self.pad_id] += 1
+        return torch.from_numpy(np.flatnonzero(there))
 
     def padding(self, micro_batch: int = 0) -> tuple[int, int]:
         """Returns (tokens, cells of the padded matrices of its micro-batches)."""
@@ -241,6 +243,19 @@ def _batch(
         pad_multiple,
         rows,
     )
+
+
+def padded_tokens(
+    rows: Ragged, pad_id: int, device: torch.device, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Uploads rows as (input_ids, attention_mask) int64 [max(n, 1), T], padded to the longest.
+
+    Where no row is padded the mask is a single 1, expanded. Its stride of 0 tells the encoder so
+    without a look into the memory of a GPU.
+    """
+    ids, mask = map(torch.from_numpy, pad(rows, pad_id, multiple))
+    given = mask[:1, :1] if mask.all() else mask
+    return upload(ids, device), upload(given, device).expand(ids.shape)
 
 
 def pad(rows: Ragged, pad_id: int, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:

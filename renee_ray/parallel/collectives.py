@@ -18,11 +18,13 @@ pairs and counts, which originate on the host: no device synchronisation for the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +65,29 @@ class Ranks:
         )
 
 
+def all_gather_single(everyone: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Gathers equal tensors of all ranks; torch 2.13 has renamed this and `reduce_scatter_single`.
+
+    Of the former names it warns.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, own, group=group)
+
+
+def reduce_scatter_single(
+    own: Tensor, everyone: Tensor, group: dist.ProcessGroup | None
+) -> dist.Work:
+    """Starts to sum over the ranks, each of which receives its part."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(own, everyone, group=group, async_op=True)
+
+
+def own_buffers(wrapper: type[DistributedDataParallel]) -> dict[str, Any]:
+    """Returns the argument with which DDP does not send buffers around in every forward."""
+    known, name = inspect.signature(wrapper).parameters, "forward_sync_buffers"
+    return {name if name in known else "broadcast_buffers": False}
+
+
 def row_counts(ranks: Ranks, rows: int) -> list[int]:
     """Returns how many rows each rank holds of the coming global batch."""
     return announce(ranks, rows, 0)[0]
@@ -77,7 +102,7 @@ def announce(ranks: Ranks, rows: int, request: int) -> tuple[list[int], int]:
     if ranks.num_ranks == 1:
         return [rows], request
     everyone = torch.empty(2 * ranks.num_ranks, dtype=torch.int64)
-    dist.all_gather_single(everyone, torch.tensor([rows, request]), group=ranks.host)
+    all_gather_single(everyone, torch.tensor([rows, request]), ranks.host)
     counts, requests = everyone.view(-1, 2).T.tolist()
     return counts, reduce(or_, requests)
 
@@ -89,7 +114,7 @@ def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
     padded = own.new_zeros(max(counts), own.shape[1])
     padded[: len(own)] = own
     everyone = own.new_empty(ranks.num_ranks * max(counts), own.shape[1])
-    dist.all_gather_single(everyone, padded, group=ranks.tensors)
+    all_gather_single(everyone, padded, ranks.tensors)
     return torch.cat(
         [rows[:n] for rows, n in zip(everyone.chunk(ranks.num_ranks), counts, strict=True)]
     )
@@ -121,7 +146,7 @@ def scatter_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> PendingRo
     for rank, rows in enumerate(everyone.split(counts)):
         padded[rank, : len(rows)] = rows
     own = everyone.new_empty(max(counts), everyone.shape[1])
-    work = dist.reduce_scatter_single(own, padded.flatten(0, 1), group=ranks.tensors, async_op=True)
+    work = reduce_scatter_single(own, padded.flatten(0, 1), ranks.tensors)
     return PendingRows(own, counts[ranks.rank], work)
 
 
@@ -222,7 +247,7 @@ def gather_numbers(ranks: Ranks, own: list[float]) -> list[list[float]]:
     if ranks.num_ranks == 1:
         return [own]
     everyone = torch.empty(ranks.num_ranks * len(own), dtype=torch.float64)
-    dist.all_gather_single(everyone, torch.tensor(own, dtype=torch.float64), group=ranks.host)
+    all_gather_single(everyone, torch.tensor(own, dtype=torch.float64), ranks.host)
     return everyone.view(ranks.num_ranks, -1).tolist()
 
 

@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 KINDS = {
     "data": "data",
-    "route": "collective",
     "encoder_forward": "own",
+    "route": "collective",
     "gather": "collective",
     "classifier": "own",
     "scatter": "collective",

@@ -142,6 +142,7 @@ class Trainer:
     recorder: Recorder = field(default_factory=Recorder)
     wish: Callable[[], int] = lambda: 0
     stopped: bool = False
+    _last: StepResult | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = adamw(self.model.encoder, self.config.encoder)
@@ -168,14 +169,16 @@ class Trainer:
             batch = next(ready)
             result, sampled = self.train_on(batch)
             self._count(batch, result, meter)
+            evaluates = state.step in evaluations
+            saves = evaluates or result.wishes or (every and state.step % every == 0)
+            if sampled or saves:
+                self.settle()
             if sampled:
                 self._sample(result, meter)
                 meter = Meter()
             with meter.paused():
-                if state.step in evaluations:
-                    self.on_checkpoint(self._evaluate())
-                elif result.wishes or (every and state.step % every == 0):
-                    self.on_checkpoint({})
+                if saves:
+                    self.on_checkpoint(self._evaluate() if evaluates else {})
             self.stopped = bool(result.wishes & STOP)
 
     def prepared(self, batch: Batch) -> Batch:
@@ -212,7 +215,8 @@ class Trainer:
         """The step, which begins by wrapping the encoder in DDP: a collective, on all ranks."""
         settings, encoder = self.config.encoder, self.model.encoder
         tokens = None
-        if not settings.compile:  # what is compiled has dense gradients only
+        # What is compiled has dense gradients only, and to one GPU they cost less than sparse ones.
+        if not settings.compile and (self.device.type == "cpu" or self.ranks.num_ranks > 1):
             tokens = TokenGradient(encoder, self.ranks, mean=settings.gradient == "mean")
         return Step(
             data_parallel(
@@ -240,14 +244,27 @@ class Trainer:
         return SkippedSteps(most, done if state.skipped == done else 0)
 
     def _advance(self, done: Position, result: StepResult) -> None:
-        state, skipped = self.state, self._skipped
+        self._follow()
+        self._last, state = result, self.state
         state.step += 1
-        state.skipped += result.skipped
-        skipped.follow(state.step, result, speaks=self.ranks.rank == 0)
         last = done.batch + 1 == self.schedule.batches[done.epoch]
         state.position = (
             Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
         )
+
+    def settle(self) -> None:
+        """Makes `state` that of all steps; before, it may lack whether the last was skipped."""
+        self.recorder.enter("reduce")  # where others may keep it waiting
+        self._step.settle()
+        self._follow()
+
+    def _follow(self) -> None:
+        """Counts the step before, once it is known whether it was skipped."""
+        skipped, result, self._last = self._skipped, self._last, None
+        if result is not None:
+            self.state.skipped += result.skipped
+            self.recorder.count(skipped=int(result.skipped))
+            skipped.follow(self.state.step, result, speaks=self.ranks.rank == 0)
 
     def _count(self, batch: Batch, result: StepResult, meter: Meter) -> None:
         tokens, cells = batch.padding(self.config.encoder.micro_batch)
@@ -255,7 +272,6 @@ class Trainer:
         trained = result.rows * len(self.model.shard.owned)
         self.recorder.count(
             steps=1,
-            skipped=int(result.skipped),
             rows=len(batch),
             label_rows=trained if result.classifier_updated else 0,
             tokens=tokens,

@@ -6,8 +6,9 @@ Ledger, for a global batch of B rows of which rank r holds b_r, and a rank that 
     E     [B, D]     fp32    those of all rows, without; the same on every rank
     dE    [B, D]     fp32    gradient of E from own labels; the sum over ranks is the whole one
 
-The phases, by the method of `Step`:
+The phases, by the method of `Step`, once `GradientCache` has launched encoder(tokens):
 
+    _announce       row counts; positives travel to the owners of their labels
     _gather         e  = dropout(encoder(tokens));    E = gather_rows(e)
     _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
                     de = scatter_rows(dE)             beside the update of the last chunk of labels
@@ -21,6 +22,11 @@ What is not finite is skipped, by all ranks alike:
     the encoder's gradient           AdamW makes no step and the loss scale is halved. The update
                                      of W stands: it needs E alone, which is finite.
 
+The host waits for the device once a step, for whether E is finite. Whether the gradient is, AdamW
+learns from a flag on the device (its `found_inf`). The host reads this flag at the wait of the
+next step, before it needs the loss scale, or when `settle` is called. So a step's `skipped` is
+right from then on, and a run that only skips ends one step late.
+
 dE is complete only when all but the last chunks of W have been updated. If E and W are finite, so
 is dE, short of an overflow of fp32. Otherwise W is lost already; the encoder's gradient then is
 not finite in this step nor in any later one, and `training/loop` ends the run.
@@ -30,10 +36,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import training_attention
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
@@ -49,18 +55,18 @@ from renee_ray.parallel.collectives import (
 )
 from renee_ray.parallel.recorder import Recorder
 from renee_ray.training.gradient_cache import GradientCache
-from renee_ray.xfc.device import upload
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import SGD
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepResult:
     """The outcome of one step.
 
     loss: this rank's labels' part of the batch's summed BCE, float64 scalar.
     rows: points of the global batch.
-    skipped: the encoder was not updated: the embeddings or its gradient were not finite.
+    skipped: the encoder was not updated: the embeddings or its gradient were not finite. The
+        latter is not known before the next step, or `settle`.
     classifier_updated: the embeddings were finite.
     wishes: the bits that any rank passed to the step, the same on all of them.
     """
@@ -77,9 +83,10 @@ class Step:
     """The parts that a step works on.
 
     encoder: [b, T] tokens -> [b, D] float32, wrapped in DDP when there are several ranks.
+    optimizer: a fused one, which leaves out a step where `found_inf` is 1.
     dropout: probability on the embedding; seed: of its masks.
     clip_norm: largest norm of the encoder's gradient; 0: none.
-    loss_scale: scale of the encoder's gradient; is updated by each step.
+    loss_scale: scale of the encoder's gradient; is updated after each step, as `skipped`.
     micro_batch: rows of this rank that the encoder works on at once; 0: all.
     tokens: reduces the gradient of the token vectors where DDP does not, or None.
     recorder: is told which phase of the step begins.
@@ -97,6 +104,10 @@ class Step:
     micro_batch: int = 0
     tokens: TokenGradient | None = None
     recorder: Recorder = field(default_factory=Recorder)
+    _unsettled: tuple[StepResult, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.optimizer.defaults["fused"], "no other kind of AdamW reads found_inf"
 
     def __call__(
         self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False, wish: int = 0
@@ -105,18 +116,28 @@ class Step:
 
         wish: bits that all ranks are told, beside the row counts.
         """
-        counts, wishes, positives = self._announce(batch, wish)
+        self.recorder.enter("encoder_forward")
         with training_attention(self.device):
-            own, mask, everyone = self._gather(batch, counts, step)
-            # As the classifier multiplies them: beyond 65,504 fp16 has no numbers.
-            if not bool(torch.isfinite(everyone.to(self.shard.weights.compute_dtype)).all()):
+            own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
+            # A GPU embeds meanwhile: what needs no embeddings belongs here.
+            counts, wishes, positives = self._announce(batch, wish)
+            mask, everyone = self._gather(own, counts, step)
+            if not self._finite(everyone):
                 self._skip(own)
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
                 return StepResult(zero, sum(counts), True, False, wishes)
             loss, scattering = self._train_shard(everyone, counts, positives, sgd, with_loss)
-            self._backward(own, mask, scattering)
-        stepped = self._optimize()
-        return StepResult(loss, sum(counts), skipped=not stepped, wishes=wishes)
+            self._backward(own, batch, mask, scattering)
+        result = StepResult(loss, sum(counts), wishes=wishes)
+        self._unsettled = result, self._optimize()
+        return result
+
+    def settle(self) -> None:
+        """Waits for whether the last step has updated the encoder; all ranks call it alike."""
+        if self._unsettled is not None:
+            result, overflow = self._unsettled
+            result.skipped, self._unsettled = bool(overflow), None
+            self.loss_scale.update(not result.skipped)
 
     def _announce(self, batch: Batch, wish: int) -> tuple[list[int], int, Pairs]:
         """Tells the other ranks what this one has, and sends positives to their labels' owners.
@@ -131,17 +152,28 @@ class Step:
         self.recorder.enter("classifier")
         return counts, wishes, Pairs(rows, labels, owned, self.device)
 
-    def _gather(
-        self, batch: Batch, counts: list[int], step: int
-    ) -> tuple[GradientCache, Tensor, Tensor]:
-        """Embeds own rows; returns them, their dropout mask, and E [B, D]."""
+    def _gather(self, own: GradientCache, counts: list[int], step: int) -> tuple[Tensor, Tensor]:
+        """Returns the dropout mask of own rows, and E [B, D]."""
         self.recorder.enter("encoder_forward")
-        own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
         first = sum(counts[: self.ranks.rank])
-        mask = dropout_mask(own.embeddings, self.dropout, self.seed, step, sum(counts), first)
+        mask = dropout_mask(own.embeddings, self.dropout, self.seed, step, first)
         dropped = own.embeddings * mask
         self.recorder.enter("gather")
-        return own, mask, gather_rows(self.ranks, dropped, counts)
+        return mask, gather_rows(self.ranks, dropped, counts)
+
+    def _finite(self, everyone: Tensor) -> bool:
+        """Waits for whether E is finite as the classifier multiplies it, and settles a step.
+
+        Beyond 65,504 fp16 has no numbers.
+        """
+        finite = torch.isfinite(everyone.to(self.shard.weights.compute_dtype)).all()
+        if self._unsettled is None:
+            return bool(finite)
+        result, overflow = self._unsettled
+        both = torch.stack([finite, overflow > 0]).cpu()
+        self._unsettled = result, both[1]
+        self.settle()
+        return bool(both[0])
 
     def _skip(self, own: GradientCache) -> None:
         """Changes nothing; the backward frees what the forward holds and joins DDP's reduction."""
@@ -164,7 +196,9 @@ class Step:
         )
         return loss, started[0]
 
-    def _backward(self, own: GradientCache, mask: Tensor, scattering: PendingRows) -> None:
+    def _backward(
+        self, own: GradientCache, batch: Batch, mask: Tensor, scattering: PendingRows
+    ) -> None:
         """Waits for own rows of dE; gives the encoder its gradient, times the loss scale."""
         self.recorder.enter("scatter")
         gradient = scattering.wait()
@@ -172,45 +206,29 @@ class Step:
         own.backward(gradient * (mask * self.loss_scale.value))
         self.recorder.enter("reduce")
         if self.tokens is not None:
-            self.tokens.reduce()
+            self.tokens.reduce(batch.distinct_tokens())
 
-    def _optimize(self) -> bool:
-        """Updates the encoder unless its gradient is not finite on some rank; whether it did."""
+    def _optimize(self) -> Tensor:
+        """Updates the encoder unless its gradient is not finite on some rank.
+
+        Returns:
+            1 if it is not, else 0: float32 scalar, the same on all ranks.
+        """
         self.recorder.enter("optimizer")
-        finite = self._clip()
-        self.loss_scale.update(finite)
-        if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return finite
-
-    def _clip(self) -> bool:
-        """Unscales the gradient and limits its norm; whether it is finite on every rank."""
         parameters = [p for p in self.encoder.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if self.loss_scale.value != 1:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad /= self.loss_scale.value
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            torch._foreach_div_(gradients, self.loss_scale.value)
+        norm = torch.nn.utils.get_total_norm(gradients)
         # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.
-        broken = (~torch.isfinite(norm)).int().cpu()
         self.recorder.enter("reduce")
-        broken = all_sum(self.ranks, broken)
+        overflow = all_sum(self.ranks, (~torch.isfinite(norm)).float()).clamp_(max=1)
         self.recorder.enter("optimizer")
-        if bool(broken):
-            return False
         if self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        return True
-
-
-def dropout_mask(own: Tensor, p: float, seed: int, step: int, total: int, first: int) -> Tensor:
-    """Draws factors 0 or 1/(1-p) for rows [first, first + b_r) of a global batch of `total` rows.
-
-    They depend on (seed, step, place in the global batch), so not on who holds a row.
-    """
-    if p == 0:
-        return own.new_ones(())
-    drawn = np.random.default_rng([seed, step]).random((total, own.shape[1]), dtype=np.float32)
-    kept = torch.from_numpy(drawn[first : first + len(own)] >= p)
-    return upload(kept.float() / (1 - p), own.device)
+            # Times a factor that is not finite, `tokens` would not be zero where it counts on it.
+            finite = norm.nan_to_num(0, 0)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, finite)
+        self.optimizer.found_inf = overflow  # type: ignore[attr-defined]  # as a GradScaler does
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return overflow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from renee_ray.data.storage import PATIENCE
 from renee_ray.model.encoder import data_parallel
@@ -222,6 +225,31 @@ def test_ddp_sums_the_gradient(runs: Runs, num_ranks: int) -> None:
         for name, parameter in dense.named_parameters():
             found = result["gradient"][name].double()
             torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def with_former_names(ranks: Ranks) -> dict[str, Any]:
+    """Runs in a process of its own, as if torch were older than 2.13."""
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        if hasattr(dist, name):
+            delattr(dist, name)
+    return everything(ranks)
+
+
+def test_torch_before_2_13_has_other_names(runs: Runs) -> None:
+    for found, wanted in zip(on_ranks(2, with_former_names), runs[2], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+class FormerWrapper:
+    def __init__(self, module: object, broadcast_buffers: bool = True) -> None: ...
+
+
+def test_so_has_its_ddp() -> None:
+    assert collectives.own_buffers(FormerWrapper) == {"broadcast_buffers": False}  # type: ignore[arg-type]
+    assert len(collectives.own_buffers(DistributedDataParallel)) == 1
+    assert inspect.signature(DistributedDataParallel).bind(
+        None, **collectives.own_buffers(DistributedDataParallel)
+    )
 
 
 def waited_for(_: Ranks, inside: bool) -> torch.Tensor:

@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from transformers import (
+    AttentionMaskInterface,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+)
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
@@ -21,7 +30,7 @@ from renee_ray.model.encoder import (
     build_encoder,
     training_attention,
 )
-from renee_ray.training.step import dropout_mask
+from renee_ray.parallel.batch import Ragged, padded_tokens
 from renee_ray.xfc.device import native_bf16
 
 CPU = torch.device("cpu")
@@ -82,6 +91,48 @@ def test_padding_changes_nothing(directories: dict[str, str], kind: str) -> None
     alone = torch.cat([encoder(IDS[i : i + 1, :n], MASK[i : i + 1, :n]) for i, n in
                        enumerate(MASK.sum(1).tolist())])  # fmt: skip
     torch.testing.assert_close(encoder(IDS, MASK), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_the_mask_of_texts_without_padding_is_not_needed(
+    directories: dict[str, str], kind: str, attention: str
+) -> None:
+    encoder = make(directories[kind], attention=attention).eval()
+    ids, mask = padded_tokens(Ragged.of_lists(IDS[:1].repeat(2, 1).tolist()), 0, CPU)
+    seen: list[object] = []
+    encoder.backbone.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["attention_mask"]), with_kwargs=True
+    )
+    assert mask.stride(1) == 0 and mask.tolist() == [[1] * 5] * 2
+    assert torch.equal(encoder(ids, mask), encoder(ids, mask.contiguous()))
+    assert seen[0] is None and isinstance(seen[1], torch.Tensor)
+    assert padded_tokens(Ragged.of_lists([[1, 2], [3]]), 0, CPU)[1].tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("model", ["ModernBert", "Llama"])
+def test_masks_that_are_not_asked_about_are_those_of_transformers(
+    model: str, attention: str, tmp_path: Path
+) -> None:
+    """Those of a window and causal ones too; before an encoder is built they are as released."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 24, "pad_token_id": 0, **SMALL}  # fmt: skip
+    shape |= {"local_attention": 4, "global_attn_every_n_layers": 2} if "B" in model else {}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{model}Config")(**shape)
+    getattr(transformers, f"{model}Model")(config).save_pretrained(tmp_path)
+    encoder = make(str(tmp_path), attention=attention).eval()
+    ids = torch.arange(1, 19).view(2, 9)
+    mask = torch.ones_like(ids)
+    for padding in (0, 3):
+        mask[1, 9 - padding :] = 0
+        found = encoder.backbone(input_ids=ids, attention_mask=mask)[0]
+        with pytest.MonkeyPatch.context() as patch:
+            for kind, make_mask in ("eager", eager_mask), ("sdpa", sdpa_mask):
+                patch.setitem(AttentionMaskInterface._global_mapping, kind, make_mask)
+            wanted = encoder.backbone(input_ids=ids, attention_mask=mask)[0]
+        torch.testing.assert_close(found, wanted)
 
 
 def test_the_bottleneck_has_no_bias_and_computes_in_fp32(directories: dict[str, str]) -> None:
@@ -256,20 +307,6 @@ def test_autocast_dtype() -> None:
     assert autocast_dtype("fp16", CPU) == torch.float16
     native = torch.bfloat16 if native_bf16(CPU) else None
     assert autocast_dtype("auto", CPU) == native
-
-
-def mask_of(seed: int = 1, step: int = 4, first: int = 0, rows: int = 40) -> torch.Tensor:
-    return dropout_mask(torch.zeros(rows, 50), 0.25, seed, step, 40, first)
-
-
-def test_dropout_depends_on_seed_step_and_place_only() -> None:
-    whole = mask_of()
-    assert torch.equal(mask_of(first=13, rows=9), whole[13:22])
-    assert whole.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert float((whole == 0).float().mean()) == pytest.approx(0.25, abs=0.04)
-    assert not torch.equal(whole, mask_of(step=5))
-    assert not torch.equal(whole, mask_of(seed=2)), "the seed is ignored"
-    assert dropout_mask(torch.zeros(3, 2), 0.0, 1, 1, 3, 0) == 1
 
 
 @pytest.mark.slow

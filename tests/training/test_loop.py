@@ -12,6 +12,7 @@ from renee_ray.checkpoint.state import State
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
+from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.model import Model
 from renee_ray.parallel.batch import Batch, Position, Ragged
 from renee_ray.parallel.collectives import Ranks
@@ -148,6 +149,21 @@ def test_a_classifier_that_is_lost_ends_the_run_and_spares_the_encoder() -> None
     with pytest.raises(ReneeError, match="all of the last 7 steps"):
         trainer.run(equal_batches(0, 7))
     assert all(map(torch.equal, encoder.parameters(), before))
+
+
+def test_what_is_saved_knows_of_the_step_before_it() -> None:
+    """Though the host reads one step late whether a gradient was finite."""
+    config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})
+    trainer = trainer_of(encoder := Bag(), config, 6, State(loss_scale=LossScale(8.0, 0, True)))
+    trainer.schedule = Schedule((6,), 1.0, 3)
+    encoder.out.weight.register_hook(lambda g: g * (torch.nan if trainer.state.step == 2 else 1.0))
+    saved: list[tuple[int, int, float]] = []
+    trainer.on_checkpoint = lambda metrics: saved.append(
+        (trainer.state.step, trainer.state.skipped, trainer.state.loss_scale.value)
+    )
+    trainer.run(equal_batches(0, 6))
+    assert saved == [(0, 0, 8.0), (3, 1, 4.0), (6, 1, 4.0)]
+    assert trainer.recorder.totals().skipped == 1
 
 
 def test_a_row_of_skipped_steps_is_said_once_with_its_length(

@@ -108,7 +108,7 @@ def slow_steps(ranks: Ranks, where: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize(("where", "waits"), [("forward", "gather"), ("backward", "reduce")])
+@pytest.mark.parametrize(("where", "waits"), [("forward", "route"), ("backward", "reduce")])
 def test_who_sleeps_is_slow_and_who_waits_is_not(where: str, waits: str) -> None:
     fast, slow = on_ranks(2, slow_steps, where)
     assert fast["own"] == slow["own"], "every rank knows the pace of all"

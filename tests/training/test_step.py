@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from renee_ray.config.schema import EncoderConfig
+from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import adamw, data_parallel
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.batch import Batch, Position, Ragged
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.training.step import Step, dropout_mask
+from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 from tests.training.gloo import on_ranks
 
 WORLD_SIZES = (1, 2, 3)
-LABELS, DIM, VOCABULARY, STEPS, BATCH = 11, 6, 20, 20, 7
+LABELS, DIM, VOCABULARY, STEPS, BATCH, SEED = 11, 6, 20, 20, 7, 4
 CLIP = 18.0  # between the norms that occur: some steps are clipped, some are not
 RULE = SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
 ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1, dropout=0.2)
@@ -109,13 +110,13 @@ def distributed(
         ranks,
         torch.device("cpu"),
         ENCODER.dropout,
-        seed=3,
+        seed=SEED,
         clip_norm=CLIP,
         loss_scale=loss_scale or LossScale(),
         micro_batch=micro_batch,
         tokens=tokens,
     )
-    losses, skipped = [], []
+    results = []
     for number in range(STEPS):
         batch = batch_of(ranks, number)
         if number == poisoned and ranks.rank == 0:
@@ -125,14 +126,14 @@ def distributed(
         result = step(batch, number, RULE, with_loss=True)
         if number in (poisoned, poisoned_backward) and ranks.rank == 0:
             hook.remove()
-        losses.append(result.loss)
-        skipped += [number] if result.skipped else []
+        results.append(result)
+    step.settle()
     state = {f"encoder.{name}": p.detach().clone() for name, p in encoder.named_parameters()}
     weight = weights.weight.read(0, len(owned)).clone()
     return {
         "weight": weight,
-        "loss": torch.stack(losses),
-        "skipped": torch.tensor(skipped),
+        "loss": torch.stack([result.loss for result in results]),
+        "skipped": torch.tensor([n for n, result in enumerate(results) if result.skipped]),
         **state,
     }
 
@@ -167,7 +168,7 @@ def oracle(
         for row, positives in enumerate(labels):
             target[row, positives] = 1
         embedded = encoder(ids, mask)
-        embedded = embedded * dropout_mask(embedded, ENCODER.dropout, 3, number, len(tokens), 0)
+        embedded = embedded * dropout_mask(embedded, ENCODER.dropout, SEED, number, 0)
         loss = nn.functional.binary_cross_entropy_with_logits(
             embedded @ weight.T, target, reduction="sum"
         )

@@ -11,7 +11,7 @@ from renee_ray.parallel.collectives import Ranks
 from tests.devices import DEVICES
 from tests.training.gloo import on_ranks
 
-TOKENS, WIDTH, STEPS = 50, 3, 4
+TOKENS, WIDTH, STEPS, PADDING = 50, 3, 4, 7
 
 
 def ids_of(step: int, rank: int, few: bool) -> torch.Tensor:
@@ -26,14 +26,25 @@ def upstream(step: int, rank: int, few: bool) -> torch.Tensor:
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step - 3 * rank + 9))
 
 
-def gradients(ranks: Ranks, few: bool, mean: bool, device: str = "cpu") -> torch.Tensor:
-    encoder = nn.ModuleList([nn.Embedding(8, WIDTH), nn.Embedding(TOKENS, WIDTH)]).to(device)
-    tokens = TokenGradient(encoder, ranks, mean=mean)
+class Model(nn.ModuleList):
+    """A model of transformers, as far as it says which vectors are those of the tokens."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self[1]
+
+
+def gradients(
+    ranks: Ranks, few: bool, mean: bool, device: str = "cpu", says: bool = True
+) -> torch.Tensor:
+    encoder = Model([nn.Embedding(8, WIDTH), nn.Embedding(TOKENS, WIDTH, padding_idx=PADDING)])
+    encoder.to(device)
+    whole = nn.ModuleDict({"backbone" if says else "other": encoder})
+    tokens = TokenGradient(whole, ranks, mean=mean)
     found = []
     for step in range(STEPS):
-        vectors = encoder[1](ids_of(step, ranks.rank, few).to(device))
-        vectors.backward(upstream(step, ranks.rank, few).to(device))
-        tokens.reduce()
+        ids = ids_of(step, ranks.rank, few)
+        encoder[1](ids.to(device)).backward(upstream(step, ranks.rank, few).to(device))
+        tokens.reduce(torch.cat([ids, torch.tensor([PADDING, 3])]).unique())
         assert tokens.weight.grad is not None
         found.append(tokens.weight.grad.cpu().clone())
         encoder.zero_grad(set_to_none=True)
@@ -46,6 +57,7 @@ def wanted(num_ranks: int, few: bool) -> torch.Tensor:
         for rank in range(num_ranks):
             rows = upstream(step, rank, few).double()
             dense[step].index_add_(0, ids_of(step, rank, few), rows)
+    dense[:, PADDING] = 0
     return dense
 
 
@@ -59,7 +71,15 @@ def test_equals_the_dense_sum_in_every_step(
     found = on_ranks(num_ranks, gradients, few, mean, device)
     expected = wanted(num_ranks, few) / (num_ranks if mean else 1)
     for each in found:
-        # On a GPU, rows of one token are added in any order, but only within a rank.
         assert torch.equal(each, found[0]), "replicas would drift apart"
         torch.testing.assert_close(each.double(), expected, rtol=1e-5, atol=1e-6)
     assert (expected[1] != expected[0]).any(), "what a step wrote has to be cleared"
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["gathered", "summed dense"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("says", [True, False])
+def test_so_it_does_on_every_device(device: str, says: bool, few: bool) -> None:
+    found = gradients(Ranks(), few, False, device, says)
+    assert any(PADDING in ids_of(step, 0, few) for step in range(STEPS)) or few
+    torch.testing.assert_close(found.double(), wanted(1, few), rtol=1e-5, atol=1e-6)
