@@ -227,16 +227,18 @@ def test_ddp_sums_the_gradient(runs: Runs, num_ranks: int) -> None:
             torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
 
 
-def with_former_names(ranks: Ranks) -> dict[str, Any]:
+def with_former_names(ranks: Ranks, device: str) -> dict[str, Any]:
     """Runs in a process of its own, as if torch were older than 2.13."""
     for name in ("all_gather_single", "reduce_scatter_single"):
         if hasattr(dist, name):
             delattr(dist, name)
-    return everything(ranks)
+    return everything(ranks, device)
 
 
-def test_torch_before_2_13_has_other_names(runs: Runs) -> None:
-    for found, wanted in zip(on_ranks(2, with_former_names), runs[2], strict=True):
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_before_2_13_has_other_names(device: str) -> None:
+    former, present = on_ranks(2, with_former_names, device), on_ranks(2, everything, device)
+    for found, wanted in zip(former, present, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
