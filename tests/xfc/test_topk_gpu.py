@@ -142,7 +142,6 @@ def test_ties_go_to_the_smaller_id(certain: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("value", [3e38, math.inf, math.nan])
 def test_a_label_of_huge_or_no_value(value: float) -> None:
-    """Rows lose 60 labels that bf16 cannot tell apart from 0 beside it."""
     weight, inputs = normal(LABELS, DIM) * 0.1, normal(BATCH, DIM, seed=1)
     weight[234, 5] = value
     found = shard_topk(shard_of(weight), inputs, 9)
@@ -240,7 +239,7 @@ def waits_of(shard: Shard, with_excluded: bool, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("with_excluded", [False, True])
 def test_the_host_waits_once(with_excluded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rounds there are. The plain path, which is counted too, waits in every chunk."""
-    monkeypatch.setattr(best, "CompiledBest", best.PlainBest)
+    monkeypatch.setattr(best, "Best", best.PlainBest)
     sizes = (60, LABELS)
     shards = [shard_of(normal(n, DIM)) for n in sizes]
     tiles, width = [-(-n // gpu.LABELS) for n in sizes], triton.next_power_of_2(gpu.PLACES * 30)

@@ -79,7 +79,10 @@ def scanned_topk(
     labels = torch.zeros_like(scores, dtype=torch.int64)
     used = torch.full_like(labels[:, 0], kept, dtype=torch.int32)
     most, size = used.clone(), used.new_zeros(1)
-    keys = None if excluded is None else _keys(excluded, weights.rows, rows)
+    keys = None
+    if excluded is not None:
+        ((pair_rows, pair_labels),) = excluded.by_chunk([(0, weights.rows)])
+        keys = pair_labels * rows + pair_rows  # ascending, as the pairs are
     tiles, tile_rows = triton.cdiv(weights.rows, LABELS), _tile_rows(rows, stored.device)
     depth, stride = min(64, 128 // stored.element_size()), _stride(tiles)
     for first, last in itertools.pairwise(rounds(tiles, kept, width)):
@@ -119,9 +122,8 @@ def rounds(tiles: int, kept: int, width: int) -> Iterator[int]:
 
 
 def _tile_rows(rows: int, device: torch.device) -> int:
-    if rows <= ROWS or device.type != "cuda" or torch.version.hip is not None:
-        return ROWS
-    return TALL if torch.cuda.get_device_capability(device)[0] == 9 else ROWS
+    tall = rows > ROWS and device.type == "cuda" and torch.version.hip is None
+    return TALL if tall and torch.cuda.get_device_capability(device)[0] == 9 else ROWS
 
 
 def _stride(tiles: int) -> int:
@@ -129,14 +131,8 @@ def _stride(tiles: int) -> int:
     return next(s for s in itertools.count(int(0.618 * tiles) + 1) if math.gcd(s, tiles) == 1)
 
 
-def _keys(excluded: Pairs, labels: int, rows: int) -> Tensor:
-    """Returns label * rows + row of the pairs, ascending."""
-    ((row, label),) = excluded.by_chunk([(0, labels)])
-    return label * rows + row
-
-
 def _among(keys: Tensor, labels: Tensor) -> Tensor:
-    """Returns whether each of the labels [B, m] is excluded in its row, bool [B, m]."""
+    """Returns whether label * B + row of labels [B, m] is one of the `keys`, bool [B, m]."""
     wanted = labels * len(labels) + torch.arange(len(labels), device=labels.device)[:, None]
     return keys[torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)] == wanted
 
