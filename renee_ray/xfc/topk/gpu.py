@@ -19,8 +19,9 @@ A tensor core adds 16 products to a sum at once, and cuts each addend 2^-23 belo
 are D + D/16 errors of at most 2^-23 |e'| |w'|; the fp32 product of e and w adds D 2^-24 |e| |w|.
 
 Of i labels in random order the next j - i append kept (j - i) / i, and a round ends where that
-would fill half of the room: a million labels take 6 rounds. The order of the tiles is spread over
-the shard, since neighbours may be alike. Import this module only to use it: it needs triton.
+would fill half of the room: 6 rounds for a million labels and k = 100. Tiles come in an order that
+is spread over the shard, since neighbours may be alike.
+Import this module only to use it: it needs triton.
 """
 
 from __future__ import annotations
