@@ -15,53 +15,71 @@ from renee_ray.benchmarks.problem import (
     default_device,
     make_problem,
 )
-from renee_ray.benchmarks.timing import fastest, interleaved
+from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
+from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.topk.select import NONE, shard_topk
+from renee_ray.xfc.weights.storages import Weights
 
 CHECKED = 4096
-"""Labels whose exact scores are computed at once."""
+"""Labels that are drawn, or whose exact scores are computed, at once."""
 
 
 def bench_topk(
-    labels: int, dim: int, batch: int, k: int, repeats: int, device: torch.device | None = None
+    labels: int,
+    dim: int,
+    batch: int,
+    k: int,
+    repeats: int,
+    precision: str = "fp32",
+    references: str = "all",
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Times `repeats` interleaved rounds on fp32 weights: medians, in seconds.
+    """Times `repeats` interleaved rounds: medians, in seconds.
 
     Returns:
-        topk_s, of `shard_topk`; gemm_s, the logits' matmul over chunks of the fastest size;
-        ratio_to_gemm; torch_topk_s, full logits [B, L] and torch.topk; speedup_vs_torch; the
-        figures of `quality`; and what was timed.
+        topk_s, of `shard_topk`; product_s, the logits' matmul in the dtype of the storage, over
+        chunks of the fastest size; ratio_to_product; with references gemm_s and ratio_to_gemm, of
+        fp32 weights, and torch_topk_s, full logits [B, L] and torch.topk, and speedup_vs_torch;
+        the figures of `quality`; peak_extra_bytes of a top-k; and what was timed.
 
     Raises:
         ReneeError: it does not fit in memory.
     """
-    device = device or default_device()
-    check_memory(labels, labels * (dim + 5 * batch), device)  # weights; logits, and 8-byte places
+    device, compared = device or default_device(), references == "all"
+    stored = Weights(precision, 4, dim, False, device).nbytes() // 16  # of a label, as fp32
+    # References take the weights again, and logits with 8-byte places.
+    check_memory(labels, labels * (stored + (dim + 5 * batch) * compared), device)
     problem = make_problem(labels, dim, batch, device)
-    shard = problem.shard("fp32", 0)
-    weight, inputs = shard.weights.read(0, labels), problem.embeddings
+    shard, inputs = draw(problem, precision), problem.embeddings
+    chunk, weights = shard.chunks(batch)[0][1], shard.weights
 
-    def plain() -> tuple[Tensor, ...]:
-        return tuple((inputs @ weight.T).topk(min(k, labels), dim=1))
+    def product(dtype: torch.dtype, read: Callable[[int, int], Tensor]) -> Callable[[], None]:
+        narrow, sizes = inputs.to(dtype), chunk_sizes(labels, chunk)
+        matmuls = {size: bare_matmul(narrow, read, labels, size) for size in sizes}
+        return matmuls[fastest(matmuls, device)]
 
-    chunk = shard.chunks(batch)[0][1]
-    matmuls = {size: bare_matmul(problem, weight, size) for size in chunk_sizes(labels, chunk)}
-    taken = interleaved(
-        {
-            "topk": lambda: shard_topk(shard, inputs, k),
-            "gemm": matmuls[fastest(matmuls, device)],
-            "torch": plain,
-        },
-        repeats,
-        device,
-    )
+    timed = {
+        "topk": lambda: shard_topk(shard, inputs, k),
+        "product": product(weights.compute_dtype, weights.operand),
+    }
+    weight = weights.weight.read(0, labels) if compared else None
+    if weight is not None:
+        timed["gemm"] = product(torch.float32, lambda start, stop: weight[start:stop])
+        timed["torch_topk"] = lambda: (inputs @ weight.T).topk(min(k, labels), dim=1)
+    taken = interleaved(timed, repeats, device)
+    topk = taken["topk"]
+    ratios = {
+        f"ratio_to_{name}": topk / taken[name] for name in ("product", "gemm") if name in taken
+    }
+    if compared:
+        ratios["speedup_vs_torch"] = taken["torch_topk"] / topk
     return {
-        "topk_s": taken["topk"],
-        "gemm_s": taken["gemm"],
-        "ratio_to_gemm": taken["topk"] / taken["gemm"],
-        "torch_topk_s": taken["torch"],
-        "speedup_vs_torch": taken["torch"] / taken["topk"],
-        **quality(shard_topk(shard, inputs, k), inputs, weight),
+        **{f"{name}_s": seconds for name, seconds in taken.items()},
+        **ratios,
+        **quality(shard_topk(shard, inputs, k), inputs, weights, weight),
+        "peak_extra_bytes": peak_extra_bytes(timed["topk"], device),
+        "weight_bytes": weights.nbytes(),
+        "precision": weights.precision,
         "chunk": chunk,
         "labels": labels,
         "dim": dim,
@@ -71,30 +89,45 @@ def bench_topk(
     }
 
 
-def quality(found: tuple[Tensor, Tensor], inputs: Tensor, weight: Tensor) -> dict[str, Any]:
+def draw(problem: Problem, precision: str) -> Shard:
+    """Makes a shard of weights N(0, 0.02), drawn on the device: it may have millions of labels."""
+    dim, device = problem.embeddings.shape[1], problem.embeddings.device
+    shard = Shard(problem.owned, Weights(precision, problem.num_labels, dim, False, device))
+    generator = torch.Generator(device).manual_seed(1)  # not that of the embeddings
+    for start in range(0, problem.num_labels, CHECKED):
+        rows = min(CHECKED, problem.num_labels - start)
+        shard.write(start, torch.randn(rows, dim, device=device, generator=generator) * 0.02)
+    return shard
+
+
+def quality(
+    found: tuple[Tensor, Tensor], inputs: Tensor, weights: Weights, weight: Tensor | None
+) -> dict[str, Any]:
     """Compares a top-k (scores, labels) [B, k] with the exact scores of all labels.
+
+    weight: all weights, float32 [L, D], or None.
 
     Returns:
         same_but_ties and greatest_difference, of `against_exact` in float64, and rounding, the
-        greatest that it allows; identical, whether scores and labels are bit for bit those of a
-        stable sort of the full logits, which depends on the device (see `xfc/topk/select.py`).
+        greatest that it allows; with `weight` also identical, whether scores and labels are bit for
+        bit those of a stable sort of the full logits: as BLAS rounds (`xfc/topk/select.py`).
     """
-    labels, allowed = len(weight), rounding(inputs, weight)
-    k = min(found[0].shape[1], labels)
-    by_sorting = best_by_sorting(inputs @ weight.T, k)
-    exact = (
-        (start, inputs.double() @ weight[start : start + CHECKED].double().T)
-        for start in range(0, labels, CHECKED)
-    )
+    starts = range(0, weights.rows, CHECKED)
+    parts = [(start, min(start + CHECKED, weights.rows)) for start in starts]
+    allowed = torch.stack([rounding(inputs, weights.read(*part)) for part in parts]).amax(dim=0)
+    exact = ((part[0], inputs.double() @ weights.read(*part).double().T) for part in parts)
     same, difference = against_exact(found, exact, allowed)
-    return {
-        "identical": all(
-            torch.equal(ours[:, :k], theirs) for ours, theirs in zip(found, by_sorting, strict=True)
-        ),
+    figures = {
         "same_but_ties": same,
         "greatest_difference": difference,
         "rounding": float(allowed.max()),
     }
+    if weight is not None:
+        k = min(found[0].shape[1], weights.rows)
+        by_sorting = best_by_sorting(inputs @ weight.T, k)
+        equal = (torch.equal(a[:, :k], b) for a, b in zip(found, by_sorting, strict=True))
+        figures["identical"] = all(equal)
+    return figures
 
 
 def rounding(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -148,14 +181,18 @@ def best_by_sorting(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(scores), torch.cat(labels)
 
 
-def bare_matmul(problem: Problem, weight: Tensor, chunk: int) -> Callable[[], None]:
-    """Returns E W' over chunks of `weight` [L, D], into a buffer [B, chunk]."""
-    inputs = problem.embeddings
-    logits = inputs.new_empty(len(inputs) * chunk)
+def bare_matmul(
+    inputs: Tensor, read: Callable[[int, int], Tensor], labels: int, chunk: int
+) -> Callable[[], None]:
+    """Returns E W' over chunks that `read` gives, into a buffer [B, chunk]; fp32 on a GPU."""
+    wide = {"out_dtype": torch.float32} if inputs.is_cuda else {}
+    kind = torch.float32 if inputs.is_cuda else inputs.dtype
+    logits = torch.empty(len(inputs) * chunk, dtype=kind, device=inputs.device)
 
     def run() -> None:
-        for rows in weight.split(chunk):
+        for start in range(0, labels, chunk):
+            rows = read(start, min(start + chunk, labels))
             out = logits[: len(inputs) * len(rows)].view(len(inputs), len(rows))
-            torch.mm(inputs, rows.T, out=out)
+            torch.mm(inputs, rows.T, out=out, **wide)
 
     return run

@@ -69,6 +69,20 @@ def bench_step(**settings: Any) -> None:
 @bench.command("topk")
 @_sizes
 @_count("--k", 100, "Labels.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]),
+    default="fp32",
+    show_default=True,
+    help="Storage of the weights.",
+)
+@click.option(
+    "--references",
+    type=click.Choice(["all", "none"]),
+    default="all",
+    show_default=True,
+    help="Beside fp32 weights and full logits, which must fit in memory, or the product alone.",
+)
 @_repeats
 def bench_topk(**settings: Any) -> None:
     """The k best labels of each row, beside the bare matmul and torch.topk of full logits."""

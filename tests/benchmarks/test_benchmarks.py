@@ -58,6 +58,13 @@ def test_bench_topk(capsys: pytest.CaptureFixture[str], k: int) -> None:
     assert found["ratio_to_gemm"] == pytest.approx(found["topk_s"] / found["gemm_s"])
 
 
+def test_bench_topk_of_more_than_references_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench(capsys, "topk", *SMALL, "--precision", "fp8_sr", "--references", "none")
+    assert found["same_but_ties"] is True and found["weight_bytes"] == 700 * 16
+    assert found["ratio_to_product"] == pytest.approx(found["topk_s"] / found["product_s"])
+    assert found["peak_extra_bytes"] >= 0 and "gemm_s" not in found
+
+
 def test_wrong_flags_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "step", "--labels", "0"]) == 2
     assert cli.main(["bench", "step", "--precision", "fp7"]) == 2

@@ -18,6 +18,7 @@ def load_kernels() -> ModuleType:
 
     if DEVICE.type == "cpu":
         _mend_bf16()
+        _patch_once()
     return gpu
 
 
@@ -41,3 +42,21 @@ def _mend_bf16() -> None:
         return interpreter.TensorHandle(nearest, target.scalar)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+def _patch_once() -> None:
+    """Halves the interpreter's time: each call inside a kernel would patch triton anew.
+
+    A kernel patches `triton.language`. What it calls patches `triton.language.core`, for good.
+    """
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call

@@ -31,7 +31,7 @@ WAYS = ["compiled", "plain torch"]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes what a CPU does, or what other devices do."""
     if request.param == "plain torch":
-        monkeypatch.setattr(module, "CompiledBest", module.PlainBest)
+        monkeypatch.setattr(module, "Best", module.PlainBest)
 
 
 def weight_of(n: int = NUM_LABELS, dim: int = DIM) -> torch.Tensor:

@@ -23,6 +23,7 @@ Rows that are not certain are reported; the caller computes them by fp32 product
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -37,17 +38,14 @@ from renee_ray.xfc.topk.best import best_of, join
 from renee_ray.xfc.weights.storages import Weights
 
 ROWS = 8
-"""Rows whose candidates' scores are one matmul, of which 1/ROWS is used: on most CPUs a lone row
-is not multiplied by the same code as a batch, and its scores would differ in their last bit."""
+"""Rows whose candidates' scores are one matmul on a CPU: most do not multiply a lone row by the
+same code as a batch, and its scores would differ in their last bit."""
 HALF_ULP = 2.0**-8
 """Relative rounding error of bf16 (half a unit in the last place)."""
 
 
 def screens(shard: Shard, rows: int, k: int) -> bool:
-    """Whether `screened_topk` can be used, and is faster.
-
-    Only a CPU can: a GPU may add up bf16 products in bf16, which the bound does not account for.
-    """
+    """Whether `screened_topk` can be used, on a CPU, and is faster."""
     too_small = shard.weights.dim < 16 or rows < ROWS or len(shard.owned) < 8 * kept(k)
     return not too_small and shard.weights.device.type == "cpu" and native_bf16(
         shard.weights.device
@@ -87,13 +85,34 @@ def screened_topk(
     within_bound = (screened > lowest[:, None]).sum(dim=1)
     candidates = int(within_bound.amax().clamp(k, kept(k) - 1))
     left_out = screened[:, candidates]
+    score = partial(candidate_scores, shard.weights, embeddings, offset, ROWS, len(lanes))
+    rounding = _rounding(left_out, shift)
+    return settle(shard, k, labels[:, :candidates], left_out, bound, rounding, score)
+
+
+def settle(
+    shard: Shard,
+    k: int,
+    labels: Tensor,
+    left_out: Tensor,
+    bound: Tensor,
+    rounding: Tensor,
+    score: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes the second and third step of a search.
+
+    Args:
+        labels: int64 [B, m], the candidates; local, or `NONE`.
+        left_out: [B], the largest product of a label that is no candidate.
+        bound, rounding: [B], how far a product may be from its score: by up to their sum.
+        score: computes the fp32 scores [B, m] of labels [B, m].
+    """
     # In the order of ids: of equal scores the smaller one then comes first.
-    labels = labels[:, :candidates].sort(dim=1).values
-    scores = candidate_scores(shard.weights, embeddings, labels, offset, len(lanes))
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    labels = labels.sort(dim=1).values
+    scores, order = score(labels).sort(dim=1, descending=True, stable=True)
     scores, labels = scores[:, :k].contiguous(), labels.gather(1, order)[:, :k]
     # NaN, of numbers that are not finite, is never certain; a row that lost no label always is.
-    certain = left_out + bound + _rounding(left_out, shift) < scores[:, k - 1]
+    certain = left_out + bound + rounding < scores[:, k - 1]
     certain |= (left_out == -torch.inf) & bound.isfinite()
     return scores, torch.where(labels == NONE, NONE, labels + shard.owned.start), certain
 
@@ -164,25 +183,26 @@ class Narrow:
 
 
 def candidate_scores(
-    weights: Weights, embeddings: Tensor, labels: Tensor, offset: Tensor | None, lanes: int = 1
-) -> Tensor:
+    weights: Weights, embeddings: Tensor, offset: Tensor | None, size: int, lanes: int,
+    labels: Tensor,
+) -> Tensor:  # fmt: skip
     """Computes scores float32 [B, m] of each row's local labels int64 [B, m]; `NONE` gives -inf.
 
-    B is at least `ROWS`.
+    size: rows whose scores are one matmul, of which 1 / size is used; at most B.
     """
     scores = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-    own = torch.arange(ROWS, device=labels.device)
+    own = torch.arange(size, device=labels.device)
 
     def lane(starts: range) -> None:
         for start in starts:
-            first = min(start, len(labels) - ROWS)
-            rows = slice(first, first + ROWS)
+            first = min(start, len(labels) - size)
+            rows = slice(first, first + size)
             picked = labels[rows].clamp(min=0)
             products = embeddings[rows] @ weights.weight.pick(picked.flatten()).T
-            found = products.view(ROWS, *picked.shape)[own, own]
+            found = products.view(size, *picked.shape)[own, own]
             found = found if offset is None else found + offset[picked]
-            scores[start : start + ROWS] = found[start - first :]  # those before are another's
+            scores[start : start + size] = found[start - first :]  # those before are another's
 
-    starts = range(0, len(labels), ROWS)
+    starts = range(0, len(labels), size)
     run([partial(lane, starts[i::lanes]) for i in range(lanes)])
     return scores.masked_fill_(labels == NONE, -torch.inf)

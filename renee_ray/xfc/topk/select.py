@@ -21,7 +21,8 @@ those of the exact products.
 
 Rows that have fewer than k labels left are filled with label -1 and score -inf.
 
-Where the device multiplies bf16 faster, most labels are ruled out by bf16 products (`screen`).
+Where the device multiplies bf16 faster, most labels are ruled out by bf16 products (`screen` on a
+CPU, `gpu` on a GPU).
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.kernels.choose import has_kernels
 from renee_ray.xfc.labels import NONE
 from renee_ray.xfc.lanes import run
 from renee_ray.xfc.shard import Chunks, Pairs, Shard
 from renee_ray.xfc.topk.best import best_of, join, leading
-from renee_ray.xfc.topk.screen import screened_topk, screens
+from renee_ray.xfc.topk.screen import kept, screened_topk, screens
 from renee_ray.xfc.weights.buffers import Split
 from renee_ray.xfc.weights.storages import Weights
 
@@ -63,9 +65,14 @@ def shard_topk(
     Returns:
         (scores float32 [B, k] descending, labels int64 [B, k], global ids)
     """
-    if not screens(shard, len(embeddings), k):
+    if scans(shard, k):
+        from renee_ray.xfc.topk.gpu import scanned_topk as search  # triton is not everywhere
+    elif screens(shard, len(embeddings), k):
+        search = screened_topk
+    else:
         return _plain_topk(shard, embeddings, k, excluded, offset)
-    scores, labels, certain = screened_topk(shard, embeddings, k, excluded, offset)
+    scores, labels, certain = search(shard, embeddings, k, excluded, offset)
+    # All that the host waits for.
     if bool(certain.all()):
         return scores, labels
     _log_uncertain()
@@ -73,6 +80,12 @@ def shard_topk(
     left = None if excluded is None else excluded.of_rows(rest)
     scores[rest], labels[rest] = _plain_topk(shard, embeddings[rest], k, left, offset)
     return scores, labels
+
+
+def scans(shard: Shard, k: int) -> bool:
+    """Whether `gpu.scanned_topk` can be used, and is faster."""
+    too_small = shard.weights.dim < 16 or len(shard.owned) < 16 * kept(k)
+    return not too_small and has_kernels(shard.weights.device)
 
 
 def _plain_topk(
