@@ -2,8 +2,8 @@
 
     facts       {"training points": "2,379", ...}, shown in the given order
     history     a run's history.json: {"steps": [{"step", "epoch", "loss", "rows_per_second",
-                "padding", "encoder_lr", "classifier_lr", "peak_rss_gib", ...}], "evals": [{"step",
-                "epoch", "metrics": {"P@1": percent, ...}}]}; a value may be missing or None,
+                "padding", "encoder_lr", "classifier_lr", "peak_rss_gib", "gpu_peak_gib", ...}],
+                "evals": [{"step", "epoch", "metrics": {"P@1": percent, ...}}]}; a value may be missing or None,
                 "padding" is a share of 1
     comparison  [{"model": "renee_ray", "P@1": percent, ...}]; a metric may be missing from a row
     examples    [{"text": str, "true": [str], "predicted": [{"label": str, "score": float,
@@ -200,7 +200,8 @@ def _charts(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any
         _chart("Propensity-scored precision", "%", _lines(scores, "PSP@1", "PSP@5"), mark=True),
         _chart("Throughput", "rows/s", _lines(steps, "rows_per_second"), zero=True),
         _chart("Padding, share of tokens", "%", _lines(steps, "padding", scale=100.0), zero=True),
-        _chart("Peak memory of a worker", "GiB", _lines(steps, "peak_rss_gib"), zero=True),
+        _chart("Peak memory of a worker", "GiB",
+               _lines(steps, "peak_rss_gib", "gpu_peak_gib"), zero=True),
         _chart("Learning rates", "", _lines(steps, "encoder_lr", "classifier_lr"), log=True),
     )
     return [chart for chart in drawn if chart]
