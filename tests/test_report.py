@@ -97,7 +97,7 @@ def test_figures_are_shown(tmp_path: Path) -> None:
         "0.88",
         "-12.50",
         "200 rows/s",
-        "1.50 GiB",
+        "peak rss 1.50, gpu peak 6.25 GiB",
     ):
         assert figure in page, figure
     for evaluation in ("11.5", "14.5"):

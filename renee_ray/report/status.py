@@ -53,7 +53,7 @@ def read_status(run: str, now: float) -> dict[str, Any]:
     Returns:
         `state` (running, finished, stopped, waiting, failed or unknown), `reason`, `age_s` of the
         last word, and what is known of: step, total_steps, epoch, epochs, loss, rows_per_second,
-        seconds_left, those of GPU_MEMORY (None on CPUs), skipped, restarts, evaluation, best, checkpoint, ranks.
+        seconds_left, GPU_MEMORY, skipped, restarts, evaluation, best, checkpoint, ranks.
 
     Raises:
         ReneeError: there is no run.
@@ -78,14 +78,14 @@ def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
     age = max(0.0, now - content["time_s"])
     state, reason = state_of(content, age)
     record = content.get("record") or {}
-    keys = ("total_steps", "epoch", "loss", "rows_per_second", "padding", "seconds_left", *GPU_MEMORY)
+    keys = ("total_steps", "epoch", "loss", "rows_per_second", "padding", "seconds_left")
     checkpoint = content.get("checkpoint")
     return {
         "state": state,
         "reason": reason,
         "age_s": age,
         "step": content.get("step", record.get("step")),
-        **{key: record.get(key) for key in keys},
+        **{key: record.get(key) for key in keys + GPU_MEMORY},
         "epochs": content.get("epochs"),
         "skipped": content.get("skipped", 0),
         "restarts": content.get("restarts", 0),

@@ -88,7 +88,10 @@ def test_it_trains_as_a_run_does_on_any_number_of_ranks(dataset: Dataset) -> Non
     assert len(batches) == job.total == 9
     assert one["rows"] == sum(len(batch) for batch in batches[2:8])
     assert one["rows"] < sum(len(batch) for batch in batches)
-    assert 0 < one["classifier_seconds"] < one["seconds"]
+    phases = one["phases"]
+    assert 0 < phases["classifier"] < one["seconds"] and phases["encoder_forward"] > 0
+    assert sum(phases.values()) > phases["classifier"]
+    assert one["gpu_peak_gib"] is None
     assert (one["threads"], one["precision"]) == (1, "fp32")
 
 

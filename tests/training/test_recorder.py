@@ -41,6 +41,7 @@ def test_a_cpu_has_no_memory_of_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_peak_of_a_gpus_memory_is_that_of_freed_tensors_too() -> None:
     device = torch.device("cuda")
     before = gpu_memory(device)["gpu_peak_gib"] or 0.0

@@ -48,9 +48,7 @@ RECORD = {
 VALIDATION = Metric(
     "renee_ray_validation", "gauge", "Last validation, percent; rank 0", ("metric",)
 )
-GPU_GIB = Metric(
-    "renee_ray_gpu_gib", "gauge", "Memory of the GPU, GiB (peak, reserved, total); rank 0", ("kind",)
-)
+GPU_GIB = Metric("renee_ray_gpu_gib", "gauge", "Memory of a GPU by kind; rank 0", ("kind",))
 METRICS = (
     PHASE_SECONDS, STORAGE_RETRIES, *TOTALS.values(), *PACE.values(), *RECORD.values(), VALIDATION,
     GPU_GIB,

@@ -83,9 +83,7 @@ class Sinks:
 
     def record(self, record: Mapping[str, Any], phases: Mapping[str, float]) -> None:
         """Takes a record of training/loop, and seconds a step by phase."""
-        numbers = {
-            f"train/{key}": float(record[key]) for key in CURVES if record[key] is not None
-        }
+        numbers = {f"train/{key}": float(record[key]) for key in CURVES if record[key] is not None}
         self._put(record["step"], numbers | {f"seconds/{k}": v for k, v in phases.items()})
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
