@@ -184,7 +184,8 @@ def profiled(seen: profile) -> dict[str, Any]:
     number; calls that wait for it. On a CPU all is nothing.
     """
     events: Any = seen.key_averages()
-    own = [each for each in events if each.device_type == DeviceType.CUDA]
+    on_gpu = [each for each in events if each.device_type == DeviceType.CUDA]
+    own = [each for each in on_gpu if not each.is_user_annotation]
     seconds = {each.key[:60]: each.self_device_time_total / 1e6 / PROFILED for each in own}
     return {
         "busy_s": sum(seconds.values()),

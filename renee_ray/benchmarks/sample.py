@@ -23,17 +23,12 @@ def write_sample(directory: str, labels: int, points: int, dim: int, layers: int
     """Writes directory/encoder, a BERT, and directory/data; the same for the same sizes."""
     encoder, data = f"{directory}/encoder", f"{directory}/data"
     _write_encoder(encoder, dim, layers)
-    tables = {"train": _points(points, labels), "labels": _labels(labels)}
-    splits: dict[str, tuple[layout.Part, ...]] = {}
-    for split in layout.SPLITS:
+    splits: dict[str, tuple[layout.Part, ...]] = dict.fromkeys(layout.SPLITS, ())
+    for split, table in ("train", _points(points, labels)), ("labels", _labels(labels)):
         make_directory(f"{data}/{split}")
-        slices = (
-            (first, tables[split].slice(first, PART_ROWS))
-            for first in range(0, len(tables.get(split, ())), PART_ROWS)
-        )
         splits[split] = tuple(
-            layout.write_part(data, layout.part_path(split, i), *each)
-            for i, each in enumerate(slices)
+            layout.write_part(data, layout.part_path(split, i), at, table.slice(at, PART_ROWS))
+            for i, at in enumerate(range(0, len(table), PART_ROWS))
         )
     others = tuple(part.rows for part in splits["labels"])
     hashed = load(encoder).hash

@@ -26,6 +26,14 @@ def bench() -> None:
         os.environ.setdefault(name, value)
 
 
+COUNT, SHARE = click.IntRange(min=1), click.FloatRange(0, 1, max_open=True)
+STORAGE = click.Choice(["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"])
+REFERENCE = click.Choice(["none", "published", "fp16", "compiled", "autograd"])
+PART = click.Choice(["oracle", "step", "train", "topk", "memory", "resume"])
+NAMES = ("labels", "dim", "batch", "precision", "momentum")
+"""What `bench step` takes lists of."""
+
+
 class _Several(click.ParamType):
     """A list with commas, each entry of a kind."""
 
@@ -36,73 +44,53 @@ class _Several(click.ParamType):
         return tuple(self._kind.convert(each, param, ctx) for each in str(value).split(","))
 
 
-def _count(
-    name: str, default: int | None, text: str, minimum: int = 1, several: bool = False
-) -> Callable[[Any], Any]:
-    """A flag that is a number, `minimum` at least; its default is shown if it has one."""
-    one, shown = click.IntRange(min=minimum), default is not None
-    kind = _Several(one) if several else one
+def _flag(name: str, kind: click.ParamType, default: Any, text: str) -> Callable[[Any], Any]:
+    """A flag whose default is shown if it has one."""
+    shown = default is not None
     return click.option(name, type=kind, default=default, show_default=shown, help=text)
 
 
-def _sizes(function: Any, several: bool = False) -> Any:
+def _count(name: str, default: int | None, text: str, minimum: int = 1) -> Callable[[Any], Any]:
+    """A flag that is a number, `minimum` at least."""
+    return _flag(name, click.IntRange(min=minimum), default, text)
+
+
+def _sizes(function: Any, kind: click.ParamType = COUNT) -> Any:
     """The flags of every benchmark of a classifier on one device."""
-    function = _count("--batch", 256, "Rows of a global batch.", several=several)(function)
-    function = _count("--dim", 384, "Dimension of the embeddings.", several=several)(function)
-    return _count("--labels", 131072, "Labels.", several=several)(function)
+    function = _flag("--batch", kind, 256, "Rows of a global batch.")(function)
+    function = _flag("--dim", kind, 384, "Dimension of the embeddings.")(function)
+    return _flag("--labels", kind, 131072, "Labels.")(function)
 
 
 _repeats = _count("--repeats", 5, "Timed rounds.")
 _workers = _count("--workers", 2, "Workers.")
-STORAGES = click.Choice(["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"])
-REFERENCES = click.Choice(["none", "published", "fp16", "compiled", "autograd"])
-
-
-def _precision(kind: click.ParamType) -> Callable[[Any], Any]:
-    text = "Storage of the weights."
-    return click.option("--precision", type=kind, default="auto", show_default=True, help=text)
 
 
 @bench.command("step")
-@partial(_sizes, several=True)
-@_precision(_Several(STORAGES))
-@click.option(
-    "--momentum",
-    type=_Several(click.FloatRange(0, 1, max_open=True)),
-    default=0.9,
-    show_default=True,
-    help="Momentum of SGD; 0 keeps no buffer.",
-)
+@partial(_sizes, kind=_Several(COUNT))
+@_flag("--precision", _Several(STORAGE), "auto", "Storage of the weights.")
+@_flag("--momentum", _Several(SHARE), 0.9, "Momentum of SGD; 0 keeps no buffer.")
 @_repeats
 @_count("--chunk", 0, "Labels worked on at once; 0: as training chooses.", minimum=0)
-@click.option(
-    "--references",
-    type=_Several(REFERENCES),
-    default="published,autograd",
-    show_default=True,
-    help="What to time beside it.",
-)
+@_flag("--references", _Several(REFERENCE), "published,autograd", "What to time beside it.")
 @click.option("--check", is_flag=True, help="Compare a step with float64, too.")
-def bench_step(
-    labels: Any, dim: Any, batch: Any, precision: Any, momentum: Any, **settings: Any
-) -> None:
+def bench_step(**settings: Any) -> None:
     """A classifier step, beside bare matmuls, the published algorithm and others.
 
-    LABELS, DIM, BATCH, PRECISION and MOMENTUM may be lists with commas. Each combination is then a
-    line of its own, even if another fails.
+    Sizes, storages and momenta may be lists with commas. Each combination is then a line of its
+    own, even if another fails.
     """
     from renee_ray.benchmarks.step import bench_step as run
 
     settings["references"] = [name for name in settings["references"] if name != "none"]
-    combinations = list(product(labels, dim, batch, precision, momentum))
+    combinations = list(product(*(settings.pop(name) for name in NAMES)))
     for each in combinations:
         try:
             line = run(*each, **settings)
         except Exception as error:
             if len(combinations) == 1:
                 raise
-            names = ("labels", "dim", "batch", "precision", "momentum")
-            line = dict(zip(names, each, strict=True)) | {"error": reason(error)}
+            line = dict(zip(NAMES, each, strict=True)) | {"error": reason(error)}
         click.echo(json.dumps(line))
 
 
@@ -123,7 +111,7 @@ def bench_topk(**settings: Any) -> None:
 @_count("--batch", 256, "Rows.")
 @_workers
 @_count("--threads", 1, "Torch threads of a worker.")
-@_precision(STORAGES)
+@_flag("--precision", STORAGE, "auto", "Storage of the weights.")
 @_count("--steps", 3, "Timed steps.")
 @click.option(
     "--speedup", is_flag=True, help="Beside one worker with as many threads, with Ray and without."
@@ -136,10 +124,8 @@ def bench_scale(**settings: Any) -> None:
 
 
 @bench.command("checkpoint")
-@click.option(
-    "--gib", type=click.FloatRange(min=0.001), default=4.0, show_default=True, help="Of weights."
-)
-@click.option("--dim", type=click.IntRange(min=1), default=384, show_default=True, help="Columns.")
+@_flag("--gib", click.FloatRange(min=0.001), 4.0, "Of weights.")
+@_count("--dim", 384, "Columns.")
 @click.option(
     "--directory",
     type=click.Path(exists=True, file_okay=False),
@@ -193,10 +179,10 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
 
 
 @bench.command("gpu")
-@click.option("--out", default="gpu.json", show_default=True, help="The file to write.")
-@click.option("--minutes", type=float, default=8.0, show_default=True, help="For all parts.")
+@_flag("--out", click.Path(dir_okay=False), "gpu.json", "The file to write.")
+@_flag("--minutes", click.FloatRange(min=0), 8.0, "For all parts.")
 @click.option("--small", is_flag=True, help="Small sizes; the default where there is no GPU.")
-@click.option("--only", multiple=True, help="A part to run; without, all are.")
+@click.option("--only", type=PART, multiple=True, help="A part to run; without, all are.")
 @click.option("--page", type=click.File(), multiple=True, help="Print the tables of such a file.")
 def bench_gpu(page: tuple[Any, ...], **settings: Any) -> None:
     """All that one GPU is to tell, in one JSON file: correctness, times, memory, runs.

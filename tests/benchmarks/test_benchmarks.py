@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ import torch
 from renee_ray.benchmarks import problem as problem_module
 from renee_ray.benchmarks.checkpoint import bench_checkpoint
 from renee_ray.benchmarks.problem import make_problem
-from renee_ray.benchmarks.step import LR, autograd, bare_matmuls, compiled, published
+from renee_ray.benchmarks.step import (
+    LR,
+    autograd,
+    bare_matmuls,
+    compiled,
+    errors_of_step,
+    published,
+)
 from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
 from renee_ray.cli import main as cli
 from renee_ray.xfc.weights.storages import SGD
@@ -97,6 +106,39 @@ def test_what_is_compared_takes_the_same_steps(momentum: float) -> None:
         torch.testing.assert_close(seen[0], rounded, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("bf16_sr", 0.02)])
+def test_errors_of_a_step_are_small_and_a_wrong_step_is_noticed(
+    precision: str, most: float
+) -> None:
+    problem = make_problem(300, 12, 16, CPU)
+    shard = problem.shard(precision, 0.9)
+    for _ in range(2):  # the second from velocities that are not zero
+        assert max(errors_of_step(shard, problem, 0.9).values()) < most
+    right = shard.operations
+
+    def forgets_positives(*arguments: Any) -> torch.Tensor:
+        operand, inputs, columns, rows, out, loss = arguments
+        return right.residual(operand, inputs, columns[:0], rows[:0], out, loss)
+
+    shard.operations = replace(right, residual=forgets_positives)
+    assert min(errors_of_step(shard, problem, 0.9).values()) > 10 * most
+
+
+def test_a_list_of_sizes_gives_a_line_each_though_one_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problem_module, "free_memory", lambda device: 700 * 16 * 20)
+    given = ("--dim", "16", "--batch", "8", "--momentum", "0", "--repeats", "1", "--check")
+    sizes = ("--labels", "700,70000", "--precision", "fp32,fp8_sr", "--references", "none")
+    assert cli.main(["bench", "step", *given, *sizes]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(each["labels"], each["precision"]) for each in lines] == [
+        (700, "fp32"), (700, "fp8_sr"), (70000, "fp32"), (70000, "fp8_sr"),
+    ]  # fmt: skip
+    assert ["error" in each for each in lines] == [False, False, True, True]
+    assert lines[0]["gradient_error"] < 1e-5 < lines[1]["gradient_error"]
+
+
 def test_references_are_those_asked_for_and_memory_is_counted_for_these_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +150,7 @@ def test_references_are_those_asked_for_and_memory_is_counted_for_these_alone(
     found = bench(capsys, "step", *given, "fp16")
     assert found["speedup_vs_fp16"] == pytest.approx(found["fp16_s"] / found["step_s"])
     assert cli.main(["bench", "step", *given, "fp16,autograd"]) == 1
-    assert "fewer --references" in capsys.readouterr().err
+    assert "fewer --labels or --references" in capsys.readouterr().err
     assert cli.main(["bench", "step", *given, "fp16,torch"]) == 2
     assert "'torch' is none of published" in capsys.readouterr().err
 
