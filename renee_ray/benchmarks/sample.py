@@ -6,6 +6,8 @@ texts. What is learned from them means nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -80,6 +82,6 @@ def _labels(count: int) -> pa.Table:
     return pa.table(columns, layout.LABELS)
 
 
-def _lists(lengths: np.ndarray, values: np.ndarray | None = None) -> pa.Array:
+def _lists(lengths: np.ndarray, values: Any = ()) -> pa.Array:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))

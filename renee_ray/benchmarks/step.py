@@ -164,8 +164,8 @@ def errors_of_step(shard: Shard, problem: Problem, momentum: float) -> dict[str,
     target[problem.labels.to(inputs.device), problem.rows.to(inputs.device)] = 1
     loss = nn.BCEWithLogitsLoss(reduction="sum")(weight @ inputs.T, target)
     loss.backward()
-    assert weight.grad is not None
-    change = weight.grad
+    gradient, change = inputs.grad, weight.grad
+    assert gradient is not None and change is not None
     if weights.velocity is not None:
         change += momentum * weights.velocities(0, labels).double()
     seen: list[Tensor] = []
@@ -174,11 +174,11 @@ def errors_of_step(shard: Shard, problem: Problem, momentum: float) -> dict[str,
         with_loss=True, on_gradient=lambda gradient: seen.append(gradient.double()),
     )  # fmt: skip
     pairs = {
-        "gradient_error": (seen[0], inputs.grad),
-        "loss_error": (found, loss),
-        "weight_error": (weights.read(0, labels) - weight, -0.01 * change),
+        "gradient_error": (seen[0], gradient),
+        "loss_error": (found, loss.detach()),
+        "weight_error": (weights.read(0, labels) - weight.detach(), -0.01 * change),
     }
-    return {key: float((a - b).norm() / b.norm()) for key, (a, b) in pairs.items()}  # type: ignore
+    return {key: float((a - b).norm() / b.norm()) for key, (a, b) in pairs.items()}
 
 
 def fastest_matmuls(problem: Problem, chunk: int, dtype: torch.dtype) -> Callable[[], None]:

@@ -106,7 +106,7 @@ def test_what_is_compared_takes_the_same_steps(momentum: float) -> None:
         torch.testing.assert_close(seen[0], rounded, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("bf16_sr", 0.02)])
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("bf16_sr", 0.01)])
 def test_errors_of_a_step_are_small_and_a_wrong_step_is_noticed(
     precision: str, most: float
 ) -> None:
@@ -121,7 +121,8 @@ def test_errors_of_a_step_are_small_and_a_wrong_step_is_noticed(
         return right.residual(operand, inputs, columns[:0], rows[:0], out, loss)
 
     shard.operations = replace(right, residual=forgets_positives)
-    assert min(errors_of_step(shard, problem, 0.9).values()) > 10 * most
+    wrong = errors_of_step(shard, problem, 0.9)
+    assert min(wrong["gradient_error"], wrong["weight_error"]) > 2 * most
 
 
 def test_a_list_of_sizes_gives_a_line_each_though_one_fails(
@@ -152,7 +153,7 @@ def test_references_are_those_asked_for_and_memory_is_counted_for_these_alone(
     assert cli.main(["bench", "step", *given, "fp16,autograd"]) == 1
     assert "fewer --labels or --references" in capsys.readouterr().err
     assert cli.main(["bench", "step", *given, "fp16,torch"]) == 2
-    assert "'torch' is none of published" in capsys.readouterr().err
+    assert "'torch' is not one of 'none', 'published'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16_sr", "fp8_sr"])
