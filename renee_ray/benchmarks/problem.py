@@ -11,7 +11,6 @@ from renee_ray.errors import ReneeError
 from renee_ray.xfc.device import free_memory
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.weights.buffers import Buffer
 from renee_ray.xfc.weights.storages import Weights
 
 POSITIVES_PER_ROW = 5
@@ -40,11 +39,15 @@ class Problem:
         return self.embeddings.shape[1]
 
     def shard(self, precision: str, momentum: float, chunk: int = 0) -> Shard:
-        """Makes a shard of all labels, with weights N(0, 0.02)."""
+        """Makes a shard of all labels, with weights N(0, 0.02) that are drawn on the device."""
         device = self.embeddings.device
+        generator = torch.Generator(device).manual_seed(0)
         weights = Weights(precision, self.num_labels, self.dim, momentum > 0, device)
-        draw_normal(weights.weight, self.num_labels, self.dim, device)
-        return Shard(self.owned, weights, chunk)
+        shard = Shard(self.owned, weights, chunk)
+        for first in range(0, self.num_labels, DRAWN):
+            shape = min(DRAWN, self.num_labels - first), self.dim
+            shard.write(first, torch.randn(*shape, generator=generator, device=device).mul_(0.02))
+        return shard
 
     def positives(self) -> Pairs:
         return Pairs(self.rows, self.labels, self.owned, self.embeddings.device)
@@ -58,17 +61,6 @@ def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Pro
     rows = torch.arange(batch).repeat_interleave(POSITIVES_PER_ROW)
     pairs = torch.stack([rows, drawn.flatten()], 1).unique(dim=0)
     return Problem(labels, embeddings.to(device), pairs[:, 0], pairs[:, 1])
-
-
-def draw_normal(
-    buffer: Buffer, rows: int, dim: int, device: torch.device, std: float = 0.02
-) -> None:
-    """Fills a buffer with N(0, std), drawn on the device and stored by the storage's rounding."""
-    generator = torch.Generator(device).manual_seed(0)
-    for start in range(0, rows, DRAWN):
-        stop = min(start + DRAWN, rows)
-        drawn = torch.randn(stop - start, dim, generator=generator, device=device)
-        buffer.write(start, stop, drawn.mul_(std))
 
 
 def chunk_sizes(labels: int, own: int, device: torch.device = CPU) -> list[int]:
