@@ -59,7 +59,7 @@ FOUND: dict[str, Any] = {
     "parts": {
         "step": {"seconds": 10.0, "error": "", "records": [
             {"labels": 1305265, "step_s": 0.0123456, "parts": {"residual": 0.5}},
-            {"labels": 2812281, "error": "out of memory"},
+            {"labels": 2812281, "step_s": None, "error": "out of memory"},
         ]},
         "topk": {"seconds": 0.0, "error": "it took too long", "records": []},
     },
@@ -74,7 +74,7 @@ def test_the_page_shows_figures_and_what_failed(
     assert cli.main(["bench", "gpu", "--page", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "| labels | step_s | residual | error |" in lines
-    assert "| 1305265 | 0.0123 | 0.5 |  |" in lines
+    assert "| 1305265 | 0.01235 | 0.5 |  |" in lines
     assert "| 2812281 |  |  | out of memory |" in lines
     assert any("A Card" in line for line in lines) and any("commit abc" in line for line in lines)
     assert any("`topk`, not complete: it took too long" in line for line in lines)

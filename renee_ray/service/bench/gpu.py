@@ -35,7 +35,7 @@ from renee_ray.errors import reason
 
 Records = list[dict[str, Any]]
 STORAGES = ["fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]
-LIMITS = {"oracle": 120, "step": 140, "train": 120, "topk": 40, "memory": 50, "resume": 90}
+LIMITS = {"oracle": 120, "step": 140, "train": 120, "topk": 40, "memory": 50, "resume": 240}
 """Seconds of each part, of eight minutes."""
 LEAST_S, LAST_S = 10, 15
 """Seconds that a part needs to begin, and that a command has to end when asked to."""
@@ -227,7 +227,7 @@ def page_of(found: dict[str, Any]) -> Iterator[str]:
         if keys:
             yield f"| {' | '.join(keys)} |\n|{'---:|' * len(keys)}"
             for row in rows:
-                figures = (row.get(key, "") for key in keys)
-                shown = (f"{x:.3g}" if isinstance(x, float) else str(x) for x in figures)
+                figures = ("" if row.get(key) is None else row[key] for key in keys)
+                shown = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in figures)
                 yield f"| {' | '.join(shown)} |"
             yield ""
