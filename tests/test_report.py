@@ -44,6 +44,7 @@ def history(num_steps: int, num_evals: int) -> dict[str, Any]:
             "encoder_lr": 1e-4 * step / num_steps,
             "classifier_lr": 0.05,
             "peak_rss_gib": 1.5,
+            "gpu_peak_gib": 6.25 if step % 2 else None,
             "time_s": float(step),
         }
         for step in range(1, num_steps + 1)
@@ -96,7 +97,7 @@ def test_figures_are_shown(tmp_path: Path) -> None:
         "0.88",
         "-12.50",
         "200 rows/s",
-        "1.50 GiB",
+        "peak rss 1.50, gpu peak 6.25 GiB",
     ):
         assert figure in page, figure
     for evaluation in ("11.5", "14.5"):

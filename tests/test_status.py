@@ -13,7 +13,14 @@ from rich.console import Console
 
 from renee_ray.cli import main as cli
 from renee_ray.errors import ReneeError
-from renee_ray.report.status import described, duration, read_status, state_of, status_text
+from renee_ray.report.status import (
+    GPU_MEMORY,
+    described,
+    duration,
+    read_status,
+    state_of,
+    status_text,
+)
 
 RECORD = {
     "step": 500, "total_steps": 2000, "epoch": 1.25, "loss": 12.5, "rows_per_second": 3210.0,
@@ -69,9 +76,15 @@ def test_the_table_says_all_of_it() -> None:
         "step 400, 1:45 ago", "alpha", "490.0", "straggler",
     ):  # fmt: skip
         assert words in text, words
-    assert text.count("straggler") == 1
+    assert text.count("straggler") == 1 and "GPU" not in text
     lines = {line.split("  ")[0]: line.split()[-1] for line in text.splitlines() if line}
     assert (lines["skipped steps"], lines["restarts"]) == ("2", "1")
+
+
+def test_memory_of_a_gpu_is_shown_where_there_is_one() -> None:
+    gib = dict(zip(GPU_MEMORY, (6.25, 7.5, 79.0), strict=True))
+    text = shown(described(CONTENT | {"record": RECORD | gib}, 1005.0))
+    assert "peak 6.2 GiB, 7.5 reserved, of 79.0" in text
 
 
 def test_of_many_workers_the_slowest_are_shown() -> None:

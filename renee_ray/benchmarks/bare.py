@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from renee_ray.benchmarks.processes import run_processes
+from renee_ray.benchmarks.timing import wait_for
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
@@ -26,14 +28,17 @@ from renee_ray.data.rows import read_window
 from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks, all_sum
+from renee_ray.parallel.recorder import Recorder, gpu_memory
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
-from renee_ray.xfc.shard import Shard
+
+PROFILED = 4
+"""Steps after the timed ones, whose kernels are counted."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """`warmup` untimed steps, `steps` timed ones, and one that ends the last of them.
+    """`warmup` untimed steps, `steps` timed ones, and `PROFILED` more.
 
     orders: one an epoch; pad_multiple: as the run pads rows; use_gpu: rank r takes GPU r.
     """
@@ -48,7 +53,7 @@ class Job:
 
     @property
     def total(self) -> int:
-        return self.warmup + self.steps + 1
+        return self.warmup + self.steps + PROFILED
 
     @property
     def schedule(self) -> Schedule:
@@ -84,24 +89,6 @@ class Clock(Iterator[Batch]):
         return sum(came - asked for asked, came in pairs)
 
 
-class ClockedShard(Shard):
-    """A shard that notes the seconds of each of its steps."""
-
-    seconds: list[float]
-
-    @classmethod
-    def of(cls, shard: Shard) -> ClockedShard:
-        clocked = cls(shard.owned, shard.weights, shard.chunk, shard.operations)
-        clocked.seconds = []
-        return clocked
-
-    def step(self, *arguments: Any, **options: Any) -> Tensor:
-        start = time.perf_counter()
-        loss = super().step(*arguments, **options)
-        self.seconds.append(time.perf_counter() - start)
-        return loss
-
-
 def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, Any]:
     """Runs `time_bare_steps` in processes of its own; returns what rank 0 returned."""
     config = job.config
@@ -115,38 +102,50 @@ def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, A
     """Times the job's steps, on every rank.
 
     Returns:
-        seconds of all timed steps, and classifier_seconds of them on a CPU, else None (a GPU works
-        behind the host's back); rows of the global batches; tokens, cells of the padded matrices,
-        of all ranks; threads; precision; weights, as `weight_norms` of the end.
+        seconds of all timed steps, and by phase (on a GPU the device's, as recorder.py measures
+        them); rows of the global batches; tokens, cells of the padded matrices, of all ranks;
+        threads; precision; weights, as `weight_norms` of the end; `gpu_memory`; `profiled`.
     """
     config = job.config.model_copy(update={"loss_every": 0})
     model = build_model(config, job.dataset.manifest.num_labels, ranks, device, training=True)
-    shard = ClockedShard.of(model.shard)
-    shard.initialise_normal(config.classifier.init_std, config.seed)
-    model = replace(model, shard=shard)
+    model.shard.initialise_normal(config.classifier.init_std, config.seed)
     trainer = Trainer(
-        config, model, ranks, device, job.schedule, None, lambda record: None, lambda metrics: None
+        config, model, ranks, device, job.schedule, None, lambda record: None,
+        lambda metrics: None, recorder=Recorder(device),
     )  # fmt: skip
     batches = [trainer.prepared(batch) for batch in held_batches(job, ranks)]
+    recorder = trainer.recorder
 
-    clock = Clock(iter(batches))
-    for batch in clock:
-        trainer.train_on(batch)
-
+    clock, begun, ended = Clock(iter(batches)), recorder.totals(), recorder.totals()
     timed = slice(job.warmup, job.warmup + job.steps)
+    on_gpu = device.type == "cuda"
+    seen = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu)
+    for step, batch in enumerate(clock):
+        if step == timed.stop:  # which the profile slows from here on
+            seen.start()
+        # Of a GPU's phases those are counted that it has passed, which lags alike in both.
+        begun = recorder.totals() if step == timed.start else begun
+        ended = recorder.totals() if step == timed.stop else ended
+        recorder.enter("data", step + 1)
+        trainer.train_on(batch)
+    wait_for(device)
+    seen.stop()
+
     sums = torch.tensor(
         [(len(batch), *batch.padding(job.config.encoder.micro_batch)) for batch in batches[timed]]
     ).sum(0)
     rows, tokens, cells = all_sum(ranks, sums).tolist()
     return {
         "seconds": clock.seconds(timed.start, timed.stop),
-        "classifier_seconds": sum(shard.seconds[timed]) if device.type == "cpu" else None,
+        "phases": {name: ended.seconds[name] - begun.seconds[name] for name in begun.seconds},
         "rows": rows,
         "tokens": tokens,
         "cells": cells,
         "threads": torch.get_num_threads(),
-        "precision": shard.weights.precision,
+        "precision": model.shard.weights.precision,
         "weights": weight_norms(model, ranks),
+        **gpu_memory(device),
+        **profiled(seen),
     }
 
 
@@ -178,3 +177,19 @@ def weight_norms(model: Model, ranks: Ranks) -> tuple[float, float]:
     for start, stop in model.shard.chunks(1):
         own += weights.read(start, stop).double().square().sum().cpu()
     return float(np.sqrt(encoder)), float(all_sum(ranks, own).sqrt())
+
+
+def profiled(seen: profile) -> dict[str, Any]:
+    """Returns, of a profiled step: busy_s of the GPU; its longest kernels, in seconds; their
+    number; calls that wait for it. On a CPU all is nothing.
+    """
+    events: Any = seen.key_averages()
+    on_gpu = [each for each in events if each.device_type == DeviceType.CUDA]
+    own = [each for each in on_gpu if not each.is_user_annotation]
+    seconds = {each.key[:60]: each.self_device_time_total / 1e6 / PROFILED for each in own}
+    return {
+        "busy_s": sum(seconds.values()),
+        "kernels": dict(sorted(seconds.items(), key=lambda each: -each[1])[:12]),
+        "launches": sum(each.count for each in own) / PROFILED,
+        "waits": {e.key: e.count / PROFILED for e in events if "Synchronize" in e.key},
+    }

@@ -14,8 +14,11 @@ from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import Weights
 
 POSITIVES_PER_ROW = 5
-CHUNKS = (256, 512, 1024, 2048, 4096)
+CHUNKS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (8192, 32768, 131072)}
 """Chunk sizes among which, besides the shard's own, the bare matmuls take the fastest."""
+CPU = torch.device("cpu")
+DRAWN = 1 << 16
+"""Labels whose weights are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,19 @@ class Problem:
     def owned(self) -> LabelRange:
         return LabelRange(0, self.num_labels, self.num_labels)
 
-    def shard(self, precision: str, momentum: float) -> Shard:
-        """Makes a shard of all labels, with weights N(0, 0.02)."""
-        dim, device = self.embeddings.shape[1], self.embeddings.device
-        weights = Weights(precision, self.num_labels, dim, momentum > 0, device)
-        shard = Shard(self.owned, weights)
-        shard.initialise_normal(0.02, seed=0)
+    @property
+    def dim(self) -> int:
+        return self.embeddings.shape[1]
+
+    def shard(self, precision: str, momentum: float, chunk: int = 0) -> Shard:
+        """Makes a shard of all labels, with weights N(0, 0.02) that are drawn on the device."""
+        device = self.embeddings.device
+        generator = torch.Generator(device).manual_seed(0)
+        weights = Weights(precision, self.num_labels, self.dim, momentum > 0, device)
+        shard = Shard(self.owned, weights, chunk)
+        for first in range(0, self.num_labels, DRAWN):
+            shape = min(DRAWN, self.num_labels - first), self.dim
+            shard.write(first, torch.randn(*shape, generator=generator, device=device).mul_(0.02))
         return shard
 
     def positives(self) -> Pairs:
@@ -53,9 +63,9 @@ def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Pro
     return Problem(labels, embeddings.to(device), pairs[:, 0], pairs[:, 1])
 
 
-def chunk_sizes(labels: int, own: int) -> list[int]:
+def chunk_sizes(labels: int, own: int, device: torch.device = CPU) -> list[int]:
     """Returns the chunk sizes to try; own: labels of a chunk of the shard."""
-    return sorted({min(size, labels) for size in (*CHUNKS, own)})
+    return sorted({min(size, labels) for size in (*CHUNKS[device.type], own)})
 
 
 def check_memory(labels: int, numbers: int, device: torch.device) -> None:
@@ -64,11 +74,14 @@ def check_memory(labels: int, numbers: int, device: torch.device) -> None:
     Raises:
         ReneeError: they will not.
     """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what was measured before
     free = free_memory(device)
     if 4 * numbers > free:
         raise ReneeError(
             f"--labels {labels} and its references need {4 * numbers / 2**30:,.1f} GiB and "
-            f"{free / 2**30:,.1f} GiB of memory are free; give fewer --labels, or a lower --dim"
+            f"{free / 2**30:,.1f} GiB of memory are free; give fewer --labels or "
+            f"--references, or a lower --dim"
         )
 
 

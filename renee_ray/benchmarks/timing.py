@@ -15,16 +15,19 @@ import torch
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    calls: int = 1,
 ) -> dict[str, float]:
     """Returns the median seconds of each function, called in turns to meet the same machine.
 
-    Every function is called once before, untimed.
+    Every function is called before, untimed. calls: of a function in each turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
-            taken = _timed(function, device)
+            taken = _timed(function, device, calls) / calls
             if round_number:
                 seconds[name].append(taken)
     return {name: median(all_taken) for name, all_taken in seconds.items()}
@@ -67,14 +70,16 @@ def _resident_peak() -> int:
     )
 
 
-def _timed(function: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+def _timed(function: Callable[[], object], device: torch.device, calls: int) -> float:
+    wait_for(device)
     start = time.perf_counter()
-    function()
-    _wait(device)
+    for _ in range(calls):
+        function()
+    wait_for(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was asked to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

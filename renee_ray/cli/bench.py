@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import click
@@ -13,57 +15,84 @@ from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured
 from renee_ray.cli.output import say
 from renee_ray.config.overrides import parse_overrides, read_yaml
 from renee_ray.config.schema import ConvertConfig, RunConfig
+from renee_ray.errors import reason
 from renee_ray.machine import OPENMP
 
 
 @click.group()
 def bench() -> None:
     """Benchmarks; each prints one JSON line, with references timed in turns."""
-    for name, value in OPENMP.items():
+    quiet = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler says on standard error that it starts
+    for name, value in (OPENMP | quiet).items():
         os.environ.setdefault(name, value)
 
 
-def _count(name: str, default: int | None, text: str, minimum: int = 1) -> Callable[[Any], Any]:
-    """A flag that is a number, `minimum` at least; its default is shown if it has one."""
-    kind, shown = click.IntRange(min=minimum), default is not None
+COUNT, SHARE = click.IntRange(min=1), click.FloatRange(0, 1, max_open=True)
+STORAGE = click.Choice(["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"])
+REFERENCE = click.Choice(["none", "published", "fp16", "compiled", "autograd"])
+PART = click.Choice(["oracle", "step", "train", "topk", "memory", "resume"])
+NAMES = ("labels", "dim", "batch", "precision", "momentum")
+"""What `bench step` takes lists of."""
+
+
+class _Several(click.ParamType):
+    """A list with commas, each entry of a kind."""
+
+    def __init__(self, kind: click.ParamType) -> None:
+        self._kind, self.name = kind, f"{kind.name},..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        return tuple(self._kind.convert(each, param, ctx) for each in str(value).split(","))
+
+
+def _flag(name: str, kind: click.ParamType, default: Any, text: str) -> Callable[[Any], Any]:
+    """A flag whose default is shown if it has one."""
+    shown = default is not None
     return click.option(name, type=kind, default=default, show_default=shown, help=text)
 
 
-def _sizes(function: Any) -> Any:
+def _count(name: str, default: int | None, text: str, minimum: int = 1) -> Callable[[Any], Any]:
+    """A flag that is a number, `minimum` at least."""
+    return _flag(name, click.IntRange(min=minimum), default, text)
+
+
+def _sizes(function: Any, kind: click.ParamType = COUNT) -> Any:
     """The flags of every benchmark of a classifier on one device."""
-    function = _count("--batch", 256, "Rows of a global batch.")(function)
-    function = _count("--dim", 384, "Dimension of the embeddings.")(function)
-    return _count("--labels", 131072, "Labels.")(function)
+    function = _flag("--batch", kind, 256, "Rows of a global batch.")(function)
+    function = _flag("--dim", kind, 384, "Dimension of the embeddings.")(function)
+    return _flag("--labels", kind, 131072, "Labels.")(function)
 
 
 _repeats = _count("--repeats", 5, "Timed rounds.")
 _workers = _count("--workers", 2, "Workers.")
-_precision = click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]),
-    default="auto",
-    show_default=True,
-    help="Storage of the weights.",
-)
-_momentum = click.option(
-    "--momentum",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.9,
-    show_default=True,
-    help="Momentum of SGD; 0 keeps no buffer.",
-)
 
 
 @bench.command("step")
-@_sizes
-@_precision
-@_momentum
+@partial(_sizes, kind=_Several(COUNT))
+@_flag("--precision", _Several(STORAGE), "auto", "Storage of the weights.")
+@_flag("--momentum", _Several(SHARE), 0.9, "Momentum of SGD; 0 keeps no buffer.")
 @_repeats
+@_count("--chunk", 0, "Labels worked on at once; 0: as training chooses.", minimum=0)
+@_flag("--references", _Several(REFERENCE), "published,autograd", "What to time beside it.")
+@click.option("--check", is_flag=True, help="Compare a step with float64, too.")
 def bench_step(**settings: Any) -> None:
-    """A classifier step, beside bare matmuls, the published algorithm and autograd."""
+    """A classifier step, beside bare matmuls, the published algorithm and others.
+
+    Sizes, storages and momenta may be lists with commas. Each combination is then a line of its
+    own, even if another fails.
+    """
     from renee_ray.benchmarks.step import bench_step as run
 
-    click.echo(json.dumps(run(**settings)))
+    settings["references"] = [name for name in settings["references"] if name != "none"]
+    combinations = list(product(*(settings.pop(name) for name in NAMES)))
+    for each in combinations:
+        try:
+            line = run(*each, **settings)
+        except Exception as error:
+            if len(combinations) == 1:
+                raise
+            line = dict(zip(NAMES, each, strict=True)) | {"error": reason(error)}
+        click.echo(json.dumps(line))
 
 
 @bench.command("topk")
@@ -97,7 +126,7 @@ def bench_topk(**settings: Any) -> None:
 @_count("--batch", 256, "Rows.")
 @_workers
 @_count("--threads", 1, "Torch threads of a worker.")
-@_precision
+@_flag("--precision", STORAGE, "auto", "Storage of the weights.")
 @_count("--steps", 3, "Timed steps.")
 @click.option(
     "--speedup", is_flag=True, help="Beside one worker with as many threads, with Ray and without."
@@ -110,10 +139,8 @@ def bench_scale(**settings: Any) -> None:
 
 
 @bench.command("checkpoint")
-@click.option(
-    "--gib", type=click.FloatRange(min=0.001), default=4.0, show_default=True, help="Of weights."
-)
-@click.option("--dim", type=click.IntRange(min=1), default=384, show_default=True, help="Columns.")
+@_flag("--gib", click.FloatRange(min=0.001), 4.0, "Of weights.")
+@_count("--dim", 384, "Columns.")
 @click.option(
     "--directory",
     type=click.Path(exists=True, file_okay=False),
@@ -164,3 +191,23 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
     from renee_ray.service.bench.train import bench_train as run
 
     click.echo(json.dumps(call(run, *layers, steps, repeats, say)))
+
+
+@bench.command("gpu")
+@_flag("--out", click.Path(dir_okay=False), "gpu.json", "The file to write.")
+@_flag("--minutes", click.FloatRange(min=0), 8.0, "For all parts.")
+@click.option("--small", is_flag=True, help="Small sizes; the default where there is no GPU.")
+@click.option("--only", type=PART, multiple=True, help="A part to run; without, all are.")
+@click.option("--page", type=click.File(), multiple=True, help="Print the tables of such a file.")
+def bench_gpu(page: tuple[Any, ...], **settings: Any) -> None:
+    """All that one GPU is to tell, in one JSON file: correctness, times, memory, runs.
+
+    Every part runs in processes of its own, so that one that fails does not end the others.
+    """
+    from renee_ray.service.bench.gpu import bench_gpu as run
+    from renee_ray.service.bench.gpu import page_of
+
+    for file in page:
+        click.echo("\n".join(page_of(json.load(file))))
+    if not page:
+        click.echo(json.dumps(call(lambda: run(say=say, **settings))))

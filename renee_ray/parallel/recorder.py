@@ -75,6 +75,8 @@ class Totals:
         return sum(self.seconds[phase] for phase, kind in KINDS.items() if kind in kinds)
 
 
+GPU_MEMORY = ("gpu_peak_gib", "gpu_reserved_gib", "gpu_total_gib")
+"""What `gpu_memory` returns."""
 COUNTS = tuple(each.name for each in fields(Totals) if each.name != "seconds")
 
 
@@ -166,6 +168,21 @@ class Recorder:
 
         own = [mean("data", "own", "collective"), mean("data", "own"), mean("data")]
         self.paces = [Pace(*each) for each in gather_numbers(ranks, own)]
+
+
+def gpu_memory(device: torch.device) -> dict[str, float | None]:
+    """Returns GiB of a GPU: the most that this process's tensors took, held for them, and had.
+
+    All are None where the device is no GPU.
+    """
+    if device.type != "cuda":
+        return dict.fromkeys(GPU_MEMORY)
+    found = (
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.max_memory_reserved(device),
+        torch.cuda.get_device_properties(device).total_memory,
+    )
+    return {name: count / 2**30 for name, count in zip(GPU_MEMORY, found, strict=True)}
 
 
 class _HostClock:

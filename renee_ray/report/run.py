@@ -2,9 +2,9 @@
 
     facts       {"training points": "2,379", ...}, shown in the given order
     history     a run's history.json: {"steps": [{"step", "epoch", "loss", "rows_per_second",
-                "padding", "encoder_lr", "classifier_lr", "peak_rss_gib", ...}], "evals": [{"step",
-                "epoch", "metrics": {"P@1": percent, ...}}]}; a value may be missing or None,
-                "padding" is a share of 1
+                "padding", "encoder_lr", "classifier_lr", "peak_rss_gib", "gpu_peak_gib", ...}],
+                "evals": [{"step", "epoch", "metrics": {"P@1": percent, ...}}]}; a value may be
+                missing or None, "padding" is a share of 1
     comparison  [{"model": "renee_ray", "P@1": percent, ...}]; a metric may be missing from a row
     examples    [{"text": str, "true": [str], "predicted": [{"label": str, "score": float,
                 "right": bool}]}]
@@ -194,13 +194,14 @@ def _in_order(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _charts(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]) -> list[Chart]:
     scores = [{"epoch": e["epoch"], **e["metrics"]} for e in evals]
+    memory = _lines(steps, "peak_rss_gib", "gpu_peak_gib")
     drawn = (
         _loss_chart(steps),
         _chart("Precision on validation", "%", _lines(scores, "P@1", "P@3", "P@5"), mark=True),
         _chart("Propensity-scored precision", "%", _lines(scores, "PSP@1", "PSP@5"), mark=True),
         _chart("Throughput", "rows/s", _lines(steps, "rows_per_second"), zero=True),
         _chart("Padding, share of tokens", "%", _lines(steps, "padding", scale=100.0), zero=True),
-        _chart("Peak memory of a worker", "GiB", _lines(steps, "peak_rss_gib"), zero=True),
+        _chart("Peak memory of a worker", "GiB", memory, zero=True),
         _chart("Learning rates", "", _lines(steps, "encoder_lr", "classifier_lr"), log=True),
     )
     return [chart for chart in drawn if chart]
@@ -212,7 +213,7 @@ def _lines(entries: Sequence[Mapping[str, Any]], *keys: str, scale: float = 1.0)
     for key in keys:
         x, y = _finite(entries, key)
         if len(x):
-            label = key.replace("_lr", "").replace("_", " ")
+            label = key.removesuffix("_lr").removesuffix("_gib").replace("_", " ")
             found.append(Line(label, x, y * scale))
     return found
 

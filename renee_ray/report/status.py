@@ -33,6 +33,8 @@ STARTING_S = 600.0
 WAITING_S = 15.0
 """Seconds in a waiting phase after which a run counts as waiting."""
 SHOWN_RANKS = 16
+GPU_MEMORY = ("gpu_peak_gib", "gpu_reserved_gib", "gpu_total_gib")
+"""As in parallel/recorder.py, which needs torch, and this does not."""
 WAITS_FOR = {
     "data": "for data",
     "evaluation_data": "for validation data",
@@ -51,7 +53,7 @@ def read_status(run: str, now: float) -> dict[str, Any]:
     Returns:
         `state` (running, finished, stopped, waiting, failed or unknown), `reason`, `age_s` of the
         last word, and what is known of: step, total_steps, epoch, epochs, loss, rows_per_second,
-        seconds_left, skipped, restarts, evaluation, best, checkpoint, ranks.
+        seconds_left, GPU_MEMORY, skipped, restarts, evaluation, best, checkpoint, ranks.
 
     Raises:
         ReneeError: there is no run.
@@ -83,7 +85,7 @@ def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
         "reason": reason,
         "age_s": age,
         "step": content.get("step", record.get("step")),
-        **{key: record.get(key) for key in keys},
+        **{key: record.get(key) for key in keys + GPU_MEMORY},
         "epochs": content.get("epochs"),
         "skipped": content.get("skipped", 0),
         "restarts": content.get("restarts", 0),
@@ -149,6 +151,9 @@ def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "speed", f"{status['rows_per_second']:,.0f} rows/s, {status['padding']:.0%} padding"
         if status["state"] != "finished":
             yield "time left", duration(status["seconds_left"])
+    peak, reserved, total = (status.get(name) for name in GPU_MEMORY)
+    if peak is not None:
+        yield "GPU memory", f"peak {peak:.1f} GiB, {reserved:.1f} reserved, of {total:.1f}"
     for name in ("evaluation", "best"):
         if status[name]:
             yield f"{name.replace('evaluation', 'last')} validation", _evaluation(status, name)

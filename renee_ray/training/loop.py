@@ -29,7 +29,7 @@ from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.ahead import one_ahead
 from renee_ray.parallel.batch import Batch, Position
 from renee_ray.parallel.collectives import Ranks, all_sum
-from renee_ray.parallel.recorder import Recorder
+from renee_ray.parallel.recorder import Recorder, gpu_memory
 from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
 from renee_ray.training.schedule import Schedule, warmup_cosine
 from renee_ray.training.step import Step, StepResult
@@ -296,6 +296,7 @@ class Trainer:
             "encoder_lr": self.config.encoder.learning_rate * factor,
             "classifier_lr": self.config.classifier.learning_rate * factor,
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            **gpu_memory(self.device),
             "skipped": self.state.skipped,
             "loss_scale": self.state.loss_scale.value,
             "seconds_left": (total - step) * seconds / meter.steps,

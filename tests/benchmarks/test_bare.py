@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from renee_ray.benchmarks import bare, processes
-from renee_ray.benchmarks.bare import Clock, Job, held_batches, time_bare_steps, weight_norms
+from renee_ray.benchmarks.bare import (
+    PROFILED,
+    Clock,
+    Job,
+    held_batches,
+    time_bare_steps,
+    weight_norms,
+)
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
@@ -85,10 +92,13 @@ def test_it_trains_as_a_run_does_on_any_number_of_ranks(dataset: Dataset) -> Non
         assert found["rows"] == one["rows"]
         assert found["tokens"] == one["tokens"] < found["cells"]
     batches = held_batches(job, Ranks())
-    assert len(batches) == job.total == 9
+    assert len(batches) == job.total == 12
     assert one["rows"] == sum(len(batch) for batch in batches[2:8])
     assert one["rows"] < sum(len(batch) for batch in batches)
-    assert 0 < one["classifier_seconds"] < one["seconds"]
+    phases = one["phases"]
+    assert 0 < phases["classifier"] < one["seconds"] and phases["encoder_forward"] > 0
+    assert sum(phases.values()) > phases["classifier"]
+    assert one["gpu_peak_gib"] is None
     assert (one["threads"], one["precision"]) == (1, "fp32")
 
 
@@ -97,7 +107,8 @@ def test_the_batches_are_the_global_ones_in_order(dataset: Dataset) -> None:
     alone = held_batches(job, Ranks())
     halves = [held_batches(job, Ranks(rank, 2)) for rank in range(2)]
     epoch = job.orders[0].num_batches
-    assert [batch.position.epoch for batch in alone] == [0] * epoch + [1] * epoch + [2] * 3
+    epochs = [0] * epoch + [1] * epoch + [2] * (job.total - 2 * epoch)
+    assert [batch.position.epoch for batch in alone] == epochs
     for whole, first, second in zip(alone, *halves, strict=True):
         assert whole.position == first.position == second.position
         assert whole.points.tolist() == [*first.points, *second.points]
@@ -106,10 +117,10 @@ def test_the_batches_are_the_global_ones_in_order(dataset: Dataset) -> None:
 
 
 def test_the_schedule_has_the_jobs_steps_in_the_batches_of_the_epochs(dataset: Dataset) -> None:
-    job = job_of(dataset, steps=12)
+    job = job_of(dataset, steps=9)
     epoch = job.orders[0].num_batches
     assert job.schedule.batches == (epoch, epoch, 3) and job.schedule.total == 15
-    assert job_of(dataset, warmup=1, steps=2).schedule.batches == (4,)
+    assert job_of(dataset, warmup=0, steps=1).schedule.batches == (1 + PROFILED,) < (epoch,)
 
 
 def test_the_clock_counts_from_asking_to_asking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,10 @@ from renee_ray.config.overrides import make_config, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.data import storage
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.recorder import KINDS, Totals
+from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Totals
 from renee_ray.report.status import read_status
 from renee_ray.service.launch import decide_gpu
-from renee_ray.service.observe.exported import METRICS, Exported
+from renee_ray.service.observe.exported import GPU_GIB, METRICS, RECORD, Exported
 from renee_ray.service.train.train import train
 
 from .conftest import LABELS, LONGER, RECIPE, Run, descendants, end, finish, start
@@ -197,6 +197,7 @@ def watched(
         result = train(make_config(RunConfig, read_yaml(recipe), settings))
     other = Exported("other", 0)
     other.totals(Totals(skipped=1))
+    other.record(dict.fromkeys(RECORD, 0.0) | {name: 3.5 for name in GPU_MEMORY})
     storage.on_retry[0]()
     limit = time.monotonic() + 30
     while time.monotonic() < limit and len({name for name, _ in scraped(port)}) < len(METRICS):
@@ -228,6 +229,9 @@ def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
     assert 0.5 < tokens / watched.value("ray_renee_ray_token_cells_total", rank="0") <= 1
     assert watched.value("ray_renee_ray_checkpoint_bytes_total", rank="0") > 20e6
     assert watched.value("ray_renee_ray_loss", rank="0") > 0
+    gib = {tags: gib for (name, tags), gib in watched.series.items() if name == GPU_GIB.exported}
+    kinds = {dict(tags)["kind"] for tags in gib}
+    assert kinds == {"peak", "reserved", "total"} and set(gib.values()) == {3.5}, "of `other` alone"
     assert watched.value("ray_renee_ray_validation", rank="0", metric="P@1") > 0
     total = watched.value("ray_renee_ray_total_steps", rank="0")
     assert total == watched.result["step"]

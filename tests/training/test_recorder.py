@@ -9,7 +9,8 @@ import torch
 
 from renee_ray.model.encoder import adamw, data_parallel
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.recorder import KINDS, Recorder
+from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Recorder, gpu_memory
+from renee_ray.report import status
 from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -32,6 +33,22 @@ def test_phases_leave_no_gap() -> None:
     assert sum(totals.seconds.values()) == pytest.approx(elapsed, abs=2e-3)
     assert totals.seconds["data"] >= 0.04 and totals.of_kind("collective") >= 0.03
     assert totals.of_kind("own") == totals.seconds["optimizer"] >= 0.01
+
+
+def test_a_cpu_has_no_memory_of_a_gpu() -> None:
+    assert gpu_memory(torch.device("cpu")) == dict.fromkeys(GPU_MEMORY)
+    assert GPU_MEMORY == status.GPU_MEMORY
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_peak_of_a_gpus_memory_is_that_of_freed_tensors_too() -> None:
+    device = torch.device("cuda")
+    before = gpu_memory(device)["gpu_peak_gib"] or 0.0
+    torch.ones(1 << 28, device=device).sum()  # 1 GiB
+    peak, reserved, total = gpu_memory(device).values()
+    assert peak is not None and reserved is not None and total is not None
+    assert max(1.0, before) <= peak <= reserved <= total
 
 
 def test_the_place_is_where_it_is() -> None:

@@ -32,6 +32,7 @@ from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.recorder import GPU_MEMORY, gpu_memory
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import NICENESS, launch, threads_of, worker_environment
@@ -59,9 +60,11 @@ def bench_train(
         rows_per_second, bare_rows_per_second and ratio_to_bare, their quotient; ratios, of each
         round; weights_apart, the largest relative difference of the two models' norms after a
         round; padding, share of the cells of token matrices; of a step, in seconds: feed_wait_s
-        of the full run, classifier_s (None on a GPU) and the rest of the bare step,
-        encoder_s; checkpoint_s, of one checkpoint, of which a run writes one an evaluation; and
-        what was timed: steps of a block, repeats, batch_size, workers, threads, precision, labels.
+        of the full run, classifier_s and the rest of the bare step, encoder_s, and its phases
+        (on a GPU times of the device); idle_share of a GPU in a bare step, which `profiled`
+        explains; `gpu_memory` of the full run; checkpoint_s, of one checkpoint, of which a run
+        writes one an evaluation; and what was timed: steps of a block, repeats, batch_size,
+        workers, threads, precision, labels.
 
     Raises:
         ReneeError: a cluster is set, `output` is given, or the dataset has too few steps.
@@ -143,6 +146,7 @@ def full_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "feed_wait": clock.waited(*block),
         "checkpoint": median(taken),
         "threads": torch.get_num_threads(),
+        **gpu_memory(trainer.device),
         "weights": weight_norms(trainer.model, trainer.ranks),
     }
 
@@ -151,11 +155,11 @@ def _figures(job: Job, full: list[dict[str, Any]], bare: list[dict[str, Any]]) -
     first, steps = bare[0], job.steps
     rates = [[first["rows"] / each["seconds"] for each in runs] for runs in (full, bare)]
     step_s = median(each["seconds"] for each in bare) / steps
-    classifier_s = (
-        None
-        if first["classifier_seconds"] is None
-        else median(each["classifier_seconds"] for each in bare) / steps
-    )
+    phases = {
+        name: median(each["phases"][name] for each in bare) / steps
+        for name, seconds in first["phases"].items()
+        if seconds
+    }
     return {
         "rows_per_second": median(rates[0]),
         "bare_rows_per_second": median(rates[1]),
@@ -167,8 +171,11 @@ def _figures(job: Job, full: list[dict[str, Any]], bare: list[dict[str, Any]]) -
             for a, b in zip(f["weights"], g["weights"], strict=True)
         ),
         "padding": 1 - first["tokens"] / first["cells"],
-        "encoder_s": None if classifier_s is None else step_s - classifier_s,
-        "classifier_s": classifier_s,
+        "encoder_s": step_s - phases["classifier"],
+        "classifier_s": phases["classifier"],
+        "phases": phases,
+        "idle_share": 1 - first["busy_s"] / step_s if job.use_gpu else None,
+        **{name: first[name] for name in ("busy_s", "kernels", "launches", "waits")},
         "feed_wait_s": median(each["feed_wait"] for each in full) / steps,
         "checkpoint_s": median(each["checkpoint"] for each in full),
         "steps": steps,
@@ -179,4 +186,5 @@ def _figures(job: Job, full: list[dict[str, Any]], bare: list[dict[str, Any]]) -
         "bare_threads": first["threads"],
         "precision": first["precision"],
         "labels": job.dataset.manifest.num_labels,
+        **{name: full[-1][name] for name in GPU_MEMORY},
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from renee_ray.parallel.recorder import KINDS, Pace, Totals
+from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Pace, Totals
 from renee_ray.service.observe.metric import STORAGE_RETRIES, Metric, count_retries, series
 
 PHASE_SECONDS = Metric(
@@ -48,8 +48,10 @@ RECORD = {
 VALIDATION = Metric(
     "renee_ray_validation", "gauge", "Last validation, percent; rank 0", ("metric",)
 )
+GPU_GIB = Metric("renee_ray_gpu_gib", "gauge", "Memory of a GPU by kind; rank 0", ("kind",))
 METRICS = (
     PHASE_SECONDS, STORAGE_RETRIES, *TOTALS.values(), *PACE.values(), *RECORD.values(), VALIDATION,
+    GPU_GIB,
 )  # fmt: skip
 
 
@@ -80,6 +82,9 @@ class Exported:
         """Takes a record of training/loop."""
         for name, metric in RECORD.items():
             self._set(metric, record[name])
+        for name in GPU_MEMORY:
+            if record[name] is not None:
+                self._set(GPU_GIB, record[name], kind=name.split("_")[1])
 
     def validation(self, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of the validation split."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from renee_ray.config.overrides import dotted
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError, reason
+from renee_ray.parallel.recorder import GPU_MEMORY
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CURVES = (
     "loss", "rows_per_second", "padding", "encoder_lr", "classifier_lr", "peak_rss_gib", "skipped",
-    "loss_scale", "epoch",
+    "loss_scale", "epoch", *GPU_MEMORY,
 )  # fmt: skip
 """Keys of a record of training/loop that are drawn over steps, beside seconds by phase."""
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
@@ -82,7 +83,7 @@ class Sinks:
 
     def record(self, record: Mapping[str, Any], phases: Mapping[str, float]) -> None:
         """Takes a record of training/loop, and seconds a step by phase."""
-        numbers = {f"train/{key}": float(record[key]) for key in CURVES}
+        numbers = {f"train/{key}": float(record[key]) for key in CURVES if record[key] is not None}
         self._put(record["step"], numbers | {f"seconds/{k}": v for k, v in phases.items()})
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
