@@ -41,7 +41,7 @@ class Problem:
     def shard(self, precision: str, momentum: float, chunk: int = 0) -> Shard:
         """Makes a shard of all labels, with weights N(0, 0.02) that are drawn on the device."""
         device = self.embeddings.device
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(device).manual_seed(1)  # not that of the embeddings
         weights = Weights(precision, self.num_labels, self.dim, momentum > 0, device)
         shard = Shard(self.owned, weights, chunk)
         for first in range(0, self.num_labels, DRAWN):

@@ -87,14 +87,9 @@ def bench_step(
     extra = max(peak_extra_bytes(step, device), weights.scratch.nbytes())
     memory = gpu_memory(device)
     errors = errors_of_step(shard, problem, momentum) if check else {}
-    makers: dict[str, Callable[[], Callable[[], object]]] = {
-        "published": lambda: published(problem, REFERENCE_MOMENTUM),
-        "fp16": lambda: published(problem, REFERENCE_MOMENTUM, torch.float16),
-        "compiled": lambda: compiled(problem, chunk, weights.compute_dtype),
-        "autograd": lambda: autograd(problem, momentum),
-    }
     functions = {"step": step, "gemm": fastest_matmuls(problem, chunk, weights.compute_dtype)}
-    taken = interleaved(functions | {name: makers[name]() for name in references}, repeats, device)
+    compared = {name: reference(name, problem, shard, momentum) for name in references}
+    taken = interleaved(functions | compared, repeats, device)
     times = {f"{name}_s": seconds for name, seconds in taken.items()}
     ratios = {f"speedup_vs_{name}": taken[name] / taken["step"] for name in references}
     each = chunk * buffer_bytes(batch, weights, shard.operations) + GRADIENT_BYTES * batch * dim
@@ -127,6 +122,17 @@ def bytes_a_label(weights: Weights, batch: int, references: Sequence[str]) -> in
         "autograd": 16 * dim + 20 * batch,  # and torch's own copies of the logits
     }
     return weights.nbytes() + 4 * dim + sum(each[name] for name in references)
+
+
+def reference(name: str, problem: Problem, shard: Shard, momentum: float) -> Callable[[], object]:
+    """Returns a step of the reference of that name, see above."""
+    if name == "autograd":
+        return autograd(problem, momentum)
+    if name == "compiled":
+        chunk = shard.chunks(len(problem.embeddings))[0][1]
+        return compiled(problem, chunk, shard.weights.compute_dtype)
+    dtype = torch.float16 if name == "fp16" else torch.float32
+    return published(problem, REFERENCE_MOMENTUM, dtype)
 
 
 def chunk_parts(shard: Shard, problem: Problem) -> dict[str, Callable[[], object]]:

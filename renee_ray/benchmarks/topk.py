@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from renee_ray.benchmarks.problem import (
-    Problem,
     check_memory,
     chunk_sizes,
     default_device,
     make_problem,
 )
 from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
-from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.topk.select import NONE, shard_topk
 from renee_ray.xfc.weights.storages import Weights
 
+MATMULS = ("product", "gemm")
 CHECKED = 4096
-"""Labels that are drawn, or whose exact scores are computed, at once."""
+"""Labels whose exact scores are computed at once."""
 
 
 def bench_topk(
@@ -50,11 +49,11 @@ def bench_topk(
     # References take the weights again, and logits with 8-byte places.
     check_memory(labels, labels * (stored + (dim + 5 * batch) * compared), device)
     problem = make_problem(labels, dim, batch, device)
-    shard, inputs = draw(problem, precision), problem.embeddings
+    shard, inputs = problem.shard(precision, 0), problem.embeddings
     chunk, weights = shard.chunks(batch)[0][1], shard.weights
 
     def product(dtype: torch.dtype, read: Callable[[int, int], Tensor]) -> Callable[[], None]:
-        narrow, sizes = inputs.to(dtype), chunk_sizes(labels, chunk)
+        narrow, sizes = inputs.to(dtype), chunk_sizes(labels, chunk, device)
         matmuls = {size: bare_matmul(narrow, read, labels, size) for size in sizes}
         return matmuls[fastest(matmuls, device)]
 
@@ -68,9 +67,7 @@ def bench_topk(
         timed["torch_topk"] = lambda: (inputs @ weight.T).topk(min(k, labels), dim=1)
     taken = interleaved(timed, repeats, device)
     topk = taken["topk"]
-    ratios = {
-        f"ratio_to_{name}": topk / taken[name] for name in ("product", "gemm") if name in taken
-    }
+    ratios = {f"ratio_to_{name}": topk / taken[name] for name in taken if name in MATMULS}
     if compared:
         ratios["speedup_vs_torch"] = taken["torch_topk"] / topk
     return {
@@ -81,23 +78,9 @@ def bench_topk(
         "weight_bytes": weights.nbytes(),
         "precision": weights.precision,
         "chunk": chunk,
-        "labels": labels,
-        "dim": dim,
-        "batch": batch,
-        "k": k,
+        "labels": labels, "dim": dim, "batch": batch, "k": k,
         "threads": torch.get_num_threads(),
-    }
-
-
-def draw(problem: Problem, precision: str) -> Shard:
-    """Makes a shard of weights N(0, 0.02), drawn on the device: it may have millions of labels."""
-    dim, device = problem.embeddings.shape[1], problem.embeddings.device
-    shard = Shard(problem.owned, Weights(precision, problem.num_labels, dim, False, device))
-    generator = torch.Generator(device).manual_seed(1)  # not that of the embeddings
-    for start in range(0, problem.num_labels, CHECKED):
-        rows = min(CHECKED, problem.num_labels - start)
-        shard.write(start, torch.randn(rows, dim, device=device, generator=generator) * 0.02)
-    return shard
+    }  # fmt: skip
 
 
 def quality(

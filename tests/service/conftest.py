@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -127,6 +129,36 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: st
     return found
 
 
+@contextlib.contextmanager
+def slowed(root: int) -> Iterator[None]:
+    """Lets the training workers below a process run for a tenth of the time.
+
+    What is done to a run meanwhile comes in time, and the run costs no more than it would.
+    """
+    over = threading.Event()
+
+    def send(number: signal.Signals, found: list[int]) -> None:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def hold() -> None:
+        while not over.wait(0.05):
+            family = descendants(root).items()
+            found = [pid for pid, line in family if line.startswith("ray::RayTrainWorker")]
+            send(signal.SIGSTOP, found)
+            over.wait(0.45)
+            send(signal.SIGCONT, found)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def status_of(run: str) -> dict[str, Any]:
     """status.json of a run; empty while there is none."""
     try:
@@ -230,7 +262,9 @@ def dataset(source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def recipe(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A configuration file that lacks `data` and `output`."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"encoder": RECIPE["encoder"] | {"name": tiny_encoder}}))
+    path.write_text(
+        yaml.safe_dump(RECIPE | {"encoder": RECIPE["encoder"] | {"name": tiny_encoder}})
+    )
     return str(path)
 
 

@@ -23,7 +23,7 @@ def test_its_commands_are_ones_that_there_are(
     monkeypatch.setattr(gpu, "write_sample", lambda *_: None)
     for name in gpu.LIMITS:
         gpu.part(name, small, str(tmp_path), 0.0)
-    assert len(seen) == 5 + 3 + 1 + 1 + 1 + 2
+    assert len(seen) == 5 + 3 + 1 + 5 + 1 + 2
     for command in seen:
         group, words = cli.cli, command.split()
         while isinstance(group, cli.click.Group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,7 +18,19 @@ from ray.cluster_utils import Cluster
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.xfc.labels import split_range
 
-from .conftest import HEALTH, LONGER, Run, descendants, end, finish, run_of, start, status_of, until
+from .conftest import (
+    HEALTH,
+    LONGER,
+    Run,
+    descendants,
+    end,
+    finish,
+    run_of,
+    slowed,
+    start,
+    status_of,
+    until,
+)
 from .test_train import (
     OTHER_ORDER,
     assert_continuous,
@@ -56,18 +69,20 @@ def test_a_node_is_drained_and_goes_and_others_come(
         env={"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
     )  # fmt: skip
     try:
-        until(lambda: status_of(path).get("step"), process, "a step")
-        drain = (
-            "drain-node", "--address", cluster.address, "--node-id", nodes[0].node_id, "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-            "--deadline-remaining-seconds", "300",
-        )  # fmt: skip
-        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain], check=True)
-        until(lambda: newest_commit(path) > 0, process, "a checkpoint because of the drain")
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        until(lambda: status_of(path).get("num_workers") == 1, process, "one worker")
-        for _ in range(2):
-            cluster.add_node(num_cpus=2)
+        with slowed(os.getpid()):
+            until(lambda: status_of(path).get("step"), process, "a step")
+            drain = (
+                "drain-node", "--address", cluster.address, "--node-id", nodes[0].node_id,
+                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                "--deadline-remaining-seconds", "300",
+            )  # fmt: skip
+            subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain], check=True)
+            until(lambda: newest_commit(path) > 0, process, "a checkpoint because of the drain")
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            until(lambda: status_of(path).get("num_workers") == 1, process, "one worker")
+            for _ in range(2):
+                cluster.add_node(num_cpus=2)
+            until(lambda: status_of(path).get("num_workers") == 3, process, "three workers")
         run = run_of(path, finish(process))
     finally:
         end(process)

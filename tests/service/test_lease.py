@@ -28,7 +28,18 @@ from renee_ray.service.run.lease import (
     started_s,
 )
 
-from .conftest import LONGER, Run, descendants, end, finish, renee_ray, run_of, start, status_of
+from .conftest import (
+    LONGER,
+    Run,
+    descendants,
+    end,
+    finish,
+    renee_ray,
+    run_of,
+    slowed,
+    start,
+    status_of,
+)
 from .gateway import BUCKET, Gateway
 from .test_train import (
     OTHER_ORDER,
@@ -299,7 +310,8 @@ def test_two_drivers_on_one_run(
     first = start(*command)
     try:
         wait_for_commit(first, path, 5)
-        refused = renee_ray(*command)
+        with slowed(first.pid):
+            refused = renee_ray(*command)
         assert refused.status == 1 and refused.stdout == ""
         sentence = refused.stderr.splitlines()[-1]
         assert f"is being trained by the driver on {socket.gethostname()}" in sentence

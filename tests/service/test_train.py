@@ -95,7 +95,7 @@ def losses(run: Run) -> np.ndarray:
     return np.array([record["loss"] for record in run.history["steps"]])
 
 
-OTHER_ORDER = 5e-3
+OTHER_ORDER = 2e-2
 """Relative difference of losses that other numbers of workers add up; a lost batch makes more."""
 
 

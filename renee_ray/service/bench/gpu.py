@@ -71,7 +71,8 @@ COLUMNS = {
     "gradient update expansion error",
     "train": "labels batch_size precision rows_per_second ratio_to_bare idle_share encoder_s "
     "classifier_s gpu_peak_gib",
-    "topk": "labels dim batch topk_s gemm_s ratio_to_gemm same_but_ties",
+    "topk": "labels dim batch precision topk_s product_s ratio_to_product same_but_ties "
+    "peak_extra_bytes",
     "memory": f"{STEP} bytes_per_weight peak_extra_bytes planned_extra_bytes gpu_peak_gib error",
     "resume": "killed_after resumed_from steps gpu_peak_gib",
 }
@@ -125,7 +126,10 @@ def part(name: str, small: bool, directory: str, ends: float) -> tuple[Records, 
             f"--precision bf16_sr",
         ],
         "train": [f"bench train {of_sample} --repeats 1"],
-        "topk": [f"bench topk {size['topk']}"],
+        "topk": [
+            f"bench topk {size['topk']} --references none --precision {precision}"
+            for precision in STORAGES
+        ],
         "memory": [f"bench step {alone},0.9 --precision {','.join(STORAGES)}"],
     }
     if name in size["samples"]:
