@@ -73,19 +73,20 @@ def residual(
     with_loss, scaled = loss is not None, scales is not None
     logits = out.new_empty(len(rows) if with_loss else 0, dtype=torch.float32)
     factors = out if scales is None else scales
+    k = tiles.BYTES // inputs.element_size()
 
     def launch(chosen: Tiles) -> Tensor:
         """Returns the sums of softplus(Z), one for each tile."""
         count = triton.cdiv(c, chosen.m) * triton.cdiv(batch, chosen.n)
         sums = out.new_empty(count if with_loss else 0, dtype=torch.float32)
-        k = tiles.BYTES // inputs.element_size()
         _residual[(chosen.programs(count, out.device),)](
             _matrix(operand, chosen.m, k, chosen), _matrix(inputs, chosen.n, k, chosen),
             factors, out, sums, c, batch, stride, dim, scaled, with_loss, k, **_options(chosen),
         )  # fmt: skip
         return sums
 
-    sums = launch(_choose(("residual", scaled), out, operand, inputs, lambda: launch))
+    key = "residual", scaled, dim, stride.bit_length(), inputs.dtype
+    sums = launch(tiles.fastest(key, operand, inputs, lambda: launch))
     if len(rows):
         _positives[(len(rows),)](
             operand, inputs, factors, out, logits, labels, rows, stride, dim, scaled, with_loss,
@@ -102,60 +103,32 @@ class FusedUpdate(Update):
     def __call__(
         self, start: int, stop: int, operand: Tensor, residual: Tensor, inputs: Tensor
     ) -> None:
-        weight, velocity = self._weights.weight, self._weights.velocity
+        sgd, weight, velocity = self._sgd, self._weights.weight, self._weights.velocity
+        (batch, dim), stride = inputs.shape, residual.stride(0)
         kinds = weight.kind, velocity.kind if velocity else "none"
-        buffers = [
-            {name: t[start:stop] for name, t in buffer.tensors().items()}
+        k = tiles.BYTES // inputs.element_size()
+        shard = [
+            [t[start:stop] for t in buffer.tensors().values()]
             for buffer in (weight, velocity or weight)
         ]
 
+        def launch(buffers: list[list[Tensor]], chosen: Tiles) -> None:
+            c = len(buffers[0][0])
+            count = triton.cdiv(c, chosen.m) * triton.cdiv(dim, chosen.n)
+            _update[(chosen.programs(count, inputs.device),)](
+                _matrix(residual[:c], chosen.m, k, chosen), _matrix(inputs, k, chosen.n, chosen),
+                *(stored(*of, residual) for of in zip(buffers, self._noise, strict=True)),
+                *(noise.key if noise else 0 for noise in self._noise),
+                self._first + start, c, batch, stride,
+                (sgd.lr, sgd.momentum, sgd.weight_decay), kinds, dim, k, **_options(chosen),
+            )  # fmt: skip
+
         def trial() -> Callable[[Tiles], None]:
-            copies = [{name: t[:TRIAL].clone() for name, t in b.items()} for b in buffers]
-            return functools.partial(self._launch, kinds, start, copies, residual[:TRIAL], inputs)
+            copies = [[t[:TRIAL].clone() for t in buffer] for buffer in shard]
+            return functools.partial(launch, copies)
 
-        chosen = _choose(("update", kinds), residual, residual, inputs, trial)
-        self._launch(kinds, start, buffers, residual, inputs, chosen)
-
-    def _launch(
-        self,
-        kinds: tuple[str, str],
-        start: int,
-        buffers: list[dict[str, Tensor]],
-        residual: Tensor,
-        inputs: Tensor,
-        chosen: Tiles,
-    ) -> None:
-        """Updates the weights and velocities in `buffers`, of the labels from `start` on."""
-        (c, batch), dim, sgd = residual.shape, self._weights.dim, self._sgd
-        count = triton.cdiv(c, chosen.m) * triton.cdiv(dim, chosen.n)
-        k = tiles.BYTES // inputs.element_size()
-        weight_noise, velocity_noise = self._noise
-        _update[(chosen.programs(count, inputs.device),)](
-            _matrix(residual, chosen.m, k, chosen), _matrix(inputs, k, chosen.n, chosen),
-            stored(buffers[0], weight_noise, residual),
-            stored(buffers[1], velocity_noise, residual),
-            weight_noise.key if weight_noise else 0, velocity_noise.key if velocity_noise else 0,
-            self._first + start, c, batch, residual.stride(0),
-            (sgd.lr, sgd.momentum, sgd.weight_decay), kinds, dim, k, **_options(chosen),
-        )  # fmt: skip
-
-
-def _choose(
-    key: tuple[Any, ...],
-    residual: Tensor,
-    left: Tensor,
-    right: Tensor,
-    trial: Callable[[], Callable[[Tiles], Any]],
-) -> Tiles:
-    """Returns the fastest tiles for left @ right, measured once for a kind of kernel, D and B.
-
-    Of B, padded, the number of binary digits counts.
-    """
-    candidates = tiles.candidates(left, right)
-    if len(candidates) == 1:
-        return candidates[0]
-    key += right.shape[1], residual.stride(0).bit_length(), right.dtype, candidates
-    return tiles.fastest(key, candidates, trial, tiles.milliseconds)
+        key = "update", kinds, dim, stride.bit_length(), inputs.dtype
+        launch(shard, tiles.fastest(key, residual, inputs, trial))
 
 
 def _matrix(matrix: Tensor, rows: int, columns: int, chosen: Tiles) -> Tensor | TensorDescriptor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ BYTES = 128
 GROUP = 8
 """Tile rows that are worked on side by side, so that they find the same columns in L2."""
 REPEATS = 5
-"""Launches of a measurement, the fastest of which counts."""
+"""Launches of a measurement."""
 
 
 @dataclass(frozen=True)
@@ -63,62 +64,58 @@ POINTED = (
 """The first and the last of them fit the shared memory of every GPU from sm_80 on."""
 
 
-def candidates(left: torch.Tensor, right: torch.Tensor) -> tuple[Tiles, ...]:
+def candidates(left: Tensor, right: Tensor) -> tuple[Tiles, ...]:
     """Returns the tiles to try for a product of two matrices; in the interpreter the first.
 
     Descriptors need rows of whole 16 bytes and, on a GPU, Hopper's hardware.
     """
-    device, real = left.device, left.is_cuda
-    able = not real or (
-        torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    able = not left.is_cuda or (
+        torch.version.hip is None and torch.cuda.get_device_capability(left.device) >= (9, 0)
     )
     for matrix in (left, right):
         row = matrix.stride(0) * matrix.element_size()
         able = able and matrix.numel() > 0 and matrix.data_ptr() % 16 == 0 and row % 16 == 0
     found = DESCRIBED + POINTED[:1] if able else POINTED
-    return found if real else found[:1]
+    return found if left.is_cuda else found[:1]
 
 
-_fastest: dict[Hashable, Tiles] = {}
+_fastest: dict[tuple[Any, ...], Tiles] = {}
 
 
 def fastest(
-    key: Hashable,
-    tried: Sequence[Tiles],
+    key: tuple[Any, ...],
+    left: Tensor,
+    right: Tensor,
     trial: Callable[[], Callable[[Tiles], Any]],
-    time: Callable[[Callable[[], Any]], float],
 ) -> Tiles:
-    """Returns those of the tiles that take least time; each key is measured once.
+    """Returns the tiles that multiply two matrices in least time; each key is measured once.
 
     Triton keeps what it compiled on disk, so a later process pays for the launches alone.
-
-    Args:
-        trial: gives a launch that may be repeated; it raises if the GPU lacks what tiles need.
-        time: how long a call takes.
+    trial: gives a launch that may be repeated, and that raises what Triton does.
     """
+    tried = candidates(left, right)
+    if len(tried) == 1:
+        return tried[0]
+    key = (*key, tried)
     if key not in _fastest:
         launch, times = trial(), {}
         for tiles in tried:
             try:
-                times[tiles] = time(functools.partial(launch, tiles))
+                times[tiles] = milliseconds(functools.partial(launch, tiles))
             except (OutOfResources, PTXASError) as error:  # too little shared memory, as a rule
                 log.info("%s: %s is not for this GPU: %s", key, tiles, error)
-        if not times:
-            raise RuntimeError(f"no tiles of {key} run on this GPU: set the log to INFO for why")
         _fastest[key] = min(times, key=times.__getitem__)
         log.info("%s: %s takes least of %s ms", key, _fastest[key], times)
     return _fastest[key]
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """Returns the least time that a call takes on the current GPU, after a first one."""
+    """Returns the time of some calls on the current GPU, after one that may have to compile."""
     call()
-    found = []
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     for _ in range(REPEATS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
         call()
-        stop.record()
-        stop.synchronize()
-        found.append(start.elapsed_time(stop))
-    return min(found)
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)

@@ -33,13 +33,10 @@ _FACTOR_0, _FACTOR_1, _FACTOR_2 = (tl.constexpr(factor % 2**64) for factor in FA
 
 
 def stored(
-    tensors: dict[str, Tensor], noise: Noise | None, unused: Tensor
+    tensors: list[Tensor], noise: Noise | None, unused: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a buffer's one or two tensors and the base of its noise, as kernels take them.
-
-    unused: stands where there is no noise.
-    """
-    found = [t.view(INTEGERS.get(t.dtype, t.dtype)) for t in tensors.values()]
+    """Returns a buffer's one or two tensors and the base of its noise, or `unused`, for kernels."""
+    found = [t.view(INTEGERS.get(t.dtype, t.dtype)) for t in tensors]
     return found[0], found[-1], noise.base if noise else unused
 
 
