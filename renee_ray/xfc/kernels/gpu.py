@@ -16,22 +16,20 @@ computes them, and slice by slice become what is stored. From Hopper on, operand
 descriptors (TMA), and programs stay for tile after tile. Other GPUs, and rows that are no multiple
 of 16 bytes, take pointers. `Tiles` has the choice, which is made by measured speed.
 
-W, E and G are of one dtype: fp32, bf16 or fp16; for Z alone W and E may be e4m3,
-which a GPU multiplies twice as fast. The sums then have the digits that its tensor cores keep: 14
-binary ones on Hopper, more than numbers of four digits are worth. The other products would need
-e4m3 copies of W and E that lie the other way, and a G of four digits, so they stay bf16.
+W, E and G are of one dtype, bf16 or fp16 (fp32 works, but cuBLAS is faster); for Z alone W and E
+may be e4m3, which a GPU multiplies twice as fast. The sums then have the digits that its tensor
+cores keep: 14 binary ones on Hopper, more than numbers of four digits are worth. The other products
+would need e4m3 copies of W and E that lie the other way, and a G of four digits, so they stay bf16.
 The residual of a positive is computed anew from its logit, since sigmoid(z) - 1 would lose all
 digits in bf16. A kernel of its own does so, with one program for each pair: tiles then search for
 nothing, and a label may be positive in every row.
 
-The update reads and writes weights as integers (see `buffers`), which needs no fp8 instructions.
 Import this module only to use it: it needs triton, which comes with torch for CUDA.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -123,12 +121,10 @@ class FusedUpdate(Update):
                 (sgd.lr, sgd.momentum, sgd.weight_decay), kinds, dim, k, **_options(chosen),
             )  # fmt: skip
 
-        def trial() -> Callable[[Tiles], None]:
-            copies = [[t[:TRIAL].clone() for t in buffer] for buffer in shard]
-            return functools.partial(launch, copies)
-
         key = "update", kinds, dim, stride.bit_length(), inputs.dtype
-        launch(shard, tiles.fastest(key, residual, inputs, trial))
+        launch(shard, tiles.fastest(key, residual, inputs, lambda: functools.partial(launch, [
+            [t[:TRIAL].clone() for t in buffer] for buffer in shard
+        ])))  # fmt: skip
 
 
 def _matrix(matrix: Tensor, rows: int, columns: int, chosen: Tiles) -> Tensor | TensorDescriptor:
@@ -201,40 +197,25 @@ def _residual(
             left = _block(weight, row, k, c, DIM, DIM, M, K, DESCRIBED)
             right = _block(inputs, column, k, batch, DIM, DIM, N, K, DESCRIBED)
             total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
-        parts = _sliced(total, SLICES)
+        parts, r = _sliced(total, SLICES), tl.arange(0, M)
         loss = tl.zeros((M,), dtype=tl.float32)
         for i in tl.static_range(SLICES):
-            first = column + i * WIDTH
-            loss += _sigmoid(
-                parts[i], scales + first, out + row.to(tl.int64) * stride + first,
-                c - row, batch - first, stride - first, stride, SCALED, LOSS, M, WIDTH,
-            )  # fmt: skip
+            z, n = parts[i], column + i * WIDTH + tl.arange(0, WIDTH)
+            if SCALED:
+                z *= tl.load(scales + n, mask=n < batch, other=0.0)[None, :]
+            inside = (r < c - row)[:, None] & (n < batch)[None, :]
+            padded = (r < c - row)[:, None] & (n < stride)[None, :]
+            sigmoid = tl.where(inside, 1 / (1 + tl.exp(-z)), 0.0)
+            at = out + row.to(tl.int64) * stride + (r[:, None] * stride + n[None, :])
+            tl.store(at, sigmoid.to(out.dtype.element_ty), mask=padded)
+            if LOSS:
+                power = tl.exp(-tl.abs(z))
+                # log(1 + power), without losing the digits of a small power.
+                above = 1 + power
+                log = tl.where(above == 1, power, tl.log(above) * (power / (above - 1)))
+                loss += tl.sum(tl.where(inside, tl.maximum(z, 0.0) + log, 0.0), axis=1)
         if LOSS:
             tl.store(sums + tile, tl.sum(loss, axis=0))
-
-
-@triton.jit
-def _sigmoid(
-    z, scales, out, rows, columns, padded, stride,
-    SCALED: tl.constexpr, LOSS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Writes sigmoid(z); returns sums of the rows of softplus(z), or zeros."""
-    row, column = tl.arange(0, M), tl.arange(0, N)
-    if SCALED:
-        z *= tl.load(scales + column, mask=column < columns, other=0.0)[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    sigmoid = tl.where(inside, 1 / (1 + tl.exp(-z)), 0.0)
-    stored = (row < rows)[:, None] & (column < padded)[None, :]
-    at = row[:, None] * stride + column[None, :]
-    tl.store(out + at, sigmoid.to(out.dtype.element_ty), mask=stored)
-    if LOSS:
-        power = tl.exp(-tl.abs(z))
-        # log(1 + power), without losing the digits of a small power.
-        above = 1 + power
-        log = tl.where(above == 1, power, tl.log(above) * (power / (above - 1)))
-        return tl.sum(tl.where(inside, tl.maximum(z, 0.0) + log, 0.0), axis=1)
-    else:
-        return tl.zeros((M,), dtype=tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=["labels", "rows"])
@@ -277,8 +258,7 @@ def _update(
             left = _block(residual, row, k, c, stride, stride, M, K, DESCRIBED)
             right = _block(inputs, k, column, batch, DIM, DIM, K, N, DESCRIBED)
             total = tl.dot(left, right, total, input_precision="ieee")
-        parts = _sliced(total, SLICES)
-        r = tl.arange(0, M)
+        parts, r = _sliced(total, SLICES), tl.arange(0, M)
         label = first + (row + r).to(tl.int64)
         for i in tl.static_range(SLICES):
             begin = column + i * WIDTH

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +101,10 @@ def fastest(
         for tiles in tried:
             try:
                 times[tiles] = milliseconds(functools.partial(launch, tiles))
-            except (OutOfResources, PTXASError) as error:  # too little shared memory, as a rule
-                log.info("%s: %s is not for this GPU: %s", key, tiles, error)
+            except Exception as error:  # too little shared memory, as a rule
+                log.warning("%s: %s does not run on this GPU: %s", key, tiles, error)
+                if tiles == tried[-1] and not times:
+                    raise
         _fastest[key] = min(times, key=times.__getitem__)
         log.info("%s: %s takes least of %s ms", key, _fastest[key], times)
     return _fastest[key]
