@@ -55,15 +55,22 @@ OTHERS = [kind for kind in POSITIVES if kind != "some"]
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter is not made for lanes; nothing is measured unless a test asks."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(tiles, "candidates", lambda *both: CANDIDATES(*both)[:1])
+    monkeypatch.setattr(tiles, "candidates", lambda *both: offered(*both)[:1])
+
+
+def offered(left: torch.Tensor, right: torch.Tensor) -> tuple[tiles.Tiles, ...]:
+    """The candidates, but small ones for fp32 on a GPU: large ones take minutes to compile."""
+    small = left.is_cuda and left.dtype == torch.float32
+    return TILES[-1:] if small else CANDIDATES(left, right)
 
 
 def use(chosen: tiles.Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes kernels take these tiles, where descriptors can be had, and one program take all."""
 
     def candidates(*both: torch.Tensor) -> tuple[tiles.Tiles, ...]:
-        found = CANDIDATES(*both)
-        return found[:1] if chosen.resident > found[0].resident else (chosen,)
+        found = offered(*both)
+        able = found[0] != TILES[-1] and (found[0].resident or not chosen.resident)
+        return (chosen,) if able else found[:1]
 
     monkeypatch.setattr(tiles, "candidates", candidates)
     monkeypatch.setattr(tiles.Tiles, "programs", lambda self, count, device: min(count, 1))
@@ -302,26 +309,6 @@ def test_update_is_the_exact_one_rounded_to_a_neighbour(
         assert (error.abs() <= spacing * exact[name].abs() + least).all(), name
         # Decay, momentum and the gradient are each far larger than the tolerance of the mean.
         assert abs(float(error.mean())) < 0.02, name
-
-
-def test_every_code_of_e4m3_is_read_and_written_as_it_is() -> None:
-    weights = Weights("fp8_sr", 32, 8, False, DEVICE, torch.float32)
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(32, 8).to(DEVICE)
-    stored = weights.weight.tensors()[""].view(torch.uint8)
-    stored.copy_(codes)
-    update = kernels.FusedUpdate(weights, SGD(0.0, 0.0), 0)
-    update(
-        0, 32, weights.operand(0, 32), *(torch.zeros(n, device=DEVICE) for n in ((32, 1), (1, 8)))
-    )
-    assert torch.equal(stored, codes)
-
-
-def test_e4m3_saturates() -> None:
-    weights = Weights("fp8_sr", 3, 8, False, DEVICE, torch.float32)
-    values = torch.tensor([[1e6, -1e6, math.inf, -math.inf, 460.0, -460.0, 448.0, 0.0]])
-    residual, inputs = torch.ones(3, 1, device=DEVICE), values.to(DEVICE)
-    kernels.FusedUpdate(weights, SGD(-1.0, 0.0), 0)(0, 3, weights.operand(0, 3), residual, inputs)
-    assert torch.equal(weights.read(0, 3).cpu(), values.clamp(-448, 448).expand(3, 8))
 
 
 def shard_of(precision: str, fused: bool, owned: LabelRange, chunk: int) -> Shard:

@@ -132,3 +132,23 @@ def test_e4m3_is_expanded_exactly(dtype: torch.dtype) -> None:
     out = torch.full((5000,), 7.0, dtype=dtype, device=DEVICE)
     gpu_rows.expand_e4m3(codes, out)
     assert torch.equal(out.float().nan_to_num(1000), codes.float().nan_to_num(1000))
+
+
+def test_every_code_of_e4m3_is_read_and_written_as_it_is() -> None:
+    weights = Weights("fp8_sr", 32, 8, False, DEVICE, torch.float32)
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(32, 8).to(DEVICE)
+    stored = weights.weight.tensors()[""].view(torch.uint8)
+    stored.copy_(codes)
+    update = kernels.FusedUpdate(weights, SGD(0.0, 0.0), 0)
+    update(
+        0, 32, weights.operand(0, 32), *(torch.zeros(n, device=DEVICE) for n in ((32, 1), (1, 8)))
+    )
+    assert torch.equal(stored, codes)
+
+
+def test_e4m3_saturates() -> None:
+    weights = Weights("fp8_sr", 3, 8, False, DEVICE, torch.float32)
+    values = torch.tensor([[1e6, -1e6, math.inf, -math.inf, 460.0, -460.0, 448.0, 0.0]])
+    residual, inputs = torch.ones(3, 1, device=DEVICE), values.to(DEVICE)
+    kernels.FusedUpdate(weights, SGD(-1.0, 0.0), 0)(0, 3, weights.operand(0, 3), residual, inputs)
+    assert torch.equal(weights.read(0, 3).cpu(), values.clamp(-448, 448).expand(3, 8))
