@@ -200,13 +200,14 @@ def _residual(
         parts, r = _sliced(total, SLICES), tl.arange(0, M)
         loss = tl.zeros((M,), dtype=tl.float32)
         for i in tl.static_range(SLICES):
-            z, n = parts[i], column + i * WIDTH + tl.arange(0, WIDTH)
+            z, n, begin = parts[i], tl.arange(0, WIDTH), column + i * WIDTH
             if SCALED:
-                z *= tl.load(scales + n, mask=n < batch, other=0.0)[None, :]
-            inside = (r < c - row)[:, None] & (n < batch)[None, :]
-            padded = (r < c - row)[:, None] & (n < stride)[None, :]
+                z *= tl.load(scales + begin + n, mask=n < batch - begin, other=0.0)[None, :]
+            inside = (r < c - row)[:, None] & (n < batch - begin)[None, :]
+            padded = (r < c - row)[:, None] & (n < stride - begin)[None, :]
             sigmoid = tl.where(inside, 1 / (1 + tl.exp(-z)), 0.0)
-            at = out + row.to(tl.int64) * stride + (r[:, None] * stride + n[None, :])
+            start = out + row.to(tl.int64) * stride + begin
+            at = start + (r[:, None] * stride + n[None, :])
             tl.store(at, sigmoid.to(out.dtype.element_ty), mask=padded)
             if LOSS:
                 power = tl.exp(-tl.abs(z))
