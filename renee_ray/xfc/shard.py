@@ -28,7 +28,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from renee_ray.xfc.kernels.choose import Operations, choose_operations
 from renee_ray.xfc.kernels.plain import Update, add_product
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.lanes import lane_count, run
+from renee_ray.xfc.weights.normal import normal_rows
 from renee_ray.xfc.weights.rounding import scaled_e4m3
 from renee_ray.xfc.weights.storages import SGD, Weights
 
@@ -45,8 +45,8 @@ GRADIENT_BYTES = 10
 """Memory of one number of dE in a lane: its sum, and a chunk's part of it as bf16 and as fp32."""
 Chunks = list[tuple[int, int]]
 """Ranges [start, stop) of local labels; those of a range are worked on at once."""
-INIT_BLOCK = 1024
-"""Labels whose first weights come from one random stream, whoever owns them."""
+INIT_NUMBERS = 1 << 20
+"""First weights that are made at once, of some 50 bytes of working memory each."""
 
 
 class Pairs:
@@ -141,6 +141,13 @@ class Shard:
         """Returns the chunks of all `lanes` of a training step, in the order of the labels."""
         return [chunk for lane in self.lanes(batch) for chunk in lane]
 
+    def prepared(self, sgd: SGD) -> Update:
+        """Draws the noise of a step, which needs neither embeddings nor gradients.
+
+        A caller that waits for the GPU prepares the update first, while the GPU is busy.
+        """
+        return self.operations.update(self.weights, sgd, self.owned.start)
+
     def step(
         self,
         embeddings: Tensor,
@@ -149,6 +156,7 @@ class Shard:
         *,
         with_loss: bool = False,
         on_gradient: Callable[[Tensor], None] = lambda gradient: None,
+        update: Update | None = None,
     ) -> Tensor:
         """Trains the shard on one global batch.
 
@@ -156,13 +164,14 @@ class Shard:
             embeddings: [B, D] float32, finite, also in the compute dtype.
             on_gradient: called with dE [B, D] float32 once it is complete, before the last chunk
                 of each lane is updated: what it starts (a reduce-scatter) overlaps that update.
+            update: what `prepared(sgd)` gave; None: it is called now.
 
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
         """
         scaled = scaled_e4m3(embeddings) if self.operations.scaled else None
         inputs = Inputs(embeddings.to(self.weights.compute_dtype), scaled)
-        update = self.operations.update(self.weights, sgd, self.owned.start)
+        update = update or self.prepared(sgd)
         lanes = [
             _Lane(self, inputs, positives, chunks, update, with_loss)
             for chunks in self.lanes(len(embeddings))
@@ -178,16 +187,11 @@ class Shard:
 
     def initialise_normal(self, std: float, seed: int) -> None:
         """W ~ N(0, std); the row of a label depends on (seed, label) only, not on the shards."""
-        for block in range(self.owned.start // INIT_BLOCK, -(-self.owned.stop // INIT_BLOCK)):
-            # torch's CPU generator reads 32 bits of its seed: some blocks of many would be twins.
-            stream = np.random.default_rng([seed, block])
-            drawn = stream.standard_normal((INIT_BLOCK, self.weights.dim), dtype=np.float32)
-            rows = torch.from_numpy(drawn) * std
-            first = max(block * INIT_BLOCK, self.owned.start)
-            last = min((block + 1) * INIT_BLOCK, self.owned.stop)
-            if first < last:
-                inside = rows[first - block * INIT_BLOCK : last - block * INIT_BLOCK]
-                self.write(first, inside)
+        dim, device = self.weights.dim, self.weights.device
+        at_once = max(1, INIT_NUMBERS // dim)
+        for first in range(self.owned.start, self.owned.stop, at_once):
+            stop = min(first + at_once, self.owned.stop)
+            self.write(first, normal_rows(seed, first, stop, dim, device) * std)
 
     def write(self, first: int, rows: Tensor) -> None:
         """Sets the weights of labels [first, first + len(rows)), given as float32."""

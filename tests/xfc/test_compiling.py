@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -56,13 +57,13 @@ assert all(axis <= 65535 for grid in grids for axis in grid[1:]), grids
 """
 
 
-def run_without_interpreter(code: str, tmp_path: Path) -> None:
+def run_without_interpreter(code: str, tmp_path: Path, *arguments: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    print(done.stdout)
 
 
 def test_no_batch_size_compiles_anew_and_no_chunk_is_too_long(tmp_path: Path) -> None:
@@ -71,43 +72,104 @@ def test_no_batch_size_compiles_anew_and_no_chunk_is_too_long(tmp_path: Path) ->
 
 
 COMPILE = """
+import json, re, subprocess, sys
+from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from renee_ray.xfc.kernels import gpu
+from renee_ray.xfc.kernels import gpu, tiles
+from renee_ray.xfc.weights import gpu_rows
 
-INTEGER = {"fp32": "*fp32", "split": "*i16", "bf16": "*i16", "e4m3": "*u8"}
+INTEGER = {"fp32": "*fp32", "half": "*fp16", "split": "*i16", "bf16": "*i16", "e4m3": "*u8"}
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-def compile(kernel, capability, pointer, k, **constants):
-    constants |= {"DIM": 80, "TILE": 32, "K": k, "LOSS": True}
-    constants["SCALED"] = pointer == "*fp8e4nv"
-    types = {name: pointer for name in ("weight", "inputs", "residual")}
-    types["out"] = "*bf16" if pointer == "*fp8e4nv" else pointer
-    for name, kind in zip(("weight", "velocity"), constants.get("KINDS", ())):
-        types[name] = (INTEGER[kind], INTEGER[kind], "*i32")
-    types |= {name: "*fp32" for name in ("sums", "logits", "scales")}
-    types |= {name: "*i64" for name in ("labels", "rows")}
-    types |= {name: "i64" for name in ("weight_key", "velocity_key", "first")}
-    types["rates"] = ("fp32", "fp32", "fp32")
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    source = ASTSource(kernel, signature, {n: c for n, c in constants.items() if n in names})
-    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+def usage(kernel, capability, signature, constants, **options):
+    names, every = kernel.arg_names, [["tt.divisibility", 16]]
+    signature = {n: "constexpr" if n in constants else signature.get(n, "i32") for n in names}
+    aligned = {}
+    for i, kind in enumerate(signature.values()):
+        if isinstance(kind, tuple):
+            aligned |= {(i, j): every for j, part in enumerate(kind) if part[0] == "*"}
+        elif kind[0] == "*" or names[i] == "stride":
+            aligned[i,] = every
+    values = {(names.index(n),): value for n, value in constants.items() if n in names}
+    source = ASTSource(kernel, signature, values, aligned)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = Path(sys.argv[1], "kernel.cubin")
+    cubin.write_bytes(found.asm["cubin"])
+    told = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", told).groups()
+    return int(registers), int(stack), found.metadata.shared
 
-for capability in (89, 90):
-    compile(gpu._residual, capability, "*fp8e4nv", 128)
-    compile(gpu._positives, capability, "*fp8e4nv", 128)
-for capability in (80, 90):
-    for pointer, k in (("*bf16", 64), ("*fp32", 32)):
-        compile(gpu._residual, capability, pointer, k)
-        compile(gpu._positives, capability, pointer, k)
-    for kinds in (("fp32", "fp32"), ("split", "split"), ("bf16", "bf16"), ("e4m3", "bf16")):
-        pointer, k = ("*fp32", 32) if kinds[0] == "fp32" else ("*bf16", 64)
-        compile(gpu._update, capability, pointer, k, KINDS=kinds)
+def matmul(capability, number, name, dtype, kinds, loss):
+    chosen = (tiles.DESCRIBED if capability >= 90 else tiles.POINTED)[number]
+    kernel, k = getattr(gpu, name), tiles.BYTES // (1 if dtype == "fp8e4nv" else 2)
+    constants = gpu._options(chosen)
+    options = {n: constants.pop(n) for n in ("num_warps", "num_stages")}
+    constants |= {"DIM": 768, "K": k, "LOSS": loss, "SCALED": dtype == "fp8e4nv", "KINDS": kinds}
+    across = (k, chosen.n) if kinds else (chosen.n, k)
+    shapes = {"residual" if kinds else "weight": (chosen.m, k), "inputs": across}
+    types = {"out": "*bf16" if dtype == "fp8e4nv" else "*" + dtype, "rates": ("fp32",) * 3}
+    types |= {n: "*fp32" for n in ("sums", "scales")}
+    types |= {n: "i64" for n in ("weight_key", "velocity_key", "first")}
+    for buffer, kind in zip(("weight", "velocity"), kinds):
+        integer = INTEGER.get(kind, "*i16")
+        types[buffer] = (integer, "*fp32" if kind == "half" else integer, "*i32")
+    for matrix, (rows, columns) in shapes.items():
+        described = f"tensordesc<{dtype}[{rows}, {columns}]>"
+        types[matrix] = described if chosen.resident else "*" + dtype
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+    registers, stack, shared = usage(kernel, capability, types, constants, **options)
+    print(capability, chosen, name, dtype, *kinds, loss, registers, stack, shared)
+    assert stack <= (64 if loss else 0), "registers are spilled"
+    assert shared <= SHARED[capability]
+    if chosen.resident == 2 and not loss and not {"e4m3", "half"} & {*kinds}:
+        assert registers <= 65536 // (2 * 32 * chosen.warps), "two programs on a multiprocessor"
+        assert 2 * (shared + 1024) <= 228 << 10
+
+for case in json.loads(sys.argv[2]):
+    matmul(*case)
+if len(sys.argv) > 3:
+    for capability, pointer in ((80, "*bf16"), (89, "*fp8e4nv"), (90, "*bf16"), (100, "*bf16")):
+        types = {"weight": pointer, "inputs": pointer, "out": "*bf16", "codes": "*u8"}
+        types |= {n: "*fp32" for n in ("scales", "logits")}
+        types |= {n: "*i64" for n in ("labels", "rows")}
+        constants = {"DIM": 80, "SCALED": pointer == "*fp8e4nv", "LOSS": True, "K": gpu.PAIR}
+        assert usage(gpu._positives, capability, types, constants)[1] == 0
+        assert usage(gpu_rows._expand, capability, types, {"BLOCK": 4096}, num_warps=8)[1] == 0
 """
+
+Case = tuple[int, int, str, str, tuple[str, ...], bool]
+"""Compute capability, number of the tiles, kernel, dtype of its matmul, storages, loss."""
+PLAIN: Case = (90, 0, "_residual", "bf16", (), False)
+VARIANTS: list[tuple[str, str, tuple[str, ...], bool]] = [
+    ("_residual", "bf16", (), True),
+    ("_residual", "fp8e4nv", (), False),
+    ("_update", "bf16", ("bf16", "bf16"), False),
+    ("_update", "bf16", ("split", "none"), False),
+    ("_update", "bf16", ("e4m3", "bf16"), False),
+    ("_update", "fp16", ("half", "fp32"), False),
+]
+
+
+def compile_all(cases: list[Case], tmp_path: Path, *rest: str) -> None:
+    run_without_interpreter(COMPILE, tmp_path, str(tmp_path), json.dumps(cases), *rest)
+
+
+def test_the_largest_tiles_fit_a_gpu(tmp_path: Path) -> None:
+    """Registers, spills and shared memory as the assembler tells them; it needs no GPU."""
+    compile_all([PLAIN, (90, 2, *VARIANTS[2]), (80, 1, *VARIANTS[3])], tmp_path)
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_two_generations_of_gpus(tmp_path: Path) -> None:
-    """The interpreter accepts what the compiler may not; compiling needs no GPU."""
-    run_without_interpreter(COMPILE, tmp_path)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_all_kernels_fit_each_generation_of_gpus(capability: int, tmp_path: Path) -> None:
+    cases: list[Case] = []
+    for i, (name, dtype, *rest) in enumerate(VARIANTS):
+        # Ada is the first to multiply e4m3; it has less shared memory than the second tiles take.
+        narrow = dtype == "fp8e4nv" and capability == 80
+        # Not the second with loss on sm_100, which spill: measuring leaves them out.
+        number = (i + capability // 10 + 1) % 3
+        cases.append((89 if narrow else capability, 0 if narrow else number, name, dtype, *rest))
+    compile_all(cases, tmp_path, *(["all"] if capability == 90 else []))

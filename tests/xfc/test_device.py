@@ -14,7 +14,7 @@ import torch
 
 from renee_ray.xfc import device as module
 from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes
-from renee_ray.xfc.kernels.choose import has_kernels
+from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.xfc.interpreter import DEVICE, load_kernels
 
@@ -95,14 +95,16 @@ def test_no_kernels_where_none_runs(
 def test_kernels_are_tried_before_they_are_chosen(
     reason: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kernels = load_kernels()
-    kernels.try_out(DEVICE)
+    load_kernels()
+    from renee_ray.xfc.weights import gpu_rows
+
+    gpu_rows.try_out(DEVICE)
 
     def try_out(device: torch.device) -> None:
         if reason is not None:
             raise RuntimeError(reason)
 
-    monkeypatch.setattr(kernels, "try_out", try_out)
+    monkeypatch.setattr(gpu_rows, "try_out", try_out)
     assert kernels_on_cuda(monkeypatch, (9, 0)) == (reason is None)
     assert [reason in record.message for record in caplog.records] == [True] * (reason is not None)
 
@@ -111,7 +113,7 @@ def test_kernels_are_tried_before_they_are_chosen(
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_gpu_machine_without_a_c_compiler_takes_the_slower_path(tmp_path: Path) -> None:
     code = (
-        "import torch; from renee_ray.xfc.kernels.choose import has_kernels;"
+        "import torch; from renee_ray.xfc.weights.gpu_trial import has_kernels;"
         "print(has_kernels(torch.device('cuda', 0)))"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("CC", "PATH")}

@@ -336,6 +336,37 @@ def test_normal_weights_do_not_depend_on_the_shards(num_ranks: int) -> None:
     assert not torch.equal(whole, single.weights.weight.read(0, n))
 
 
+def test_normal_weights_are_normal_and_independent() -> None:
+    n, dim = 1 << 12, 63
+    shard = Shard(LabelRange(2**40, 2**40 + n, 2**41), Weights("fp32", n, dim, False, CPU))
+    shard.initialise_normal(1.0, seed=3)
+    rows = shard.weights.weight.read(0, n).clone().double()
+    shard.initialise_normal(1.0, seed=4)
+    other = shard.weights.weight.read(0, n).double()
+    standard = (n * dim) ** -0.5
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert abs(float((rows**power).mean()) - moment) < 4 * variance**0.5 * standard, power
+    neighbours = [(rows[:, 1:], rows[:, :-1]), (rows[1:], rows[:-1]), (rows, other)]
+    for a, b in [*neighbours, (rows[:, 2:], rows[:, :-2]), (rows[64:], rows[:-64])]:
+        assert abs(float((a * b).mean())) < 4.5 * standard
+        # Sizes that go together, as those of two numbers made of one radius could.
+        assert abs(float(((a**2 - 1) * (b**2 - 1)).mean())) < 4.5 * 2 * standard
+    assert float(rows.abs().max()) > 4
+
+
+@pytest.mark.parametrize("precision", ["bf16_sr", "fp32"])
+def test_an_update_may_be_prepared_before_the_step(precision: str) -> None:
+    found = []
+    for prepare in (True, False):
+        shard = Shard(LabelRange(START, STOP, NUM_LABELS), Weights(precision, N, DIM, True, CPU))
+        shard.initialise_normal(1.0, seed=1)
+        update = shard.prepared(RULE) if prepare else None
+        pairs = pairs_of(POSITIVES["some"], shard.owned)
+        shard.step(embeddings(), pairs, RULE, update=update)
+        found.append(shard.weights.read(0, N).clone())
+    assert torch.equal(*found)
+
+
 def test_normal_weights_of_an_empty_shard() -> None:
     shard = Shard(LabelRange(1024, 1024, 2048), Weights("fp32", 0, 4, False, CPU))
     shard.initialise_normal(0.02, seed=3)

@@ -2,14 +2,12 @@
 
 CPU, weights in memory as fp32    plain torch: BLAS accumulates the gradient into them
 CPU, other weights                plain torch and the compiled update of `cpu_update`
-GPU where Triton runs             the kernels of `gpu`
+GPU where Triton runs             the kernels of `gpu`, unless matmuls are fp32, where cuBLAS wins
 elsewhere                         plain torch
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,9 +17,8 @@ from torch import Tensor
 from renee_ray.xfc.device import native_e4m3
 from renee_ray.xfc.kernels.plain import Update, residual
 from renee_ray.xfc.weights.buffers import E4M3
+from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.storages import Weights
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,31 +47,10 @@ def choose_operations(weights: Weights) -> Operations:
 
             cpu_update.compile_for(weights)
             return Operations(residual, cpu_update.FusedUpdate)
-    elif has_kernels(weights.device):
+    elif weights.compute_dtype != torch.float32 and has_kernels(weights.device):
         from renee_ray.xfc.kernels import gpu  # triton is not on every machine
 
         narrow = isinstance(weights.weight, E4M3) and weights.compute_dtype == torch.bfloat16
         scaled = narrow and native_e4m3(weights.device)
         return Operations(gpu.residual, gpu.FusedUpdate, gpu.PADDING, scaled)
     return Operations(residual, Update)
-
-
-@functools.cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether the device is a GPU on which a Triton kernel was compiled and ran."""
-    if device.type != "cuda":
-        return False
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        log.warning("Triton does not support this GPU: the classifier takes a slower path")
-        return False
-    try:
-        from renee_ray.xfc.kernels import gpu  # triton is not on every machine
-
-        gpu.try_out(device)
-    except Exception as error:  # a missing package, compiler or header, or a driver too old
-        log.warning(
-            "Triton's kernels do not run here, so the classifier takes a slower path on the GPU: "
-            "%s: %s", type(error).__name__, error,
-        )  # fmt: skip
-        return False
-    return True

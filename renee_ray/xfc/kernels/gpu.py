@@ -12,64 +12,43 @@ A row of G is followed by zeros up to its stride, a multiple of `PADDING`. Kerne
 that stride alone, so every B reads and writes G by 16 bytes, and a new B compiles nothing.
 
 Neither Z nor the gradient G E is ever in memory: they live in the registers of the tile that
-computes them. W, E and G are of one dtype: fp32, bf16 or fp16; for Z alone W and E may be e4m3,
-which a GPU multiplies twice as fast. The sums then have the digits that its tensor cores keep: 14
-binary ones on Hopper, more than numbers of four digits are worth. The other products would need
-e4m3 copies of W and E that lie the other way, and a G of four digits, so they stay bf16.
+computes them, and slice by slice become what is stored. From Hopper on, operands come by tensor
+descriptors (TMA), and programs stay for tile after tile. Other GPUs, and rows that are no multiple
+of 16 bytes, take pointers. `Tiles` has the choice, which is made by measured speed.
+
+W, E and G are of one dtype, bf16 or fp16 (fp32 works, but cuBLAS is faster); for Z alone W and E
+may be e4m3, which a GPU multiplies twice as fast. The sums then have the digits that its tensor
+cores keep: 14 binary ones on Hopper, more than numbers of four digits are worth. The other products
+would need e4m3 copies of W and E that lie the other way, and a G of four digits, so they stay bf16.
 The residual of a positive is computed anew from its logit, since sigmoid(z) - 1 would lose all
 digits in bf16. A kernel of its own does so, with one program for each pair: tiles then search for
 nothing, and a label may be positive in every row.
 
-The update reads and writes weights as integers (see `buffers`), which needs no fp8 instructions.
 Import this module only to use it: it needs triton, which comes with torch for CUDA.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from renee_ray.xfc.kernels import tiles
 from renee_ray.xfc.kernels.plain import Update
-from renee_ray.xfc.weights.buffers import Buffer
-from renee_ray.xfc.weights.rounding import (
-    BF16_DROPPED,
-    E4M3_DROPPED,
-    E4M3_MAX,
-    FACTORS,
-    PERIOD,
-    STRIDE,
-    Noise,
-)
+from renee_ray.xfc.kernels.tiles import Tiles
+from renee_ray.xfc.weights.gpu_rows import read, stored, write
 
-TILE = 128
-"""Rows and columns of what one program computes."""
-TILE_BYTES = 128
-"""Bytes of each row or column that a program multiplies at once."""
 PADDING = 64
 """Numbers by which a row of G is padded: 128 bytes of bf16."""
-SETTINGS: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
-
-INTEGERS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
-
-_PERIOD, _STRIDE = tl.constexpr(PERIOD), tl.constexpr(STRIDE)
-_BF16_DROPPED, _E4M3_DROPPED = tl.constexpr(BF16_DROPPED), tl.constexpr(E4M3_DROPPED)
-_E4M3_MAX = tl.constexpr(E4M3_MAX)
-_FACTOR_0, _FACTOR_1, _FACTOR_2 = (tl.constexpr(factor % 2**64) for factor in FACTORS)
-
-
-def try_out(device: torch.device) -> None:
-    """Compiles and runs the smallest of kernels, and raises whatever prevents it.
-
-    Triton is more than its package: it starts a C compiler, which needs Python's headers.
-    """
-    number = torch.zeros(1, device=device)
-    _increment[(1,)](number)
-    if float(number) != 1:
-        raise RuntimeError("a kernel that adds 1 to 0 did not give 1")
+PAIR = 128
+"""Numbers that a program of `_positives` multiplies at once."""
+TRIAL = 16_384
+"""Labels whose copies are updated while updates are measured."""
 
 
 def residual(
@@ -89,20 +68,27 @@ def residual(
             float8_e4m3fn, and out has another dtype.
     """
     (c, dim), batch, stride = operand.shape, len(inputs), out.stride(0)
-    tiles = triton.cdiv(batch, TILE) * triton.cdiv(c, TILE)
     with_loss, scaled = loss is not None, scales is not None
-    sums = out.new_empty(tiles if with_loss else 0, dtype=torch.float32)
     logits = out.new_empty(len(rows) if with_loss else 0, dtype=torch.float32)
-    factors = sums if scales is None else scales
-    depth = TILE_BYTES // inputs.element_size()
-    _residual[(tiles,)](
-        operand, inputs, factors, out, sums, c, batch, stride, dim, scaled, with_loss, TILE, depth,
-        **SETTINGS,
-    )  # fmt: skip
+    factors = out if scales is None else scales
+    k = tiles.BYTES // inputs.element_size()
+
+    def launch(chosen: Tiles) -> Tensor:
+        """Returns the sums of softplus(Z), one for each tile."""
+        count = triton.cdiv(c, chosen.m) * triton.cdiv(batch, chosen.n)
+        sums = out.new_empty(count if with_loss else 0, dtype=torch.float32)
+        _residual[(chosen.programs(count, out.device),)](
+            _matrix(operand, chosen.m, k, chosen), _matrix(inputs, chosen.n, k, chosen),
+            factors, out, sums, c, batch, stride, dim, scaled, with_loss, k, **_options(chosen),
+        )  # fmt: skip
+        return sums
+
+    key = "residual", scaled, with_loss, dim, stride.bit_length(), inputs.dtype
+    sums = launch(tiles.fastest(key, operand, inputs, lambda: launch))
     if len(rows):
         _positives[(len(rows),)](
             operand, inputs, factors, out, logits, labels, rows, stride, dim, scaled, with_loss,
-            TILE,
+            PAIR,
         )  # fmt: skip
     if loss is not None:
         loss += sums.sum(dtype=torch.float64) - logits.sum(dtype=torch.float64)
@@ -115,92 +101,122 @@ class FusedUpdate(Update):
     def __call__(
         self, start: int, stop: int, operand: Tensor, residual: Tensor, inputs: Tensor
     ) -> None:
-        weights, sgd = self._weights, self._sgd
-        weight, velocity = weights.weight, weights.velocity
-        weight_noise, velocity_noise = self._noise
-        batch, dim = inputs.shape
-        _update[(triton.cdiv(dim, TILE) * triton.cdiv(stop - start, TILE),)](
-            residual, inputs,
-            _stored(weight, start, stop, weight_noise, residual),
-            _stored(velocity or weight, start, stop, velocity_noise, residual),
-            weight_noise.key if weight_noise else 0, velocity_noise.key if velocity_noise else 0,
-            self._first + start, stop - start, batch, residual.stride(0),
-            (sgd.lr, sgd.momentum, sgd.weight_decay),
-            (weight.kind, velocity.kind if velocity else "none"),
-            dim, TILE, TILE_BYTES // inputs.element_size(), **SETTINGS,
-        )  # fmt: skip
+        sgd, weight, velocity = self._sgd, self._weights.weight, self._weights.velocity
+        (batch, dim), stride = inputs.shape, residual.stride(0)
+        kinds = weight.kind, velocity.kind if velocity else "none"
+        k = tiles.BYTES // inputs.element_size()
+        shard = [
+            [t[start:stop] for t in buffer.tensors().values()]
+            for buffer in (weight, velocity or weight)
+        ]
+
+        def launch(buffers: list[list[Tensor]], chosen: Tiles) -> None:
+            c = len(buffers[0][0])
+            count = triton.cdiv(c, chosen.m) * triton.cdiv(dim, chosen.n)
+            _update[(chosen.programs(count, inputs.device),)](
+                _matrix(residual[:c], chosen.m, k, chosen), _matrix(inputs, k, chosen.n, chosen),
+                *(stored(*of, residual) for of in zip(buffers, self._noise, strict=True)),
+                *(noise.key if noise else 0 for noise in self._noise),
+                self._first + start, c, batch, stride,
+                (sgd.lr, sgd.momentum, sgd.weight_decay), kinds, dim, k, **_options(chosen),
+            )  # fmt: skip
+
+        key = "update", kinds, dim, stride.bit_length(), inputs.dtype
+        launch(shard, tiles.fastest(key, residual, inputs, lambda: functools.partial(launch, [
+            [t[:TRIAL].clone() for t in buffer] for buffer in shard
+        ])))  # fmt: skip
 
 
-def _stored(
-    buffer: Buffer, start: int, stop: int, noise: Noise | None, unused: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a buffer as `_update` takes it: its one or two tensors and the base of its noise.
+def _matrix(matrix: Tensor, rows: int, columns: int, chosen: Tiles) -> Tensor | TensorDescriptor:
+    """Returns a matrix as kernels take it, which read rows x columns of it at once."""
+    if not chosen.resident:
+        return matrix
+    return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [rows, columns])
 
-    unused: stands where there is no noise.
-    """
-    found = [t[start:stop].view(INTEGERS.get(t.dtype, t.dtype)) for t in buffer.tensors().values()]
-    return found[0], found[-1], noise.base if noise else unused
+
+def _options(chosen: Tiles) -> dict[str, Any]:
+    """Returns the arguments that all matmuls take."""
+    return {
+        "DESCRIBED": chosen.resident > 0, "M": chosen.m, "N": chosen.n, "SLICES": chosen.slices,
+        "GROUP": tiles.GROUP, "num_warps": chosen.warps, "num_stages": chosen.stages,
+    }  # fmt: skip
 
 
 @triton.jit
-def _increment(number):
-    tl.store(number, tl.load(number) + 1)
-
-
-@triton.jit
-def _tile(across, TILE: tl.constexpr):
-    """Returns rows and columns of this program's tile, of `across` tiles side by side.
+def _corner(tile, rows, columns, M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr):
+    """Returns the first row and column of a tile, of rows x columns tiles in all.
 
     A grid's first axis alone may have more than 65,535 programs.
     """
-    program, own = tl.program_id(0), tl.arange(0, TILE)
-    return program // across * TILE + own, program % across * TILE + own
+    first = tile // (GROUP * columns) * GROUP
+    high = min(rows - first, GROUP)
+    inside = tile % (GROUP * columns)
+    return (first + inside % high) * M, inside // high * N
 
 
 @triton.jit
-def _product(
-    a, b, a_step, b_step, a_inside, b_inside, width, depth, TILE: tl.constexpr, K: tl.constexpr
-):
-    """Computes a @ b in fp32 [TILE, TILE], from pointers to their first K columns and rows.
+def _block(
+    matrix, row, column, rows, columns, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Returns matrix[row : row + ROWS, column : column + COLUMNS], with zeros outside of it."""
+    if DESCRIBED:
+        return matrix.load([row, column])
+    else:
+        r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+        inside = (r < rows - row) & (c < columns - column)
+        start = matrix + tl.cast(row, tl.int64) * stride + column
+        return tl.load(start + (r * stride + c), mask=inside, other=0.0)
 
-    width: columns of a; depth: rows of b, the others of which count as zeros.
-    """
-    total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for k in range(0, depth, K):
-        at = k + tl.arange(0, K)
-        left = tl.load(a, mask=a_inside[:, None] & (at < width)[None, :], other=0.0)
-        right = tl.load(b, mask=(at < depth)[:, None] & b_inside[None, :], other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-        a += K * a_step
-        b += K * b_step
-    return total
+
+@triton.jit
+def _sliced(block, SLICES: tl.constexpr):
+    """Returns the columns of a block in SLICES equal parts, without moving them."""
+    if SLICES == 1:
+        return (block,)
+    else:
+        M: tl.constexpr = block.shape[0]
+        HALF: tl.constexpr = block.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(block, (M, 2, HALF)), (0, 2, 1)))
+        return _sliced(left, SLICES // 2) + _sliced(right, SLICES // 2)
 
 
 @triton.jit(do_not_specialize=["c", "batch"])
 def _residual(
     weight, inputs, scales, out, sums, c, batch, stride,
-    DIM: tl.constexpr, SCALED: tl.constexpr, LOSS: tl.constexpr,
-    TILE: tl.constexpr, K: tl.constexpr,
+    DIM: tl.constexpr, SCALED: tl.constexpr, LOSS: tl.constexpr, K: tl.constexpr,
+    DESCRIBED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    row, column = _tile(tl.cdiv(batch, TILE), TILE)
-    k = tl.arange(0, K)
-    left = weight + row.to(tl.int64)[:, None] * DIM + k[None, :]
-    right = inputs + column.to(tl.int64)[None, :] * DIM + k[:, None]
-    z = _product(left, right, 1, 1, row < c, column < batch, DIM, DIM, TILE, K)
-    if SCALED:
-        z *= tl.load(scales + column, mask=column < batch, other=0.0)[None, :]
-    inside = (row < c)[:, None] & (column < batch)[None, :]
-    padded = (row < c)[:, None] & (column < stride)[None, :]
-    at = row.to(tl.int64)[:, None] * stride + column[None, :]
-    sigmoid = tl.where(inside, 1 / (1 + tl.exp(-z)), 0.0)
-    tl.store(out + at, sigmoid.to(out.dtype.element_ty), mask=padded)
-    if LOSS:
-        power = tl.exp(-tl.abs(z))
-        # log(1 + power), without losing the digits of a small power.
-        above = 1 + power
-        log = tl.where(above == 1, power, tl.log(above) * (power / (above - 1)))
-        softplus = tl.where(inside, tl.maximum(z, 0.0) + log, 0.0)
-        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(softplus, axis=1), axis=0))
+    WIDTH: tl.constexpr = N // SLICES
+    high, wide = tl.cdiv(c, M), tl.cdiv(batch, N)
+    for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=DESCRIBED):
+        row, column = _corner(tile, high, wide, M, N, GROUP)
+        total = tl.zeros((M, N), dtype=tl.float32)
+        for k in range(0, DIM, K):
+            left = _block(weight, row, k, c, DIM, DIM, M, K, DESCRIBED)
+            right = _block(inputs, column, k, batch, DIM, DIM, N, K, DESCRIBED)
+            total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        parts, r = _sliced(total, SLICES), tl.arange(0, M)
+        loss = tl.zeros((M,), dtype=tl.float32)
+        for i in tl.static_range(SLICES):
+            z, n, begin = parts[i], tl.arange(0, WIDTH), column + i * WIDTH
+            if SCALED:
+                z *= tl.load(scales + begin + n, mask=n < batch - begin, other=0.0)[None, :]
+            inside = (r < c - row)[:, None] & (n < batch - begin)[None, :]
+            padded = (r < c - row)[:, None] & (n < stride - begin)[None, :]
+            sigmoid = tl.where(inside, 1 / (1 + tl.exp(-z)), 0.0)
+            start = out + row.to(tl.int64) * stride + begin
+            at = start + (r[:, None] * stride + n[None, :])
+            tl.store(at, sigmoid.to(out.dtype.element_ty), mask=padded)
+            if LOSS:
+                power = tl.exp(-tl.abs(z))
+                # log(1 + power), without losing the digits of a small power.
+                above = 1 + power
+                log = tl.where(above == 1, power, tl.log(above) * (power / (above - 1)))
+                loss += tl.sum(tl.where(inside, tl.maximum(z, 0.0) + log, 0.0), axis=1)
+        if LOSS:
+            tl.store(sums + tile, tl.sum(loss, axis=0))
 
 
 @triton.jit(do_not_specialize_on_alignment=["labels", "rows"])
@@ -227,88 +243,32 @@ def _positives(
 @triton.jit(do_not_specialize=["weight_key", "velocity_key", "first", "c", "batch"])
 def _update(
     residual, inputs, weight, velocity, weight_key, velocity_key, first, c, batch, stride, rates,
-    KINDS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr,
+    KINDS: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr,
+    DESCRIBED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    # `weight` and `velocity` are as `_stored` gives them. Their keys are arguments of their own:
+    # `weight` and `velocity` are as `stored` gives them. Their keys are arguments of their own:
     # inside a tuple Triton cannot be told not to compile anew for multiples of 16.
     lr, momentum, decay = rates
-    row, column = _tile(tl.cdiv(DIM, TILE), TILE)
-    k = tl.arange(0, K)
-    left = residual + row.to(tl.int64)[:, None] * stride + k[None, :]
-    right = inputs + k[:, None] * DIM + column[None, :]
-    step = _product(left, right, 1, DIM, row < c, column < DIM, stride, batch, TILE, K)
-    inside = (row < c)[:, None] & (column < DIM)[None, :]
-    at = row.to(tl.int64)[:, None] * DIM + column[None, :]
-    label = first + row.to(tl.int64)
-    w = _read(weight, at, inside, KINDS[0])
-    step += decay * w
-    if KINDS[1] != "none":
-        step += momentum * _read(velocity, at, inside, KINDS[1])
-        _write(velocity, at, inside, step, velocity_key, label, column, KINDS[1])
-    w -= lr * step
-    _write(weight, at, inside, w, weight_key, label, column, KINDS[0])
-
-
-@triton.jit
-def _read(buffer, at, inside, KIND: tl.constexpr):
-    """Reads fp32 numbers of a buffer, as `Buffer.read` does."""
-    stored, rest, _ = buffer
-    if KIND == "fp32" or KIND == "half":
-        return tl.load(rest + at, mask=inside, other=0.0)
-    bits = tl.load(stored + at, mask=inside, other=0).to(tl.int32)
-    if KIND == "e4m3":
-        exponent, mantissa = (bits >> 3) & 15, bits & 7
-        normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
-        size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
-        size = tl.where(bits & 127 == 127, float("nan"), size)
-        return tl.where(bits >= 128, -size, size)
-    bits = bits << 16
-    if KIND == "split":
-        bits += tl.load(rest + at, mask=inside, other=0).to(tl.int32)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _write(buffer, at, inside, value, key, label, column, KIND: tl.constexpr):
-    """Writes fp32 values of these labels [TILE] and columns [TILE], as `Buffer.store` does."""
-    stored, rest, base = buffer
-    bits = value.to(tl.int32, bitcast=True)
-    if KIND == "fp32":
-        tl.store(stored + at, value, mask=inside)
-    elif KIND == "half":
-        tl.store(stored + at, value.to(tl.float16), mask=inside)
-        tl.store(rest + at, value, mask=inside)
-    elif KIND == "split":
-        tl.store(rest + at, bits.to(tl.int16), mask=inside)
-        tl.store(stored + at, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside)
-    elif KIND == "bf16":
-        bits += _noise(base, key, label, column, inside, value, _BF16_DROPPED)
-        tl.store(stored + at, (bits >> 16).to(tl.int16), mask=inside)
-    else:
-        # As rounding.round_to_e4m3; the leading bits of the mantissa are then the code's last.
-        noise = _noise(base, key, label, column, inside, value, _E4M3_DROPPED)
-        size = tl.minimum(tl.abs(value), _E4M3_MAX)
-        exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 121)
-        shifted = size + 2 * (exponent << 23).to(tl.float32, bitcast=True)
-        leading = (shifted.to(tl.int32, bitcast=True) + noise) >> _E4M3_DROPPED
-        code = ((exponent - 120) << 3) + leading - ((exponent + 1) << 4) - 8
-        code = tl.where(value == value, code, 127) | ((bits >> 24) & 128)
-        tl.store(stored + at, code.to(tl.uint8), mask=inside)
-
-
-@triton.jit
-def _noise(base, key, label, column, inside, value, BITS: tl.constexpr):
-    """Returns the noise of these labels and columns, flipped where their value is negative.
-
-    It is that of `rounding.Noise.rows` and `rounding._flip_below_zero`.
-    """
-    hashed = label.to(tl.uint64)
-    unsigned = key.to(tl.uint64)
-    hashed = ((hashed ^ (hashed >> 32)) + unsigned) * _FACTOR_0
-    hashed = ((hashed ^ (hashed >> 32)) + unsigned) * _FACTOR_1
-    hashed = ((hashed ^ (hashed >> 32)) + unsigned) * _FACTOR_2
-    offset = (hashed >> (64 - BITS)).to(tl.int32)
-    at = (label % _PERIOD).to(tl.int32)[:, None] * _STRIDE + column[None, :]
-    sign = value.to(tl.int32, bitcast=True) >> 31  # all bits, or none
-    flipped = (sign.to(tl.uint32, bitcast=True) >> (32 - BITS)).to(tl.int32)
-    return tl.load(base + at, mask=inside, other=0) ^ offset[:, None] ^ flipped
+    WIDTH: tl.constexpr = N // SLICES
+    high, wide = tl.cdiv(c, M), tl.cdiv(DIM, N)
+    for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=DESCRIBED):
+        row, column = _corner(tile, high, wide, M, N, GROUP)
+        total = tl.zeros((M, N), dtype=tl.float32)
+        for k in range(0, batch, K):
+            left = _block(residual, row, k, c, stride, stride, M, K, DESCRIBED)
+            right = _block(inputs, k, column, batch, DIM, DIM, K, N, DESCRIBED)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        parts, r = _sliced(total, SLICES), tl.arange(0, M)
+        label = first + (row + r).to(tl.int64)
+        for i in tl.static_range(SLICES):
+            begin = column + i * WIDTH
+            n = tl.arange(0, WIDTH)
+            inside = (r < c - row)[:, None] & (n < DIM - begin)[None, :]
+            start, at = row.to(tl.int64) * DIM + begin, r[:, None] * DIM + n[None, :]
+            w = read(weight, start, at, inside, KINDS[0])
+            step = parts[i] + decay * w
+            if KINDS[1] != "none":
+                step += momentum * read(velocity, start, at, inside, KINDS[1])
+                write(velocity, start, at, inside, step, velocity_key, label, begin + n, KINDS[1])
+            write(weight, start, at, inside, w - lr * step, weight_key, label, begin + n, KINDS[0])

@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.rounding import (
     BF16_DROPPED,
     E4M3_DROPPED,
@@ -230,12 +231,17 @@ class E4M3(Buffer):
 
     def _expanded(self, codes: Tensor, out: Tensor | None) -> Tensor:
         out = _like(codes) if out is None else out
-        if out.device.type != "cpu":
-            return out.copy_(codes)
-        from renee_ray.xfc.weights.cpu_rows import expand_e4m3  # numba takes a second to import
+        # torch converts e4m3 one by one, which on a CPU takes a dozen times as long.
+        if out.device.type == "cpu":
+            from renee_ray.xfc.weights import cpu_rows  # numba takes a second to import
 
-        # torch converts e4m3 one by one, which takes a dozen times as long.
-        expand_e4m3(codes, out)
+            cpu_rows.expand_e4m3(codes, out)
+        elif has_kernels(out.device):
+            from renee_ray.xfc.weights import gpu_rows  # triton is not on every machine
+
+            gpu_rows.expand_e4m3(codes, out)
+        else:
+            out.copy_(codes)
         return out
 
     def write(self, start: int, stop: int, rows: Tensor) -> None:
