@@ -55,6 +55,7 @@ from renee_ray.parallel.collectives import (
 )
 from renee_ray.parallel.recorder import Recorder
 from renee_ray.training.gradient_cache import GradientCache
+from renee_ray.xfc.kernels.plain import Update
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import SGD
 
@@ -121,12 +122,13 @@ class Step:
             own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
             # A GPU embeds meanwhile: what needs no embeddings belongs here.
             counts, wishes, positives = self._announce(batch, wish)
+            update = self.shard.prepared(sgd)
             mask, everyone = self._gather(own, counts, step)
             if not self._finite(everyone):
                 self._skip(own)
                 zero = torch.zeros((), dtype=torch.float64, device=self.device)
                 return StepResult(zero, sum(counts), True, False, wishes)
-            loss, scattering = self._train_shard(everyone, counts, positives, sgd, with_loss)
+            loss, scattering = self._train_shard(everyone, counts, positives, update, with_loss)
             self._backward(own, batch, mask, scattering)
         result = StepResult(loss, sum(counts), wishes=wishes)
         self._unsettled = result, self._optimize()
@@ -182,7 +184,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _train_shard(
-        self, everyone: Tensor, counts: list[int], positives: Pairs, sgd: SGD, with_loss: bool
+        self, everyone: Tensor, counts: list[int], positives: Pairs, update: Update, with_loss: bool
     ) -> tuple[Tensor, PendingRows]:
         """Updates the shard; returns its loss, and dE on its way to the owners of its rows."""
         self.recorder.enter("classifier")
@@ -190,7 +192,7 @@ class Step:
         loss = self.shard.step(
             everyone,
             positives,
-            sgd,
+            update,
             with_loss=with_loss,
             on_gradient=lambda dE: started.append(scatter_rows(self.ranks, dE, counts)),
         )

@@ -152,26 +152,25 @@ class Shard:
         self,
         embeddings: Tensor,
         positives: Pairs,
-        sgd: SGD,
+        update: Update | SGD,
         *,
         with_loss: bool = False,
         on_gradient: Callable[[Tensor], None] = lambda gradient: None,
-        update: Update | None = None,
     ) -> Tensor:
         """Trains the shard on one global batch.
 
         Args:
             embeddings: [B, D] float32, finite, also in the compute dtype.
+            update: what `prepared` gave, or what it is called with now.
             on_gradient: called with dE [B, D] float32 once it is complete, before the last chunk
                 of each lane is updated: what it starts (a reduce-scatter) overlaps that update.
-            update: what `prepared(sgd)` gave; None: it is called now.
 
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
         """
         scaled = scaled_e4m3(embeddings) if self.operations.scaled else None
         inputs = Inputs(embeddings.to(self.weights.compute_dtype), scaled)
-        update = update or self.prepared(sgd)
+        update = self.prepared(update) if isinstance(update, SGD) else update
         lanes = [
             _Lane(self, inputs, positives, chunks, update, with_loss)
             for chunks in self.lanes(len(embeddings))
