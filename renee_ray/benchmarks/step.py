@@ -78,11 +78,7 @@ def bench_step(
     problem = make_problem(labels, dim, batch, device)
     shard, positives = problem.shard(precision, momentum, chunk), problem.positives()
     weights, chunk = shard.weights, shard.chunks(batch)[0][1]
-    sgd = SGD(LR, momentum)
-
-    def step() -> None:
-        shard.step(problem.embeddings, positives, sgd)
-
+    step = partial(shard.step, problem.embeddings, positives, SGD(LR, momentum))
     # Freed memory that is still resident would hide some of the step's own buffers.
     extra = max(peak_extra_bytes(step, device), weights.scratch.nbytes())
     memory = gpu_memory(device)
