@@ -83,7 +83,8 @@ def bench_step(
     extra = max(peak_extra_bytes(step, device), weights.scratch.nbytes())
     memory = gpu_memory(device)
     errors = errors_of_step(shard, problem, momentum) if check else {}
-    functions = {"step": step, "gemm": fastest_matmuls(problem, chunk, weights.compute_dtype)}
+    functions: dict[str, Callable[[], object]] = {"step": step}
+    functions["gemm"] = fastest_matmuls(problem, chunk, weights.compute_dtype)
     compared = {name: reference(name, problem, shard, momentum) for name in references}
     taken = interleaved(functions | compared, repeats, device)
     times = {f"{name}_s": seconds for name, seconds in taken.items()}

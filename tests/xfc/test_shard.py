@@ -360,9 +360,9 @@ def test_an_update_may_be_prepared_before_the_step(precision: str) -> None:
     for prepare in (True, False):
         shard = Shard(LabelRange(START, STOP, NUM_LABELS), Weights(precision, N, DIM, True, CPU))
         shard.initialise_normal(1.0, seed=1)
-        update = shard.prepared(RULE) if prepare else None
+        update = shard.prepared(RULE) if prepare else RULE
         pairs = pairs_of(POSITIVES["some"], shard.owned)
-        shard.step(embeddings(), pairs, RULE, update=update)
+        shard.step(embeddings(), pairs, update)
         found.append(shard.weights.read(0, N).clone())
     assert torch.equal(*found)
 
