@@ -12,7 +12,8 @@ The phases, by the method of `Step`:
     _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
                     de = scatter_rows(dE)             beside the update of the last chunk of labels
     _backward       e.backward(scale * de)            in micro-batches (training/gradient_cache)
-    _optimize       AdamW on the encoder, its gradient summed over ranks and divided by the scale
+    _optimize       AdamW on the encoder, its gradient summed over ranks and divided by the scale;
+                    row-wise Adagrad on a bag (model/bag.py)
 
 What is not finite is skipped, by all ranks alike:
 
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.encoder import training_attention
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
@@ -83,6 +85,7 @@ class Step:
     micro_batch: rows of this rank that the encoder works on at once; 0: all.
     tokens: reduces the gradient of the token vectors where DDP does not, or None.
     recorder: is told which phase of the step begins.
+    bag: reduces the gradient of the encoder's bag and trains it, or None.
     """
 
     encoder: nn.Module
@@ -97,6 +100,7 @@ class Step:
     micro_batch: int = 0
     tokens: TokenGradient | None = None
     recorder: Recorder = field(default_factory=Recorder)
+    bag: BagOptimizer | None = None
 
     def __call__(
         self, batch: Batch, step: int, sgd: SGD, *, with_loss: bool = False, wish: int = 0
@@ -147,7 +151,7 @@ class Step:
         """Changes nothing; the backward frees what the forward holds and joins DDP's reduction."""
         self.recorder.enter("encoder_backward")
         own.backward(torch.zeros_like(own.embeddings))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.encoder.zero_grad(set_to_none=True)
 
     def _train_shard(
         self, everyone: Tensor, counts: list[int], positives: Pairs, sgd: SGD, with_loss: bool
@@ -173,6 +177,8 @@ class Step:
         self.recorder.enter("reduce")
         if self.tokens is not None:
             self.tokens.reduce()
+        if self.bag is not None:
+            self.bag.reduce()
 
     def _optimize(self) -> bool:
         """Updates the encoder unless its gradient is not finite on some rank; whether it did."""
@@ -181,12 +187,15 @@ class Step:
         self.loss_scale.update(finite)
         if finite:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            if self.bag is not None:
+                self.bag.step()
+        self.encoder.zero_grad(set_to_none=True)
         return finite
 
     def _clip(self) -> bool:
         """Unscales the gradient and limits its norm; whether it is finite on every rank."""
-        parameters = [p for p in self.encoder.parameters() if p.grad is not None]
+        rows = [] if self.bag is None else [self.bag.rows]
+        parameters = [p for p in (*self.encoder.parameters(), *rows) if p.grad is not None]
         if self.loss_scale.value != 1:
             for parameter in parameters:
                 assert parameter.grad is not None
