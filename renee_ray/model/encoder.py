@@ -146,9 +146,10 @@ def data_parallel(
     return wrapped
 
 
-def dense_parameters(encoder: Encoder) -> list[nn.Parameter]:
+def dense_parameters(encoder: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that AdamW trains: all but the table of a bag."""
-    return [p for p in encoder.parameters() if encoder.bag is None or p is not encoder.bag.table]
+    tables = [id(module.table) for module in encoder.modules() if isinstance(module, Bag)]
+    return [p for p in encoder.parameters() if id(p) not in tables]
 
 
 def adamw(encoder: Encoder, config: EncoderConfig) -> torch.optim.AdamW:
