@@ -85,7 +85,7 @@ class BagConfig(Config):
     """Vectors, which n-grams are hashed to. Each worker holds all of them: 4 * dim bytes each."""
     norm: float = Field(1.0, gt=0)
     """Expected norm of the bag's part of an embedding before training."""
-    learning_rate: float = Field(1e-3, ge=0)
+    learning_rate: float = Field(3e-3, ge=0)
     """Peak learning rate of row-wise Adagrad."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a training point's n-grams that an epoch drops; each epoch drops others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.dataset as pads
@@ -42,7 +43,7 @@ def embed(path: Path, text: str, max_length: int) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(path / "encoder")
     tokens = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
     single = [mix(token + 1) for token in tokens]
-    pairs = [mix(signed(3 * a + b)) for a, b in zip(single, single[1:], strict=False)]
+    pairs = [mix(signed(3 * a + b)) for a, b in pairwise(single)]
     times = Counter(value % BUCKETS for value in single + pairs)
     weights = {g: float(head["idf"][g]) * (1 + math.log(n)) for g, n in times.items()}
     norm = math.sqrt(sum(u * u for u in weights.values())) or 1.0
