@@ -18,7 +18,7 @@ from renee_ray.checkpoint.resume import resume
 from renee_ray.checkpoint.state import State, set_moments
 from renee_ray.checkpoint.writer import CheckpointWriter
 from renee_ray.config.overrides import make_config
-from renee_ray.config.schema import EncoderConfig, RunConfig
+from renee_ray.config.schema import RunConfig
 from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.encoder import Encoder, adamw, build_encoder, data_parallel
 from renee_ray.model.model import Model
@@ -190,7 +190,9 @@ def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 def test_any_number_of_ranks_makes_the_dense_steps(
     num_ranks: int, micro_batch: int, gradient: str
 ) -> None:
-    found = on_ranks(num_ranks, trained, micro_batch, gradient)
+    arguments = micro_batch, gradient
+    alone = num_ranks == 1
+    found = [trained(Ranks(), *arguments)] if alone else on_ranks(num_ranks, trained, *arguments)
     for each in found[1:]:
         for name in each.keys() - {"weight"}:
             assert torch.equal(each[name], found[0][name]), "replicas would drift apart"
@@ -210,13 +212,15 @@ def test_scoring_drops_nothing_and_padding_changes_nothing() -> None:
 
 def test_the_columns_follow_those_of_the_transformer() -> None:
     name = "sentence-transformers/all-MiniLM-L6-v2"
-    both = weighed(build_encoder(config_of(name=name).encoder, CPU, SEED), Ranks()).eval()
-    alone = build_encoder(EncoderConfig(name=name), CPU, SEED).eval()
-    assert both.bag is not None and both.dim == alone.dim + DIM
-    tokens = batch_of(Ranks(), 0).tokens(CPU)
+    settings = config_of(name=name, autocast="off").encoder
+    encoder = weighed(build_encoder(settings, CPU, SEED), Ranks()).eval()
+    assert encoder.bag is not None and encoder.backbone is not None
+    ids, mask = batch_of(Ranks(), 0).tokens(CPU)
     with torch.inference_mode():
-        wanted = torch.cat([alone(*tokens), both.bag(*tokens)], 1)
-        assert torch.equal(both(*tokens), wanted)
+        hidden = encoder.backbone(ids, mask)[0] * mask[:, :, None]
+        pooled = hidden.sum(1) / mask.sum(1, keepdim=True)
+        wanted = torch.cat([pooled, encoder.bag(ids, mask)], 1)
+        torch.testing.assert_close(encoder(ids, mask), wanted, rtol=1e-4, atol=1e-5)
 
 
 def trainer_of(run: Path, steps: int, at: int) -> tuple[Trainer, CheckpointWriter]:
