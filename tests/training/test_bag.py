@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.resume import resume
@@ -23,6 +24,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.encoder import Encoder, adamw, build_encoder, data_parallel
 from renee_ray.model.model import Model
+from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.batch import Batch, Position, Ragged, row_keys
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.rounds import Rounds
@@ -65,14 +67,14 @@ def batch_of(ranks: Ranks, number: int) -> Batch:
     return Batch(Position(0, number), 100 * number + rows, *lists, pad_id=0)
 
 
-def first_weights() -> torch.Tensor:
-    return torch.randn(LABELS, DIM, generator=torch.Generator().manual_seed(2)) * 0.3
+def first_weights(dim: int = DIM) -> torch.Tensor:
+    return torch.randn(LABELS, dim, generator=torch.Generator().manual_seed(2)) * 0.3
 
 
-def shard_of(ranks: Ranks) -> Shard:
+def shard_of(ranks: Ranks, dim: int = DIM) -> Shard:
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
-    shard = Shard(owned, Weights("fp32", len(owned), DIM, True, CPU), chunk=3)
-    shard.write(owned.start, first_weights()[owned.start : owned.stop])
+    shard = Shard(owned, Weights("fp32", len(owned), dim, True, CPU), chunk=3)
+    shard.write(owned.start, first_weights(dim)[owned.start : owned.stop])
     return shard
 
 
@@ -83,15 +85,20 @@ def weighed(encoder: Encoder, ranks: Ranks) -> Encoder:
     return encoder
 
 
-def trained(ranks: Ranks, micro_batch: int = 0, gradient: str = "sum") -> dict[str, torch.Tensor]:
-    settings = config_of().encoder
-    encoder, shard = weighed(build_encoder(settings, CPU, SEED), ranks), shard_of(ranks)
+def trained(
+    ranks: Ranks, micro_batch: int = 0, gradient: str = "sum", name: str = "none"
+) -> dict[str, torch.Tensor]:
+    settings = config_of(name=name, autocast="off", learning_rate=1e-3).encoder
+    encoder = weighed(build_encoder(settings, CPU, SEED), ranks)
+    shard = shard_of(ranks, encoder.dim)
+    tokens = None if name == "none" else TokenGradient(encoder, ranks, mean=gradient == "mean")
     assert encoder.bag is not None
     bag = BagOptimizer(encoder.bag, ranks, mean=gradient == "mean")
     bag.rate = RATE
     step = Step(
-        data_parallel(encoder, ranks, gradient, bag=bag), shard, adamw(encoder, settings), ranks,
-        CPU, settings.dropout, SEED, CLIP, micro_batch=micro_batch, bag=bag,
+        data_parallel(encoder, ranks, gradient, tokens, bag=bag), shard,
+        adamw(encoder, settings), ranks, CPU, settings.dropout, SEED, CLIP,
+        micro_batch=micro_batch, tokens=tokens, bag=bag,
     )  # fmt: skip
     for number in range(STEPS):
         batch = batch_of(ranks, number).for_training(
@@ -201,6 +208,24 @@ def test_any_number_of_ranks_makes_the_dense_steps(
     whole = {**found[0], "weight": torch.cat([each["weight"] for each in found])}
     assert difference(whole, oracle(divisor=num_ranks if gradient == "mean" else 1)) < 2e-5
     assert difference(whole, oracle(dropout=0.0)) > 1e-2
+
+
+def test_beside_a_transformer_the_ranks_make_no_difference(tmp_path: Path) -> None:
+    """The transformer's gradient travels by DDP, the token vectors' and the bag's do not."""
+    name = str(tmp_path)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=VOCABULARY, num_attention_heads=2, **size))
+    model.save_pretrained(name)
+    wanted = {key: value.double() for key, value in trained(Ranks(), name=name).items()}
+    found = on_ranks(2, trained, 2, "sum", name)
+    whole = {**found[0], "weight": torch.cat([each["weight"] for each in found])}
+    for each in (whole, wanted):  # a softmax ignores it: AdamW makes steps of its rounding errors
+        del each["backbone.encoder.layer.0.attention.self.key.bias"]
+    assert difference(whole, wanted) < 1e-3, {
+        key: difference({key: whole[key]}, {key: wanted[key]}) for key in wanted
+    }
+    assert torch.equal(found[1]["bag.table"], found[0]["bag.table"])
 
 
 def test_scoring_drops_nothing_and_padding_changes_nothing() -> None:
