@@ -144,6 +144,9 @@ def test_later_layers_win_key_by_key() -> None:
         ({"seed": -1}, "seed=-1"),
         ({"encoder": {"dropout": 1.0}}, "encoder.dropout=1.0"),
         ({"encoder": 3}, "encoder=3"),
+        ({"encoder": {"bag": {"dim": 8, "ngrams": 0}}}, "encoder.bag.ngrams=0"),
+        ({"encoder": {"name": "none"}}, "without a bag; set encoder.bag.dim"),
+        ({"encoder": {"name": "none", "bag": {"dim": 8}, "bottleneck": 4}}, "bottleneck needs a"),
         ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 100, "feed": {"streams": 8}}, "batch_size 100 is not a multiple"),
         ({"num_workers": 257}, "num_workers 257 exceeds batch_size 256"),
@@ -262,6 +265,7 @@ def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["lf-debian", "lf-debian-40k.yml", "LF-Debian-40K"])
 def test_an_unknown_recipe_is_refused_with_those_that_exist(name: str) -> None:
-    sentence = rf"'{name}' is neither.*\(lf-debian-40k, quickstart\); did you mean 'lf-debian-40k'"
+    recipes = r"\(lf-debian-40k, perl-bag, quickstart\)"
+    sentence = rf"'{name}' is neither.*{recipes}; did you mean 'lf-debian-40k'"
     with pytest.raises(ConfigError, match=sentence):
         read_yaml(name)

@@ -71,11 +71,32 @@ class ConvertConfig(Config):
     """Replace a dataset that is already at DST."""
 
 
+NO_TRANSFORMER = "none"
+
+
+class BagConfig(Config):
+    """Lexical features: hashed n-grams of tokens, each bucket with a trained vector."""
+
+    dim: int = Field(0, ge=0)
+    """Columns of the embedding beside the transformer's; 0: no bag."""
+    ngrams: int = Field(2, ge=1, le=8)
+    """Longest n-gram; all shorter ones are taken too."""
+    buckets: int = Field(2**18, ge=2, le=2**31)
+    """Vectors, which n-grams are hashed to. Each worker holds all of them: 4 * dim bytes each."""
+    norm: float = Field(1.0, gt=0)
+    """Expected norm of the bag's part of an embedding before training."""
+    learning_rate: float = Field(3e-3, ge=0)
+    """Peak learning rate of row-wise Adagrad."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a training point's n-grams that an epoch drops; each epoch drops others."""
+
+
 class EncoderConfig(Config):
     """The text encoder, trained data-parallel."""
 
     name: Name = "sentence-transformers/all-MiniLM-L6-v2"
-    """Hugging Face name or directory of the encoder."""
+    """Hugging Face name or directory of the encoder; none: no transformer, a bag alone."""
+    bag: BagConfig = BagConfig()
     weights: str = ""
     """File of initial weights: safetensors or a torch state_dict, as NGAME's M1; empty: none."""
     max_length: int = Field(32, ge=4)
@@ -110,6 +131,20 @@ class EncoderConfig(Config):
     gradient: Literal["sum", "mean"] = "sum"
     """Across workers: `sum` keeps the trajectory when num_workers changes; `mean` divides by
     num_workers as the released reference does."""
+
+    @model_validator(mode="after")
+    def _has_parts(self) -> EncoderConfig:
+        if self.name != NO_TRANSFORMER:
+            return self
+        if not self.bag.dim:
+            raise ValueError(
+                "name none leaves nothing that embeds a text without a bag; "
+                "set encoder.bag.dim, to 512 for example"
+            )
+        for key in ("weights", "bottleneck", "compile", "gradient_checkpointing"):
+            if getattr(self, key):
+                raise ValueError(f"{key} needs a transformer, and name is none; leave {key} out")
+        return self
 
 
 class ClassifierConfig(Config):

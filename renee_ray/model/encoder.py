@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from renee_ray.config.schema import EncoderConfig
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.errors import ReneeError, reason
+from renee_ray.model.bag import Bag, BagOptimizer
 from renee_ray.model.dropout import draw_fast
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.collectives import Ranks, own_buffers, sum_gradients
@@ -41,16 +42,19 @@ class Encoder(nn.Module):
     Equals `bottleneck((h * mask).sum(1) / mask.sum(1)) + constant` for h [b, T, H] the last hidden
     states (Renée, section 3.1). `constant` [D] is 0, as in the paper, unless
     `classifier.init=label_text` sets it (model/initialise.py); it is not trained.
+    With a bag, its columns follow those of the transformer, or stand alone.
     """
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         super().__init__()
-        self.backbone: PreTrainedModel = _backbone(config, device)
-        hidden: int = self.backbone.config.hidden_size
+        alone = config.name == NO_TRANSFORMER
+        self.backbone: PreTrainedModel | None = None if alone else _backbone(config, device)
+        hidden: int = self.backbone.config.hidden_size if self.backbone is not None else 0
         self.bottleneck = (
             nn.Linear(hidden, config.bottleneck, bias=False) if config.bottleneck else None
         )
-        self.dim = config.bottleneck or hidden
+        self.bag = Bag(config.bag) if config.bag.dim else None
+        self.dim = (config.bottleneck or hidden) + config.bag.dim
         self.constant: Tensor
         self.register_buffer("constant", torch.zeros(self.dim))
         self.autocast = autocast_dtype(config.autocast, device)
@@ -59,29 +63,42 @@ class Encoder(nn.Module):
             load_initial_weights(self, config.weights)
         self.to(device)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask: int64 [b, T] -> float32 [b, D]; see `padded_tokens`."""
-        device = input_ids.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            hidden = self._hidden(input_ids, attention_mask)
-        with torch.autocast(device, enabled=False):
-            mask = attention_mask.unsqueeze(-1).float()
-            pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-            reduced = pooled if self.bottleneck is None else self.bottleneck(pooled)
-            return reduced + self.constant
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, keys: Tensor | None = None
+    ) -> Tensor:
+        """Embeds rows of tokens: float32 [b, D].
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        input_ids, attention_mask: int64 [b, T], as `padded_tokens` makes them; keys: int64 [b], of
+        the bag's dropout.
+        """
+        device = input_ids.device.type
+        parts = []
+        if self.backbone is not None:
+            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+                hidden = self._hidden(self.backbone, input_ids, attention_mask)
+        with torch.autocast(device, enabled=False):
+            if self.backbone is not None:
+                mask = attention_mask.unsqueeze(-1).float()
+                pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+                parts.append(pooled if self.bottleneck is None else self.bottleneck(pooled))
+            if self.bag is not None:
+                parts.append(self.bag(input_ids, attention_mask, keys))
+            return torch.cat(parts, 1) + self.constant
+
+    def _hidden(
+        self, backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """Returns the last hidden states; a CPU notices a token outside the vocabulary."""
         # Compiled code is compiled anew for an absent mask, and for a mask of other strides.
         padded = self.compiled or attention_mask.stride(1) != 0
         mask = attention_mask.contiguous() if padded else None
         try:
-            hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=mask)[0]
+            hidden: Tensor = backbone(input_ids=input_ids, attention_mask=mask)[0]
         except IndexError as error:
             raise ReneeError(
                 f"the dataset has token ids up to {int(input_ids.max())} and the encoder knows "
-                f"{self.backbone.config.vocab_size} tokens in texts of at most "
-                f"{getattr(self.backbone.config, 'max_position_embeddings', 'any')}; convert the "
+                f"{backbone.config.vocab_size} tokens in texts of at most "
+                f"{getattr(backbone.config, 'max_position_embeddings', 'any')}; convert the "
                 f"source with the tokenizer of the encoder"
             ) from error
         return hidden
@@ -95,6 +112,8 @@ def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Enc
     """
     torch.manual_seed(seed)
     encoder = Encoder(config, device)
+    if encoder.backbone is None:
+        return encoder
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if device.type == "cpu" and not config.compile:  # compiled code draws its own way
@@ -110,17 +129,20 @@ def data_parallel(
     gradient: str,
     tokens: TokenGradient | None = None,
     on_last: Callable[[], None] = lambda: None,
+    bag: BagOptimizer | None = None,
 ) -> nn.Module:
     """Wraps the encoder in DDP; `gradient` is `sum` or `mean` over the ranks.
 
-    tokens: reduces the gradient of the token vectors, which DDP then leaves alone.
+    tokens, bag: reduce the gradients of the token vectors and the bag, which DDP leaves alone.
     on_last: with `sum`, called in a backward when only the sum over the ranks is outstanding.
     """
     if ranks.num_ranks == 1:
         return encoder
-    if tokens is not None:
-        names = [name for name, p in encoder.named_parameters() if p is tokens.weight]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(encoder, names)
+    sparse = [id(each.weight) for each in (tokens, bag) if each is not None]
+    names = [name for name, p in encoder.named_parameters() if id(p) in sparse]
+    if len(names) == len(list(encoder.parameters())):
+        return encoder
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(encoder, names)
     on_gpu = next(encoder.parameters()).is_cuda
     wrapped = DistributedDataParallel(
         encoder,
@@ -133,10 +155,17 @@ def data_parallel(
     return wrapped
 
 
+def dense_parameters(encoder: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that AdamW trains: all but the table of a bag."""
+    tables = [id(module.table) for module in encoder.modules() if isinstance(module, Bag)]
+    return [p for p in encoder.parameters() if id(p) not in tables]
+
+
 def adamw(encoder: Encoder, config: EncoderConfig) -> torch.optim.AdamW:
     """Makes AdamW with eps 1e-6; vectors (biases, weights of normalisations) do not decay."""
-    matrices = [p for p in encoder.parameters() if p.ndim > 1]
-    vectors = [p for p in encoder.parameters() if p.ndim <= 1]
+    parameters = dense_parameters(encoder)
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": config.weight_decay},
@@ -180,6 +209,7 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
             f"encoder.weights={path!r} is not a file; give a state_dict of the encoder"
         )
     state = _read_state_dict(path)
+    assert encoder.backbone is not None, "the configuration has been checked"
     own = encoder.backbone.state_dict()
     mapped = {_own_name(name, own): tensor for name, tensor in state.items()}
     fitting = {n: t for n, t in mapped.items() if n in own and own[n].shape == t.shape}
@@ -255,7 +285,7 @@ def check_positions(config: EncoderConfig, max_length: int) -> None:
     max_length: tokens that the dataset keeps of a text.
     """
     longest = min(config.max_length, max_length)
-    limit = max_positions(config.name)
+    limit = max_positions(config.name) if config.name != NO_TRANSFORMER else None
     if limit is not None and longest > limit:
         raise ReneeError(
             f"encoder.name={config.name!r:.200} has {limit} positions, and encoder.max_length="

@@ -66,7 +66,7 @@ def initialise_classifier(
     recorder: Recorder | None = None,
     say: Callable[[str], None] = log.info,
 ) -> None:
-    """Fills this rank's shard.
+    """Fills this rank's shard, after the weights of a bag's n-grams.
 
     Args:
         points: this rank's training points, once; every rank draws equally many batches.
@@ -78,6 +78,11 @@ def initialise_classifier(
         ReneeError: `label_text` without label texts and with init_centroid 0.
     """
     settings = config.classifier
+    recorder = recorder or Recorder()
+    num_points = dataset.manifest.num_points("train")
+    if model.encoder.bag is not None:
+        counted = Rounds(ranks, "first weights: n-grams", num_points, recorder, say)
+        model.encoder.bag.weigh(points(), num_points, counted)
     if settings.init == "normal":
         model.shard.initialise_normal(settings.init_std, config.seed)
         return
@@ -88,10 +93,8 @@ def initialise_classifier(
         )
     training = model.encoder.training
     model.encoder.eval()
-    num_points = dataset.manifest.num_points("train")
     if not settings.init_centroid:
         num_points = min(num_points, MOMENT_BATCHES * config.evaluation.batch_size)
-    recorder = recorder or Recorder()
     over_points = Rounds(ranks, "first weights: training points", num_points, recorder, say)
     num_labels = dataset.manifest.num_labels
     with torch.inference_mode():

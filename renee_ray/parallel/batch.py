@@ -84,7 +84,8 @@ class Batch:
 
     points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
     of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the positions of
-    the rows in their split, or None where they are in none.
+    the rows in their split, or None where they are in none; keys: int64 [b], what the dropout of
+    n-grams depends on, or None where there is none.
     """
 
     position: Position
@@ -95,6 +96,7 @@ class Batch:
     pad_id: int
     pad_multiple: int = 1
     rows: np.ndarray | None = None
+    keys: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.points)
@@ -113,15 +115,21 @@ class Batch:
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
     def for_training(
-        self, seed: int, *, token_dropout: float, filter_labels_positive: bool
+        self,
+        seed: int,
+        *,
+        token_dropout: float,
+        filter_labels_positive: bool,
+        with_keys: bool = False,
     ) -> Batch:
-        """Drops some tokens, and adds the filter labels to the positives if asked."""
+        """Drops some tokens, and adds filter labels to the positives and keys to rows if asked."""
         labels, input_ids = self.labels, self.input_ids
         if filter_labels_positive:
             labels = labels.followed_by(self.filtered)
         if token_dropout:
             input_ids = drop_tokens(input_ids, self.points, token_dropout, seed, self.position)
-        return replace(self, labels=labels, input_ids=input_ids)
+        keys = row_keys(self.points, seed, self.position).view(np.int64) if with_keys else None
+        return replace(self, labels=labels, input_ids=input_ids, keys=keys)
 
     def micro_batches(self, limit: int) -> list[np.ndarray]:
         """Groups rows (int64) of similar length, at most `limit` in each, the longest last.
@@ -133,13 +141,19 @@ class Batch:
         order = np.argsort(self.input_ids.lengths, kind="stable")
         return [order[i : i + limit] for i in range(0, len(order), limit)]
 
-    def tokens(self, device: torch.device, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def tokens(self, device: torch.device, rows: np.ndarray | None = None) -> tuple[Tensor, ...]:
         """Returns (input_ids, attention_mask) as `padded_tokens` of these rows, in this order.
+
+        The rows' keys, int64 [max(b, 1)], follow if there are any.
 
         rows: None: all.
         """
         chosen = self.input_ids if rows is None else self.input_ids.take(rows)
-        return padded_tokens(chosen, self.pad_id, device, self.pad_multiple)
+        found = padded_tokens(chosen, self.pad_id, device, self.pad_multiple)
+        if self.keys is None:
+            return found
+        keys = self.keys if rows is None else self.keys[rows]
+        return *found, upload(torch.from_numpy(np.resize(keys, len(found[0]))), device)
 
     def distinct_tokens(self) -> Tensor:
         """Returns the ids of all tokens, the padding's too: int64, ascending, each once."""
@@ -182,8 +196,7 @@ def drop_tokens(
     afterwards. The choice depends on (seed, epoch, point, place in the row), not on the rank.
     """
     row, _ = rows.pairs()
-    epoch = splitmix64(np.array([seed, position.epoch], dtype=np.uint64))
-    point = splitmix64(points.astype(np.uint64) ^ epoch[0] ^ (epoch[1] << np.uint64(1)))
+    point = row_keys(points, seed, position)
     place = np.arange(len(row)) - rows.offsets[row]
     drawn = splitmix64(point[row] + place.astype(np.uint64))
     ends = (place == 0) | (place == rows.lengths[row] - 1)
@@ -193,6 +206,12 @@ def drop_tokens(
     kept = np.empty(len(row), dtype=bool)
     kept[order] = place >= dropped[row]
     return rows.only(kept)
+
+
+def row_keys(points: np.ndarray, seed: int, position: Position) -> np.ndarray:
+    """Returns a hash uint64 [b] of seed, epoch and each point."""
+    epoch = splitmix64(np.array([seed, position.epoch], dtype=np.uint64))
+    return splitmix64(points.astype(np.uint64) ^ epoch[0] ^ (epoch[1] << np.uint64(1)))
 
 
 def cut_batches(

@@ -26,7 +26,7 @@ import torch
 
 from renee_ray.config.overrides import make_config, read_yaml
 from renee_ray.config.recipes import recipe_path
-from renee_ray.config.schema import ConvertConfig, RunConfig, ScoreConfig
+from renee_ray.config.schema import NO_TRANSFORMER, BagConfig, ConvertConfig, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.errors import ConfigError, ReneeError, reason
 from renee_ray.model.encoder import build_encoder
@@ -154,9 +154,15 @@ def unpack(archive: Path, destination: Path) -> Path:
     return destination / NAME
 
 
+def _model(config: RunConfig) -> str:
+    """Returns the transformer, or the one that a bag alone is compared with."""
+    name = config.encoder.name
+    return ConvertConfig().tokenizer if name == NO_TRANSFORMER else name
+
+
 def _dataset(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -> Dataset:
     """Returns the dataset at config.data; converts it if it is missing or of another tokenizer."""
-    tokenizer = config.encoder.name
+    tokenizer = _model(config)
     if has_manifest(config.data):
         dataset = Dataset.open(config.data)
         if dataset.manifest.tokenizer == tokenizer:
@@ -251,7 +257,8 @@ def _most_frequent(truth: Truth) -> Ints:
 def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
     """Returns the nearest label texts of each test point, by the encoder before training."""
     quiet()
-    settings = config.encoder.model_copy(update={"bottleneck": 0, "compile": False})
+    plain = {"name": _model(config), "bottleneck": 0, "compile": False, "bag": BagConfig()}
+    settings = config.encoder.model_copy(update=plain)
     device = torch.device("cpu")
     encoder = build_encoder(settings, device, config.seed).eval()
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from renee_ray.checkpoint.state import State
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.errors import ReneeError
+from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.encoder import adamw, data_parallel
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.model import Model
@@ -188,6 +189,7 @@ class Trainer:
             self.config.seed,
             token_dropout=feed.token_dropout,
             filter_labels_positive=feed.filter_labels == "positive",
+            with_keys=self.config.encoder.bag.dropout > 0,
         )
 
     def train_on(self, batch: Batch) -> tuple[StepResult, bool]:
@@ -200,6 +202,8 @@ class Trainer:
         factor = warmup_cosine(state.step, self.schedule.total, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = config.encoder.learning_rate * factor
+        if self._step.bag is not None:
+            self._step.bag.rate = config.encoder.bag.learning_rate * factor
         settings = config.classifier
         lr, decay = settings.learning_rate * factor, settings.weight_decay
         sgd = SGD(lr, settings.momentum, decay, seed=config.seed, step=state.step)
@@ -214,14 +218,18 @@ class Trainer:
     def _step(self) -> Step:
         """The step, which begins by wrapping the encoder in DDP: a collective, on all ranks."""
         settings, encoder = self.config.encoder, self.model.encoder
-        tokens = None
+        tokens = bag = None
+        mean = settings.gradient == "mean"
         # What is compiled has dense gradients only, and to one GPU they cost less than sparse ones.
-        if not settings.compile and (self.device.type == "cpu" or self.ranks.num_ranks > 1):
-            tokens = TokenGradient(encoder, self.ranks, mean=settings.gradient == "mean")
+        dense = settings.compile or (self.device.type != "cpu" and self.ranks.num_ranks == 1)
+        if settings.name != NO_TRANSFORMER and not dense:
+            tokens = TokenGradient(encoder, self.ranks, mean=mean)
+        if encoder.bag is not None:
+            bag = BagOptimizer(encoder.bag, self.ranks, mean=mean)
         return Step(
             data_parallel(
                 encoder, self.ranks, settings.gradient, tokens,
-                lambda: self.recorder.enter("reduce"),
+                lambda: self.recorder.enter("reduce"), bag,
             ),
             self.model.shard,
             self.optimizer,
@@ -234,6 +242,7 @@ class Trainer:
             settings.micro_batch,
             tokens,
             self.recorder,
+            bag,
         )  # fmt: skip
 
     @cached_property

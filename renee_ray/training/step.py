@@ -13,7 +13,8 @@ The phases, by the method of `Step`, once `GradientCache` has launched encoder(t
     _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
                     de = scatter_rows(dE)             beside the update of the last chunk of labels
     _backward       e.backward(scale * de)            in micro-batches (training/gradient_cache)
-    _optimize       AdamW on the encoder, its gradient summed over ranks and divided by the scale
+    _optimize       AdamW on the encoder, its gradient summed over ranks and divided by the scale;
+                    row-wise Adagrad on a bag (model/bag.py)
 
 What is not finite is skipped, by all ranks alike:
 
@@ -39,6 +40,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import training_attention
 from renee_ray.model.loss_scale import LossScale
@@ -91,6 +93,7 @@ class Step:
     micro_batch: rows of this rank that the encoder works on at once; 0: all.
     tokens: reduces the gradient of the token vectors where DDP does not, or None.
     recorder: is told which phase of the step begins.
+    bag: reduces the gradient of the encoder's bag and trains it, or None.
     """
 
     encoder: nn.Module
@@ -105,6 +108,7 @@ class Step:
     micro_batch: int = 0
     tokens: TokenGradient | None = None
     recorder: Recorder = field(default_factory=Recorder)
+    bag: BagOptimizer | None = None
     _unsettled: tuple[StepResult, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -181,7 +185,7 @@ class Step:
         """Changes nothing; the backward frees what the forward holds and joins DDP's reduction."""
         self.recorder.enter("encoder_backward")
         own.backward(torch.zeros_like(own.embeddings))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.encoder.zero_grad(set_to_none=True)
 
     def _train_shard(
         self, everyone: Tensor, counts: list[int], positives: Pairs, update: Update, with_loss: bool
@@ -209,6 +213,8 @@ class Step:
         self.recorder.enter("reduce")
         if self.tokens is not None:
             self.tokens.reduce(batch.distinct_tokens())
+        if self.bag is not None:
+            self.bag.reduce()
 
     def _optimize(self) -> Tensor:
         """Updates the encoder unless its gradient is not finite on some rank.
@@ -217,7 +223,8 @@ class Step:
             1 if it is not, else 0: float32 scalar, the same on all ranks.
         """
         self.recorder.enter("optimizer")
-        parameters = [p for p in self.encoder.parameters() if p.grad is not None]
+        rows = [] if self.bag is None else [self.bag.rows]
+        parameters = [p for p in (*self.encoder.parameters(), *rows) if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.loss_scale.value != 1:
             torch._foreach_div_(gradients, self.loss_scale.value)
@@ -232,5 +239,7 @@ class Step:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, finite)
         self.optimizer.found_inf = overflow  # type: ignore[attr-defined]  # as a GradScaler does
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.bag is not None:
+            self.bag.step(overflow)
+        self.encoder.zero_grad(set_to_none=True)
         return overflow

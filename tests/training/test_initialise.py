@@ -34,6 +34,7 @@ SCALE, CENTROID, CONSTANT = 7.0, 0.5, 2.0
 
 class Bag(nn.Module):
     dim = DIM
+    bag = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class Bag(nn.Module):
     """A small encoder: mean of token vectors, a normalisation, a matrix."""
 
     autocast: torch.dtype | None = None
+    bag = None
 
     def __init__(self) -> None:
         super().__init__()

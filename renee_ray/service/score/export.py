@@ -3,7 +3,8 @@
     export.json                     what is here, and how a score comes about; written last
                                     (until then `_claim.json`, data/destination.py)
     encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
-    head.safetensors                constant [D]; bottleneck [D, H] where the encoder has one
+    head.safetensors                constant [D]; where the encoder has them, bottleneck [., H],
+                                    and table [buckets, .] and idf [buckets] of the bag
     classifier-NNNNN.safetensors    weight float32 [n, D] of a range of labels
     labels-NNNNN.parquet            label_id, text, train_count of the same range
 
@@ -25,11 +26,12 @@ import torch
 from safetensors.torch import save
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.schema import ExportConfig, RunConfig
+from renee_ray.config.schema import BagConfig, ExportConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
+from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder, build_encoder, check_positions
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.labels import check_labels
@@ -50,12 +52,19 @@ EXPORT = Kind(
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
 CPU = torch.device("cpu")
-SCORE = (
-    "tokens = tokenizer(text, truncation=True, max_length=max_length); "
+TOKENS = "tokens = tokenizer(text, truncation=True, max_length=max_length); "
+TRANSFORMER = (
     "e = mean of encoder(tokens).last_hidden_state over the tokens that are no padding; "
-    "e = bottleneck @ e, where there is one; e = e + constant; "
-    "score of label l = weight[l] @ e - tail * log(max(train_count[l], 1))"
+    "e = bottleneck @ e, where there is one; "
 )
+BAG = (
+    "with u[g] = idf[g] * (1 + log(times)) for the buckets g of the n-grams of 1 to {ngrams} "
+    "tokens, b = {norm} * sum(u[g] * table[g]) / sqrt(sum(u[g] ** 2)); an n-gram's bucket is "
+    "h mod {buckets}, with h(t1) = mix(t1 + 1), h(t1 .. tn) = mix(3 * h(t1 .. tn-1) + mix(tn + 1)) "
+    "in int64 modulo 2 ** 64, and mix(x): x = (x ^ (x >> 32)) * {factors[0]}; "
+    "x = (x ^ (x >> 29)) * {factors[1]}; x ^ (x >> 32); "
+)
+SCORE = "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1))"
 
 
 def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     checkpoint.load_encoder(encoder)
     owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
-        _save_encoder(local, encoder, settings)
+        _save_encoder(local, encoder, dataset.manifest.tokenizer)
         saved = sorted(Path(local).iterdir())
         files = [f"{ENCODER}/{file.name}" for file in saved] + [HEAD]
         files += [name for index in range(len(owned)) for name in _range_names(index)]
@@ -98,7 +107,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "dim": encoder.dim,
         "max_length": min(settings.encoder.max_length, dataset.manifest.max_length),
         "tail": settings.evaluation.tail,
-        "score": SCORE,
+        "score": _score(encoder, settings.encoder.bag),
         "ranges": ranges,
     }
     output.publish(content)
@@ -111,12 +120,24 @@ def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
         yield LabelRange(start, min(start + size, num_labels), num_labels)
 
 
-def _save_encoder(local: str, encoder: Encoder, settings: RunConfig) -> None:
+def _score(encoder: Encoder, settings: BagConfig) -> str:
+    """Returns the sentence that tells how to score a text."""
+    parts = [TOKENS]
+    if encoder.backbone is not None:
+        parts.append(TRANSFORMER)
+    if encoder.bag is not None:
+        parts.append(BAG.format(**settings.model_dump(), factors=FACTORS))
+        parts.append("e = b; " if encoder.backbone is None else "e = [e | b]; ")
+    return "".join([*parts, SCORE])
+
+
+def _save_encoder(local: str, encoder: Encoder, tokenizer: str) -> None:
     from transformers import AutoTokenizer
 
-    encoder.backbone.save_pretrained(local)
+    if encoder.backbone is not None:
+        encoder.backbone.save_pretrained(local)
     AutoTokenizer.from_pretrained(
-        resolve_model(settings.encoder.name), trust_remote_code=False, local_files_only=True
+        resolve_model(tokenizer), trust_remote_code=False, local_files_only=True
     ).save_pretrained(local)
 
 
@@ -124,6 +145,8 @@ def _head(encoder: Encoder) -> bytes:
     head = {"constant": encoder.constant}
     if encoder.bottleneck is not None:
         head["bottleneck"] = encoder.bottleneck.weight.detach()
+    if encoder.bag is not None:
+        head |= {"table": encoder.bag.table.detach(), "idf": encoder.bag.idf}
     return save(head)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.data.tokenizer import load as load_tokenizer
@@ -115,7 +115,8 @@ def check(config: RunConfig, dataset: Dataset) -> None:
     manifest = dataset.manifest
     if not manifest.num_points("train"):
         raise ReneeError(f"{dataset.path} has no training points; convert one that has")
-    if load_tokenizer(config.encoder.name).hash != manifest.vocabulary_hash:
+    name = config.encoder.name
+    if name != NO_TRANSFORMER and load_tokenizer(name).hash != manifest.vocabulary_hash:
         raise ReneeError(
             f"{dataset.path} was tokenised with {manifest.tokenizer!r}, whose vocabulary is not "
             f"that of encoder.name={config.encoder.name!r}; convert it with "

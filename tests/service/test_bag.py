@@ -1,0 +1,77 @@
+"""A bag of n-grams alone, by the real commands; its export is scored by the sentence in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow.dataset as pads
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from renee_ray.cli.main import main
+from renee_ray.data.dataset import Dataset
+
+from .conftest import RECIPE, TESTS
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+BUCKETS, NGRAMS, K = 1 << 12, 2, 20
+BAG = {"dim": 48, "buckets": BUCKETS, "ngrams": NGRAMS, "dropout": 0.1, "learning_rate": 3e-3}
+
+
+def signed(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def embed(path: Path, text: str, max_length: int) -> torch.Tensor:
+    """As the sentence in export.json says."""
+    sentence = json.loads((path / "export.json").read_text())["score"]
+    factors = [int(part.split(";")[0]) for part in sentence.split(")) * ")[1:]]
+
+    def mix(value: int) -> int:
+        value = signed((value ^ (value >> 32)) * factors[0])
+        value = signed((value ^ (value >> 29)) * factors[1])
+        return value ^ (value >> 32)
+
+    head = load_file(path / "head.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(path / "encoder")
+    tokens = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+    single = [mix(token + 1) for token in tokens]
+    pairs = [mix(signed(3 * a + b)) for a, b in pairwise(single)]
+    times = Counter(value % BUCKETS for value in single + pairs)
+    weights = {g: float(head["idf"][g]) * (1 + math.log(n)) for g, n in times.items()}
+    norm = math.sqrt(sum(u * u for u in weights.values())) or 1.0
+    rows = torch.stack([head["table"][g] * (u / norm) for g, u in weights.items()])
+    return rows.sum(0) + head["constant"]
+
+
+def test_a_bag_alone_trains_and_its_export_scores_as_predict_does(
+    dataset: str, source: Path, tmp_path: Path
+) -> None:
+    config, run = tmp_path / "bag.yaml", str(tmp_path / "run")
+    encoder = {"name": "none", "max_length": 10, "bag": BAG}
+    recipe = {**RECIPE, "encoder": encoder, "data": dataset, "output": run}
+    config.write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(config)]) == 0
+    assert main(["export", run, str(tmp_path / "e"), "checkpoint=last"]) == 0
+    arguments = ["predict", run, dataset, str(tmp_path / "p"), f"k={K}", "checkpoint=last"]
+    assert main([*arguments, "num_workers=1"]) == 0
+    parts = sorted(map(str, (tmp_path / "p").glob("part-*.parquet")))
+    found = {row["point_id"]: row for row in pads.dataset(parts).to_table().to_pylist()}
+    files = sorted((tmp_path / "e").glob("classifier-*"))
+    weight = torch.cat([load_file(file)["weight"] for file in files])
+    texts = (source / "tst_X.txt").read_text().splitlines()[:20]
+    for row in Dataset.open(dataset).read_rows("test", 0, TESTS).to_pylist():
+        if row["point_id"] >= len(texts):
+            continue
+        scores = weight @ embed(tmp_path / "e", texts[row["point_id"]], 10)
+        scores[row["filter_labels"]] = -torch.inf
+        assert found[row["point_id"]]["scores"] == pytest.approx(
+            scores.topk(K).values.tolist(), abs=1e-3
+        )
