@@ -22,6 +22,7 @@ from renee_ray.checkpoint.writer import CheckpointWriter
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.bag import BagOptimizer
+from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import Encoder, adamw, build_encoder, data_parallel
 from renee_ray.model.model import Model
 from renee_ray.model.token_gradient import TokenGradient
@@ -30,7 +31,7 @@ from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.rounds import Rounds
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
-from renee_ray.training.step import Step, dropout_mask
+from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import SGD, Weights
@@ -169,7 +170,7 @@ def oracle(dropout: float = 0.3, divisor: int = 1) -> dict[str, torch.Tensor]:
         for row, positives in enumerate(rows_of(number)[1]):
             target[row, positives] = 1
         embedded = features(number, dropout) @ table
-        embedded = embedded * dropout_mask(embedded, 0.2, SEED, number, len(target), 0)
+        embedded = embedded * dropout_mask(embedded, 0.2, SEED, number, 0)
         nn.functional.binary_cross_entropy_with_logits(
             embedded @ weight.T, target, reduction="sum"
         ).backward()
