@@ -29,18 +29,7 @@ from ray.cluster_utils import Cluster
 
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 
-from .conftest import (
-    HEALTH,
-    LONGER,
-    Run,
-    descendants,
-    end,
-    finish,
-    renee_ray,
-    run_of,
-    slowed,
-    start,
-)
+from .conftest import HEALTH, LONGER, Run, descendants, end, finish, renee_ray, run_of, start
 from .gateway import BUCKET, Gateway
 from .test_train import (
     OTHER_ORDER,
@@ -188,10 +177,9 @@ def test_faults(
         env={"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
     )  # fmt: skip
     try:
-        with slowed(os.getpid()):
-            for kind in order:
-                wait_for_commit(process, str(path), newest_commit(str(path)) + 1)
-                chaos.inject(kind)
+        for kind in order:
+            wait_for_commit(process, str(path), newest_commit(str(path)) + 1)
+            chaos.inject(kind)
         run = run_of(str(path), finish(process, timeout=900))
     finally:
         end(process)

@@ -34,9 +34,9 @@ from .conftest import (
     descendants,
     end,
     finish,
+    paused,
     renee_ray,
     run_of,
-    slowed,
     start,
     status_of,
 )
@@ -310,7 +310,7 @@ def test_two_drivers_on_one_run(
     first = start(*command)
     try:
         wait_for_commit(first, path, 5)
-        with slowed(first.pid):
+        with paused(first.pid):
             refused = renee_ray(*command)
         assert refused.status == 1 and refused.stdout == ""
         sentence = refused.stderr.splitlines()[-1]
