@@ -144,7 +144,7 @@ def chunk_parts(shard: Shard, problem: Problem) -> dict[str, Callable[[], object
     if operations.scaled:
         narrow, *scales = scaled_e4m3(inputs)
         factors = weights.operand(*chunk, torch.float8_e4m3fn), narrow
-    sgd = SGD(LR, REFERENCE_MOMENTUM if weights.velocity else 0)
+    sgd = SGD(LR, REFERENCE_MOMENTUM if weights.velocity else 0.0)
     residual = partial(operations.residual, *factors, columns, rows, out, None, *scales)
     residual()
     return {

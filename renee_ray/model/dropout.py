@@ -1,4 +1,4 @@
-"""Dropout of four numbers by each draw, or hash, of 64 bits.
+"""Dropout masks, from 16 random bits a number.
 
 `Dropout` is for CPUs, on which the masks of `nn.Dropout` take an eighth of a training step.
 `dropout_mask` is that of the embeddings, the same whoever holds a row.
@@ -51,10 +51,10 @@ def dropout_mask(own: Tensor, p: float, seed: int, step: int, first: int) -> Ten
     key = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64).view(np.int64)
     rows = torch.arange(first, first + len(own), device=own.device)
     words = torch.arange(-(-own.shape[1] // 4), device=own.device)
-    # Every row is a sequence of SplitMix64, which begins where the one of the step has come to.
+    # Each row is its own sequence of SplitMix64, seeded by a number of the step's sequence.
     begins = _mixed(rows * WEYL + int(key[0]))
     bits = _mixed(begins[:, None] + words * WEYL).view(torch.int16)[:, : own.shape[1]]
-    return _factors(bits, round(p * STEPS), own.dtype)
+    return _factors(bits, min(round(p * STEPS), STEPS - 1), own.dtype)
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -66,9 +66,9 @@ class Ranks:
 
 
 def all_gather_single(everyone: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Gathers equal tensors of all ranks; torch 2.13 has renamed this and `reduce_scatter_single`.
+    """Gathers equal tensors of all ranks.
 
-    Of the former names it warns.
+    Torch 2.13 has renamed this and `reduce_scatter_single`, and warns of the former names.
     """
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(everyone, own, group=group)

@@ -265,10 +265,13 @@ def decide_gpu(choice: str, num_workers: int) -> bool:
     """
     have = ray.cluster_resources().get("GPU", 0)
     if have and choice != "no" and started_here() and not torch.cuda.is_available():
-        log.warning(
-            "torch %s cannot use the GPUs of this machine; install a build that fits their driver",
-            torch.__version__,
-        )  # fmt: skip
+        sentence = (
+            f"torch {torch.__version__} cannot use the GPUs of this machine; install a build that "
+            f"fits their driver"
+        )
+        if choice == "yes":
+            raise ReneeError(f"use_gpu=yes: {sentence}, or set use_gpu=no")
+        log.warning(sentence)
         have = 0
     if choice == "yes" and have < num_workers:
         raise ReneeError(

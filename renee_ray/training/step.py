@@ -6,9 +6,10 @@ Ledger, for a global batch of B rows of which rank r holds b_r, and a rank that 
     E     [B, D]     fp32    those of all rows, without; the same on every rank
     dE    [B, D]     fp32    gradient of E from own labels; the sum over ranks is the whole one
 
-The phases, by the method of `Step`, once `GradientCache` has launched encoder(tokens):
+The phases, by the method of `Step`, once the ranks know each other's row counts and
+`GradientCache` has launched encoder(tokens):
 
-    _announce       row counts; positives travel to the owners of their labels
+    _route          positives travel to the owners of their labels
     _gather         e  = dropout(encoder(tokens));    E = gather_rows(e)
     _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
                     de = scatter_rows(dE)             beside the update of the last chunk of labels
@@ -121,12 +122,14 @@ class Step:
 
         wish: bits that all ranks are told, beside the row counts.
         """
-        self.recorder.enter("encoder_forward")
+        self.recorder.enter("route")
+        # First: it is patient with a rank whose batch is late, while DDP's forward may wait too.
+        counts, wishes = announce(self.ranks, len(batch), wish)
         with training_attention(self.device):
+            self.recorder.enter("encoder_forward")
             own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
             # A GPU embeds meanwhile: what needs no embeddings belongs here.
-            counts, wishes, positives = self._announce(batch, wish)
-            update = self.shard.prepared(sgd)
+            positives, update = self._route(batch, counts), self.shard.prepared(sgd)
             mask, everyone = self._gather(own, counts, step)
             if not self._finite(everyone):
                 self._skip(own)
@@ -145,18 +148,13 @@ class Step:
             result.skipped, self._unsettled = bool(overflow), None
             self.loss_scale.update(not result.skipped)
 
-    def _announce(self, batch: Batch, wish: int) -> tuple[list[int], int, Pairs]:
-        """Tells the other ranks what this one has, and sends positives to their labels' owners.
-
-        Returns:
-            the rows of each rank; the wishes of all; the positives whose labels this rank owns.
-        """
+    def _route(self, batch: Batch, counts: list[int]) -> Pairs:
+        """Sends positives to the owners of their labels; returns those of own labels."""
         self.recorder.enter("route")
-        counts, wishes = announce(self.ranks, len(batch), wish)
         pairs, owned = batch.pairs(sum(counts[: self.ranks.rank])), self.shard.owned
         rows, labels = route(self.ranks, *pairs, owned.num_labels)
         self.recorder.enter("classifier")
-        return counts, wishes, Pairs(rows, labels, owned, self.device)
+        return Pairs(rows, labels, owned, self.device)
 
     def _gather(self, own: GradientCache, counts: list[int], step: int) -> tuple[Tensor, Tensor]:
         """Returns the dropout mask of own rows, and E [B, D]."""

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 
+from renee_ray.service.observe.watch import beat_seconds
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.xfc.labels import split_range
 
 from .conftest import (
     HEALTH,
     LONGER,
+    RECIPE,
     Run,
     descendants,
     end,
@@ -115,6 +118,7 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
         )  # fmt: skip
         try:
             wait_for_commit(process, path, step + 5)
+            time.sleep(beat_seconds(RECIPE["timeout_s"]) + 1)  # the driver has heard of a step
             below = " ".join(descendants(process.pid).values())
             process.send_signal(number)
             stopped = finish(process)

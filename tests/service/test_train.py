@@ -115,6 +115,8 @@ def test_undisturbed(trained: Run, dataset: str) -> None:
     loss = losses(trained)
     assert np.isfinite(loss).all()
     assert loss[-5:].mean() < 0.9 * loss[:5].mean()
+    apart = np.abs(np.diff(loss)) / loss[1:]
+    assert np.median(apart) > 2 * OTHER_ORDER, "a lost batch would be seen by no test"
     last = trained.history["evals"][-1]
     assert trained.result["validation"] == last["metrics"]
     assert last["metrics"]["P@1"] > 5

@@ -1,11 +1,11 @@
-"""`renee-ray bench gpu`: what one GPU is to tell, by other commands in processes of their own.
+"""`renee-ray bench gpu`: measures one GPU, by other commands in processes of their own.
 
     oracle    a step of every storage against float64
     step      at the published sizes, kernel by kernel, beside bare matmuls and references
     train     a run through Ray beside the bare loop, and the share of a step that the GPU idles
     topk      the 100 best labels
     memory    a step of every storage on the largest classifier
-    resume    a run whose driver is killed, and which is given again
+    resume    a run whose driver is killed, and which is started again
 
 The lines of JSON that a command prints are kept however it ends.
 """
@@ -35,8 +35,8 @@ from renee_ray.errors import reason
 
 Records = list[dict[str, Any]]
 STORAGES = ["fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]
-LIMITS = {"oracle": 120, "step": 140, "train": 120, "topk": 40, "memory": 50, "resume": 240}
-"""Seconds of each part, of eight minutes."""
+LIMITS = {"oracle": 70, "step": 130, "train": 90, "topk": 50, "memory": 50, "resume": 90}
+"""Seconds of each part, eight minutes in all."""
 LEAST_S, LAST_S = 10, 15
 """Seconds that a part needs to begin, and that a command has to end when asked to."""
 SMALL = {
@@ -137,9 +137,19 @@ def part(name: str, small: bool, directory: str, ends: float) -> tuple[Records, 
     if name == "resume":
         return resume(f"train {of_sample} output={directory}/run --json", directory, ends)
     # The oracles time nothing, and compiling is most of their work.
-    with ThreadPoolExecutor((os.cpu_count() or 1) if name == "oracle" else 1) as pool:
-        ended = list(pool.map(partial(run_command, ends=ends), commands[name]))
+    if name == "oracle":
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ended = list(pool.map(partial(run_command, ends=ends), commands[name]))
+    else:
+        ended = list(in_turn(commands[name], ends))
     return [each for records, _ in ended for each in records], next((e for _, e in ended if e), "")
+
+
+def in_turn(commands: list[str], ends: float) -> Iterator[tuple[Records, str]]:
+    """Runs one command after the other, each with an equal share of the time that is left."""
+    for number, command in enumerate(commands):
+        now = time.monotonic()
+        yield run_command(command, now + (ends - now) / (len(commands) - number))
 
 
 def run_command(
@@ -149,7 +159,7 @@ def run_command(
 
     Args:
         ends: when it is asked to end, by the monotonic clock.
-        killed: says when it is killed.
+        killed: whether to kill it now.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as text:
         command = [sys.executable, "-m", "renee_ray", *arguments.split()]
@@ -175,7 +185,7 @@ def run_command(
 
 
 def resume(command: str, directory: str, ends: float) -> tuple[Records, str]:
-    """Kills the command at a checkpoint after its first step, and gives it again."""
+    """Kills the command at a checkpoint after its first step, and runs it again."""
     checkpoints = Checkpoints(f"{directory}/run")
 
     def saved() -> int:
@@ -185,8 +195,8 @@ def resume(command: str, directory: str, ends: float) -> tuple[Records, str]:
     status = run_command(command, ends, saved)[1]
     killed_s, step = time.time(), saved()
     records, error = run_command(command, ends)
-    if error or not status:
-        return [], error or "it ended before it was killed"
+    if error or "status -9" not in status or not step:
+        return [], error or status or "it ended before it was killed"
     steps = json.loads(Path(directory, "run", "history.json").read_text())["steps"]
     kept = [each["step"] for each in steps if each["time_s"] < killed_s]
     found = {"killed_after": step, "resumed_from": max(kept, default=0)}

@@ -30,6 +30,7 @@ Import this module only to use it: it needs triton, which comes with torch for C
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ PADDING = 64
 """Numbers by which a row of G is padded: 128 bytes of bf16."""
 PAIR = 128
 """Numbers that a program of `_positives` multiplies at once."""
-TRIAL = 16_384
+TRIAL = 8_192
 """Labels whose copies are updated while updates are measured."""
 
 
@@ -105,10 +106,15 @@ class FusedUpdate(Update):
         (batch, dim), stride = inputs.shape, residual.stride(0)
         kinds = weight.kind, velocity.kind if velocity else "none"
         k = tiles.BYTES // inputs.element_size()
-        shard = [
+        weights, velocities = (
             [t[start:stop] for t in buffer.tensors().values()]
             for buffer in (weight, velocity or weight)
-        ]
+        )
+
+        def trial() -> Callable[[Tiles], None]:
+            copies = [t[:TRIAL].clone() for t in weights]
+            others = [t[:TRIAL].clone() for t in velocities] if velocity else copies
+            return functools.partial(launch, [copies, others])
 
         def launch(buffers: list[list[Tensor]], chosen: Tiles) -> None:
             c = len(buffers[0][0])
@@ -122,9 +128,7 @@ class FusedUpdate(Update):
             )  # fmt: skip
 
         key = "update", kinds, dim, stride.bit_length(), inputs.dtype
-        launch(shard, tiles.fastest(key, residual, inputs, lambda: functools.partial(launch, [
-            [t[:TRIAL].clone() for t in buffer] for buffer in shard
-        ])))  # fmt: skip
+        launch([weights, velocities], tiles.fastest(key, residual, inputs, trial))
 
 
 def _matrix(matrix: Tensor, rows: int, columns: int, chosen: Tiles) -> Tensor | TensorDescriptor:

@@ -90,7 +90,7 @@ def fastest(
     """Returns the tiles that multiply two matrices in least time; each key is measured once.
 
     Triton keeps what it compiled on disk, so a later process pays for the launches alone.
-    trial: gives a launch that may be repeated, and that raises what Triton does.
+    trial: gives a launch that may be repeated, and may raise Triton's errors.
     """
     tried = candidates(left, right)
     if len(tried) == 1:
@@ -102,7 +102,7 @@ def fastest(
             try:
                 times[tiles] = milliseconds(functools.partial(launch, tiles))
             except Exception as error:  # too little shared memory, as a rule
-                log.warning("%s: %s does not run on this GPU: %s", key, tiles, error)
+                log.info("%s: %s does not run on this GPU: %s", key, tiles, error)
                 if tiles == tried[-1] and not times:
                     raise
         _fastest[key] = min(times, key=times.__getitem__)

@@ -46,8 +46,8 @@ LABELS, ROWS = 128, 128
 """Labels and rows of a tile."""
 TALL = 256
 """Rows of a tile on Hopper: fewer operands are read for each product. Elsewhere registers spill."""
-PLACES = 8
-"""Places of a row for each label that is kept, at least."""
+PLACES, PLACE_BYTES = 8, 45
+"""Places of a row for each label that is kept, at least; the memory of one while it is sorted."""
 SETTINGS: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
 NARROW = {
     "fp32": (torch.bfloat16, HALF_ULP, 0.0),
@@ -68,14 +68,30 @@ all that `Buffer.pick` takes in between."""
 def scanned_topk(
     shard: Shard, embeddings: Tensor, k: int, excluded: Pairs | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `screen.screened_topk` does."""
-    weights, rows, kept = shard.weights, len(embeddings), 2 * k + 28
+    """Does what `screen.screened_topk` does, for as many rows at once as memory is meant for."""
+    kept = 2 * k + 28
+    width = triton.next_power_of_2(PLACES * kept)
+    at_once = max(ROWS, GPU_CHUNK_BYTES // (PLACE_BYTES * width))
+    if len(embeddings) <= at_once:
+        return _scanned(shard, embeddings, k, kept, width, excluded, offset)
+    found = []
+    for rows in torch.arange(len(embeddings), device=embeddings.device).split(at_once):
+        left = None if excluded is None else excluded.of_rows(rows)
+        found.append(_scanned(shard, embeddings[rows], k, kept, width, left, offset))
+    scores, labels, certain = zip(*found, strict=True)
+    return torch.cat(scores), torch.cat(labels), torch.cat(certain)
+
+
+def _scanned(
+    shard: Shard, embeddings: Tensor, k: int, kept: int, width: int, excluded: Pairs | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weights, rows = shard.weights, len(embeddings)
     dtype, relative, absolute = NARROW[weights.weight.kind]
     inputs = embeddings.to(dtype, memory_format=torch.contiguous_format)
     stored = next(iter(weights.weight.tensors().values()))
     if stored.dtype == torch.float8_e4m3fn and not native_e4m3(stored.device):
         stored = stored.view(torch.uint8)
-    width = triton.next_power_of_2(PLACES * kept)
     scores = embeddings.new_full((rows, width), -torch.inf)
     labels = torch.zeros_like(scores, dtype=torch.int64)
     used = torch.full_like(labels[:, 0], kept, dtype=torch.int32)
@@ -188,7 +204,8 @@ def _scan(
         product, squares = _products(left, right, present, known, DIM, ROWS, LABELS, K, False)
     if SHIFTED:
         product += tl.load(offset + label, mask=known, other=0.0)[None, :]
-    product = tl.where(known[None, :], product, float("-inf"))
+    # NaN would make the turns endless: max ignores it, argmax does not.
+    product = tl.where(known[None, :] & (product == product), product, float("-inf"))
     threshold = tl.load(scores + row * width + kept - 1, mask=present, other=float("inf"))
     # Few products of a tile beat their threshold: each turn appends the largest of every row.
     largest = tl.max(product, axis=1)

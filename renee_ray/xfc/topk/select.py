@@ -34,13 +34,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.kernels.choose import has_kernels
 from renee_ray.xfc.labels import NONE
 from renee_ray.xfc.lanes import run
 from renee_ray.xfc.shard import Chunks, Pairs, Shard
 from renee_ray.xfc.topk.best import best_of, join, leading
 from renee_ray.xfc.topk.screen import kept, screened_topk, screens
 from renee_ray.xfc.weights.buffers import Split
+from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.storages import Weights
 
 __all__ = ["NONE", "merge_topk", "shard_topk"]
