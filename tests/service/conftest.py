@@ -314,7 +314,7 @@ def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory)
     return trained_once(tmp_path_factory, "undisturbed", [recipe, f"data={dataset}"])
 
 
-LONGER = ["epochs=60", "evaluation.every=30"]
+LONGER = ["epochs=30", "evaluation.every=15"]
 
 
 @pytest.fixture(scope="session")

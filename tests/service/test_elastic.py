@@ -23,7 +23,6 @@ from renee_ray.xfc.labels import split_range
 from .conftest import (
     HEALTH,
     LONGER,
-    RECIPE,
     Run,
     descendants,
     end,
@@ -46,6 +45,8 @@ from .test_train import (
 )
 
 pytestmark = pytest.mark.slow
+TIMEOUT_S = 12
+"""Of which a sixth is the time between two heartbeats."""
 
 
 @pytest.fixture
@@ -114,11 +115,11 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start(
             "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "--json",
-            "checkpoint.grace_s=120",
+            "checkpoint.grace_s=120", f"timeout_s={TIMEOUT_S}",
         )  # fmt: skip
         try:
             wait_for_commit(process, path, step + 5)
-            time.sleep(beat_seconds(RECIPE["timeout_s"]) + 1)  # the driver has heard of a step
+            time.sleep(beat_seconds(TIMEOUT_S) + 1)  # the driver has heard of a step
             below = " ".join(descendants(process.pid).values())
             process.send_signal(number)
             stopped = finish(process)
