@@ -53,6 +53,8 @@ RECIPE: dict[str, Any] = {
 
 
 DISK = 1600 << 20
+TINY_DIM = 64
+"""Of the embeddings of `tiny_encoder`."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
         BertModel(
             BertConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=64,
+                hidden_size=TINY_DIM,
                 num_hidden_layers=1,
                 num_attention_heads=2,
                 intermediate_size=64,

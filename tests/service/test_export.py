@@ -18,7 +18,7 @@ from renee_ray.cli.main import main
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.score import export
 
-from .conftest import TESTS, Run
+from .conftest import TESTS, TINY_DIM, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 K, RANGES = 40, 3
@@ -32,7 +32,7 @@ def exported(
     path = tmp_path_factory.mktemp("export") / "model"
     labels = Dataset.open(dataset).manifest.num_labels
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "RANGE_BYTES", -(-labels // RANGES) * 4 * 384)
+        patch.setattr(export, "RANGE_BYTES", -(-labels // RANGES) * 4 * TINY_DIM)
         assert main(["export", trained.path, str(path)]) == 0
     return path, json.loads((path / "export.json").read_text())
 
