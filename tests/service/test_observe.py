@@ -40,7 +40,7 @@ from .test_train import OTHER_ORDER, losses, newest_commit, wait_for_commit, wor
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 8
+EPOCHS = 20
 HELD_S, FREE_S = 0.12, 0.04
 TIMEOUT_S = 15
 """Longer than workers take on a busy machine between two steps."""
