@@ -84,11 +84,9 @@ def test_the_page_shows_figures_and_what_failed(
 def test_a_run_is_killed_and_resumed(tmp_path: Path) -> None:
     out = str(tmp_path / "gpu.json")
     ended = renee_ray(
-        "bench", "gpu", "--small", "--only", "topk", "--only", "resume", "--out", out,
-        "--minutes", "40",
+        "bench", "gpu", "--small", "--only", "resume", "--out", out, "--minutes", "40",
     )  # fmt: skip
     assert ended.status == 0 and not json.loads(ended.stdout)["errors"], ended.stderr
     parts = json.loads(Path(out).read_text())["parts"]
-    (topk,), (resumed,) = parts["topk"]["records"], parts["resume"]["records"]
-    assert topk["labels"] == 20000 and topk["same_but_ties"]
+    (resumed,) = parts["resume"]["records"]
     assert 0 < resumed["killed_after"] <= resumed["resumed_from"] < resumed["steps"]
