@@ -17,8 +17,6 @@ POSITIVES_PER_ROW = 5
 CHUNKS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (8192, 32768, 131072)}
 """Chunk sizes among which, besides the shard's own, the bare matmuls take the fastest."""
 CPU = torch.device("cpu")
-DRAWN = 1 << 16
-"""Labels whose weights are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,9 @@ class Problem:
     def shard(self, precision: str, momentum: float, chunk: int = 0) -> Shard:
         """Makes a shard of all labels, with weights N(0, 0.02) that are drawn on the device."""
         device = self.embeddings.device
-        generator = torch.Generator(device).manual_seed(1)  # not that of the embeddings
         weights = Weights(precision, self.num_labels, self.dim, momentum > 0, device)
         shard = Shard(self.owned, weights, chunk)
-        for first in range(0, self.num_labels, DRAWN):
-            shape = min(DRAWN, self.num_labels - first), self.dim
-            shard.write(first, torch.randn(*shape, generator=generator, device=device).mul_(0.02))
+        shard.initialise_normal(0.02, seed=0)
         return shard
 
     def positives(self) -> Pairs:

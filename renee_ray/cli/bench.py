@@ -28,7 +28,8 @@ def bench() -> None:
 
 
 COUNT, SHARE = click.IntRange(min=1), click.FloatRange(0, 1, max_open=True)
-STORAGE = click.Choice(["auto", "fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"])
+STORED = click.Choice(["fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"])
+STORAGE = click.Choice(["auto", *STORED.choices])
 REFERENCE = click.Choice(["none", "published", "fp16", "compiled", "autograd"])
 PART = click.Choice(["oracle", "step", "train", "topk", "memory", "resume"])
 NAMES = ("labels", "dim", "batch", "precision", "momentum")
@@ -98,19 +99,12 @@ def bench_step(**settings: Any) -> None:
 @bench.command("topk")
 @_sizes
 @_count("--k", 100, "Labels.")
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]),
-    default="fp32",
-    show_default=True,
-    help="Storage of the weights.",
-)
-@click.option(
+@_flag("--precision", STORED, "fp32", "Storage of the weights.")
+@_flag(
     "--references",
-    type=click.Choice(["all", "none"]),
-    default="all",
-    show_default=True,
-    help="Beside fp32 weights and full logits, which must fit in memory, or the product alone.",
+    click.Choice(["all", "none"]),
+    "all",
+    "Beside fp32 weights and full logits, which must fit in memory, or the product alone.",
 )
 @_repeats
 def bench_topk(**settings: Any) -> None:

@@ -32,9 +32,9 @@ import torch
 from renee_ray.benchmarks.sample import write_sample
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.errors import reason
+from renee_ray.xfc.weights.storages import STORAGES
 
 Records = list[dict[str, Any]]
-STORAGES = ["fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"]
 LIMITS = {"oracle": 70, "step": 130, "train": 90, "topk": 50, "memory": 50, "resume": 90}
 """Seconds of each part, eight minutes in all."""
 LEAST_S, LAST_S = 10, 15
