@@ -294,12 +294,20 @@ def test_curves_are_in_tensorboard(watched: Watched) -> None:
     assert events.Scalars("seconds/classifier")[-1].value > 0
 
 
-def hung_worker(process: subprocess.Popen[str], path: str, step: int) -> int:
-    """Stops a worker after the checkpoint of `step`, and kills it later; its process id."""
+def hung_worker(
+    process: subprocess.Popen[str], path: str, step: int, watchdog: Path, stopped: int
+) -> int:
+    """Stops a worker after the checkpoint of `step`; its process id.
+
+    Kills it when two more processes than `stopped` have given up waiting for it.
+    """
     wait_for_commit(process, path, step)
     victim = max(workers(process))
     os.kill(victim, signal.SIGSTOP)
-    time.sleep(TIMEOUT_S + 5)
+    deadline = time.monotonic() + 6 * TIMEOUT_S
+    while len(gave_up(watchdog)) < stopped + 2:
+        assert time.monotonic() < deadline, "no collective raised"
+        time.sleep(0.2)
     os.kill(victim, signal.SIGKILL)
     return victim
 
@@ -307,14 +315,20 @@ def hung_worker(process: subprocess.Popen[str], path: str, step: int) -> int:
 WATCHDOG = """
 import logging, os
 def watch(record):
-    if record.msg.startswith("rank %d on %s stops in phase") and os.path.exists(__file__ + ".on"):
+    if record.msg.startswith("rank %d on %s stops in phase"):
         open(f"{__file__}.{os.getpid()}", "w").close()
-        os.abort()
+        if os.path.exists(__file__ + ".on"):
+            os.abort()
     return True
 logging.getLogger("renee_ray.service.observe.observe").addFilter(watch)
 """
-"""Makes each process of a run end by SIGABRT at the moment when gloo raises: as NCCL's does, whose
-watchdog leaves no time for an exception. A file turns it on."""
+"""Writes a file at the moment when gloo raises in a process of a run. Another file makes the
+process end by SIGABRT then, as NCCL's does, whose watchdog leaves no time for an exception."""
+
+
+def gave_up(watchdog: Path) -> list[Path]:
+    """Returns the files of the processes that gave up waiting for a collective."""
+    return list(watchdog.parent.glob(f"{watchdog.name}.[0-9]*"))
 
 
 def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
@@ -330,14 +344,14 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
         env=IMPATIENT | {"PYTHONPATH": paths},
     )  # fmt: skip
     try:
-        victims = [hung_worker(process, path, 5)]
+        victims = [hung_worker(process, path, 5, watchdog, 0)]
         Path(f"{watchdog}.on").touch()
-        victims.append(hung_worker(process, path, newest_commit(path) + 5))
+        victims.append(hung_worker(process, path, newest_commit(path) + 5, watchdog, 2))
         done = finish(process)
     finally:
         end(process)
     assert done.status == 1
-    assert len(list(tmp_path.glob("sitecustomize.py.[0-9]*"))) >= 2, "nobody died of SIGABRT"
+    assert len(gave_up(watchdog)) == 4
     silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", done.stderr)
     assert {*map(int, silent)} == {*victims}, done.stderr
     assert "2 others wait for it in phase" in done.stderr
