@@ -6,6 +6,7 @@
     recipe, mine = rr.read_yaml("lf-debian-40k"), {"data": "data/set", "output": "runs/first"}
     rr.train(rr.make_config(rr.RunConfig, recipe, mine))
     rr.evaluate("runs/first", "data/set", rr.ScoreConfig())["metrics"]
+    rr.load("runs/first").predict(["libjson perl"], k=3)
 
 Each name is imported when it is first used: `import renee_ray` alone loads neither torch nor ray.
 """
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     from renee_ray.service.quickstart import quickstart
     from renee_ray.service.score.evaluate import evaluate_run as evaluate
     from renee_ray.service.score.export import export_run as export
+    from renee_ray.service.score.loading import load
     from renee_ray.service.score.predict import predict_run as predict
     from renee_ray.service.train.train import train
 
 __version__ = "0.1.0"
 __all__ = [
     "ConvertConfig", "ExportConfig", "ReneeError", "RunConfig", "ScoreConfig", "convert",
-    "evaluate", "export", "make_config", "predict", "quickstart", "read_yaml", "train",
+    "evaluate", "export", "load", "make_config", "predict", "quickstart", "read_yaml", "train",
 ]  # fmt: skip
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "convert": "service.convert.convert.convert",
     "evaluate": "service.score.evaluate.evaluate_run",
     "export": "service.score.export.export_run",
+    "load": "service.score.loading.load",
     "make_config": "config.overrides.make_config",
     "predict": "service.score.predict.predict_run",
     "quickstart": "service.quickstart.quickstart",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+import renee_ray
 from renee_ray.cli.main import main
 from renee_ray.data.dataset import Dataset
+from renee_ray.errors import ReneeError
 from renee_ray.service.score import export
 
 from .conftest import TESTS, TINY_DIM, Run
@@ -98,6 +103,58 @@ def test_scores_are_those_of_predict(
         best = row.topk(K).values.tolist()
         assert found[point]["scores"] == pytest.approx(best, abs=2e-3)
         assert row[found[point]["label_ids"]].tolist() == pytest.approx(best, abs=2e-3)
+
+
+LOADING = """
+import json, sys
+import renee_ray
+model = renee_ray.load(sys.argv[1])
+texts, k = sys.argv[3:], int(sys.argv[2])
+print(json.dumps([model.embed(texts).tolist(), model.predict(texts, k)]))
+assert "ray" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("what", ["export", "run"])
+def test_a_loaded_model_answers_without_ray(
+    exported: tuple[Path, dict[str, object]], trained: Run, source: Path, what: str
+) -> None:
+    path, content = exported
+    texts = ["", *(source / "tst_X.txt").read_text().splitlines()[:300]]
+    arguments = [str(path) if what == "export" else trained.path, str(K), *texts]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *arguments], capture_output=True, text=True, check=True
+    )
+    embeddings, found = json.loads(done.stdout)
+    ranges, length = content["ranges"], content["max_length"]
+    assert isinstance(ranges, list) and isinstance(length, int)
+    expected = embed(path, texts, length)
+    np.testing.assert_allclose(embeddings, expected, atol=2e-4)
+    weight = torch.cat([load_file(path / each["classifier"])["weight"] for each in ranges])
+    names = pa.concat_tables([pq.read_table(path / each["labels"]) for each in ranges])["text"]
+    for row, answer in zip(expected @ weight.T, found, strict=True):
+        best = row.topk(K).values.tolist()
+        assert [score for *_, score in answer] == pytest.approx(best, abs=2e-3)
+        assert row[[label for label, *_ in answer]].tolist() == pytest.approx(best, abs=2e-3)
+        assert [text for _, text, _ in answer] == [names[label].as_py() for label, *_ in answer]
+
+
+def test_a_damaged_export_is_not_loaded(
+    exported: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    path, content = exported
+    with pytest.raises(ReneeError, match="neither an export nor a run"):
+        renee_ray.load(str(tmp_path))
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    ranges = content["ranges"]
+    assert isinstance(ranges, list)
+    shorter = [ranges[0] | {"stop": ranges[0]["stop"] - 1}, *ranges[1:]]
+    outside = [ranges[0] | {"labels": "../labels-00000.parquet"}, *ranges[1:]]
+    for wrong in ({"ranges": shorter}, {"ranges": outside}, {"encoder": {"name": ""}}):
+        (copy / "export.json").write_text(json.dumps(content | wrong))
+        with pytest.raises(ReneeError, match="export the run again"):
+            renee_ray.load(str(copy))
 
 
 def test_what_is_there_is_not_overwritten(

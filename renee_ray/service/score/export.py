@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import BagConfig, ExportConfig
@@ -95,7 +96,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         output.declare(files)
         for file in saved:
             write_file(f"{output.path}/{ENCODER}/{file.name}", file.read_bytes())
-    write_file(f"{output.path}/{HEAD}", _head(encoder))
+    write_file(f"{output.path}/{HEAD}", save(_head(encoder)))
     ranges = [
         _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
         for index, each in enumerate(owned)
@@ -107,6 +108,8 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "dim": encoder.dim,
         "max_length": min(settings.encoder.max_length, dataset.manifest.max_length),
         "tail": settings.evaluation.tail,
+        "pad_id": dataset.manifest.pad_id,
+        "encoder": plain.model_dump(),
         "score": _score(encoder, settings.encoder.bag),
         "ranges": ranges,
     }
@@ -141,13 +144,22 @@ def _save_encoder(local: str, encoder: Encoder, tokenizer: str) -> None:
     ).save_pretrained(local)
 
 
-def _head(encoder: Encoder) -> bytes:
+def _head(encoder: Encoder) -> dict[str, Tensor]:
+    """Returns what an embedding needs beside the transformer; the tensors alias the encoder's."""
     head = {"constant": encoder.constant}
     if encoder.bottleneck is not None:
         head["bottleneck"] = encoder.bottleneck.weight.detach()
     if encoder.bag is not None:
         head |= {"table": encoder.bag.table.detach(), "idf": encoder.bag.idf}
-    return save(head)
+    return head
+
+
+def load_head(encoder: Encoder, head: dict[str, Tensor]) -> None:
+    """Gives an encoder what `HEAD` holds. Raises LookupError or ValueError if it does not fit."""
+    for name, tensor in _head(encoder).items():
+        if head[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {list(head[name].shape)}, not {list(tensor.shape)}")
+        tensor.copy_(head[name])
 
 
 def _range_names(index: int) -> tuple[str, str]:

@@ -1,7 +1,8 @@
-"""Checks that a dataset has the labels that a run was trained with, in the same order."""
+"""Checks that a dataset has the labels that a run was trained with, and its tokenizer."""
 
 from __future__ import annotations
 
+from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
@@ -32,6 +33,21 @@ def check_labels(directory: RunDirectory, dataset: Dataset) -> None:
             f"in another order{_first_difference(directory, known, dataset)}; convert it with the "
             f"run's labels in their order"
         )
+
+
+def vocabulary_of(dataset: Dataset) -> str:
+    """Loads the tokenizer of a dataset, as `tokenizer.encode` takes it.
+
+    Raises:
+        ReneeError: that tokenizer is not available, or is another one now.
+    """
+    vocabulary = tokenizer.load(dataset.manifest.tokenizer)
+    if vocabulary.hash != dataset.manifest.vocabulary_hash:
+        raise ReneeError(
+            f"the tokenizer {dataset.manifest.tokenizer!r} is not the one that {dataset.path} was "
+            f"converted with; make that one available"
+        )
+    return vocabulary.serialised
 
 
 def _trained_on(directory: RunDirectory, dataset: Dataset) -> Dataset:

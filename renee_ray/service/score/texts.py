@@ -29,6 +29,7 @@ from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert.conversion import JOURNAL
 from renee_ray.service.convert.count_lines import count_lines
+from renee_ray.service.score.labels import vocabulary_of
 from renee_ray.service.tasks import stream
 
 log = logging.getLogger(__name__)
@@ -69,21 +70,6 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
     splits = {name: tuple(parts) if name == TEXT_SPLIT else () for name in SPLITS}
     replaced = sum(each["replaced_lines"] for each in results)
     return Dataset(scratch, replace(like.manifest, splits=splits)), replaced
-
-
-def vocabulary_of(dataset: Dataset) -> str:
-    """Loads the tokenizer of a dataset, as `tokenizer.encode` takes it.
-
-    Raises:
-        ReneeError: that tokenizer is not available, or is another one now.
-    """
-    vocabulary = tokenizer.load(dataset.manifest.tokenizer)
-    if vocabulary.hash != dataset.manifest.vocabulary_hash:
-        raise ReneeError(
-            f"the tokenizer {dataset.manifest.tokenizer!r} is not the one that {dataset.path} was "
-            f"converted with; make that one available"
-        )
-    return vocabulary.serialised
 
 
 _KINDS = (

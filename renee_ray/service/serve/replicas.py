@@ -37,7 +37,7 @@ from renee_ray.service.launch import quiet
 from renee_ray.service.ray_compat import replica_on_loopback
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.job import embed_voters
-from renee_ray.service.score.texts import vocabulary_of
+from renee_ray.service.score.labels import vocabulary_of
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk

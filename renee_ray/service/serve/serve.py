@@ -45,8 +45,7 @@ from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.launch import threads_of, worker_environment
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.job import scoring_config
-from renee_ray.service.score.labels import check_labels
-from renee_ray.service.score.texts import vocabulary_of
+from renee_ray.service.score.labels import check_labels, vocabulary_of
 from renee_ray.signals import at_signals
 
 STARTS = 2

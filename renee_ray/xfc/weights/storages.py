@@ -90,6 +90,14 @@ class Weights:
         self.weight = storage.weight(rows, dim, device, self.scratch)
         self.velocity = storage.velocity(rows, dim, device, self.scratch) if momentum else None
 
+    @classmethod
+    def of(cls, rows: Tensor) -> Weights:
+        """Takes float32 [n, D] as the weights of `fp32`, without a copy."""
+        made = cls("fp32", 0, rows.shape[1], False, rows.device)
+        assert isinstance(made.weight, Float32)
+        made.rows, made.weight.data = len(rows), rows
+        return made
+
     def read(self, start: int, stop: int) -> Tensor:
         """Returns weights [start, stop) as float32, valid until the next call; may alias."""
         return self._expanded(self.weight, "weight", start, stop)

@@ -1,0 +1,209 @@
+"""A trained model in this process: texts in, labels out. It needs neither Ray nor a dataset.
+
+model = renee_ray.load("exports/first")
+for label in model.predict(["libjson perl"], k=3)[0]:
+    print(label.id, label.text, label.score)
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
+from renee_ray.data import tokenizer
+from renee_ray.data.models import quiet
+from renee_ray.data.storage import absolute, filesystem_of
+from renee_ray.data.untrusted import parse_json
+from renee_ray.errors import ReneeError, reason
+from renee_ray.model.encoder import Encoder, build_encoder
+from renee_ray.parallel.batch import Batch, Position, Ragged, ragged
+from renee_ray.scoring.scorer import prior_offset
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.score.export import ENCODER, FILES, HEAD, MANIFEST, load_head
+from renee_ray.service.score.labels import check_labels, vocabulary_of
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.topk.select import merge_topk, shard_topk
+from renee_ray.xfc.weights.storages import Weights
+
+log = logging.getLogger(__name__)
+
+BATCH = 256
+"""Texts that are scored at once."""
+COLUMNS = ["text", "train_count"]
+"""What is read of the labels."""
+
+
+class Label(NamedTuple):
+    """A label of an answer. score: the logit, adjusted as the run says."""
+
+    id: int
+    text: str
+    score: float
+
+
+class Model:
+    """A trained model, made by `load`.
+
+    num_labels: L; dim: D, the width of an embedding; step: of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        shards: list[Shard],
+        labels: pa.Table,
+        vocabulary: str,
+        facts: dict[str, Any],
+    ) -> None:
+        self.num_labels, self.dim, self.step = len(labels), encoder.dim, int(facts["step"])
+        self._encoder, self._shards, self._texts = encoder.eval(), shards, labels["text"]
+        self._vocabulary, self._facts = vocabulary, facts
+        counts = labels["train_count"].to_numpy()
+        offset = prior_offset(counts, facts["tail"], shards[0].weights.device)
+        self._offsets = [
+            None if offset is None else offset[each.owned.start : each.owned.stop]
+            for each in shards
+        ]
+
+    @torch.inference_mode()
+    def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        """Returns the texts' embeddings, float32 [n, D]."""
+        return torch.cat([e.cpu() for e in self._embedded(texts)]).numpy()
+
+    @torch.inference_mode()
+    def predict(self, texts: list[str], k: int = 5) -> list[list[Label]]:
+        """Returns the k best labels of each text, best first; all of them where k exceeds L."""
+        k = min(k, self.num_labels)
+        answers = []
+        for embeddings in self._embedded(texts):
+            found = [
+                shard_topk(shard, embeddings, min(k, len(shard.owned)), offset=offset)
+                for shard, offset in zip(self._shards, self._offsets, strict=True)
+            ]
+            scores, labels = merge_topk(*map(list, zip(*found, strict=True)), k)
+            names = self._texts.take(pa.array(labels.flatten().tolist())).to_pylist()
+            rows = zip(labels.tolist(), scores.tolist(), range(0, len(names), k), strict=True)
+            answers += [
+                [Label(*each) for each in zip(ids, names[at : at + k], row, strict=True)]
+                for ids, row, at in rows
+            ]
+        return answers
+
+    def _embedded(self, texts: list[str]) -> Iterator[Tensor]:
+        """Yields embeddings [at most BATCH, D] on the device."""
+        facts, device = self._facts, self._encoder.constant.device
+        for start in range(0, len(texts), BATCH):
+            some = texts[start : start + BATCH]
+            ids = ragged(tokenizer.encode(self._vocabulary, some, facts["max_length"]))
+            none, points = Ragged.of_lists([[]] * len(some)), np.arange(len(some))
+            batch = Batch(Position(), points, ids, none, none, facts["pad_id"])
+            yield self._encoder(*batch.tokens(device))
+
+
+def load(path: str, *, checkpoint: str = "best", device: str = "cpu") -> Model:
+    """Loads an export or a run, from a directory or a URL as s3://bucket/export.
+
+    On a CPU the classifier of a local export is mapped into memory: what no question touches is
+    not read. One behind a URL is copied to a temporary directory first. That of a run is read
+    into memory, in the precision that it was trained in; its votes of neighbours are left out.
+
+    Args:
+        checkpoint: of a run: `best` on the validation split, or `last`.
+        device: of torch, such as `cuda`.
+
+    Raises:
+        ReneeError: there is neither an export nor a run, or one that is damaged.
+    """
+    quiet()
+    path, place = absolute(path), torch.device(device)
+    filesystem, root = filesystem_of(path)
+    files = filesystem.get_file_info([f"{root}/{MANIFEST}", f"{root}/{RUN_FILE}"])
+    is_export, is_run = (info.type == pafs.FileType.File for info in files)
+    if is_run:
+        return _of_run(path, checkpoint, place)
+    if not is_export:
+        raise ReneeError(
+            f"{path} is neither an export nor a run: it has no {MANIFEST} and no {RUN_FILE}; "
+            f"give a directory that `renee-ray export` or `renee-ray train` made"
+        )
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return _of_export(Path(root), path, place)
+    with tempfile.TemporaryDirectory(prefix="renee-ray-load-") as local:  # mapped files outlive it
+        pafs.copy_files(root, local, source_filesystem=filesystem)
+        return _of_export(Path(local), path, place)
+
+
+def _of_export(local: Path, path: str, device: torch.device) -> Model:
+    """Loads the export in `local`; errors name it by `path`."""
+    try:
+        facts = parse_json((local / MANIFEST).read_text())
+        settings = EncoderConfig.model_validate(facts["encoder"])
+        shards, tables = [], []
+        for each in facts["ranges"]:
+            if not all(FILES.fullmatch(each[name]) for name in ("classifier", "labels")):
+                raise ValueError("it names files that no export has")
+            owned = LabelRange(each["start"], each["stop"], facts["num_labels"])
+            shards.append(Shard(owned, _mapped(local / each["classifier"], device)))
+            tables.append(pq.read_table(local / each["labels"], columns=COLUMNS))
+            if not len(owned) == shards[-1].weights.rows == len(tables[-1]):
+                raise ValueError(f"its files of labels {owned.start} on do not fit together")
+        if settings.name != NO_TRANSFORMER:
+            settings = settings.model_copy(update={"name": str(local / ENCODER)})
+        encoder = build_encoder(settings, device, 0)
+        load_head(encoder, load_file(local / HEAD))
+        vocabulary = tokenizer.load(str(local / ENCODER), fetch=False)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise ReneeError(
+            f"{path} is damaged, or an export of an earlier renee_ray ({reason(error):.200}); "
+            f"export the run again"
+        ) from None
+    return Model(encoder, shards, pa.concat_tables(tables), vocabulary.serialised, facts)
+
+
+def _mapped(path: Path, device: torch.device) -> Weights:
+    """Maps the rows of a range of labels, and copies them where they are to be on a GPU."""
+    with safe_open(path, "pt") as file:
+        return Weights.of(file.get_tensor("weight").to(device))
+
+
+def _of_run(path: str, which: str, device: torch.device) -> Model:
+    directory = RunDirectory(path)
+    config, dataset = directory.config(), directory.dataset()
+    check_labels(directory, dataset)
+    if config.evaluation.neighbours:
+        log.warning(
+            "%s has evaluation.neighbours=%d, and a loaded model leaves votes out: its scores are "
+            "those of `predict` with neighbours=0", path, config.evaluation.neighbours,
+        )  # fmt: skip
+    found, manifest = directory.checkpoint(which), dataset.manifest
+    # The checkpoint has all weights: the file that training began with is not looked at.
+    plain = config.encoder.model_copy(update={"compile": False, "weights": ""})
+    encoder = build_encoder(plain, device, 0)
+    found.load_encoder(encoder)
+    owned = LabelRange(0, manifest.num_labels, manifest.num_labels)
+    precision = found.state.facts["precision"]
+    shard = Shard(owned, Weights(precision, len(owned), encoder.dim, False, device))
+    found.load_shard(shard, momentum=False)
+    facts = {
+        "step": found.state.step,
+        "tail": config.evaluation.tail,
+        "max_length": min(config.encoder.max_length, manifest.max_length),
+        "pad_id": manifest.pad_id,
+    }
+    labels = dataset.read_rows("labels", 0, manifest.num_labels, COLUMNS)
+    return Model(encoder, [shard], labels, vocabulary_of(dataset), facts)
