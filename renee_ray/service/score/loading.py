@@ -95,7 +95,8 @@ class Model:
                 shard_topk(shard, embeddings, min(k, len(shard.owned)), offset=offset)
                 for shard, offset in zip(self._shards, self._offsets, strict=True)
             ]
-            scores, labels = merge_topk(*map(list, zip(*found, strict=True)), k)
+            of_each = [list(each) for each in zip(*found, strict=True)]
+            scores, labels = merge_topk(of_each[0], of_each[1], k)
             names = self._texts.take(pa.array(labels.flatten().tolist())).to_pylist()
             rows = zip(labels.tolist(), scores.tolist(), range(0, len(names), k), strict=True)
             answers += [
