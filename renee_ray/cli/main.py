@@ -23,7 +23,8 @@ def cli() -> None:
 
 for command in (
     train.quickstart, data.convert, data.inspect, train.train, train.status, train.checkpoints,
-    score.evaluate, score.predict, score.export, score.serve, submit.submit, bench.bench,
+    score.evaluate, score.predict, score.fuse, score.export, score.serve,
+    submit.submit, bench.bench,
 ):  # fmt: skip
     cli.add_command(command)
 

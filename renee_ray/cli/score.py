@@ -1,4 +1,4 @@
-"""Commands on trained runs: evaluate, predict, export, serve."""
+"""Commands on trained runs: evaluate, predict, fuse, export, serve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
 from renee_ray.cli.output import print_result
-from renee_ray.config.schema import ExportConfig, ScoreConfig, ServeConfig
+from renee_ray.config.schema import ExportConfig, FuseConfig, ScoreConfig, ServeConfig
 from renee_ray.errors import printable
 
 
@@ -45,6 +45,24 @@ def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: b
 
     found = call(predict_run, run, src, dst, config)
     print_result({**found, "predictions": dst}, as_json, f"predictions {dst}")
+
+
+@click.command(cls=ConfiguredCommand, keys=FuseConfig)
+@click.argument("paths", nargs=-1, required=True, metavar="PRED PRED ... DST")
+@json_option
+def fuse(paths: tuple[str, ...], as_json: bool) -> None:
+    """Put predictions of the same points together: each PRED is a directory that predict wrote.
+
+    Or that another model wrote in the same format (docs/scoring.md), with probabilities as scores.
+    """
+    keys = tuple(f"{key}=" for key in FuseConfig.model_fields)
+    overrides = [each for each in paths if each.startswith(keys)]
+    *sources, destination = [each for each in paths if each not in overrides] or [""]
+    config = configured(FuseConfig, overrides, "fuse")
+    from renee_ray.service.score.fuse import fuse as run
+
+    found = call(run, sources, destination, config)
+    print_result({"predictions": destination, **found}, as_json, f"predictions {destination}")
 
 
 @click.command(cls=ConfiguredCommand, keys=ExportConfig)

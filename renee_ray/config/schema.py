@@ -26,6 +26,7 @@ def named(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(named)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Config(BaseModel):
@@ -198,6 +199,9 @@ class FeedConfig(Config):
     """Windows that are read in one go, while as many earlier ones are trained on."""
 
 
+METRIC = r"^((P|nDCG|PSP|PSnDCG)@[135]|recall@(10|100))$"
+
+
 class EvalConfig(Config):
     """Evaluation on the validation split while training."""
 
@@ -212,7 +216,7 @@ class EvalConfig(Config):
     share of the training points, 4 bytes a dimension."""
     neighbour_weight: float = Field(3.0, ge=0)
     """What a label gains that all neighbours have; others in proportion."""
-    metric: str = Field("P@1", pattern=r"^((P|nDCG|PSP|PSnDCG)@[135]|recall@(10|100))$")
+    metric: str = Field("P@1", pattern=METRIC)
     """The metric that the best checkpoint is chosen by."""
     batch_size: int = Field(512, ge=1)
     """Points of a global batch when scoring."""
@@ -354,6 +358,29 @@ class ScoreConfig(Config):
     """predict: add the labels' texts as column `label_texts`."""
     overwrite: bool = False
     """predict: replace predictions that are already at DST."""
+
+
+class FuseConfig(Config):
+    """`renee-ray fuse PRED PRED ... DST`"""
+
+    weights: tuple[NonNegative, ...] = ()
+    """A weight for each directory of predictions, as [0.7, 0.3]; empty: equal ones, or tuned."""
+    tune: tuple[Name, ...] = ()
+    """The same models' predictions for the validation split, by which weights are chosen."""
+    data: str = ""
+    """With `tune`: the dataset of these validation points."""
+    metric: str = Field("nDCG@5", pattern=METRIC)
+    """With `tune`: what the weights are to raise."""
+    k: int = Field(100, ge=1)
+    """Labels of each point."""
+    overwrite: bool = False
+    """Replace predictions that are already at DST."""
+
+    @model_validator(mode="after")
+    def _either(self) -> FuseConfig:
+        if self.weights and self.tune:
+            raise ValueError("weights and tune exclude each other; leave one out")
+        return self
 
 
 class ExportConfig(Config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import Any
 
 import ray.train
@@ -11,7 +10,7 @@ import torch
 
 from renee_ray.config.schema import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.destination import Destination, Kind, listed_files, refuse_overlap
+from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.machine import available_bytes
@@ -21,18 +20,13 @@ from renee_ray.scoring.scorer import topk_bytes
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.job import ScoringJob, check_source
-from renee_ray.service.score.predictions import Layout, Writer
+from renee_ray.service.score.predictions import PREDICTIONS, Layout, Writer
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
 
 log = logging.getLogger(__name__)
 
 MAX_PAIRS = 1 << 31
 """Pairs of a row and a label in a rank's batch: Arrow's lists count them in 32 bits."""
-PREDICTIONS = Kind(
-    "predictions", "_predictions.json", "_claim.json", frozenset({"k", "step"}),
-    re.compile(r"part-\d{12}\.parquet"), (), listed_files,
-)  # fmt: skip
-"""Files beside Parquet begin with `_`: readers of a directory of Parquet skip them."""
 
 
 def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dict[str, Any]:

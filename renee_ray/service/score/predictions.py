@@ -7,6 +7,7 @@ first row; so the parts' names sort in the order of the rows, whatever the numbe
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.destination import Kind, listed_files
 from renee_ray.data.storage import write_file
 from renee_ray.parallel.batch import Batch
 from renee_ray.xfc.labels import split_range
@@ -23,6 +25,11 @@ PART_ROWS, PART_PAIRS = 1 << 14, 1 << 21
 """Most rows, and most pairs of a row and a label, of a part; one batch may exceed them."""
 WINDOW = 16
 """Most batches of a window."""
+PREDICTIONS = Kind(
+    "predictions", "_predictions.json", "_claim.json", frozenset({"k", "step"}),
+    re.compile(r"part-\d{12}\.parquet"), (), listed_files,
+)  # fmt: skip
+"""Files beside Parquet begin with `_`: readers of a directory of Parquet skip them."""
 
 
 @dataclass(frozen=True)
