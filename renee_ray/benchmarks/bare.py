@@ -8,7 +8,8 @@ each position, their tokens dropped already. No loss, no progress, no checkpoint
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,15 +17,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from renee_ray.benchmarks.processes import run_processes
-from renee_ray.benchmarks.timing import wait_for
+from renee_ray.benchmarks.timing import interleaved, wait_for
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
 from renee_ray.data.rows import read_window
+from renee_ray.model.encoder import Encoder, works_in_groups
 from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks, all_sum
@@ -104,7 +107,8 @@ def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, A
     Returns:
         seconds of all timed steps, and by phase (on a GPU the device's, as recorder.py measures
         them); rows of the global batches; tokens, cells of the padded matrices, of all ranks;
-        threads; precision; weights, as `weight_norms` of the end; `gpu_memory`; `profiled`.
+        matmul_s, `linear_seconds` of a step's own tokens; threads; precision; weights, as
+        `weight_norms` of the end; `gpu_memory`; `profiled`.
     """
     config = job.config.model_copy(update={"loss_every": 0})
     model = build_model(config, job.dataset.manifest.num_labels, ranks, device, training=True)
@@ -131,9 +135,14 @@ def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, A
     wait_for(device)
     seen.stop()
 
+    settings, grouped = config.encoder, works_in_groups(config.encoder, device)
     sums = torch.tensor(
-        [(len(batch), *batch.padding(job.config.encoder.micro_batch)) for batch in batches[timed]]
+        [
+            (len(batch), *batch.padding(settings.micro_batch, grouped=grouped))
+            for batch in batches[timed]
+        ]
     ).sum(0)
+    matmuls = linear_seconds(model.encoder, int(sums[1]) // job.steps, device)
     rows, tokens, cells = all_sum(ranks, sums).tolist()
     return {
         "seconds": clock.seconds(timed.start, timed.stop),
@@ -141,12 +150,31 @@ def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, A
         "rows": rows,
         "tokens": tokens,
         "cells": cells,
+        "matmul_s": matmuls,
         "threads": torch.get_num_threads(),
         "precision": model.shard.weights.precision,
         "weights": weight_norms(model, ranks),
         **gpu_memory(device),
         **profiled(seen),
     }
+
+
+def linear_seconds(encoder: Encoder, tokens: int, device: torch.device) -> float:
+    """Times the bare matmuls of all linear layers for a number of tokens, in the encoder's dtype.
+
+    Of each layer it is the forward and both of the backward; the attention's are left out.
+    """
+    dtype, n = encoder.autocast or torch.float32, max(1, tokens)
+    layers = [each for each in encoder.modules() if isinstance(each, nn.Linear)]
+    counts = Counter((each.out_features, each.in_features) for each in layers)
+
+    def matmuls(outputs: int, inputs: int) -> Callable[[], object]:
+        w, x = torch.randn(outputs, inputs).to(device, dtype), torch.randn(n, inputs)
+        g, x = torch.randn(n, outputs).to(device, dtype), x.to(device, dtype)
+        return lambda: (x @ w.T, g @ w, g.T @ x)
+
+    taken = interleaved({str(shape): matmuls(*shape) for shape in counts}, 5, device)
+    return sum(count * taken[str(shape)] for shape, count in counts.items())
 
 
 def held_batches(job: Job, ranks: Ranks) -> list[Batch]:

@@ -22,6 +22,7 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.model.bag import Bag, BagOptimizer
 from renee_ray.model.dropout import draw_fast
 from renee_ray.model.token_gradient import TokenGradient
+from renee_ray.parallel.batch import length_groups
 from renee_ray.parallel.collectives import Ranks, own_buffers, sum_gradients
 from renee_ray.xfc.device import native, native_bf16
 
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
         self.constant: Tensor
         self.register_buffer("constant", torch.zeros(self.dim))
         self.autocast = autocast_dtype(config.autocast, device)
-        self.compiled = config.compile
+        self.compiled, self.grouped = config.compile, works_in_groups(config, device)
         if config.weights:
             load_initial_weights(self, config.weights)
         self.to(device)
@@ -74,16 +75,35 @@ class Encoder(nn.Module):
         device = input_ids.device.type
         parts = []
         if self.backbone is not None:
+            # In one context, all groups of rows share the casts of the weights.
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-                hidden = self._hidden(self.backbone, input_ids, attention_mask)
+                pooled = self._pooled(self.backbone, input_ids, attention_mask)
         with torch.autocast(device, enabled=False):
             if self.backbone is not None:
-                mask = attention_mask.unsqueeze(-1).float()
-                pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
                 parts.append(pooled if self.bottleneck is None else self.bottleneck(pooled))
             if self.bag is not None:
                 parts.append(self.bag(input_ids, attention_mask, keys))
             return torch.cat(parts, 1) + self.constant
+
+    def _pooled(
+        self, backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """Returns the means of the last hidden states: float32 [b, H].
+
+        Where `works_in_groups`, rows of similar length are padded to the longest among them.
+        """
+        if not self.grouped or attention_mask.stride(1) == 0:
+            return _mean(self._hidden(backbone, input_ids, attention_mask), attention_mask)
+        lengths = attention_mask.sum(1).numpy()
+        means, order = [], []
+        for rows in length_groups(lengths):
+            width, own = int(lengths[rows[-1]]), torch.from_numpy(rows)
+            mask = attention_mask[own, :width]
+            if lengths[rows[0]] == width:
+                mask = mask[:1, :1].expand(mask.shape)
+            means.append(_mean(self._hidden(backbone, input_ids[own, :width], mask), mask))
+            order.append(own)
+        return torch.cat(means)[torch.cat(order).argsort()]
 
     def _hidden(
         self, backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
@@ -102,6 +122,21 @@ class Encoder(nn.Module):
                 f"source with the tokenizer of the encoder"
             ) from error
         return hidden
+
+
+def works_in_groups(config: EncoderConfig, device: torch.device) -> bool:
+    """Returns whether rows are padded in groups of similar length (`length_groups`), not together.
+
+    On a GPU a group is some hundred kernels more, and its lengths are not known without waiting.
+    """
+    return device.type == "cpu" and not config.compile
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Averages hidden [b, T, H] over the tokens of `mask` [b, T], in fp32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        weights = mask.unsqueeze(-1).float()
+        return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Encoder:

@@ -23,7 +23,7 @@ from renee_ray.checkpoint.state import State
 from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.model.bag import BagOptimizer
-from renee_ray.model.encoder import adamw, data_parallel
+from renee_ray.model.encoder import adamw, data_parallel, works_in_groups
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.model import Model
 from renee_ray.model.token_gradient import TokenGradient
@@ -276,7 +276,9 @@ class Trainer:
             skipped.follow(self.state.step, result, speaks=self.ranks.rank == 0)
 
     def _count(self, batch: Batch, result: StepResult, meter: Meter) -> None:
-        tokens, cells = batch.padding(self.config.encoder.micro_batch)
+        settings = self.config.encoder
+        grouped = works_in_groups(settings, self.device)
+        tokens, cells = batch.padding(settings.micro_batch, grouped=grouped)
         meter.count(result.rows, tokens, cells)
         trained = result.rows * len(self.model.shard.owned)
         self.recorder.count(

@@ -98,6 +98,7 @@ def test_it_trains_as_a_run_does_on_any_number_of_ranks(dataset: Dataset) -> Non
     phases = one["phases"]
     assert 0 < phases["classifier"] < one["seconds"] and phases["encoder_forward"] > 0
     assert sum(phases.values()) > phases["classifier"]
+    assert one["matmul_s"] > 0, "the encoder has a linear layer"
     assert one["gpu_peak_gib"] is None
     assert (one["threads"], one["precision"]) == (1, "fp32")
 

@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from renee_ray.parallel.batch import Batch, Position, Ragged, drop_tokens, pad, ragged, truncate
+from renee_ray.parallel.batch import (
+    Batch,
+    Position,
+    Ragged,
+    drop_tokens,
+    length_groups,
+    pad,
+    ragged,
+    truncate,
+)
 
 CPU = torch.device("cpu")
 ROWS = [[1, 2, 3, 4, 5], [], [6], [7, 8], [9, 10, 11]]
@@ -97,6 +108,35 @@ def test_an_empty_batch_gives_one_blank_row_of_tokens() -> None:
     assert made.tokens(CPU)[0].shape == (1, 1)
     assert [part.dtype for part in made.pairs(3)] == [torch.int64] * 2
     assert made.padding() == (0, 0)
+
+
+def costs(lengths: list[int], cost: int) -> list[int]:
+    """The cells and costs of every way to cut the ordered rows."""
+    ordered, inner = sorted(lengths), range(1, len(lengths))
+    every = [cut for n in range(len(lengths)) for cut in combinations(inner, n)]
+    bounds = [(0, *cut, len(lengths)) for cut in every]
+    return [sum((b - a) * ordered[b - 1] + cost for a, b in pairwise(cut)) for cut in bounds]
+
+
+@pytest.mark.parametrize("cost", [0, 1, 5, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_of_similar_length_cost_the_least(seed: int, cost: int) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 12, 9)
+    groups = length_groups(lengths, cost)
+    assert sorted(np.concatenate(groups)) == list(range(9))
+    assert sum(len(g) * lengths[g].max() + cost for g in groups) == min(costs([*lengths], cost))
+    assert np.all(np.diff(lengths[np.concatenate(groups)]) >= 0)
+    assert len(groups) == {0: len(set(lengths)), 1000: 1}.get(cost, len(groups))
+
+
+def test_padding_in_groups() -> None:
+    """A long row alone, the others in one group; none of no rows."""
+    made = batch_of([[1] * n for n in [200, *range(1, 9)]], [[]] * 9)
+    assert made.padding() == (236, 9 * 200)
+    assert made.padding(grouped=True) == (236, 200 + 8 * 8)
+    assert made.padding(8, grouped=True) == (236, 200 + 8 * 8)
+    assert batch_of([], []).padding(grouped=True) == (0, 0)
+    assert length_groups(np.zeros(0, dtype=np.int64)) == []
 
 
 LONG = Ragged.of_lists([list(range(100 * i, 100 * i + 40)) for i in range(1, 200)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -99,6 +100,7 @@ def test_the_mask_of_texts_without_padding_is_not_needed(
     directories: dict[str, str], kind: str, attention: str
 ) -> None:
     encoder = make(directories[kind], attention=attention).eval()
+    encoder.grouped = False  # a group that is not padded has no mask either
     ids, mask = padded_tokens(Ragged.of_lists(IDS[:1].repeat(2, 1).tolist()), 0, CPU)
     seen: list[object] = []
     encoder.backbone.register_forward_pre_hook(
@@ -108,6 +110,33 @@ def test_the_mask_of_texts_without_padding_is_not_needed(
     assert torch.equal(encoder(ids, mask), encoder(ids, mask.contiguous()))
     assert seen[0] is None and isinstance(seen[1], torch.Tensor)
     assert padded_tokens(Ragged.of_lists([[1, 2], [3]]), 0, CPU)[1].tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_groups_of_similar_length_change_no_embedding(
+    directories: dict[str, str], kind: str
+) -> None:
+    """Each row stays in its place, and its gradient is the same."""
+    rng = np.random.default_rng(1)
+    lengths = [9, 1, 15, 4, 4, 16, 0, 9, 2, 15, 16, 3]
+    rows = Ragged.of_lists([rng.integers(1, 30, n).tolist() for n in lengths])
+    ids, mask = padded_tokens(rows, 0, CPU)
+    encoder, shapes, found = make(directories[kind]).train(), [], []
+    encoder.backbone.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    upstream = torch.randn(12, 16, generator=torch.Generator().manual_seed(3))
+    for encoder.grouped in (True, False):
+        embedded = encoder(ids, mask)
+        embedded.backward(upstream)
+        gradients = [p.grad for p in encoder.parameters()]
+        found.append([embedded.detach(), *gradients])
+        encoder.zero_grad()
+    *grouped, whole = shapes
+    assert whole == (12, 16) and len(grouped) > 1
+    assert sum(n for n, _ in grouped) == 12 and sum(n * t for n, t in grouped) < 12 * 16 - 64
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

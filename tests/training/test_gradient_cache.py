@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,13 @@ import torch
 from transformers import BertConfig, BertModel
 
 from renee_ray.config.schema import EncoderConfig
-from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import Batch, Position, Ragged
+from renee_ray.model import encoder as encoder_module
+from renee_ray.model.encoder import Encoder, build_encoder, data_parallel
+from renee_ray.model.token_gradient import TokenGradient
+from renee_ray.parallel.batch import Batch, Position, Ragged, length_groups
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.training.gradient_cache import GradientCache
+from tests.training.gloo import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -106,6 +111,41 @@ def test_random_numbers_go_on_after_the_first_forwards(directory: str) -> None:
     after = torch.rand(3)
     one_graph(encoder, batch, 4)
     assert torch.equal(after, torch.rand(3))
+
+
+SHARES = {1: [0, 11], 2: [0, 3, 11], 3: [0, 0, 5, 11]}
+"""Rows before each rank's, for each number of ranks; one of them has none."""
+
+
+def summed(ranks: Ranks, directory: str, limit: int, *, grouped: bool = True) -> list[Any]:
+    """Returns own embeddings, the summed gradient of 11 rows, and the most forwards of a batch."""
+    encoder_module.length_groups = partial(length_groups, cost=2)
+    encoder, rows = make(directory), batch_of(11)
+    encoder.grouped, calls = grouped, []
+    encoder.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    own = slice(*SHARES[ranks.num_ranks][ranks.rank : ranks.rank + 2])
+    ids = rows.input_ids.take(np.arange(11)[own])
+    nothing = Ragged.of_lists([[]] * len(ids))
+    batch = Batch(Position(), rows.points[own], ids, nothing, nothing, pad_id=0)
+    tokens = TokenGradient(encoder, ranks)
+    cache = GradientCache(data_parallel(encoder, ranks, "sum", tokens), batch, limit, CPU)
+    cache.backward(upstream(11)[own])
+    tokens.reduce(batch.distinct_tokens())
+    return [cache.embeddings, gradient_of(encoder), len(calls)]
+
+
+@pytest.mark.parametrize(("num_ranks", "limit"), [(1, 0), (1, 4), (2, 0), (2, 4), (3, 0), (3, 3)])
+def test_groups_of_similar_length_change_nothing_on_any_number_of_ranks(
+    directory: str, num_ranks: int, limit: int
+) -> None:
+    embeddings, gradient, forwards = summed(Ranks(), directory, 0, grouped=False)
+    assert forwards == 1
+    found = on_ranks(num_ranks, summed, directory, limit)
+    parts = -(-max(np.diff(SHARES[num_ranks])) // limit) if limit else 1
+    assert max(each[2] for each in found) > 2 * parts - 1, "rows were not grouped"
+    torch.testing.assert_close(torch.cat([e for e, _, _ in found]), embeddings)
+    for _, other, _ in found:
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5)
 
 
 class Live:

@@ -159,6 +159,7 @@ def step_of(
         name=bert, attention=attention, autocast="bf16", dropout=0.2, micro_batch=micro_batch
     )
     encoder = build_encoder(settings, device, 0).train()
+    encoder.grouped = False  # as on a GPU
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
     weights = Weights("bf16_sr", len(owned), DIM, True, device)
     tokens = TokenGradient(encoder, ranks) if sparse else None

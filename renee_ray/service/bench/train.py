@@ -61,10 +61,11 @@ def bench_train(
         round; weights_apart, the largest relative difference of the two models' norms after a
         round; padding, share of the cells of token matrices; of a step, in seconds: feed_wait_s
         of the full run, classifier_s and the rest of the bare step, encoder_s, and its phases
-        (on a GPU times of the device); idle_share of a GPU in a bare step, which `profiled`
-        explains; `gpu_memory` of the full run; checkpoint_s, of one checkpoint, of which a run
-        writes one an evaluation; and what was timed: steps of a block, repeats, batch_size,
-        workers, threads, precision, labels.
+        (on a GPU times of the device); matmul_share, what the bare matmuls of the encoder's linear
+        layers take for the step's tokens, padding left out, as a share of encoder_s; idle_share of
+        a GPU in a bare step, which `profiled` explains; `gpu_memory` of the full run; checkpoint_s,
+        of one checkpoint, of which a run writes one an evaluation; and what was timed: steps of a
+        block, repeats, batch_size, workers, threads, precision, labels.
 
     Raises:
         ReneeError: a cluster is set, `output` is given, or the dataset has too few steps.
@@ -172,6 +173,7 @@ def _figures(job: Job, full: list[dict[str, Any]], bare: list[dict[str, Any]]) -
         ),
         "padding": 1 - first["tokens"] / first["cells"],
         "encoder_s": step_s - phases["classifier"],
+        "matmul_share": median(each["matmul_s"] for each in bare) / (step_s - phases["classifier"]),
         "classifier_s": phases["classifier"],
         "phases": phases,
         "idle_share": 1 - first["busy_s"] / step_s if job.use_gpu else None,
