@@ -84,9 +84,9 @@ class Encoder(nn.Module):
         """
         parts = []
         if self.remembered is not None:
-            parts.append(self.remembered(input_ids, attention_mask, self._pooled))
+            parts.append(self.remembered(input_ids, attention_mask))
         elif self.backbone is not None:
-            parts.append(self._pooled(input_ids, attention_mask))
+            parts.append(self.pooled(input_ids, attention_mask))
         with torch.autocast(input_ids.device.type, enabled=False):
             if self.bottleneck is not None:
                 parts[0] = self.bottleneck(parts[0])
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
                 embeddings = embeddings * self.scale
             return embeddings + self.constant
 
-    def _pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns the transformer's embeddings of tokens, with the prompt: float32 [b, H]."""
         assert self.backbone is not None
         device = input_ids.device.type

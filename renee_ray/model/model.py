@@ -39,7 +39,7 @@ def build_model(
     """
     encoder = build_encoder(config.encoder, device, config.seed)
     if training and config.encoder.frozen:
-        encoder.remembered = Remembered()
+        encoder.remembered = Remembered(encoder.pooled)
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
     momentum = training and config.classifier.momentum > 0
     # All ranks use rank 0's choice, whatever devices they have: a checkpoint has one precision.
