@@ -94,7 +94,7 @@ class BagConfig(Config):
 class LoraConfig(Config):
     """Low-rank adapters (LoRA) in a transformer whose own weights stay as they are."""
 
-    rank: int = Field(0, ge=0)
+    rank: int = Field(0, ge=0, le=4096)
     """Rank of the adapters, 16 for example, which need renee_ray[lora]; 0: no adapters."""
     alpha: int = Field(16, ge=1)
     """What an adapter adds is multiplied by alpha / rank."""
@@ -160,43 +160,32 @@ class EncoderConfig(Config):
     num_workers as the released reference does."""
 
     @model_validator(mode="after")
-    def _has_parts(self) -> EncoderConfig:
-        if self.name != NO_TRANSFORMER:
-            return self._fits_frozen()
-        if not self.bag.dim:
+    def _keys_go_together(self) -> EncoderConfig:
+        if self.name == NO_TRANSFORMER and not self.bag.dim:
             raise ValueError(
                 "name none leaves nothing that embeds a text without a bag; "
                 "set encoder.bag.dim, to 512 for example"
             )
-        for key in (
-            "weights", "bottleneck", "compile", "gradient_checkpointing", "lora", "frozen",
-            "pooling", "prompt",
-        ):  # fmt: skip
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} needs a transformer, and name is none; leave {key} out")
+        none = "bottleneck compile frozen gradient_checkpointing lora pooling prompt weights"
+        for applies, keys, reason in (
+            (self.name == NO_TRANSFORMER, none, "needs a transformer, and name is none"),
+            (self.frozen, "gradient_checkpointing internal_dropout lora", "excludes frozen=true"),
+            # Checkpoints hold what is trained, and refer to `name` for the rest.
+            (
+                self.frozen or self.lora.rank,
+                "weights",
+                "does not go with frozen weights",
+            ),
+        ):
+            for key in keys.split():
+                if applies and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} {reason}; leave {key} out")
         return self
 
     @property
     def trains_transformer(self) -> bool:
         """Whether the weights of the transformer itself are trained."""
         return self.name != NO_TRANSFORMER and not (self.frozen or self.lora.rank)
-
-    def _fits_frozen(self) -> EncoderConfig:
-        """Refuses what the frozen weights of a transformer rule out."""
-        frozen = "frozen=true" if self.frozen else f"lora.rank={self.lora.rank}"
-        if not self.trains_transformer and self.weights:
-            raise ValueError(
-                f"{frozen} keeps no copy of weights={self.weights!r:.80} in checkpoints; save the "
-                f"model with them as a directory, and give it as name"
-            )
-        if self.frozen and self.lora.rank:
-            raise ValueError("frozen=true and lora.rank exclude each other; leave one out")
-        if self.frozen and (self.gradient_checkpointing or self.internal_dropout != 0):
-            raise ValueError(
-                "frozen=true has one embedding for each text and no backward; leave "
-                "gradient_checkpointing and internal_dropout out"
-            )
-        return self
 
 
 class ClassifierConfig(Config):

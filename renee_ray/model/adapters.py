@@ -7,7 +7,7 @@ is random and B [m, rank] is 0 at first, so training begins with the transformer
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,14 @@ from torch import Tensor, nn
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.errors import ReneeError, reason
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
 FROZEN = "frozen_crc32"
 """Tensor of a checkpoint: checksum of the frozen weights, which are not in it."""
 SAMPLE = 1024
 """Numbers of each frozen weight that the checksum looks at, about."""
 
 
-def add_adapters(model: PreTrainedModel, config: EncoderConfig) -> PeftModel:
-    """Freezes a transformer and gives its linear layers adapters, in place.
+def add_adapters(model: nn.Module, config: EncoderConfig) -> Any:
+    """Freezes a transformer and gives its linear layers adapters; returns peft's model of it.
 
     Raises:
         ReneeError: peft is not installed, or no layer has a name in `encoder.lora.targets`.
@@ -72,8 +68,8 @@ def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
     frozen = _frozen(module)
     if frozen and (FROZEN not in state or int(state[FROZEN]) != _checksum(frozen)):
         raise RuntimeError("it was trained on other frozen weights than encoder.name now has")
-    trained = {k: v for k, v in state.items() if not frozen or k != FROZEN}
-    module.load_state_dict({**trained, **frozen}, strict=True)
+    state = {k: v for k, v in state.items() if not frozen or k != FROZEN}
+    module.load_state_dict({**state, **frozen}, strict=True)
 
 
 def _frozen(module: nn.Module) -> dict[str, Tensor]:
@@ -81,7 +77,7 @@ def _frozen(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in named if not p.requires_grad}
 
 
-def _checksum(weights: dict[str, Any]) -> int:
+def _checksum(weights: dict[str, Tensor]) -> int:
     crc = 0
     for weight in weights.values():
         sample = weight.flatten()[:: max(1, weight.numel() // SAMPLE)]

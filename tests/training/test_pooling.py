@@ -230,7 +230,7 @@ def test_a_frozen_transformer_alone_has_no_gradient(models: dict[str, str]) -> N
      ({"name": "none", "bag": {"dim": 4}, "prompt": "a"}, {})],
 )  # fmt: skip
 def test_settings_that_exclude_each_other(encoder: Any, feed: Any) -> None:
-    with pytest.raises(ConfigError, match=r"leave|save"):
+    with pytest.raises(ConfigError, match="leave"):
         make_config(RunConfig, {"data": "d", "output": "o", "encoder": encoder, "feed": feed})
 
 

@@ -43,8 +43,8 @@ from renee_ray.xfc.weights.storages import Weights
 MANIFEST, FORMAT_VERSION = "export.json", 1
 HEAD, ENCODER, ADAPTER = "head.safetensors", "encoder", "adapter"
 FILES = re.compile(
-    rf"(?:{ENCODER}|{ADAPTER})/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|head\.safetensors|"
-    r"classifier-\d+\.safetensors|labels-\d+\.parquet"
+    rf"(?:{ENCODER}|{ADAPTER})/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|"
+    r"head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 EXPORT = Kind(
     "an export", MANIFEST, "_claim.json", frozenset({"format_version", "step", "ranges"}),
