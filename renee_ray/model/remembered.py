@@ -84,8 +84,8 @@ class Remembered:
 
 
 def _hashes(ids: Tensor, mask: Tensor) -> list[int]:
-    tokens = ids.cpu().numpy().astype(np.uint64) << np.uint64(20)
-    mixed = splitmix64(tokens + np.arange(ids.shape[1], dtype=np.uint64))
+    tokens: np.ndarray = ids.cpu().numpy().astype(np.uint64) << np.uint64(20)
+    mixed = splitmix64(tokens | np.arange(ids.shape[1], dtype=np.uint64))
     hashes = (mixed * mask.cpu().numpy().astype(np.uint64)).sum(1)
     found: list[int] = hashes.view(np.int64).tolist()
     return found
