@@ -2,14 +2,14 @@
 
     RUN/checkpoints/step-000000400-1b9f03c2/
         classifier-START-STOP.safetensors     the rows of labels [START, STOP): one file a writer
-        encoder.safetensors                   parameters, by name
+        encoder.safetensors                   parameters that are trained, by name
         optimizer.safetensors                 AdamW's moments, by parameter name
         manifest.json                         state, metrics, sizes and checksums; written last
 
 Ledger of the tensors, for L labels, D dimensions and W writers:
 
     classifier rows    [L, D] in W files by label range    dtypes of the storage (xfc/weights)
-    encoder            parameters and buffers, whole       float32
+    encoder            trained parameters and buffers      float32
     moments            exp_avg, exp_avg_sq and the step    float32
 
 The manifest makes a directory a checkpoint; without one, it is what a killed run left. Part of a
@@ -38,6 +38,7 @@ from renee_ray.checkpoint.tensor_file import FileFacts, TensorFile
 from renee_ray.data.storage import is_transient, patiently
 from renee_ray.data.untrusted import FIRST_ENTRY, first_problem
 from renee_ray.errors import ReneeError, reason
+from renee_ray.model.adapters import load_trained
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.parallel.batch import Position
@@ -237,7 +238,7 @@ class Checkpoint:
     def load_encoder(self, encoder: Encoder) -> None:
         """Raises CheckpointError where the parameters are not those of this encoder."""
         try:
-            encoder.load_state_dict(self._open(ENCODER, TensorFile.tensors), strict=True)
+            load_trained(encoder, self._open(ENCODER, TensorFile.tensors))
         except RuntimeError as error:
             raise CheckpointError(
                 f"{self.path}/{ENCODER} is of another encoder: {reason(error)}"

@@ -48,6 +48,7 @@ from renee_ray.checkpoint.tensor_file import Copy, FileFacts, write
 from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk, usual_patience
 from renee_ray.errors import reason
 from renee_ray.machine import available_bytes
+from renee_ray.model.adapters import trained_state
 from renee_ray.model.encoder import Encoder, dense_parameters
 from renee_ray.parallel.collectives import Ranks, all_gather_single, all_sum, broadcast_bytes
 from renee_ray.xfc.labels import split_range
@@ -124,7 +125,7 @@ class CheckpointWriter:
         tensors = shard.weights.tensors()
         alone: list[Tensor] = []
         if self.ranks.rank == 0:
-            alone = [*encoder.state_dict().values(), *len(MOMENTS) * dense_parameters(encoder)]
+            alone = [*trained_state(encoder).values(), *len(MOMENTS) * dense_parameters(encoder)]
         self.background = self._all_have(
             sum(map(Copy.bytes_like, tensors.values())), sum(map(Copy.bytes_like, alone))
         )
@@ -187,7 +188,7 @@ class CheckpointWriter:
         if len(shard.owned):
             files[shard_name(shard.owned.start, shard.owned.stop)] = shard.weights.tensors()
         if self.ranks.rank == 0:
-            files[ENCODER] = {key: t.contiguous() for key, t in encoder.state_dict().items()}
+            files[ENCODER] = {key: t.contiguous() for key, t in trained_state(encoder).items()}
             files[OPTIMIZER] = moments_of(encoder, optimizer)
         return files
 

@@ -92,16 +92,43 @@ class BagConfig(Config):
     """Share of a training point's n-grams that an epoch drops; each epoch drops others."""
 
 
+class LoraConfig(Config):
+    """Low-rank adapters (LoRA) in a transformer whose own weights stay as they are."""
+
+    rank: int = Field(0, ge=0, le=4096)
+    """Rank of the adapters, 16 for example, which need renee_ray[lora]; 0: no adapters."""
+    alpha: int = Field(16, ge=1)
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before an adapter; each worker draws its own masks."""
+    targets: Literal["auto"] | tuple[Name, ...] = "auto"
+    """Names of the linear layers that have an adapter, as [q_proj, v_proj]; auto: all."""
+
+
 class EncoderConfig(Config):
     """The text encoder, trained data-parallel."""
 
     name: Name = "sentence-transformers/all-MiniLM-L6-v2"
     """Hugging Face name or directory of the encoder; none: no transformer, a bag alone."""
     bag: BagConfig = BagConfig()
+    lora: LoraConfig = LoraConfig()
+    frozen: bool = False
+    """Leaves the transformer as it is. Each worker keeps the embeddings of the texts it has met in
+    a file in TMPDIR, 4 bytes a dimension, so that later epochs need no transformer."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """The embedding of a text: the mean of its tokens, its first, or its last, which alone has
+    seen all others in a decoder."""
+    prompt: str = ""
+    """Text put before every text that the transformer reads; a bag does not see it."""
+    normalise: bool = False
+    """Scales every embedding to norm 1, before `scale`."""
+    scale: float = Field(1.0, gt=0)
+    """Factor of every embedding. With `normalise` it bounds the logits: a label whose row has norm
+    w has logits within scale * w."""
     weights: str = ""
     """File of initial weights: safetensors or a torch state_dict, as NGAME's M1; empty: none."""
     max_length: int = Field(32, ge=4)
-    """Tokens of a text that the encoder reads; longer rows are cut."""
+    """Tokens of a text that the encoder reads, with its prompt; longer rows are cut."""
     bottleneck: int = Field(0, ge=0)
     """Width of a bias-free linear layer after pooling; 0: none."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -134,18 +161,32 @@ class EncoderConfig(Config):
     num_workers as the released reference does."""
 
     @model_validator(mode="after")
-    def _has_parts(self) -> EncoderConfig:
-        if self.name != NO_TRANSFORMER:
-            return self
-        if not self.bag.dim:
+    def _keys_go_together(self) -> EncoderConfig:
+        if self.name == NO_TRANSFORMER and not self.bag.dim:
             raise ValueError(
                 "name none leaves nothing that embeds a text without a bag; "
                 "set encoder.bag.dim, to 512 for example"
             )
-        for key in ("weights", "bottleneck", "compile", "gradient_checkpointing"):
-            if getattr(self, key):
-                raise ValueError(f"{key} needs a transformer, and name is none; leave {key} out")
+        none = "bottleneck compile frozen gradient_checkpointing lora pooling prompt weights"
+        for applies, keys, reason in (
+            (self.name == NO_TRANSFORMER, none, "needs a transformer, and name is none"),
+            (self.frozen, "gradient_checkpointing internal_dropout lora", "excludes frozen=true"),
+            # Checkpoints hold what is trained, and refer to `name` for the rest.
+            (
+                self.frozen or self.lora.rank,
+                "weights",
+                "does not go with frozen weights",
+            ),
+        ):
+            for key in keys.split():
+                if applies and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} {reason}; leave {key} out")
         return self
+
+    @property
+    def trains_transformer(self) -> bool:
+        """Whether the weights of the transformer itself are trained."""
+        return self.name != NO_TRANSFORMER and not (self.frozen or self.lora.rank)
 
 
 class ClassifierConfig(Config):
@@ -314,6 +355,11 @@ class RunConfig(Config):
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
                 f"correct it"
             )
+        if self.encoder.frozen and self.feed.token_dropout:
+            raise ValueError(
+                f"feed.token_dropout {self.feed.token_dropout} gives every epoch other texts, and "
+                f"encoder.frozen embeds a text once; leave one out"
+            )
         if self.batch_size % self.feed.streams:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of feed.streams "
@@ -390,52 +436,3 @@ class ExportConfig(Config):
     """Checkpoint of the run: the best on the validation split, or the newest."""
     overwrite: bool = False
     """Replace an export that is already at DST."""
-
-
-class ServeConfig(Config):
-    """`renee-ray serve RUN`"""
-
-    host: Name = "127.0.0.1"
-    """Address to listen on: by default this machine alone; 0.0.0.0: all networks it is in."""
-    port: int = Field(8000, ge=0, lt=2**16)
-    """TCP port; 0: any free one."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Checkpoint of the run: the best on the validation split, or the newest."""
-    num_shards: int = Field(0, ge=0)
-    """Processes that hold a range of labels each; 0: as many as trained the run."""
-    threads: int = Field(0, ge=0)
-    """Torch threads of a process on CPU; 0: the cores of the machine divided among the shards."""
-    gpus_per_process: float = Field(0.0, ge=0)
-    """GPUs for each shard and for the encoder; a fraction: they share one; 0: CPUs only."""
-    tail: float | None = Field(None, ge=0)
-    """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
-    neighbours: int | None = Field(None, ge=0)
-    """Training points that vote; null: as `evaluation.neighbours` of the run. The encoder's process
-    then embeds all training points at the start, and holds 4 bytes a dimension for each."""
-    neighbour_weight: float | None = Field(None, ge=0)
-    """What a label gains that all neighbours have; null: as in the run."""
-    max_k: int = Field(100, ge=1)
-    """Labels that a request may ask for, for each text."""
-    max_texts: int = Field(256, ge=1)
-    """Texts of a request."""
-    max_text_chars: int = Field(20000, ge=1)
-    """Characters of a text."""
-    max_body_bytes: int = Field(4 << 20, ge=1)
-    """Bytes of a request's body."""
-    max_batch_size: int = Field(512, ge=1)
-    """Texts, of several requests together, that are scored at once."""
-    batch_wait_ms: float = Field(5.0, ge=0)
-    """Milliseconds for which a batch that is not full waits for further requests."""
-    max_waiting: int = Field(64, ge=1)
-    """Requests that are read or scored at a time; further ones are answered 503."""
-    timeout_s: float = Field(30.0, gt=0)
-    """Seconds for a request's head, and then for its body and its answer."""
-
-    @model_validator(mode="after")
-    def _request_fits_batch(self) -> ServeConfig:
-        if self.max_texts > self.max_batch_size:
-            raise ValueError(
-                f"max_texts {self.max_texts} exceeds max_batch_size {self.max_batch_size}; "
-                f"raise max_batch_size"
-            )
-        return self

@@ -78,6 +78,14 @@ def encode(serialised: str, texts: list[str], max_length: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(flat)))
 
 
+def split_special(serialised: str, text: str) -> tuple[list[int], int]:
+    """Returns the tokens of a text without special ones; how many of these come before them."""
+    encoding = Tokenizer.from_str(serialised).encode(text)
+    special = encoding.special_tokens_mask
+    tokens = [token for token, kind in zip(encoding.ids, special, strict=True) if not kind]
+    return tokens, [*special, 0].index(0)
+
+
 def decode(serialised: str, rows: list[list[int]]) -> list[str]:
     """Returns the texts of rows of token ids, without special tokens."""
     return Tokenizer.from_str(serialised).decode_batch(rows)

@@ -19,8 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.errors import ReneeError, reason
+from renee_ray.model.adapters import add_adapters
 from renee_ray.model.bag import Bag, BagOptimizer
 from renee_ray.model.dropout import draw_fast
+from renee_ray.model.pooling import pool
+from renee_ray.model.prompt import Prompt
+from renee_ray.model.remembered import Remembered
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.batch import length_groups
 from renee_ray.parallel.collectives import Ranks, own_buffers, sum_gradients
@@ -38,13 +42,18 @@ POSITION_TABLES = {"position_embeddings", "embed_positions", "wpe"}
 
 
 class Encoder(nn.Module):
-    """Transformer, masked mean pooling in fp32, and an optional bias-free fp32 bottleneck.
+    """Transformer, pooling in fp32, and an optional bias-free fp32 bottleneck.
 
     Equals `bottleneck((h * mask).sum(1) / mask.sum(1)) + constant` for h [b, T, H] the last hidden
-    states (Renée, section 3.1). `constant` [D] is 0, as in the paper, unless
+    states (Renée, section 3.1), or another pooling. `constant` [D] is 0, as in the paper, unless
     `classifier.init=label_text` sets it (model/initialise.py); it is not trained.
-    With a bag, its columns follow those of the transformer, or stand alone.
+    With a bag, its columns follow those of the transformer, or stand alone. `normalise` and `scale`
+    are applied to all columns before the constant is added.
+
+    remembered: holds the embeddings of a frozen transformer, or None.
     """
+
+    remembered: Remembered | None = None
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         super().__init__()
@@ -56,6 +65,8 @@ class Encoder(nn.Module):
         )
         self.bag = Bag(config.bag) if config.bag.dim else None
         self.dim = (config.bottleneck or hidden) + config.bag.dim
+        self.prompt = Prompt(config) if config.prompt else None
+        self.pooling, self.normalise, self.scale = config.pooling, config.normalise, config.scale
         self.constant: Tensor
         self.register_buffer("constant", torch.zeros(self.dim))
         self.autocast = autocast_dtype(config.autocast, device)
@@ -72,38 +83,49 @@ class Encoder(nn.Module):
         input_ids, attention_mask: int64 [b, T], as `padded_tokens` makes them; keys: int64 [b], of
         the bag's dropout.
         """
-        device = input_ids.device.type
         parts = []
-        if self.backbone is not None:
-            # In one context, all groups of rows share the casts of the weights.
-            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-                pooled = self._pooled(self.backbone, input_ids, attention_mask)
-        with torch.autocast(device, enabled=False):
-            if self.backbone is not None:
-                parts.append(pooled if self.bottleneck is None else self.bottleneck(pooled))
+        if self.remembered is not None:
+            parts.append(self.remembered(input_ids, attention_mask))
+        elif self.backbone is not None:
+            parts.append(self.pooled(input_ids, attention_mask))
+        with torch.autocast(input_ids.device.type, enabled=False):
+            if self.bottleneck is not None:
+                parts[0] = self.bottleneck(parts[0])
             if self.bag is not None:
                 parts.append(self.bag(input_ids, attention_mask, keys))
-            return torch.cat(parts, 1) + self.constant
+            embeddings = torch.cat(parts, 1)
+            if self.normalise:
+                embeddings = nn.functional.normalize(embeddings, dim=1)
+            if self.scale != 1:
+                embeddings = embeddings * self.scale
+            return embeddings + self.constant
 
-    def _pooled(
-        self, backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
-    ) -> Tensor:
-        """Returns the means of the last hidden states: float32 [b, H].
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns the transformer's embeddings of tokens, with the prompt: float32 [b, H].
 
         Where `works_in_groups`, rows of similar length are padded to the longest among them.
         """
-        if not self.grouped or attention_mask.stride(1) == 0:
-            return _mean(self._hidden(backbone, input_ids, attention_mask), attention_mask)
-        lengths = attention_mask.sum(1).numpy()
-        means, order = [], []
-        for rows in length_groups(lengths):
-            width, own = int(lengths[rows[-1]]), torch.from_numpy(rows)
-            mask = attention_mask[own, :width]
-            if lengths[rows[0]] == width:
-                mask = mask[:1, :1].expand(mask.shape)
-            means.append(_mean(self._hidden(backbone, input_ids[own, :width], mask), mask))
-            order.append(own)
-        return torch.cat(means)[torch.cat(order).argsort()]
+        assert self.backbone is not None
+        if self.prompt is not None:
+            input_ids, attention_mask = self.prompt(input_ids, attention_mask)
+        # In one context, all groups of rows share the casts of the weights.
+        with torch.autocast(
+            input_ids.device.type, self.autocast, enabled=self.autocast is not None
+        ):
+            if not self.grouped or attention_mask.stride(1) == 0:
+                hidden = self._hidden(self.backbone, input_ids, attention_mask)
+                return pool(hidden, attention_mask, self.pooling)
+            lengths = attention_mask.sum(1).numpy()
+            pooled, order = [], []
+            for rows in length_groups(lengths):
+                width, own = int(lengths[rows[-1]]), torch.from_numpy(rows)
+                mask = attention_mask[own, :width]
+                if lengths[rows[0]] == width:
+                    mask = mask[:1, :1].expand(mask.shape)
+                hidden = self._hidden(self.backbone, input_ids[own, :width], mask)
+                pooled.append(pool(hidden, mask, self.pooling))
+                order.append(own)
+            return torch.cat(pooled)[torch.cat(order).argsort()]
 
     def _hidden(
         self, backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
@@ -130,13 +152,6 @@ def works_in_groups(config: EncoderConfig, device: torch.device) -> bool:
     On a GPU a group is some hundred kernels more, and its lengths are not known without waiting.
     """
     return device.type == "cpu" and not config.compile
-
-
-def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages hidden [b, T, H] over the tokens of `mask` [b, T], in fp32."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        weights = mask.unsqueeze(-1).float()
-        return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def build_encoder(config: EncoderConfig, device: torch.device, seed: int) -> Encoder:
@@ -168,13 +183,15 @@ def data_parallel(
 ) -> nn.Module:
     """Wraps the encoder in DDP; `gradient` is `sum` or `mean` over the ranks.
 
-    tokens, bag: reduce the gradients of the token vectors and the bag, which DDP leaves alone.
+    tokens, bag: reduce the gradients of the token vectors and the bag, which DDP leaves alone, as
+        it does frozen weights.
     on_last: with `sum`, called in a backward when only the sum over the ranks is outstanding.
     """
     if ranks.num_ranks == 1:
         return encoder
     sparse = [id(each.weight) for each in (tokens, bag) if each is not None]
-    names = [name for name, p in encoder.named_parameters() if id(p) in sparse]
+    parameters = encoder.named_parameters()
+    names = [name for name, p in parameters if id(p) in sparse or not p.requires_grad]
     if len(names) == len(list(encoder.parameters())):
         return encoder
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(encoder, names)
@@ -191,9 +208,9 @@ def data_parallel(
 
 
 def dense_parameters(encoder: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that AdamW trains: all but the table of a bag."""
+    """Returns the parameters that AdamW trains: all but the table of a bag and frozen ones."""
     tables = [id(module.table) for module in encoder.modules() if isinstance(module, Bag)]
-    return [p for p in encoder.parameters() if id(p) not in tables]
+    return [p for p in encoder.parameters() if p.requires_grad and id(p) not in tables]
 
 
 def adamw(encoder: Encoder, config: EncoderConfig) -> torch.optim.AdamW:
@@ -290,7 +307,10 @@ def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     # DDP waits for the gradient of every parameter, and mean pooling never calls the pooler.
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    return model
+    if getattr(model.config, "use_cache", False):  # of a decoder, for generating texts
+        model.config.use_cache = False
+    model.requires_grad_(config.trains_transformer)
+    return add_adapters(model, config) if config.lora.rank else model
 
 
 def _mask(make: Callable[..., Tensor | None], **given: Any) -> Tensor | None:
@@ -317,10 +337,18 @@ def _loading(name: str) -> Iterator[None]:
 def check_positions(config: EncoderConfig, max_length: int) -> None:
     """Raises ReneeError where a text may have more tokens than the encoder has positions.
 
+    Raises it as well for a prompt, or for targets of adapters, that do not fit the encoder.
+
     max_length: tokens that the dataset keeps of a text.
     """
-    longest = min(config.max_length, max_length)
-    limit = max_positions(config.name) if config.name != NO_TRANSFORMER else None
+    if config.name == NO_TRANSFORMER:
+        return
+    if config.lora.rank:
+        with _loading(config.name):
+            model = _described(resolve_model(config.name), "eager")[1]
+        add_adapters(model, config)
+    prompt = len(Prompt(config).tokens) if config.prompt else 0
+    longest, limit = min(config.max_length, max_length + prompt), max_positions(config.name)
     if limit is not None and longest > limit:
         raise ReneeError(
             f"encoder.name={config.name!r:.200} has {limit} positions, and encoder.max_length="

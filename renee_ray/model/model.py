@@ -8,6 +8,7 @@ import torch
 
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.encoder import Encoder, build_encoder
+from renee_ray.model.remembered import Remembered
 from renee_ray.parallel.collectives import Ranks, broadcast_bytes
 from renee_ray.xfc.device import choose_precision
 from renee_ray.xfc.labels import LabelRange
@@ -37,6 +38,8 @@ def build_model(
     precision: that of a checkpoint to be loaded, where the configuration says `auto`.
     """
     encoder = build_encoder(config.encoder, device, config.seed)
+    if training and config.encoder.frozen:
+        encoder.remembered = Remembered(encoder.pooled)
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
     momentum = training and config.classifier.momentum > 0
     # All ranks use rank 0's choice, whatever devices they have: a checkpoint has one precision.

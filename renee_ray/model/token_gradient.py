@@ -46,6 +46,8 @@ class TokenGradient:
         with contextlib.suppress(AttributeError, NotImplementedError):  # no model of transformers
             backbone: Any = encoder.backbone
             self._by_token = backbone.get_input_embeddings() is embedding
+        prompt = getattr(encoder, "prompt", None)
+        self._prompt = torch.zeros(0, dtype=torch.int64) if prompt is None else prompt.tokens.cpu()
         self._ranks, self._scale = ranks, 1 / ranks.num_ranks if mean else 1.0
         self._dense = torch.zeros_like(self.weight, requires_grad=False)
         self._written = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
@@ -57,6 +59,8 @@ class TokenGradient:
         """
         assert self.weight.grad is not None
         found, values = self.weight.grad._indices()[0], self.weight.grad._values()
+        if len(self._prompt):
+            tokens = torch.cat([tokens, self._prompt]).unique()
         ids = upload(tokens, self.weight.device) if self._by_token else found.unique()
         places = torch.searchsorted(ids, found)
         # The backward of dense vectors: unlike `index_add_` it adds in the same order on a GPU.

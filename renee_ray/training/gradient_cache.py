@@ -55,6 +55,8 @@ class GradientCache:
 
     def backward(self, gradient: Tensor) -> None:
         """Adds the encoder's gradient for d loss / d embeddings [b_r, D]; once only."""
+        if not self._kept.requires_grad:  # a frozen transformer alone
+            return
         with self._reduction(at_once=not self._again):
             self._kept.backward(gradient[self._places.pop()])
         del self._kept

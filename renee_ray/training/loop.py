@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.checkpoint.state import State
-from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
+from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.encoder import adamw, data_parallel, works_in_groups
@@ -222,7 +222,7 @@ class Trainer:
         mean = settings.gradient == "mean"
         # What is compiled has dense gradients only, and to one GPU they cost less than sparse ones.
         dense = settings.compile or (self.device.type != "cpu" and self.ranks.num_ranks == 1)
-        if settings.name != NO_TRANSFORMER and not dense:
+        if settings.trains_transformer and not dense:
             tokens = TokenGradient(encoder, self.ranks, mean=mean)
         if encoder.bag is not None:
             bag = BagOptimizer(encoder.bag, self.ranks, mean=mean)

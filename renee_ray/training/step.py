@@ -224,9 +224,9 @@ class Step:
         rows = [] if self.bag is None else [self.bag.rows]
         parameters = [p for p in (*self.encoder.parameters(), *rows) if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.loss_scale.value != 1:
+        if gradients and self.loss_scale.value != 1:
             torch._foreach_div_(gradients, self.loss_scale.value)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
         # DDP has given all ranks the same gradient, unless a rank's own memory is at fault.
         self.recorder.enter("reduce")
         overflow = all_sum(self.ranks, (~torch.isfinite(norm)).float()).clamp_(max=1)

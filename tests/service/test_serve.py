@@ -24,7 +24,7 @@ import uvicorn
 
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config
-from renee_ray.config.schema import ServeConfig
+from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.service.serve.http import TOKEN, Bearer, Endpoint, protocol
 from renee_ray.service.serve.replicas import answers, only

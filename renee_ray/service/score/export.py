@@ -3,6 +3,7 @@
     export.json                     what is here, and how a score comes about; written last
                                     (until then `_claim.json`, data/destination.py)
     encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
+    adapter/                        where it was trained by LoRA, which `encoder` contains: for peft
     head.safetensors                constant [D]; where the encoder has them, bottleneck [., H],
                                     and table [buckets, .] and idf [buckets] of the bag
     classifier-NNNNN.safetensors    weight float32 [n, D] of a range of labels
@@ -27,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.schema import BagConfig, ExportConfig
+from renee_ray.config.schema import EncoderConfig, ExportConfig, LoraConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.models import quiet, resolve_model
@@ -41,21 +42,23 @@ from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
-HEAD, ENCODER = "head.safetensors", "encoder"
+HEAD, ENCODER, ADAPTER = "head.safetensors", "encoder", "adapter"
 FILES = re.compile(
-    rf"{ENCODER}/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|head\.safetensors|"
-    r"classifier-\d+\.safetensors|labels-\d+\.parquet"
+    rf"(?:{ENCODER}|{ADAPTER})/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|"
+    r"head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 EXPORT = Kind(
     "an export", MANIFEST, "_claim.json", frozenset({"format_version", "step", "ranges"}),
-    FILES, (ENCODER,), listed_files,
+    FILES, (ENCODER, ADAPTER), listed_files,
 )  # fmt: skip
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
 CPU = torch.device("cpu")
 TOKENS = "tokens = tokenizer(text, truncation=True, max_length=max_length); "
+PROMPT = "tokens = tokens[:{first}] + {tokens} + tokens[{first}:]; "
+POOLING = {"mean": "mean", "cls": "first", "last": "last"}
 TRANSFORMER = (
-    "e = mean of encoder(tokens).last_hidden_state over the tokens that are no padding; "
+    "e = {pooling} of encoder(tokens).last_hidden_state over the tokens that are no padding; "
     "e = bottleneck @ e, where there is one; "
 )
 BAG = (
@@ -65,6 +68,7 @@ BAG = (
     "in int64 modulo 2 ** 64, and mix(x): x = (x ^ (x >> 32)) * {factors[0]}; "
     "x = (x ^ (x >> 29)) * {factors[1]}; x ^ (x >> 32); "
 )
+NORMALISED, SCALED = "e = e / |e|; ", "e = {} * e; "
 SCORE = "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1))"
 
 
@@ -88,29 +92,31 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     checkpoint.load_encoder(encoder)
     owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
-        _save_encoder(local, encoder, dataset.manifest.tokenizer)
-        saved = sorted(Path(local).iterdir())
-        files = [f"{ENCODER}/{file.name}" for file in saved] + [HEAD]
+        _save_encoder(Path(local), encoder, settings.encoder, dataset.manifest.tokenizer)
+        saved = sorted(f"{file.parent.name}/{file.name}" for file in Path(local).glob("*/*"))
+        files = [*saved, HEAD]
         files += [name for index in range(len(owned)) for name in _range_names(index)]
         output.claim()
         output.declare(files)
         for file in saved:
-            write_file(f"{output.path}/{ENCODER}/{file.name}", file.read_bytes())
+            write_file(f"{output.path}/{file}", Path(local, file).read_bytes())
     write_file(f"{output.path}/{HEAD}", save(_head(encoder)))
     ranges = [
         _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
         for index, each in enumerate(owned)
     ]
+    length = encoder.prompt.limit if encoder.prompt else settings.encoder.max_length
     content = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
         "num_labels": dataset.manifest.num_labels,
         "dim": encoder.dim,
-        "max_length": min(settings.encoder.max_length, dataset.manifest.max_length),
+        "max_length": min(length, dataset.manifest.max_length),
+        "pooling": settings.encoder.pooling,
         "tail": settings.evaluation.tail,
         "pad_id": dataset.manifest.pad_id,
-        "encoder": plain.model_dump(),
-        "score": _score(encoder, settings.encoder.bag),
+        "encoder": plain.model_copy(update={"lora": LoraConfig()}).model_dump(),  # it is merged
+        "score": _score(encoder, settings.encoder),
         "ranges": ranges,
     }
     output.publish(content)
@@ -123,25 +129,37 @@ def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
         yield LabelRange(start, min(start + size, num_labels), num_labels)
 
 
-def _score(encoder: Encoder, settings: BagConfig) -> str:
+def _score(encoder: Encoder, settings: EncoderConfig) -> str:
     """Returns the sentence that tells how to score a text."""
     parts = [TOKENS]
-    if encoder.backbone is not None:
-        parts.append(TRANSFORMER)
     if encoder.bag is not None:
-        parts.append(BAG.format(**settings.model_dump(), factors=FACTORS))
+        parts.append(BAG.format(**settings.bag.model_dump(), factors=FACTORS))
+    if encoder.prompt is not None:
+        tokens = encoder.prompt.tokens.tolist()
+        parts.append(PROMPT.format(first=encoder.prompt.first, tokens=tokens))
+    if encoder.backbone is not None:
+        parts.append(TRANSFORMER.format(pooling=POOLING[settings.pooling]))
+    if encoder.bag is not None:
         parts.append("e = b; " if encoder.backbone is None else "e = [e | b]; ")
+    parts += [NORMALISED] * settings.normalise
+    parts += [SCALED.format(settings.scale)] * (settings.scale != 1)
     return "".join([*parts, SCORE])
 
 
-def _save_encoder(local: str, encoder: Encoder, tokenizer: str) -> None:
+def _save_encoder(local: Path, encoder: Encoder, settings: EncoderConfig, tokenizer: str) -> None:
+    """Writes the directories of an export; a transformer with adapters in both of its forms."""
     from transformers import AutoTokenizer
 
-    if encoder.backbone is not None:
-        encoder.backbone.save_pretrained(local)
+    backbone: Any = encoder.backbone
+    if settings.lora.rank:
+        backbone.save_pretrained(local / ADAPTER, save_embedding_layers=False)
+        (local / ADAPTER / "README.md").unlink(missing_ok=True)
+        backbone = backbone.merge_and_unload()
+    if backbone is not None:
+        backbone.save_pretrained(local / ENCODER)
     AutoTokenizer.from_pretrained(
         resolve_model(tokenizer), trust_remote_code=False, local_files_only=True
-    ).save_pretrained(local)
+    ).save_pretrained(local / ENCODER)
 
 
 def _head(encoder: Encoder) -> dict[str, Tensor]:

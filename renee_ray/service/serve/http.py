@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from renee_ray.config.schema import ServeConfig
+from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import ReneeError, printable
 
 log = logging.getLogger(__name__)

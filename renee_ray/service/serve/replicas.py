@@ -25,7 +25,8 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.schema import RunConfig, ServeConfig
+from renee_ray.config.schema import RunConfig
+from renee_ray.config.serve import ServeConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder

@@ -20,6 +20,7 @@ from renee_ray.model.initialise import initialise_classifier
 from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.parallel.rounds import Rounds
 from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
@@ -84,6 +85,10 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
     ) as observer:
         writer = share.writer(model, observer)
         trainer = share.trainer(model, state, writer, observer)
+        if model.encoder.remembered is not None:
+            points = share.dataset.manifest.num_points("train")
+            told = Rounds(ranks, "embeddings", points, observer.recorder, share.channel.say)
+            model.encoder.remembered.embed_all(share.scoring("train"), share.device, told)
         if checkpoint:
             set_moments(model.encoder, trainer.optimizer, moments)
         else:
