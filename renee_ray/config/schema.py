@@ -197,6 +197,9 @@ class ClassifierConfig(Config):
     2 and 1 bytes, rounded stochastically; fp16: an fp32 master and an fp16 copy; auto: bf16_sr
     where the first worker's device multiplies bf16, else fp16 on a GPU and fp32 on a CPU. All but
     fp32 multiply in bf16 or fp16 where the device does so natively; fp8_sr's logits in e4m3."""
+    objective: Literal["bce", "softmax"] = "bce"
+    """What is minimised, summed over the points: binary cross-entropy with every label, or the
+    decoupled softmax, in which each positive competes with all negatives of its point."""
     init: Literal["normal", "label_text"] = "label_text"
     """First weights: N(0, init_std), or the encoder's embedding of the label's text."""
     init_std: float = Field(0.02, ge=0)
@@ -228,6 +231,12 @@ class FeedConfig(Config):
     filter_labels: Literal["positive", "negative"] = "positive"
     """How a point trains with its filter labels, which are never predicted: in the LF datasets
     they are the point itself as a label, whose text `positive` teaches at no cost."""
+    targets: str = ""
+    """Soft targets: a teacher's predictions for the training points, as `renee-ray predict RUN
+    DATASET DST split=train scores=probabilities` writes them; empty: none."""
+    targets_weight: float = Field(0.5, ge=0, le=1)
+    """lambda of the target of a label: (1 - lambda) * given + lambda * predicted, where given is 0
+    or 1; a given label that the teacher does not list stays 1. Not for filter labels."""
     token_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a training point's tokens that an epoch drops, never the first or the last; each
     epoch drops others."""
@@ -400,6 +409,9 @@ class ScoreConfig(Config):
     """Training points that vote; null: as `evaluation.neighbours` of the run."""
     neighbour_weight: float | None = Field(None, ge=0)
     """What a label gains that all neighbours have; null: as in the run."""
+    scores: Literal["logits", "probabilities"] = "logits"
+    """predict: scores as the model has them, or their sigmoids, which a model trained by BCE and
+    without votes and adjustment makes probabilities: soft targets (`feed.targets`) are such."""
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
     overwrite: bool = False

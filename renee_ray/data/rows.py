@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from renee_ray.data.dataset import POINTS, Dataset, Manifest, Part
 from renee_ray.data.order import OTHER_TEXTS, Order, Span
+from renee_ray.data.targets import Targets
 
 BATCH = "batch"
 """Column added to a window's rows: the number of the row's batch in the epoch."""
@@ -20,13 +21,17 @@ ROW = "row"
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, stop) of a part; with `OTHER_TEXTS`, of its `count` labels of that kind."""
+    """Rows [start, stop) of a part; with `OTHER_TEXTS`, of its `count` labels of that kind.
+
+    targets: what a teacher predicts for these rows, or None.
+    """
 
     split: str
     part: Part
     count: int
     start: int
     stop: int
+    targets: Targets | None = None
 
     @property
     def first(self) -> int:
@@ -49,7 +54,14 @@ class Window:
     pieces: dict[int, list[Piece]]
 
     @classmethod
-    def of(cls, dataset: Dataset, order: Order, slots: range, number: int) -> Window:
+    def of(
+        cls,
+        dataset: Dataset,
+        order: Order,
+        slots: range,
+        number: int,
+        targets: Targets | None = None,
+    ) -> Window:
         manifest = dataset.manifest
         spans = {stream: order.spans(stream, number) for stream in order.streams_of(slots)}
         splits = {span.split for each in spans.values() for span in each}
@@ -61,7 +73,7 @@ class Window:
             slots,
             number,
             {
-                stream: [piece for span in each for piece in _pieces(manifest, starts, span)]
+                stream: [p for span in each for p in _pieces(manifest, starts, span, targets)]
                 for stream, each in spans.items()
             },
         )
@@ -72,12 +84,14 @@ class Window:
         Returns:
             point_id int64, input_ids list<int32>, labels and filter_labels list<int64>, `ROW` int64
             and `BATCH` int64 ascending. A label text read as a point has point_id -1 - label_id.
+            With `targets` also what `Targets.read` returns, null for label texts.
         """
         tables, batches = [], []
         for stream, pieces in self.pieces.items():
             table = pa.concat_tables(
                 [_numbered(_read(self.dataset, piece), piece.first) for piece in pieces]
-                or [_numbered(POINTS.empty_table(), 0)]
+                or [_numbered(POINTS.empty_table(), 0)],
+                promote_options="default",
             )
             lengths = list_lengths(table["input_ids"])
             rows, numbers = self.order.arrange(lengths, stream, self.number, self.slots)
@@ -85,7 +99,7 @@ class Window:
             batches.append(numbers)
         merged = np.concatenate(batches)
         by_batch = np.argsort(merged, kind="stable")
-        table = pa.concat_tables(tables).take(pa.array(by_batch))
+        table = pa.concat_tables(tables, promote_options="default").take(pa.array(by_batch))
         return table.append_column(BATCH, pa.array(merged[by_batch])).combine_chunks()
 
 
@@ -107,8 +121,11 @@ def _starts(manifest: Manifest, split: str) -> np.ndarray:
     )
 
 
-def _pieces(manifest: Manifest, starts: dict[str, np.ndarray], span: Span) -> Iterator[Piece]:
+def _pieces(
+    manifest: Manifest, starts: dict[str, np.ndarray], span: Span, targets: Targets | None
+) -> Iterator[Piece]:
     """Cuts a span by part."""
+    targets = targets if span.split == "train" else None
     begins = starts[span.split]
     parts = manifest.splits["labels" if span.split == OTHER_TEXTS else span.split]
     index = int(np.searchsorted(begins, span.start, side="right")) - 1
@@ -116,7 +133,8 @@ def _pieces(manifest: Manifest, starts: dict[str, np.ndarray], span: Span) -> It
         count = int(begins[index + 1]) - first
         start, stop = max(span.start - first, 0), min(span.stop - first, count)
         if start < stop:
-            yield Piece(span.split, parts[index], count, start, stop)
+            taught = targets and targets.within(first + start, first + stop)
+            yield Piece(span.split, parts[index], count, start, stop, taught)
         index += 1
 
 
@@ -131,7 +149,13 @@ def _read(dataset: Dataset, piece: Piece) -> pa.Table:
         columns = ["label_id", "input_ids"]
         table = dataset.read_rows_of(piece.part, piece.start, piece.stop, columns)
     else:
-        return dataset.read_rows_of(piece.part, piece.start, piece.stop)
+        table = dataset.read_rows_of(piece.part, piece.start, piece.stop)
+        if piece.targets is None:
+            return table
+        found = piece.targets.read(piece.first, table["point_id"].to_numpy())
+        for name, column in found.items():
+            table = table.append_column(name, column)
+        return table
     ids = table["label_id"].to_numpy()
     ones = np.arange(len(ids) + 1, dtype=np.int32)
     return pa.table(

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from renee_ray.data.dataset import POINTS
 from renee_ray.data.split import splitmix64
+from renee_ray.data.targets import PREDICTED, PROBABILITIES
 from renee_ray.xfc.device import upload
 
 GROUP_CELLS = 64
@@ -88,7 +90,9 @@ class Batch:
     points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
     of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the positions of
     the rows in their split, or None where they are in none; keys: int64 [b], what the dropout of
-    n-grams depends on, or None where there is none.
+    n-grams depends on, or None where there is none; predicted: labels that a teacher lists for
+    each row, with probabilities float64 [t], or None; values: float64 [m] of the positives, or
+    None where all are 1.
     """
 
     position: Position
@@ -100,6 +104,8 @@ class Batch:
     pad_multiple: int = 1
     rows: np.ndarray | None = None
     keys: np.ndarray | None = None
+    predicted: tuple[Ragged, np.ndarray] | None = None
+    values: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.points)
@@ -111,6 +117,10 @@ class Batch:
         """
         rows, labels = self.labels.pairs()
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
+
+    def value_bits(self) -> list[Tensor]:
+        """Returns the values of `pairs` as int64 of the same bits, in a list; none if all are 1."""
+        return [] if self.values is None else [torch.from_numpy(self.values).view(torch.int64)]
 
     def filter_pairs(self, first: int) -> tuple[Tensor, Tensor]:
         """Returns (row of the global batch, label) of every filter label, as `pairs`."""
@@ -124,15 +134,25 @@ class Batch:
         token_dropout: float,
         filter_labels_positive: bool,
         with_keys: bool = False,
+        targets_weight: float | None = None,
     ) -> Batch:
-        """Drops some tokens, and adds filter labels to the positives and keys to rows if asked."""
-        labels, input_ids = self.labels, self.input_ids
+        """Drops some tokens, and adds filter labels to the positives and keys to rows if asked.
+
+        targets_weight: share of the teacher's word in the positives' values; None: no teacher.
+        """
+        labels, input_ids, values = self.labels, self.input_ids, None
         if filter_labels_positive:
             labels = labels.followed_by(self.filtered)
+        if targets_weight is not None:
+            none = Ragged.of_lists([[]] * len(self)), np.zeros(0)
+            predicted, probabilities = self.predicted or none
+            labels, values = mix_targets(
+                labels, self.filtered, predicted, probabilities, targets_weight
+            )
         if token_dropout:
             input_ids = drop_tokens(input_ids, self.points, token_dropout, seed, self.position)
         keys = row_keys(self.points, seed, self.position).view(np.int64) if with_keys else None
-        return replace(self, labels=labels, input_ids=input_ids, keys=keys)
+        return replace(self, labels=labels, input_ids=input_ids, keys=keys, values=values)
 
     def micro_batches(self, limit: int) -> list[np.ndarray]:
         """Groups rows (int64) of similar length, at most `limit` in each, the longest last.
@@ -243,6 +263,34 @@ def drop_tokens(
     return rows.only(kept)
 
 
+def mix_targets(
+    given: Ragged, filtered: Ragged, predicted: Ragged, probabilities: np.ndarray, weight: float
+) -> tuple[Ragged, np.ndarray]:
+    """Mixes the given labels of each row with those that a teacher lists for it.
+
+    Args:
+        filtered: labels that the teacher is not heard on.
+        probabilities: [t], of the labels in `predicted`; of one that is listed twice, the last.
+        weight: of the teacher; labels that it does not list keep their value of 1.
+
+    Returns:
+        (labels of each row, ascending; values float64 [m] in (0, 1])
+    """
+    width = 1 + max(int(each.values.max(initial=0)) for each in (given, filtered, predicted))
+    own, hidden, listed = (
+        rows * width + labels for rows, labels in (r.pairs() for r in (given, filtered, predicted))
+    )
+    heard = ~np.isin(listed, hidden)
+    listed, probabilities = listed[heard], probabilities[heard]
+    keys = np.union1d(own, listed)
+    values = np.isin(keys, own).astype(np.float64)
+    places = np.searchsorted(keys, listed)
+    values[places] = (1 - weight) * values[places] + weight * probabilities
+    keys, values = keys[values > 0], values[values > 0]
+    offsets = np.searchsorted(keys, np.arange(len(given) + 1) * width)
+    return Ragged(keys % width, offsets), values
+
+
 def row_keys(points: np.ndarray, seed: int, position: Position) -> np.ndarray:
     """Returns a hash uint64 [b] of seed, epoch and each point."""
     epoch = splitmix64(np.array([seed, position.epoch], dtype=np.uint64))
@@ -285,7 +333,12 @@ def cut_batches(
 def _batch(
     position: Position, pieces: list[pa.Table], pad_id: int, max_length: int, pad_multiple: int
 ) -> Batch:
-    table = pa.concat_tables(pieces) if pieces else POINTS.empty_table()
+    # Label texts, and batches of them alone, have no column of a teacher.
+    table = pa.concat_tables(pieces, promote_options="default") if pieces else POINTS.empty_table()
+    predicted = None
+    if PREDICTED in table.column_names:
+        probabilities = pc.list_flatten(table[PROBABILITIES]).to_numpy()
+        predicted = ragged(table[PREDICTED]), probabilities.astype(np.float64)
     rows = table["row"].to_numpy() if pieces else np.zeros(0, dtype=np.int64)
     return Batch(
         position,
@@ -296,6 +349,7 @@ def _batch(
         pad_id,
         pad_multiple,
         rows,
+        predicted=predicted,
     )
 
 

@@ -5,7 +5,8 @@ On the wire they are padded to b = max b_r, because torch has no uneven all-gath
 
     embeddings   [b_r, D] on each rank  --gather_rows-->   E  [B, D] on all, rank-major
     gradient     dE [B, D] on each rank --scatter_rows-->  sum over ranks of dE's rows of r
-    pairs        (row, label) of rank r's rows  --route--> those whose label a rank owns
+    pairs        (row, label) of rank r's rows  --route--> those whose label a rank owns, with
+                 their values where there are soft targets
     ids          of labels, any  --look_up--> a number of each, answered by its owner
     values       of (row, label) on each rank  --return_pairs-->  those of rank r's rows
 
@@ -150,20 +151,23 @@ def scatter_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> PendingRo
     return PendingRows(own, counts[ranks.rank], work)
 
 
-def route(ranks: Ranks, rows: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+def route(
+    ranks: Ranks, rows: Tensor, labels: Tensor, num_labels: int, *more: Tensor
+) -> tuple[Tensor, ...]:
     """Sends (row, label) pairs to the owners of the labels.
 
     Args:
         rows, labels: int64 [m], host memory; rows counted in the global batch.
+        more: int64 [m] each, what else belongs to a pair; as many on every rank.
 
     Returns:
-        the pairs of all ranks whose labels this rank owns.
+        rows, labels and more of the pairs of all ranks whose labels this rank owns.
     """
     if ranks.num_ranks == 1:
-        return rows, labels
-    pairs, sizes, _ = _to_owners(ranks, torch.stack([rows, labels], 1), labels, num_labels)
+        return rows, labels, *more
+    pairs, sizes, _ = _to_owners(ranks, torch.stack([rows, labels, *more], 1), labels, num_labels)
     received = _all_to_all(ranks, pairs, *_exchange_sizes(ranks, sizes))
-    return received[:, 0], received[:, 1]
+    return received.unbind(1)
 
 
 def look_up(
@@ -226,6 +230,14 @@ def all_sum(ranks: Ranks, values: Tensor) -> Tensor:
     """Sums over the ranks, in place."""
     if ranks.num_ranks > 1:
         dist.all_reduce(values, group=ranks.host if values.device.type == "cpu" else ranks.tensors)
+    return values
+
+
+def all_max(ranks: Ranks, values: Tensor) -> Tensor:
+    """Takes the maximum over the ranks, in place."""
+    if ranks.num_ranks > 1:
+        group = ranks.host if values.device.type == "cpu" else ranks.tensors
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
     return values
 
 

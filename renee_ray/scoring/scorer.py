@@ -63,10 +63,10 @@ class Scorer:
         counts = row_counts(self.ranks, len(batch))
         first = sum(counts[: self.ranks.rank])
         owned = self.shard.owned
-        pairs = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
+        rows, banned = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
         own = self.encoder(*batch.tokens(self.device))[: len(batch)]
         everyone = gather_rows(self.ranks, own, counts)
-        excluded = Pairs(*pairs, owned, self.device)
+        excluded = Pairs(rows, banned, owned, self.device)
         k = min(k, owned.num_labels)
         candidates = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
         width = min(candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks))

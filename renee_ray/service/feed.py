@@ -25,6 +25,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, Window
+from renee_ray.data.targets import Targets
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.observe.metric import count_retries
@@ -96,15 +97,17 @@ def feed(
     pad_multiple: int = 1,
     prefetch: int = 2,
     run: str = "",
+    targets: Targets | None = None,
 ) -> Iterator[Batch]:
     """Returns this rank's rows of every batch from `start` to the end of the last epoch.
 
     Args:
         orders: one an epoch, such as `Epochs`; `start.epoch` indexes it.
         run: name of the run that retries of storage are counted for; empty: they are not.
+        targets: what a teacher predicts for the training points, which is read along with them.
     """
     windows = (
-        Window.of(dataset, orders[epoch], orders[epoch].slots_of(rank, num_ranks), window)
+        Window.of(dataset, orders[epoch], orders[epoch].slots_of(rank, num_ranks), window, targets)
         for epoch in range(start.epoch, len(orders))
         for window in range(orders[epoch].num_windows)
         if epoch > start.epoch or (window + 1) * orders[epoch].window > start.batch

@@ -190,6 +190,7 @@ class Trainer:
             token_dropout=feed.token_dropout,
             filter_labels_positive=feed.filter_labels == "positive",
             with_keys=self.config.encoder.bag.dropout > 0,
+            targets_weight=feed.targets_weight if feed.targets else None,
         )
 
     def train_on(self, batch: Batch) -> tuple[StepResult, bool]:
@@ -243,6 +244,7 @@ class Trainer:
             tokens,
             self.recorder,
             bag,
+            self.config.classifier.objective,
         )  # fmt: skip
 
     @cached_property

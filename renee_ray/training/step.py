@@ -11,7 +11,8 @@ The phases, by the method of `Step`, once the ranks know each other's row counts
 
     _route          positives travel to the owners of their labels
     _gather         e  = dropout(encoder(tokens));    E = gather_rows(e)
-    _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, dE, update of W
+    _train_shard    dE = shard.step(E, positives)     sigmoid(E W') - Y, or the softmax's gradient
+                                                      (xfc/softmax.py); dE, update of W
                     de = scatter_rows(dE)             beside the update of the last chunk of labels
     _backward       e.backward(scale * de)            in micro-batches (training/gradient_cache)
     _optimize       AdamW on the encoder, its gradient summed over ranks and divided by the scale;
@@ -36,7 +37,10 @@ not finite in this step nor in any later one, and `training/loop` ends the run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +54,7 @@ from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import (
     PendingRows,
     Ranks,
+    all_max,
     all_sum,
     announce,
     gather_rows,
@@ -60,6 +65,7 @@ from renee_ray.parallel.recorder import Recorder
 from renee_ray.training.gradient_cache import GradientCache
 from renee_ray.xfc.kernels.plain import Update
 from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.softmax import Reductions
 from renee_ray.xfc.weights.storages import SGD
 
 
@@ -67,7 +73,7 @@ from renee_ray.xfc.weights.storages import SGD
 class StepResult:
     """The outcome of one step.
 
-    loss: this rank's labels' part of the batch's summed BCE, float64 scalar.
+    loss: this rank's labels' part of the batch's summed loss, float64 scalar.
     rows: points of the global batch.
     skipped: the encoder was not updated: the embeddings or its gradient were not finite. The
         latter is not known before the next step, or `settle`.
@@ -95,6 +101,7 @@ class Step:
     tokens: reduces the gradient of the token vectors where DDP does not, or None.
     recorder: is told which phase of the step begins.
     bag: reduces the gradient of the encoder's bag and trains it, or None.
+    objective: as `classifier.objective`.
     """
 
     encoder: nn.Module
@@ -110,6 +117,7 @@ class Step:
     tokens: TokenGradient | None = None
     recorder: Recorder = field(default_factory=Recorder)
     bag: BagOptimizer | None = None
+    objective: Literal["bce", "softmax"] = "bce"
     _unsettled: tuple[StepResult, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -152,9 +160,10 @@ class Step:
         """Sends positives to the owners of their labels; returns those of own labels."""
         self.recorder.enter("route")
         pairs, owned = batch.pairs(sum(counts[: self.ranks.rank])), self.shard.owned
-        rows, labels = route(self.ranks, *pairs, owned.num_labels)
+        rows, labels, *bits = route(self.ranks, *pairs, owned.num_labels, *batch.value_bits())
         self.recorder.enter("classifier")
-        return Pairs(rows, labels, owned, self.device)
+        values = bits[0].contiguous().view(torch.float64) if bits else None
+        return Pairs(rows, labels, owned, self.device, values)
 
     def _gather(self, own: GradientCache, counts: list[int], step: int) -> tuple[Tensor, Tensor]:
         """Returns the dropout mask of own rows, and E [B, D]."""
@@ -197,8 +206,20 @@ class Step:
             update,
             with_loss=with_loss,
             on_gradient=lambda dE: started.append(scatter_rows(self.ranks, dE, counts)),
+            softmax=self._reductions() if self.objective == "softmax" else None,
         )
         return loss, started[0]
+
+    def _reductions(self) -> Reductions:
+        """Returns the reductions over the ranks; the wait for the others is no work of this one."""
+
+        def over_ranks(reduce: Callable[[Ranks, Tensor], Tensor], vector: Tensor) -> Tensor:
+            self.recorder.enter("reduce")
+            reduce(self.ranks, vector)
+            self.recorder.enter("classifier")
+            return vector
+
+        return Reductions(partial(over_ranks, all_max), partial(over_ranks, all_sum))
 
     def _backward(
         self, own: GradientCache, batch: Batch, mask: Tensor, scattering: PendingRows

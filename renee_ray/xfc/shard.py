@@ -4,7 +4,7 @@ Ledger, for a global batch of B rows, dimension D and a rank that owns n labels:
 
     W    [n, D]    stored (`weights`)      the shard; each rank has its own labels
     E    [B, D]    fp32                    embeddings of all rows, the same on every rank
-    Y    [B, n]    pairs (row, label)      the positives; sparse, never a matrix
+    Y    [B, n]    (row, label, value)     the positives; sparse, never a matrix
     G    [c, B]    the matmuls' dtype      sigmoid(W E') - Y of one chunk of c labels
     dE   [B, D]    fp32                    this rank's part; the gradient is the sum over ranks
 
@@ -13,6 +13,9 @@ A step equals (Renée, section 3):
     loss = binary_cross_entropy_with_logits(E @ W.T, Y, reduction="sum")
     dE   = (sigmoid(E @ W.T) - Y) @ W            # summed over the shard's labels
     dW   = (sigmoid(E @ W.T) - Y).T @ E          # then one SGD step
+
+With `Reductions` the loss is the decoupled softmax (module `softmax`), which alone needs to know
+other ranks' labels, and passes over the chunks twice.
 
 Neither logits nor dW ever exist for more than one chunk of labels, and where the matmuls are
 fp32 and there is no momentum, dW does not exist at all: BLAS accumulates it into the weights.
@@ -25,7 +28,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +39,7 @@ from renee_ray.xfc.kernels.choose import Operations, choose_operations
 from renee_ray.xfc.kernels.plain import Update, add_product
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.lanes import lane_count, run
+from renee_ray.xfc.softmax import Normalised, Positives, Reductions, RowSums
 from renee_ray.xfc.weights.normal import normal_rows
 from renee_ray.xfc.weights.rounding import scaled_e4m3
 from renee_ray.xfc.weights.storages import SGD, Weights
@@ -56,13 +60,22 @@ class Pairs:
         rows: int64 [m], rows of the global batch, in host memory.
         labels: int64 [m], global ids inside `owned`, in host memory.
         device: where the shard computes.
+        values: [m] in [0, 1], in host memory, of which a pair has its largest; None: all are 1.
     """
 
     def __init__(
-        self, rows: Tensor, labels: Tensor, owned: LabelRange, device: torch.device = HOST
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        owned: LabelRange,
+        device: torch.device = HOST,
+        values: Tensor | None = None,
     ) -> None:
         width = int(rows.max()) + 1 if len(rows) else 1
-        key = torch.unique((labels - owned.start) * width + rows)
+        key, place = torch.unique((labels - owned.start) * width + rows, return_inverse=True)
+        values = torch.ones(len(rows)) if values is None else values.float()
+        largest = torch.zeros(len(key)).scatter_reduce_(0, place, values, "amax")
+        self._values = upload(largest, device)
         # The host keeps a copy: where a chunk's pairs begin is then known without a device sync.
         self._host_labels = key // width
         self._labels = upload(self._host_labels, device)
@@ -74,6 +87,7 @@ class Pairs:
         inside = chosen[place.clamp(max=len(chosen) - 1)] == self._rows
         found = copy.copy(self)
         found._rows, found._labels = place[inside], self._labels[inside]
+        found._values = self._values[inside]
         found._host_labels = self._host_labels[inside.to(HOST)]
         return found
 
@@ -82,12 +96,19 @@ class Pairs:
 
         chunks: ascending ranges without a gap.
         """
-        ends = [start for start, _ in chunks] + [stop for _, stop in chunks[-1:]]
-        bounds = torch.searchsorted(self._host_labels, torch.tensor(ends)).tolist()
         return [
             (self._rows[lo:hi], self._labels[lo:hi] - start)
-            for (start, _), lo, hi in zip(chunks, bounds, bounds[1:], strict=False)
+            for (start, _), (lo, hi) in zip(chunks, self._bounds(chunks), strict=True)
         ]
+
+    def values_by_chunk(self, chunks: Chunks) -> list[Tensor]:
+        """Returns the values float32 of the pairs of each chunk."""
+        return [self._values[lo:hi] for lo, hi in self._bounds(chunks)]
+
+    def _bounds(self, chunks: Chunks) -> list[tuple[int, int]]:
+        ends = [start for start, _ in chunks] + [stop for _, stop in chunks[-1:]]
+        bounds = torch.searchsorted(self._host_labels, torch.tensor(ends)).tolist()
+        return list(itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True)
@@ -156,6 +177,7 @@ class Shard:
         *,
         with_loss: bool = False,
         on_gradient: Callable[[Tensor], None] = lambda gradient: None,
+        softmax: Reductions | None = None,
     ) -> Tensor:
         """Trains the shard on one global batch.
 
@@ -164,17 +186,26 @@ class Shard:
             update: what `prepared` gave, or what it is called with now.
             on_gradient: called with dE [B, D] float32 once it is complete, before the last chunk
                 of each lane is updated: what it starts (a reduce-scatter) overlaps that update.
+            softmax: trains by the decoupled softmax, reduced so over the ranks; None: by BCE.
 
         Returns:
             this shard's part of the summed loss, float64 scalar (0 without `with_loss`).
         """
-        scaled = scaled_e4m3(embeddings) if self.operations.scaled else None
+        narrow = self.operations.scaled and softmax is None
+        scaled = scaled_e4m3(embeddings) if narrow else None
         inputs = Inputs(embeddings.to(self.weights.compute_dtype), scaled)
         update = self.prepared(update) if isinstance(update, SGD) else update
+        each = buffer_bytes(len(embeddings), self.weights, self.operations, softmax is not None)
         lanes = [
             _Lane(self, inputs, positives, chunks, update, with_loss)
-            for chunks in self.lanes(len(embeddings))
+            for chunks in self.lanes(len(embeddings), each)
         ]
+        if softmax is not None:
+            sums = run([lane.row_sums for lane in lanes])
+            normalised, loss = Normalised.of(sums, softmax)
+            for lane in lanes:
+                lane.normalised = normalised
+            lanes[0].loss += loss * with_loss
         run([lane.forward for lane in lanes])
         gradient, loss = lanes[0].gradient, lanes[0].loss
         for lane in lanes[1:]:
@@ -202,7 +233,10 @@ class _Lane:
     """A step's work on the chunks of one lane.
 
     gradient: dE [B, D] float32; loss: float64 scalar; both of these chunks alone.
+    normalised: what the first pass of a softmax has found, or None.
     """
+
+    normalised: Normalised | None = None
 
     def __init__(
         self,
@@ -220,35 +254,52 @@ class _Lane:
         self.loss = torch.zeros((), dtype=torch.float64, device=inputs.wide.device)
         self.finish: Callable[[], None] = lambda: None
 
+    def row_sums(self) -> RowSums:
+        """Makes the first pass of a softmax."""
+        sums = RowSums(len(self._inputs.wide), self._inputs.wide.device)
+        for chunk, positives in self._by_chunk():
+            operand = self._weights.operand(*chunk)
+            sums.add(operand, self._inputs.wide, positives, self._weights.scratch)
+        return sums
+
     def forward(self) -> None:
         """Does all but the last chunk's update, which `finish` then makes."""
-        for chunk, pairs in zip(self._chunks, self._positives.by_chunk(self._chunks), strict=True):
+        for chunk, positives in self._by_chunk():
             self.finish()
-            self.finish = self._forward(chunk, pairs)
+            self.finish = self._forward(chunk, positives)
 
-    def _forward(self, chunk: tuple[int, int], pairs: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    def _by_chunk(self) -> Iterator[tuple[tuple[int, int], Positives]]:
+        pairs = self._positives.by_chunk(self._chunks)
+        values = self._positives.values_by_chunk(self._chunks)
+        for chunk, (rows, columns), own in zip(self._chunks, pairs, values, strict=True):
+            yield chunk, (rows, columns, own)
+
+    def _forward(self, chunk: tuple[int, int], positives: Positives) -> Callable[[], None]:
         """Adds a chunk's part of dE and of the loss; returns its update, to be called later."""
         start, stop = chunk
         operand, inputs = self._weights.operand(start, stop), self._inputs.wide
-        residual = self._residual(operand, chunk, pairs)
+        residual = self._residual(operand, chunk, positives)
         add_product(self.gradient, residual.T, operand, 1, 1, self._weights.scratch)
         return functools.partial(self._update, start, stop, operand, residual, inputs)
 
-    def _residual(
-        self, operand: Tensor, chunk: tuple[int, int], pairs: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _residual(self, operand: Tensor, chunk: tuple[int, int], positives: Positives) -> Tensor:
         """Returns G [stop - start, B] of a chunk, valid until the next call."""
-        rows, columns = pairs
         inputs, loss = self._inputs.wide, self.loss if self._with_loss else None
         shape = len(operand), self._operations.padded(len(inputs))
         # Labels first: BLAS then reads every operand of the three products as it lies.
         padded = self._weights.scratch("logits", *shape, dtype=inputs.dtype)
-        out = padded[:, : len(inputs)]
-        if self._inputs.scaled is None:
-            return self._operations.residual(operand, inputs, columns, rows, out, loss)
-        codes = self._weights.operand(*chunk, torch.float8_e4m3fn)
-        narrow, scales = self._inputs.scaled
-        return self._operations.residual(codes, narrow, columns, rows, out, loss, scales)
+        if self.normalised is not None:
+            return self.normalised.residual(
+                operand, inputs, positives, padded, self._weights.scratch
+            )
+        out, scales = padded[:, : len(inputs)], list[Tensor]()
+        if self._inputs.scaled is not None:
+            operand = self._weights.operand(*chunk, torch.float8_e4m3fn)
+            inputs, *scales = self._inputs.scaled
+        rows, columns, values = positives
+        return self._operations.residual(
+            operand, inputs, columns, rows, out, loss, *scales, values=values
+        )
 
 
 def default_chunk(each: int, device_type: str) -> int:
@@ -256,17 +307,19 @@ def default_chunk(each: int, device_type: str) -> int:
     return max(64, chunk_bytes(device_type) // each // 64 * 64)
 
 
-def buffer_bytes(batch: int, weights: Weights, operations: Operations) -> int:
+def buffer_bytes(
+    batch: int, weights: Weights, operations: Operations, softmax: bool = False
+) -> int:
     """Returns the bytes of working memory that one label of a chunk takes, at most.
 
-    Kernels on a GPU have a residual for each row and an operand for each dimension. All others
-    have residuals too and, for the loss, two fp32 copies of them; and for each dimension the
-    operand and the gradient, each at most fp32. Plain torch, where the weights are not in memory
-    as fp32, has for each dimension the operand, value, velocity and noise, the gradient as bf16
-    and as fp32, and four numbers while it rounds.
+    Kernels on a GPU have a residual for each row, for a softmax an fp32 logit besides, and an
+    operand for each dimension. All others have residuals too and, for the loss or a softmax, two
+    fp32 copies of them; and for each dimension the operand and the gradient, each at most fp32.
+    Plain torch, where the weights are not in memory as fp32, has for each dimension the operand,
+    value, velocity and noise, the gradient as bf16 and as fp32, and four numbers while it rounds.
     """
     item, plain = weights.compute_dtype.itemsize, operations.update is Update
     if weights.device.type == "cuda" and not plain:
-        return item * operations.padded(batch) + item * weights.dim
+        return (item + 4 * softmax) * operations.padded(batch) + item * weights.dim
     for_each = item + 36 if plain and not weights.weight.aliased else 8
     return (item + 8) * max(batch, 1) + for_each * weights.dim

@@ -124,7 +124,7 @@ def test_errors_of_a_step_are_small_and_a_wrong_step_is_noticed(
         assert max(errors_of_step(shard, problem, 0.9).values()) < most
     right = shard.operations
 
-    def forgets_positives(*arguments: Any) -> torch.Tensor:
+    def forgets_positives(*arguments: Any, values: torch.Tensor) -> torch.Tensor:
         operand, inputs, columns, rows, out, loss = arguments
         return right.residual(operand, inputs, columns[:0], rows[:0], out, loss)
 

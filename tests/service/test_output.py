@@ -9,9 +9,10 @@ import cloudpickle
 import pytest
 
 from renee_ray.data.destination import SCRATCH, Destination
+from renee_ray.data.targets import part_name
 from renee_ray.errors import ReneeError
 from renee_ray.service.score.export import EXPORT
-from renee_ray.service.score.predictions import PREDICTIONS, part_name
+from renee_ray.service.score.predictions import PREDICTIONS
 
 FILES = [part_name(0), part_name(7)]
 CONTENT = {"k": 3, "step": 5}

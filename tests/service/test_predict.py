@@ -19,7 +19,7 @@ import pytest
 from renee_ray.cli.main import main
 from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset
-from renee_ray.service.score.predictions import part_name
+from renee_ray.data.targets import part_name
 
 from .conftest import RAW_IDS, RAW_K, TESTS, Run
 

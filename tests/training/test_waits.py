@@ -153,7 +153,7 @@ def batch_of(ranks: Ranks, step: int, *, padded: bool) -> Batch:
 
 def step_of(
     ranks: Ranks, device: torch.device, bert: str, attention: str, micro_batch: int, chunk: int,
-    sparse: bool, operations: Operations | None,
+    sparse: bool, objective: Any, operations: Operations | None,
 ) -> Step:  # fmt: skip
     settings = EncoderConfig(
         name=bert, attention=attention, autocast="bf16", dropout=0.2, micro_batch=micro_batch
@@ -166,7 +166,7 @@ def step_of(
     return Step(
         data_parallel(encoder, ranks, "sum", tokens), Shard(owned, weights, chunk, operations),
         adamw(encoder, settings), ranks, device, 0.2, 1, 1.0, LossScale(8.0, dynamic=True),
-        micro_batch, tokens,
+        micro_batch, tokens, objective=objective,
     )  # fmt: skip
 
 
@@ -190,17 +190,19 @@ def waits_of_steps(ranks: Ranks, *settings: Any) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "attention", "micro_batch", "chunk", "sparse"),
+    ("num_ranks", "attention", "micro_batch", "chunk", "sparse", "objective"),
     [
-        (1, "sdpa", 0, 100, False), (1, "sdpa", 2, 7, False), (1, "eager", 1, 7, True),
-        (2, "sdpa", 2, 7, True),
+        (1, "sdpa", 0, 100, False, "bce"), (1, "sdpa", 2, 7, False, "softmax"),
+        (1, "eager", 1, 7, True, "bce"), (2, "sdpa", 2, 7, True, "bce"),
+        (2, "eager", 0, 7, False, "softmax"),
     ],
 )  # fmt: skip
 def test_a_step_waits_once(
-    bert: str, num_ranks: int, attention: str, micro_batch: int, chunk: int, sparse: bool
-) -> None:
+    bert: str, num_ranks: int, attention: str, micro_batch: int, chunk: int, sparse: bool,
+    objective: str,
+) -> None:  # fmt: skip
     """Whatever the number of micro-batches and of chunks: for whether E is finite."""
-    given = bert, attention, micro_batch, chunk, sparse
+    given = bert, attention, micro_batch, chunk, sparse, objective
     alone = num_ranks == 1
     ranks = [waits_of_steps(Ranks(), *given)] if alone else on_ranks(2, waits_of_steps, *given)
     for found in ranks:
@@ -210,9 +212,12 @@ def test_a_step_waits_once(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("micro_batch", [0, 2])
-def test_on_a_gpu_torch_says_so_too(bert: str, micro_batch: int, sparse: bool) -> None:
-    step = step_of(Ranks(), torch.device("cuda"), bert, "sdpa", micro_batch, 7, sparse, None)
+@pytest.mark.parametrize(("micro_batch", "objective"), [(0, "bce"), (2, "softmax")])
+def test_on_a_gpu_torch_says_so_too(
+    bert: str, micro_batch: int, objective: str, sparse: bool
+) -> None:
+    given = bert, "sdpa", micro_batch, 7, sparse, objective, None
+    step = step_of(Ranks(), torch.device("cuda"), *given)
     train(step, 0)
     train(step, 1)
     with warnings.catch_warnings(record=True) as said:

@@ -133,7 +133,7 @@ for case in json.loads(sys.argv[2]):
 if len(sys.argv) > 3:
     for capability, pointer in ((80, "*bf16"), (89, "*fp8e4nv"), (90, "*bf16"), (100, "*bf16")):
         types = {"weight": pointer, "inputs": pointer, "out": "*bf16", "codes": "*u8"}
-        types |= {n: "*fp32" for n in ("scales", "logits")}
+        types |= {n: "*fp32" for n in ("scales", "logits", "values")}
         types |= {n: "*i64" for n in ("labels", "rows")}
         constants = {"DIM": 80, "SCALED": pointer == "*fp8e4nv", "LOSS": True, "K": gpu.PAIR}
         assert usage(gpu._positives, capability, types, constants)[1] == 0

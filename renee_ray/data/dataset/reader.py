@@ -234,7 +234,7 @@ class Dataset:
                     raise DatasetError(f"{where} {wrong}; convert the source again")
                 if not check and columns is None:
                     selected = file.schema_arrow.names
-                groups, skip = _row_groups(file.metadata, start, stop)
+                groups, skip = overlapping_groups(file.metadata, start, stop)
                 table = read_row_groups(opened, groups, selected)
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's are among them
             if is_transient(error):
@@ -260,7 +260,7 @@ def _overlapping(parts: Sequence[Part], start: int, stop: int) -> Iterator[Part]
             yield part
 
 
-def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+def overlapping_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
     """Returns the row groups of rows [start, stop), and the rows before `start` in the first."""
     groups: list[int] = []
     skip = 0

@@ -195,9 +195,9 @@ def _step(
     counts = [stop - start for start, stop in bounds]
     start, stop = bounds[ranks.rank]
     mine = (problem.rows >= start) & (problem.rows < stop)
-    pairs = route(ranks, problem.rows[mine], problem.labels[mine], problem.num_labels)
+    rows, labels = route(ranks, problem.rows[mine], problem.labels[mine], problem.num_labels)
     everyone = gather_rows(ranks, problem.embeddings[start:stop], counts)
-    positives = Pairs(*pairs, shard.owned, everyone.device)
+    positives = Pairs(rows, labels, shard.owned, everyone.device)
     pending: list[PendingRows] = []
     loss = shard.step(
         everyone,

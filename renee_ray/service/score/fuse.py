@@ -30,8 +30,8 @@ COLUMNS = ["point_id", "label_ids", "scores"]
 def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, Any]:
     """Writes the fusion of predictions of the same points, in the format of `predict`.
 
-    The scores of a directory that `predict` wrote are logits, and become probabilities by a
-    sigmoid. Those of other models must be probabilities. `scores` of the result are weighted sums
+    Logits, which `predict` writes unless it is told otherwise, become probabilities by a sigmoid.
+    The scores of other models must be probabilities. `scores` of the result are weighted sums
     of them, float32 in [0, 1].
 
     Returns:
@@ -68,7 +68,8 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
         output.abandon()
         raise
     facts |= {"weights": weights.tolist(), "points": models[0].rows, "k": config.k}
-    output.publish({**facts, "step": None, "sources": sources, "probabilities": True})
+    told = {"split": models[0].split, "scores": "probabilities", "step": None, "sources": sources}
+    output.publish({**facts, **told})
     return facts
 
 
@@ -96,8 +97,9 @@ class _Predictions:
         self._data = pads.dataset(names, filesystem=filesystem, format="parquet")
         if missing := sorted({*COLUMNS} - {*self._data.schema.names}):
             raise ReneeError(f"{path} has no column {missing[0]!r}; give predictions of points")
-        manifest = read_file(f"{path}/{PREDICTIONS.manifest}")
-        self._logits = manifest is not None and not parse_json(manifest).get("probabilities")
+        manifest = parse_json(read_file(f"{path}/{PREDICTIONS.manifest}") or b"{}")
+        self._logits = bool(manifest) and manifest.get("scores", "logits") == "logits"
+        self.split = manifest.get("split")
         self.rows = self._data.count_rows()
 
     def blocks(self) -> Iterator[tuple[pa.Array, Ragged, NDArray[np.float64]]]:

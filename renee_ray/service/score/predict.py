@@ -52,15 +52,17 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     output.check()
     labels = directory.dataset() if raw else Dataset.open(src)
     job = ScoringJob.checked(directory, labels, _bounded(score, labels.manifest.num_labels))
+    _check_scores(job, run)
     points, split = labels, str(score.split)
-    facts: dict[str, Any] = {"split": split}
+    facts: dict[str, Any] = {"split": split, "scores": score.scores}
     output.claim()
     try:
         if raw:
             ensure_ray(job.config.max_workers + 1)
             length = min(job.config.encoder.max_length, labels.manifest.max_length)
             points, replaced = tokenise_texts(src, output.scratch(), labels, length)
-            split, facts = TEXT_SPLIT, {"source": src, "replaced_lines": replaced}
+            split = TEXT_SPLIT
+            facts = {"source": src, "replaced_lines": replaced, "scores": score.scores}
         rows = points.manifest.num_points(split)
         layout = Layout(rows, job.config.max_workers, job.score.batch_size, job.score.k)
         files = layout.parts()
@@ -91,6 +93,18 @@ def _check_input(src: str, destination: str, score: ScoreConfig) -> bool:
     return raw
 
 
+def _check_scores(job: ScoringJob, run: str) -> None:
+    """Raises ReneeError where the sigmoid of a score is to be a probability and is none."""
+    settings, objective = job.config.evaluation, job.config.classifier.objective
+    plain = objective == "bce" and not settings.tail and not settings.neighbours
+    if job.score.scores == "probabilities" and not plain:
+        raise ReneeError(
+            f"the scores of {run} with classifier.objective={objective}, tail={settings.tail} and "
+            f"neighbours={settings.neighbours} give no probabilities; take a run trained by bce, "
+            f"with tail=0 neighbours=0"
+        )
+
+
 def _bounded(score: ScoreConfig, num_labels: int) -> ScoreConfig:
     """Cuts k to the number of labels, with a warning where k was given."""
     if score.k <= num_labels:
@@ -116,7 +130,8 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     all_sum(ranks, torch.zeros(1))  # nobody writes before they are declared
     writer = Writer(output.path, layout.part_rows, job.labels if job.score.texts else None)
     for batch, scores, best in scorer.predict(batches, k):
-        writer.add(batch, best.numpy(), scores.numpy())
+        shown = scores.sigmoid() if job.score.scores == "probabilities" else scores
+        writer.add(batch, best.numpy(), shown.numpy())
     writer.close()
     return {"k": k}
 

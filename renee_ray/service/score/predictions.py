@@ -17,12 +17,15 @@ import pyarrow.parquet as pq
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Kind, listed_files
 from renee_ray.data.storage import write_file
+from renee_ray.data.targets import part_name
 from renee_ray.parallel.batch import Batch
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.topk.select import NONE
 
 PART_ROWS, PART_PAIRS = 1 << 14, 1 << 21
 """Most rows, and most pairs of a row and a label, of a part; one batch may exceed them."""
+GROUP_ROWS = 1 << 10
+"""Rows of a row group, so that training reads the few that it needs (`data.targets`)."""
 WINDOW = 16
 """Most batches of a window."""
 PREDICTIONS = Kind(
@@ -69,11 +72,6 @@ class Layout:
         ]
 
 
-def part_name(first: int) -> str:
-    """Returns the name of the part that begins with this row of the split."""
-    return f"part-{first:012d}.parquet"
-
-
 class Writer:
     """One rank's parts, in the directory `destination`.
 
@@ -114,7 +112,7 @@ class Writer:
             texts = pa.ListArray.from_arrays(ids.offsets, texts)
             table = table.append_column("label_texts", texts)
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", row_group_size=GROUP_ROWS)
         write_file(f"{self._destination}/{part_name(int(rows.min()))}", buffer.getvalue())
         self._found, self._rows = [], 0
 

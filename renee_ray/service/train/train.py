@@ -12,6 +12,7 @@ import ray
 from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
+from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import check_positions
@@ -49,6 +50,9 @@ def train(
     """
     dataset = Dataset.open(config.data)
     config = config.model_copy(update={"data": dataset.path, "output": absolute(config.output)})
+    if config.feed.targets:  # set, and so compared with the run's
+        fixed = config.feed.model_copy(update={"targets": absolute(config.feed.targets)})
+        config = config.model_copy(update={"feed": fixed})
     directory = RunDirectory(config.output)
     config = resumed(config, directory, dataset, on_progress)
     check(config, dataset)
@@ -123,6 +127,7 @@ def check(config: RunConfig, dataset: Dataset) -> None:
             f"tokenizer={config.encoder.name}"
         )
     check_positions(config.encoder, manifest.max_length)
+    Targets.of(config.feed.targets, dataset)
     check_sinks(config)
     if config.encoder.weights and not Path(config.encoder.weights).is_file():
         raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")

@@ -15,6 +15,7 @@ from renee_ray.checkpoint.state import Checkpoint, State, set_moments
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.targets import Targets
 from renee_ray.errors import ReneeError
 from renee_ray.model.initialise import initialise_classifier
 from renee_ray.model.model import Model, build_model
@@ -100,6 +101,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
             share.dataset, share.orders, ranks.rank, ranks.num_ranks, start=state.position,
             max_length=config.encoder.max_length, pad_multiple=8 if config.encoder.compile else 1,
             prefetch=config.feed.prefetch, run=run_name(config),
+            targets=Targets.of(config.feed.targets, share.dataset),
         )  # fmt: skip
         yield Prepared(trainer, batches, observer, writer)
 

@@ -5,7 +5,8 @@ E [B, D] and velocities m; whatever is in between is fp32:
 
     _residual    Z = W E';  G = sigmoid(Z)                [c, B]; sums of softplus(Z) if asked
                  (of e4m3 numbers Z = W E' s, with a factor s of each row)
-    _positives   z = W[l] . E[i];  G[l, i] = -sigmoid(-z)   for every pair (l, i)
+    _positives   z = W[l] . E[i];  G[l, i] = (1 - y) sigmoid(z) - y sigmoid(-z)
+                 for every pair (l, i) of value y, which is 1 but for soft targets
     _update      m <- momentum * m + G E + decay * w;  w <- w - lr * m      rounded as stored
 
 A row of G is followed by zeros up to its stride, a multiple of `PADDING`. Kernels are compiled for
@@ -60,6 +61,8 @@ def residual(
     out: Tensor,
     loss: Tensor | None,
     scales: Tensor | None = None,
+    *,
+    values: Tensor | None = None,
 ) -> Tensor:
     """Computes `plain.residual` on a GPU, of e4m3 numbers if there are `scales`.
 
@@ -87,9 +90,10 @@ def residual(
     key = "residual", scaled, with_loss, dim, stride.bit_length(), inputs.dtype
     sums = launch(tiles.fastest(key, operand, inputs, lambda: launch))
     if len(rows):
+        values = factors.new_ones(len(rows), dtype=torch.float32) if values is None else values
         _positives[(len(rows),)](
-            operand, inputs, factors, out, logits, labels, rows, stride, dim, scaled, with_loss,
-            PAIR,
+            operand, inputs, factors, out, logits, labels, rows, values, stride, dim, scaled,
+            with_loss, PAIR,
         )  # fmt: skip
     if loss is not None:
         loss += sums.sum(dtype=torch.float64) - logits.sum(dtype=torch.float64)
@@ -223,9 +227,9 @@ def _residual(
             tl.store(sums + tile, tl.sum(loss, axis=0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["labels", "rows"])
+@triton.jit(do_not_specialize_on_alignment=["labels", "rows", "values"])
 def _positives(
-    weight, inputs, scales, out, logits, labels, rows, stride,
+    weight, inputs, scales, out, logits, labels, rows, values, stride,
     DIM: tl.constexpr, SCALED: tl.constexpr, LOSS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -239,9 +243,11 @@ def _positives(
     z = tl.sum(total, axis=0)
     if SCALED:
         z *= tl.load(scales + row)
-    tl.store(out + label * stride + row, (-1 / (1 + tl.exp(z))).to(out.dtype.element_ty))
+    y = tl.load(values + pair)
+    residual = (1 - y) / (1 + tl.exp(-z)) - y / (1 + tl.exp(z))
+    tl.store(out + label * stride + row, residual.to(out.dtype.element_ty))
     if LOSS:
-        tl.store(logits + pair, z)
+        tl.store(logits + pair, y * z)
 
 
 @triton.jit(do_not_specialize=["weight_key", "velocity_key", "first", "c", "batch"])

@@ -3,7 +3,7 @@
 For c labels with weights w and velocities m [c, D], embeddings E [B, D] and the positives Y
 [c, B] of the chunk:
 
-    residual    G = sigmoid(w E') - Y
+    residual    G = sigmoid(w E') - Y             Y in [0, 1]: 1, or a soft target's value
     Update      m <- momentum * m + G E + weight_decay * w;    w <- w - lr * m
 
 The update is SGD with coupled weight decay (Renée, section 3), as `torch.optim.SGD` makes it.
@@ -27,39 +27,52 @@ from renee_ray.xfc.weights.storages import SGD, Weights
 
 
 def residual(
-    operand: Tensor, inputs: Tensor, labels: Tensor, rows: Tensor, out: Tensor, loss: Tensor | None
+    operand: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    loss: Tensor | None,
+    *,
+    values: Tensor | None = None,
 ) -> Tensor:
-    """Computes sigmoid(operand @ inputs.T) - y, where y is 1 at the pairs (labels, rows).
+    """Computes sigmoid(operand @ inputs.T) - y, where y is not 0 at the pairs (labels, rows).
 
     Args:
         operand: [c, D]; inputs: [B, D]; out: [c, B], all of one dtype.
         labels: int64 [m], rows of `operand`; rows: int64 [m], of `inputs`; no pair twice.
         loss: float64 scalar, to which the sum of BCE-with-logits is added; None: not computed.
+        values: float32 [m], y of each pair, in [0, 1]; None: all are 1.
 
     Returns:
         `out`
     """
     torch.mm(operand, inputs.T, out=out)
     if loss is not None:
-        loss += bce_sum(out, labels, rows)
-    return subtract_positives(out, labels, rows)
+        loss += bce_sum(out, labels, rows, values)
+    return subtract_positives(out, labels, rows, values)
 
 
-def subtract_positives(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def subtract_positives(
+    logits: Tensor, labels: Tensor, rows: Tensor, values: Tensor | None = None
+) -> Tensor:
     """Computes sigmoid(logits) - y in place, for logits [c, B] and y as in `residual`.
 
-    At a positive it is -sigmoid(-logit): a difference from 1 would lose all digits in bf16.
+    At a positive z it is (1 - y) sigmoid(z) - y sigmoid(-z): a difference from 1 would lose all
+    digits in bf16.
     """
-    positive = logits[labels, rows].neg_().sigmoid_().neg_()
+    z = logits[labels, rows].float()
+    y = torch.ones_like(z) if values is None else values
     logits.sigmoid_()
-    logits[labels, rows] = positive
+    logits[labels, rows] = ((1 - y) * z.sigmoid() - y * z.neg().sigmoid_()).to(logits.dtype)
     return logits
 
 
-def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-    """Returns the sum of BCE-with-logits over a chunk [c, B] whose positives are (labels, rows)."""
+def bce_sum(logits: Tensor, labels: Tensor, rows: Tensor, values: Tensor | None = None) -> Tensor:
+    """Returns the sum of BCE-with-logits over a chunk [c, B]; the pairs as in `residual`."""
     everywhere = torch.nn.functional.softplus(logits.float()).sum(dtype=torch.float64)
-    return everywhere - logits[labels, rows].sum(dtype=torch.float64)
+    positive = logits[labels, rows] if values is None else values * logits[labels, rows]
+    return everywhere - positive.sum(dtype=torch.float64)
 
 
 class Update:
@@ -117,15 +130,20 @@ def add_product(
     if _accumulates(right.device, right.dtype):
         torch.addmm(total, left, right, torch.float32, beta=beta, alpha=alpha, out=total)
         return
-    product = scratch("product fp32", *total.shape)
-    if right.is_cuda:
-        torch.mm(left, right, out_dtype=torch.float32, out=product)
-    else:
-        narrow = scratch("product", *total.shape, dtype=right.dtype)
-        product.copy_(torch.mm(left, right, out=narrow))
+    product = multiply(left, right, scratch("product fp32", *total.shape), scratch)
     if beta != 1:
         total.mul_(beta)
     total.add_(product, alpha=alpha)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, scratch: Scratch) -> Tensor:
+    """Computes left @ right into `out` float32 [m, n]; a CPU rounds narrow products first."""
+    if right.dtype == torch.float32:
+        return torch.mm(left, right, out=out)
+    if right.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    narrow = scratch("product", *out.shape, dtype=right.dtype)
+    return out.copy_(torch.mm(left, right, out=narrow))
 
 
 @functools.cache
