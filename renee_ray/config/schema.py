@@ -352,6 +352,9 @@ class ScoreConfig(Config):
     """What a label gains that all neighbours have; null: as in the run."""
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
+    explain: bool = False
+    """predict: add what transformer, bag and the rest each add to a score, as three columns; needs
+    a run with a bag, and embeds each text twice."""
     overwrite: bool = False
     """predict: replace predictions that are already at DST."""
 

@@ -39,7 +39,8 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     """Writes the k best labels of every point of a split to `destination`/part-*.parquet.
 
     The columns are point_id int64, label_ids list<int64> (best first) and scores list<float>;
-    with `texts` also label_texts list<string>. Rows, and the names of the parts, are in the order
+    with `texts` also label_texts list<string>, with `explain` list<float> columns of what each
+    part of a score is. Rows, and the names of the parts, are in the order
     of the input. Filter labels are removed before the cut; a row is shorter than k where fewer
     labels remain. `_predictions.json` is written last.
 
@@ -58,6 +59,11 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     output.check()
     labels = directory.dataset() if raw else Dataset.open(src)
     job = ScoringJob.checked(directory, labels, _bounded(score, labels.manifest.num_labels))
+    if score.explain and not job.config.encoder.bag.dim:
+        raise ReneeError(
+            f"{directory.path} was trained without a bag, so its scores have no parts for "
+            f"explain=true; omit it, or train with encoder.bag.dim=512"
+        )
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split}
     output.claim()
@@ -122,7 +128,10 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     all_sum(ranks, torch.zeros(1))  # nobody writes before they are declared
     writer = Writer(output.path, layout.part_rows, job.labels if job.score.texts else None)
     for batch, scores, best in scorer.predict(batches, k):
-        writer.add(batch, best.numpy(), scores.numpy())
+        parts = scorer.parts(batch, best) if job.score.explain else []
+        if parts:
+            parts = [*parts, scores - sum(parts)]
+        writer.add(batch, best.numpy(), scores.numpy(), [part.numpy() for part in parts])
     writer.close()
     return {"k": k}
 
