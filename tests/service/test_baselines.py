@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_tfidf_ridge_equals_its_primal_solution() -> None:
 
     def terms(text: str) -> list[str]:
         words = text.split()
-        return words + [" ".join(pair) for pair in zip(words, words[1:], strict=False)]
+        return words + [" ".join(pair) for pair in pairwise(words)]
 
     known = sorted({term for text in texts for term in terms(text)})
     idf = [math.log(6 / (1 + sum(t in terms(x) for x in texts))) + 1 for t in known]
