@@ -53,17 +53,16 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
             predictions already, at `destination`.
     """
     directory, destination = RunDirectory(absolute(run)), absolute(destination)
-    directory.config()
+    if score.explain and not directory.config().encoder.bag.dim:
+        raise ReneeError(
+            f"{directory.path} was trained without a bag, so its scores have no parts for "
+            f"explain=true; omit it, or train with encoder.bag.dim=512"
+        )
     raw = _check_input(src, destination, score)
     output = Destination(destination, PREDICTIONS, score.overwrite)
     output.check()
     labels = directory.dataset() if raw else Dataset.open(src)
     job = ScoringJob.checked(directory, labels, _bounded(score, labels.manifest.num_labels))
-    if score.explain and not job.config.encoder.bag.dim:
-        raise ReneeError(
-            f"{directory.path} was trained without a bag, so its scores have no parts for "
-            f"explain=true; omit it, or train with encoder.bag.dim=512"
-        )
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split}
     output.claim()
