@@ -260,21 +260,18 @@ def _most_frequent(truth: Truth) -> Ints:
 
 def _linear(raw: Path, dataset: Dataset, truth: Truth) -> Ints:
     """Returns the predictions of a linear model of all training points and label texts."""
-    splits = ("train", "validation")
     table = pa.concat_tables(
-        dataset.read_rows(split, 0, dataset.manifest.num_points(split)) for split in splits
+        dataset.read_rows(split, 0, dataset.manifest.num_points(split))
+        for split in ("train", "validation")
     )
-    labels = ragged(table["labels"]).followed_by(ragged(table["filter_labels"]))
-    true = sp.csr_matrix(
-        (np.ones(len(labels.values), np.float32), labels.values, labels.offsets),
-        (len(labels), len(truth.label_texts)),
-    )
-    lines, filters = _lines(raw / "trn_X.txt"), truth.filters
-    texts = [lines[point] for point in table["point_id"].to_pylist()] + truth.label_texts
-    own = sp.identity(len(truth.label_texts), np.float32)
-    tests = _lines(raw / "tst_X.txt")
+    rows = ragged(table["labels"]).followed_by(ragged(table["filter_labels"]))
+    shape, ones = (len(rows), len(truth.label_texts)), np.ones(len(rows.values), np.float32)
+    true = sp.csr_matrix((ones, rows.values, rows.offsets), shape)
+    labels = sp.vstack([true, sp.identity(shape[1], np.float32)])
+    trained, tests, filters = _lines(raw / "trn_X.txt"), _lines(raw / "tst_X.txt"), truth.filters
+    texts = [trained[point] for point in table["point_id"].to_pylist()] + truth.label_texts
     points = [tests[point] for point in truth.points]
-    return tfidf_ridge(texts, sp.vstack([true, own]), points, filters.offsets, filters.values, K)
+    return tfidf_ridge(texts, labels, points, filters.offsets, filters.values, K)
 
 
 def _lines(path: Path) -> list[str]:

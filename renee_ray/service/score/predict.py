@@ -55,8 +55,8 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     directory, destination = RunDirectory(absolute(run)), absolute(destination)
     if score.explain and not directory.config().encoder.bag.dim:
         raise ReneeError(
-            f"{directory.path} was trained without a bag, so its scores have no parts for "
-            f"explain=true; omit it, or train with encoder.bag.dim=512"
+            f"{run} was trained without a bag, whose part explain=true would tell; omit it, or "
+            f"train with encoder.bag.dim=512"
         )
     raw = _check_input(src, destination, score)
     output = Destination(destination, PREDICTIONS, score.overwrite)
