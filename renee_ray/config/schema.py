@@ -414,6 +414,9 @@ class ScoreConfig(Config):
     without votes and adjustment makes probabilities: soft targets (`feed.targets`) are such."""
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
+    explain: bool = False
+    """predict: add what transformer, bag and the rest each add to a score, as three columns; needs
+    a run with a bag, and embeds each text twice."""
     overwrite: bool = False
     """predict: replace predictions that are already at DST."""
 

@@ -110,7 +110,7 @@ class Neighbours:
         scores, labels = best[0].cpu(), best[1].cpu()
         rows, voted, votes = self._votes(embeddings, counts)
         return merge_topk(
-            [scores + self.weight * _votes_for(labels, rows, voted, votes)], [labels], k
+            [scores + self.weight * sums_of_pairs(labels, rows, voted, votes)], [labels], k
         )
 
     def _votes(self, embeddings: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +134,11 @@ class Neighbours:
         )
 
 
-def _votes_for(labels: Tensor, rows: Tensor, voted: Tensor, votes: Tensor) -> Tensor:
-    """Sums the votes for each of labels int64 [b, k]; float32 [b, k], 0 for those without."""
+def sums_of_pairs(labels: Tensor, rows: Tensor, voted: Tensor, votes: Tensor) -> Tensor:
+    """Sums the votes for each of labels int64 [b, k]; float32 [b, k], 0 for those without.
+
+    rows, voted: int64 [m], (row, label) of each of `votes`, float32 [m].
+    """
     if not len(rows):
         return torch.zeros(labels.shape)
     width = int(torch.maximum(labels.max(), voted.max())) + 1

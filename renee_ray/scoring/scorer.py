@@ -26,15 +26,16 @@ from renee_ray.parallel.collectives import (
     all_sum,
     gather_rows,
     look_up,
+    return_pairs,
     return_rows,
     route,
     row_counts,
 )
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
-from renee_ray.scoring.neighbours import RERANKED, Neighbours
+from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.topk.select import merge_topk, shard_topk
+from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,11 @@ class Scorer:
             (scores float32 [b, k] descending, labels int64 [b, k]) in host memory; label -1
             where fewer than k labels remain. k is the number of labels where it is greater.
         """
+        owned = self.shard.owned
         counts = row_counts(self.ranks, len(batch))
         first = sum(counts[: self.ranks.rank])
-        owned = self.shard.owned
         rows, banned = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
-        own = self.encoder(*batch.tokens(self.device))[: len(batch)]
-        everyone = gather_rows(self.ranks, own, counts)
+        everyone = self._embed(batch, counts)
         excluded = Pairs(rows, banned, owned, self.device)
         k = min(k, owned.num_labels)
         candidates = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
@@ -79,6 +79,41 @@ class Scorer:
         if self.neighbours is not None:
             return self.neighbours.add(everyone, counts, best, k)
         return best[0].cpu(), best[1].cpu()
+
+    @torch.inference_mode()
+    def parts(self, batch: Batch, labels: Tensor) -> list[Tensor]:
+        """Computes what the transformer and the bag add to the logits of own rows' labels.
+
+        With e - constant = [t | b] the embedding of a row, and w = [w_t | w_b] the weights of a
+        label, these are t . w_t and b . w_b. The rows are embedded anew.
+
+        Args:
+            labels: int64 [b, k], host memory; `NONE` where there is none, whose parts are 0.
+
+        Returns:
+            two matrices float32 [b, k] in host memory
+        """
+        counts = row_counts(self.ranks, len(batch))
+        everyone = self._embed(batch, counts) - self.encoder.constant
+        own, places = (labels != NONE).nonzero(as_tuple=True)
+        first, owned = sum(counts[: self.ranks.rank]), self.shard.owned
+        rows, ids = route(self.ranks, own + first, labels[own, places], owned.num_labels)
+        assert self.encoder.bag is not None, "checked before the run is loaded"
+        widths = [self.encoder.dim - self.encoder.bag.dim, self.encoder.bag.dim]
+        found = [torch.zeros(len(rows)) for _ in widths]
+        for start, stop in self.shard.chunks(max(1, len(everyone))):
+            weights = self.shard.weights.weight.read(start, stop).split(widths, 1)
+            there = (ids - owned.start >= start) & (ids - owned.start < stop)
+            at = rows[there].to(self.device), (ids[there] - owned.start - start).to(self.device)
+            for values, part, weight in zip(found, everyone.split(widths, 1), weights, strict=True):
+                values[there] = (part @ weight.T)[at].cpu()
+        returned = (return_pairs(self.ranks, rows, ids, values, counts) for values in found)
+        return [sums_of_pairs(labels, *each) for each in returned]
+
+    def _embed(self, batch: Batch, counts: list[int]) -> Tensor:
+        """Embeds own rows; returns the embeddings of all ranks' rows, float32 [B, D]."""
+        own = self.encoder(*batch.tokens(self.device))[: len(batch)]
+        return gather_rows(self.ranks, own, counts)
 
     def predict(self, batches: Iterable[Batch], k: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Yields (batch, scores, labels). All ranks must draw equally many batches."""

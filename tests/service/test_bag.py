@@ -61,17 +61,22 @@ def test_a_bag_alone_trains_and_its_export_scores_as_predict_does(
     assert main(["train", str(config)]) == 0
     assert main(["export", run, str(tmp_path / "e"), "checkpoint=last"]) == 0
     arguments = ["predict", run, dataset, str(tmp_path / "p"), f"k={K}", "checkpoint=last"]
-    assert main([*arguments, "num_workers=1"]) == 0
+    assert main([*arguments, "num_workers=1", "explain=true"]) == 0
     parts = sorted(map(str, (tmp_path / "p").glob("part-*.parquet")))
     found = {row["point_id"]: row for row in pads.dataset(parts).to_table().to_pylist()}
     files = sorted((tmp_path / "e").glob("classifier-*"))
     weight = torch.cat([load_file(file)["weight"] for file in files])
+    constant = load_file(tmp_path / "e" / "head.safetensors")["constant"]
     texts = (source / "tst_X.txt").read_text().splitlines()[:20]
     for row in Dataset.open(dataset).read_rows("test", 0, TESTS).to_pylist():
         if row["point_id"] >= len(texts):
             continue
         scores = weight @ embed(tmp_path / "e", texts[row["point_id"]], 10)
         scores[row["filter_labels"]] = -torch.inf
-        assert found[row["point_id"]]["scores"] == pytest.approx(
-            scores.topk(K).values.tolist(), abs=1e-3
-        )
+        row = found[row["point_id"]]
+        assert row["scores"] == pytest.approx(scores.topk(K).values.tolist(), abs=1e-3)
+        rest = weight[row["label_ids"]] @ constant
+        assert row["of_rest"] == pytest.approx(rest.tolist(), abs=1e-3)
+        assert set(row["of_transformer"]) == {0.0}
+        parts = zip(row["of_bag"], row["of_rest"], strict=True)
+        assert row["scores"] == pytest.approx([bag + other for bag, other in parts], abs=1e-5)

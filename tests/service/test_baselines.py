@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from renee_ray.service.score import baselines
-from renee_ray.service.score.baselines import most_frequent, nearest_label_text
+from renee_ray.service.score.baselines import most_frequent, nearest_label_text, tfidf_ridge
 
 NUM_LABELS, POINTS = 23, 40
 
@@ -79,6 +81,35 @@ def test_zero_embedding_and_no_points() -> None:
     found = nearest_label_text(zero, units, offsets, none, 2)
     np.testing.assert_array_equal(found, [[0, 1]])
     assert most_frequent(np.ones(3, np.int64), offsets[:1], none, 0, 2).shape == (0, 2)
+
+
+@pytest.mark.usefixtures("block_elements")
+def test_tfidf_ridge_equals_its_primal_solution() -> None:
+    """TF-IDF by hand, and the normal equations of all features where the code has a kernel."""
+    texts = ["red car", "red bus", "blue car", "old blue bus bus", "car"]
+    true = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=np.float64)
+    points = ["blue bus", "red red car", "unknown"]
+
+    def terms(text: str) -> list[str]:
+        words = text.split()
+        return words + [" ".join(pair) for pair in pairwise(words)]
+
+    known = sorted({term for text in texts for term in terms(text)})
+    idf = [math.log(6 / (1 + sum(t in terms(x) for x in texts))) + 1 for t in known]
+
+    def row(text: str) -> np.ndarray:
+        counts = [terms(text).count(term) for term in known]
+        tf = [(1 + math.log(n)) * w if n else 0.0 for n, w in zip(counts, idf, strict=True)]
+        return np.array(tf) / max(1e-12, math.hypot(*tf))
+
+    x = np.array([row(text) for text in texts])
+    weights = np.linalg.solve(x.T @ x + np.eye(len(known)), x.T @ true)
+    scores = np.array([row(text) for text in points]) @ weights
+    filters = [{2}, set(), {0}]
+    offsets, values = np.array([0, 1, 1, 2]), np.array([2, 0])
+    expected = [best_first(s, f, 2) for s, f in zip(scores.tolist(), filters, strict=True)]
+    found = tfidf_ridge(texts, sp.csr_matrix(true), points, offsets, values, 2)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_offsets_that_do_not_fit() -> None:

@@ -58,7 +58,8 @@ def write(dataset: Dataset, layout: Layout, destination: Path, texts: Dataset | 
             assert batch.rows is not None
             labels = (batch.points[:, None] + np.arange(layout.k)) % dataset.manifest.num_labels
             labels[batch.points % 3 == 0, -1] = -1
-            writer.add(batch, labels, labels.astype(np.float32))
+            scores = labels.astype(np.float32)
+            writer.add(batch, labels, scores, [scores + 1, scores + 2, scores + 3])
         writer.close()
 
 
@@ -88,6 +89,8 @@ def test_parts_are_in_the_order_of_the_rows(
             (point + i) % dataset.manifest.num_labels for i in range(1 if point % 3 == 0 else 2)
         ]
         assert row["label_ids"].tolist() == row["scores"].tolist() == labels
+        for more, name in enumerate(predictions.PARTS, 1):
+            assert row[name].tolist() == [label + more for label in labels]
         assert row["label_texts"].tolist() == [f"label {label}" for label in labels]
     assert max(dataset.reads.values()) <= len(parts), "texts are read once for each part"
 

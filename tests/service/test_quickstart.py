@@ -107,7 +107,15 @@ def first(tiny_encoder: str, output: Path) -> Command:
 
 @pytest.mark.slow
 def test_it_prints_figures_and_examples_and_writes_a_report(first: Command, output: Path) -> None:
-    for text in ("renee_ray", "zero-shot", "most frequent labels", "P@1", "recall@100", "✓"):
+    for text in (
+        "renee_ray",
+        "linear",
+        "zero-shot",
+        "most frequent labels",
+        "P@1",
+        "recall@100",
+        "✓",
+    ):
         assert text in first.stdout
     assert f"report: {output}/report.html" in first.stdout
     assert "Traceback" not in first.stderr and "validation after step 0" in first.stderr
@@ -134,7 +142,9 @@ def test_a_second_call_gives_the_same_figures(
     shown = {row["model"]: row for row in found["comparison"]}
     assert f"{shown['renee_ray']['P@1']:.1f}" in first.stdout
     assert len(found["examples"]) == quickstart.EXAMPLES
-    assert main(["evaluate", f"{output}/run", f"{output}/dataset", "--json"]) == 0
+    assert (
+        main(["evaluate", f"{output}/run", f"{output}/dataset", "checkpoint=last", "--json"]) == 0
+    )
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     for name in quickstart.COMPARED:
         assert shown["renee_ray"][name] == pytest.approx(metrics[name], abs=1e-6)

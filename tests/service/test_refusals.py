@@ -65,6 +65,12 @@ def test_sources_that_are_none(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not out.exists()
 
 
+def test_parts_of_scores_without_a_bag(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.parent / "out"
+    error = refused(capsys, "predict", run, run.parent / "set", out, "explain=true")
+    assert "without a bag" in error and "encoder.bag.dim" in error and not out.exists()
+
+
 def test_other_labels(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     original = Dataset.open(str(run.parent / "set"))
     other = reordered(original, run.parent / "other")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from tests.training.gloo import on_ranks
 
 CPU = torch.device("cpu")
 WORLD_SIZES = (1, 2, 3)
-LABELS, DIM, VOCABULARY = 23, 5, 15
+LABELS, DIM, BAG, VOCABULARY = 23, 5, 2, 15
 SIZES = (7, 1, 2, 6)  # of the global batches; some leave a rank without rows
 
 
@@ -38,6 +40,16 @@ class Sum(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.noise((self.tokens(ids) * mask.unsqueeze(-1)).sum(1))
+
+
+class WithBag(Sum):
+    """The last `BAG` columns stand for those of a bag, and a constant is added to all."""
+
+    bag = SimpleNamespace(dim=BAG)
+    constant = torch.arange(1.0, DIM + 1)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, mask) + self.constant
 
 
 Point = tuple[list[int], list[int], list[int]]
@@ -66,17 +78,26 @@ def inverse() -> np.ndarray:
     return inverse_propensity(np.arange(LABELS) ** 2, 500, 0.55, 1.5)
 
 
-def score(ranks: Ranks, device: torch.device = CPU) -> dict[str, torch.Tensor]:
+def scorer_of(encoder: Sum, ranks: Ranks, device: torch.device = CPU) -> Scorer:
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
     shard = Shard(owned, Weights("bf16_split", len(owned), DIM, False, device), chunk=4)
     shard.write(owned.start, weight()[owned.start : owned.stop].to(device))
-    encoder = Sum().to(device)
-    scorer = Scorer(encoder, shard, ranks, device)  # type: ignore[arg-type]
+    return Scorer(encoder.to(device), shard, ranks, device)  # type: ignore[arg-type]
+
+
+def batches_of(ranks: Ranks) -> list[Batch]:
     batches = []
     for number, listed in enumerate(points()):
         mine = listed[slice(*split_range(len(listed), ranks.num_ranks, ranks.rank))]
         columns = [Ragged.of_lists([point[i] for point in mine]) for i in range(3)]
         batches.append(Batch(Position(0, number), np.arange(len(mine)), *columns, pad_id=0))
+    return batches
+
+
+def score(ranks: Ranks, device: torch.device = CPU) -> dict[str, torch.Tensor]:
+    encoder, batches = Sum(), batches_of(ranks)
+    scorer = scorer_of(encoder, ranks, device)
+    owned = scorer.shard.owned
     own = torch.from_numpy(inverse()[owned.start : owned.stop])
     metrics = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
     assert encoder.training, "the mode is put back"
@@ -141,3 +162,33 @@ def test_every_rank_predicts_its_own_rows(
         for row in result[f"labels {batch}"].tolist()
     ]
     assert found == dense()
+
+
+def explain(ranks: Ranks) -> dict[str, torch.Tensor]:
+    scorer = scorer_of(WithBag(), ranks)
+    found = {}
+    for i, (batch, scores, labels) in enumerate(scorer.predict(batches_of(ranks), 30)):
+        parts = torch.stack([scores, *scorer.parts(batch, labels)], -1)
+        found |= {f"labels {i}": labels, f"parts {i}": parts}
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_parts_of_scores_equal_dense_products(num_ranks: int) -> None:
+    """Also on ranks without rows, and 0 in places without a label."""
+    runs = [explain(Ranks())] if num_ranks == 1 else on_ranks(num_ranks, explain)
+    listed = [point for batch in points() for point in batch]
+    names = [(i, run) for i in range(len(SIZES)) for run in runs]
+    labels = torch.cat([run[f"labels {i}"] for i, run in names])
+    parts = torch.cat([run[f"parts {i}"] for i, run in names]).double()
+    encoder, w = Sum().eval(), weight().double()
+    assert len(labels) == len(listed) and (labels < 0).any()
+    for (tokens, _, _), row, found in zip(listed, labels, parts, strict=True):
+        ids, kept = torch.tensor([tokens]), row >= 0
+        e, of_row = encoder(ids, torch.ones_like(ids))[0].double(), w[row[kept]]
+        cut = DIM - BAG
+        transformer, bag = of_row[:, :cut] @ e[:cut], of_row[:, cut:] @ e[cut:]
+        rest = of_row @ WithBag.constant.double()
+        expected = torch.stack([transformer + bag + rest, transformer, bag], -1)
+        torch.testing.assert_close(found[kept], expected, atol=1e-5, rtol=1e-5)
+        assert (found[~kept][:, 1:] == 0).all()

@@ -1,6 +1,6 @@
-"""Two predictors that need no training, for judging a trained model on the same points.
+"""Predictors that take seconds, for judging a trained model on the same points.
 
-Both take the points' filter labels in CSR form (`filter_offsets` int64 [n + 1], `filter_values`
+All take the points' filter labels in CSR form (`filter_offsets` int64 [n + 1], `filter_values`
 int64 [f]: point i must not be given filter_values[filter_offsets[i] : filter_offsets[i + 1]]) and
 remove them before the cut, so that k labels remain wherever a point has k others. They return int64
 [n, k], best first, -1 where none is left; equal scores come in ascending order of the id.
@@ -8,10 +8,13 @@ remove them before the cut, so that k labels remain wherever a point has k other
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
+
+from renee_ray.errors import ReneeError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -61,9 +64,48 @@ def nearest_label_text(
     Points go in blocks, so that scores of all points and labels never exist together. Raises
     ValueError if the offsets are not those of n points.
     """
-    n, num_labels = len(point_embeddings), len(label_embeddings)
-    _check_offsets(filter_offsets, filter_values, n)
     points, labels = _unit_rows(point_embeddings), _unit_rows(label_embeddings)
+    return _largest_products(points, labels, filter_offsets, filter_values, k)
+
+
+def tfidf_ridge(
+    texts: Sequence[str],
+    labels: sp.csr_matrix,
+    points: Sequence[str],
+    filter_offsets: Ints,
+    filter_values: Ints,
+    k: int,
+) -> Ints:
+    """Predicts by a linear model: ridge regression, one-vs-rest, on TF-IDF of words and pairs.
+
+    It is solved in the kernel form, as there are fewer texts than features: 8 m (m + L) bytes.
+
+    Args:
+        texts: m texts to train on; labels: [m, L], 1 where a label is true; points: n texts.
+
+    Raises:
+        ReneeError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.kernel_ridge import KernelRidge
+    except ImportError as error:
+        raise ReneeError(
+            "the linear baseline needs scikit-learn, which is not installed; "
+            "pip install 'renee_ray[quickstart]'"
+        ) from error
+    features = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    trained = features.fit_transform(texts)
+    weights = KernelRidge(alpha=1.0).fit(trained, labels.toarray()).dual_coef_.T
+    kernel = (features.transform(points) @ trained.T).toarray()
+    return _largest_products(kernel, weights, filter_offsets, filter_values, k)
+
+
+def _largest_products(
+    points: Floats, labels: Floats, filter_offsets: Ints, filter_values: Ints, k: int
+) -> Ints:
+    n, num_labels = len(points), len(labels)
+    _check_offsets(filter_offsets, filter_values, n)
     found = np.full((n, k), -1, dtype=np.int64)
     for start, stop in _blocks(n, num_labels):
         scores = points[start:stop] @ labels.T

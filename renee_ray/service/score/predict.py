@@ -33,7 +33,8 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     """Writes the k best labels of every point of a split to `destination`/part-*.parquet.
 
     The columns are point_id int64, label_ids list<int64> (best first) and scores list<float>;
-    with `texts` also label_texts list<string>. Rows, and the names of the parts, are in the order
+    with `texts` also label_texts list<string>, with `explain` list<float> columns of what each
+    part of a score is. Rows, and the names of the parts, are in the order
     of the input. Filter labels are removed before the cut; a row is shorter than k where fewer
     labels remain. `_predictions.json` is written last.
 
@@ -46,7 +47,11 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
             predictions already, at `destination`.
     """
     directory, destination = RunDirectory(absolute(run)), absolute(destination)
-    directory.config()
+    if score.explain and not directory.config().encoder.bag.dim:
+        raise ReneeError(
+            f"{run} was trained without a bag, whose part explain=true would tell; omit it, or "
+            f"train with encoder.bag.dim=512"
+        )
     raw = _check_input(src, destination, score)
     output = Destination(destination, PREDICTIONS, score.overwrite)
     output.check()
@@ -130,8 +135,11 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     all_sum(ranks, torch.zeros(1))  # nobody writes before they are declared
     writer = Writer(output.path, layout.part_rows, job.labels if job.score.texts else None)
     for batch, scores, best in scorer.predict(batches, k):
+        parts = scorer.parts(batch, best) if job.score.explain else []
+        if parts:
+            parts = [*parts, scores - sum(parts)]
         shown = scores.sigmoid() if job.score.scores == "probabilities" else scores
-        writer.add(batch, best.numpy(), shown.numpy())
+        writer.add(batch, best.numpy(), shown.numpy(), [part.numpy() for part in parts])
     writer.close()
     return {"k": k}
 

@@ -8,6 +8,7 @@ first row; so the parts' names sort in the order of the rows, whatever the numbe
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ PART_ROWS, PART_PAIRS = 1 << 14, 1 << 21
 """Most rows, and most pairs of a row and a label, of a part; one batch may exceed them."""
 GROUP_ROWS = 1 << 10
 """Rows of a row group, so that training reads the few that it needs (`data.targets`)."""
+PARTS = "of_transformer", "of_bag", "of_rest"
+"""Columns of what a score is made of; the last has the constant, the adjustment and the votes."""
 WINDOW = 16
 """Most batches of a window."""
 PREDICTIONS = Kind(
@@ -84,8 +87,17 @@ class Writer:
         self._found: list[tuple[np.ndarray, pa.Table]] = []
         self._rows = 0
 
-    def add(self, batch: Batch, labels: np.ndarray, scores: np.ndarray) -> None:
-        """Takes labels int64 [b, k] and scores float32 [b, k] of a batch's rows, best first."""
+    def add(
+        self,
+        batch: Batch,
+        labels: np.ndarray,
+        scores: np.ndarray,
+        parts: Sequence[np.ndarray] = (),
+    ) -> None:
+        """Takes labels int64 [b, k] and scores float32 [b, k] of a batch's rows, best first.
+
+        parts: float32 [b, k] each, of the scores, for the columns `PARTS`.
+        """
         assert batch.rows is not None
         kept = labels != NONE
         offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]).astype(np.int32))
@@ -94,6 +106,8 @@ class Writer:
             "label_ids": pa.ListArray.from_arrays(offsets, pa.array(labels[kept])),
             "scores": pa.ListArray.from_arrays(offsets, pa.array(scores[kept])),
         }
+        for name, part in zip(PARTS, parts, strict=False):
+            columns[name] = pa.ListArray.from_arrays(offsets, pa.array(part[kept]))
         self._found.append((batch.rows, pa.table(columns)))
         self._rows += len(batch)
         if self._rows >= self._part_rows:
