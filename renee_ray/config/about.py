@@ -44,7 +44,7 @@ class About(Config):
     encoder: EncoderShape | None = None
     weights: str = ""
     """First weights that the published run began with, if not those of encoder.name."""
-    expected: dict[str, float] = {}
+    expected: dict[str, float] = Field(default_factory=dict)
     """Published metrics on the test split in percent, by name and cut-off."""
     propensities: Literal["plain", "augmented"] = "plain"
     """How PSP counted the points of a label: augmented: its text was one more, as in the released
