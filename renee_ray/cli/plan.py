@@ -22,7 +22,7 @@ UNSET = {"data": "-", "output": "-"}
 @json_option
 def recipes(name: str, as_json: bool) -> None:
     """List the recipes, with what was published for each; or show the file of one, NAME."""
-    from renee_ray.report.plan import recipe_facts, recipe_table
+    from renee_ray.report.plan import recipe_facts, recipe_text
 
     if name and not as_json:
         if find_recipe(name) is None:
@@ -37,7 +37,7 @@ def recipes(name: str, as_json: bool) -> None:
         if name:
             facts["settings"] = {k: v for k, v in dotted(layer) if k != "recipe"}
         found.append(facts)
-    print_facts(found[0] if name else {"recipes": found}, as_json, recipe_table)
+    print_facts(found[0] if name else {"recipes": found}, as_json, recipe_text)
 
 
 @click.command(cls=ConfiguredCommand, keys=RunConfig)

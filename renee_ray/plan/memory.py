@@ -34,17 +34,10 @@ from renee_ray.xfc.weights.storages import STORAGES, stored_bytes
 
 ALLOCATOR_SHARE = {"cuda": 0.1, "cpu": 0.05}
 """Share of what comes and goes that an allocator holds besides."""
-STATES = (
-    "weights",
-    "momentum",
-    "encoder parameters",
-    "encoder gradients",
-    "encoder moments",
-    "bag",
-)
-"""Components that are there whatever a batch is like."""
 COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
 """Components that the first worker saves; of the others, each saves weights and momentum alone."""
+STATES = (*COPIED, "encoder gradients")
+"""Components that are there whatever a batch is like."""
 COPY = "checkpoint copy"
 """The component that a run does without where memory is short."""
 

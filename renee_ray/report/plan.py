@@ -15,35 +15,35 @@ from renee_ray.errors import printable
 from renee_ray.plan.devices import GIB
 from renee_ray.plan.plan import Plan
 
-METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5")
+METRICS = ("P@1", "PSP@1")
+"""Published metrics in the list of recipes; its JSON has all."""
 
 
 def recipe_facts(name: str, config: RunConfig, about: About | None) -> dict[str, Any]:
-    """Returns what the list of recipes says of one."""
+    """Returns what the list of recipes says of one: key settings, and what is published."""
+    published = about.model_dump(exclude={"encoder"}) if about else {}
     return {
         "name": name,
         "encoder": config.encoder.name,
         "batch_size": config.batch_size,
         "epochs": config.epochs,
         "precision": config.classifier.precision,
-        **(about.model_dump(mode="json") if about else {}),
-        "encoder_shape": about.encoder.model_dump() if about and about.encoder else None,
-    } | {"encoder": config.encoder.name}
+        **published,
+    }
 
 
-def recipe_table(facts: Mapping[str, Any]) -> RenderableType:
-    """Shows the list of recipes."""
-    table = _table("recipe", "encoder", right=("labels", "batch", "epochs", *METRICS[::2], "PSP@1"))
-    table.add_column("published cost")
+def recipe_text(facts: Mapping[str, Any]) -> RenderableType:
+    """Shows the list of recipes, two lines each."""
+    heading = f"{'recipe':30}{'labels':>12}{'batch':>7}{'epochs':>8}"
+    text = Text(heading + "".join(f"{metric:>8}" for metric in METRICS) + "\n", style="bold")
     for row in facts["recipes"]:
         expected = row.get("expected", {})
-        shown = (f"{expected[m]:.2f}" if m in expected else "" for m in (*METRICS[::2], "PSP@1"))
+        numbers = f"{row.get('labels', 0):12,}{row['batch_size']:7}{row['epochs']:8}"
+        shown = (f"{expected[m]:8.2f}" if m in expected else " " * 8 for m in METRICS)
         costs = (cost_text(Cost(**cost)) for cost in row.get("costs", []))
-        table.add_row(
-            row["name"], row["encoder"].rpartition("/")[2], f"{row.get('labels', 0):,}",
-            f"{row['batch_size']:,}", str(row["epochs"]), *shown, "\n".join(costs),
-        )  # fmt: skip
-    return table
+        text.append(f"{row['name']:30}{numbers}{''.join(shown)}\n", style="not bold")
+        text.append(f"    {'; '.join([row['encoder'], *costs])}\n", style="not bold dim")
+    return text
 
 
 def cost_text(cost: Cost) -> str:
@@ -98,7 +98,7 @@ def _run(plan: Plan) -> list[tuple[str, str]]:
 
 def expectation_text(found: Mapping[str, Any]) -> RenderableType:
     """Shows a run's metrics beside the published ones, and what differs."""
-    table = _table("", right=("published", "this run", "gap", "texts counted as points"))
+    table = _table("", right=("published", "run", "gap", "run, texts as points"))
     for metric, published in found["expected"].items():
         own, augmented = found["metrics"][metric], found.get("augmented", {}).get(metric)
         compared = augmented if found["propensities"] == "augmented" and augmented else own
@@ -118,9 +118,9 @@ def expectation_text(found: Mapping[str, Any]) -> RenderableType:
 def _table(*left: str, right: Iterable[str] = ()) -> Table:
     table = Table()
     for name in left:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in right:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
