@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from renee_ray.config.overrides import dotted, make_config, parse_overrides, rea
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path
 from renee_ray.config.schema import RunConfig, ScoreConfig
 from renee_ray.errors import ConfigError
+from renee_ray.machine import OPENMP
 
 COUNT = click.IntRange(min=1)
 UNSET = {"data": "-", "output": "-"}
@@ -59,6 +61,8 @@ def plan(
     CONFIG is a YAML file or the name of a recipe. `data` may be left out where the recipe or
     --labels tell what a dataset would.
     """
+    for key, value in OPENMP.items():  # as in a run's workers, before torch loads
+        os.environ.setdefault(key, value)
     layer, about = read_recipe(config)
     given = {"num_workers": devices} if devices else {}
     made = make_config(RunConfig, UNSET, layer, parse_overrides(overrides), given, where=config)

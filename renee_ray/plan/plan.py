@@ -11,7 +11,7 @@ from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ConfigError, ReneeError
-from renee_ray.plan.devices import GIB, Device, find_device, local_device
+from renee_ray.plan.devices import GIB, Device, local_device
 from renee_ray.plan.encoder import Transformer, find_transformer
 from renee_ray.plan.memory import COPIED, COPY, STATES, Worker, Workload
 from renee_ray.plan.time import (
@@ -133,15 +133,6 @@ def make_plan(
         checkpoint_bytes=saved,
         checkpoint_s=saved / (STORAGE_RATE * num_workers),
         changes=list(helpful(worker)),
-    )
-
-
-def plan_run(config: RunConfig, device: str = "auto", num_workers: int = 0) -> Plan:
-    """Plans a run on the dataset at `config.data`. num_workers: 0: as configured."""
-    found = find_transformer(config.encoder, None)
-    workload = find_workload(config, None, None, None, None)
-    return make_plan(
-        config, workload, found, find_device(device), num_workers or config.max_workers
     )
 
 

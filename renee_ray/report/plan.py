@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -56,81 +56,57 @@ def cost_text(cost: Cost) -> str:
 def plan_text(plan: Plan, about: About | None) -> RenderableType:
     """Shows a plan, beside what was published for its recipe."""
     where = "this machine" if plan.device == "cpu" else "the device"
-    verdict = "fits" if plan.fits else "does NOT fit"
-    limit = f"{verdict} {plan.limit_bytes / GIB:.1f} GiB of {where}"
-    return Group(
-        Text(f"{plan.num_workers} x {plan.device}, {plan.precision}: {limit}", style="bold"),
-        _rows("Memory of a worker, GiB", _memory(plan)),
-        _rows(f"Step, ms ({'measured' if plan.calibrated else 'estimated'} rates)", _step(plan)),
-        _rows("Run", _run(plan)),
-        _rows("Would save", [
-            (change, f"{saved / GIB:.1f} GiB a worker, {added * 1e3:+.0f} ms a step")
-            for change, saved, added in plan.changes
-        ]),
-        _rows("Published", [(c.source, cost_text(c)) for c in about.costs] if about else []),
-    )  # fmt: skip
-
-
-def _memory(plan: Plan) -> list[tuple[str, str]]:
-    parts = [(name, f"{size / GIB:.3f}") for name, size in plan.memory.items() if size]
-    return [*parts, ("in all", f"{plan.total_bytes / GIB:.3f}")]
-
-
-def _step(plan: Plan) -> list[tuple[str, str]]:
-    parts = [(name, f"{seconds * 1e3:.1f}") for name, seconds in plan.step.items() if seconds]
-    return [*parts, ("in all", f"{plan.step_s * 1e3:.1f}")]
-
-
-def _run(plan: Plan) -> list[tuple[str, str]]:
-    sent = sum(plan.network_bytes.values())
+    verdict = (
+        f"{'fits' if plan.fits else 'does NOT fit'} {plan.limit_bytes / GIB:.1f} GiB of {where}"
+    )
+    memory = plan.memory | {"in all": plan.total_bytes}
+    step = plan.step | {"in all": plan.step_s}
     unknown = "give --points"
-    fewest = plan.fewest_devices or "none, however many"
-    return [
-        ("steps an epoch", f"{plan.epoch_steps:,}" if plan.epoch_steps else unknown),
-        ("hours an epoch", f"{plan.epoch_hours:.2f}" if plan.epoch_hours else unknown),
-        ("hours of the run", f"{plan.run_hours:.1f}" if plan.run_hours else unknown),
-        ("sent by a worker in a step", f"{sent / 2**20:.1f} MiB"),
-        ("checkpoint", f"{plan.checkpoint_bytes / GIB:.2f} GiB, {plan.checkpoint_s:.0f} s"),
-        ("host memory for its copy", f"{plan.host_copy_bytes / GIB:.2f} GiB"),
-        ("fewest devices that it fits", str(fewest)),
-    ]
+    run = {
+        "steps an epoch": f"{plan.epoch_steps:,}" if plan.epoch_steps else unknown,
+        "hours an epoch": f"{plan.epoch_hours:.2f}" if plan.epoch_hours else unknown,
+        "hours of the run": f"{plan.run_hours:.1f}" if plan.run_hours else unknown,
+        "sent by a worker in a step": f"{sum(plan.network_bytes.values()) / 2**20:.1f} MiB",
+        "checkpoint": f"{plan.checkpoint_bytes / GIB:.2f} GiB, {plan.checkpoint_s:.0f} s",
+        "host memory for its copy": f"{plan.host_copy_bytes / GIB:.2f} GiB",
+        "fewest devices that it fits": str(plan.fewest_devices or "none, however many"),
+    }
+    saving = {
+        f"{change} saves": f"{saved / GIB:.1f} GiB a worker, {added * 1e3:+.0f} ms a step"
+        for change, saved, added in plan.changes
+    }
+    rates = "measured" if plan.calibrated else "estimated"
+    return Group(
+        Text(f"{plan.num_workers} x {plan.device}, {plan.precision}: {verdict}", style="bold"),
+        _rows("Memory of a worker, GiB", {k: f"{v / GIB:.3f}" for k, v in memory.items() if v}),
+        _rows(f"Step, ms, {rates}", {k: f"{v * 1e3:.1f}" for k, v in step.items() if v}),
+        _rows("Run", run | saving),
+        _rows("Published", {c.source: cost_text(c) for c in about.costs} if about else {}),
+    )
 
 
 def expectation_text(found: Mapping[str, Any]) -> RenderableType:
     """Shows a run's metrics beside the published ones, and what differs."""
-    table = _table("", right=("published", "run", "gap", "run, texts as points"))
+    table = Table()
+    for name in ("", "published", "run", "gap", "run, texts as points"):
+        table.add_column(name, justify="right")
     for metric, published in found["expected"].items():
         own, augmented = found["metrics"][metric], found.get("augmented", {}).get(metric)
         compared = augmented if found["propensities"] == "augmented" and augmented else own
         shown = "" if augmented is None else f"{augmented:.2f}"
         gap = f"{compared - published:+.2f}"
         table.add_row(metric, f"{published:.2f}", f"{own:.2f}", gap, shown)
-    differences = [(what, f"{own}, there {theirs}") for what, own, theirs in found["differences"]]
+    unlike = {what: f"{own}, there {theirs}" for what, own, theirs in found["differences"]}
     return Group(
-        Text(
-            printable(f"{found['recipe']}: {found['source']}; step {found['step']}"), style="bold"
-        ),
+        Text(printable(f"{found['recipe']}: {found['source']}")),
         table,
-        _rows("What differs", differences or [("nothing", "")]),
+        _rows("What differs", unlike or {"nothing": ""}),
     )
 
 
-def _table(*left: str, right: Iterable[str] = ()) -> Table:
-    table = Table()
-    for name in left:
-        table.add_column(name, no_wrap=True)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _rows(title: str, rows: list[tuple[str, str]]) -> RenderableType:
+def _rows(title: str, rows: Mapping[str, str]) -> RenderableType:
     """Shows rows of two cells below a title; nothing where there are none."""
-    if not rows:
-        return Text()
     table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows:
-        table.add_row(Text(printable(name)), Text(printable(value)))
-    return table
+    for name, value in rows.items():
+        table.add_row(Text(printable(name)), Text(printable(value), justify="right"))
+    return table if rows else Text()
