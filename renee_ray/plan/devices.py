@@ -71,8 +71,9 @@ GPUS = {
     )
 }
 NAMES = (*GPUS, "cpu")
-CPU_FRAMEWORK = int(0.5 * GIB)
-"""Resident memory of a worker on a CPU that has imported everything (docs/planning.md)."""
+CPU_FRAMEWORK = int(0.83 * GIB)
+"""What a worker on a CPU takes besides: 0.64 before its first step, the rest by libraries in steps;
+fitted to two runs (docs/planning.md)."""
 
 
 def find_device(name: str) -> Device:
