@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -73,10 +74,12 @@ def plan(
 
     if device not in (*NAMES, "auto"):
         raise ConfigError(f"--device {device!r:.80} is unknown; give one of {', '.join(NAMES)}")
-    found, measure = find_device(device), None
+    found = find_device(device)
+    measure: Any = None
     if calibrate:
-        from renee_ray.benchmarks.calibrate import measure
+        from renee_ray.benchmarks import calibrate as pieces
 
+        measure = pieces.measure
         if found.kind != find_device("auto").kind:
             raise ConfigError(f"--calibrate measures this machine, which is no {device}")
     workload = find_workload(made, about, labels, points, tokens)
