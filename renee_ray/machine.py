@@ -29,8 +29,18 @@ def available_bytes(root: Path = Path("/")) -> int:
     return max(0, min([psutil.virtual_memory().available, *left_in_groups(root)]))
 
 
+def limit_bytes(root: Path = Path("/")) -> int:
+    """Bytes that all processes here may take together: the machine's, or less in a container."""
+    return min([psutil.virtual_memory().total, *(most for most, _ in _limits(root))])
+
+
 def left_in_groups(root: Path) -> Iterator[int]:
     """Bytes left of each limit, of groups that have one; a group may be above its limit."""
+    return (left for _, left in _limits(root))
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Each limit, and the bytes left of it."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -42,7 +52,8 @@ def left_in_groups(root: Path) -> Iterator[int]:
             directory = root / mount / each
             most, used = _read(directory / limit).strip(), _read(directory / usage).strip()
             if most.isdigit() and used.isdigit():
-                yield int(most) - int(used) + _field(_read(directory / "memory.stat"), inactive)
+                reclaimable = _field(_read(directory / "memory.stat"), inactive)
+                yield int(most), int(most) - int(used) + reclaimable
 
 
 def _field(stat: str, name: str) -> int:

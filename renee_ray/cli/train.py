@@ -42,16 +42,18 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 @click.command(cls=ConfiguredCommand, keys=RunConfig)
 @click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
+@click.option("--force", is_flag=True, help="Train even if the plan says that it cannot fit.")
 @json_option
-def train(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def train(config: str, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Train as CONFIG and the overrides say; resumes a run that is at `output`.
 
-    CONFIG is a YAML file, or the name of a recipe that comes with the package, as lf-debian-40k.
+    CONFIG is a YAML file, or the name of a recipe that comes with the package: see `recipes`.
     """
     made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
     from renee_ray.service.train.train import train as run
 
-    print_result(call(run, made, say), as_json, f"run {made.output}")
+    found = call(lambda: run(made, say, force=force))
+    print_result(found, as_json, f"run {made.output}")
 
 
 @click.command()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from renee_ray.config.about import About
 from renee_ray.config.grammar import (
     COMMAND_LINE,
     Layer,
@@ -86,13 +87,28 @@ def read_yaml(path: str, model: type[Config] = RunConfig) -> Layer:
         ConfigError: there is no such recipe, or the file cannot be read, is not YAML, or is not a
             mapping.
     """
-    path = str(find_recipe(path) or path)
+    return read_recipe(path, model)[0]
+
+
+def read_recipe(path: str, model: type[Config] = RunConfig) -> tuple[Layer, About | None]:
+    """Returns what `read_yaml` does, and what the file says of itself under the key `about`."""
+    name, path = path, str(find_recipe(path) or path)
+    layer = _parsed(path, model)
+    about = layer.pop("about", None)
+    if not isinstance(about, dict | None):
+        raise ConfigError(f"about={about!r:.{SHOWN}} in {path} is no mapping; leave it out")
+    if path != name:
+        layer.add("recipe", name, "the name of the recipe")
+    return layer, None if about is None else make_config(About, about, where=f"about in {path}")
+
+
+def _parsed(path: str, model: type[Config]) -> Layer:
     try:
         with open(path, "rb") as file:
             raw = file.read(YAML_LIMIT + 1)
         if len(raw) > YAML_LIMIT:
             raise ConfigError(f"{path} is longer than {YAML_LIMIT} bytes; give a configuration")
-        return parse_file(raw.decode("utf-8"), path, _texts(model))
+        return parse_file(raw.decode("utf-8"), path, _texts(model) | _texts(About, "about."))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -27,11 +27,15 @@ def find_recipe(config: str) -> Path | None:
     existing = os.path.exists(config) and not os.path.isdir(config)
     if existing or "/" in config or config.endswith(".yaml"):
         return None
-    names = sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
-    if config not in names:
+    if config not in (names := recipe_names()):
         nearest = difflib.get_close_matches(config[:SHOWN], names, 1, 0.0)[0]
         raise ConfigError(
-            f"{config!r:.{SHOWN}} is neither a file nor one of the recipes ({', '.join(names)}); "
-            f"did you mean {nearest!r}?"
+            f"{config!r:.{SHOWN}} is neither a file nor one of the {len(names)} recipes; did you "
+            f"mean {nearest!r}? `renee-ray recipes` lists them"
         )
     return recipe_path(config)
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of all recipes, in alphabetical order."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))

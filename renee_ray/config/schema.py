@@ -313,6 +313,8 @@ class RunConfig(Config):
     """Dataset directory, made by `renee-ray convert`."""
     output: Name
     """Run directory; a run that is already there is resumed."""
+    recipe: str = ""
+    """Recipe that the settings began as, which `expect` compares with; its name sets it."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initial weights, order and dropout."""
     num_workers: int | tuple[int, int] = 2

@@ -244,9 +244,13 @@ def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 
     `auto`: bfloat16 where it is native, else float16 on a GPU and none on a CPU.
     """
+    return autocast_of(choice, native_bf16(device), native(torch.float16, device))
+
+
+def autocast_of(choice: str, bf16: bool, fp16: bool) -> torch.dtype | None:
+    """Returns what `autocast_dtype` does, for a device that multiplies these or does not."""
     if choice == "auto":
-        narrow = torch.float16 if native(torch.float16, device) else None
-        return torch.bfloat16 if native_bf16(device) else narrow
+        return torch.bfloat16 if bf16 else torch.float16 if fp16 else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
 
 
@@ -276,9 +280,10 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
         log.warning("%s lacks %d tensors, kept as they were: %s", path, len(missing), missing[:5])
 
 
-def _attention(choice: str, device: torch.device) -> str:
+def attention_of(choice: str, device_type: str) -> str:
+    """Returns the attention implementation: of `eager`, `sdpa` or `auto`."""
     if choice == "auto":
-        return "eager" if device.type == "cpu" else "sdpa"
+        return "eager" if device_type == "cpu" else "sdpa"
     return choice
 
 
@@ -290,11 +295,11 @@ def _backbone(config: EncoderConfig, device: torch.device) -> PreTrainedModel:
     for kind, make in ("eager", eager_mask), ("sdpa", sdpa_mask):
         AttentionMaskInterface.register(kind, partial(_mask, make))
     directory = resolve_model(config.name)
-    attention = _attention(config.attention, device)
+    attention = attention_of(config.attention, device.type)
     with _loading(config.name):
-        settings = _described(directory, attention)[0]
+        settings = described(directory, attention)[0]
         if config.internal_dropout is not None:
-            for key in _dropout_keys(settings):
+            for key in dropout_keys(settings):
                 setattr(settings, key, config.internal_dropout)
         model = AutoModel.from_pretrained(
             directory,
@@ -365,7 +370,7 @@ def max_positions(name: str) -> int | None:
     positions have no table.
     """
     with _loading(name):
-        settings, model = _described(resolve_model(name), "eager")
+        settings, model = described(resolve_model(name), "eager")
     declared = getattr(settings, "max_position_embeddings", None)
     limits = []
     for path, table in model.named_modules():
@@ -376,7 +381,7 @@ def max_positions(name: str) -> int | None:
     return min(limits, default=None)
 
 
-def _described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
+def described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
     """Returns (a model's configuration, the model without weights).
 
     Refuses a configuration of more weights than its files have bytes, before any is allocated.
@@ -404,7 +409,7 @@ def _described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTra
     return settings, model
 
 
-def _dropout_keys(settings: object) -> list[str]:
+def dropout_keys(settings: object) -> list[str]:
     numbers = (
         key
         for key, value in vars(settings).items()

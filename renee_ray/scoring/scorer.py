@@ -11,7 +11,7 @@ No matrix [B, L] ever exists, and no rank holds another's labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,13 +165,19 @@ class Propensities:
     ranks: Ranks
 
     @classmethod
-    def read(cls, dataset: Dataset, owned: LabelRange, ranks: Ranks) -> Propensities:
-        """Computes them from the counts of the labels that this rank owns."""
+    def read(
+        cls, dataset: Dataset, owned: LabelRange, ranks: Ranks, *, augmented: bool = False
+    ) -> Propensities:
+        """Computes them from the counts of the labels that this rank owns.
+
+        augmented: counts the text of each label as one more point of it, as the released code does.
+        """
         manifest = dataset.manifest
         points = manifest.num_points("train") + manifest.num_points("validation")
         own = inverse_propensity(
-            read_counts(dataset, owned), points, manifest.propensity_a, manifest.propensity_b
-        )
+            read_counts(dataset, owned) + augmented, points + augmented * manifest.num_labels,
+            manifest.propensity_a, manifest.propensity_b,
+        )  # fmt: skip
         return cls(torch.from_numpy(own), owned, ranks)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
@@ -189,20 +195,22 @@ def evaluate(
     recall_ks: tuple[int, ...] = RECALL_KS,
 ) -> dict[str, float]:
     """Returns the metrics of all ranks' rows together, in percent."""
-    return metric_sums(scorer, batches, propensities, ks, recall_ks).metrics()
+    return metric_sums(scorer, batches, [propensities], ks, recall_ks)[0].metrics()
 
 
 def metric_sums(
     scorer: Scorer,
     batches: Iterable[Batch],
-    propensities: Propensities,
+    propensities: Sequence[Propensities],
     ks: tuple[int, ...] = KS,
     recall_ks: tuple[int, ...] = RECALL_KS,
-) -> MetricSums:
-    """Sums up the metrics of all ranks' rows together."""
-    sums = MetricSums.zeros(ks, recall_ks)
+) -> list[MetricSums]:
+    """Sums up the metrics of all ranks' rows together, for each of several propensities."""
+    sums = [MetricSums.zeros(ks, recall_ks) for _ in propensities]
     for batch, _, labels in scorer.predict(batches, max(*ks, *recall_ks)):
         true = batch.labels
-        sums.add(labels.numpy(), true.values, true.offsets, None, propensities.of(true.values))
-    vector = all_sum(scorer.ranks, torch.from_numpy(sums.vector()))
-    return MetricSums.from_vector(vector.numpy(), ks, recall_ks)
+        for total, each in zip(sums, propensities, strict=True):
+            total.add(labels.numpy(), true.values, true.offsets, None, each.of(true.values))
+    vectors = torch.from_numpy(np.stack([total.vector() for total in sums]))
+    everyone = all_sum(scorer.ranks, vectors).numpy()
+    return [MetricSums.from_vector(vector, ks, recall_ks) for vector in everyone]

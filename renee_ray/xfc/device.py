@@ -73,11 +73,14 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
     Without narrow products a narrower storage saves memory but not time, so fp32 stands.
     """
+    return precision_for(precision, native_bf16(device), native(torch.float16, device))
+
+
+def precision_for(precision: str, bf16: bool, fp16: bool) -> str:
+    """Returns what `choose_precision` does, for a device that multiplies these or does not."""
     if precision != "auto":
         return precision
-    if native_bf16(device):
-        return "bf16_sr"
-    return "fp16" if native(torch.float16, device) else "fp32"
+    return "bf16_sr" if bf16 else "fp16" if fp16 else "fp32"
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

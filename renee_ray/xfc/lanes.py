@@ -28,13 +28,13 @@ MOST_BYTES = 512 << 20
 """Memory that all lanes together may take beside their chunks."""
 
 
-def lane_count(labels: int, each: int, device: torch.device) -> int:
+def lane_count(labels: int, each: int, device: torch.device, threads: int = 0) -> int:
     """Returns the number of lanes for so many labels: torch's threads or 1.
 
     With one lane the threads share every operation instead.
-    each: bytes that every lane has for itself, beside its chunk.
+    each: bytes that every lane has for itself, beside its chunk; threads: 0: torch's.
     """
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or labels < threads * LEAST_LABELS:
         return 1
     if threads * each > MOST_BYTES:

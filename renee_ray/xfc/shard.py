@@ -318,8 +318,20 @@ def buffer_bytes(
     Plain torch, where the weights are not in memory as fp32, has for each dimension the operand,
     value, velocity and noise, the gradient as bf16 and as fp32, and four numbers while it rounds.
     """
-    item, plain = weights.compute_dtype.itemsize, operations.update is Update
-    if weights.device.type == "cuda" and not plain:
-        return (item + 4 * softmax) * operations.padded(batch) + item * weights.dim
-    for_each = item + 36 if plain and not weights.weight.aliased else 8
-    return (item + 8) * max(batch, 1) + for_each * weights.dim
+    plain = operations.update is Update
+    kernels = weights.device.type == "cuda" and not plain
+    rows = operations.padded(batch) if kernels else max(batch, 1)
+    item, expanded = weights.compute_dtype.itemsize, plain and not weights.weight.aliased
+    return label_bytes(rows, weights.dim, item, kernels, expanded, softmax)
+
+
+def label_bytes(
+    batch: int, dim: int, item: int, kernels: bool, expanded: bool, softmax: bool = False
+) -> int:
+    """Returns what `buffer_bytes` does, without a shard.
+
+    item: bytes of the matmuls' dtype; kernels: of a GPU; expanded: plain torch, weights not fp32.
+    """
+    if kernels:
+        return (item + 4 * softmax) * batch + item * dim
+    return (item + 8) * batch + (item + 36 if expanded else 8) * dim

@@ -17,7 +17,8 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
     """Computes metrics of a run's checkpoint on a split.
 
     Returns:
-        "metrics" in percent, "points", "step" and "split".
+        "metrics" in percent, "points", "step" and "split"; where labels have texts, "augmented",
+        PSP and PSnDCG whose propensities count each text as a point.
 
     Raises:
         ReneeError: no run, no checkpoint, a dataset of another kind or with other labels, or
@@ -43,6 +44,12 @@ def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     job: ScoringJob = arguments["job"]
     scorer = job.load_scorer()
     batches = job.batches(arguments["points"], arguments["split"], scorer.ranks)
-    propensities = Propensities.read(job.labels, scorer.shard.owned, scorer.ranks)
-    sums = metric_sums(scorer, batches, propensities)
-    return {"metrics": sums.metrics() if sums.any_label else None}
+    ways = [
+        Propensities.read(job.labels, scorer.shard.owned, scorer.ranks, augmented=each)
+        for each in (False, True)[: 1 + job.labels.manifest.has_label_texts]
+    ]
+    plain, *augmented = metric_sums(scorer, batches, ways)
+    found: dict[str, Any] = {"metrics": plain.metrics() if plain.any_label else None}
+    for sums in augmented:
+        found["augmented"] = {k: v for k, v in sums.metrics().items() if k.startswith("PS")}
+    return found

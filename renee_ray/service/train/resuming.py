@@ -17,7 +17,7 @@ from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 MAY_CHANGE = {
     "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
     "evaluation", "loss_every", "observe", "placement_strategy", "accelerator_type",
-    "cpus_per_worker", "regroup_s",
+    "cpus_per_worker", "regroup_s", "recipe",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
 

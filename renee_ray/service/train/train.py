@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset import Dataset
@@ -16,6 +18,7 @@ from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import check_positions
+from renee_ray.plan.plan import refuse_too_large
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import decide_gpu, launch
@@ -36,9 +39,14 @@ class Stopped(ReneeError):
 
 
 def train(
-    config: RunConfig, on_progress: Callable[[str], None] = lambda text: None
+    config: RunConfig,
+    on_progress: Callable[[str], None] = lambda text: None,
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Trains, or resumes what is at `config.output`; of a finished run it only tells.
+
+    force: trains even if the plan says that this machine lacks the memory.
 
     Returns:
         the metrics of the last evaluation, with "step", "skipped" and "best".
@@ -62,6 +70,8 @@ def train(
     elif is_finished(directory, newest.state, training_orders(config, dataset)):
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
         return outcome(newest.state, config)
+    if not force:
+        _check_memory(config, dataset, on_progress)
     with Lease(directory.path, on_progress) as lease:
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
@@ -112,6 +122,14 @@ def _train(
             f"to go on from there"
         )
     return found
+
+
+def _check_memory(config: RunConfig, dataset: Dataset, on_progress: Callable[[str], None]) -> None:
+    """Refuses what cannot fit this machine. Of a cluster's nodes nothing is known before Ray."""
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        return
+    on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
+    refuse_too_large(config, dataset, on_gpu, on_progress)
 
 
 def check(config: RunConfig, dataset: Dataset) -> None:

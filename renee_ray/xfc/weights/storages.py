@@ -54,6 +54,16 @@ STORAGES: dict[str, Storage] = {
 }
 
 
+def stored_bytes(precision: str) -> tuple[int, int]:
+    """Returns the bytes of one weight and of its velocity."""
+    meta, storage = torch.device("meta"), STORAGES[precision]
+    weight, velocity = (
+        sum(t.element_size() for t in kind(1, 1, meta, Scratch(meta)).tensors().values())
+        for kind in (storage.weight, storage.velocity)
+    )
+    return weight, velocity
+
+
 class Weights:
     """The weights of a shard and, with momentum, their velocities.
 

@@ -1,0 +1,149 @@
+"""What a transformer takes, by its own code, which runs without data: what it keeps is counted."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from renee_ray.config.about import EncoderShape
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
+from renee_ray.data.models import resolve_model
+from renee_ray.errors import ReneeError
+from renee_ray.model.dropout import draw_fast
+from renee_ray.model.encoder import described, dropout_keys
+
+COUNTED_ROWS = 4, 12
+"""Rows that are counted: what is kept is linear in them, weights in a narrow dtype being fixed."""
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """parameters: all of them; multiplied: those that every token is multiplied with.
+
+    settings: the model's own configuration; None: there is no transformer.
+    """
+
+    parameters: int = 0
+    multiplied: int = 0
+    hidden: int = 0
+    layers: int = 0
+    settings: Any = None
+
+    def activations(
+        self, rows: int, tokens: int, attention: str, autocast: torch.dtype | None, kind: str,
+        layered: bool,
+    ) -> int:  # fmt: skip
+        """Returns the bytes that a forward keeps for its backward, for [rows, tokens] tokens.
+
+        kind: of the device, cpu or cuda.
+        layered: with gradient checkpointing, which keeps the inputs of layers, and one layer's all.
+        """
+        if self.settings is None or not rows:
+            return 0
+        text = self.settings.to_json_string(use_diff=False)
+        few, many = (
+            _kept(text, type(self.settings), some, tokens, attention, autocast, kind)
+            for some in COUNTED_ROWS
+        )
+        each = (many - few) / (COUNTED_ROWS[1] - COUNTED_ROWS[0])
+        kept = int(few + (rows - COUNTED_ROWS[0]) * each)
+        if not layered:
+            return kept
+        return kept // max(1, self.layers) + 4 * rows * tokens * self.hidden * self.layers
+
+
+def find_transformer(config: EncoderConfig, shape: EncoderShape | None) -> Transformer:
+    """Describes the encoder by its config.json where that is at hand, else by a recipe's shape.
+
+    Raises:
+        ReneeError: it is not at hand, and no recipe has its shape.
+    """
+    if config.name == NO_TRANSFORMER:
+        return Transformer()
+    try:
+        settings = described(resolve_model(config.name, fetch=False), "eager")[0]
+    except ReneeError:
+        if shape is None:
+            raise
+        from transformers import BertConfig  # seconds, as for every encoder
+
+        settings = BertConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, intermediate_size=4 * shape.hidden,
+            max_position_embeddings=max(512, config.max_length),
+        )  # fmt: skip
+    if config.internal_dropout is not None:
+        for key in dropout_keys(settings):
+            setattr(settings, key, config.internal_dropout)
+    return _facts(settings)
+
+
+def _facts(settings: Any) -> Transformer:
+    with torch.device("meta"):
+        model = build(settings, "eager")
+    tables = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)]
+    parameters = sum(p.numel() for p in model.parameters())
+    return Transformer(
+        parameters, parameters - sum(tables), settings.hidden_size, settings.num_hidden_layers,
+        settings,
+    )  # fmt: skip
+
+
+def build(settings: Any, attention: str) -> Any:
+    """Builds a model with random weights, as a run uses it."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_config(settings, attn_implementation=attention, dtype=torch.float32)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model.train()
+
+
+class _Masked(nn.Dropout):
+    """Keeps what dropout on a GPU keeps: a byte for each number."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * torch.ones_like(input, dtype=torch.bool)
+
+
+@functools.lru_cache(64)
+def _kept(
+    text: str, kind: type, rows: int, tokens: int, attention: str, autocast: torch.dtype | None,
+    device_type: str,
+) -> int:  # fmt: skip
+    """Sums the distinct tensors that a forward without memory keeps, parameters left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    settings = kind.from_dict(json.loads(text))  # type: ignore[attr-defined]
+    on_gpu, dropped = device_type == "cuda", False
+    for key in dropout_keys(settings) if on_gpu else ():  # fused attention keeps no mask there
+        dropped = dropped or bool(getattr(settings, key))
+        setattr(settings, key, 0.0)
+    seen: dict[int, tuple[int, Any]] = {}
+    with FakeTensorMode():
+        model = build(settings, attention)
+        for parent in list(model.modules()) if dropped else ():
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Dropout):
+                    setattr(parent, name, _Masked(0.0))
+        if not on_gpu:
+            draw_fast(model)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                seen[storage._cdata] = storage.nbytes(), storage  # held, so that no id is reused
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", autocast, enabled=autocast is not None),
+        ):
+            model(input_ids=torch.zeros(rows, tokens, dtype=torch.int64), attention_mask=None)
+    return sum(size for size, _ in seen.values())

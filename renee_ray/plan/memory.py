@@ -1,0 +1,183 @@
+"""The memory of one worker's device by component, in bytes.
+
+Ledger, for a global batch of B rows, of which a worker has b, T tokens, and a worker of R with n
+labels of dimension D:
+
+    weights, momentum    [n, D]        xfc/weights/storages.py
+    encoder              parameters, gradients and two moments of AdamW, fp32
+    bag                  [buckets, D'] fp32, and the rows of a step
+    activations          what the encoder's forward keeps for b rows, or for a micro-batch, of T
+    chunk                buffers of a chunk of labels on each lane (xfc/shard.py, xfc/device.py)
+    embeddings           [B, D]        E gathered, padded and cut, and dE of each lane
+    checkpoint copy      in host memory, which on a CPU is the same
+
+Gradients and activations are there at different times where no DDP keeps buckets: the backward
+frees the latter as it makes the former. So with one worker the greater of them counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset import Manifest
+from renee_ray.model.encoder import attention_of, autocast_of
+from renee_ray.plan.devices import Device, cores
+from renee_ray.plan.encoder import Transformer
+from renee_ray.xfc.device import precision_for
+from renee_ray.xfc.labels import split_range
+from renee_ray.xfc.lanes import lane_count
+from renee_ray.xfc.shard import GRADIENT_BYTES, default_chunk, label_bytes
+from renee_ray.xfc.weights.storages import STORAGES, stored_bytes
+
+ALLOCATOR_SHARE = {"cuda": 0.1, "cpu": 0.05}
+"""Share of what comes and goes that an allocator holds besides."""
+COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
+"""Components that the first worker saves; of the others, each saves weights and momentum alone."""
+STATES = (*COPIED, "encoder gradients")
+"""Components that are there whatever a batch is like."""
+COPY = "checkpoint copy"
+"""The component that a run does without where memory is short."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan knows of a dataset. points: of an epoch without label texts; None: unknown.
+
+    tokens: mean of a point; longest: tokens of the longest point.
+    """
+
+    labels: int
+    points: int | None
+    tokens: float
+    longest: int
+    has_label_texts: bool = True
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest, max_length: int) -> Workload:
+        counts = manifest.statistics.get("train", {})
+        longest = min(max_length, counts.get("tokens_max", manifest.max_length))
+        tokens = min(counts.get("tokens_mean", longest), longest)
+        points = manifest.num_points("train")
+        return cls(manifest.num_labels, points, tokens, longest, manifest.has_label_texts)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker that a run is planned for: the one with the most labels and rows.
+
+    compute: dtype of the classifier's products; dim: D; batch: B; rows: b.
+    """
+
+    config: RunConfig
+    device: Device
+    transformer: Transformer
+    workload: Workload
+    num_workers: int
+
+    @property
+    def precision(self) -> str:
+        device = self.device
+        return precision_for(self.config.classifier.precision, device.bf16, device.fp16)
+
+    @property
+    def compute(self) -> torch.dtype:
+        own = STORAGES[self.precision].compute
+        native = self.device.bf16 if own == torch.bfloat16 else self.device.fp16
+        return own if native else torch.float32
+
+    @property
+    def kernels(self) -> bool:
+        """Whether the classifier runs on Triton's kernels."""
+        on_gpu = self.device.kind == "cuda"
+        return on_gpu and self.device.kernels and self.compute != torch.float32
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of the encoder's products."""
+        return autocast_of(self.config.encoder.autocast, self.device.bf16, self.device.fp16)
+
+    @property
+    def dim(self) -> int:
+        encoder = self.config.encoder
+        return (encoder.bottleneck or self.transformer.hidden) + encoder.bag.dim
+
+    @property
+    def labels(self) -> int:
+        start, stop = split_range(self.workload.labels, self.num_workers, self.num_workers - 1)
+        return stop - start
+
+    @property
+    def batch(self) -> int:
+        return self.config.batch_size
+
+    @property
+    def rows(self) -> int:
+        return -(-self.batch // self.num_workers)
+
+    @property
+    def threads(self) -> int:
+        return self.config.threads or max(1, cores() // self.num_workers)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that AdamW trains."""
+        return (
+            self.transformer.parameters + self.config.encoder.bottleneck * self.transformer.hidden
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Returns the bytes of each component. Some, such as momentum, may be 0."""
+        weight, velocity = stored_bytes(self.precision)
+        numbers, encoder, kind = self.labels * self.dim, self.config.encoder, self.device.kind
+        states = {
+            "weights": weight * numbers,
+            "momentum": velocity * numbers if self.config.classifier.momentum else 0,
+            "encoder parameters": 4 * self.parameters,
+            "encoder gradients": 4 * self.parameters,
+            "encoder moments": 8 * self.parameters,
+            "bag": (4 * encoder.bag.dim + 8) * encoder.bag.buckets if encoder.bag.dim else 0,
+        }
+        chunk, embeddings = self._classifier()
+        passing = {
+            "activations": self._activations(),
+            "chunk of labels": chunk,
+            "embeddings": embeddings,
+        }
+        if self.num_workers == 1:
+            kept = passing["activations"] - states["encoder gradients"]
+            passing["activations"] = max(0, kept)
+        copied = sum(states[name] for name in COPIED) if self.config.checkpoint.background else 0
+        return (
+            states
+            | passing
+            | {
+                COPY: copied if kind == "cpu" else 0,
+                "allocator": int(ALLOCATOR_SHARE[kind] * sum(passing.values())),
+                "framework": self.device.framework,
+            }
+        )
+
+    def _activations(self) -> int:
+        encoder = self.config.encoder
+        attention = attention_of(encoder.attention, self.device.kind)
+        rows = min(self.rows, encoder.micro_batch or self.rows)
+        return self.transformer.activations(
+            rows, self.workload.longest, attention, self.autocast, self.device.kind,
+            encoder.gradient_checkpointing,
+        )  # fmt: skip
+
+    def _classifier(self) -> tuple[int, int]:
+        """Returns the bytes of the chunks and of E and dE, of all lanes."""
+        kind, item = self.device.kind, self.compute.itemsize
+        aliased = STORAGES[self.precision].weight.aliased
+        expanded = kind == "cuda" and not self.kernels and not aliased
+        each = label_bytes(self.batch, self.dim, item, self.kernels, expanded)
+        chunk = self.config.classifier.chunk or default_chunk(each, kind)
+        own = GRADIENT_BYTES * self.batch * self.dim
+        lanes = lane_count(self.labels, own, torch.device(kind), self.threads)
+        cells = self.batch * self.dim
+        embeddings = (4 + item) * cells + (12 * cells if self.num_workers > 1 else 0)
+        return lanes * each * min(chunk, -(-self.labels // lanes)), embeddings + lanes * own

@@ -1,0 +1,279 @@
+"""Plans beside what the code really allocates, and beside published runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from renee_ray.benchmarks.sample import write_sample
+from renee_ray.cli.main import main
+from renee_ray.config.overrides import make_config, read_recipe
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset import Dataset
+from renee_ray.machine import limit_bytes
+from renee_ray.model.encoder import build_encoder
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.plan import devices
+from renee_ray.plan.devices import GIB, GPUS, find_device
+from renee_ray.plan.encoder import Transformer, find_transformer
+from renee_ray.plan.memory import COPY, STATES, Worker, Workload
+from renee_ray.plan.plan import find_workload, make_plan, needed
+from renee_ray.plan.time import network_bytes, step_seconds
+from renee_ray.scoring.scorer import Propensities
+from renee_ray.service.score.expect import differences
+from renee_ray.service.train import train as train_module
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes
+from renee_ray.xfc.weights.storages import STORAGES, Weights
+from tests.pairwise import pairwise
+from tests.test_machine import V2, plant
+
+CPU = torch.device("cpu")
+LABELS, DIM = 3001, 16
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a small encoder and a dataset for it."""
+    directory = str(tmp_path_factory.mktemp("sample"))
+    write_sample(directory, LABELS, 4000, DIM, 2)
+    return directory
+
+
+def configured(sample: str, **changes: Any) -> RunConfig:
+    own = {"data": f"{sample}/data", "output": "o", "threads": 1}
+    return make_config(RunConfig, own, {"encoder": {"name": f"{sample}/encoder"}}, changes)
+
+
+def worker(sample: str, num_workers: int = 1, **changes: Any) -> Worker:
+    config = configured(sample, **changes)
+    workload = find_workload(config, None, None, None, None)
+    transformer = find_transformer(config.encoder, None)
+    return Worker(config, find_device("cpu"), transformer, workload, num_workers)
+
+
+@pytest.mark.parametrize(
+    ("precision", "momentum", "num_workers", "batch"),
+    pairwise(tuple(STORAGES), (0.0, 0.9), (1, 2, 3), (8, 96)),
+)
+def test_states_and_buffers_are_those_that_are_allocated(
+    sample: str, precision: str, momentum: float, num_workers: int, batch: int
+) -> None:
+    settings = {"precision": precision, "momentum": momentum}
+    planned = worker(sample, num_workers, classifier=settings, batch_size=batch)
+    memory = planned.memory()
+    owned = LabelRange.of_rank(LABELS, num_workers, num_workers - 1)
+    weights = Weights(precision, len(owned), DIM, momentum > 0, CPU)
+    shard = Shard(owned, weights)
+    assert memory["weights"] + memory["momentum"] == weights.nbytes()
+    (lane,) = shard.lanes(batch)
+    size = max(stop - start for start, stop in lane)
+    each = buffer_bytes(batch, weights, shard.operations)
+    assert memory["chunk of labels"] >= size * each
+    assert memory["chunk of labels"] <= (size + 64) * each
+    assert memory["embeddings"] >= GRADIENT_BYTES * batch * DIM
+    encoder = build_encoder(planned.config.encoder, CPU, 0)
+    held = sum(p.numel() for p in encoder.parameters())
+    assert memory["encoder parameters"] == 4 * held
+    assert sum(memory[f"encoder {what}"] for what in ("gradients", "moments")) == 12 * held
+
+
+@pytest.mark.parametrize(
+    # Without data, torch keeps two more copies of attention's probabilities where they are dropped.
+    ("dropout", "autocast", "most"),
+    [(0.0, "off", 1.02), (0.0, "bf16", 1.02), (0.1, "bf16", 1.12)],
+)
+def test_activations_are_those_that_a_forward_keeps(
+    sample: str, dropout: float, autocast: str, most: float
+) -> None:
+    own = {"internal_dropout": dropout, "autocast": autocast, "name": f"{sample}/encoder"}
+    planned = worker(sample, encoder=own)
+    rows, tokens = 7, 18
+    encoder = build_encoder(planned.config.encoder, CPU, 0)
+    backbone = encoder.backbone
+    assert backbone is not None
+    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", encoder.autocast, enabled=encoder.autocast is not None),
+    ):
+        hidden = backbone(input_ids=ids, attention_mask=None)[0]
+    assert hidden.requires_grad
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    planned_bytes = planned.transformer.activations(
+        rows, tokens, "eager", planned.autocast, "cpu", False
+    )
+    assert 0.98 * found < planned_bytes < most * found
+    more = planned.transformer.activations(
+        rows + 1, tokens, "eager", planned.autocast, "cpu", False
+    )
+    assert more > most * found, "the tolerance tells rows apart"
+
+
+def test_fewest_devices_and_what_would_help(sample: str) -> None:
+    base = worker(sample, 2, classifier={"precision": "fp32"}, batch_size=64)
+
+    def one(count: int) -> int:
+        memory = replace(base, num_workers=count).memory()
+        return sum(memory.values()) - memory[COPY]
+
+    small = replace(base.device, memory=(one(4) + one(5)) // 2)
+    workload, transformer = base.workload, base.transformer
+    plan = make_plan(base.config, workload, transformer, small, 2)
+    assert plan.fewest_devices == 5 and not plan.fits
+    none = make_plan(base.config, workload, transformer, replace(small, memory=1), 2)
+    assert none.fewest_devices is None
+    large = Workload(10**6, 1000, 9, 18)
+    plan = make_plan(base.config, large, transformer, small, 2)
+    changes = {name: (saved, added) for name, saved, added in plan.changes}
+    half = sum(Worker(base.config, small, transformer, large, 4).memory().values())
+    assert changes["num_workers=4"][0] == plan.total_bytes - half
+    narrow = configured(sample, classifier={"precision": "fp8_sr"}, batch_size=64)
+    cut = sum(Worker(narrow, small, transformer, large, 2).memory().values())
+    assert changes["classifier.precision=fp8_sr"][0] == plan.total_bytes - cut
+    assert [saved for saved, _ in changes.values()] == sorted(
+        (saved for saved, _ in changes.values()), reverse=True
+    )
+    assert plan.epoch_steps == math.ceil(1000 / 64)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_network_and_time(sample: str, num_workers: int) -> None:
+    planned = worker(sample, num_workers, batch_size=24)
+    sent = network_bytes(planned)
+    share = (num_workers - 1) / num_workers
+    assert sent["embeddings"] == pytest.approx(4 * 24 * DIM * share)
+    assert sent["gradient of the encoder"] == pytest.approx(8 * planned.parameters * share)
+    seconds = step_seconds(planned)
+    assert (seconds["network"] > 0) == (num_workers > 1)
+    again = replace(planned, config=configured(sample, batch_size=24, encoder={
+        "name": f"{sample}/encoder", "gradient_checkpointing": True}))  # fmt: skip
+    assert step_seconds(again)["encoder"] == pytest.approx(4 / 3 * seconds["encoder"])
+
+
+def planned_recipe(name: str, device: str, num_workers: int) -> Any:
+    layer, about = read_recipe(name)
+    config = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
+    workload = find_workload(config, about, None, None, None)
+    assert about is not None
+    transformer = find_transformer(config.encoder, about.encoder)
+    return make_plan(config, workload, transformer, GPUS[device], num_workers)
+
+
+def test_the_120_million_labels_of_the_paper() -> None:
+    plan = planned_recipe("q2bp-120m", "v100", 16)
+    assert plan.fits and plan.precision == "fp16"
+    assert plan.epoch_steps == math.ceil(370e6 / 512)
+    assert 13.5 / 2 < plan.epoch_hours < 13.5 * 2
+
+
+@pytest.mark.parametrize(("suffix", "gib"), [("", 10.39), ("-fp8", 6.6)])
+def test_amazon_3m_on_one_gpu(suffix: str, gib: float) -> None:
+    """ELMO's encoder is bf16 or fp8 throughout, and its figures leave out what CUDA takes."""
+    plan = planned_recipe(f"elmo-amazon-3m{suffix}", "h100", 1)
+    assert plan.fits and gib < plan.total_bytes / GIB < 1.7 * gib
+
+
+def test_a_plan_is_printed(sample: str, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml = Path(sample, "r.yaml")
+    yaml.write_text(f"encoder: {{name: {sample}/encoder}}\n")
+    command = ["plan", str(yaml), "--labels", "5000000", "--device", "v100", "--devices", "3"]
+    assert main([*command, "--points", "1000", "--tokens", "7", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_workers"] == 3 and plan["total_bytes"] == sum(plan["memory"].values())
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "fits" in shown and "give --points" in shown and "num_workers=6" in shown
+    assert main(["plan", str(yaml), "--device", "v100"]) == 1
+    assert "give data=DATASET or --labels" in capsys.readouterr().err
+    assert main([*command[:-4], "--device", "v101"]) == 1
+    assert "--device 'v101' is unknown" in capsys.readouterr().err
+    assert main([*command, "--calibrate"]) == 1
+    assert "--calibrate measures this machine" in capsys.readouterr().err
+    assert main(["plan", str(yaml), f"data={sample}/data", "--device", "cpu", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["epoch_steps"] == math.ceil(4000 / 256) and not plan["calibrated"]
+
+
+def test_rates_are_measured(sample: str, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml = Path(sample, "r.yaml")
+    command = ["plan", str(yaml), f"data={sample}/data", "num_workers=1", "--calibrate", "--json"]
+    assert main(command) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["calibrated"] and min(plan["step"][n] for n in ("encoder", "classifier")) > 0
+
+
+@pytest.mark.parametrize(("own", "limit"), [("0::/a", "v2"), ("4:memory:/a", "v1")])
+def test_what_exceeds_the_container_is_refused_before_ray(
+    sample: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: str, limit: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    reached: list[object] = []
+    monkeypatch.setattr(train_module, "_train", lambda *given: reached.append(given) or {})
+    mount = V2 if limit == "v2" else "sys/fs/cgroup/memory"
+    states = needed(worker(sample, 2), STATES)
+    monkeypatch.setattr(devices, "limit_bytes", partial(limit_bytes, tmp_path))
+    yaml = tmp_path / "r.yaml"
+    yaml.write_text(f"encoder: {{name: {sample}/encoder}}\nnum_workers: 2\nuse_gpu: no\n")
+    command = ["train", str(yaml), f"data={sample}/data", f"output={tmp_path}/run"]
+    plant(tmp_path, own, {f"{mount}/a": (states - 1, 10, 0)})
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "weights, momentum and encoder alone take" in told and "--force" in told
+    assert "encoder moments" in told and "GiB" in told
+    assert not reached and not (tmp_path / "run").exists()
+    assert main([*command, "--force"]) == 0 and len(reached) == 1
+    plant(tmp_path, own, {f"{mount}/a": (states, 10, 0)})
+    assert main(command) == 0 and len(reached) == 2, "what may fit is not refused"
+
+
+def test_differences_from_a_recipe(sample: str) -> None:
+    layer, about = read_recipe("lf-amazon-131k")
+    assert about is not None
+    theirs = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
+    mine = theirs.model_copy(update={"epochs": 7, "num_workers": 5, "data": "elsewhere"})
+    manifest = Dataset.open(f"{sample}/data").manifest
+    found = {what: (own, other) for what, own, other in differences(mine, theirs, about, manifest)}
+    assert found["epochs"] == (7, 100)
+    assert found["encoder.weights"] == ("", "NGAME's M1 of this dataset")
+    assert found["labels"] == (LABELS, 131073) and found["points"] == (4000, 294805)
+    assert found["propensity_a"] == (0.55, 0.6)
+    assert found["label texts"] == (False, True)
+    assert found["filter labels of the test split"] == (False, True)
+    assert not {"num_workers", "data", "output", "recipe", "batch_size"} & set(found)
+
+
+def test_augmented_propensities_count_label_texts_as_points(sample: str) -> None:
+    dataset = Dataset.open(f"{sample}/data")
+    own = LabelRange(10, 20, LABELS)
+    found = Propensities.read(dataset, own, Ranks(), augmented=True).own
+    points, count, a, b = 4000 + LABELS, 2, 0.55, 1.5  # each label of a sample says one point
+    expected = 1 + (math.log(points) - 1) * (b + 1) ** a * (count + b) ** -a
+    torch.testing.assert_close(found, torch.full((10,), expected, dtype=torch.float64))
+    assert (Propensities.read(dataset, own, Ranks()).own - found).abs().min() > 0.1
+
+
+def test_no_transformer_has_no_states() -> None:
+    config = make_config(RunConfig, {"data": "-", "output": "-"}, read_recipe("perl-bag")[0])
+    found = find_transformer(config.encoder, None)
+    assert found == Transformer()
+    memory = Worker(config, GPUS["l4"], found, Workload(2416, 2428, 20, 64), 1).memory()
+    assert memory["encoder parameters"] == memory["activations"] == 0
+    assert memory["bag"] == 65536 * (4 * 512 + 8)
