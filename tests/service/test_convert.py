@@ -45,7 +45,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(model: str, **changes: Any) -> ConvertConfig:
-    return ConvertConfig(**{"tokenizer": model, "max_length": 6, "part_rows": 16, **changes})
+    return ConvertConfig(
+        **{"tokenizer": model, "max_length": 6, "part_rows": 16, "test": 0, **changes}
+    )
 
 
 def write(folder: Path, files: Mapping[str, str | bytes]) -> str:
@@ -94,7 +96,7 @@ def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> No
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_length)
     rows = np.arange(len(naive["texts"]["trn"]))
-    shuffle = Shuffle(config.seed, config.validation, np.zeros(0, np.uint64))
+    shuffle = Shuffle(config.seed, (config.validation,), np.zeros(0, np.uint64))
     held_out = shuffle.held_out(rows)
     order = {
         "train": sorted(rows[~held_out].tolist(), key=shuffle.keys(rows).tolist().__getitem__),
