@@ -208,7 +208,7 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
         raise ReneeError(
             f"encoder.weights={path!r} is not a file; give a state_dict of the encoder"
         )
-    state = _read_state_dict(path)
+    state = read_state_dict(path)
     assert encoder.backbone is not None, "the configuration has been checked"
     own = encoder.backbone.state_dict()
     mapped = {_own_name(name, own): tensor for name, tensor in state.items()}
@@ -350,7 +350,8 @@ def _dropout_keys(settings: object) -> list[str]:
     return [key for key in numbers if "classif" not in key]
 
 
-def _read_state_dict(path: str) -> dict[str, Tensor]:
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Reads the tensors of a file. Raises ReneeError where it holds anything but a state_dict."""
     try:
         if path.endswith(".safetensors"):
             return load_file(path)

