@@ -15,13 +15,13 @@ from renee_ray.errors import ConfigError
 
 ROBERTA = "sentence-transformers/all-roberta-large-v1"
 DISTIL = "sentence-transformers/msmarco-distilbert-base-v4"
-PARAPHRASE = "sentence-transformers/paraphrase-distilroberta-base-v2"
+PARA = "sentence-transformers/paraphrase-distilroberta-base-v2"
 COMMANDS = [
     ("AmazonTitles-670K", 60, 16, 0.001, 5e-5, 10000, 32, ROBERTA, 0.8, 0.001, 0.001, False),
     ("Amazon-670K", 70, 16, 0.01, 4e-5, 10000, 512, "roberta-large", 0.8, 0.001, 0.001, False),
     ("AmazonTitles-3M", 70, 16, 0.005, 5e-5, 10000, 32, "roberta-large", 0.75, 0.002, None, False),
     ("Amazon-3M", 60, 16, 0.01, 4e-5, 10000, 256, "roberta-large", 0.75, 0.001, 0.001, False),
-    ("Wiki-500K", 100, 128, 0.002, 1e-4, 5000, 256, PARAPHRASE, 0.75, 0.001, 0.001, False),
+    ("Wiki-500K", 100, 128, 0.002, 1e-4, 5000, 256, PARA, 0.75, 0.001, 0.001, False),
     ("LF-AmazonTitles-131K-Aug", 100, 32, 0.05, 1e-5, 5000, 32, DISTIL, 0.85, 1e-4, 0.01, True),
     (
         "LF-Wikipedia-500K-Aug",
@@ -31,7 +31,7 @@ COMMANDS = [
         1e-4,
         5000,
         256,
-        PARAPHRASE,
+        PARA,
         0.7,
         0.001,
         0.01,
@@ -46,7 +46,7 @@ COMMANDS = [
         2e-4,
         5000,
         128,
-        PARAPHRASE,
+        PARA,
         0.75,
         1e-4,
         1e-3,
@@ -103,7 +103,7 @@ BASE = "--data-dir x/LF-Amazon-131K"
 
 def test_defaults_and_the_other_flags() -> None:
     config = translate(BASE, gpus=2).config
-    assert (config.batch_size, config.epochs, config.seed, config.warmup) == (16, 50, 42, 0.1519)
+    assert (config.batch_size, config.epochs, config.seed, config.warmup) == (16, 50, 42, 0.152)
     assert (config.encoder.name, config.encoder.dropout) == ("distilbert-base-uncased", 0.5)
     assert (config.classifier.precision, config.encoder.autocast) == ("fp32", "fp16")
     assert (config.loss_every, config.classifier.weight_decay) == (100, 0.01)

@@ -91,7 +91,7 @@ def test_tokens_that_do_not_fit(source: Path, tiny_encoder: str, tmp_path: Path)
     mask = path.with_name("trn_doc_attention_mask.dat")
     path.write_bytes(whole[: -8 * LENGTH])
     mask.write_bytes(mask.read_bytes()[: -8 * LENGTH])
-    with pytest.raises(ReneeError, match="319 texts .* 320 rows"):
+    with pytest.raises(ReneeError, match=r"319 texts .* 320 rows"):
         converted(folder, tmp_path / "d", tiny_encoder)
 
 
@@ -109,9 +109,7 @@ def write_checkpoint(folder: Path, encoder: str, num_labels: int, ranks: int) ->
     each = 16 * -(-each // 16)
     padded = torch.cat([weight, torch.full((each * ranks - num_labels, BOTTLENECK), 9.0)])
     for rank in range(ranks):
-        inner = (
-            "embed.module.0._orig_mod.transformer." if ranks == 3 else "embed.module.0.transformer."
-        )
+        inner = f"embed.module.0.{'_orig_mod.' if ranks == 3 else ''}transformer."
         state = {"xfc_weight": padded[rank * each : (rank + 1) * each].clone()}
         state |= {inner + name: tensor for name, tensor in backbone.state_dict().items()}
         state["embed.module.1.transformer_weight"] = bottleneck
