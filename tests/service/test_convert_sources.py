@@ -13,10 +13,14 @@ from renee_ray.data.inspection import inspect
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 
-from ..data.sources import KINDS, REFUSED, WORDS, Kind, write_tokenizer
+from ..data import sources
+from ..data.own import OWN, OWN_REFUSED
+from ..data.sources import WORDS, Kind, write_tokenizer
 from .test_convert_parquet import in_this_process
 
 __all__ = ["in_this_process"]
+KINDS = sources.KINDS | OWN
+REFUSED = sources.REFUSED | OWN_REFUSED
 
 
 def convert(kind: Kind, path: Path) -> Dataset:
