@@ -20,10 +20,9 @@ from renee_ray.errors import ReneeError
 from renee_ray.service.convert import conversion
 from renee_ray.service.convert.convert import convert
 
-from ..data.sources import KINDS, REFUSED
 from .test_convert_fuzz import CASES, check_cases, tokenizer
 from .test_convert_parquet import in_this_process
-from .test_convert_sources import check, refuse
+from .test_convert_sources import KINDS, REFUSED, check, refuse
 from .test_convert_sources import convert as convert_kind
 
 __all__ = ["in_this_process", "tokenizer"]
@@ -392,7 +391,7 @@ def test_a_destination_that_cannot_be_written(tmp_path: Path, model: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("name", ["dictionary-names", "class-label"])
+@pytest.mark.parametrize("name", ["dictionary-names", "csv-pairs"])
 def test_kinds_on_ray(tmp_path: Path, name: str) -> None:
     check(KINDS[name], convert_kind(KINDS[name], tmp_path))
 

@@ -15,6 +15,8 @@ from renee_ray.cli.main import main
 from renee_ray.config.schema import ConvertConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
+from renee_ray.model.model import build_model
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.convert import convert as service
 from renee_ray.service.from_renee import import_run
 from renee_ray.service.run.directory import RunDirectory
@@ -117,16 +119,44 @@ def write_checkpoint(folder: Path, encoder: str, num_labels: int, ranks: int) ->
     return {"backbone": backbone.double().eval(), "bottleneck": bottleneck, "weight": weight}
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_an_imported_checkpoint_is_the_dense_model(
+    dataset: Dataset, tiny_encoder: str, tmp_path: Path, ranks: int
+) -> None:
+    """Each label's score of each test point, without the padded labels; --fp16xfc, too."""
+    released, run = tmp_path / "released", str(tmp_path / "run")
+    dense = write_checkpoint(released, tiny_encoder, dataset.manifest.num_labels, ranks)
+    command = f"{FLAGS}{tiny_encoder} --data-dir LF-Tiny --fp16xfc"
+    name = import_run(command, str(released), dataset.path, run, 0)
+    config, checkpoint = RunDirectory(run).config(), RunDirectory(run).checkpoints().at(name)
+    assert config.classifier.precision == checkpoint.state.facts["precision"] == "fp16"
+    cpu = torch.device("cpu")
+    model = build_model(config, dataset.manifest.num_labels, Ranks(), cpu, training=True)
+    checkpoint.load_encoder(model.encoder.eval())
+    checkpoint.load_shard(model.shard)
+    rows = dataset.read_rows("test", 0, dataset.manifest.num_points("test")).to_pylist()
+    weights = model.shard.weights.read(0, dataset.manifest.num_labels)
+    assert torch.equal(weights, dense["weight"])
+    with torch.no_grad():
+        for row in rows[:20]:
+            ids = torch.tensor([row["input_ids"]])
+            found = weights.double() @ model.encoder(ids, torch.ones_like(ids))[0].double()
+            torch.testing.assert_close(found, dense_scores(dense, ids), rtol=1e-5, atol=1e-5)
+
+
+def dense_scores(dense: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """Scores of all labels for one point of tokens [1, T], in float64."""
+    hidden = dense["backbone"](input_ids=ids, attention_mask=torch.ones_like(ids))[0][0]
+    return dense["weight"].double() @ (dense["bottleneck"].double() @ hidden.mean(0))
+
+
 def dense_precisions(dense: dict[str, Any], dataset: Dataset) -> dict[str, float]:
     """P@k of a dataset's test split in float64, point by point."""
     rows = dataset.read_rows("test", 0, dataset.manifest.num_points("test")).to_pylist()
     hits = dict.fromkeys((1, 3, 5), 0)
     with torch.no_grad():
         for row in rows:
-            ids = torch.tensor([row["input_ids"]])
-            hidden = dense["backbone"](input_ids=ids, attention_mask=torch.ones_like(ids))[0][0]
-            embedding = dense["bottleneck"].double() @ hidden.mean(0)
-            scores = dense["weight"].double() @ embedding
+            scores = dense_scores(dense, torch.tensor([row["input_ids"]]))
             scores[row["filter_labels"]] = -torch.inf
             best = scores.argsort(descending=True).tolist()
             for k in hits:
