@@ -41,9 +41,8 @@ class Memmap:
     @cached_property
     def rows(self) -> int:
         """The number of rows. Raises SourceError where the two files have other sizes."""
-        filesystem, name = filesystem_of(self.path)
-        both = [name, name.replace("_input_ids.dat", "_attention_mask.dat")]
-        sizes = [info.size for info in filesystem.get_file_info(both)]
+        both = [filesystem_of(path) for path in (self.path, self.mask)]
+        sizes = [filesystem.get_file_info(name).size for filesystem, name in both]
         if sizes[0] != sizes[1] or sizes[0] is None or sizes[0] % (8 * self.length):
             raise SourceError(
                 f"{self.path} and its attention_mask have {sizes} bytes, which are not the same "
