@@ -71,7 +71,7 @@ def test_readme_names_the_commands_that_exist() -> None:
     from renee_ray.cli.main import cli
 
     table = README[README.index("## Commands") : README.index("For example, on a dataset")]
-    assert set(re.findall(r"^\| `renee-ray (\w+)", table, re.MULTILINE)) == set(cli.commands)
+    assert set(re.findall(r"^\| `renee-ray ([\w-]+)", table, re.MULTILINE)) == set(cli.commands)
 
 
 def test_constraints_pin_what_setup_cfg_asks_for() -> None:

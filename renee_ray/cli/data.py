@@ -18,7 +18,7 @@ from renee_ray.errors import ReneeError
 @click.argument("overrides", nargs=-1)
 @json_option
 def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Turn a folder SRC, of the XML repository or of Parquet, into a dataset directory DST."""
+    """Turn a folder SRC (CSV, JSON lines, Parquet, XML repository ...) into a dataset DST."""
     config = configured(ConvertConfig, overrides, "convert")
     from renee_ray.report.conversion import conversion_text
     from renee_ray.service.convert import convert as service

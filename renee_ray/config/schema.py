@@ -57,9 +57,15 @@ class ConvertConfig(Config):
     """Tokens kept of each text, special tokens included; training may cut further."""
     validation: float = Field(0.02, ge=0, lt=1)
     """Share of the training points held out for choosing a model, by a seeded hash of the id."""
-    labels: Literal["auto", "ids", "multi-hot"] = "auto"
-    """What numbers in `labels` of Parquet are: ids, or (multi-hot) a 0 or 1 for every label.
-    auto: ids, but lists that look multi-hot are refused."""
+    test: float = Field(0.1, ge=0, lt=1)
+    """Share of the training points held out as the test split where the source has none."""
+    text: str = ""
+    """Own data: the column that is the text, or several as title+content; empty: guessed."""
+    labels: Name = "auto"
+    """Own data: the column of the labels, as tags; or what numbers in it are: ids, or (multi-hot) a
+    0 or 1 for every label. auto: guessed; numbers are ids in Parquet, names in CSV."""
+    separator: str = ""
+    """Own data: between the labels of a row, as | or ;. none: one label; empty: guessed."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the global shuffle and of the validation split."""
     part_rows: int = Field(0, ge=0)

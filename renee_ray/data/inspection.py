@@ -168,15 +168,11 @@ def _count(table: pa.Table) -> _Counts:
 def _point_problems(
     dataset: Dataset, split: str, index: int, table: pa.Table, is_point: NDArray[np.bool_]
 ) -> Iterator[str]:
-    part, num_labels = dataset.manifest.splits[split][index], dataset.manifest.num_labels
+    num_labels = dataset.manifest.num_labels
     yield from _token_problems(dataset, table)
     ids = table["point_id"].to_numpy()
     if split != "train":
         yield from _rows_where(np.diff(ids, prepend=-1) <= 0, ids, "point_id", "not ascending")
-    if split == "test":
-        yield from _rows_where(
-            ids != np.arange(part.first, part.first + len(ids)), ids, "point_id", "not its row"
-        )
     for name in ("labels", "filter_labels"):
         rows = pc.list_parent_indices(table[name]).to_numpy()
         labels = pc.list_flatten(table[name]).to_numpy()
@@ -248,7 +244,11 @@ def _between_parts(dataset: Dataset, counts: dict[str, _Counts]) -> Iterator[str
         return
     train, validation = counts["train"], counts["validation"]
     points = train.rows + validation.rows
-    if (train.ids + validation.ids) % 2**64 != _ids_below(points):
+    test = counts["test"]
+    held = (train.ids + validation.ids + test.ids) % 2**64 == _ids_below(points + test.rows)
+    if not held and test.ids != _ids_below(test.rows):
+        yield f"{dataset.path}: the ids of test are not each of [0, {test.rows}) once"
+    if not held and (train.ids + validation.ids) % 2**64 != _ids_below(points):
         yield (
             f"{dataset.path}: the ids of train and validation are not each of [0, {points}) once"
         )

@@ -1,4 +1,4 @@
-"""The validation split and the order of the other rows, both by a seeded hash of the row's id.
+"""Rows held out for validation and test, and the order of the others: seeded hashes of their ids.
 
 No process holds the whole order. A row's bucket follows from its hash and one bound a bucket; its
 place in the bucket follows when the bucket's rows are sorted.
@@ -33,16 +33,25 @@ def splitmix64(values: UInt64s) -> UInt64s:
 class Shuffle:
     """Splits the rows of the training files and orders them.
 
+    shares: of the rows that are held out, for each split; their sum is below 1.
     bounds: uint64 [buckets - 1], ascending, the first key of each bucket but the first.
     """
 
     seed: int
-    validation: float
+    shares: tuple[float, ...]
     bounds: UInt64s
 
+    def splits(self, rows: Int64s) -> Int64s:
+        """Returns i for each row that is held out for shares[i], else their number: int64 [n].
+
+        The split of a row depends on no other row.
+        """
+        ends = np.array([int(end * 2**64) for end in np.cumsum(self.shares)], np.uint64)
+        return np.searchsorted(ends, self._hashes(rows, _HOLD_OUT), side="right")
+
     def held_out(self, rows: Int64s) -> NDArray[np.bool_]:
-        """Returns which rows are held out, bool [n]; depends on no other row."""
-        return self._hashes(rows, _HOLD_OUT) < np.uint64(int(self.validation * 2**64))
+        """Returns which rows are held out, bool [n]."""
+        return self.splits(rows) < len(self.shares)
 
     def keys(self, rows: Int64s) -> UInt64s:
         """Returns the sort keys of rows, uint64 [n], all different."""
@@ -58,7 +67,7 @@ class Shuffle:
 
 
 def shuffle_of(
-    num_rows: int, starts: Int64s, bucket_rows: int, validation: float, seed: int
+    num_rows: int, starts: Int64s, bucket_rows: int, shares: tuple[float, ...], seed: int
 ) -> tuple[Shuffle, Int64s]:
     """Shuffles rows [0, num_rows) into buckets of exactly `bucket_rows`, but the last one.
 
@@ -68,22 +77,25 @@ def shuffle_of(
         starts: int64 [n], ascending.
 
     Returns:
-        (the shuffle, int64 [n + 1]: rows held out before each of `starts`, and in all)
+        (the shuffle, int64 [n + 1, shares]: rows held out before each of `starts`, and in all)
     """
-    made = Shuffle(seed, validation, np.zeros(0, np.uint64))
+    made = Shuffle(seed, shares, np.zeros(0, np.uint64))
     marks = np.append(starts, num_rows)
-    held = np.zeros(len(marks), dtype=np.int64)
+    held = np.zeros((len(marks), len(shares)), dtype=np.int64)
     histogram = np.zeros(1 << BIN_BITS, dtype=np.int64)
-    total = 0
+    total = np.zeros(len(shares), dtype=np.int64)
     for rows in _chunks(num_rows):
-        out = made.held_out(rows)
-        before = total + np.concatenate([[0], np.cumsum(out)])
+        splits = made.splits(rows)
+        each = splits[:, None] == np.arange(len(shares))
+        before = total + np.concatenate([0 * each[:1], np.cumsum(each, 0)])
         here = slice(*np.searchsorted(marks, [rows[0], rows[-1] + 1], side="left"))
         held[here] = before[marks[here] - rows[0]]
-        total = int(before[-1])
-        histogram += np.bincount(_bins(made.keys(rows[~out])), minlength=len(histogram))
+        total = before[-1]
+        histogram += np.bincount(
+            _bins(made.keys(rows[splits == len(shares)])), minlength=len(histogram)
+        )
     held[marks == num_rows] = total
-    ranks = np.arange(bucket_rows, num_rows - total, bucket_rows)
+    ranks = np.arange(bucket_rows, num_rows - total.sum(), bucket_rows)
     return replace(made, bounds=_keys_at(made, ranks, histogram, num_rows)), held
 
 

@@ -264,7 +264,7 @@ def load_initial_weights(encoder: Encoder, path: str) -> None:
         raise ReneeError(
             f"encoder.weights={path!r} is not a file; give a state_dict of the encoder"
         )
-    state = _read_state_dict(path)
+    state = read_state_dict(path)
     assert encoder.backbone is not None, "the configuration has been checked"
     own = encoder.backbone.state_dict()
     mapped = {_own_name(name, own): tensor for name, tensor in state.items()}
@@ -350,7 +350,7 @@ def check_positions(config: EncoderConfig, max_length: int) -> None:
         return
     if config.lora.rank:
         with _loading(config.name):
-            model = _described(resolve_model(config.name), "eager")[1]
+            model = described(resolve_model(config.name), "eager")[1]
         add_adapters(model, config)
     prompt = len(Prompt(config).tokens) if config.prompt else 0
     longest, limit = min(config.max_length, max_length + prompt), max_positions(config.name)
@@ -418,7 +418,8 @@ def dropout_keys(settings: object) -> list[str]:
     return [key for key in numbers if "classif" not in key]
 
 
-def _read_state_dict(path: str) -> dict[str, Tensor]:
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Reads the tensors of a file. Raises ReneeError where it holds anything but a state_dict."""
     try:
         if path.endswith(".safetensors"):
             return load_file(path)

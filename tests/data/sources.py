@@ -218,6 +218,7 @@ KINDS = {
 }
 """Folders that are read."""
 
+
 BEYOND = 12120467241726599441
 PAIR_LINES = b"".join(b" ".join(b"%d:1" % label for label in row) + b"\n" for row in IDS)
 LINES = "".join(f"{text}\n" for text in TEXTS).encode()
@@ -292,8 +293,6 @@ REFUSED = {
         files(**{name: b.replace(b"\n", b"\r", 2) for name, b in TEXT.items()}),
         r"trn_X_Y\.txt:1: a carriage return within the line",
     ),
-    "csv": refused(files(**{"train.csv": b"text,labels\na,0|1\n"}), r"train\.csv.*train\.parquet"),
-    "jsonl": refused(files(**{"data__train.jsonl.gz": b""}), r"train\.jsonl.*not read yet"),
     "other-name": refused(files(part=rows()), r"part\.parquet.*train-00000-of-00001"),
     "empty-folder": refused(
         lambda folder: folder.mkdir(), r"trn_X\.txt.*trn\.json.*train\.parquet"

@@ -253,22 +253,27 @@ def test_splitmix64_is_the_published_one() -> None:
     ]
 
 
-def naive(num_rows: int, validation: float, seed: int) -> tuple[list[int], list[int]]:
-    """(train in its order, validation), by sorting all rows."""
-    made, rows = Shuffle(seed, validation, np.zeros(0, np.uint64)), np.arange(num_rows)
-    held_out = made.held_out(rows)
-    train = sorted(rows[~held_out].tolist(), key=lambda row: int(made.keys(np.array([row]))[0]))
-    return train, np.flatnonzero(held_out).tolist()
+def naive(
+    num_rows: int, validation: float, seed: int, test: float = 0.0
+) -> tuple[list[int], list[int], list[int]]:
+    """(train in its order, validation, test), by sorting all rows."""
+    made, rows = Shuffle(seed, (validation, test), np.zeros(0, np.uint64)), np.arange(num_rows)
+    splits = made.splits(rows)
+    train = sorted(rows[splits == 2].tolist(), key=lambda row: int(made.keys(np.array([row]))[0]))
+    return train, np.flatnonzero(splits == 0).tolist(), np.flatnonzero(splits == 1).tolist()
 
 
 def test_the_shuffle_is_one() -> None:
-    train, validation = naive(20_000, 0.1, seed=3)
+    train, validation, _ = naive(20_000, 0.1, seed=3)
     assert sorted([*train, *validation]) == list(range(20_000))
     assert abs(len(validation) - 2000) < 4 * np.sqrt(20_000 * 0.1 * 0.9)
     assert abs(np.corrcoef(np.arange(len(train)), train)[0, 1]) < 0.05
     assert train != naive(20_000, 0.1, seed=4)[0]
     assert [row for row in validation if row < 900] == naive(900, 0.1, seed=3)[1]
     assert naive(100, 0.0, seed=3)[1] == []
+    more, same, test = naive(20_000, 0.1, seed=3, test=0.2)
+    assert same == validation and more == [row for row in train if row not in set(test)]
+    assert abs(len(test) - 4000) < 4 * np.sqrt(20_000 * 0.2 * 0.8)
 
 
 @pytest.mark.parametrize("bucket_rows", [1, 7, 100, 897, 2000])
@@ -280,14 +285,15 @@ def test_buckets_are_cut_from_the_order(
     monkeypatch.setattr(split, "CHUNK_ROWS", chunk_rows)
     monkeypatch.setattr(split, "BIN_BITS", 6)
     rows, starts = np.arange(1000), np.array([0, 1, 63, 64, 65, 500, 999])
-    made, held = split.shuffle_of(1000, starts, bucket_rows, validation=0.1, seed=3)
-    train, validation = naive(1000, 0.1, seed=3)
-    assert held.tolist() == [sum(row < start for row in validation) for start in [*starts, 1000]]
+    made, held = split.shuffle_of(1000, starts, bucket_rows, (0.1, 0.2), seed=3)
+    train, *out = naive(1000, 0.1, seed=3, test=0.2)
+    wanted = [[sum(row < start for row in rows) for rows in out] for start in [*starts, 1000]]
+    assert held.tolist() == wanted
     buckets = made.buckets(made.keys(rows))
     for bucket in range(-(-len(train) // bucket_rows)):
         mine = rows[(buckets == bucket) & ~made.held_out(rows)]
-        wanted = train[bucket * bucket_rows : (bucket + 1) * bucket_rows]
-        assert mine[np.argsort(made.keys(mine))].tolist() == wanted
+        ours = train[bucket * bucket_rows : (bucket + 1) * bucket_rows]
+        assert mine[np.argsort(made.keys(mine))].tolist() == ours
 
 
 def test_the_first_wrong_part_ends_the_validation(tmp_path: Path) -> None:

@@ -20,10 +20,9 @@ from renee_ray.errors import ReneeError
 from renee_ray.service.convert import conversion
 from renee_ray.service.convert.convert import convert
 
-from ..data.sources import KINDS, REFUSED
 from .test_convert_fuzz import CASES, check_cases, tokenizer
 from .test_convert_parquet import in_this_process
-from .test_convert_sources import check, refuse
+from .test_convert_sources import KINDS, REFUSED, check, refuse
 from .test_convert_sources import convert as convert_kind
 
 __all__ = ["in_this_process", "tokenizer"]
@@ -45,7 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(model: str, **changes: Any) -> ConvertConfig:
-    return ConvertConfig(**{"tokenizer": model, "max_length": 6, "part_rows": 16, **changes})
+    return ConvertConfig(
+        **{"tokenizer": model, "max_length": 6, "part_rows": 16, "test": 0, **changes}
+    )
 
 
 def write(folder: Path, files: Mapping[str, str | bytes]) -> str:
@@ -94,7 +95,7 @@ def check_against(naive: dict[str, Any], path: str, config: ConvertConfig) -> No
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_length)
     rows = np.arange(len(naive["texts"]["trn"]))
-    shuffle = Shuffle(config.seed, config.validation, np.zeros(0, np.uint64))
+    shuffle = Shuffle(config.seed, (config.validation,), np.zeros(0, np.uint64))
     held_out = shuffle.held_out(rows)
     order = {
         "train": sorted(rows[~held_out].tolist(), key=shuffle.keys(rows).tolist().__getitem__),
@@ -362,7 +363,7 @@ def test_a_destination_that_is_taken(tmp_path: Path, model: str) -> None:
 @IN_THIS_PROCESS
 def test_nothing_left_to_train_on(tmp_path: Path, model: str) -> None:
     src = write(tmp_path / "src", {"trn_X.txt": "red\n", "trn_X_Y.txt": "1 1\n0\n"})
-    with pytest.raises(ReneeError, match=r"validation=0\.999999 holds out all 1 training points"):
+    with pytest.raises(ReneeError, match=r"validation=0\.999999 .* hold out all 1 training points"):
         convert(src, str(tmp_path / "dst"), config_of(model, validation=0.999999))
 
 
@@ -390,7 +391,7 @@ def test_a_destination_that_cannot_be_written(tmp_path: Path, model: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("name", ["dictionary-names", "class-label"])
+@pytest.mark.parametrize("name", ["dictionary-names", "csv-pairs"])
 def test_kinds_on_ray(tmp_path: Path, name: str) -> None:
     check(KINDS[name], convert_kind(KINDS[name], tmp_path))
 

@@ -86,7 +86,7 @@ def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**changes: Any) -> ConvertConfig:
-    fixed = {"tokenizer": "./model", "validation": 0.2, "part_rows": 16, "max_length": 8}
+    fixed = {"tokenizer": "./model", "validation": 0.2, "part_rows": 16, "max_length": 8, "test": 0}
     return ConvertConfig(**{**fixed, **changes})
 
 

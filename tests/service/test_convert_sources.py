@@ -9,18 +9,24 @@ import pytest
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.inspection import inspect
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 
-from ..data.sources import KINDS, REFUSED, WORDS, Kind, write_tokenizer
+from ..data import sources
+from ..data.own import OWN, OWN_REFUSED
+from ..data.sources import WORDS, Kind, write_tokenizer
 from .test_convert_parquet import in_this_process
 
 __all__ = ["in_this_process"]
+KINDS = sources.KINDS | OWN
+REFUSED = sources.REFUSED | OWN_REFUSED
 
 
 def convert(kind: Kind, path: Path) -> Dataset:
     kind.write(path / "src")
-    fixed = {"tokenizer": write_tokenizer(path / "model", WORDS), "validation": 0, "max_length": 16}
+    fixed = {"tokenizer": write_tokenizer(path / "model", WORDS), "max_length": 16}
+    fixed |= {"validation": 0, "test": 0}
     config = ConvertConfig.model_validate({**fixed, **kind.settings})
     service.convert(str(path / "src"), str(path / "dst"), config)
     return Dataset.open(str(path / "dst"))
@@ -71,6 +77,34 @@ def test_what_was_odd_is_counted_and_what_is_not_read_is_said(tmp_path: Path) ->
     assert (none["without_labels"], none["filter_pairs"]) == (1, 1)
     KINDS["hub"].write(tmp_path / "hub")
     said: list[str] = []
-    config = ConvertConfig(tokenizer=made.manifest.tokenizer, validation=0)
+    config = ConvertConfig(tokenizer=made.manifest.tokenizer, validation=0, test=0)
     service.convert(str(tmp_path / "hub"), str(tmp_path / "d"), config, said.append)
     assert any("validation-00000-of-00001.parquet is not read" in text for text in said)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_test_split_is_held_out_where_there_is_none(tmp_path: Path) -> None:
+    """Every row is in one split; labels are counted without the test split's."""
+    rows = [f"w{i},{'|'.join({f'L{i % 7}', f'L{i % 3}'})}" for i in range(400)]
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "mine.csv").write_text("title,tags\n" + "\n".join(rows))
+    words = [f"w{i}" for i in range(400)]
+    model, said = write_tokenizer(tmp_path / "model", words), list[str]()
+    config = ConvertConfig(tokenizer=model, validation=0.2, part_rows=16)
+    service.convert(str(tmp_path / "src"), str(tmp_path / "dst"), config, said.append)
+    made = Dataset.open(str(tmp_path / "dst"))
+    assert not inspect(made, batch_size=8, verify=True).get("problems")
+    points = {
+        split: made.read_rows(split, 0, made.manifest.num_points(split)).to_pylist()
+        for split in ("train", "validation", "test")
+    }
+    ids = sorted(row["point_id"] for rows in points.values() for row in rows)
+    assert ids == list(range(400)) and 20 <= len(points["test"]) <= 60 < len(points["validation"])
+    counts = [0] * 7
+    for row in [*points["train"], *points["validation"]]:
+        for label in row["labels"]:
+            counts[label] += 1
+    labels = made.read_rows("labels", 0, 7)
+    assert labels["train_count"].to_pylist() == counts and labels["text"][6].as_py() == "L6"
+    note = "took title as text, tags, separated by '|', as labels: 1.8"
+    assert any(note in each for each in said) and any("test=0.1 of the points" in s for s in said)

@@ -21,7 +21,8 @@ POINTS = pa.schema(
     }
 )
 """A row of train, validation or test. point_id: row number in the source file of its split,
-from 0 (validation: in the training file). input_ids: unpadded, special tokens included.
+from 0 (validation, and a test split that was held out: in the training file). input_ids:
+unpadded, special tokens included.
 labels, filter_labels: ascending, unique."""
 
 LABELS = pa.schema(

@@ -141,7 +141,7 @@ def _counted(grains: Iterator[bytes], part: Range) -> Counted:
     last = b"\n"
     for grain in grains:
         if part.start == size == 0:
-            begin = _length_of_mark(grain, part.path)
+            begin = length_of_mark(grain, part.path)
         if filled := len(grain.rstrip()):
             solid = before + grain.count(b"\n", 0, filled) + 1
         newlines.append(grain.count(b"\n"))
@@ -160,7 +160,7 @@ def lone_returns(data: bytes) -> Int64s:
     return places[~np.isin(values[places + 1], (10, 13))]
 
 
-def _length_of_mark(head: bytes, path: str) -> int:
+def length_of_mark(head: bytes, path: str) -> int:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise SourceError(f"{path}:1: the file is in UTF-16; save it as UTF-8")
     return 3 if head.startswith(b"\xef\xbb\xbf") else 0

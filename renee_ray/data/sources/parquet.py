@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
@@ -51,11 +51,13 @@ from renee_ray.data.untrusted import read_row_groups, rows_of
 from renee_ray.errors import reason
 
 SLICE_ROWS = 1 << 16
+Origins = dict[str, tuple[str, int]]
+"""Path -> the file that its rows are from, and the number of the first one there."""
 SPLITS = ("train", "test", "labels")
 VALIDATION = ("validation", "valid", "val", "dev")
-_NAME = re.compile(
-    rf"({'|'.join(SPLITS + VALIDATION)})(?:|\.parquet|-(\d+)(?:-of-(\d+))?(?:-\w+)?\.parquet)"
-)
+PARQUET = "parquet"
+SYNONYMS = {"trn": "train", "tst": "test", "lbl": "labels"}
+_NAME = r"({})(?:|\.(?:{kind})|-(\d+)(?:-of-(\d+))?(?:-\w+)?\.(?:{kind}))"
 """The split; the number of the file, and how many there are."""
 
 
@@ -66,12 +68,14 @@ class ParquetTable:
     columns: name -> kind (columns.py) of those that are read.
     class_names: the labels', where Hugging Face's metadata has them.
     width: values in a row's list of labels, each 0 or 1 for a label; None: the lists name labels.
+    origins: of files that a conversion has made, the file that the rows are from, for errors.
     """
 
     blocks: tuple[Block, ...]
     columns: dict[str, str]
     class_names: tuple[str, ...] | None = None
     width: int | None = None
+    origins: Origins = field(default_factory=dict)
 
     @property
     def label_columns(self) -> list[str]:
@@ -80,39 +84,55 @@ class ParquetTable:
 
     def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
         """Reads a row group and hands it on in slices of at most `SLICE_ROWS`."""
-        table = _read(block, list(columns))
+        table = read_block(block, list(columns))
         for start in range(0, len(table), SLICE_ROWS):
             piece, replaced = table.slice(start, SLICE_ROWS), np.zeros(0, np.int64)
             try:
                 found = {name: read_column(name, piece[name], self.width) for name in columns}
             except BadRow as bad:
-                raise SourceError(f"{_where(block, start, bad.row)} {bad}") from None
+                raise SourceError(f"{self._where(block, start, bad.row)} {bad}") from None
             if "text" in found:
                 found["text"], replaced = decode_texts(found["text"])
-            where = partial(_where, block, start)
+            where = partial(self._where, block, start)
             yield Records(block.first + start, found, where, replaced)
+
+    def _where(self, block: Block, start: int, row: int) -> str:
+        if block.path in self.origins:
+            path, first = self.origins[block.path]
+            return f"{path}: row {first + start + row}"
+        return f"{block.path}: row {start + row} of row group {block.group}"
 
 
 # --------------------------------------------------------------------------------------- files
 
 
-def find_files(path: str) -> dict[str, list[str]]:
-    """Finds the Parquet files of folder `path`, by split (`SPLITS`, `VALIDATION`).
+def is_table(name: str, kind: str = PARQUET) -> bool:
+    """Whether a file's name ends with `kind`, a pattern, and is neither hidden nor a cache."""
+    return re.fullmatch(rf"(?![._]|cache-).*\.(?:{kind})", name) is not None
+
+
+def find_files(path: str, kind: str = PARQUET) -> dict[str, list[str]]:
+    """Finds the files of folder `path` by split (`SPLITS`, `VALIDATION`).
+
+    Args:
+        kind: the pattern of the endings of their names.
 
     Raises:
         SourceError: a split is there in two ways, or some of its numbered files are missing.
     """
     base, ways = path.rstrip("/"), defaultdict[str, dict[str, list[str]]](dict)
+    known = re.compile(_NAME.format("|".join([*SPLITS, *VALIDATION, *SYNONYMS]), kind=kind))
     for folder in (base, f"{base}/data"):
         numbered = defaultdict[str, list[tuple[str, str]]](list)
         for info in listing(folder):
-            match, here = _NAME.fullmatch(info.base_name), f"{folder}/{info.base_name}"
+            match, here = known.fullmatch(info.base_name), f"{folder}/{info.base_name}"
             is_directory = info.type == pafs.FileType.Directory
-            if match is None or not (is_directory or here.endswith(".parquet")):
+            if match is None or not (is_directory or is_table(info.base_name, kind)):
                 continue
             name, number, count = match.groups()
-            way = f"{folder}/{name}-*.parquet" if number else here
-            if files := parquet_files(here) if is_directory else [here]:
+            name, ending = SYNONYMS.get(name, name), info.base_name.partition(".")[2]
+            way = f"{folder}/{match[1]}-*.{ending}" if number else here
+            if files := files_below(here, kind) if is_directory else [here]:
                 ways[name].setdefault(way, []).extend(files)
             if count and name in SPLITS:
                 numbered[way].append((number, count))
@@ -136,14 +156,14 @@ def _check_complete(way: str, numbers: list[tuple[str, str]]) -> None:
         )
 
 
-def parquet_files(directory: str) -> list[str]:
-    """Finds the Parquet files in a directory and below that are not hidden, by path."""
+def files_below(directory: str, kind: str = PARQUET) -> list[str]:
+    """Finds the files of a kind in a directory and below that are not hidden, by path."""
     base, (_, root) = directory.rstrip("/"), filesystem_of(directory)
     names = []
     for info in listing(base, recursive=True):
         name = info.path.strip("/")[len(root.strip("/")) :].strip("/")
         hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-        if info.type == pafs.FileType.File and name.endswith(".parquet") and not hidden:
+        if info.type == pafs.FileType.File and is_table(info.base_name, kind) and not hidden:
             names.append(name)
     return [f"{base}/{name}" for name in sorted(names)]
 
@@ -151,18 +171,22 @@ def parquet_files(directory: str) -> list[str]:
 # --------------------------------------------------------------------------------------- index
 
 
-def index_parquet(path: str, labels_are: str = "auto") -> Source:
+def index_parquet(
+    path: str, labels_are: str = "auto", origins: Origins | None = None, notes: tuple[str, ...] = ()
+) -> Source:
     """Reads the footers of folder `path` and makes its tables.
 
     Args:
         labels_are: "auto", "ids" or "multi-hot", as the configuration's key `labels`.
+        origins: as in `ParquetTable`.
+        notes: sentences on what was taken for what.
 
     Raises:
         SourceError: a file that is no Parquet, a column that is missing or of another kind,
             files that disagree, no training row.
     """
     multi_hot = labels_are == "multi-hot"
-    files, tables = find_files(path), dict[str, ParquetTable]()
+    files, tables, origins = find_files(path), dict[str, ParquetTable](), origins or {}
     for name in ("train", "test"):
         if name in files:
             tables[name] = table_of(files[name], ("text", "labels"), LABELS[1:], multi_hot)
@@ -172,7 +196,9 @@ def index_parquet(path: str, labels_are: str = "auto") -> Source:
     strings = "list of string" in kinds
     if {"list of integer", "list of string"} <= kinds:
         raise SourceError(f"{path} has labels that are strings and others that are ids; use one")
-    train_path = tables["train"].blocks[0].path
+    tables = {name: replace(table, origins=origins) for name, table in tables.items()}
+    first = tables["train"].blocks[0].path
+    train_path, _ = origins.get(first, (first, 0))
     labels: ParquetTable | Names | None = None
     if "labels" in files:
         labels = table_of(files["labels"], ("label",) if strings else (), ("text",))
@@ -195,11 +221,11 @@ def index_parquet(path: str, labels_are: str = "auto") -> Source:
         train_path,
         num_labels,
         strings,
-        notes=_notes(path, files),
+        notes=notes or notes_on(path, files),
     )
 
 
-def _notes(path: str, files: dict[str, list[str]]) -> tuple[str, ...]:
+def notes_on(path: str, files: dict[str, list[str]]) -> tuple[str, ...]:
     """Sentences about files that are there and not read."""
     return tuple(
         f"{files[name][0]} is not read: validation= of the training points are held out"
@@ -225,7 +251,7 @@ def _class_names(
 def _width(table: ParquetTable) -> int:
     """Returns the number of values in a list of labels, from the first block that has any."""
     for block in table.blocks:
-        for chunk in _read(block, ["labels"])["labels"].chunks:
+        for chunk in read_block(block, ["labels"])["labels"].chunks:
             lists = plain(chunk)
             if not pa.types.is_null(lists.type) and len(lists.flatten()):
                 return int(pc.max(pc.list_value_length(lists)).as_py())
@@ -249,7 +275,7 @@ def table_of(
     blocks: list[Block] = []
     first, table = 0, ParquetTable((), {})
     for path in paths:
-        schema, metadata = patiently(partial(_footer, path), f"reading {path}")
+        schema, metadata = patiently(partial(footer, path), f"reading {path}")
         here = _table(path, schema, required, optional, multi_hot)
         table = here if path == paths[0] else _merged(paths[0], table, path, here)
         for group in range(metadata.num_row_groups):
@@ -304,7 +330,8 @@ def _merged(first: str, table: ParquetTable, path: str, here: ParquetTable) -> P
     return ParquetTable((), columns, names)
 
 
-def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
+def footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
+    """Reads the footer of a file. Raises SourceError where it is not Parquet."""
     filesystem, root = filesystem_of(path)
     with filesystem.open_input_file(root) as file:
         try:
@@ -320,7 +347,7 @@ def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
 # -------------------------------------------------------------------------------------- reading
 
 
-def _read(block: Block, columns: list[str]) -> pa.Table:
+def read_block(block: Block, columns: list[str]) -> pa.Table:
     """Reads all rows of the block.
 
     Raises:
@@ -341,7 +368,3 @@ def _read(block: Block, columns: list[str]) -> pa.Table:
             f"{block.path} cannot be read ({reason(error):.200}) in row group {block.group}; "
             f"replace it"
         ) from None
-
-
-def _where(block: Block, start: int, row: int) -> str:
-    return f"{block.path}: row {start + row} of row group {block.group}"

@@ -1,31 +1,33 @@
-"""Which kind of source a folder is: text files (repository.py) or Parquet (parquet.py)."""
+"""Which kind of source a folder is: text files (repository.py), Parquet, or own data (own.py)."""
 
 from __future__ import annotations
 
-import re
-
 import pyarrow.fs as pafs
 
-from renee_ray.data.sources.parquet import find_files, index_parquet
+from renee_ray.data.sources.own import TABLES, Own, find_own
+from renee_ray.data.sources.parquet import find_files, index_parquet, is_table
 from renee_ray.data.sources.records import Source, SourceError
 from renee_ray.data.sources.repository import Files, find_repository
 from renee_ray.data.storage import filesystem_of, listing
 
 READ = (
     "a folder is read that has trn_X.txt and trn_X_Y.txt, or trn.json, plain or .gz, or Parquet: "
-    "train.parquet, train/*.parquet or train-00000-of-00001.parquet, there or in its data/"
+    "train.parquet, train/*.parquet or train-00000-of-00001.parquet, there or in its data/, or "
+    "train.csv, .tsv or .jsonl, or what datasets' save_to_disk or PECOS (X.trn.txt) wrote"
 )
 """The kinds of training sets, for error messages."""
-_NOT_YET = re.compile(r".*\.(csv|tsv|jsonl|ndjson)(\.\w+)?|(data/)?(train|test)[^/]*\.json(\.\w+)?")
 
 
-def find_source(path: str, labels_are: str = "auto") -> Files | Source:
+def find_source(
+    path: str, labels_are: str = "auto", text: str = "", separator: str = ""
+) -> Files | Own | Source:
     """Finds the source in folder `path` (local, or a URL).
 
-    Parquet is indexed, which only reads footers. The lines of text files are still to be counted.
+    Parquet is indexed, which only reads footers. The lines of text files are still to be counted,
+    and own data is still to be written as Parquet.
 
     Args:
-        labels_are: "auto", "ids" or "multi-hot", as the configuration's key `labels`.
+        labels_are, text, separator: as the keys `labels`, `text` and `separator`.
 
     Raises:
         SourceError: no such folder, no training set in it or two, half a split, or an error of
@@ -36,21 +38,28 @@ def find_source(path: str, labels_are: str = "auto") -> Files | Source:
     if kind != pafs.FileType.Directory:
         problem = "does not exist" if kind == pafs.FileType.NotFound else "is not a directory"
         raise SourceError(f"{path} {problem}; {READ}")
-    parquet, text = find_files(path).get("train"), find_repository(path)
-    if parquet and text:
+    parquet, files = find_files(path).get("train"), find_repository(path)
+    if parquet and files:
         raise SourceError(
-            f"{path} has two training sets, {parquet[0]} and {text.train.texts}; keep one"
+            f"{path} has two training sets, {parquet[0]} and {files.train.texts}; keep one"
         )
-    if parquet:
+    named = bool(text or labels_are not in ("auto", "ids", "multi-hot"))
+    if parquet and not named:
         return index_parquet(path, labels_are)
-    if text is None:
+    if files is None:
+        if (own := find_own(path, text, labels_are, separator)) is not None:
+            return own
         raise SourceError(f"{path} has no training set{_there(path)}; {READ}")
+    if named:
+        raise SourceError(
+            f"{files.train.texts} says what is text and labels; leave text= and labels= out"
+        )
     if labels_are == "multi-hot":
         raise SourceError(
-            f"{text.train.labels or text.train.texts} is text and labels=multi-hot is for "
+            f"{files.train.labels or files.train.texts} is text and labels=multi-hot is for "
             f"Parquet; write the ids of each point's labels"
         )
-    return text
+    return files
 
 
 def _there(path: str) -> str:
@@ -61,8 +70,14 @@ def _there(path: str) -> str:
         for info in listing(folder)
         if info.type == pafs.FileType.File and not info.base_name.startswith((".", "_"))
     )
-    if tables := [name for name in names if _NOT_YET.fullmatch(name)]:
-        return f" that is read: CSV and JSON lines, as {tables[0]!r:.100}, are not read yet"
+    if "train.txt" in names or "trn_X_Xf.txt" in names:
+        bag = "train.txt" if "train.txt" in names else "trn_X_Xf.txt"
+        return (
+            f" with texts: {bag} holds a bag of words, and an encoder reads texts; fetch the "
+            f"'raw text' archive of this dataset from the repository (trn_X.txt or trn.json.gz)"
+        )
+    if tables := [name for name in names if is_table(name, TABLES)]:
+        return f" by its name, though {tables[0]!r:.100} is there (which of them is train?)"
     if others := [name for name in names if name.endswith(".parquet")]:
         return f" by its name, though {others[0]!r:.100} is there"
     return ""

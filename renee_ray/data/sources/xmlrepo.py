@@ -283,7 +283,7 @@ def parse_objects(batch: LineBatch, num_labels: int | None, *, with_labels: bool
     texts, labels, replaced, zeros = list[str](), list[list[int]](), list[int](), 0
     for i, line in enumerate(batch):
         decoded_line, bad = decoded(line)
-        record = _object(decoded_line, batch.where(i))
+        record = json_object(decoded_line, batch.where(i))
         text, broken = _text_of(record, batch.where(i))
         texts.append(text)
         replaced.append(bad + broken)
@@ -297,7 +297,8 @@ def parse_objects(batch: LineBatch, num_labels: int | None, *, with_labels: bool
     return Records(batch.first, columns, batch.where, counts, zeros if with_labels else None)
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """Parses a line that is a JSON object; `where` is what an error names."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

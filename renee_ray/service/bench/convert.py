@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from renee_ray.config.schema import ConvertConfig
+from renee_ray.data.sources.own import Own, pieces
 from renee_ray.data.sources.records import Source
 from renee_ray.data.sources.source import find_source
 from renee_ray.data.storage import absolute
@@ -88,6 +89,9 @@ def time_tokenizer(src: str, name: str, max_length: int, labels_are: str) -> flo
 
 def _texts(src: str, labels_are: str) -> list[str]:
     found = find_source(src, labels_are)
+    if isinstance(found, Own):
+        read = pieces(found, "train", found.splits["train"])
+        return [text for _, _, rows in read for text in rows["text"].cast("string").to_pylist()]
     if not isinstance(found, Source):
         path = found.train.texts
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()

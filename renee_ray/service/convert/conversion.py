@@ -34,6 +34,8 @@ JOURNAL = "done"
 TAIL_BYTES = 1 << 16
 """Bytes read from a scratch file's end at first: the places of some thousand groups."""
 
+HELD = ("validation", "test")
+"""The splits for which training points are held out."""
 Groups = tuple[str, int, int]
 """A scratch file and the first and last key it has a group of."""
 Progress = Callable[[str], None]
@@ -44,7 +46,8 @@ class Conversion:
     """What every task is given. Its size goes with the number of blocks, not of rows.
 
     bucket_rows: rows of a bucket, and labels of a range.
-    blocks: (split, block, rows of its split before it that are held out) of all points.
+    blocks: (split, block, rows of its split before it that are held out for each of HELD) of all
+    points.
     files: the scratch files by what is in them.
     """
 
@@ -55,7 +58,7 @@ class Conversion:
     config: ConvertConfig
     bucket_rows: int
     shuffle: Shuffle
-    blocks: tuple[tuple[str, Block, int], ...]
+    blocks: tuple[tuple[str, Block, tuple[int, ...]], ...]
     files: dict[str, tuple[Groups, ...]] = field(default_factory=dict)
 
     def encode(self, texts: list[str]) -> pa.Array:
@@ -69,19 +72,20 @@ def begin(
     """Makes the conversion of a source: its blocks, and the order of its training points.
 
     Raises:
-        ReneeError: `config.validation` leaves no training point.
+        ReneeError: `config.validation` and `config.test` leave no training point.
     """
     blocks = [(name, block) for name, table in source.splits.items() for block in table.blocks]
     starts = np.array([block.first for name, block in blocks if name == "train"])
     rows, size = num_rows(source.train), bucket_rows(config.part_rows)
-    shuffle, held = shuffle_of(rows, starts, size, config.validation, config.seed)
-    if held[-1] == rows:
+    shares = (config.validation, config.test if source.test is None else 0.0)
+    shuffle, held = shuffle_of(rows, starts, size, shares, config.seed)
+    if held[-1].sum() == rows:
         raise ReneeError(
-            f"validation={config.validation} holds out all {rows} training points of "
-            f"{blocks[0][1].path}; lower validation"
+            f"validation={shares[0]} and test={shares[1]} hold out all {rows} training points of "
+            f"{source.labelled_path}; lower them"
         )
-    before = [*held[:-1].tolist(), *[0] * (len(blocks) - len(starts))]
-    with_held = tuple((*block, number) for block, number in zip(blocks, before, strict=True))
+    before = [*held[:-1].tolist(), *[[0, 0]] * (len(blocks) - len(starts))]
+    with_held = tuple((*block, tuple(each)) for block, each in zip(blocks, before, strict=True))
     return Conversion(source, dst, scratch, vocabulary, config, size, shuffle, with_held)
 
 

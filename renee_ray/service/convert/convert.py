@@ -1,5 +1,6 @@
 """From raw data to a dataset directory, as Ray Data tasks, with bounded memory everywhere.
 
+    own data   tasks     CSV, JSON lines and others to Parquet in scratch (own_data.py)
     count      tasks     text files: line ends by ranges of bytes, gzip unpacked (count_lines.py)
     filters    tasks     loose filter pairs to the blocks of their points (points.py)
     label ids  tasks     where labels are strings (label_ids.py)
@@ -27,6 +28,7 @@ from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer
 from renee_ray.data.dataset import DATASET, Dataset, Manifest
 from renee_ray.data.destination import Destination, refuse_overlap
+from renee_ray.data.sources.own import Own
 from renee_ray.data.sources.records import Source
 from renee_ray.data.sources.repository import agreed
 from renee_ray.data.sources.source import find_source
@@ -35,6 +37,7 @@ from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert.conversion import JOURNAL, Progress, begin
 from renee_ray.service.convert.count_lines import count_lines
 from renee_ray.service.convert.label_ids import with_label_ids
+from renee_ray.service.convert.own_data import written
 from renee_ray.service.convert.partition import partition
 from renee_ray.service.convert.parts import write_parts
 from renee_ray.service.convert.points import with_filters
@@ -64,7 +67,7 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
         refuse_overlap(src, dst)
         destination = Destination(dst, DATASET, config.overwrite)
         destination.check()
-        found = find_source(src, config.labels)
+        found = find_source(src, config.labels, config.text, config.separator)
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
         if destination.is_published(signature):
@@ -73,10 +76,14 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
             on_progress(f"reading {src}")
             ensure_ray()
             with _claimed(destination, signature, on_progress) as scratch:
-                if not isinstance(found, Source):
+                if isinstance(found, Own):
+                    found = written(found, config.labels, scratch, on_progress)
+                elif not isinstance(found, Source):
                     found = agreed(found, count_lines(found.paths, scratch, on_progress))
                 for note in found.notes:
                     on_progress(note)
+                if found.test is None and config.test:
+                    on_progress(f"no test split: test={config.test:g} of the points are held out")
                 conversion = begin(found, dst, scratch, vocabulary, config)
                 conversion = with_filters(conversion, on_progress)
                 conversion = with_label_ids(conversion, on_progress)

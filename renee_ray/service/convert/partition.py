@@ -20,6 +20,7 @@ from renee_ray.data.dataset import MAX_LABELS
 from renee_ray.data.sources.columns import LABELS
 from renee_ray.data.sources.records import Int64s, SourceError
 from renee_ray.service.convert.conversion import (
+    HELD,
     Conversion,
     Groups,
     Progress,
@@ -79,7 +80,7 @@ def partition(conversion: Conversion, on_progress: Progress) -> tuple[Conversion
         raise SourceError(
             f"{source.labelled_path} gives no training point a label; there is nothing to learn"
         )
-    if conversion.config.labels == "auto":
+    if conversion.config.labels not in ("ids", "multi-hot"):
         duplicates = sum(total["duplicate_pairs"] for total in totals.values())
         refuse_multi_hot(source, greatest, duplicates)
     totals["labels"]["least_id"], totals["labels"]["greatest_id"] = least, greatest
@@ -97,10 +98,11 @@ def partition(conversion: Conversion, on_progress: Progress) -> tuple[Conversion
 
 
 def _partition(conversion: Conversion, i: int) -> dict[str, Any]:
-    name, _, held = conversion.blocks[i]
+    name, _, before = conversion.blocks[i]
     files, counts = defaultdict[str, list[Groups]](list), [COUNTS.empty_table()]
     least, greatest = MAX_LABELS, -1
     totals: dict[str, Counter[str]] = defaultdict(Counter)
+    held = dict(zip(HELD, before, strict=True))
     for number, (points, odd) in enumerate(read_points(conversion, i)):
         for column in LABELS:
             values = points[column].combine_chunks().flatten()
@@ -112,9 +114,10 @@ def _partition(conversion: Conversion, i: int) -> dict[str, Any]:
         for split, rows, buckets in _destinations(conversion, name, ids, held):
             mine = points.take(pa.array(rows))
             files[split] += write_groups(conversion, f"{split}-{i}-{number}", mine, buckets)
-            held += len(rows) if split == "validation" else 0
             add(totals[split], totals_of(mine, conversion.config.max_length))
-            if name == "train":
+            if name == "train" and split in held:
+                held[split] += len(rows)
+            if name == "train" and split != "test":
                 counts.append(_counts(mine, split))
         add(totals[name], odd)
     summed = _summed(pa.concat_tables(counts))
@@ -124,23 +127,24 @@ def _partition(conversion: Conversion, i: int) -> dict[str, Any]:
 
 
 def _destinations(
-    conversion: Conversion, name: str, points: Int64s, held: int
+    conversion: Conversion, name: str, points: Int64s, held: dict[str, int]
 ) -> Iterator[tuple[str, Int64s, Int64s]]:
     """Yields (split, places among `points` of its rows in their order there, their buckets).
 
     Args:
-        held: rows of the split held out before these.
+        held: rows of the split held out before these, for each of HELD.
     """
     if name != "train":
         yield name, np.arange(len(points)), points // conversion.bucket_rows
         return
-    out = conversion.shuffle.held_out(points)
-    kept = np.flatnonzero(~out)
+    splits = conversion.shuffle.splits(points)
+    kept = np.flatnonzero(splits == len(HELD))
     keys = conversion.shuffle.keys(points[kept])
     order = np.argsort(keys)
     yield "train", kept[order], conversion.shuffle.buckets(keys[order])
-    places = held + np.arange(out.sum())
-    yield "validation", np.flatnonzero(out), places // conversion.bucket_rows
+    for number, split in enumerate(HELD):
+        rows = np.flatnonzero(splits == number)
+        yield split, rows, (held[split] + np.arange(len(rows))) // conversion.bucket_rows
 
 
 def _counts(points: pa.Table, split: str) -> pa.Table:

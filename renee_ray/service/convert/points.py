@@ -89,7 +89,7 @@ def _points(
     if records.zeros is not None:
         odd["zero_values"] = records.zeros
     if "input_ids" in records.columns:
-        columns["input_ids"] = _given_tokens(conversion, records)
+        columns["input_ids"] = given_tokens(conversion, records)
     else:
         texts = records.columns["text"].to_pylist()
         columns["input_ids"] = conversion.encode(texts)
@@ -115,7 +115,7 @@ def _sorted_lists(num_rows: int, rows: Int64s, values: Int64s) -> tuple[pa.ListA
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)), given - len(values)
 
 
-def _given_tokens(conversion: Conversion, records: Records) -> pa.Array:
+def given_tokens(conversion: Conversion, records: Records) -> pa.Array:
     """Cuts the tokens that the source has to max_length, as those of a text would be."""
     lists, num_tokens = (
         records.columns["input_ids"],

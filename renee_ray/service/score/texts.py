@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import POINTS, SPLITS, Dataset, Part, part_path, write_part
-from renee_ray.data.sources.parquet import parquet_files, table_of
+from renee_ray.data.sources.parquet import files_below, table_of
 from renee_ray.data.sources.records import Records, Table
 from renee_ray.data.sources.repository import text_table
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
@@ -93,7 +93,7 @@ def check_texts(src: str) -> list[str]:
         return []
     if kind == pafs.FileType.File and src.endswith(".parquet"):
         return [src]
-    if kind == pafs.FileType.Directory and (files := parquet_files(src)):
+    if kind == pafs.FileType.Directory and (files := files_below(src)):
         return files
     raise ReneeError(f"{src} is neither a dataset directory nor texts; give {_KINDS}")
 

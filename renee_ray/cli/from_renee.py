@@ -1,0 +1,62 @@
+"""The command that brings runs of microsoft/renee over: from-renee."""
+
+from __future__ import annotations
+
+import click
+
+from renee_ray.cli.common import PATH, call
+from renee_ray.cli.output import say
+from renee_ray.config.from_renee import as_yaml, translate
+from renee_ray.config.overrides import parse_overrides
+from renee_ray.config.schema import Config
+from renee_ray.data.storage import absolute, replace_file
+from renee_ray.errors import ReneeError
+
+
+class Places(Config):
+    """Where `from-renee` reads and writes."""
+
+    data: str = ""
+    """The converted dataset; empty: its size is known by the name in --data-dir."""
+    output: str = ""
+    """The YAML file, or the run directory with --checkpoint; empty: standard output."""
+
+
+@click.command("from-renee")
+@click.argument("command")
+@click.argument("places", nargs=-1)
+@click.option("--checkpoint", type=PATH, help="Directory of NAME_RANK_state_dict.pt to import.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), help="GPUs of the command in all; by default 16."
+)
+def from_renee(
+    command: str, places: tuple[str, ...], checkpoint: str | None, gpus: int | None
+) -> None:
+    """Translate COMMAND, flags of microsoft/renee's main.py, into a configuration.
+
+    It is printed, or written to output=FILE. With --checkpoint, its checkpoint is imported as a run
+    at output=RUN, for the dataset data=DATASET.
+    """
+    given = Places.model_validate(parse_overrides(places, Places))
+    if checkpoint is not None:
+        if not given.data or not given.output:
+            raise ReneeError("--checkpoint needs data=DATASET and output=RUN; give both")
+        from renee_ray.service.from_renee import import_run
+
+        name = call(import_run, command, checkpoint, given.data, given.output, gpus or 0)
+        say(f"{given.output} is a run with the checkpoint {name}")
+        return
+    points = labels = 0
+    if given.data:
+        from renee_ray.data.dataset import Dataset
+
+        manifest = Dataset.open(given.data).manifest
+        points, labels = manifest.num_points("train"), manifest.num_labels
+    made = translate(command, gpus=gpus or 0, data=given.data, points=points, labels=labels)
+    _ = made.config  # every value is checked
+    for note in made.notes:
+        say(note)
+    if given.output:
+        replace_file(absolute(given.output), as_yaml(made, command).encode())
+    else:
+        click.echo(as_yaml(made, command), nl=False)

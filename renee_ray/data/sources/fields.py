@@ -1,0 +1,220 @@
+"""Own data: which column is the text and which the labels, and columns as a source has them.
+
+Names and first rows decide. Where two readings are equally likely, the error asks for the key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from renee_ray.data.sources.columns import kind_of, plain
+from renee_ray.data.sources.records import Int64s, SourceError
+from renee_ray.data.untrusted import parse_json
+from renee_ray.errors import reason
+
+TEXTS = (
+    "text", "title", "content", "body", "document", "sentence", "abstract", "description",
+    "query", "question", "review",
+)  # fmt: skip
+LABELS = (
+    "labels", "label", "tags", "tag", "categories", "category", "classes", "class", "topics",
+    "topic", "keywords", "targets",
+)  # fmt: skip
+"""Names of columns that are taken without a key; the first of each is preferred."""
+SEPARATORS = ("|", ";", ",", "\t")
+NO_SEPARATOR = "none"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What is taken for what. A dotted name is a field of a nested one.
+
+    text: columns whose texts are joined by a space.
+    separator: between the labels of a row, which is a string; empty: a row has a list or one label.
+    are_ids: labels that are strings are ids.
+    pairs: rows are pairs of a text and a label; those of the same text are one point.
+    """
+
+    text: tuple[str, ...]
+    labels: str
+    separator: str
+    are_ids: bool
+    pairs: bool
+
+    @property
+    def roots(self) -> list[str]:
+        return [*self.text, self.labels]
+
+
+def leaves(schema: pa.Schema) -> dict[str, str]:
+    """Returns the kind (columns.py) of each column; fields of nested ones have dotted names."""
+
+    def below(prefix: str, field: pa.Field) -> Iterator[tuple[str, str]]:
+        name = f"{prefix}{field.name}"
+        if pa.types.is_struct(field.type):
+            for each in field.type:
+                yield from below(f"{name}.", each)
+        else:
+            yield name, kind_of(field.type)
+
+    return dict(pair for field in schema for pair in below("", field))
+
+
+def guess(path: str, rows: pa.Table, text: str, labels: str, separator: str) -> Fields:
+    """Decides what is what in a table that begins with `rows`.
+
+    Args:
+        text, labels, separator: the keys of the configuration, for what is not to be guessed.
+
+    Raises:
+        SourceError: no column or two may be it, or there is no such column.
+    """
+    kinds = leaves(rows.schema)
+    named = labels if labels not in ("auto", "ids", "multi-hot") else ""
+    for name in [*text.split("+"), named]:
+        if name and name not in kinds:
+            raise SourceError(f"{path} has no column {name!r}; it has {list(kinds)!s:.300}")
+    taken = named or _named(path, "labels", _like(LABELS, kinds), kinds, optional=True)
+    strings = {name: kind for name, kind in kinds.items() if kind == "string" and name != taken}
+    texts = tuple(text.split("+")) if text else ()
+    texts = texts or (_named(path, "text", _like(TEXTS, strings), strings),)
+    others = {name: kind for name, kind in kinds.items() if name not in texts}
+    taken = taken or _named(path, "labels", [], others)
+    kind, values = kinds[taken], column(path, rows, taken)
+    if kind == "string" and separator != NO_SEPARATOR:
+        separator = separator or _separator(path, taken, _strings(path, taken, values))
+    else:
+        separator = ""
+    exclusive = b'"ClassLabel"' in (rows.schema.metadata or {}).get(b"huggingface", b"")
+    pairs = not separator and kind in ("string", "integer") and not exclusive
+    return Fields(texts, taken, separator, labels == "ids", pairs)
+
+
+def _like(names: Sequence[str], kinds: dict[str, str]) -> list[str]:
+    found = [name for name in kinds if name.lower().rpartition(".")[2] in names]
+    return [name for name in found if name == names[0]] or found
+
+
+def _named(
+    path: str, key: str, likely: list[str], kinds: dict[str, str], *, optional: bool = False
+) -> str:
+    """Returns the only likely column, or else the only one."""
+    found = likely or ([] if optional else list(kinds))
+    if len(found) == 1:
+        return found[0]
+    if not found and optional:
+        return ""
+    both = f", or text={'+'.join(found[:2])} for both" if key == "text" and found else ""
+    which = f"any of {found!s:.300} may be" if found else "no column is"
+    raise SourceError(
+        f"{path}: {which} the {key}; give {key}={found[0] if found else 'NAME'}{both}"
+    )
+
+
+def _separator(path: str, name: str, values: pa.Array) -> str:
+    """Finds the separator of labels in their first rows; empty if each row has one label."""
+    texts = [value for value in values.to_pylist() if value]
+    if texts and all(value.startswith("[") and value.endswith("]") for value in texts):
+        raise SourceError(
+            f"{path}: {name} holds lists in brackets, as {texts[0]!r:.60}; write labels with a "
+            f"separator, or the file as JSON lines"
+        )
+    found = [each for each in SEPARATORS if any(each in value for value in texts)]
+    if len(found) > 1:
+        raise SourceError(
+            f"{path}: labels in {name} may be separated by {' or '.join(map(repr, found))}; give "
+            f"separator={found[0]!r}, or separator={NO_SEPARATOR} where a row has one label"
+        )
+    numbers = all(each.isdigit() for value in texts for each in value.split())
+    return found[0] if found else " " if numbers and any(" " in t.strip() for t in texts) else ""
+
+
+def column(path: str, rows: pa.Table, name: str) -> pa.Array:
+    """Returns a column, or a field of a nested one; nulls where no row has the field."""
+    whole = name in rows.column_names
+    first, *rest = [name] if whole else name.split(".")
+    if first not in rows.column_names:
+        raise SourceError(f"{path} has no column {name!r}; it has {rows.column_names!s:.300}")
+    array = rows[first].combine_chunks()
+    for part in rest:
+        known = pa.types.is_struct(array.type) and array.type.get_field_index(part) >= 0
+        array = pc.struct_field(array, part) if known else pa.nulls(len(array))
+    return array
+
+
+def _strings(path: str, name: str, values: pa.Array) -> pa.Array:
+    try:
+        return pc.cast(plain(values), pa.large_string())
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"{path}: {name} is not UTF-8 ({reason(error):.100})") from None
+
+
+def shaped(path: str, rows: pa.Table, fields: Fields) -> pa.Table:
+    """Makes the columns `text` and `labels` of a source of rows.
+
+    Raises:
+        SourceError: a column is missing or of another kind, or a label is no id.
+    """
+    text = None
+    for name in fields.text:
+        values = column(path, rows, name)
+        if kind_of(values.type) not in ("string", "nothing"):
+            raise SourceError(f"{path}: {name} is {values.type!s:.80}; a text is strings")
+        values = pc.fill_null(pc.cast(plain(values), pa.large_binary()), b"")
+        text = values if text is None else _joined(text, values)
+    labels = column(path, rows, fields.labels)
+    if kind_of(labels.type) == "string":
+        labels = _split(path, _strings(path, fields.labels, labels), fields)
+    elif kind_of(labels.type) in ("integer", "nothing"):
+        given = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
+        labels = _lists(len(labels), given, labels.drop_null())
+    return pa.table({"text": text, "labels": labels}, metadata=_class_names(rows, fields.labels))
+
+
+def _joined(first: pa.Array, second: pa.Array) -> pa.Array:
+    """Joins texts by a space where neither is empty."""
+    both = pc.and_(pc.greater(pc.binary_length(first), 0), pc.greater(pc.binary_length(second), 0))
+    space, nothing = (pa.scalar(each, pa.large_binary()) for each in (b" ", b""))
+    between = pc.if_else(both, space, nothing)
+    return pc.binary_join_element_wise(first, between, second, nothing)
+
+
+def _split(path: str, values: pa.Array, fields: Fields) -> pa.Array:
+    """Splits strings into lists of labels; spaces around a label, and empty ones, are dropped."""
+    values = pc.fill_null(values, "")
+    lists = pc.split_pattern(values, fields.separator) if fields.separator else None
+    rows = np.arange(len(values)) if lists is None else pc.list_parent_indices(lists).to_numpy()
+    flat = pc.utf8_trim_whitespace(values if lists is None else lists.flatten())
+    there = pc.greater(pc.binary_length(flat), 0)
+    flat, rows = flat.filter(there), rows[there.to_numpy(zero_copy_only=False)]
+    if fields.are_ids:
+        try:
+            flat = pc.cast(flat, pa.int64())
+        except pa.ArrowInvalid as error:
+            raise SourceError(
+                f"{path}: {fields.labels} has a label that is no id ({reason(error):.100}); leave "
+                f"labels=ids out if they are names"
+            ) from None
+    return _lists(len(values), rows, flat)
+
+
+def _lists(num_rows: int, rows: Int64s, values: pa.Array) -> pa.Array:
+    offsets = np.searchsorted(rows, np.arange(num_rows + 1))
+    return pa.LargeListArray.from_arrays(pa.array(offsets), values)
+
+
+def _class_names(rows: pa.Table, labels: str) -> dict[bytes, bytes] | None:
+    """Returns Hugging Face's metadata with the feature of the column of labels alone."""
+    try:
+        found = parse_json((rows.schema.metadata or {})[b"huggingface"])["info"]["features"][labels]
+    except (ValueError, LookupError, TypeError):
+        return None
+    one = isinstance(found, dict) and "names" in found
+    features = {"labels": [found] if one else found}
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}

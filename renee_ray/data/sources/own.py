@@ -1,0 +1,282 @@
+"""Own data: files of tables and of others' programs, written again as Parquet of a source.
+
+    train.csv, .tsv, .jsonl, .ndjson, .json (plain or .gz), or one such file of any name
+    train/data-*.arrow, or data-*.arrow     what Hugging Face's `datasets` saves to disk
+    train.parquet                           with columns of other names
+    X.trn.txt, Y.trn.npz                    PECOS: a text a line, labels as a sparse matrix
+
+The same names with test (tst) and labels; for PECOS, Y.txt or output-items.txt has the label texts.
+A task reads a file from its start to its end, since a quoted field may hold line ends, and writes
+pieces with the columns `text` and `labels` (fields.py). parquet.py reads these like any others.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+from scipy import sparse
+
+from renee_ray.data.sources import parquet
+from renee_ray.data.sources.fields import Fields, column, guess, shaped
+from renee_ray.data.sources.lines import MAX_LINE_BYTES, length_of_mark
+from renee_ray.data.sources.records import Block, SourceError, decoded, whole_characters
+from renee_ray.data.sources.xmlrepo import json_object
+from renee_ray.data.storage import filesystem_of, listing
+from renee_ray.errors import reason
+
+TABLES = r"(?:csv|tsv|jsonl|ndjson|json)(?:\.gz)?"
+"""Endings of the names of files that are read."""
+PIECE_BYTES, PIECE_ROWS = 1 << 24, 1 << 14
+"""About the most bytes of a file, and the most of its lines, that are in memory together."""
+SAMPLE_ROWS = 1000
+PAIR_BYTES = 1 << 31
+"""The most bytes of rows that are brought together by their text, in one task."""
+PECOS = {"train": "trn", "test": "tst"}
+
+
+@dataclass(frozen=True)
+class Own:
+    """The files of each split. fields: None where the kind of the files says what is what."""
+
+    splits: dict[str, list[str]]
+    fields: Fields | None
+    notes: tuple[str, ...]
+
+
+def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
+    """Finds own data in folder `path`, and reads its first rows; None without a training set.
+
+    Raises:
+        SourceError: what is the text or the labels is not clear, or the file cannot be read.
+    """
+    base, pecos = path.rstrip("/"), _pecos(path)
+    if pecos is not None:
+        return pecos
+    named = bool(text or labels not in ("auto", "ids", "multi-hot"))
+    kinds = ("arrow", TABLES, *[parquet.PARQUET] * named)
+    found = (parquet.find_files(base, kind) for kind in kinds)
+    splits = next((each for each in found if "train" in each), {})
+    if not splits:
+        names = sorted(info.base_name for info in listing(base))
+        saved = [n for n in names if n.startswith("data-") and n.endswith(".arrow")]
+        tables = [name for name in names if parquet.is_table(name, TABLES)]
+        if not saved and len(tables) != 1:
+            return None
+        splits["train"] = [f"{base}/{name}" for name in saved or tables]
+    first = splits["train"][0]
+    rows = next(tables_of(first), None)
+    if rows is None or not len(rows):
+        raise SourceError(f"{first} has no row; give a training set of at least one")
+    rows = rows.slice(0, SAMPLE_ROWS)
+    fields = guess(first, rows, text, labels, separator)
+    sample = shaped(first, rows, fields)
+    note = f"took {' + '.join(fields.text)} as text, {fields.labels}"
+    note += f", separated by {fields.separator!r}," if fields.separator else ""
+    number = pc.mean(pc.fill_null(pc.list_value_length(sample["labels"]), 0)).as_py()
+    note += f" as labels: {number:.3g} labels a row on average of the first {len(rows)}"
+    if fields.pairs:
+        note += "; rows of the same text are one point"
+    return Own(splits, fields, (note, *parquet.notes_on(path, splits)))
+
+
+def _pecos(path: str) -> Own | None:
+    base, names = path.rstrip("/"), {info.base_name for info in listing(path)}
+    splits = {
+        split: [f"{base}/X.{short}.txt"]
+        for split, short in PECOS.items()
+        if {f"X.{short}.txt", f"Y.{short}.npz"} <= names
+    }
+    if "train" not in splits:
+        return None
+    if texts := [name for name in ("Y.txt", "output-items.txt") if name in names]:
+        splits["labels"] = [f"{base}/{texts[0]}"]
+    note = f"took X.trn.txt as texts, Y.trn.npz as labels, {(texts or ['no file'])[0]} as names"
+    return Own(splits, None, (note,))
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, int, pa.Table]]:
+    """Yields (file, number of the first row, rows with the columns of a source).
+
+    Raises:
+        SourceError: a file that cannot be read, or a bad row.
+    """
+    pairs, size = [], 0
+    for path in paths:
+        first = 0
+        for rows in tables_of(path, own.fields.roots if own.fields and split != "labels" else None):
+            made = rows
+            if own.fields is not None:
+                made = _labels(path, rows) if split == "labels" else shaped(path, rows, own.fields)
+            if own.fields is None or split == "labels" or not own.fields.pairs:
+                yield path, first, made
+            else:
+                pairs.append(made)
+                if (size := size + made.nbytes) > PAIR_BYTES:
+                    raise SourceError(
+                        f"{path}: the pairs of a text and a label have more than {PAIR_BYTES} "
+                        f"bytes; write each text once, with all its labels and a separator"
+                    )
+            first += len(rows)
+    if pairs:
+        yield path, 0, _grouped(pairs)
+
+
+def _labels(path: str, rows: pa.Table) -> pa.Table:
+    """The columns of a table of labels that are read."""
+    known = [name for name in ("label", "text") if name in rows.column_names]
+    return pa.table({name: column(path, rows, name) for name in known})
+
+
+def _grouped(pairs: list[pa.Table]) -> pa.Table:
+    """Makes one point of the rows with the same text, in the order of their first rows."""
+    whole = pa.concat_tables(pairs, promote_options="permissive").combine_chunks()
+    rows = pc.list_parent_indices(whole["labels"].combine_chunks()).to_numpy()
+    codes = whole["text"].combine_chunks().dictionary_encode()
+    points = codes.indices.to_numpy()[rows]
+    order = np.argsort(points, kind="stable")
+    labels = whole["labels"].combine_chunks().flatten().take(pa.array(order))
+    offsets = np.searchsorted(points[order], np.arange(len(codes.dictionary) + 1))
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets), labels)
+    return pa.table({"text": codes.dictionary, "labels": lists}, metadata=whole.schema.metadata)
+
+
+def tables_of(path: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Reads a file in pieces: these of its columns (None: all), if not more.
+
+    Raises:
+        SourceError: the file is not what its name says.
+    """
+    name = path.removesuffix(".gz")
+    kinds = {".csv": _csv, ".tsv": _csv, ".arrow": _arrow, ".parquet": _parquet, ".txt": _texts}
+    kind = kinds.get(name[name.rfind(".") :], _json_lines)
+    try:
+        yield from kind(path, columns)
+    except (pa.ArrowException, ValueError, EOFError) as error:
+        raise SourceError(f"{path} cannot be read ({reason(error):.300}); correct it") from None
+
+
+def _opened(path: str) -> Any:
+    """Opens a file, unpacked. Raises SourceError where it is in UTF-16."""
+    filesystem, name = filesystem_of(path)
+    compression = "gzip" if path.endswith(".gz") else None
+    with filesystem.open_input_stream(name, compression=compression) as file:
+        length_of_mark(file.read(3), path)
+    return filesystem.open_input_stream(name, compression=compression)
+
+
+def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    with io.BufferedReader(_opened(path)) as file:
+        header = file.readline(PIECE_BYTES).decode("utf-8-sig", "replace")
+    found = [each for each in ",;\t|" if each in header]
+    delimiter = "\t" if path.removesuffix(".gz").endswith(".tsv") else (found or [","])[0]
+    parsing = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    reading = pacsv.ReadOptions(block_size=PIECE_BYTES, use_threads=False)
+    with _opened(path) as file:
+        names = pacsv.open_csv(file, reading, parsing).schema.names
+    wanted = [name for name in names if columns is None or name in columns]
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise SourceError(f"{path} has two columns {twice[0]!r}; rename one")
+    # Not inferred: a text may look like a number or a date.
+    strings = pacsv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.large_binary()), include_columns=wanted
+    )
+    with _opened(path) as file:
+        for batch in pacsv.open_csv(file, reading, parsing, strings):
+            yield pa.Table.from_batches([batch])
+
+
+def _json_lines(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    roots = None if columns is None else [name.partition(".")[0] for name in columns]
+    objects, size, first = list[dict[str, Any]](), 0, 1
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            found = json_object(decoded(line)[0], f"{path}:{number}")
+            if b"\\ud" in line.lower():  # perhaps a lone surrogate, of which no column can be made
+                found = json.loads(whole_characters(json.dumps(found, ensure_ascii=False))[0])
+            objects.append(found)
+        size += len(line)
+        if size > PIECE_BYTES or len(objects) >= PIECE_ROWS:
+            yield _from_objects(f"{path}:{first} and below", objects, roots)
+            objects, size, first = [], 0, number + 1
+    yield _from_objects(f"{path}:{first} and below", objects, roots)
+
+
+def _from_objects(where: str, objects: list[dict[str, Any]], columns: list[str] | None) -> pa.Table:
+    names = columns or list(dict.fromkeys(name for each in objects for name in each))
+    made = {}
+    for name in dict.fromkeys(names):
+        try:
+            made[name] = pa.array([each.get(name) for each in objects])
+        except (pa.ArrowException, OverflowError, UnicodeError) as error:
+            if columns:  # what nobody reads refuses nothing
+                raise SourceError(
+                    f"{where}: {name} is not of one kind ({reason(error):.200}); correct it"
+                ) from None
+    return pa.table(made)
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    with io.BufferedReader(_opened(path), PIECE_BYTES) as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")):
+            if len(line) > MAX_LINE_BYTES:
+                raise SourceError(f"{path}:{number + 1} is longer than {MAX_LINE_BYTES} bytes")
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            yield line if number else line.removeprefix(b"\xef\xbb\xbf")
+
+
+def _arrow(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    with _opened(path) as file, pa.ipc.open_stream(file) as stream:
+        for batch in stream:
+            yield pa.Table.from_batches([batch])
+
+
+def _parquet(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    schema, metadata = parquet.footer(path)
+    names = {name if name in schema.names else name.partition(".")[0] for name in columns or ()}
+    for group in range(metadata.num_row_groups):
+        yield parquet.read_block(Block(path, 0, 0, group), sorted(names) or schema.names)
+
+
+def _texts(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Texts a line; those of PECOS' points with their labels."""
+    folder, _, name = path.rpartition("/")
+    matrix = None
+    if name.startswith("X."):
+        with _opened(f"{folder}/Y{name[1:-4]}.npz") as file:
+            matrix = sparse.csr_matrix(sparse.load_npz(io.BytesIO(file.read())))
+            matrix.eliminate_zeros()
+    texts, first = list[bytes](), 0
+    for line in _lines(path):
+        texts.append(line)
+        if len(texts) == PIECE_ROWS:
+            yield _with_labels(path, texts, matrix, first)
+            texts, first = [], first + len(texts)
+    if matrix is not None and first + len(texts) != matrix.shape[0]:
+        raise SourceError(
+            f"{path} has {first + len(texts)} lines and Y{name[1:-4]}.npz {matrix.shape[0]} rows; "
+            f"make them agree"
+        )
+    yield _with_labels(path, texts, matrix, first)
+
+
+def _with_labels(path: str, texts: list[bytes], matrix: Any, first: int) -> pa.Table:
+    columns = {"text": pa.array(texts, pa.large_binary())}
+    if matrix is not None:
+        rows = matrix[first : first + len(texts)]
+        if rows.shape[0] == len(texts):
+            columns["labels"] = pa.LargeListArray.from_arrays(
+                pa.array(rows.indptr.astype(np.int64)), pa.array(rows.indices.astype(np.int64))
+            )
+    return pa.table(columns)

@@ -1,0 +1,241 @@
+"""Own data: small folders of each kind, with what is read from them, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+
+from .sources import (
+    CLASS,
+    IDS,
+    NAMES,
+    TEXT,
+    TEXTS,
+    Kind,
+    features,
+    files,
+    refused,
+    rows,
+    typed,
+)
+
+
+def lines(*rows: str, end: str = "\n") -> bytes:
+    return "".join(row + end for row in rows).encode()
+
+
+def arrow(table: pa.Table, count: int = 2) -> list[bytes]:
+    """A table as `datasets` saves it: files of Arrow streams."""
+    step, made = -(-len(table) // count), []
+    for first in range(0, len(table), step):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table.slice(first, step))
+        made.append(sink.getvalue().to_pybytes())
+    return made
+
+
+def saved(prefix: str, table: pa.Table) -> dict[str, bytes]:
+    """The files of one split, with the features and the state that `save_to_disk` writes."""
+    parts = arrow(table)
+    names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    beside = {"state.json": json.dumps(state).encode(), "dataset_info.json": b"{}"}
+    made = dict(zip(names, parts, strict=True)) | beside
+    return {f"{prefix}{name}": content for name, content in made.items()}
+
+
+def pecos(rows: list[list[int]], texts: list[str], short: str) -> dict[str, bytes]:
+    flat = [label for row in rows for label in row]
+    starts = np.cumsum([0, *map(len, rows)])
+    sink = io.BytesIO()
+    sparse.save_npz(sink, sparse.csr_matrix((np.ones(len(flat)), flat, starts), (len(rows), 4)))
+    return {f"X.{short}.txt": lines(*texts), f"Y.{short}.npz": sink.getvalue()}
+
+
+def named(row: list[int]) -> list[str]:
+    return [NAMES[label] for label in row]
+
+
+BY_NAME = [sorted(sorted(NAMES).index(name) for name in named(row)) for row in IDS]
+NESTED = [
+    {"id": i, "doc": {"title": text.split()[0], "body": " ".join(text.split()[1:])}, "tags": tags}
+    for i, (text, tags) in enumerate(zip(TEXTS, map(named, IDS), strict=True))
+]
+PAIR_ROWS = [f"{text},{name}" for text, row in zip(TEXTS, IDS, strict=True) for name in named(row)]
+QUOTED = ['red\tlamp "a"', "blue\nchair", *TEXTS[2:]]
+SINGLE = {"label": CLASS}
+OWN = {
+    "csv-pairs": Kind(
+        files(**{"train.csv": lines("title,category", *PAIR_ROWS[3:], *PAIR_ROWS[:3])}),
+        [*BY_NAME[2:], *BY_NAME[:2]],
+        [*TEXTS[2:], *TEXTS[:2]],
+        names=sorted(NAMES),
+    ),
+    "csv-separator": Kind(
+        files(
+            **{
+                "train.csv": b"\xef\xbb\xbf"
+                + lines(
+                    "text,labels,n",
+                    *(f"{t},{' | '.join(named(r))},7" for t, r in zip(TEXTS, IDS, strict=True)),
+                    end="\r\n",
+                ),
+                "labels.csv": lines("label,text", *(f"{name},{name}" for name in NAMES)),
+                "test.csv": lines("text,labels", "red lamp,lamp|chair"),
+            }
+        ),
+        names=NAMES,
+    ),
+    "csv-ids": Kind(
+        files(
+            **{
+                "articles.csv": lines(
+                    "id;body;topics",
+                    *(f"x{i};{t};{' '.join(map(str, IDS[i]))}" for i, t in enumerate(TEXTS)),
+                )
+            }
+        ),
+        settings={"labels": "ids"},
+    ),
+    "tsv-quotes": Kind(
+        files(
+            **{
+                "train.tsv.gz": gzip.compress(
+                    lines(
+                        "Text\tTags",
+                        *(
+                            '"' + t.replace('"', '""') + '"\t' + ";".join(named(r))
+                            for t, r in zip(QUOTED, IDS, strict=True)
+                        ),
+                    )
+                )
+            }
+        ),
+        BY_NAME,
+        QUOTED,
+        names=sorted(NAMES),
+    ),
+    "jsonl-nested": Kind(
+        files(**{"train.jsonl": lines(*map(json.dumps, NESTED), "")}),
+        BY_NAME,
+        settings={"text": "doc.title+doc.body", "labels": "tags"},
+        names=sorted(NAMES),
+    ),
+    "jsonl-surrogate": Kind(
+        files(**{"data__train.json": b'{"text": "caf\\ud800", "labels": [0]}\n{"labels": [1]}'}),
+        [[0], [1]],
+        ["caf\ufffd", ""],
+    ),
+    "parquet-dictionary": Kind(
+        files(
+            train=pa.table(
+                {
+                    "title": pa.array(TEXTS).dictionary_encode(),
+                    "tags": pa.array(
+                        list(map(named, IDS)),
+                        pa.large_list(pa.dictionary(pa.int8(), pa.string())),
+                    ),
+                }
+            )
+        ),
+        BY_NAME,
+        settings={"text": "title", "labels": "tags"},
+        names=sorted(NAMES),
+    ),
+    "large-list": Kind(typed(pa.large_string(), pa.large_list(pa.int32()))),
+    "pecos": Kind(
+        files(
+            **pecos(IDS, TEXTS, "trn"),
+            **pecos(IDS[:2], TEXTS[:2], "tst"),
+            **{"output-items.txt": lines(*NAMES)},
+        ),
+        names=NAMES,
+    ),
+    "datasets": Kind(
+        files(
+            **saved("train__", features({"feature": CLASS, "_type": "List"})),
+            **saved("test__", rows()),
+            **saved("validation__", rows()),
+            **{"dataset_dict.json": b'{"splits": ["train", "test", "validation"]}'},
+            **{"train__cache-1.arrow": b"no stream"},
+        ),
+        names=NAMES,
+    ),
+    "datasets-one": Kind(
+        files(
+            **saved(
+                "",
+                pa.table({"text": TEXTS[:2] * 2, "label": [0, 1, 0, 1]}).replace_schema_metadata(
+                    {b"huggingface": json.dumps({"info": {"features": SINGLE}}).encode()}
+                ),
+            )
+        ),
+        [[0], [1], [0], [1]],
+        TEXTS[:2] * 2,
+        names=NAMES,
+    ),
+}
+"""Own data that is read; `one split only` is a test of its own."""
+
+
+OWN_REFUSED = {
+    "bag-of-words": refused(
+        files(**{"train.txt": lines("2 3 2", "0,1 0:1.0 2:0.5", "1 1:1.0")}),
+        r"train\.txt holds a bag of words.*'raw text' archive",
+    ),
+    "csv-two-texts": refused(
+        files(**{"train.csv": lines("title,body,tags", "a,b,c")}),
+        r"train\.csv.*'title', 'body'.*give text=title, or text=title\+body",
+    ),
+    "csv-two-labels": refused(
+        files(**{"train.csv": lines("text,tags,topics", "a,b,c")}), "'tags', 'topics'.*labels=tags"
+    ),
+    "csv-two-separators": refused(
+        files(**{"train.csv": lines("text;tags", "a;b,c|d")}), r"'\|' or ','.*separator=none"
+    ),
+    "csv-brackets": refused(
+        files(**{"train.csv": lines("text;tags", "a;['b', 'c']")}), "brackets.*JSON lines"
+    ),
+    "csv-no-column": refused(
+        files(**{"train.csv": lines("a,b", "a,b")}), "no column 'c'; it has .'a', 'b'", text="c"
+    ),
+    "csv-ragged": refused(
+        files(**{"train.csv": lines("text,tags", "a,b", "a,b,c")}), r"train\.csv.*2 columns, got 3"
+    ),
+    "csv-no-id": refused(
+        files(**{"train.csv": lines("text,tags", "a,1", "b,x")}), "no id.*'x'", labels="ids"
+    ),
+    "csv-utf16": refused(
+        files(**{"train.csv": "text,tags\na,b\n".encode("utf-16")}), "UTF-16; save it as UTF-8"
+    ),
+    "csv-empty": refused(files(**{"train.csv": b""}), r"train\.csv"),
+    "jsonl-mixed": refused(
+        files(
+            **{"train.jsonl": lines('{"text": "a", "labels": ["a"]}', '{"labels": 1, "text": ""}')}
+        ),
+        "labels",
+        labels="labels",
+    ),
+    "jsonl-array": refused(
+        files(**{"train.json": b'[{"text": "a", "labels": [1]}]'}), "write one a line"
+    ),
+    "jsonl-range": refused(
+        files(
+            **{
+                "train.jsonl": lines('{"text": "a", "labels": [0]}', '{"labels": [0, 4]}'),
+                "labels.jsonl": lines(*(json.dumps({"text": name}) for name in NAMES)),
+            }
+        ),
+        r"train\.jsonl: row 1 has 4 in labels, which is none of the 4",
+    ),
+    "pecos-rows": refused(
+        files(**pecos(IDS, TEXTS, "trn") | {"X.trn.txt": lines("a", "b")}), "2 lines .* 6 rows"
+    ),
+    "repository-named": refused(files(**TEXT), "leave text= and labels= out", text="title"),
+}
