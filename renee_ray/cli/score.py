@@ -10,7 +10,8 @@ import click
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
 from renee_ray.cli.output import print_result
-from renee_ray.config.schema import ExportConfig, FuseConfig, ScoreConfig
+from renee_ray.config.fuse import FuseConfig
+from renee_ray.config.schema import ExportConfig, ScoreConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import printable
 

@@ -26,7 +26,6 @@ def named(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(named)]
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Config(BaseModel):
@@ -427,29 +426,6 @@ class ScoreConfig(Config):
     a run with a bag, and embeds each text twice."""
     overwrite: bool = False
     """predict: replace predictions that are already at DST."""
-
-
-class FuseConfig(Config):
-    """`renee-ray fuse PRED PRED ... DST`"""
-
-    weights: tuple[NonNegative, ...] = ()
-    """A weight for each directory of predictions, as [0.7, 0.3]; empty: equal ones, or tuned."""
-    tune: tuple[Name, ...] = ()
-    """The same models' predictions for the validation split, by which weights are chosen."""
-    data: str = ""
-    """With `tune`: the dataset of these validation points."""
-    metric: str = Field("nDCG@5", pattern=METRIC)
-    """With `tune`: what the weights are to raise."""
-    k: int = Field(100, ge=1)
-    """Labels of each point."""
-    overwrite: bool = False
-    """Replace predictions that are already at DST."""
-
-    @model_validator(mode="after")
-    def _either(self) -> FuseConfig:
-        if self.weights and self.tune:
-            raise ValueError("weights and tune exclude each other; leave one out")
-        return self
 
 
 class ExportConfig(Config):

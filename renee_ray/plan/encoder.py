@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class Transformer:
         if self.settings is None or not rows:
             return 0
         text = self.settings.to_json_string(use_diff=False)
+        model = cast(Hashable, type(self.settings))
         few, many = (
-            _kept(text, type(self.settings), some, tokens, attention, autocast, kind)
-            for some in COUNTED_ROWS
+            _kept(text, model, some, tokens, attention, autocast, kind) for some in COUNTED_ROWS
         )
         each = (many - few) / (COUNTED_ROWS[1] - COUNTED_ROWS[0])
         kept = int(few + (rows - COUNTED_ROWS[0]) * each)

@@ -12,10 +12,10 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from renee_ray.config.schema import FuseConfig
+from renee_ray.config.fuse import FuseConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, refuse_overlap
-from renee_ray.data.sources.parquet import parquet_files
+from renee_ray.data.sources.parquet import files_below
 from renee_ray.data.storage import absolute, filesystem_of, read_file, write_file
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError
@@ -89,7 +89,7 @@ class _Predictions:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        files = parquet_files(path)
+        files = files_below(path)
         if not files:
             raise ReneeError(f"{path} holds no Parquet files; give a directory of predictions")
         filesystem = filesystem_of(path)[0]
