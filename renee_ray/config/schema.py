@@ -87,8 +87,14 @@ class BagConfig(Config):
     """Expected norm of the bag's part of an embedding before training."""
     learning_rate: float = Field(3e-3, ge=0)
     """Peak learning rate of row-wise Adagrad."""
+    decay: float = Field(1.0, gt=0, le=1)
+    """What is kept of Adagrad's sum of squares at each step that trains a vector. Below 1, vectors
+    that are trained often go on moving: by learning_rate * sqrt(1 - decay) and more."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a training point's n-grams that an epoch drops; each epoch drops others."""
+    alone: float = Field(0.0, ge=0, le=1)
+    """Share of the points that train one part alone, the transformer or the bag, half of them each.
+    In these, that part counts twice. Neither part then relies on the other."""
 
 
 class EncoderConfig(Config):
@@ -144,6 +150,8 @@ class EncoderConfig(Config):
         for key in ("weights", "bottleneck", "compile", "gradient_checkpointing"):
             if getattr(self, key):
                 raise ValueError(f"{key} needs a transformer, and name is none; leave {key} out")
+        if self.bag.alone:
+            raise ValueError("bag.alone needs a transformer, and name is none; leave it out")
         return self
 
 

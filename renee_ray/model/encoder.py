@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         """Embeds rows of tokens: float32 [b, D].
 
         input_ids, attention_mask: int64 [b, T], as `padded_tokens` makes them; keys: int64 [b], of
-        the bag's dropout.
+        a training row, for the bag's dropout and `shares`.
         """
         device = input_ids.device.type
         parts = []
@@ -83,6 +83,9 @@ class Encoder(nn.Module):
                 parts.append(pooled if self.bottleneck is None else self.bottleneck(pooled))
             if self.bag is not None:
                 parts.append(self.bag(input_ids, attention_mask, keys))
+                if keys is not None and self.backbone is not None:
+                    shares = self.bag.shares(keys).split(1, 1)
+                    parts = [part * share for part, share in zip(parts, shares, strict=True)]
             return torch.cat(parts, 1) + self.constant
 
     def _hidden(

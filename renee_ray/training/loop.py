@@ -184,12 +184,12 @@ class Trainer:
 
     def prepared(self, batch: Batch) -> Batch:
         """Turns a batch as it is read into one as the model trains on it."""
-        feed = self.config.feed
+        feed, bag = self.config.feed, self.config.encoder.bag
         return batch.for_training(
             self.config.seed,
             token_dropout=feed.token_dropout,
             filter_labels_positive=feed.filter_labels == "positive",
-            with_keys=self.config.encoder.bag.dropout > 0,
+            with_keys=bag.dropout > 0 or bag.alone > 0,
         )
 
     def train_on(self, batch: Batch) -> tuple[StepResult, bool]:
