@@ -265,7 +265,7 @@ def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["lf-debian", "lf-debian-40k.yml", "LF-Debian-40K"])
 def test_an_unknown_recipe_is_refused_with_those_that_exist(name: str) -> None:
-    recipes = r"\(lf-debian-40k, perl-bag, quickstart\)"
+    recipes = r"\(debian-bag, lf-debian-40k, perl-bag, quickstart\)"
     sentence = rf"'{name}' is neither.*{recipes}; did you mean 'lf-debian-40k'"
     with pytest.raises(ConfigError, match=sentence):
         read_yaml(name)
