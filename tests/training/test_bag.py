@@ -160,9 +160,7 @@ def features(number: int, dropout: float) -> torch.Tensor:
     return NORM * weights / weights.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def oracle(
-    dropout: float = 0.3, divisor: int = 1, decay: float = 1.0
-) -> dict[str, torch.Tensor]:
+def oracle(dropout: float = 0.3, divisor: int = 1, decay: float = 1.0) -> dict[str, torch.Tensor]:
     """The same steps, dense; `divisor` of the encoder's gradient."""
     encoder = build_encoder(config_of().encoder, CPU, SEED)
     assert encoder.bag is not None
