@@ -147,6 +147,7 @@ def test_later_layers_win_key_by_key() -> None:
         ({"encoder": {"bag": {"dim": 8, "ngrams": 0}}}, "encoder.bag.ngrams=0"),
         ({"encoder": {"name": "none"}}, "without a bag; set encoder.bag.dim"),
         ({"encoder": {"name": "none", "bag": {"dim": 8}, "bottleneck": 4}}, "bottleneck needs a"),
+        ({"encoder": {"name": "none", "bag": {"dim": 8, "alone": 0.5}}}, "bag.alone needs a"),
         ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 100, "feed": {"streams": 8}}, "batch_size 100 is not a multiple"),
         ({"num_workers": 257}, "num_workers 257 exceeds batch_size 256"),
