@@ -93,6 +93,9 @@ class BagConfig(Config):
     """Expected norm of the bag's part of an embedding before training."""
     learning_rate: float = Field(3e-3, ge=0)
     """Peak learning rate of row-wise Adagrad."""
+    decay: float = Field(1.0, gt=0, le=1)
+    """What is kept of Adagrad's sum of squares at each step that trains a vector. Below 1, vectors
+    that are trained often go on moving: by learning_rate * sqrt(1 - decay) and more."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a training point's n-grams that an epoch drops; each epoch drops others."""
 

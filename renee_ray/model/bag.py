@@ -17,8 +17,11 @@ Ledger, on rank r of R, whose rows have n-grams of u_r buckets, and the global b
     grad     [P, D]    sparse, u_r rows     after the backward: own rows' buckets
     rows     [u, D]    with ids [u]         summed over the ranks, in rank order
 
-    grad  --coalesce, gather_rows-->  rows  -->  squares[ids] += mean(rows^2)
-                                                 table[ids]   -= rate rows / sqrt(squares[ids])
+    grad  --coalesce, gather_rows-->  rows  -->  squares[ids] = decay squares[ids] + mean(rows^2)
+                                                 table[ids] -= rate rows / sqrt(squares[ids])
+
+With decay 1 this is row-wise Adagrad, whose steps shrink as a row is trained more often. Below 1
+they do not shrink below rate sqrt(1 - decay), while a row's first step stays as large as Adagrad's.
 
 A row whose gradient is 0 stays as it is, so a rank without points, which trains on a blank row,
 changes nothing. `squares` is a buffer of the module, and so is a part of the encoder's file.
@@ -47,7 +50,7 @@ class Bag(nn.Module):
 
     def __init__(self, config: BagConfig) -> None:
         super().__init__()
-        self.dim, self.buckets = config.dim, config.buckets
+        self.dim, self.buckets, self.decay = config.dim, config.buckets, config.decay
         self._longest, self._dropout, self._norm = config.ngrams, config.dropout, config.norm
         self.table = nn.Parameter(torch.randn(config.buckets, config.dim) / math.sqrt(config.dim))
         self.idf: Tensor
@@ -110,7 +113,7 @@ class BagOptimizer:
 
     def __init__(self, bag: Bag, ranks: Ranks, *, mean: bool = False) -> None:
         self.rate, self.weight = 0.0, bag.table
-        self._squares, self._ranks = bag.squares, ranks
+        self._squares, self._decay, self._ranks = bag.squares, bag.decay, ranks
         self._scale = 1 / ranks.num_ranks if mean else 1.0
         self._ids = torch.zeros(0, dtype=torch.int64, device=bag.table.device)
         self.rows = bag.table.new_zeros(0, bag.dim)
@@ -133,10 +136,11 @@ class BagOptimizer:
 
     @torch.no_grad()
     def step(self, overflow: Tensor) -> None:
-        """Makes a step of row-wise Adagrad, but none where `overflow`, a scalar, is 1."""
+        """Trains the rows that have a gradient, but none where `overflow`, a scalar, is 1."""
         assert self.rows.grad is not None
         gradient = self.rows.grad.masked_fill(overflow > 0, 0.0)
-        squares = self._squares[self._ids] + gradient.square().mean(1)
+        before, new = self._squares[self._ids], gradient.square().mean(1)
+        squares = torch.where(new > 0, self._decay * before + new, before)
         self._squares[self._ids] = squares
         rates = self.rate / squares.sqrt().clamp(min=torch.finfo(squares.dtype).tiny)
         self.weight.index_add_(0, self._ids, gradient * -rates[:, None])

@@ -43,10 +43,10 @@ NORM, RATE, CLIP = 2.0, 0.05, 6.0
 RULE = SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
-def config_of(dropout: float = 0.3, **encoder: Any) -> RunConfig:
+def config_of(dropout: float = 0.3, decay: float = 1.0, **encoder: Any) -> RunConfig:
     bag = {"dim": DIM, "buckets": BUCKETS, "ngrams": 3, "norm": NORM, "dropout": dropout}
     settings = {"name": "none", "dropout": 0.2, "clip_norm": CLIP, **encoder}
-    settings["bag"] = {**bag, "learning_rate": RATE}
+    settings["bag"] = {**bag, "learning_rate": RATE, "decay": decay}
     return make_config(
         RunConfig, {"data": "d", "output": "o", "seed": SEED, "epochs": 1, "encoder": settings}
     )
@@ -87,9 +87,13 @@ def weighed(encoder: Encoder, ranks: Ranks) -> Encoder:
 
 
 def trained(
-    ranks: Ranks, micro_batch: int = 0, gradient: str = "sum", name: str = "none"
+    ranks: Ranks,
+    micro_batch: int = 0,
+    gradient: str = "sum",
+    name: str = "none",
+    decay: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    settings = config_of(name=name, autocast="off", learning_rate=1e-3).encoder
+    settings = config_of(name=name, autocast="off", learning_rate=1e-3, decay=decay).encoder
     encoder = weighed(build_encoder(settings, CPU, SEED), ranks)
     shard = shard_of(ranks, encoder.dim)
     tokens = None if name == "none" else TokenGradient(encoder, ranks, mean=gradient == "mean")
@@ -155,7 +159,7 @@ def features(number: int, dropout: float) -> torch.Tensor:
     return NORM * weights / weights.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def oracle(dropout: float = 0.3, divisor: int = 1) -> dict[str, torch.Tensor]:
+def oracle(dropout: float = 0.3, divisor: int = 1, decay: float = 1.0) -> dict[str, torch.Tensor]:
     """The same steps, dense; `divisor` of the encoder's gradient."""
     encoder = build_encoder(config_of().encoder, CPU, SEED)
     assert encoder.bag is not None
@@ -178,7 +182,8 @@ def oracle(dropout: float = 0.3, divisor: int = 1) -> dict[str, torch.Tensor]:
         table.grad /= divisor
         nn.utils.clip_grad_norm_([table], CLIP)
         with torch.no_grad():
-            squares += table.grad.square().mean(1)
+            new = table.grad.square().mean(1)
+            squares = torch.where(new > 0, decay * squares, squares) + new
             table -= RATE * table.grad / squares.sqrt().clamp(min=1e-30)[:, None]
         classifier.step()
         classifier.zero_grad()
@@ -194,20 +199,23 @@ def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "micro_batch", "gradient"),
-    [(1, 0, "sum"), (1, 3, "sum"), (2, 2, "sum"), (3, 0, "sum"), (3, 2, "mean")],
-)
+    ("num_ranks", "micro_batch", "gradient", "decay"),
+    [(1, 0, "sum", 1.0), (1, 3, "sum", 0.7), (2, 2, "sum", 1.0), (3, 0, "sum", 0.7),
+     (3, 2, "mean", 1.0)],
+)  # fmt: skip
 def test_any_number_of_ranks_makes_the_dense_steps(
-    num_ranks: int, micro_batch: int, gradient: str
+    num_ranks: int, micro_batch: int, gradient: str, decay: float
 ) -> None:
-    arguments = micro_batch, gradient
+    arguments = micro_batch, gradient, "none", decay
     alone = num_ranks == 1
     found = [trained(Ranks(), *arguments)] if alone else on_ranks(num_ranks, trained, *arguments)
     for each in found[1:]:
         for name in each.keys() - {"weight"}:
             assert torch.equal(each[name], found[0][name]), "replicas would drift apart"
     whole = {**found[0], "weight": torch.cat([each["weight"] for each in found])}
-    assert difference(whole, oracle(divisor=num_ranks if gradient == "mean" else 1)) < 2e-5
+    divisor = num_ranks if gradient == "mean" else 1
+    assert difference(whole, oracle(divisor=divisor, decay=decay)) < 2e-5
+    assert difference(whole, oracle(divisor=divisor, decay=1.7 - decay)) > 1e-2
     assert difference(whole, oracle(dropout=0.0)) > 1e-2
 
 
