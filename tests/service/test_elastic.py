@@ -61,13 +61,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         made.shutdown()
 
 
-def test_a_node_is_drained_and_goes_and_others_come(
+def test_a_node_is_drained_and_goes_and_another_comes(
     cluster: Cluster, trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
-    """Two workers, one, three. An autoscaler drains a spot node before it is taken away."""
+    """Two workers, one, two. An autoscaler drains a spot node before it is taken away."""
     path, nodes = str(tmp_path / "run"), [cluster.add_node(num_cpus=2) for _ in range(2)]
     process = start(
-        "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=[1,3]",
+        "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=[1,2]",
         "cpus_per_worker=2", "regroup_s=1", "checkpoint.keep=100", "checkpoint.every_steps=0",
         "--json",
         env={"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
@@ -85,8 +85,7 @@ def test_a_node_is_drained_and_goes_and_others_come(
         cluster.remove_node(nodes[0], allow_graceful=False)
         until(lambda: status_of(path).get("num_workers") == 1, process, "one worker")
         with paused(os.getpid()):
-            for _ in range(2):
-                cluster.add_node(num_cpus=2)
+            cluster.add_node(num_cpus=2)
         run = run_of(path, finish(process))
     finally:
         end(process)
@@ -96,7 +95,7 @@ def test_a_node_is_drained_and_goes_and_others_come(
     num_labels = found[0][-1][1]
     sizes = [len(found[step]) for step in sorted(found)]
     groups = [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
-    assert groups in ([2, 1, 3], [2, 1, 2, 3]), "the two nodes may come one after the other"
+    assert groups == [2, 1, 2]
     for ranges in found.values():
         expected = [split_range(num_labels, len(ranges), rank) for rank in range(len(ranges))]
         assert ranges == expected
