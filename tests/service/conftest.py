@@ -316,7 +316,7 @@ def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory)
     return trained_once(tmp_path_factory, "undisturbed", [recipe, f"data={dataset}"])
 
 
-LONGER = ["epochs=30", "evaluation.every=15"]
+LONGER = ["epochs=16", "evaluation.every=8"]
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ from .test_train import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-ONLY_HERE = ("slow", "full", "truncated")
+ONLY_HERE = ("slow", "truncated", "full")
 KINDS = (*ONLY_HERE, "worker", "sigterm", "node", "away")
 FAULTS = int(os.environ.get("RENEE_RAY_CHAOS_FAULTS", "0"))
 SETTINGS = [f"epochs={4 + 2 * FAULTS}", f"evaluation.every={2 + FAULTS}"] if FAULTS else LONGER

@@ -45,8 +45,8 @@ from .test_train import (
 )
 
 pytestmark = pytest.mark.slow
-TIMEOUT_S = 12
-"""Of which a sixth is the time between two heartbeats."""
+TIMEOUT_S = 6
+"""Of which a sixth is the time between two heartbeats; a lone worker waits for nobody."""
 
 
 @pytest.fixture
@@ -61,13 +61,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         made.shutdown()
 
 
-def test_a_node_is_drained_and_goes_and_others_come(
+def test_a_node_is_drained_and_goes_and_another_comes(
     cluster: Cluster, trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
-    """Two workers, one, three. An autoscaler drains a spot node before it is taken away."""
+    """Two workers, one, two. An autoscaler drains a spot node before it is taken away."""
     path, nodes = str(tmp_path / "run"), [cluster.add_node(num_cpus=2) for _ in range(2)]
     process = start(
-        "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=[1,3]",
+        "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=[1,2]",
         "cpus_per_worker=2", "regroup_s=1", "checkpoint.keep=100", "checkpoint.every_steps=0",
         "--json",
         env={"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
@@ -85,8 +85,7 @@ def test_a_node_is_drained_and_goes_and_others_come(
         cluster.remove_node(nodes[0], allow_graceful=False)
         until(lambda: status_of(path).get("num_workers") == 1, process, "one worker")
         with paused(os.getpid()):
-            for _ in range(2):
-                cluster.add_node(num_cpus=2)
+            cluster.add_node(num_cpus=2)
         run = run_of(path, finish(process))
     finally:
         end(process)
@@ -96,7 +95,7 @@ def test_a_node_is_drained_and_goes_and_others_come(
     num_labels = found[0][-1][1]
     sizes = [len(found[step]) for step in sorted(found)]
     groups = [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
-    assert groups in ([2, 1, 3], [2, 1, 2, 3]), "the two nodes may come one after the other"
+    assert groups == [2, 1, 2]
     for ranges in found.values():
         expected = [split_range(num_labels, len(ranges), rank) for rank in range(len(ranges))]
         assert ranges == expected
@@ -115,11 +114,11 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start(
             "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "--json",
-            "checkpoint.grace_s=120", f"timeout_s={TIMEOUT_S}",
+            "num_workers=1", "checkpoint.grace_s=120", f"timeout_s={TIMEOUT_S}",
         )  # fmt: skip
         try:
             wait_for_commit(process, path, step + 5)
-            time.sleep(beat_seconds(TIMEOUT_S) + 1)  # the driver has heard of a step
+            time.sleep(beat_seconds(TIMEOUT_S) + 0.5)  # the driver has heard of a step
             below = " ".join(descendants(process.pid).values())
             process.send_signal(number)
             stopped = finish(process)
@@ -136,4 +135,4 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(
     steps = json.loads(Path(path, "history.json").read_text())["steps"]
     assert [record["step"] for record in steps] == list(range(1, step + 1))
     found = [record["loss"] for record in steps]
-    np.testing.assert_allclose(found, losses(trained_longer)[:step], rtol=1e-3)
+    np.testing.assert_allclose(found, losses(trained_longer)[:step], rtol=OTHER_ORDER)

@@ -79,7 +79,7 @@ def commands(source: Path, recipe: str, trained: Run, dataset: str, tmp_path: Pa
             "convert": ["convert", str(source), to, "part_rows=64"],
             "train": ["train", recipe, f"data={dataset}", f"output={to}", *LONGER],
             "evaluate": ["evaluate", trained.path, dataset],
-            "predict": ["predict", trained.path, dataset, to],
+            "predict": ["predict", trained.path, dataset, to, "num_workers=1"],
             "export": ["export", trained.path, to],
         }[name]
 

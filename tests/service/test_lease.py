@@ -307,23 +307,23 @@ def test_two_drivers_on_one_run(
     """
     path = str(tmp_path / "run")
     command = ["train", recipe, f"data={dataset}", f"output={path}", "--json", *LONGER]
-    first = start(*command)
+    first = start(*command, "num_workers=1")
     try:
         wait_for_commit(first, path, 5)
         with paused(first.pid):
             refused = renee_ray(*command)
-        assert refused.status == 1 and refused.stdout == ""
-        sentence = refused.stderr.splitlines()[-1]
-        assert f"is being trained by the driver on {socket.gethostname()}" in sentence
-        (claim,) = claims(path)
-        assert f"(process {first.pid})" in sentence and f"delete {claim}" in sentence
-        assert "Traceback" not in refused.stderr
-        assert first.poll() is None, first.communicate()
+            assert refused.status == 1 and refused.stdout == ""
+            sentence = refused.stderr.splitlines()[-1]
+            assert f"is being trained by the driver on {socket.gethostname()}" in sentence
+            (claim,) = claims(path)
+            assert f"(process {first.pid})" in sentence and f"delete {claim}" in sentence
+            assert "Traceback" not in refused.stderr
+            assert first.poll() is None, first.communicate()
 
-        family = descendants(first.pid)
-        assert any("RayTrainWorker" in line for line in family.values())
-        claim.unlink()
-        ended = finish(first)
+            family = descendants(first.pid)
+            assert any("RayTrainWorker" in line for line in family.values())
+            claim.unlink()
+            ended = finish(first)
         assert ended.status == 1 and "was taken over by" in ended.stderr.splitlines()[-1]
         assert "Traceback" not in ended.stderr
         assert_gone(family)
@@ -332,7 +332,7 @@ def test_two_drivers_on_one_run(
         end(first)
 
     stops = [(newest_commit(path), time.time())]
-    killed = start(*command, "num_workers=3")
+    killed = start(*command)
     try:
         wait_for_commit(killed, path, stops[0][0] + 5)
         family = descendants(killed.pid)

@@ -1,7 +1,7 @@
 """Runs a function on R gloo processes, as Ray Train would, and collects the results.
 
-They are forked from one process that has done no more than import: to import anew in each of
-them took most of the quick tests' time.
+They are forked from one process that has done no more than import and compile: to do so anew in
+each of them took most of the quick tests' time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ import torch.multiprocessing as mp
 from renee_ray.parallel.collectives import Ranks
 
 multiprocessing.set_forkserver_preload(
-    ["renee_ray.service.train.train", "transformers.models.bert.modeling_bert", "numba"]
+    [
+        "renee_ray.service.train.train",
+        "transformers.models.bert.modeling_bert",
+        "tests.training.compiled",
+    ]
 )
 
 

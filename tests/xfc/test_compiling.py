@@ -169,7 +169,8 @@ def test_all_kernels_fit_each_generation_of_gpus(capability: int, tmp_path: Path
     for i, (name, dtype, *rest) in enumerate(VARIANTS):
         # Ada is the first to multiply e4m3; it has less shared memory than the second tiles take.
         narrow = dtype == "fp8e4nv" and capability == 80
-        # Not the second with loss on sm_100, which spill: measuring leaves them out.
-        number = (i + capability // 10 + 1) % 3
+        # On sm_100 not the second with loss, which spill: measuring leaves them out. Nor the first
+        # with e4m3, which takes the assembler longer than all others together.
+        number = -i % 3 if capability == 100 else (i + capability // 10 + 1) % 3
         cases.append((89 if narrow else capability, 0 if narrow else number, name, dtype, *rest))
     compile_all(cases, tmp_path, *(["all"] if capability == 90 else []))

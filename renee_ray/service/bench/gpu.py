@@ -46,7 +46,7 @@ SMALL = {
     "topk": "--labels 20000 --dim 64 --batch 64",
     "memory": "--labels 20000 --dim 64 --batch 64",
     "train": "batch_size=64 feed.window=4 --steps 8",
-    "resume": "batch_size=64 epochs=8 loss_every=1 checkpoint.every_steps=20",
+    "resume": "batch_size=64 epochs=4 loss_every=1 checkpoint.every_steps=20",
     "samples": {"train": (5000, 2500, 64, 2), "resume": (2000, 2000, 64, 1)},
 }
 PUBLISHED = {
