@@ -184,7 +184,7 @@ class Trainer:
 
     def prepared(self, batch: Batch) -> Batch:
         """Turns a batch as it is read into one as the model trains on it."""
-        feed, bag = self.config.feed, self.config.encoder.bag
+        feed = self.config.feed
         return batch.for_training(
             self.config.seed,
             token_dropout=feed.token_dropout,
