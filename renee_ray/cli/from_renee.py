@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import click
 
-from renee_ray.cli.common import PATH, call
+from renee_ray.cli.common import PATH, call, configured
 from renee_ray.cli.output import say
 from renee_ray.config.from_renee import as_yaml, translate
-from renee_ray.config.overrides import parse_overrides
 from renee_ray.config.schema import Config
 from renee_ray.data.storage import absolute, replace_file
 from renee_ray.errors import ReneeError
@@ -22,7 +21,8 @@ class Places(Config):
     """The YAML file, or the run directory with --checkpoint; empty: standard output."""
 
 
-@click.command("from-renee")
+# COMMAND begins with a dash, as an option does.
+@click.command("from-renee", context_settings={"ignore_unknown_options": True})
 @click.argument("command")
 @click.argument("places", nargs=-1)
 @click.option("--checkpoint", type=PATH, help="Directory of NAME_RANK_state_dict.pt to import.")
@@ -37,7 +37,7 @@ def from_renee(
     It is printed, or written to output=FILE. With --checkpoint, its checkpoint is imported as a run
     at output=RUN, for the dataset data=DATASET.
     """
-    given = Places.model_validate(parse_overrides(places, Places))
+    given = configured(Places, places, "from-renee")
     if checkpoint is not None:
         if not given.data or not given.output:
             raise ReneeError("--checkpoint needs data=DATASET and output=RUN; give both")

@@ -171,7 +171,7 @@ class Destination:
         new = {path for path in files if self.kind.files.fullmatch(path)}
         self._write_claim(replace(claim, files=tuple(sorted(old | new))))
         self._remove([self.kind.manifest, *sorted(old)])
-        for folder in self.kind.folders:
+        for folder in sorted({file.rpartition("/")[0] for file in new} & {*self.kind.folders}):
             storage.make_directory(f"{self._base}/{folder}")
         self._write_claim(replace(claim, files=tuple(sorted(new)), writing=True))
 

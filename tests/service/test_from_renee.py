@@ -83,7 +83,9 @@ def test_tokens_convert_as_their_texts_do(
     assert set(ours["text"].to_pylist()) == {""}
 
 
-def test_tokens_that_do_not_fit(source: Path, tiny_encoder: str, tmp_path: Path) -> None:
+def test_tokens_that_do_not_fit(
+    source: Path, tiny_encoder: str, tmp_path: Path, in_this_process: None
+) -> None:
     folder = write_memmaps(source, tmp_path / "src", tiny_encoder)
     path = next(folder.glob("*/trn_doc_input_ids.dat"))
     whole = path.read_bytes()
@@ -151,8 +153,8 @@ def dense_scores(dense: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
 
 
 def dense_precisions(dense: dict[str, Any], dataset: Dataset) -> dict[str, float]:
-    """P@k of a dataset's test split in float64, point by point."""
-    rows = dataset.read_rows("test", 0, dataset.manifest.num_points("test")).to_pylist()
+    """P@k of a dataset's training points in float64, point by point."""
+    rows = dataset.read_rows("train", 0, dataset.manifest.num_points("train")).to_pylist()
     hits = dict.fromkeys((1, 3, 5), 0)
     with torch.no_grad():
         for row in rows:
@@ -164,6 +166,7 @@ def dense_precisions(dense: dict[str, Any], dataset: Dataset) -> dict[str, float
     return {f"P@{k}": 100 * number / (k * len(rows)) for k, number in hits.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_an_imported_checkpoint_evaluates_as_the_dense_model(
     dataset: Dataset, tiny_encoder: str, tmp_path: Path, local_ray: None, ranks: int
@@ -173,7 +176,8 @@ def test_an_imported_checkpoint_evaluates_as_the_dense_model(
     command, run = f"{FLAGS}{tiny_encoder} --data-dir LF-Tiny", str(tmp_path / "run")
     arguments = ["from-renee", command, "--checkpoint", str(released), f"output={run}"]
     assert main([*arguments, f"data={dataset.path}"]) == 0
-    found = evaluate_run(run, dataset.path, ScoreConfig(num_workers=1))["metrics"]
+    score = ScoreConfig(num_workers=1, split="train")  # of the few test points, it may hit none
+    found = evaluate_run(run, dataset.path, score)["metrics"]
     wanted = dense_precisions(dense, dataset)
     assert wanted["P@5"] > 0 and {key: found[key] for key in wanted} == pytest.approx(wanted)
     checkpoint = RunDirectory(run).checkpoint("last")
