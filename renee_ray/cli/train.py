@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 
 import click
@@ -10,8 +12,10 @@ from rich.console import Console
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, json_option
 from renee_ray.cli.output import print_facts, print_result, say
+from renee_ray.config.grammar import Layer
 from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
 from renee_ray.config.schema import RunConfig
+from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 
 
@@ -40,20 +44,44 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command(cls=ConfiguredCommand, keys=RunConfig)
-@click.argument("config", type=PATH)
+@click.argument("config", type=PATH, required=False)
 @click.argument("overrides", nargs=-1)
 @click.option("--force", is_flag=True, help="Train even if the plan says that it cannot fit.")
 @json_option
-def train(config: str, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
+def train(config: str | None, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Train as CONFIG and the overrides say; resumes a run that is at `output`.
 
     CONFIG is a YAML file, or the name of a recipe that comes with the package: see `recipes`.
+    Without it, settings are chosen that fit the dataset, and said (docs/training.md).
     """
-    made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
+    if config is None or re.match(r"[\w.]+=", config):
+        given = parse_overrides([*([config] if config else []), *overrides])
+        made = call(automatic, given)
+    else:
+        made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
     from renee_ray.service.train.train import train as run
 
     found = call(lambda: run(made, say, force=force))
     print_result(found, as_json, f"run {made.output}")
+
+
+def automatic(given: Layer) -> RunConfig:
+    """Makes the configuration of a run of which nothing but the overrides is given."""
+    wanted = make_config(RunConfig, given, where="the command line")  # what is missing is said
+    from renee_ray.data.dataset import Dataset
+    from renee_ray.plan.settings import choose
+    from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+
+    if RunDirectory(absolute(wanted.output)).read(RUN_FILE) is not None:
+        return wanted  # it goes on with the settings that it has
+    import torch
+
+    gpus = 0 if wanted.use_gpu == "no" else torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0))
+    settings, lines = choose(Dataset.open(wanted.data).manifest, gpus, cores)
+    for line in lines:
+        say(line)
+    return make_config(RunConfig, settings, given)
 
 
 @click.command()

@@ -1,0 +1,85 @@
+"""Settings by themselves: those of the recipe whose dataset is most like the one at hand.
+
+    training points     without a GPU         with GPUs        without a transformer
+    below SMALL         quickstart            lf-debian-40k    perl-bag
+    SMALL and more      debian-frozen         lf-debian-40k    debian-bag
+
+A dataset whose tokenizer comes without a model has no transformer. What differs from the recipe
+follows from the manifest and the machine (`choose`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from renee_ray.config.grammar import Layer
+from renee_ray.config.overrides import read_yaml
+from renee_ray.config.schema import NO_TRANSFORMER
+from renee_ray.data.dataset.manifest import Manifest
+from renee_ray.data.models import resolve_model
+from renee_ray.errors import ReneeError
+
+SMALL, LARGE = 10_000, 1_000_000
+"""Training points from which on a dataset is no longer small, and is large."""
+LONGEST = 128
+"""Tokens of a text beyond which none is read."""
+
+
+def choose(manifest: Manifest, gpus: int, cores: int) -> tuple[Layer, list[str]]:
+    """Chooses settings for a dataset.
+
+    Args:
+        gpus: GPUs to train on; cores: CPU cores of this machine.
+
+    Returns:
+        (the settings, with the name of their recipe; a line for each choice, for people)
+    """
+    points, lines = manifest.num_points("train"), []
+    embeds = _has_transformer(manifest.tokenizer)
+    if not embeds:
+        name = "perl-bag" if points < SMALL else "debian-bag"
+    elif gpus:
+        name = "lf-debian-40k"
+    else:
+        name = "quickstart" if points < SMALL else "debian-frozen"
+    devices = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "no GPU"
+    lines.append(
+        f"settings of the recipe {name}, for {points:,} training points, {devices}"
+        f"{'' if embeds else f' and no model in {manifest.tokenizer}'}"
+    )
+    settings = read_yaml(name)
+    for key, value, why in _fitted(manifest, points, gpus, cores, embeds):
+        settings.add(key, value, f"the settings chosen for {points} points")
+        lines.append(f"{key}={value}: {why}")
+    return settings, lines
+
+
+def _fitted(
+    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool
+) -> Iterator[tuple[str, Any, str]]:
+    """Yields (key, value, reason) of what a recipe does not say of another dataset."""
+    if embeds:
+        yield "encoder.name", manifest.tokenizer, "the model of the dataset's tokenizer"
+    yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
+    if gpus:
+        yield "num_workers", gpus, "one for each GPU"
+    elif cores == 1:
+        yield "num_workers", 1, "one core"
+    if points >= LARGE:
+        yield "batch_size", 1024, f"{LARGE:,} points and more"
+        yield "evaluation.neighbours", 0, "votes hold all training points in memory"
+        yield "classifier.precision", "auto", "a large classifier"
+    if not manifest.has_label_texts:
+        yield "feed.augment", 0, "the labels have no texts"
+
+
+def _has_transformer(name: str) -> bool:
+    """Returns whether a tokenizer's directory or hub name also has a model's weights."""
+    if name == NO_TRANSFORMER:
+        return False
+    try:
+        return any(Path(resolve_model(name)).glob("*.safetensors"))
+    except ReneeError:
+        return False
