@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -60,6 +61,7 @@ def fuse(paths: tuple[str, ...], as_json: bool) -> None:
     keys = tuple(f"{key}=" for key in FuseConfig.model_fields)
     overrides = [each for each in paths if each.startswith(keys)]
     *sources, destination = [each for each in paths if each not in overrides] or [""]
+    overrides += [each for each in (*sources, destination) if re.match(r"\w+=", each)]
     config = configured(FuseConfig, overrides, "fuse")
     from renee_ray.service.score.fuse import fuse as run
 

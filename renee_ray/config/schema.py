@@ -131,8 +131,7 @@ class EncoderConfig(Config):
     normalise: bool = False
     """Scales every embedding to norm 1, before `scale`."""
     scale: float = Field(1.0, gt=0)
-    """Factor of every embedding. With `normalise` it bounds the logits: a label whose row has norm
-    w has logits within scale * w."""
+    """Factor of every embedding, before the constant of `classifier.init=label_text` is added."""
     weights: str = ""
     """File of initial weights: safetensors or a torch state_dict, as NGAME's M1; empty: none."""
     max_length: int = Field(32, ge=4)
@@ -179,6 +178,7 @@ class EncoderConfig(Config):
         for applies, keys, reason in (
             (self.name == NO_TRANSFORMER, none, "needs a transformer, and name is none"),
             (self.frozen, "gradient_checkpointing internal_dropout lora", "excludes frozen=true"),
+            (not self.lora.rank, "lora", "has no effect with rank 0"),
             # Checkpoints hold what is trained, and refer to `name` for the rest.
             (
                 self.frozen or self.lora.rank,
@@ -374,6 +374,8 @@ class RunConfig(Config):
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
                 f"correct it"
             )
+        if "targets_weight" in self.feed.model_fields_set and not self.feed.targets:
+            raise ValueError("feed.targets_weight weighs feed.targets, which are not given")
         if self.encoder.frozen and self.feed.token_dropout:
             raise ValueError(
                 f"feed.token_dropout {self.feed.token_dropout} gives every epoch other texts, and "

@@ -80,7 +80,10 @@ def encode(serialised: str, texts: list[str], max_length: int) -> pa.Array:
 
 def split_special(serialised: str, text: str) -> tuple[list[int], int]:
     """Returns the tokens of a text without special ones; how many of these come before them."""
-    encoding = Tokenizer.from_str(serialised).encode(text)
+    tokenizer = Tokenizer.from_str(serialised)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    encoding = tokenizer.encode(text)
     special = encoding.special_tokens_mask
     tokens = [token for token, kind in zip(encoding.ids, special, strict=True) if not kind]
     return tokens, [*special, 0].index(0)

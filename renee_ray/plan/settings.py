@@ -1,8 +1,8 @@
 """Settings by themselves: those of the recipe whose dataset is most like the one at hand.
 
-    training points     without a GPU         with GPUs        without a transformer
-    below SMALL         quickstart            lf-debian-40k    perl-bag
-    SMALL and more      debian-frozen         lf-debian-40k    debian-bag
+    training points     without a GPU         with GPUs               without a transformer
+    below SMALL         quickstart            lf-debian-40k-minilm    perl-bag
+    SMALL and more      lf-debian-40k         lf-debian-40k-minilm    debian-bag
 
 A dataset whose tokenizer comes without a model has no transformer. What differs from the recipe
 follows from the manifest and the machine (`choose`).
@@ -41,9 +41,9 @@ def choose(manifest: Manifest, gpus: int, cores: int) -> tuple[Layer, list[str]]
     if not embeds:
         name = "perl-bag" if points < SMALL else "debian-bag"
     elif gpus:
-        name = "lf-debian-40k"
+        name = "lf-debian-40k-minilm"
     else:
-        name = "quickstart" if points < SMALL else "debian-frozen"
+        name = "quickstart" if points < SMALL else "lf-debian-40k"
     devices = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "no GPU"
     lines.append(
         f"settings of the recipe {name}, for {points:,} training points, {devices}"

@@ -12,6 +12,7 @@ with the same OUTPUT repeats only what is missing.
 
 from __future__ import annotations
 
+import importlib.util
 import tarfile
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +73,10 @@ def quickstart(
         ReneeError: a wrong key or value, or a directory that cannot be used.
     """
     output, config = configuration(overrides)
+    if importlib.util.find_spec("sklearn") is None:
+        raise ReneeError(
+            "quickstart needs scikit-learn for a baseline; pip install 'renee_ray[quickstart]'"
+        )
     clock = _Clock()
     raw = unpack(ARCHIVE, output / "raw")
     ensure_ray(config.max_workers + 1)

@@ -88,6 +88,11 @@ def _job(recipe: dict[str, Any], overrides: dict[str, Any], steps: int) -> Job:
         raise ReneeError("bench train leaves no run behind; leave out output")
     fixed = {"output": "unused", "classifier": {"init": "normal"}}
     config = make_config(RunConfig, recipe, overrides, fixed, where="bench train")
+    if not config.encoder.trains_transformer or config.feed.targets:
+        raise ReneeError(
+            "bench train times a transformer that is trained on given labels; leave out "
+            "encoder.frozen, encoder.lora, encoder.name=none and feed.targets"
+        )
     dataset = Dataset.open(config.data)
     config = config.model_copy(update={"data": dataset.path})
     check(config, dataset)

@@ -14,8 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from renee_ray.errors import ReneeError
-
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -83,17 +81,11 @@ def tfidf_ridge(
     Args:
         texts: m texts to train on; labels: [m, L], 1 where a label is true; points: n texts.
 
-    Raises:
-        ReneeError: scikit-learn is not installed.
+    scikit-learn must be installed.
     """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.kernel_ridge import KernelRidge
-    except ImportError as error:
-        raise ReneeError(
-            "the linear baseline needs scikit-learn, which is not installed; "
-            "pip install 'renee_ray[quickstart]'"
-        ) from error
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.kernel_ridge import KernelRidge
+
     features = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
     trained = features.fit_transform(texts)
     weights = KernelRidge(alpha=1.0).fit(trained, labels.toarray()).dual_coef_.T

@@ -55,7 +55,10 @@ RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
 CPU = torch.device("cpu")
 TOKENS = "tokens = tokenizer(text, truncation=True, max_length=max_length); "
-PROMPT = "tokens = tokens[:{first}] + {tokens} + tokens[{first}:]; "
+PROMPT = (
+    "if there are more than {limit} tokens, keep the first {limit} - 1 and the last; "
+    "tokens = tokens[:{first}] + {tokens} + tokens[{first}:]; "
+)
 POOLING = {"mean": "mean", "cls": "first", "last": "last"}
 TRANSFORMER = (
     "e = {pooling} of encoder(tokens).last_hidden_state over the tokens that are no padding; "
@@ -105,7 +108,8 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
         for index, each in enumerate(owned)
     ]
-    length = encoder.prompt.limit if encoder.prompt else settings.encoder.max_length
+    only = encoder.prompt is not None and encoder.bag is None  # a bag reads what it displaces
+    length = encoder.prompt.limit if encoder.prompt and only else settings.encoder.max_length
     content = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
@@ -136,7 +140,8 @@ def _score(encoder: Encoder, settings: EncoderConfig) -> str:
         parts.append(BAG.format(**settings.bag.model_dump(), factors=FACTORS))
     if encoder.prompt is not None:
         tokens = encoder.prompt.tokens.tolist()
-        parts.append(PROMPT.format(first=encoder.prompt.first, tokens=tokens))
+        prompt = encoder.prompt
+        parts.append(PROMPT.format(limit=prompt.limit, first=prompt.first, tokens=tokens))
     if encoder.backbone is not None:
         parts.append(TRANSFORMER.format(pooling=POOLING[settings.pooling]))
     if encoder.bag is not None:

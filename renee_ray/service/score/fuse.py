@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.sources.parquet import files_below
 from renee_ray.data.storage import absolute, filesystem_of, read_file, write_file
 from renee_ray.data.untrusted import parse_json
-from renee_ray.errors import ReneeError
+from renee_ray.errors import ReneeError, reason
 from renee_ray.parallel.batch import Ragged, ragged
 from renee_ray.scoring.fusion import Pairs, tuned
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
@@ -114,12 +115,19 @@ class _Predictions:
             yield self._block(waiting)
 
     def _block(self, table: pa.Table) -> tuple[pa.Array, Ragged, NDArray[np.float64]]:
-        points = table["point_id"].combine_chunks()
-        labels = ragged(table["label_ids"])
-        scores = table["scores"].combine_chunks().flatten().to_numpy().astype(np.float64)
-        if len(scores) != len(labels.values):
+        points, found = table["point_id"].combine_chunks(), table["scores"].combine_chunks()
+        try:
+            labels, scores = ragged(table["label_ids"]), found.flatten().to_numpy().astype(float)
+        except (pa.ArrowInvalid, ValueError) as error:
             raise ReneeError(
-                f"{self.path} has {len(labels.values)} labels and {len(scores)} scores"
+                f"{self.path} holds no lists of labels and scores ({reason(error):.80}); write "
+                f"label_ids as lists of integers and scores as lists of numbers"
+            ) from None
+        lengths = pc.list_value_length(found).fill_null(-1).to_numpy()
+        if (labels.lengths != lengths).any() or (labels.values < 0).any():
+            raise ReneeError(
+                f"{self.path} has a point without a score for each label, or a label below 0; "
+                f"leave out what stands for no label"
             )
         if self._logits:
             scores = 1 / (1 + np.exp(-scores))

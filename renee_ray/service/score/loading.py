@@ -163,17 +163,19 @@ def _of_export(local: Path, path: str, device: torch.device) -> Model:
             tables.append(pq.read_table(local / each["labels"], columns=COLUMNS))
             if not len(owned) == shards[-1].weights.rows == len(tables[-1]):
                 raise ValueError(f"its files of labels {owned.start} on do not fit together")
+        plain: dict[str, Any] = {"weights": "", "compile": False}
         if settings.name != NO_TRANSFORMER:
-            settings = settings.model_copy(update={"name": str(local / ENCODER)})
+            plain["name"] = str(local / ENCODER)
+        settings = settings.model_copy(update=plain)
         encoder = build_encoder(settings, device, 0)
         load_head(encoder, load_file(local / HEAD))
         vocabulary = tokenizer.load(str(local / ENCODER), fetch=False)
+        return Model(encoder, shards, pa.concat_tables(tables), vocabulary.serialised, facts)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise ReneeError(
             f"{path} is damaged, or an export of an earlier renee_ray ({reason(error):.200}); "
             f"export the run again"
         ) from None
-    return Model(encoder, shards, pa.concat_tables(tables), vocabulary.serialised, facts)
 
 
 def _mapped(path: Path, device: torch.device) -> Weights:

@@ -1,0 +1,69 @@
+"""Settings by themselves: the recipe that fits, and what of it follows from dataset and machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from renee_ray.cli.main import main
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.data.dataset import Dataset, Part
+from renee_ray.plan.settings import LARGE, SMALL, choose
+
+from ..data.tiny import write_tiny
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return write_tiny(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("points", "gpus", "tokenizer", "recipe"),
+    [
+        (SMALL - 1, 0, MINILM, "quickstart"),
+        (SMALL, 0, MINILM, "lf-debian-40k"),
+        (SMALL - 1, 2, MINILM, "lf-debian-40k-minilm"),
+        (LARGE, 8, MINILM, "lf-debian-40k-minilm"),
+        (SMALL - 1, 1, "", "perl-bag"),
+        (LARGE, 0, "", "debian-bag"),
+    ],
+)
+def test_the_recipe_follows_from_points_gpus_and_model(
+    dataset: Dataset, tmp_path: Path, points: int, gpus: int, tokenizer: str, recipe: str
+) -> None:
+    part = Part("train/part-00000.parquet", points, 0, points, "0" * 64)
+    splits: dict[str, Any] = {**dataset.manifest.splits, "train": (part,)}
+    manifest = replace(
+        dataset.manifest, splits=splits, tokenizer=tokenizer or str(tmp_path), max_length=500
+    )
+    settings, lines = choose(manifest, gpus, 4)
+    config = make_config(RunConfig, settings, {"data": "d", "output": "o"})
+    assert config.recipe == recipe and recipe in lines[0]
+    assert config.encoder.name == (tokenizer or "none")
+    assert config.encoder.max_length == 128
+    assert config.num_workers == (gpus or read(recipe, "num_workers"))
+    assert config.batch_size == (1024 if points == LARGE else read(recipe, "batch_size"))
+    assert bool(config.evaluation.neighbours) == (points < LARGE and bool(tokenizer))
+    assert config.feed.augment > 0
+    bare, _ = choose(replace(manifest, has_label_texts=False), gpus, 1)
+    config = make_config(RunConfig, bare, {"data": "d", "output": "o"})
+    assert config.feed.augment == 0 and config.num_workers == (gpus or 1)
+
+
+def read(recipe: str, key: str) -> Any:
+    from renee_ray.config.overrides import read_yaml
+
+    return read_yaml(recipe)[key]
+
+
+def test_a_run_needs_data_and_output(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, missing in (["data=d"], "output"), (["output=o"], "data"), ([], "data"):
+        assert main(["train", *given]) == 1
+        assert f"lacks '{missing}'" in capsys.readouterr().err
