@@ -102,9 +102,9 @@ def test_published_figures(row: list[str]) -> None:
 
 def test_all_recipes_with_published_figures_are_in_the_table() -> None:
     known = {row[0] for row in rows("results.txt")}
-    assert {name for name in recipe_names() if loaded(name)[1].expected} == known | {
-        "lf-debian-40k"
-    }
+    found = {name for name in recipe_names() if loaded(name)[1].expected}
+    own = {"lf-debian-40k", "debian-bag", "debian-frozen"}  # measured here, not published
+    assert known <= found <= known | own
 
 
 @pytest.mark.parametrize("name", recipe_names())
