@@ -324,6 +324,15 @@ OWN_REFUSED = {
         files(**{"train.csv": lines("text,tags", "a,b"), "labels.csv": lines("id,name", "0,b")}),
         r"labels\.csv has the columns .'id', 'name'.*'label'",
     ),
+    "jsonl-label-kinds": refused(
+        files(
+            **{
+                "train.jsonl": lines('{"text": "a", "labels": ["x"]}'),
+                "labels.jsonl": lines('{"label": "x"}', '{"label": ["y"]}'),
+            }
+        ),
+        r"labels\.jsonl: label is not of one kind",
+    ),
     "csv-bad-gzip": refused(
         files(**{"train.csv.gz": gzip.compress(lines("text,tags", "a,b"))[:-9]}),
         r"train\.csv\.gz is not a complete gzip file",

@@ -27,7 +27,7 @@ from scipy import sparse
 
 from renee_ray.data.sources import parquet
 from renee_ray.data.sources.columns import kind_of
-from renee_ray.data.sources.fields import MIXED, Fields, column, guess, shaped
+from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
 from renee_ray.data.sources.lines import MAX_LINE_BYTES, Unpacked, length_of_mark
 from renee_ray.data.sources.records import Block, SourceError, decoded, whole_characters
 from renee_ray.data.sources.xmlrepo import json_object
@@ -142,7 +142,10 @@ def _labels(path: str, rows: pa.Table) -> pa.Table:
             f"{path} has the columns {rows.column_names!s:.300}; rename the one with the labels, "
             f"in the order of their ids, to 'label'"
         )
-    return pa.table({name: column(path, rows, name) for name in known})
+    made = {name: column(path, rows, name) for name in known}
+    if mixed := [name for name, values in made.items() if values.type == MIXED]:
+        raise SourceError(f"{path}: {mixed[0]} is not of one kind; it must be strings")
+    return pa.table(made)
 
 
 def _grouped(pairs: list[tuple[str, pa.Table]]) -> pa.Table:
@@ -261,6 +264,7 @@ def _lines(path: str) -> Iterator[bytes]:
 
 def _arrow(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
     with _opened(path) as file, pa.ipc.open_stream(file) as stream:
+        leaves(stream.schema)  # a name that is not UTF-8 shows here
         for batch in stream:
             batch.validate(full=True)  # a damaged offset would be read beyond the buffer
             yield pa.Table.from_batches([batch])
