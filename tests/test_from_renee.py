@@ -79,6 +79,8 @@ def test_the_released_commands(
     output = tmp_path / "made.yaml"
     assert main(["from-renee", command_of(row), f"output={output}"]) == 0
     assert f"batch_size={16 * batch} is global" in capsys.readouterr().err
+    assert main(["from-renee", command_of(row), f"output={output}"]) == 1
+    assert "is there already" in capsys.readouterr().err
     config = translate(command_of(row)).config
     assert read_yaml(str(output)) == yaml.safe_load(output.read_text())
     flags = command_of(row)[command_of(row).index("--") :]
@@ -134,6 +136,8 @@ def test_defaults_and_the_other_flags() -> None:
         (f"{BASE} 12", "'12' is no flag"),
         (f"{BASE} --dropout 2", "dropout=2"),
         ("--data-dir mine", "size of 'mine' is not known.*data=DATASET"),
+        (f"{BASE} --batch-size 0", "--batch-size 0.*at least 1"),
+        (f"{BASE} --epochs -1", "--epochs -1.*at least 1"),
         (f"{BASE} 'open", "no shell command"),
     ],
 )

@@ -37,7 +37,10 @@ def measure(worker: Worker) -> Rates:
 
 
 def _encoder(worker: Worker, device: torch.device) -> tuple[float, float]:
-    """Returns the seconds of a row, forward and backward, and of a step of AdamW."""
+    """Returns the seconds of a row, forward and backward, and of a step of AdamW.
+
+    All of the transformer is trained here, so AdamW's are those of the share that a run trains.
+    """
     if worker.transformer.settings is None:
         return 0.0, 0.0
     attention = attention_of(worker.config.encoder.attention, device.type)
@@ -58,4 +61,5 @@ def _encoder(worker: Worker, device: torch.device) -> tuple[float, float]:
         hidden.float().mean().backward()
 
     taken = interleaved({"rows": train, "adamw": optimizer.step}, REPEATS, device)
-    return taken["rows"] / rows, taken["adamw"]
+    share = worker.parameters / worker.transformer.parameters
+    return taken["rows"] / rows, taken["adamw"] * share

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import click
+from pyarrow.fs import FileType
 
 from renee_ray.cli.common import PATH, call, configured
 from renee_ray.cli.output import say
 from renee_ray.config.from_renee import as_yaml, translate
 from renee_ray.config.schema import Config
-from renee_ray.data.storage import absolute, replace_file
+from renee_ray.data.storage import absolute, filesystem_of, replace_file
 from renee_ray.errors import ReneeError
 
 
@@ -56,7 +57,10 @@ def from_renee(
     _ = made.config  # every value is checked
     for note in made.notes:
         say(note)
-    if given.output:
-        replace_file(absolute(given.output), as_yaml(made, command).encode())
+    if output := given.output and absolute(given.output):
+        filesystem, root = filesystem_of(output)
+        if filesystem.get_file_info(root).type != FileType.NotFound:
+            raise ReneeError(f"output={given.output} is there already; remove it or name another")
+        replace_file(output, as_yaml(made, command).encode())
     else:
         click.echo(as_yaml(made, command), nl=False)

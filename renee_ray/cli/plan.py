@@ -12,7 +12,7 @@ from renee_ray.cli.common import PATH, ConfiguredCommand, call, json_option
 from renee_ray.cli.output import print_facts
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path
-from renee_ray.config.schema import RunConfig, ScoreConfig
+from renee_ray.config.schema import EncoderConfig, RunConfig, ScoreConfig
 from renee_ray.errors import ConfigError
 from renee_ray.machine import OPENMP
 
@@ -83,7 +83,8 @@ def plan(
         if found.kind != find_device("auto").kind:
             raise ConfigError(f"--calibrate measures this machine, which is no {device}")
     workload = find_workload(made, about, labels, points, tokens)
-    shape = about.encoder if about else None
+    own = dict(dotted(layer)).get("encoder.name", EncoderConfig().name)
+    shape = about.encoder if about and made.encoder.name == own else None
     result = call(
         make_plan, made, workload, find_transformer(made.encoder, shape), found,
         made.max_workers, measure,

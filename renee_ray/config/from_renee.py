@@ -85,6 +85,9 @@ def translate(
             f"the command of the released code is no shell command: {error}"
         ) from None
     given = _parser().parse_args(words)
+    for flag, value in (("--batch-size", given.batch_size), ("--epochs", given.epochs)):
+        if value < 1:
+            raise ConfigError(f"{flag} {value} trains nothing; give at least 1")
     if unread := [w for w in given.command if w not in ("python", "python3", "main.py")]:
         raise ConfigError(f"{unread[0]!r:.80} is no flag of the released main.py; leave it out")
     name = given.dataset or PurePosixPath(given.data_dir).name

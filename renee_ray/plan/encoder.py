@@ -15,6 +15,7 @@ from renee_ray.config.about import EncoderShape
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.errors import ReneeError
+from renee_ray.model.adapters import add_adapters
 from renee_ray.model.dropout import draw_fast
 from renee_ray.model.encoder import described, dropout_keys
 
@@ -26,6 +27,7 @@ COUNTED_ROWS = 4, 12
 class Transformer:
     """parameters: all of them; multiplied: those that every token is multiplied with.
 
+    adapters: parameters of LoRA's adapters, which are not among the former.
     settings: the model's own configuration; None: there is no transformer.
     """
 
@@ -34,6 +36,7 @@ class Transformer:
     hidden: int = 0
     layers: int = 0
     settings: Any = None
+    adapters: int = 0
 
     def activations(
         self, rows: int, tokens: int, attention: str, autocast: torch.dtype | None, kind: str,
@@ -81,17 +84,20 @@ def find_transformer(config: EncoderConfig, shape: EncoderShape | None) -> Trans
     if config.internal_dropout is not None:
         for key in dropout_keys(settings):
             setattr(settings, key, config.internal_dropout)
-    return _facts(settings)
+    return _facts(settings, config)
 
 
-def _facts(settings: Any) -> Transformer:
+def _facts(settings: Any, config: EncoderConfig) -> Transformer:
     with torch.device("meta"):
         model = build(settings, "eager")
     tables = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)]
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, adapters = sum(p.numel() for p in model.parameters()), 0
+    if config.lora.rank:
+        adapted = add_adapters(model, config)
+        adapters = sum(p.numel() for p in adapted.parameters()) - parameters
     return Transformer(
         parameters, parameters - sum(tables), settings.hidden_size, settings.num_hidden_layers,
-        settings,
+        settings, adapters,
     )  # fmt: skip
 
 

@@ -4,9 +4,12 @@ Ledger, for a global batch of B rows, of which a worker has b, T tokens, and a w
 labels of dimension D:
 
     weights, momentum    [n, D]        xfc/weights/storages.py
-    encoder              parameters, gradients and two moments of AdamW, fp32
+    encoder              parameters, gradients and two moments of AdamW, fp32, of what is trained:
+                         the transformer, or the adapters of one that is frozen; the bottleneck
+    frozen parameters    fp32, of a transformer that is not trained itself
     bag                  [buckets, D'] fp32, and the rows of a step
-    activations          what the encoder's forward keeps for b rows, or for a micro-batch, of T
+    activations          what the encoder's forward keeps for b rows, or for a micro-batch, of T;
+                         of a transformer without adapters that is frozen: one layer's
     chunk                buffers of a chunk of labels on each lane (xfc/shard.py, xfc/device.py)
     embeddings           [B, D]        E gathered, padded and cut, and dE of each lane
     checkpoint copy      in host memory, which on a CPU is the same
@@ -36,7 +39,7 @@ ALLOCATOR_SHARE = {"cuda": 0.1, "cpu": 0.05}
 """Share of what comes and goes that an allocator holds besides."""
 COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
 """Components that the first worker saves; of the others, each saves weights and momentum alone."""
-STATES = (*COPIED, "encoder gradients")
+STATES = (*COPIED, "encoder gradients", "frozen parameters")
 """Components that are there whatever a batch is like."""
 COPY = "checkpoint copy"
 """The component that a run does without where memory is short."""
@@ -124,9 +127,9 @@ class Worker:
     @property
     def parameters(self) -> int:
         """Parameters that AdamW trains."""
-        return (
-            self.transformer.parameters + self.config.encoder.bottleneck * self.transformer.hidden
-        )
+        encoder, own = self.config.encoder, self.transformer
+        trained = own.parameters if encoder.trains_transformer else own.adapters
+        return trained + encoder.bottleneck * own.hidden
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes of each component. Some, such as momentum, may be 0."""
@@ -138,6 +141,7 @@ class Worker:
             "encoder parameters": 4 * self.parameters,
             "encoder gradients": 4 * self.parameters,
             "encoder moments": 8 * self.parameters,
+            "frozen parameters": 4 * self.transformer.parameters * (not encoder.trains_transformer),
             "bag": (4 * encoder.bag.dim + 8) * encoder.bag.buckets if encoder.bag.dim else 0,
         }
         chunk, embeddings = self._classifier()
@@ -164,10 +168,11 @@ class Worker:
         encoder = self.config.encoder
         attention = attention_of(encoder.attention, self.device.kind)
         rows = min(self.rows, encoder.micro_batch or self.rows)
-        return self.transformer.activations(
+        kept = self.transformer.activations(
             rows, self.workload.longest, attention, self.autocast, self.device.kind,
             encoder.gradient_checkpointing,
         )  # fmt: skip
+        return kept // max(1, self.transformer.layers) if encoder.frozen else kept
 
     def _classifier(self) -> tuple[int, int]:
         """Returns the bytes of the chunks and of E and dE, of all lanes."""

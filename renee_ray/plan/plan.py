@@ -18,6 +18,7 @@ from renee_ray.plan.time import (
     STORAGE_RATE,
     Rates,
     checkpoint_bytes,
+    forward_seconds,
     network_bytes,
     step_seconds,
     steps_of_epoch,
@@ -112,6 +113,7 @@ def make_plan(
     memory, step = worker.memory(), step_seconds(worker, rates)
     steps, seconds = steps_of_epoch(worker), sum(step.values())
     hours = None if steps is None else steps * seconds / 3600
+    once = forward_seconds(worker, rates) if config.encoder.frozen else 0.0
     saved = checkpoint_bytes(worker)
     return Plan(
         device=device.name,
@@ -128,7 +130,7 @@ def make_plan(
         calibrated=rates is not None,
         epoch_steps=steps,
         epoch_hours=hours,
-        run_hours=None if hours is None else hours * config.epochs,
+        run_hours=None if hours is None else hours * config.epochs + steps * once / 3600,
         network_bytes=network_bytes(worker),
         checkpoint_bytes=saved,
         checkpoint_s=saved / (STORAGE_RATE * num_workers),

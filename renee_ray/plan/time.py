@@ -8,7 +8,8 @@ bandwidth of its memory. For a classifier of n labels and dimension D, and B row
     update     2 n D B               reads G, reads and writes weights and velocities
 
 The encoder has 6 operations for each token and parameter, and 12 T H for each token and layer.
-AdamW moves 28 bytes a parameter. `Rates` that were measured replace the roofline's.
+The backward takes 4 of the 6, 2 with adapters (LoRA), and none where the transformer is frozen,
+whose forward the first epoch alone makes. AdamW moves 28 bytes a parameter. `Rates` that were measured replace the roofline's.
 """
 
 from __future__ import annotations
@@ -45,13 +46,12 @@ def step_seconds(worker: Worker, rates: Rates | None = None) -> dict[str, float]
     """Returns the seconds of each piece of a step; they follow one another."""
     encoder = worker.config.encoder
     again = (worker.rows - encoder.micro_batch) / worker.rows if encoder.micro_batch else 0.0
-    forwards = 3 + encoder.gradient_checkpointing + max(0.0, again)
+    forwards = 2 + encoder.trains_transformer + encoder.gradient_checkpointing + max(0.0, again)
     if rates is None:
         classifier, adamw = _classifier(worker), _adamw(worker)
-        encoding = _encoder(worker) * forwards / 3
     else:
         classifier, adamw = rates.classifier * worker.labels, rates.adamw
-        encoding = rates.encoder * worker.rows
+    encoding = 0.0 if encoder.frozen else forwards * forward_seconds(worker, rates)
     sent = sum(network_bytes(worker).values())
     return {
         "encoder": encoding,
@@ -60,6 +60,11 @@ def step_seconds(worker: Worker, rates: Rates | None = None) -> dict[str, float]
         "network": sent / worker.device.network,
         "host": LAUNCH_S[worker.device.kind],
     }
+
+
+def forward_seconds(worker: Worker, rates: Rates | None = None) -> float:
+    """Returns the seconds that the encoder's forward of a step's rows takes."""
+    return (rates.encoder * worker.rows if rates else _encoder(worker)) / 3
 
 
 def network_bytes(worker: Worker) -> dict[str, float]:

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse
 
+from renee_ray.data.sources.own import PIECE_ROWS, SAMPLE_ROWS
+
 from .sources import (
     CLASS,
     IDS,
@@ -56,6 +58,22 @@ def pecos(rows: list[list[int]], texts: list[str], short: str) -> dict[str, byte
     sink = io.BytesIO()
     sparse.save_npz(sink, sparse.csr_matrix((np.ones(len(flat)), flat, starts), (len(rows), 4)))
     return {f"X.{short}.txt": lines(*texts), f"Y.{short}.npz": sink.getvalue()}
+
+
+def npz(starts: list[int] | None) -> bytes:
+    """A matrix as scipy saves it, with these offsets, which nothing checks."""
+    sink = io.BytesIO()
+    arrays = {"indices": np.array([0, 1]), "data": np.ones(2), "shape": np.array([2, 4])}
+    arrays |= {} if starts is None else {"indptr": np.array(starts)}
+    np.savez(sink, format=np.array(b"csr"), **arrays)
+    return sink.getvalue()
+
+
+def damaged() -> bytes:
+    """An Arrow stream whose texts have an offset far beyond their bytes."""
+    offsets = pa.array([0, 1 << 30, 2], pa.int32()).buffers()[1]
+    texts = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"ab"))
+    return arrow(pa.table({"text": texts, "labels": [[0], [1]]}), 1)[0]
 
 
 def named(row: list[int]) -> list[str]:
@@ -131,6 +149,39 @@ OWN = {
         files(**{"data__train.json": b'{"text": "caf\\ud800", "labels": [0]}\n{"labels": [1]}'}),
         [[0], [1]],
         ["caf\ufffd", ""],
+    ),
+    "jsonl-dotted": Kind(  # keys as pandas' json_normalize writes them
+        files(
+            **{
+                "train.jsonl": lines(
+                    *(
+                        json.dumps({"review.text": t, "review.tags": named(r)})
+                        for t, r in zip(TEXTS, IDS, strict=True)
+                    )
+                )
+            }
+        ),
+        BY_NAME,
+        settings={"labels": "review.tags"},
+        names=sorted(NAMES),
+    ),
+    "csv-tab": Kind(
+        files(**{"train.csv": lines("text,tags", "a,lamp\tshelf", "b,shelf")}),
+        [[0, 1], [1]],
+        ["a", "b"],
+        settings={"separator": r"\t"},
+        names=["lamp", "shelf"],
+    ),
+    "jsonl-full-piece": Kind(
+        files(
+            **{
+                "train.jsonl": lines('{"text": "a", "labels": [1]}'),
+                "labels.jsonl": lines(*(f'{{"text": "{i}"}}' for i in range(PIECE_ROWS))),
+            }
+        ),
+        [[1]],
+        ["a"],
+        names=[str(i) for i in range(PIECE_ROWS)],
     ),
     "parquet-dictionary": Kind(
         files(
@@ -219,9 +270,102 @@ OWN_REFUSED = {
         files(
             **{"train.jsonl": lines('{"text": "a", "labels": ["a"]}', '{"labels": 1, "text": ""}')}
         ),
-        "labels",
+        "labels is not of one kind",
         labels="labels",
     ),
+    "jsonl-mixed-guessed": refused(
+        files(
+            **{
+                "train.jsonl": lines(
+                    '{"id": 1, "text": "a", "label": "x"}', '{"id": 2, "text": "b", "label": ["y"]}'
+                )
+            }
+        ),
+        "label is not of one kind",
+    ),
+    "jsonl-float": refused(
+        files(**{"train.jsonl": lines('{"text": "a", "label": 1.0}')}),
+        "label is of type double; it must be strings, integers",
+    ),
+    "jsonl-two-kinds": refused(
+        files(
+            **{
+                "train__a.jsonl": lines('{"text": "a", "label": "x"}'),
+                "train__b.jsonl": lines('{"text": "b", "label": 1}'),
+            }
+        ),
+        r"a\.jsonl and in .*b\.jsonl are list of string and list of integer",
+    ),
+    "jsonl-later-file": refused(
+        files(
+            **{
+                "train__a.jsonl": lines('{"text": "a", "labels": [1]}'),
+                "train__b.jsonl": lines('{"text": "b", "labels": [0.5]}'),
+            }
+        ),
+        r"src/train/b\.jsonl has a column 'labels' of type",
+    ),
+    "jsonl-empty-test": refused(
+        files(**{"train.jsonl": lines('{"text": "a", "labels": [1]}'), "test.jsonl": b""}),
+        r"test\.jsonl has no row",
+    ),
+    "csv-header-test": refused(
+        files(**{"train.csv": lines("text,tags", "a,b"), "test.csv": lines("text,tags")}),
+        r"test\.csv has no row",
+    ),
+    "csv-only-test": refused(
+        files(**{"test.csv": lines("text,tags", "a,b")}), "no training set.*'test.csv' is there"
+    ),
+    "csv-late-separator": refused(
+        files(**{"train.csv": lines("text,tags", *["a,b"] * SAMPLE_ROWS, "a,b|c")}),
+        r"'b\|c', and the first rows have no separator; give separator=",
+    ),
+    "csv-label-columns": refused(
+        files(**{"train.csv": lines("text,tags", "a,b"), "labels.csv": lines("id,name", "0,b")}),
+        r"labels\.csv has the columns .'id', 'name'.*'label'",
+    ),
+    "jsonl-label-kinds": refused(
+        files(
+            **{
+                "train.jsonl": lines('{"text": "a", "labels": ["x"]}'),
+                "labels.jsonl": lines('{"label": "x"}', '{"label": ["y"]}'),
+            }
+        ),
+        r"labels\.jsonl: label is not of one kind",
+    ),
+    "csv-bad-gzip": refused(
+        files(**{"train.csv.gz": gzip.compress(lines("text,tags", "a,b"))[:-9]}),
+        r"train\.csv\.gz is not a complete gzip file",
+    ),
+    "csv-no-gzip": refused(
+        files(**{"train.csv.gz": lines("text,tags", "a,b")}), "is not a complete gzip file"
+    ),
+    "jsonl-separator": refused(
+        files(**{"train.jsonl": lines('{"text": "a", "labels": ["b|c"]}')}),
+        "leave separator= out",
+        separator="|",
+    ),
+    "arrow-offsets": refused(files(**{"train__data-0.arrow": damaged()}), "data-0.arrow cannot be"),
+    "arrow-truncated": refused(
+        files(**{"train__data-0.arrow": arrow(rows())[0][:-400]}), "data-0.arrow cannot be read"
+    ),
+    "pecos-offsets": refused(
+        files(**{"X.trn.txt": lines("a", "b"), "Y.trn.npz": npz([0, 9_999_999, 2])}),
+        r"Y\.trn\.npz is no sparse matrix",
+    ),
+    "pecos-truncated": refused(
+        files(**{"X.trn.txt": lines("a", "b"), "Y.trn.npz": npz([0, 1, 2])[:-30]}), "no sparse"
+    ),
+    "pecos-missing": refused(
+        files(**{"X.trn.txt": lines("a", "b"), "Y.trn.npz": npz(None)}), "no sparse matrix"
+    ),
+    "pecos-no-npz": refused(
+        files(**{"X.trn.txt": lines("a", "b"), "Y.trn.npz": b"1 2"}), "no sparse matrix"
+    ),
+    "pecos-named": refused(
+        files(**pecos(IDS, TEXTS, "trn")), "leave text=, labels= and separator= out", separator="|"
+    ),
+    "parquet-separator": refused(typed(), "separator=.*labels=COLUMN", separator="|"),
     "jsonl-array": refused(
         files(**{"train.json": b'[{"text": "a", "labels": [1]}]'}), "write one a line"
     ),
@@ -237,5 +381,7 @@ OWN_REFUSED = {
     "pecos-rows": refused(
         files(**pecos(IDS, TEXTS, "trn") | {"X.trn.txt": lines("a", "b")}), "2 lines .* 6 rows"
     ),
-    "repository-named": refused(files(**TEXT), "leave text= and labels= out", text="title"),
+    "repository-named": refused(files(**TEXT), "leave text=, labels= and sep", text="title"),
+    "repository-separator": refused(files(**TEXT), "leave text=, labels= and sep", separator=";"),
+    "all-held-out": refused(files(**TEXT), "hold out all", validation=0.9, test=0.1),
 }

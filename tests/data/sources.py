@@ -38,7 +38,7 @@ class Kind:
     write: Callable[[Path], object]
     labels: list[list[int]] = field(default_factory=lambda: IDS)
     texts: list[str] = field(default_factory=lambda: TEXTS)
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     names: list[str] | None = None
 
 
@@ -225,7 +225,7 @@ LINES = "".join(f"{text}\n" for text in TEXTS).encode()
 FLAG_LINES = "".join(" ".join(map(str, row)) + "\n" for row in FLAGS).encode()
 
 
-def refused(write: Callable[[Path], object], sentence: str, **settings: str) -> tuple[Kind, str]:
+def refused(write: Callable[[Path], object], sentence: str, **settings: Any) -> tuple[Kind, str]:
     return Kind(write, settings=settings), sentence
 
 

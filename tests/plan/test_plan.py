@@ -87,6 +87,36 @@ def test_states_and_buffers_are_those_that_are_allocated(
 
 
 @pytest.mark.parametrize(
+    "own",
+    [{"frozen": True, "bottleneck": 3}, {"lora": {"rank": 2}, "bottleneck": 3}, {"frozen": True}],
+    ids=["frozen", "lora", "no bottleneck"],
+)
+def test_of_a_frozen_transformer_the_parameters_alone_are_held(
+    sample: str, own: dict[str, Any]
+) -> None:
+    planned = worker(sample, 2, encoder=own)
+    encoder = build_encoder(planned.config.encoder, CPU, 0)
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    memory, everything = planned.memory(), sum(p.numel() for p in encoder.parameters())
+    assert memory["encoder parameters"] == memory["encoder gradients"] == 4 * trained
+    assert memory["encoder moments"] == 8 * trained
+    assert memory["frozen parameters"] == 4 * (everything - trained) > 0
+    states = memory["weights"] + memory["momentum"] + 4 * (everything - trained) + 16 * trained
+    assert needed(planned, STATES) == 2 * states
+    assert memory[COPY] == states - 4 * everything, "a checkpoint leaves out what is frozen"
+    assert network_bytes(planned)["gradient of the encoder"] == 4 * trained
+    full = worker(sample, 2)
+    shares = {"encoder": 0 if "frozen" in own else 2 / 3, "AdamW": trained / everything}
+    for piece, share in shares.items():
+        seconds = step_seconds(planned)[piece]
+        assert seconds == pytest.approx(share * step_seconds(full)[piece], rel=0.1)
+    plan = make_plan(planned.config, planned.workload, planned.transformer, planned.device, 2)
+    once = plan.run_hours / plan.epoch_hours > planned.config.epochs + 1e-6
+    assert once == ("frozen" in own), "the first epoch embeds"
+    assert (memory["activations"] < full.memory()["activations"]) == ("frozen" in own)
+
+
+@pytest.mark.parametrize(
     # Without data, torch keeps two more copies of attention's probabilities where they are dropped.
     ("dropout", "autocast", "most"),
     [(0.0, "off", 1.02), (0.0, "bf16", 1.02), (0.1, "bf16", 1.12)],
@@ -209,6 +239,14 @@ def test_a_plan_is_printed(sample: str, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["plan", str(yaml), f"data={sample}/data", "--device", "cpu", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["epoch_steps"] == math.ceil(4000 / 256) and not plan["calibrated"]
+
+
+def test_the_shape_of_a_recipe_is_of_its_own_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "elmo-amazon-3m", "--device", "h100", "--json"]) == 0
+    capsys.readouterr()
+    command = ["plan", "elmo-amazon-3m", "encoder.name=no/such-model", "--device", "h100"]
+    assert main(command) == 1
+    assert "no/such-model" in capsys.readouterr().err
 
 
 def test_rates_are_measured(sample: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from renee_ray.config.schema import ConvertConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.inspection import inspect
+from renee_ray.data.sources import lines, own
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 
@@ -107,4 +109,18 @@ def test_a_test_split_is_held_out_where_there_is_none(tmp_path: Path) -> None:
     labels = made.read_rows("labels", 0, 7)
     assert labels["train_count"].to_pylist() == counts and labels["text"][6].as_py() == "L6"
     note = "took title as text, tags, separated by '|', as labels: 1.8"
-    assert any(note in each for each in said) and any("test=0.1 of the points" in s for s in said)
+    read = next(i for i, each in enumerate(said) if "files read" in each)
+    assert any(note in each for each in said[:read])
+    assert any("test=0.1 of the points" in each for each in said)
+
+
+@pytest.mark.parametrize("name", ["train.csv.gz", "train.jsonl.gz"])
+def test_own_data_unpacks_to_no_more_than_texts_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(lines, "PACKED_LEAST", 1000)
+    row = b'{"text": "a", "labels": [1]}\n' if "jsonl" in name else b"text,tags\n"
+    (tmp_path / name).write_bytes(gzip.compress(row * 100_000))
+    with pytest.raises(ReneeError, match=rf"{name} unpacks to more than 100 times its size"):
+        for _ in own.tables_of(str(tmp_path / name)):
+            pass

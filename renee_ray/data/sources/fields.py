@@ -29,6 +29,10 @@ LABELS = (
 """Names of columns that are taken without a key; the first of each is preferred."""
 SEPARATORS = ("|", ";", ",", "\t")
 NO_SEPARATOR = "none"
+TABS = ("\\t", "tab")
+"""What a shell hands on where a tab was meant."""
+MIXED = pa.list_(pa.list_(pa.null()))
+"""Type of a column of JSON with values of several types: of no kind."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Fields:
 
     text: columns whose texts are joined by a space.
     separator: between the labels of a row, which is a string; empty: a row has a list or one label.
+    is_single: a row has one label because no separator was found in the first rows.
     are_ids: labels that are strings are ids.
     pairs: rows are pairs of a text and a label; those of the same text are one point.
     """
@@ -44,6 +49,7 @@ class Fields:
     text: tuple[str, ...]
     labels: str
     separator: str
+    is_single: bool
     are_ids: bool
     pairs: bool
 
@@ -83,17 +89,21 @@ def guess(path: str, rows: pa.Table, text: str, labels: str, separator: str) -> 
     taken = named or _named(path, "labels", _like(LABELS, kinds), kinds, optional=True)
     strings = {name: kind for name, kind in kinds.items() if kind == "string" and name != taken}
     texts = tuple(text.split("+")) if text else ()
-    texts = texts or (_named(path, "text", _like(TEXTS, strings), strings),)
+    mixed = {name: kind for name, kind in kinds.items() if not kind and name != taken}
+    texts = texts or (_named(path, "text", _like(TEXTS, strings | mixed), strings),)
     others = {name: kind for name, kind in kinds.items() if name not in texts}
     taken = taken or _named(path, "labels", [], others)
     kind, values = kinds[taken], column(path, rows, taken)
-    if kind == "string" and separator != NO_SEPARATOR:
-        separator = separator or _separator(path, taken, _strings(path, taken, values))
-    else:
-        separator = ""
+    is_guessed, separator = not separator, "\t" if separator in TABS else separator
+    if separator not in ("", NO_SEPARATOR) and kind not in ("string", "nothing"):
+        raise SourceError(f"{path}: {taken} is not strings; leave separator= out")
+    if kind == "string" and is_guessed:
+        separator = _separator(path, taken, _strings(path, taken, values))
+    separator = "" if separator == NO_SEPARATOR else separator
     exclusive = b'"ClassLabel"' in (rows.schema.metadata or {}).get(b"huggingface", b"")
     pairs = not separator and kind in ("string", "integer") and not exclusive
-    return Fields(texts, taken, separator, labels == "ids", pairs)
+    is_single = is_guessed and not separator
+    return Fields(texts, taken, separator, is_single, labels == "ids", pairs)
 
 
 def _like(names: Sequence[str], kinds: dict[str, str]) -> list[str]:
@@ -165,7 +175,7 @@ def shaped(path: str, rows: pa.Table, fields: Fields) -> pa.Table:
     for name in fields.text:
         values = column(path, rows, name)
         if kind_of(values.type) not in ("string", "nothing"):
-            raise SourceError(f"{path}: {name} is {values.type!s:.80}; a text is strings")
+            raise _not_read(path, name, values.type, "strings")
         values = pc.fill_null(pc.cast(plain(values), pa.large_binary()), b"")
         text = values if text is None else _joined(text, values)
     labels = column(path, rows, fields.labels)
@@ -174,7 +184,14 @@ def shaped(path: str, rows: pa.Table, fields: Fields) -> pa.Table:
     elif kind_of(labels.type) in ("integer", "nothing"):
         given = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
         labels = _lists(len(labels), given, labels.drop_null())
+    elif not kind_of(labels.type).startswith("list"):
+        raise _not_read(path, fields.labels, labels.type, "strings, integers or lists of them")
     return pa.table({"text": text, "labels": labels}, metadata=_class_names(rows, fields.labels))
+
+
+def _not_read(path: str, name: str, given: pa.DataType, wanted: str) -> SourceError:
+    kind = "not of one kind" if given == MIXED else f"of type {given!s:.80}"
+    return SourceError(f"{path}: {name} is {kind}; it must be {wanted}")
 
 
 def _joined(first: pa.Array, second: pa.Array) -> pa.Array:
@@ -188,6 +205,13 @@ def _joined(first: pa.Array, second: pa.Array) -> pa.Array:
 def _split(path: str, values: pa.Array, fields: Fields) -> pa.Array:
     """Splits strings into lists of labels; spaces around a label, and empty ones, are dropped."""
     values = pc.fill_null(values, "")
+    odd = pc.match_substring_regex(values, r"[|;,\t]") if fields.is_single else None
+    if odd is not None and pc.any(odd).as_py():
+        raise SourceError(
+            f"{path}: {fields.labels} has {values.filter(odd)[0].as_py()!r:.60}, and the first "
+            f"rows have no separator; give separator=, or separator={NO_SEPARATOR} where a row has "
+            f"one label"
+        )
     lists = pc.split_pattern(values, fields.separator) if fields.separator else None
     rows = np.arange(len(values)) if lists is None else pc.list_parent_indices(lists).to_numpy()
     flat = pc.utf8_trim_whitespace(values if lists is None else lists.flatten())

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,33 @@ shrink to about a tenth."""
 BLOCK_ROWS = 1 << 16
 BLOCK_BYTES = 1 << 24
 """The most rows of a block, and about the most bytes of each of its files."""
+
+
+class Unpacked(gzip.GzipFile):
+    """Reads a file in gzip of `packed` bytes. Only `read` and `readinto` may be used.
+
+    Raises:
+        SourceError: it is damaged or truncated, or has more than it may hold.
+    """
+
+    def __init__(self, file: Any, path: str, packed: int) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self.path, self.limit = path, max(PACKED_LEAST, PACKED_RATIO * packed)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Reads at most `size` bytes."""
+        try:
+            data = super().read(size)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise SourceError(
+                f"{self.path} is not a complete gzip file ({reason(error)}); fetch it again"
+            ) from error
+        if self.tell() > self.limit:
+            raise SourceError(
+                f"{self.path} unpacks to more than {PACKED_RATIO} times its size; no text does; "
+                f"unpack it yourself if it is right"
+            )
+        return data
 
 
 # ------------------------------------------------------------------------------------- counting
@@ -93,38 +120,20 @@ def count(part: Range) -> Counted:
 
 def _count(part: Range) -> Counted:
     filesystem, name = filesystem_of(part.path)
-    try:
-        with filesystem.open_input_file(name) as raw:
-            raw.seek(part.start)
-            file = pa.BufferedInputStream(raw, REQUEST_BYTES)
-            if part.unpack_to is None:
-                return _counted(_grains(file, part.stop - part.start), part)
-            grains = _bounded(_grains(gzip.GzipFile(fileobj=file), None), part)
-            return _counted(_copied(grains, part.unpack_to), part)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SourceError(
-            f"{part.path} is not a complete gzip file ({reason(error)}); fetch it again"
-        ) from error
+    with filesystem.open_input_file(name) as raw:
+        raw.seek(part.start)
+        file = pa.BufferedInputStream(raw, REQUEST_BYTES)
+        if part.unpack_to is None:
+            return _counted(_grains(file, part.stop - part.start), part)
+        grains = _grains(Unpacked(file, part.path, part.stop), None)
+        return _counted(_copied(grains, part.unpack_to), part)
 
 
-def _grains(file: IO[bytes] | gzip.GzipFile, size: int | None) -> Iterator[bytes]:
+def _grains(file: IO[bytes] | Unpacked, size: int | None) -> Iterator[bytes]:
     """Reads the next `size` bytes, or all if it is None."""
     while grain := file.read(GRAIN_BYTES if size is None else min(GRAIN_BYTES, size)):
         yield grain
         size = None if size is None else size - len(grain)
-
-
-def _bounded(grains: Iterator[bytes], part: Range) -> Iterator[bytes]:
-    """Yields the grains of a file in gzip, and refuses more than it may hold."""
-    left = max(PACKED_LEAST, PACKED_RATIO * part.stop)
-    for grain in grains:
-        left -= len(grain)
-        if left < 0:
-            raise SourceError(
-                f"{part.path} unpacks to more than {PACKED_RATIO} times its size; no text does; "
-                f"unpack it yourself if it is right"
-            )
-        yield grain
 
 
 def _copied(grains: Iterator[bytes], path: str) -> Iterator[bytes]:

@@ -26,11 +26,12 @@ import pyarrow.csv as pacsv
 from scipy import sparse
 
 from renee_ray.data.sources import parquet
-from renee_ray.data.sources.fields import Fields, column, guess, shaped
-from renee_ray.data.sources.lines import MAX_LINE_BYTES, length_of_mark
+from renee_ray.data.sources.columns import kind_of
+from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
+from renee_ray.data.sources.lines import MAX_LINE_BYTES, Unpacked, length_of_mark
 from renee_ray.data.sources.records import Block, SourceError, decoded, whole_characters
 from renee_ray.data.sources.xmlrepo import json_object
-from renee_ray.data.storage import filesystem_of, listing
+from renee_ray.data.storage import filesystem_of, is_transient, listing
 from renee_ray.errors import reason
 
 TABLES = r"(?:csv|tsv|jsonl|ndjson|json)(?:\.gz)?"
@@ -63,13 +64,13 @@ def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
         return pecos
     named = bool(text or labels not in ("auto", "ids", "multi-hot"))
     kinds = ("arrow", TABLES, *[parquet.PARQUET] * named)
-    found = (parquet.find_files(base, kind) for kind in kinds)
+    found = [parquet.find_files(base, kind) for kind in kinds]
     splits = next((each for each in found if "train" in each), {})
     if not splits:
         names = sorted(info.base_name for info in listing(base))
         saved = [n for n in names if n.startswith("data-") and n.endswith(".arrow")]
         tables = [name for name in names if parquet.is_table(name, TABLES)]
-        if not saved and len(tables) != 1:
+        if any(found) or (not saved and len(tables) != 1):
             return None
         splits["train"] = [f"{base}/{name}" for name in saved or tables]
     first = splits["train"][0]
@@ -122,7 +123,7 @@ def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, in
             if own.fields is None or split == "labels" or not own.fields.pairs:
                 yield path, first, made
             else:
-                pairs.append(made)
+                pairs.append((path, made))
                 if (size := size + made.nbytes) > PAIR_BYTES:
                     raise SourceError(
                         f"{path}: the pairs of a text and a label have more than {PAIR_BYTES} "
@@ -136,12 +137,27 @@ def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, in
 def _labels(path: str, rows: pa.Table) -> pa.Table:
     """The columns of a table of labels that are read."""
     known = [name for name in ("label", "text") if name in rows.column_names]
-    return pa.table({name: column(path, rows, name) for name in known})
+    if not known:
+        raise SourceError(
+            f"{path} has the columns {rows.column_names!s:.300}; rename the one with the labels, "
+            f"in the order of their ids, to 'label'"
+        )
+    made = {name: column(path, rows, name) for name in known}
+    if mixed := [name for name, values in made.items() if values.type == MIXED]:
+        raise SourceError(f"{path}: {mixed[0]} is not of one kind; it must be strings")
+    return pa.table(made)
 
 
-def _grouped(pairs: list[pa.Table]) -> pa.Table:
+def _grouped(pairs: list[tuple[str, pa.Table]]) -> pa.Table:
     """Makes one point of the rows with the same text, in the order of their first rows."""
-    whole = pa.concat_tables(pairs, promote_options="permissive").combine_chunks()
+    kinds = {kind_of(table["labels"].type): path for path, table in pairs}
+    kinds.pop("list of nothing", None)
+    if len(kinds) > 1:
+        raise SourceError(
+            f"labels in {' and in '.join(kinds.values())} are {' and '.join(kinds)}; use one"
+        )
+    tables = [table for _, table in pairs]
+    whole = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     rows = pc.list_parent_indices(whole["labels"].combine_chunks()).to_numpy()
     codes = whole["text"].combine_chunks().dictionary_encode()
     points = codes.indices.to_numpy()[rows]
@@ -163,17 +179,24 @@ def tables_of(path: str, columns: list[str] | None = None) -> Iterator[pa.Table]
     kind = kinds.get(name[name.rfind(".") :], _json_lines)
     try:
         yield from kind(path, columns)
-    except (pa.ArrowException, ValueError, EOFError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
+        if is_transient(error):
+            raise
         raise SourceError(f"{path} cannot be read ({reason(error):.300}); correct it") from None
 
 
 def _opened(path: str) -> Any:
-    """Opens a file, unpacked. Raises SourceError where it is in UTF-16."""
+    """Opens a file, unpacked. Raises SourceError where it is in UTF-16, or no gzip."""
     filesystem, name = filesystem_of(path)
-    compression = "gzip" if path.endswith(".gz") else None
-    with filesystem.open_input_stream(name, compression=compression) as file:
+
+    def opened() -> Any:
+        file = filesystem.open_input_stream(name, compression=None)
+        size = filesystem.get_file_info(name).size
+        return Unpacked(file, path, size) if path.endswith(".gz") else file
+
+    with opened() as file:
         length_of_mark(file.read(3), path)
-    return filesystem.open_input_stream(name, compression=compression)
+    return opened()
 
 
 def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
@@ -198,7 +221,6 @@ def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
 
 
 def _json_lines(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    roots = None if columns is None else [name.partition(".")[0] for name in columns]
     objects, size, first = list[dict[str, Any]](), 0, 1
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -208,22 +230,26 @@ def _json_lines(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
             objects.append(found)
         size += len(line)
         if size > PIECE_BYTES or len(objects) >= PIECE_ROWS:
-            yield _from_objects(f"{path}:{first} and below", objects, roots)
+            yield _from_objects(f"{path}:{first} and below", objects, columns)
             objects, size, first = [], 0, number + 1
-    yield _from_objects(f"{path}:{first} and below", objects, roots)
+    if objects or first == 1:
+        yield _from_objects(f"{path}:{first} and below", objects, columns)
 
 
 def _from_objects(where: str, objects: list[dict[str, Any]], columns: list[str] | None) -> pa.Table:
-    names = columns or list(dict.fromkeys(name for each in objects for name in each))
+    there = dict.fromkeys(name for each in objects for name in each)
+    # A dotted name may be a key as it is, or a field of a nested one.
+    names = [n if n in there else n.partition(".")[0] for n in columns or ()] or list(there)
     made = {}
     for name in dict.fromkeys(names):
         try:
             made[name] = pa.array([each.get(name) for each in objects])
         except (pa.ArrowException, OverflowError, UnicodeError) as error:
-            if columns:  # what nobody reads refuses nothing
+            if columns:
                 raise SourceError(
                     f"{where}: {name} is not of one kind ({reason(error):.200}); correct it"
                 ) from None
+            made[name] = pa.nulls(len(objects), MIXED)  # refused only if it is to be read
     return pa.table(made)
 
 
@@ -238,7 +264,9 @@ def _lines(path: str) -> Iterator[bytes]:
 
 def _arrow(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
     with _opened(path) as file, pa.ipc.open_stream(file) as stream:
+        leaves(stream.schema)  # a name that is not UTF-8 shows here
         for batch in stream:
+            batch.validate(full=True)  # a damaged offset would be read beyond the buffer
             yield pa.Table.from_batches([batch])
 
 
@@ -255,8 +283,7 @@ def _texts(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
     matrix = None
     if name.startswith("X."):
         with _opened(f"{folder}/Y{name[1:-4]}.npz") as file:
-            matrix = sparse.csr_matrix(sparse.load_npz(io.BytesIO(file.read())))
-            matrix.eliminate_zeros()
+            matrix = _matrix(f"{folder}/Y{name[1:-4]}.npz", file.read())
     texts, first = list[bytes](), 0
     for line in _lines(path):
         texts.append(line)
@@ -269,6 +296,20 @@ def _texts(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
             f"make them agree"
         )
     yield _with_labels(path, texts, matrix, first)
+
+
+def _matrix(path: str, content: bytes) -> Any:
+    try:
+        matrix = sparse.load_npz(io.BytesIO(content))
+        matrix.check_format(full_check=True)  # the conversion below trusts its indices
+        matrix = sparse.csr_matrix(matrix)
+    except Exception as error:  # numpy, zipfile and zlib each have their own
+        raise SourceError(
+            f"{path} is no sparse matrix in CSR or CSC, as scipy saves it "
+            f"({type(error).__name__}); write it again"
+        ) from None
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def _with_labels(path: str, texts: list[bytes], matrix: Any, first: int) -> pa.Table:

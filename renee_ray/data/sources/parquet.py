@@ -171,15 +171,12 @@ def files_below(directory: str, kind: str = PARQUET) -> list[str]:
 # --------------------------------------------------------------------------------------- index
 
 
-def index_parquet(
-    path: str, labels_are: str = "auto", origins: Origins | None = None, notes: tuple[str, ...] = ()
-) -> Source:
+def index_parquet(path: str, labels_are: str = "auto", origins: Origins | None = None) -> Source:
     """Reads the footers of folder `path` and makes its tables.
 
     Args:
         labels_are: "auto", "ids" or "multi-hot", as the configuration's key `labels`.
         origins: as in `ParquetTable`.
-        notes: sentences on what was taken for what.
 
     Raises:
         SourceError: a file that is no Parquet, a column that is missing or of another kind,
@@ -189,19 +186,20 @@ def index_parquet(
     files, tables, origins = find_files(path), dict[str, ParquetTable](), origins or {}
     for name in ("train", "test"):
         if name in files:
-            tables[name] = table_of(files[name], ("text", "labels"), LABELS[1:], multi_hot)
+            wanted = ("text", "labels"), LABELS[1:]
+            tables[name] = table_of(files[name], *wanted, multi_hot, origins)
     if "train" not in tables or not num_rows(tables["train"]):
         raise SourceError(f"{path} has no training row; give a training set of at least one")
     kinds = {table.columns[name] for table in tables.values() for name in table.label_columns}
     strings = "list of string" in kinds
     if {"list of integer", "list of string"} <= kinds:
         raise SourceError(f"{path} has labels that are strings and others that are ids; use one")
-    tables = {name: replace(table, origins=origins) for name, table in tables.items()}
-    first = tables["train"].blocks[0].path
-    train_path, _ = origins.get(first, (first, 0))
+    train_path = _origin(tables["train"].blocks[0].path, origins)
     labels: ParquetTable | Names | None = None
     if "labels" in files:
-        labels = table_of(files["labels"], ("label",) if strings else (), ("text",))
+        labels = table_of(
+            files["labels"], ("label",) if strings else (), ("text",), origins=origins
+        )
     elif not strings and (names := _class_names(files, tables)) is not None:
         labels = Names(names, train_path)
     num_labels = None if labels is None else num_rows(labels)
@@ -221,7 +219,7 @@ def index_parquet(
         train_path,
         num_labels,
         strings,
-        notes=notes or notes_on(path, files),
+        notes=notes_on(path, files),
     )
 
 
@@ -245,7 +243,8 @@ def _class_names(
     if test is None:
         return train.class_names
     only = replace(test, columns=train.columns)
-    return _merged(files["train"][0], train, files["test"][0], only).class_names
+    paths = (_origin(files[name][0], train.origins) for name in ("train", "test"))
+    return _merged(next(paths), train, next(paths), only).class_names
 
 
 def _width(table: ParquetTable) -> int:
@@ -255,7 +254,8 @@ def _width(table: ParquetTable) -> int:
             lists = plain(chunk)
             if not pa.types.is_null(lists.type) and len(lists.flatten()):
                 return int(pc.max(pc.list_value_length(lists)).as_py())
-    raise SourceError(f"{table.blocks[0].path} gives no training point a label; give labels")
+    path = _origin(table.blocks[0].path, table.origins)
+    raise SourceError(f"{path} gives no training point a label; give labels")
 
 
 def table_of(
@@ -263,6 +263,7 @@ def table_of(
     required: tuple[str, ...],
     optional: tuple[str, ...] = (),
     multi_hot: bool = False,
+    origins: Origins | None = None,
 ) -> ParquetTable:
     """Makes the table of these files, with these of its columns.
 
@@ -273,19 +274,25 @@ def table_of(
             or does not go with those of the files before it.
     """
     blocks: list[Block] = []
-    first, table = 0, ParquetTable((), {})
+    first, table, origins = 0, ParquetTable((), {}), origins or {}
+    firsts = _origin(paths[0], origins)
     for path in paths:
         schema, metadata = patiently(partial(footer, path), f"reading {path}")
-        here = _table(path, schema, required, optional, multi_hot)
-        table = here if path == paths[0] else _merged(paths[0], table, path, here)
+        named = _origin(path, origins)
+        here = _table(named, schema, required, optional, multi_hot)
+        table = here if path == paths[0] else _merged(firsts, table, named, here)
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             if rows:
                 blocks.append(Block(path, first, rows, group))
             first += rows
     if table.columns.get("text") == "nothing" and "text" in required:
-        raise SourceError(f"{paths[0]} has a column 'text' of type null; it must be strings")
-    return replace(table, blocks=tuple(blocks))
+        raise SourceError(f"{firsts} has a column 'text' of type null; it must be strings")
+    return replace(table, blocks=tuple(blocks), origins=origins)
+
+
+def _origin(path: str, origins: Origins) -> str:
+    return origins.get(path, (path, 0))[0]
 
 
 def _table(

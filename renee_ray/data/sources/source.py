@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pyarrow.fs as pafs
 
 from renee_ray.data.sources.own import TABLES, Own, find_own
@@ -45,21 +47,32 @@ def find_source(
         )
     named = bool(text or labels_are not in ("auto", "ids", "multi-hot"))
     if parquet and not named:
+        if separator:
+            raise SourceError(
+                f"{parquet[0]}: separator= is for a column that is named; give labels=COLUMN"
+            )
         return index_parquet(path, labels_are)
     if files is None:
-        if (own := find_own(path, text, labels_are, separator)) is not None:
-            return own
-        raise SourceError(f"{path} has no training set{_there(path)}; {READ}")
-    if named:
-        raise SourceError(
-            f"{files.train.texts} says what is text and labels; leave text= and labels= out"
-        )
+        own = find_own(path, text, labels_are, separator)
+        if own is None:
+            raise SourceError(f"{path} has no training set{_there(path)}; {READ}")
+        if own.fields is None and (named or separator or labels_are == "multi-hot"):
+            _refuse_keys(own.splits["train"][0])
+        return own
+    if named or separator:
+        _refuse_keys(files.train.texts)
     if labels_are == "multi-hot":
         raise SourceError(
             f"{files.train.labels or files.train.texts} is text and labels=multi-hot is for "
             f"Parquet; write the ids of each point's labels"
         )
     return files
+
+
+def _refuse_keys(path: str) -> NoReturn:
+    raise SourceError(
+        f"{path} says what is text and labels; leave text=, labels= and separator= out"
+    )
 
 
 def _there(path: str) -> str:

@@ -78,12 +78,15 @@ def begin(
     starts = np.array([block.first for name, block in blocks if name == "train"])
     rows, size = num_rows(source.train), bucket_rows(config.part_rows)
     shares = (config.validation, config.test if source.test is None else 0.0)
+    too_many = ReneeError(
+        f"validation={shares[0]} and test={shares[1]} hold out all {rows} training points of "
+        f"{source.labelled_path}; lower them"
+    )
+    if sum(shares) >= 1:
+        raise too_many
     shuffle, held = shuffle_of(rows, starts, size, shares, config.seed)
     if held[-1].sum() == rows:
-        raise ReneeError(
-            f"validation={shares[0]} and test={shares[1]} hold out all {rows} training points of "
-            f"{source.labelled_path}; lower them"
-        )
+        raise too_many
     before = [*held[:-1].tolist(), *[[0, 0]] * (len(blocks) - len(starts))]
     with_held = tuple((*block, tuple(each)) for block, each in zip(blocks, before, strict=True))
     return Conversion(source, dst, scratch, vocabulary, config, size, shuffle, with_held)

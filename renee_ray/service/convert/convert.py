@@ -77,6 +77,8 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
             ensure_ray()
             with _claimed(destination, signature, on_progress) as scratch:
                 if isinstance(found, Own):
+                    for note in found.notes:  # before the hours that reading may take
+                        on_progress(note)
                     found = written(found, config.labels, scratch, on_progress)
                 elif not isinstance(found, Source):
                     found = agreed(found, count_lines(found.paths, scratch, on_progress))

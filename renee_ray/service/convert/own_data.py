@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from renee_ray.data.sources.own import Own, pieces
 from renee_ray.data.sources.parquet import SLICE_ROWS, index_parquet
-from renee_ray.data.sources.records import Source
+from renee_ray.data.sources.records import Source, SourceError, num_rows
 from renee_ray.data.storage import make_directory, write_file
 from renee_ray.service.convert.conversion import Progress, run
 
@@ -33,7 +33,11 @@ def written(own: Own, labels_are: str, scratch: str, on_progress: Progress) -> S
     for result in run(_write_pieces, (own, scratch), tasks, scratch, "files read", on_progress):
         for path, origin, first in result["pieces"]:
             origins[path] = origin, first
-    return index_parquet(scratch, labels_are, origins, own.notes)
+    source = index_parquet(scratch, labels_are, origins)
+    for split, table in (("test", source.test), ("labels", source.labels)):
+        if split in own.splits and (table is None or not num_rows(table)):
+            raise SourceError(f"{own.splits[split][0]} has no row; give it rows, or leave it out")
+    return source
 
 
 def _write_pieces(shared: tuple[Own, str], task: Task) -> dict[str, Any]:
