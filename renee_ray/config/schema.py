@@ -374,7 +374,8 @@ class RunConfig(Config):
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
                 f"correct it"
             )
-        if "targets_weight" in self.feed.model_fields_set and not self.feed.targets:
+        weight = FeedConfig.model_fields["targets_weight"].default
+        if self.feed.targets_weight != weight and not self.feed.targets:
             raise ValueError("feed.targets_weight weighs feed.targets, which are not given")
         if self.encoder.frozen and self.feed.token_dropout:
             raise ValueError(
