@@ -9,7 +9,8 @@ bandwidth of its memory. For a classifier of n labels and dimension D, and B row
 
 The encoder has 6 operations for each token and parameter, and 12 T H for each token and layer.
 The backward takes 4 of the 6, 2 with adapters (LoRA), and none where the transformer is frozen,
-whose forward the first epoch alone makes. AdamW moves 28 bytes a parameter. `Rates` that were measured replace the roofline's.
+whose forward the first epoch alone makes. AdamW moves 28 bytes a parameter. `Rates` that
+were measured replace the roofline's.
 """
 
 from __future__ import annotations
