@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from renee_ray.config.about import About
@@ -169,9 +170,11 @@ def fewest(worker: Worker) -> int | None:
     return high
 
 
-def helpful(worker: Worker) -> Iterator[tuple[str, int, float]]:
-    """Yields the three changes that save most memory of a device, if it is 1% at least."""
-    before, seconds = sum(worker.memory().values()), sum(step_seconds(worker).values())
+def helpful(
+    worker: Worker, size: Callable[[Worker], int] = lambda worker: sum(worker.memory().values())
+) -> Iterator[tuple[str, int, float]]:
+    """Yields the three changes that save most of `size`, bytes, if it is 1% at least."""
+    before, seconds = size(worker), sum(step_seconds(worker).values())
     found = []
     for template in CHANGES:
         double = 2 * worker.num_workers
@@ -182,7 +185,7 @@ def helpful(worker: Worker) -> Iterator[tuple[str, int, float]]:
             continue
         workers = double if "double" in template else worker.num_workers
         changed = replace(worker, config=config, num_workers=workers)
-        saved = before - sum(changed.memory().values())
+        saved = before - size(changed)
         if saved > before / 100:
             found.append((change, saved, sum(step_seconds(changed).values()) - seconds))
     yield from sorted(found, key=lambda each: -each[1])[:3]
@@ -208,10 +211,13 @@ def refuse_too_large(
     plan = make_plan(config, workload, transformer, device, config.min_workers)
     for name, size in (plan.memory | {"all of a worker": plan.total_bytes}).items():
         on_progress(f"{name:20} {size / GIB:9.2f} GiB")
-    for change, saved, _ in plan.changes:
-        on_progress(f"{change} saves {saved / GIB:.1f} GiB a worker")
+    # More workers of this machine save nothing, as `needed` counts all of them.
+    changes = list(helpful(worker, partial(needed, components=STATES)))
+    for change, saved, _ in changes:
+        on_progress(f"{change} saves {saved / GIB:.1f} GiB of them")
     whose = "the GPU has" if on_gpu else f"{config.min_workers} workers here may take"
     raise ReneeError(
         f"weights, momentum and encoder alone take {states / GIB:.1f} GiB and {whose} "
-        f"{device.memory / GIB:.1f} GiB; take a change above, more machines, or --force"
+        f"{device.memory / GIB:.1f} GiB; take {'a change above, ' * bool(changes)}more machines, "
+        f"or --force"
     )

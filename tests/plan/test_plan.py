@@ -17,7 +17,7 @@ from torch import Tensor
 from renee_ray.benchmarks.sample import write_sample
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_recipe
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import RunConfig, ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.machine import limit_bytes
 from renee_ray.model.encoder import build_encoder
@@ -26,10 +26,10 @@ from renee_ray.plan import devices
 from renee_ray.plan.devices import GIB, GPUS, find_device
 from renee_ray.plan.encoder import Transformer, find_transformer
 from renee_ray.plan.memory import COPY, STATES, Worker, Workload
-from renee_ray.plan.plan import find_workload, make_plan, needed
+from renee_ray.plan.plan import find_workload, helpful, make_plan, needed
 from renee_ray.plan.time import network_bytes, step_seconds
 from renee_ray.scoring.scorer import Propensities
-from renee_ray.service.score.expect import differences
+from renee_ray.service.score.expect import as_scored, differences
 from renee_ray.service.train import train as train_module
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes
@@ -193,6 +193,19 @@ def test_fewest_devices_and_what_would_help(sample: str) -> None:
     assert plan.epoch_steps == math.ceil(1000 / 64)
 
 
+def test_what_would_help_a_refused_run_lowers_what_refused_it(sample: str) -> None:
+    of_states = partial(needed, components=STATES)
+    wide = worker(sample, 2, classifier={"precision": "fp32"})
+    base = replace(wide, workload=Workload(10**6, 1000, 9, 18))
+    found = {name: saved for name, saved, _ in helpful(base, of_states)}
+    assert set(found) == {
+        "classifier.precision=bf16_sr", "classifier.precision=fp8_sr", "classifier.momentum=0"
+    }  # fmt: skip
+    assert found["classifier.momentum=0"] == 2 * base.memory()["momentum"]
+    on_gpu = replace(base, device=GPUS["v100"])
+    assert "num_workers=4" in [name for name, *_ in helpful(on_gpu, of_states)]
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_network_and_time(sample: str, num_workers: int) -> None:
     planned = worker(sample, num_workers, batch_size=24)
@@ -286,6 +299,7 @@ def test_what_exceeds_the_container_is_refused_before_ray(
     told = capsys.readouterr().err
     assert "weights, momentum and encoder alone take" in told and "--force" in told
     assert "encoder moments" in told and "GiB" in told
+    assert "saves" not in told and "a change above" not in told, "none would help"
     assert not reached and not (tmp_path / "run").exists()
     assert main([*command, "--force"]) == 0 and len(reached) == 1
     plant(tmp_path, own, {f"{mount}/a": (states, 10, 0)})
@@ -306,6 +320,28 @@ def test_differences_from_a_recipe(sample: str) -> None:
     assert found["label texts"] == (False, True)
     assert found["filter labels of the test split"] == (False, True)
     assert not {"num_workers", "data", "output", "recipe", "batch_size"} & set(found)
+
+
+def test_what_is_scored_otherwise_is_a_difference(sample: str) -> None:
+    layer, about = read_recipe("lf-amazon-131k")
+    assert about is not None
+    theirs = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
+    manifest = Dataset.open(f"{sample}/data").manifest
+    mine = as_scored(theirs, ScoreConfig(tail=0.25, neighbours=0))
+    found = {what: (own, other) for what, own, other in differences(mine, theirs, about, manifest)}
+    assert found["evaluation.tail"] == (0.25, 0)
+    assert not {"evaluation.neighbours", "evaluation.neighbour_weight"} & set(found)
+
+
+@pytest.mark.parametrize(
+    "override", ["split=train", "split=validation", "k=3", "texts=true", "scores=probabilities"]
+)
+def test_expect_refuses_what_it_would_ignore(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["expect", "nowhere", override]) == 1
+    key = override.partition("=")[0]
+    assert f"leave {key} out" in capsys.readouterr().err
 
 
 def test_augmented_propensities_count_label_texts_as_points(sample: str) -> None:

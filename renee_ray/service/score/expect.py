@@ -10,13 +10,15 @@ from renee_ray.config.overrides import dotted, make_config, parse_overrides, rea
 from renee_ray.config.schema import ConvertConfig, RunConfig, ScoreConfig
 from renee_ray.data.dataset import Manifest
 from renee_ray.data.storage import absolute
-from renee_ray.errors import ReneeError
+from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.evaluate import evaluate_run
 from renee_ray.service.train.resuming import MAY_CHANGE
 
 Difference = tuple[str, Any, Any]
 """What differs, its value in the run, and that in the recipe or the published dataset."""
+FIXED = ("split", "k", "scores", "texts", "explain", "overwrite")
+"""Settings of scoring that `expect` leaves as they are: published metrics are of the test split."""
 
 
 def expect_run(run: str, recipe: str, score: ScoreConfig) -> dict[str, Any]:
@@ -30,8 +32,13 @@ def expect_run(run: str, recipe: str, score: ScoreConfig) -> dict[str, Any]:
         propensities: how the published PSP counts; differences: lists of (what, run, recipe).
 
     Raises:
+        ConfigError: `score` sets what is of no use here.
         ReneeError: the run has no recipe, or nothing was published for it.
     """
+    for key in FIXED:
+        value, default = getattr(score, key), ScoreConfig.model_fields[key].default
+        if value != default:
+            raise ConfigError(f"expect takes {key}={default} alone, not {value}; leave {key} out")
     directory = RunDirectory(absolute(run))
     config = directory.config()
     name = recipe or config.recipe
@@ -47,9 +54,17 @@ def expect_run(run: str, recipe: str, score: ScoreConfig) -> dict[str, Any]:
         "source": about.source,
         "expected": about.expected,
         "propensities": about.propensities,
-        "differences": [*differences(config, theirs, about, dataset.manifest)],
+        "differences": [*differences(as_scored(config, score), theirs, about, dataset.manifest)],
         **evaluate_run(run, dataset.path, score),
     }
+
+
+def as_scored(config: RunConfig, score: ScoreConfig) -> RunConfig:
+    """Returns a run's configuration with the settings of evaluation that `score` overrides."""
+    keys = ("tail", "neighbours", "neighbour_weight")
+    given = {key: getattr(score, key) for key in keys if getattr(score, key) is not None}
+    evaluation = config.evaluation.model_copy(update=given)
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 def differences(
