@@ -131,7 +131,7 @@ def make_plan(
         calibrated=rates is not None,
         epoch_steps=steps,
         epoch_hours=hours,
-        run_hours=None if hours is None else hours * config.epochs + steps * once / 3600,
+        run_hours=None if hours is None else hours * config.epochs + (steps or 0) * once / 3600,
         network_bytes=network_bytes(worker),
         checkpoint_bytes=saved,
         checkpoint_s=saved / (STORAGE_RATE * num_workers),
