@@ -13,6 +13,7 @@ from renee_ray.model.encoder import attention_of, training_attention
 from renee_ray.plan.encoder import build
 from renee_ray.plan.memory import Worker
 from renee_ray.plan.time import Rates
+from renee_ray.xfc.softmax import Reductions
 from renee_ray.xfc.weights.storages import SGD
 
 MOST_LABELS, MOST_ROWS, REPEATS = 1 << 16, 64, 3
@@ -29,7 +30,8 @@ def measure(worker: Worker) -> Rates:
         problem = make_problem(labels, worker.dim, worker.batch, device)
         shard = problem.shard(worker.precision, classifier.momentum, classifier.chunk)
         sgd = SGD(1e-3, classifier.momentum, classifier.weight_decay)
-        step = partial(shard.step, problem.embeddings, problem.positives(), sgd)
+        softmax = Reductions() if classifier.objective == "softmax" else None
+        step = partial(shard.step, problem.embeddings, problem.positives(), sgd, softmax=softmax)
         seconds = interleaved({"classifier": step}, REPEATS, device)["classifier"] / labels
         return Rates(seconds, *_encoder(worker, device))
     finally:

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 
 import torch
 
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.data.dataset import Manifest
 from renee_ray.model.encoder import attention_of, autocast_of
+from renee_ray.model.prompt import Prompt
 from renee_ray.plan.devices import Device, cores
 from renee_ray.plan.encoder import Transformer
 from renee_ray.xfc.device import precision_for
@@ -49,7 +50,8 @@ COPY = "checkpoint copy"
 class Workload:
     """What a plan knows of a dataset. points: of an epoch without label texts; None: unknown.
 
-    tokens: mean of a point; longest: tokens of the longest point.
+    tokens: mean of a point; longest: tokens of the longest point; both with a prompt's.
+    other_texts: labels that are no points; None: unknown.
     """
 
     labels: int
@@ -57,14 +59,19 @@ class Workload:
     tokens: float
     longest: int
     has_label_texts: bool = True
+    other_texts: int | None = None
 
     @classmethod
-    def of_manifest(cls, manifest: Manifest, max_length: int) -> Workload:
+    def of_manifest(cls, manifest: Manifest, encoder: EncoderConfig) -> Workload:
         counts = manifest.statistics.get("train", {})
-        longest = min(max_length, counts.get("tokens_max", manifest.max_length))
-        tokens = min(counts.get("tokens_mean", longest), longest)
-        points = manifest.num_points("train")
-        return cls(manifest.num_labels, points, tokens, longest, manifest.has_label_texts)
+        prompt = len(Prompt(encoder).tokens) if encoder.prompt else 0
+        longest = counts.get("tokens_max", manifest.max_length)
+        tokens = min(encoder.max_length, counts.get("tokens_mean", longest) + prompt)
+        return cls(
+            manifest.num_labels, manifest.num_points("train"), tokens,
+            min(encoder.max_length, longest + prompt), manifest.has_label_texts,
+            sum(manifest.other_texts),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

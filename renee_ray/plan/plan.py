@@ -81,7 +81,7 @@ def find_workload(
     """
     longest = config.encoder.max_length
     if config.data != NO_DATA:
-        known = Workload.of_manifest(Dataset.open(config.data).manifest, longest)
+        known = Workload.of_manifest(Dataset.open(config.data).manifest, config.encoder)
     elif about or labels:
         own = (about.labels, about.points, about.tokens) if about else (0, None, None)
         known = Workload(own[0], own[1], min(own[2] or longest, longest), longest)
@@ -202,7 +202,7 @@ def refuse_too_large(
         ReneeError: it does; `on_progress` is told the table.
     """
     device = local_device(on_gpu)
-    workload = Workload.of_manifest(dataset.manifest, config.encoder.max_length)
+    workload = Workload.of_manifest(dataset.manifest, config.encoder)
     transformer = find_transformer(config.encoder, None)
     worker = Worker(config, device, transformer, workload, config.min_workers)
     states = needed(worker, STATES)

@@ -7,6 +7,7 @@ bandwidth of its memory. For a classifier of n labels and dimension D, and B row
     dE         2 n D B               reads W and G
     update     2 n D B               reads G, reads and writes weights and velocities
 
+A softmax has a pass before, of 2 n D B operations, which reads W.
 The encoder has 6 operations for each token and parameter, and 12 T H for each token and layer.
 The backward takes 4 of the 6, 2 with adapters (LoRA), and none where the transformer is frozen,
 whose forward the first epoch alone makes. AdamW moves 28 bytes a parameter. `Rates` that were
@@ -30,6 +31,8 @@ LAUNCH_S = {"cuda": 4e-3, "cpu": 2e-3}
 PLAIN_LOGITS, PLAIN_PASSES = 5 / 3, 2
 """How often plain torch on a GPU moves logits and weights, for each time that kernels do; more for
 storages that it rounds itself."""
+SOFTMAX_LOGITS = 28, 24
+"""Bytes that a softmax moves on a GPU for each logit, fp32 in plain torch, in its two passes."""
 STORAGE_RATE = 0.5e9
 """Bytes/s that a worker writes of a checkpoint, an assumption."""
 
@@ -84,7 +87,10 @@ def steps_of_epoch(worker: Worker) -> int | None:
     workload = worker.workload
     if workload.points is None:
         return None
-    texts = worker.config.feed.augment * workload.labels * workload.has_label_texts
+    feed, labels = worker.config.feed, workload.labels
+    if feed.filter_labels == "positive" and workload.other_texts is not None:
+        labels = workload.other_texts
+    texts = feed.augment * labels * workload.has_label_texts
     return math.ceil((workload.points + texts) / worker.batch)
 
 
@@ -118,8 +124,12 @@ def _classifier(worker: Worker) -> float:
     fused = on_cpu or worker.kernels
     logits = 0 if on_cpu else item * batch * (1 if fused else PLAIN_LOGITS)
     passes = 2 * (1 if fused else PLAIN_PASSES)
+    softmax = worker.config.classifier.objective == "softmax"
+    first, residual = (0 if on_cpu else batch * each for each in SOFTMAX_LOGITS)
     products = _products(worker, 2.0 * dim * batch, worker.compute)
-    moved = item * dim + logits, item * dim + logits, logits + passes * state * dim
+    moved = [item * dim + logits, item * dim + logits, logits + passes * state * dim]
+    if softmax:
+        moved = [item * dim + first, item * dim + residual + logits, *moved[1:]]
     return worker.labels * sum(max(products, _moves(worker, each)) for each in moved)
 
 

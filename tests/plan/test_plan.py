@@ -27,7 +27,7 @@ from renee_ray.plan.devices import GIB, GPUS, find_device
 from renee_ray.plan.encoder import Transformer, find_transformer
 from renee_ray.plan.memory import COPY, STATES, Worker, Workload
 from renee_ray.plan.plan import find_workload, helpful, make_plan, needed
-from renee_ray.plan.time import network_bytes, step_seconds
+from renee_ray.plan.time import network_bytes, step_seconds, steps_of_epoch
 from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.score.expect import as_scored, differences
 from renee_ray.service.train import train as train_module
@@ -202,8 +202,9 @@ def test_what_would_help_a_refused_run_lowers_what_refused_it(sample: str) -> No
         "classifier.precision=bf16_sr", "classifier.precision=fp8_sr", "classifier.momentum=0"
     }  # fmt: skip
     assert found["classifier.momentum=0"] == 2 * base.memory()["momentum"]
-    on_gpu = replace(base, device=GPUS["v100"])
-    assert "num_workers=4" in [name for name, *_ in helpful(on_gpu, of_states)]
+    least = worker(sample, 2, classifier={"precision": "fp8_sr", "momentum": 0})
+    on_gpu = replace(least, device=GPUS["h100"], workload=base.workload)
+    assert [name for name, *_ in helpful(on_gpu, of_states)] == ["num_workers=4"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -218,6 +219,25 @@ def test_network_and_time(sample: str, num_workers: int) -> None:
     again = replace(planned, config=configured(sample, batch_size=24, encoder={
         "name": f"{sample}/encoder", "gradient_checkpointing": True}))  # fmt: skip
     assert step_seconds(again)["encoder"] == pytest.approx(4 / 3 * seconds["encoder"])
+
+
+def test_a_softmax_multiplies_once_more(sample: str) -> None:
+    binary, softmax = (
+        step_seconds(worker(sample, classifier={"objective": each}, batch_size=4096))["classifier"]
+        for each in ("bce", "softmax")
+    )
+    assert softmax == pytest.approx(4 / 3 * binary, rel=0.05)
+
+
+def test_texts_of_points_and_a_prompt_are_counted(sample: str) -> None:
+    manifest = Dataset.open(f"{sample}/data").manifest
+    own = replace(manifest, has_label_texts=True, other_texts=(100,))
+    base = configured(sample, feed={"augment": 1.0})
+    workload = Workload.of_manifest(own, base.encoder)
+    for filtered, texts in ("positive", 100), ("negative", LABELS):
+        config = configured(sample, feed={"augment": 1.0, "filter_labels": filtered})
+        planned = Worker(config, find_device("cpu"), Transformer(), workload, 1)
+        assert steps_of_epoch(planned) == math.ceil((4000 + texts) / 256)
 
 
 def planned_recipe(name: str, device: str, num_workers: int) -> Any:
