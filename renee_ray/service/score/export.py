@@ -54,6 +54,8 @@ EXPORT = Kind(
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
 CPU = torch.device("cpu")
+TRAINED: dict[str, Any] = {"compile": False, "weights": ""}
+"""Settings of an encoder that has all its weights: what it began with is not looked at."""
 TOKENS = "tokens = tokenizer(text, truncation=True, max_length=max_length); "
 PROMPT = (
     "if there are more than {limit} tokens, keep the first {limit} - 1 and the last; "
@@ -89,10 +91,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     checkpoint = directory.checkpoint(config.checkpoint)
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
-    # The checkpoint has all weights: the file that training began with is not looked at.
-    plain = settings.encoder.model_copy(update={"compile": False, "weights": ""})
-    encoder = build_encoder(plain, CPU, 0)
-    checkpoint.load_encoder(encoder)
+    encoder = trained_encoder(settings.encoder, checkpoint, CPU)
     owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         _save_encoder(Path(local), encoder, settings.encoder, dataset.manifest.tokenizer)
@@ -119,12 +118,23 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "pooling": settings.encoder.pooling,
         "tail": settings.evaluation.tail,
         "pad_id": dataset.manifest.pad_id,
-        "encoder": plain.model_copy(update={"lora": LoraConfig()}).model_dump(),  # it is merged
+        "encoder": settings.encoder.model_copy(
+            update=TRAINED | {"lora": LoraConfig()}  # adapters are merged
+        ).model_dump(),
         "score": _score(encoder, settings.encoder),
         "ranges": ranges,
     }
     output.publish(content)
     return content
+
+
+def trained_encoder(
+    settings: EncoderConfig, checkpoint: Checkpoint, device: torch.device
+) -> Encoder:
+    """Builds the encoder of a run, with the weights of one of its checkpoints."""
+    encoder = build_encoder(settings.model_copy(update=TRAINED), device, 0)
+    checkpoint.load_encoder(encoder)
+    return encoder
 
 
 def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:

@@ -21,9 +21,12 @@ from renee_ray.data.storage import absolute, filesystem_of, read_file, write_fil
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.parallel.batch import Ragged, ragged
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.fusion import Pairs, tuned
-from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
+from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums
+from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.score.predictions import PART_ROWS, PREDICTIONS, part_name
+from renee_ray.xfc.labels import LabelRange
 
 COLUMNS = ["point_id", "label_ids", "scores"]
 
@@ -172,8 +175,9 @@ def _tuned(num_models: int, config: FuseConfig) -> tuple[NDArray[np.float64], di
             f"by `renee-ray predict RUN {config.data} {config.tune[0]} split=validation`"
         )
     true = ragged(rows["labels"])
-    counts = dataset.read_rows("labels", 0, dataset.manifest.num_labels, ["train_count"])
-    inverse = _inverse_propensity(dataset, counts["train_count"].to_numpy(), true)
+    number = dataset.manifest.num_labels
+    every = Propensities.read(dataset, LabelRange(0, number, number), Ranks())
+    inverse = every.of(true.values)
 
     def quality(weights: NDArray[np.float64]) -> float:
         sums, most = MetricSums.zeros(), max(*KS, *RECALL_KS)
@@ -189,12 +193,3 @@ def _tuned(num_models: int, config: FuseConfig) -> tuple[NDArray[np.float64], di
 
     weights = tuned(num_models, quality)
     return weights, {f"validation {config.metric}": quality(weights)}
-
-
-def _inverse_propensity(
-    dataset: Dataset, counts: NDArray[np.int64], true: Ragged
-) -> NDArray[np.float64]:
-    manifest = dataset.manifest
-    points = manifest.num_points("train") + manifest.num_points("validation")
-    every = inverse_propensity(counts, points, manifest.propensity_a, manifest.propensity_b)
-    return np.asarray(every[true.values])

@@ -30,10 +30,18 @@ from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import Batch, Position, Ragged, ragged
+from renee_ray.parallel.batch import batch_of_texts
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.score.export import ENCODER, FILES, HEAD, MANIFEST, load_head
+from renee_ray.service.score.export import (
+    ENCODER,
+    FILES,
+    HEAD,
+    MANIFEST,
+    TRAINED,
+    load_head,
+    trained_encoder,
+)
 from renee_ray.service.score.labels import check_labels, vocabulary_of
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -110,9 +118,7 @@ class Model:
         facts, device = self._facts, self._encoder.constant.device
         for start in range(0, len(texts), BATCH):
             some = texts[start : start + BATCH]
-            ids = ragged(tokenizer.encode(self._vocabulary, some, facts["max_length"]))
-            none, points = Ragged.of_lists([[]] * len(some)), np.arange(len(some))
-            batch = Batch(Position(), points, ids, none, none, facts["pad_id"])
+            batch = batch_of_texts(self._vocabulary, some, facts["max_length"], facts["pad_id"])
             yield self._encoder(*batch.tokens(device))
 
 
@@ -163,10 +169,8 @@ def _of_export(local: Path, path: str, device: torch.device) -> Model:
             tables.append(pq.read_table(local / each["labels"], columns=COLUMNS))
             if not len(owned) == shards[-1].weights.rows == len(tables[-1]):
                 raise ValueError(f"its files of labels {owned.start} on do not fit together")
-        plain: dict[str, Any] = {"weights": "", "compile": False}
-        if settings.name != NO_TRANSFORMER:
-            plain["name"] = str(local / ENCODER)
-        settings = settings.model_copy(update=plain)
+        name = NO_TRANSFORMER if settings.name == NO_TRANSFORMER else str(local / ENCODER)
+        settings = settings.model_copy(update=TRAINED | {"name": name})
         encoder = build_encoder(settings, device, 0)
         load_head(encoder, load_file(local / HEAD))
         vocabulary = tokenizer.load(str(local / ENCODER), fetch=False)
@@ -194,10 +198,7 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
             "those of `predict` with neighbours=0", path, config.evaluation.neighbours,
         )  # fmt: skip
     found, manifest = directory.checkpoint(which), dataset.manifest
-    # The checkpoint has all weights: the file that training began with is not looked at.
-    plain = config.encoder.model_copy(update={"compile": False, "weights": ""})
-    encoder = build_encoder(plain, device, 0)
-    found.load_encoder(encoder)
+    encoder = trained_encoder(config.encoder, found, device)
     owned = LabelRange(0, manifest.num_labels, manifest.num_labels)
     precision = found.state.facts["precision"]
     shard = Shard(owned, Weights(precision, len(owned), encoder.dim, False, device))

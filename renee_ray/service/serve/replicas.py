@@ -27,10 +27,9 @@ from torch import Tensor
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.serve import ServeConfig
-from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
-from renee_ray.parallel.batch import Batch, Position, Ragged, ragged
+from renee_ray.parallel.batch import batch_of_texts
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.scoring.scorer import prior_offset, read_counts
@@ -156,9 +155,8 @@ class EncoderReplica:
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> np.ndarray:
         """Returns the texts' embeddings, float32 [B, D]."""
-        ids = ragged(tokenizer.encode(self._vocabulary, texts, self._max_length))
-        none, points = Ragged.of_lists([[]] * len(texts)), np.arange(len(texts))
-        batch = Batch(Position(), points, ids, none, none, self._dataset.manifest.pad_id)
+        pad_id = self._dataset.manifest.pad_id
+        batch = batch_of_texts(self._vocabulary, texts, self._max_length, pad_id)
         embeddings: Tensor = self._encoder(*batch.tokens(self._device))
         if not embeddings.isfinite().all():
             raise ArithmeticError("the encoder's embeddings are not finite")
