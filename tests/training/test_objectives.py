@@ -25,7 +25,7 @@ from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 from tests.pairwise import pairwise
 from tests.training.gloo import on_ranks
 from tests.training.test_checkpoint_writer import writer_of
-from tests.training.test_step import DIM, VOCABULARY, Bag
+from tests.training.test_step import DIM, VOCABULARY, Bag, dense_optimizers
 from tests.xfc.test_softmax import SPACING, UNIT, dense_loss, error
 
 ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1)
@@ -144,17 +144,7 @@ def whole(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def oracle(weight: Tensor, objective: str, labels: int, steps: int, taught: bool) -> dict[str, Any]:
     encoder, own = Bag().double(), weight.double().requires_grad_()
-    classifier = torch.optim.SGD(
-        [own], RULE.lr, momentum=RULE.momentum, weight_decay=RULE.weight_decay
-    )
-    decayed, others = (
-        [p for p in encoder.parameters() if (p.ndim > 1) == d] for d in (True, False)
-    )
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": ENCODER.weight_decay},
-         {"params": others, "weight_decay": 0.0}],
-        lr=ENCODER.learning_rate, eps=1e-6,
-    )  # fmt: skip
+    classifier, optimizer = dense_optimizers(encoder, own, ENCODER, RULE)
     losses = []
     for number in range(steps):
         of = global_batch(number, labels)

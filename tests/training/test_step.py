@@ -139,6 +139,23 @@ def distributed(
     }
 
 
+def dense_optimizers(
+    encoder: nn.Module, weight: torch.Tensor, config: EncoderConfig, rule: SGD
+) -> tuple[torch.optim.SGD, torch.optim.AdamW]:
+    """torch's optimizers of a dense classifier and of an encoder, whose vectors do not decay."""
+    classifier = torch.optim.SGD(
+        [weight], rule.lr, momentum=rule.momentum, weight_decay=rule.weight_decay
+    )
+    decayed = [p for p in encoder.parameters() if p.ndim > 1]
+    others = [p for p in encoder.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay},
+         {"params": others, "weight_decay": 0.0}],
+        lr=config.learning_rate, eps=1e-6,
+    )  # fmt: skip
+    return classifier, optimizer
+
+
 def oracle(
     without: Container[int] = (), classifier_alone: Container[int] = ()
 ) -> dict[str, torch.Tensor]:
@@ -148,16 +165,7 @@ def oracle(
     """
     encoder = Bag().double()
     weight = first_weights().double().requires_grad_()
-    classifier = torch.optim.SGD(
-        [weight], RULE.lr, momentum=RULE.momentum, weight_decay=RULE.weight_decay
-    )
-    decayed = [p for p in encoder.parameters() if p.ndim > 1]
-    others = [p for p in encoder.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": ENCODER.weight_decay},
-         {"params": others, "weight_decay": 0.0}],
-        lr=ENCODER.learning_rate, eps=1e-6,
-    )  # fmt: skip
+    classifier, optimizer = dense_optimizers(encoder, weight, ENCODER, RULE)
     losses = []
     for number, (tokens, labels) in enumerate(global_batches()):
         if number in without:
