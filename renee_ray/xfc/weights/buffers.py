@@ -82,17 +82,28 @@ class Buffer(ABC):
         return None
 
 
-class Float32(Buffer):
-    """Plain float32."""
+class Single(Buffer):
+    """Numbers of one dtype in a single tensor, `data`."""
 
-    kind = "fp32"
-    aliased = True
+    dtype: torch.dtype
 
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
-        self.data = torch.zeros(rows, dim, dtype=torch.float32, device=device)
+        self.data = torch.zeros(rows, dim, dtype=self.dtype, device=device)
+        self._scratch = scratch
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.data}
+
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        return self.data[start:stop] if dtype == self.dtype else None
+
+
+class Float32(Single):
+    """Plain float32."""
+
+    kind = "fp32"
+    dtype = torch.float32
+    aliased = True
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self.data[start:stop]
@@ -144,19 +155,13 @@ class Split(Buffer):
         return self.high[start:stop] if dtype == torch.bfloat16 else None
 
 
-class BFloat16(Buffer):
+class BFloat16(Single):
     """bfloat16 alone; updates survive in expectation, by stochastic rounding."""
 
     kind = "bf16"
+    dtype = torch.bfloat16
     dropped = BF16_DROPPED
     exact_bf16 = True
-
-    def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
-        self.data = torch.zeros(rows, dim, dtype=torch.bfloat16, device=device)
-        self._scratch = scratch
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"": self.data}
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         out = _like(self.data[start:stop]) if out is None else out
@@ -172,9 +177,6 @@ class BFloat16(Buffer):
         assert noise is not None
         round_to_bf16(rows, noise.rows(start, stop), self._scratch)
         self.data[start:stop] = rows
-
-    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-        return self.data[start:stop] if dtype == torch.bfloat16 else None
 
 
 class Half(Buffer):
@@ -205,19 +207,13 @@ class Half(Buffer):
         return self.half[start:stop] if dtype == torch.float16 else None
 
 
-class E4M3(Buffer):
+class E4M3(Single):
     """float8_e4m3fn alone; see `rounding.round_to_e4m3`."""
 
     kind = "e4m3"
+    dtype = torch.float8_e4m3fn
     dropped = E4M3_DROPPED
     exact_bf16 = True
-
-    def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None:
-        self.data = torch.zeros(rows, dim, dtype=torch.float8_e4m3fn, device=device)
-        self._scratch = scratch
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"": self.data}
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self._expanded(self.data[start:stop], out)
@@ -225,9 +221,6 @@ class E4M3(Buffer):
     def pick(self, rows: Tensor) -> Tensor:
         codes = self.data.view(torch.uint8).index_select(0, rows)
         return self._expanded(codes.view(torch.float8_e4m3fn), None)
-
-    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-        return self.data[start:stop] if dtype == torch.float8_e4m3fn else None
 
     def _expanded(self, codes: Tensor, out: Tensor | None) -> Tensor:
         out = _like(codes) if out is None else out
