@@ -72,11 +72,10 @@ def commit_timeout() -> timedelta:
 
 @dataclass(frozen=True)
 class Written:
-    """Costs of one checkpoint on this rank. stalled_s: seconds that training stood still."""
+    """Costs of one checkpoint on this rank."""
 
     step: int
     bytes: int
-    stalled_s: float
     seconds: float
     committed: bool
 
@@ -154,7 +153,6 @@ class CheckpointWriter:
                 for file, tensors in own.items()
             }
         manifest = Manifest(copy.deepcopy(state), dict(metrics), {}, time.time())
-        stalled = time.perf_counter() - started if self.background else None
         ranges = [
             split_range(shard.owned.num_labels, self.ranks.num_ranks, rank)
             for rank in range(self.ranks.num_ranks)
@@ -165,8 +163,7 @@ class CheckpointWriter:
             seconds = time.perf_counter() - started
             size = sum(t.nbytes for tensors in files.values() for t in tensors.values())
             step = manifest.state.step  # that of `state` is later by now
-            stood = seconds if stalled is None else stalled
-            self.on_written(Written(step, size, stood, seconds, self._committed))
+            self.on_written(Written(step, size, seconds, self._committed))
 
         self._committed = False
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)

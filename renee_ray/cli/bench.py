@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured
+from renee_ray.cli.common import PATH, ConfiguredCommand, call
 from renee_ray.cli.output import say
 from renee_ray.config.overrides import parse_overrides, read_yaml
-from renee_ray.config.schema import ConvertConfig, RunConfig
+from renee_ray.config.schema import RunConfig
 from renee_ray.errors import reason
 from renee_ray.machine import OPENMP
 
@@ -65,7 +65,6 @@ def _sizes(function: Any, kind: click.ParamType = COUNT) -> Any:
 
 
 _repeats = _count("--repeats", 5, "Timed rounds.")
-_workers = _count("--workers", 2, "Workers.")
 
 
 @bench.command("step")
@@ -118,7 +117,7 @@ def bench_topk(**settings: Any) -> None:
 @_count("--labels", None, "Labels; without: 1M, 4M, 16M.")
 @_count("--dim", 64, "Dimension.")
 @_count("--batch", 256, "Rows.")
-@_workers
+@_count("--workers", 2, "Workers.")
 @_count("--threads", 1, "Torch threads of a worker.")
 @_flag("--precision", STORAGE, "auto", "Storage of the weights.")
 @_count("--steps", 3, "Timed steps.")
@@ -128,44 +127,6 @@ def bench_topk(**settings: Any) -> None:
 def bench_scale(**settings: Any) -> None:
     """The classifier on Ray Train workers, without momentum: time and memory by labels."""
     from renee_ray.service.bench.scale import bench_scale as run
-
-    click.echo(json.dumps(call(lambda: run(**settings))))
-
-
-@bench.command("checkpoint")
-@_flag("--gib", click.FloatRange(min=0.001), 4.0, "Of weights.")
-@_count("--dim", 384, "Columns.")
-@click.option(
-    "--directory",
-    type=click.Path(exists=True, file_okay=False),
-    default=None,
-    help="An existing directory, below which it writes; by default a temporary one.",
-)
-def bench_checkpoint(**settings: Any) -> None:
-    """A checkpoint beside training: how long it stalls it, and what resuming reads."""
-    from renee_ray.benchmarks.checkpoint import bench_checkpoint as run
-
-    click.echo(json.dumps(run(**settings)))
-
-
-@bench.command("convert", cls=ConfiguredCommand, keys=ConvertConfig)
-@click.argument("src", type=PATH)
-@click.argument("overrides", nargs=-1)
-def bench_convert(src: str, overrides: tuple[str, ...]) -> None:
-    """The conversion of SRC beside the bare tokenizer on the same texts; nothing is kept."""
-    config = configured(ConvertConfig, overrides, "bench convert")
-    from renee_ray.service.bench.convert import bench_convert as run
-
-    click.echo(json.dumps(call(run, src, config)))
-
-
-@bench.command("feed")
-@click.argument("dataset", type=PATH)
-@_workers
-@_count("--batch", 4096, "Rows of a batch.", minimum=8)
-def bench_feed(**settings: Any) -> None:
-    """An epoch of DATASET streamed through workers: rows a second, memory, each pair once."""
-    from renee_ray.service.bench.feed import bench_feed as run
 
     click.echo(json.dumps(call(lambda: run(**settings))))
 

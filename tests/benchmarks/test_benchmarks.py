@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from renee_ray.benchmarks import problem as problem_module
-from renee_ray.benchmarks.checkpoint import bench_checkpoint
 from renee_ray.benchmarks.problem import make_problem
 from renee_ray.benchmarks.step import (
     LR,
@@ -212,11 +210,3 @@ def test_the_peak_of_memory_is_noticed_though_it_is_freed() -> None:
     grown = peak_extra_bytes(lambda: bool(torch.ones(size // 4).sum()), CPU)
     assert size * 0.9 < grown < size * 1.5
     assert peak_extra_bytes(lambda: math.sqrt(2), CPU) < size // 8
-
-
-def test_checkpoint_reads_what_a_rank_needs(tmp_path: Path) -> None:
-    found = bench_checkpoint(0.05, 64, str(tmp_path))
-    assert found["bytes"] == int(0.05 * 2**30) // 256 * 256
-    assert 1 <= found["read_ratio"] < 1.2, "headers and halves of checked blocks, beside 18 MB"
-    assert min(found[key] for key in ("write_s", "stalled_s", "background_s")) > 0
-    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Rows of an epoch over killed workers and other numbers of them; the checksum that tells."""
+"""Rows of an epoch over killed workers and other numbers of them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.parallel.batch import Position, Ragged
-from renee_ray.service.bench.feed import pair_checksum
+from renee_ray.parallel.batch import Position
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import launch
 
@@ -97,26 +94,3 @@ def test_each_row_once_after_a_kill_and_with_other_numbers_of_workers(
     rows = opened.read_rows("train", 0, opened.manifest.num_points("train"))["point_id"].to_pylist()
     for epoch in seen:
         assert epoch == Counter(rows)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-def test_an_epoch_streamed_by_the_benchmark_has_each_pair_once(
-    dataset: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "feed", dataset, "--workers", "2", "--batch", "32"]) == 0
-    found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    opened = Dataset.open(dataset)
-    table = opened.read_rows("train", 0, opened.manifest.num_points("train"))
-    labels = Ragged.of_lists(table["labels"].to_pylist())
-    wanted = pair_checksum(table["point_id"].to_numpy(), labels)
-    assert found["exactly_once"] and int(found["checksum"], 16) == wanted
-    assert (found["rows"], found["pairs"]) == (len(table), len(labels.values))
-
-
-def test_the_checksum_tells_pairs_apart_and_not_their_order() -> None:
-    points = np.array([3, 9, 4])
-    whole = pair_checksum(points, Ragged.of_lists([[1, 2], [], [5]]))
-    assert whole == pair_checksum(points[::-1].copy(), Ragged.of_lists([[5], [], [2, 1]]))
-    for other in ([[1, 2], [], []], [[1, 2], [5], []], [[1, 2], [], [5, 5]], [[1, 2], [], [6]]):
-        assert whole != pair_checksum(points, Ragged.of_lists(other))
