@@ -45,14 +45,11 @@ SHOWN_TEXT, SHOWN_LABEL_TEXT = 400, 80
 
 @dataclass
 class _Counts:
-    """Counts of one part or of several."""
-
     rows: int = 0
     tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [n]: rows of each length."""
     labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [n]: points of each number of labels."""
-    filter_pairs: int = 0
     ids: int = 0
     """Sum of the hashed point ids, modulo 2**64."""
     pairs: int = 0
@@ -64,7 +61,6 @@ class _Counts:
         self.rows += other.rows
         self.tokens = _added(self.tokens, other.tokens)
         self.labels = _added(self.labels, other.labels)
-        self.filter_pairs += other.filter_pairs
         self.ids = (self.ids + other.ids) % 2**64
         self.pairs = (self.pairs + other.pairs) % 2**64
         self.labels_hash = add_hashes([self.labels_hash, other.labels_hash])
@@ -152,7 +148,6 @@ def _scan(
         counts.pairs = _wrapped(_hash(table["label_id"].to_numpy()) * train_counts)
         counts.labels_hash = hash_labels(part.first, table["text"])
     else:
-        counts.filter_pairs = int(list_lengths(table["filter_labels"]).sum())
         counts.ids = _wrapped(_hash(table["point_id"].to_numpy()))
         counts.pairs = _wrapped(_hash(pc.list_flatten(table["labels"]).to_numpy()))
     return counts
@@ -259,29 +254,6 @@ def _between_parts(dataset: Dataset, counts: dict[str, _Counts]) -> Iterator[str
         )
     if dataset.manifest.labels_hash not in ("", counts["labels"].labels_hash):
         yield f"{dataset.where(MANIFEST)} has a labels_hash that is not that of the label texts"
-    for split in POINT_SPLITS:
-        known = dataset.manifest.statistics.get(split, {})
-        if not isinstance(known, dict):
-            yield f"{dataset.where(MANIFEST)} has statistics.{split}={known!r:.80}"
-            continue
-        for name, value in _statistics(counts[split]).items():
-            if name in known and known[name] != value:
-                yield (
-                    f"{dataset.where(MANIFEST)} says statistics.{split}.{name} is "
-                    f"{known[name]!r:.80} and the parts hold {value}"
-                )
-
-
-def _statistics(counts: _Counts) -> dict[str, int]:
-    """Computes the manifest's statistics of a split from its parts."""
-    return {
-        "points": counts.rows,
-        "tokens_max": max(len(counts.tokens) - 1, 0),
-        "label_pairs": int(counts.labels @ np.arange(len(counts.labels))),
-        "labels_max": max(len(counts.labels) - 1, 0),
-        "without_labels": int(counts.labels[:1].sum()),
-        "filter_pairs": counts.filter_pairs,
-    }
 
 
 def _ids_below(n: int) -> int:

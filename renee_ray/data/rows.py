@@ -124,7 +124,6 @@ def _starts(manifest: Manifest, split: str) -> np.ndarray:
 def _pieces(
     manifest: Manifest, starts: dict[str, np.ndarray], span: Span, targets: Targets | None
 ) -> Iterator[Piece]:
-    """Cuts a span by part."""
     targets = targets if span.split == "train" else None
     begins = starts[span.split]
     parts = manifest.splits["labels" if span.split == OTHER_TEXTS else span.split]

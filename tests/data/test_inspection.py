@@ -141,7 +141,6 @@ def column(name: str, values: list[Any]) -> Callable[[pa.Table], pa.Table]:
         ("train", "point_id", [2, 0, 4], r"not each of \[0, 4\) once"),
         ("train", "point_id", [2, 2, 3], r"not each of \[0, 4\) once"),
         ("train", "labels", [[0, 1], [1], [0, 1, 2]], "train_count of some label is not its numb"),
-        ("train", "labels", [[0], [1], [0, 1]], r"says statistics\.train\.label_pairs is 6 and"),
         ("test", "point_id", [7], r"ids of test are not each of \[0, 1\) once"),
         ("labels", "label_id", [0, 2, 1], r"row 1: label_id holds 2, not its row \(and 1 more"),
         ("labels", "train_count", [2, -2, 2], "row 1: train_count holds -2, negative"),

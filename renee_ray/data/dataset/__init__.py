@@ -24,24 +24,3 @@ from renee_ray.data.dataset.manifest import (
 from renee_ray.data.dataset.reader import Dataset
 from renee_ray.data.dataset.schema import LABELS, MAX_LABELS, POINTS, SPLITS, schema_of
 from renee_ray.data.dataset.writer import write_manifest, write_part
-
-__all__ = [
-    "DATASET",
-    "FORMAT_VERSION",
-    "LABELS",
-    "MANIFEST",
-    "MAX_LABELS",
-    "POINTS",
-    "SPLITS",
-    "Dataset",
-    "DatasetError",
-    "Manifest",
-    "Part",
-    "add_hashes",
-    "has_manifest",
-    "hash_labels",
-    "part_path",
-    "schema_of",
-    "write_manifest",
-    "write_part",
-]

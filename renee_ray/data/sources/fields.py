@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from renee_ray.data.sources.columns import kind_of, plain
-from renee_ray.data.sources.records import Int64s, SourceError
+from renee_ray.data.sources.records import SourceError, lists_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import reason
 
@@ -183,7 +183,7 @@ def shaped(path: str, rows: pa.Table, fields: Fields) -> pa.Table:
         labels = _split(path, _strings(path, fields.labels, labels), fields)
     elif kind_of(labels.type) in ("integer", "nothing"):
         given = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
-        labels = _lists(len(labels), given, labels.drop_null())
+        labels = lists_of(len(labels), given, labels.drop_null())
     elif not kind_of(labels.type).startswith("list"):
         raise _not_read(path, fields.labels, labels.type, "strings, integers or lists of them")
     return pa.table({"text": text, "labels": labels}, metadata=_class_names(rows, fields.labels))
@@ -225,12 +225,7 @@ def _split(path: str, values: pa.Array, fields: Fields) -> pa.Array:
                 f"{path}: {fields.labels} has a label that is no id ({reason(error):.100}); leave "
                 f"labels=ids out if they are names"
             ) from None
-    return _lists(len(values), rows, flat)
-
-
-def _lists(num_rows: int, rows: Int64s, values: pa.Array) -> pa.Array:
-    offsets = np.searchsorted(rows, np.arange(num_rows + 1))
-    return pa.LargeListArray.from_arrays(pa.array(offsets), values)
+    return lists_of(len(values), rows, flat)
 
 
 def _class_names(rows: pa.Table, labels: str) -> dict[bytes, bytes] | None:

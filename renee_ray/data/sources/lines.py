@@ -271,7 +271,6 @@ def lines_of(parts: list[Range], counted: list[Counted]) -> Lines:
 
 
 def _refuse_long_lines(path: str, newlines: Int64s) -> None:
-    """Refuses lines that would not fit in a block."""
     grains = max(1, MAX_LINE_BYTES // GRAIN_BYTES)
     without = newlines[:-grains] == newlines[grains:]
     if without.any():

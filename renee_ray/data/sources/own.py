@@ -29,7 +29,7 @@ from renee_ray.data.sources import parquet
 from renee_ray.data.sources.columns import kind_of
 from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
 from renee_ray.data.sources.lines import MAX_LINE_BYTES, Unpacked, length_of_mark
-from renee_ray.data.sources.records import Block, SourceError, decoded, whole_characters
+from renee_ray.data.sources.records import Block, SourceError, decoded, lists_of, whole_characters
 from renee_ray.data.sources.xmlrepo import json_object
 from renee_ray.data.storage import filesystem_of, is_transient, listing
 from renee_ray.errors import reason
@@ -135,7 +135,6 @@ def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, in
 
 
 def _labels(path: str, rows: pa.Table) -> pa.Table:
-    """The columns of a table of labels that are read."""
     known = [name for name in ("label", "text") if name in rows.column_names]
     if not known:
         raise SourceError(
@@ -163,8 +162,7 @@ def _grouped(pairs: list[tuple[str, pa.Table]]) -> pa.Table:
     points = codes.indices.to_numpy()[rows]
     order = np.argsort(points, kind="stable")
     labels = whole["labels"].combine_chunks().flatten().take(pa.array(order))
-    offsets = np.searchsorted(points[order], np.arange(len(codes.dictionary) + 1))
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), labels)
+    lists = lists_of(len(codes.dictionary), points[order], labels)
     return pa.table({"text": codes.dictionary, "labels": lists}, metadata=whole.schema.metadata)
 
 

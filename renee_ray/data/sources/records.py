@@ -139,6 +139,12 @@ def num_rows(table: Table) -> int:
     return sum(block.rows for block in table.blocks)
 
 
+def lists_of(num_rows: int, rows: Int64s, values: pa.Array) -> pa.Array:
+    """Gathers the values of each row in a large_list; `rows` [m] ascend."""
+    offsets = np.searchsorted(rows, np.arange(num_rows + 1))
+    return pa.LargeListArray.from_arrays(pa.array(offsets), values)
+
+
 # -------------------------------------------------------------------------------------- texts
 
 

@@ -26,6 +26,7 @@ from renee_ray.data.sources.records import (
     SourceError,
     decode_texts,
     decoded,
+    lists_of,
     whole_characters,
 )
 from renee_ray.errors import reason
@@ -137,14 +138,8 @@ def parse_pairs(batch: LineBatch, num_labels: int | None) -> tuple[pa.Array, int
     bad = ~good | (ids >= limit)
     if bad.any():
         raise _pair_error(batch, tokens, int(bad.argmax()), num_labels)
-    lists = _lists(len(batch), tokens.rows[positive], ids[positive])
+    lists = lists_of(len(batch), tokens.rows[positive], pa.array(ids[positive]))
     return lists, int(len(ids) - positive.sum())
-
-
-def _lists(num_rows: int, rows: Int64s, values: Int64s) -> pa.Array:
-    """Gathers the values of each row, large_list<int64>; `rows` ascend."""
-    offsets = np.searchsorted(rows, np.arange(num_rows + 1))
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def _values(tokens: _Tokens, id_stops: Int64s, has_value: Bools) -> tuple[Bools, Bools]:
