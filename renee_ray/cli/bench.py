@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, flag
 from renee_ray.cli.output import say
 from renee_ray.config.overrides import parse_overrides, read_yaml
 from renee_ray.config.schema import RunConfig
@@ -46,34 +45,23 @@ class _Several(click.ParamType):
         return tuple(self._kind.convert(each, param, ctx) for each in str(value).split(","))
 
 
-def _flag(name: str, kind: click.ParamType, default: Any, text: str) -> Callable[[Any], Any]:
-    """A flag whose default is shown if it has one."""
-    shown = default is not None
-    return click.option(name, type=kind, default=default, show_default=shown, help=text)
-
-
-def _count(name: str, default: int | None, text: str, minimum: int = 1) -> Callable[[Any], Any]:
-    """A flag that is a number, `minimum` at least."""
-    return _flag(name, click.IntRange(min=minimum), default, text)
-
-
 def _sizes(function: Any, kind: click.ParamType = COUNT) -> Any:
     """The flags of every benchmark of a classifier on one device."""
-    function = _flag("--batch", kind, 256, "Rows of a global batch.")(function)
-    function = _flag("--dim", kind, 384, "Dimension of the embeddings.")(function)
-    return _flag("--labels", kind, 131072, "Labels.")(function)
+    function = flag("--batch", kind, 256, "Rows of a global batch.")(function)
+    function = flag("--dim", kind, 384, "Dimension of the embeddings.")(function)
+    return flag("--labels", kind, 131072, "Labels.")(function)
 
 
-_repeats = _count("--repeats", 5, "Timed rounds.")
+_repeats = count("--repeats", 5, "Timed rounds.")
 
 
 @bench.command("step")
 @partial(_sizes, kind=_Several(COUNT))
-@_flag("--precision", _Several(STORAGE), "auto", "Storage of the weights.")
-@_flag("--momentum", _Several(SHARE), 0.9, "Momentum of SGD; 0 keeps no buffer.")
+@flag("--precision", _Several(STORAGE), "auto", "Storage of the weights.")
+@flag("--momentum", _Several(SHARE), 0.9, "Momentum of SGD; 0 keeps no buffer.")
 @_repeats
-@_count("--chunk", 0, "Labels worked on at once; 0: as training chooses.", minimum=0)
-@_flag("--references", _Several(REFERENCE), "published,autograd", "What to time beside it.")
+@count("--chunk", 0, "Labels worked on at once; 0: as training chooses.", minimum=0)
+@flag("--references", _Several(REFERENCE), "published,autograd", "What to time beside it.")
 @click.option("--check", is_flag=True, help="Compare a step with float64, too.")
 def bench_step(**settings: Any) -> None:
     """A classifier step, beside bare matmuls, the published algorithm and others.
@@ -97,9 +85,9 @@ def bench_step(**settings: Any) -> None:
 
 @bench.command("topk")
 @_sizes
-@_count("--k", 100, "Labels.")
-@_flag("--precision", STORED, "fp32", "Storage of the weights.")
-@_flag(
+@count("--k", 100, "Labels.")
+@flag("--precision", STORED, "fp32", "Storage of the weights.")
+@flag(
     "--references",
     click.Choice(["all", "none"]),
     "all",
@@ -114,13 +102,13 @@ def bench_topk(**settings: Any) -> None:
 
 
 @bench.command("scale")
-@_count("--labels", None, "Labels; without: 1M, 4M, 16M.")
-@_count("--dim", 64, "Dimension.")
-@_count("--batch", 256, "Rows.")
-@_count("--workers", 2, "Workers.")
-@_count("--threads", 1, "Torch threads of a worker.")
-@_flag("--precision", STORAGE, "auto", "Storage of the weights.")
-@_count("--steps", 3, "Timed steps.")
+@count("--labels", None, "Labels; without: 1M, 4M, 16M.")
+@count("--dim", 64, "Dimension.")
+@count("--batch", 256, "Rows.")
+@count("--workers", 2, "Workers.")
+@count("--threads", 1, "Torch threads of a worker.")
+@flag("--precision", STORAGE, "auto", "Storage of the weights.")
+@count("--steps", 3, "Timed steps.")
 @click.option(
     "--speedup", is_flag=True, help="Beside one worker with as many threads, with Ray and without."
 )
@@ -134,8 +122,8 @@ def bench_scale(**settings: Any) -> None:
 @bench.command("train", cls=ConfiguredCommand, keys=RunConfig)
 @click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
-@_count("--steps", 64, "Timed steps of a block, rounded up to feed.window times feed.prefetch.")
-@_count("--repeats", 3, "Blocks of each.")
+@count("--steps", 64, "Timed steps of a block, rounded up to feed.window times feed.prefetch.")
+@count("--repeats", 3, "Blocks of each.")
 def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: int) -> None:
     """A run of CONFIG through Ray, beside the same steps by torch.distributed alone.
 
@@ -149,8 +137,8 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
 
 
 @bench.command("gpu")
-@_flag("--out", click.Path(dir_okay=False), "gpu.json", "The file to write.")
-@_flag("--minutes", click.FloatRange(min=0), 8.0, "For all parts.")
+@flag("--out", click.Path(dir_okay=False), "gpu.json", "The file to write.")
+@flag("--minutes", click.FloatRange(min=0), 8.0, "For all parts.")
 @click.option("--small", is_flag=True, help="Small sizes; the default where there is no GPU.")
 @click.option("--only", type=PART, multiple=True, help="A part to run; without, all are.")
 @click.option("--page", type=click.File(), multiple=True, help="Print the tables of such a file.")

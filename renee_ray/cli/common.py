@@ -58,6 +58,17 @@ class PathType(click.ParamType):
 PATH = PathType()
 
 
+def flag(name: str, kind: click.ParamType, default: Any, text: str) -> Callable[[Any], Any]:
+    """A flag whose default is shown if it has one."""
+    shown = default is not None
+    return click.option(name, type=kind, default=default, show_default=shown, help=text)
+
+
+def count(name: str, default: int | None, text: str, minimum: int = 1) -> Callable[[Any], Any]:
+    """A flag that is a number, `minimum` at least."""
+    return flag(name, click.IntRange(min=minimum), default, text)
+
+
 def json_option(function: Any) -> Any:
     """Adds the flag --json."""
     return click.option(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, count, json_option
 from renee_ray.cli.output import print_facts, say
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.errors import ReneeError
@@ -37,16 +37,8 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
 @click.command()
 @click.argument("dataset", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Points of a global batch, for the share of padding.",
-)
-@click.option(
-    "--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Points shown."
-)
+@count("--batch-size", 256, "Points of a global batch, for the share of padding.")
+@count("--samples", 3, "Points shown.", minimum=0)
 @json_option
 def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: bool) -> None:
     """Show what is in DATASET; with --verify, every way in which it is not as it should be.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from pyarrow.fs import FileType
 
-from renee_ray.cli.common import PATH, call, configured
+from renee_ray.cli.common import PATH, call, configured, count
 from renee_ray.cli.output import say
 from renee_ray.config.from_renee import as_yaml, translate
 from renee_ray.config.schema import Config
@@ -27,9 +27,7 @@ class Places(Config):
 @click.argument("command")
 @click.argument("places", nargs=-1)
 @click.option("--checkpoint", type=PATH, help="Directory of NAME_RANK_state_dict.pt to import.")
-@click.option(
-    "--gpus", type=click.IntRange(min=1), help="GPUs of the command in all; by default 16."
-)
+@count("--gpus", None, "GPUs of the command in all; by default 16.")
 def from_renee(
     command: str, places: tuple[str, ...], checkpoint: str | None, gpus: int | None
 ) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from renee_ray.config.overrides import dotted
 from renee_ray.errors import printable, redacted
 
 progress = Console(stderr=True)
@@ -37,30 +38,19 @@ def print_result(content: dict[str, Any], as_json: bool, title: str) -> None:
     if as_json:
         click.echo(json.dumps(content))
         return
-    flat = dict(_flatten(content))
-    metrics = {k: v for k, v in flat.items() if "@" in k}
-    if metrics:
+    flat = {key.removeprefix("metrics."): value for key, value in dotted(content)}
+    if metrics := {k: v for k, v in flat.items() if "@" in k}:
         Console().print(_metric_table(metrics, title))
-    rest = {k: v for k, v in flat.items() if k not in metrics}
-    for key, value in rest.items():
-        click.echo(printable(f"{key:28} {value}"))
-
-
-def _flatten(content: dict[str, Any], prefix: str = "") -> Any:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, "" if key in ("metrics",) else f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    for key, value in flat.items():
+        if key not in metrics:
+            click.echo(printable(f"{key:28} {value}"))
 
 
 def _metric_table(metrics: dict[str, float], title: str) -> Table:
     families = list(dict.fromkeys(name.partition("@")[0] for name in metrics))
     ks = sorted({int(name.partition("@")[2]) for name in metrics})
-    table = Table(title=Text(printable(title)))
-    table.add_column("")
-    for k in ks:
-        table.add_column(f"@{k}", justify="right")
+    columns = (Column(f"@{k}", justify="right") for k in ks)
+    table = Table("", *columns, title=Text(printable(title)))
     for family in families:
         cells = (metrics.get(f"{family}@{k}") for k in ks)
         table.add_row(family, *("" if v is None else f"{v:.2f}" for v in cells))

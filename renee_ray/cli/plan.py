@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, json_option
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, json_option
 from renee_ray.cli.output import print_facts
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path
@@ -16,7 +16,6 @@ from renee_ray.config.schema import EncoderConfig, RunConfig, ScoreConfig
 from renee_ray.errors import ConfigError
 from renee_ray.machine import OPENMP
 
-COUNT = click.IntRange(min=1)
 UNSET = {"data": "-", "output": "-"}
 
 
@@ -46,10 +45,10 @@ def recipes(name: str, as_json: bool) -> None:
 @click.command(cls=ConfiguredCommand, keys=RunConfig)
 @click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1)
-@click.option("--labels", type=COUNT, help="Labels; by default the dataset's or the recipe's.")
-@click.option("--points", type=COUNT, help="Training points.")
+@count("--labels", None, "Labels; by default the dataset's or the recipe's.")
+@count("--points", None, "Training points.")
 @click.option("--tokens", type=click.FloatRange(min=1), help="Mean tokens of a point.")
-@click.option("--devices", type=COUNT, help="Workers, a device each; by default num_workers.")
+@count("--devices", None, "Workers, a device each; by default num_workers.")
 @click.option("--device", default="auto", show_default=True, help="Kind: v100, h100, cpu, ...")
 @click.option("--calibrate", is_flag=True, help="Measure rates here, for some seconds.")
 @json_option

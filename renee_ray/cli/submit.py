@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, json_option
+from renee_ray.cli.common import PATH, ConfiguredCommand, count, json_option
 from renee_ray.cli.data import convert
 from renee_ray.cli.output import progress, say
 from renee_ray.cli.score import evaluate, export, predict
@@ -37,20 +37,8 @@ JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, exp
 )
 @click.option("--submission-id", help="Name of the job.  [default: made of command and time]")
 @click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
-@click.option(
-    "--stop-wait-s",
-    type=click.IntRange(min=1),
-    default=60,
-    show_default=True,
-    help="Seconds that a stopped job has to end by itself.",
-)
-@click.option(
-    "--patience-s",
-    type=click.FloatRange(min=1),
-    default=600,
-    show_default=True,
-    help="Seconds that the cluster may be away while the job is followed.",
-)
+@count("--stop-wait-s", 60, "Seconds that a stopped job has to end by itself.")
+@count("--patience-s", 600, "Seconds that the cluster may be away while the job is followed.")
 @json_option
 @click.argument("job", type=click.Choice(list(JOBS)))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)

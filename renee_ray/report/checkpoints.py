@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from renee_ray.checkpoint.registry import Checkpoints, Found
@@ -49,12 +49,8 @@ def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) ->
     """Shows the list for a terminal; the best by `metric` is marked."""
     scores = [row["metrics"].get(metric) for row in rows if not row["problem"]]
     best = max((score for score in scores if score is not None), default=None)
-    table = Table()
-    for name in "checkpoint", "step":
-        table.add_column(name)
-    for name in "size", "workers", "written", metric:
-        table.add_column(name, justify="right")
-    table.add_column("verified" if verified else "sizes")
+    numbers = (Column(name, justify="right") for name in ("size", "workers", "written", metric))
+    table = Table("checkpoint", "step", *numbers, "verified" if verified else "sizes")
     for row in rows:
         score = row.get("metrics", {}).get(metric)
         shown = "" if score is None else f"{score:.2f}" + (" best" if score == best else "")

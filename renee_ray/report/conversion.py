@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from renee_ray.errors import printable
@@ -25,13 +25,12 @@ def conversion_text(facts: Mapping[str, Any]) -> RenderableType:
 
 
 def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
-    table = Table(title=Text(printable(f"{facts['dataset']}: {facts['labels']:,} labels")))
-    table.add_column("")
-    for name in ("points", "tokens:\nmean", "\nmost", "\nat limit", "labels:\nmean", "\nmost"):
-        table.add_column(name, justify="right")
+    names = ("points", "tokens:\nmean", "\nmost", "\nat limit", "labels:\nmean", "\nmost")
+    title = Text(printable(f"{facts['dataset']}: {facts['labels']:,} labels"))
+    table = Table("", *(Column(name, justify="right") for name in names), title=title)
     odd = []
     for split, counts in facts["statistics"].items():
-        table.add_row(split, *(_cell(counts.get(key)) for key in SHOWN))
+        table.add_row(split, *(f"{counts[key]:,}" if key in counts else "" for key in SHOWN))
         odd += [
             f"{split}: {count:,} {name.replace('_', ' ')}"
             for name, count in counts.items()
@@ -40,7 +39,3 @@ def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield table
     for line in [*odd, *facts["hints"]]:
         yield Text(printable(line))
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:,}"

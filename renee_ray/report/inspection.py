@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from renee_ray.errors import printable
@@ -47,12 +47,8 @@ def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _rows(facts: Mapping[str, Any]) -> Table:
-    table = Table()
-    table.add_column("")
-    table.add_column("rows", justify="right")
-    table.add_column("parts", justify="right")
-    for name in ("tokens:\nmedian", "\n99%", "\nmost", "labels:\nmean", "\nmost"):
-        table.add_column(name, justify="right")
+    names = ("rows", "parts", "tokens:\nmedian", "\n99%", "\nmost", "labels:\nmean", "\nmost")
+    table = Table("", *(Column(name, justify="right") for name in names))
     for split, tokens in facts["tokens_a_row"].items():
         labels = facts["labels_a_point"].get(split, {})
         rows = facts["points"].get(split, facts["labels"])
@@ -72,9 +68,9 @@ def _histogram(title: str, counts: Mapping[str, int]) -> Table:
 
 
 def _tail(facts: Mapping[str, Any]) -> Table:
-    table = Table(title="By training points of a label", title_justify="left", box=None)
-    for name in ("points", "of labels", "of (point, label) pairs"):
-        table.add_column(name, justify="right")
+    names = ("points", "of labels", "of (point, label) pairs")
+    columns = (Column(name, justify="right") for name in names)
+    table = Table(*columns, title="By training points of a label", title_justify="left", box=None)
     pairs = facts["share_of_pairs_by_points"]
     for name, share in facts["share_of_labels_by_points"].items():
         table.add_row(Text(printable(name)), f"{share:.1%}", f"{pairs[name]:.1%}")

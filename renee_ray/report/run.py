@@ -311,7 +311,6 @@ def _chart(
 
 
 def _note(lines: Sequence[Line], unit: str, peak: bool) -> str:
-    """Says the last (or highest) value of each line in words."""
     places = FORMATS.get(unit, ".3g")
     values = [
         f"{line.label if len(lines) > 1 else ''} {line.y.max() if peak else line.y[-1]:{places}}"

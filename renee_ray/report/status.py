@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from renee_ray.data.storage import read_file
@@ -177,16 +177,13 @@ def _evaluation(status: Mapping[str, Any], name: str) -> str:
 def _ranks(ranks: list[dict[str, Any]]) -> Table:
     slowest = sorted(ranks, key=lambda each: -each["own_s"])[:SHOWN_RANKS]
     more = f", the {SHOWN_RANKS} slowest of {len(ranks)}" if len(ranks) > SHOWN_RANKS else ""
-    table = Table(title=f"Workers{more}: milliseconds of a step", title_justify="left")
-    table.add_column("rank", justify="right")
-    table.add_column("node")
-    for name in ("step", "own part", "data"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    rank, *times = (Column(name, justify="right") for name in ("rank", "step", "own part", "data"))
+    title = f"Workers{more}: milliseconds of a step"
+    table = Table(rank, "node", *times, "", title=title, title_justify="left")
     for each in sorted(slowest, key=lambda each: int(each["rank"])):
-        times = (f"{1000 * each[key]:.1f}" for key in ("step_s", "own_s", "data_s"))
+        shown = (f"{1000 * each[key]:.1f}" for key in ("step_s", "own_s", "data_s"))
         slow = Text("straggler" if each["slow"] else "", style="red")
-        table.add_row(str(each["rank"]), each["node"], *times, slow)
+        table.add_row(str(each["rank"]), each["node"], *shown, slow)
     return table
 
 
