@@ -279,7 +279,6 @@ class Checkpoint:
             )
 
     def _open(self, name: str, use: Callable[[TensorFile], T]) -> T:
-        """Returns `use` of a file."""
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.path} has no {name}; use another checkpoint")
         facts = self.manifest.files[name]

@@ -270,7 +270,6 @@ class CheckpointWriter:
         return patiently(once, f"writing {path}")
 
     def _publish(self, name: str, content: bytes) -> None:
-        """Writes a file whole or not at all."""
         filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
         patiently(lambda: replace_on(filesystem, path, content, durable=True), f"writing {path}")
 
@@ -320,7 +319,6 @@ class CheckpointWriter:
 def _named(
     everyone: list[dict[str, FileFacts]], ranges: list[tuple[int, int]]
 ) -> dict[str, FileFacts]:
-    """Names the files of all ranks."""
     return {
         kind or shard_name(*ranges[rank]): facts
         for rank, files in enumerate(everyone)

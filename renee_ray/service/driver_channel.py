@@ -64,5 +64,4 @@ class DriverChannel:
         ray.get(self._actor.wait_for_stop.remote())
 
     def close(self) -> None:
-        """Ends the actor."""
         ray.kill(self._actor)

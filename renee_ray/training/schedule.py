@@ -21,7 +21,6 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """The number of steps."""
         return sum(self.batches)
 
     def evaluation_steps(self) -> set[int]:

@@ -74,12 +74,10 @@ class Exported:
             self._add(metric, getattr(now, name) - getattr(before, name))
 
     def pace(self, own: Pace) -> None:
-        """Takes this rank's pace."""
         for name, metric in PACE.items():
             self._set(metric, getattr(own, name))
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Takes a record of training/loop."""
         for name, metric in RECORD.items():
             self._set(metric, record[name])
         for name in GPU_MEMORY:
@@ -87,7 +85,6 @@ class Exported:
                 self._set(GPU_GIB, record[name], kind=name.split("_")[1])
 
     def validation(self, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of the validation split."""
         for name, value in metrics.items():
             self._set(VALIDATION, value, metric=name)
 

@@ -141,7 +141,6 @@ class Observer:
             log.info("%s", line(record))
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Takes the metrics of the validation split."""
         if self._status is not None:
             self._status.evaluated()
             self._exported.validation(metrics)

@@ -125,7 +125,6 @@ class Display:
 
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Show]:
-    """Shows records as a progress bar."""
     task: Any = None
     with Progress(
         TextColumn("epoch {task.fields[epoch]:.2f}"),

@@ -87,7 +87,6 @@ class Sinks:
         self._put(record["step"], numbers | {f"seconds/{k}": v for k, v in phases.items()})
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of the validation split."""
         self._put(step, {f"validation/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:

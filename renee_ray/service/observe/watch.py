@@ -151,7 +151,6 @@ class Watch:
         return self._missing.sentence() if same and to_the_end and not failed_itself else ""
 
     def _front(self) -> int:
-        """Returns the most phases that a worker has entered."""
         return max((beat.entered for beat, _ in list(self._beats.values())), default=0)
 
 

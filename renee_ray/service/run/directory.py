@@ -81,7 +81,6 @@ class RunDirectory:
         return make_config(RunConfig, config, where=where)
 
     def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
-        """Returns an object in run.json."""
         part = saved.get(name)
         if not isinstance(part, dict):
             raise ReneeError(

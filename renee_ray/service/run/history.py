@@ -99,7 +99,6 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._run, name="run files", daemon=True)
 
     def start(self) -> None:
-        """Begins to write."""
         self._thread.start()
 
     def put(self, name: str, content: dict[str, Any]) -> None:

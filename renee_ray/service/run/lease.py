@@ -213,7 +213,6 @@ class Lease:
         replace_on(self._filesystem, name, json.dumps(content, indent=1).encode())
 
     def _release(self) -> None:
-        """Deletes the claim."""
         try:
             if self._token:
                 release = partial(self._delete, self._token)
@@ -222,14 +221,12 @@ class Lease:
             log.warning("%s remains: %s", self._where(self._token), reason(error))
 
     def _names(self) -> set[str]:
-        """Lists the run directory."""
         if isinstance(self._filesystem, pafs.PyFileSystem):  # fsspec keeps listings
             self._filesystem.handler.fs.invalidate_cache()
         listed = self._filesystem.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
         return {info.base_name for info in listed}
 
     def _claims(self) -> dict[str, bytes]:
-        """Reads the claims that are there, by token."""
         found = {token: self._content(token) for token in _tokens(self._names())}
         return {token: content for token, content in found.items() if content is not None}
 
@@ -250,7 +247,6 @@ class Lease:
         return f"{self._root}/lease-{token}.json"
 
     def _where(self, token: str) -> str:
-        """Returns the path of a claim, for people."""
         return f"{self.run}/lease-{token}.json"
 
     def _patiently(self, operation: Callable[[], Any]) -> Any:
@@ -258,7 +254,6 @@ class Lease:
 
 
 def _tokens(names: set[str]) -> set[str]:
-    """Returns the tokens of the claims among the names of files."""
     return {match[1] for match in map(CLAIM.fullmatch, names) if match}
 
 

@@ -85,7 +85,6 @@ def train(
 def _train(
     config: RunConfig, dataset: Dataset, lease: Lease, on_progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Trains as the holder of the run's lease."""
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     known = identity(dataset)

@@ -143,7 +143,6 @@ def _matrix(matrix: Tensor, rows: int, columns: int, chosen: Tiles) -> Tensor | 
 
 
 def _options(chosen: Tiles) -> dict[str, Any]:
-    """Returns the arguments that all matmuls take."""
     return {
         "DESCRIBED": chosen.resident > 0, "M": chosen.m, "N": chosen.n, "SLICES": chosen.slices,
         "GROUP": tiles.GROUP, "num_warps": chosen.warps, "num_stages": chosen.stages,
