@@ -12,7 +12,6 @@ from renee_ray.xfc import shard as shard_module
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.topk import best as module
-from renee_ray.xfc.topk import select as topk_module
 from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.pairwise import pairwise
@@ -264,7 +263,6 @@ def test_memory_is_that_of_a_chunk(
     """From the first chunk on, which has no threshold, whatever the order of the scores."""
     n, dim, batch, k, limit = 12_000, 16, 128, 50, 2 << 20
     monkeypatch.setattr(shard_module, "chunk_bytes", lambda device_type: limit)
-    monkeypatch.setattr(topk_module, "screens", lambda *given: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     score = {
         "normal": weight_of(n, 1).flatten(),
@@ -283,10 +281,7 @@ def test_memory_is_that_of_a_chunk(
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_score_without_value_hides_no_other(
-    value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(topk_module, "screens", lambda *given: False)
+def test_a_score_without_value_hides_no_other(value: float) -> None:
     weight, inputs = weight_of(2000), inputs_of()
     for label in (5, 700, 1990):  # in a chunk that has no threshold, and in later ones
         weight[label] = value * inputs[0].sign()
@@ -313,3 +308,18 @@ def test_nothing_of_batch_by_labels_is_ever_made() -> None:
     with Largest() as largest:
         shard_topk(shard, inputs_of(batch), k, excluded)
     assert largest.numel <= batch * (chunk + 2 * max(k, 128))
+
+
+@pytest.mark.parametrize("precision", sorted(STORAGES))
+def test_rows_that_are_picked_are_those_that_are_read(precision: str) -> None:
+    shard = shard_of(LabelRange(0, 90, 90), weight_of(90), 0, precision)
+    rows = torch.tensor([5, 0, 89, 5, 44])
+    assert torch.equal(shard.weights.weight.pick(rows), shard.weights.read(0, 90)[rows])
+
+
+def test_pairs_of_some_rows() -> None:
+    owned = LabelRange(10, 40, 50)
+    pairs = Pairs(torch.tensor([0, 3, 3, 5, 8]), torch.tensor([12, 39, 11, 12, 30]), owned)
+    found = pairs.of_rows(torch.tensor([3, 5, 7])).by_chunk([(0, 5), (5, 30)])
+    assert [(r.tolist(), c.tolist()) for r, c in found] == [([0, 1], [1, 2]), ([0], [24])]
+    assert pairs.of_rows(torch.tensor([7])).by_chunk([(0, 30)])[0][0].tolist() == []

@@ -244,7 +244,6 @@ def test_the_host_waits_once(with_excluded: bool, monkeypatch: pytest.MonkeyPatc
     assert len({len(list(gpu.rounds(count, 30, width))) for count in tiles}) == len(sizes)
     assert [waits_of(shard, with_excluded, monkeypatch) for shard in shards] == [1, 1]
     monkeypatch.setattr(select, "scans", lambda shard, k: False)
-    monkeypatch.setattr(select, "screens", lambda *given: False)
     few, many = (waits_of(shard, with_excluded, monkeypatch) for shard in shards)
     assert 1 < few < many
 

@@ -41,7 +41,7 @@ class Best:
         """Takes the scores of a chunk of labels, which begins at `first`, later than all before.
 
         Args:
-            logits: float32 or bfloat16 [B, c]; may be overwritten.
+            logits: float32 [B, c]; may be overwritten.
             offset: float32 [c], added to each row, as fp32.
         """
         from renee_ray.xfc.topk.cpu_loops import collect  # numba takes a second to import
@@ -84,7 +84,6 @@ class PlainBest(Best):
     """
 
     def add(self, logits: Tensor, first: int, offset: Tensor | None = None) -> None:
-        logits = logits.float()
         if offset is not None:
             logits += offset
         logits.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -1,10 +1,6 @@
-"""The loops of the top-k on a CPU, compiled: they read scores and weights.
+"""The loop of the top-k on a CPU, compiled: of each row of scores those above its threshold.
 
-    collect      of each row of scores those above the row's threshold (`topk.best`)
-    narrow       fp32 to bf16, with the length of each row and of what it loses (`topk.screen`)
-    row_norms    the length of each row of bf16
-
-Each passes over memory once, where plain torch takes a pass for every operation.
+It passes over memory once, where plain torch takes a pass for every operation.
 Import this module only to use it: numba takes a second.
 """
 
@@ -13,15 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import numba
 import numpy as np
 from torch import Tensor
 
 from renee_ray.xfc.labels import NONE
-from renee_ray.xfc.weights.cpu_rows import DTYPES, READ, bits_of, compiled, float_of, over_rows
-
-# Lengths of rows may be summed in any order, which is what lets a sum be vectorised.
-measuring = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+from renee_ray.xfc.weights.cpu_rows import bits_of, compiled, float_of, over_rows
 
 
 def collect(
@@ -33,32 +25,18 @@ def collect(
     A row without room is cut to its k best, in their order, and its threshold raised.
 
     Args:
-        logits: float32 or bfloat16 [B, c], of labels from `first` on.
+        logits: float32 [B, c], of labels from `first` on.
         offset: float32 [c], added to the logits, or None.
         block: labels that are compared with the threshold together, before each single one.
     """
-    loop = _collection(DTYPES[logits.dtype], offset is not None, block)
+    loop = _collection(offset is not None, block)
     shift = np.empty(0, np.float32) if offset is None else offset.numpy()
     over_rows(loop, (logits, threshold, used, scores, labels), 0, k, first, shift)
 
 
-def narrow(values: Tensor, out: Tensor, norms: Tensor) -> None:
-    """Rounds float32 `values` [c, D] to the nearest bfloat16, into `out` [c, D].
-
-    norms: float32 [c, 2], which gets |out| and |values - out| of each row.
-    """
-    over_rows(_narrow, (values, out, norms), 0)
-
-
-def row_norms(values: Tensor, norms: Tensor) -> None:
-    """Computes |values| of each row of bfloat16 `values` [c, D], into float32 `norms`[:, 0]."""
-    over_rows(_row_norms, (values, norms), 0)
-
-
 @functools.cache
-def _collection(dtype: str, shifted: bool, block_size: int) -> Callable[..., None]:
-    """Returns the loop that collects from scores of `dtype`, with an offset or without."""
-    read = READ[dtype]
+def _collection(shifted: bool, block_size: int) -> Callable[..., None]:
+    """Returns the loop that collects scores with an offset or without."""
 
     @compiled
     def collect(logits, threshold, used, scores, labels, _, k, first, offset):
@@ -68,7 +46,7 @@ def _collection(dtype: str, shifted: bool, block_size: int) -> Callable[..., Non
             for at in range(0, columns, block_size):
                 size = min(block_size, columns - at)
                 found = logits[i, at : at + size]
-                read(found, found, block[:size])
+                block[:size] = found
                 if shifted:
                     _shift(block[:size], offset[at : at + size])
                 # Most blocks hold nothing; to count takes vectors of comparisons and no branch.
@@ -83,8 +61,7 @@ def _collection(dtype: str, shifted: bool, block_size: int) -> Callable[..., Non
                     if block[j] > least:
                         scores[i, count], labels[i, count] = block[j], first + at + j
                         count += 1
-            # Another thread may have raised it meanwhile.
-            threshold[i, 0], used[i] = max(least, threshold[i, 0]), count
+            threshold[i, 0], used[i] = least, count
 
     return collect
 
@@ -143,33 +120,6 @@ def _kth_largest(values, k):
             high = np.int64(middle) - 1
     key = np.int32(low)
     return float_of(np.uint32(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF))))
-
-
-@measuring
-def _narrow(values, out, norms, first):
-    dim = values.shape[1]
-    for i in range(len(values)):
-        size, error = np.float32(0), np.float32(0)
-        for j in range(dim):
-            bits = bits_of(values[i, j])
-            high = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-            high = high >> np.uint32(16)
-            out[i, j] = np.uint16(high)
-            near = float_of(high << np.uint32(16))
-            lost = values[i, j] - near
-            size += near * near
-            error += lost * lost
-        norms[i, 0], norms[i, 1] = np.sqrt(size), np.sqrt(error)
-
-
-@measuring
-def _row_norms(values, norms, first):
-    for i in range(len(values)):
-        size = np.float32(0)
-        for j in range(values.shape[1]):
-            near = float_of(np.uint32(values[i, j]) << np.uint32(16))
-            size += near * near
-        norms[i, 0] = np.sqrt(size)
 
 
 @compiled

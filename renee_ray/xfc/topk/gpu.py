@@ -10,8 +10,8 @@ their row. After each round of tiles a row is cut to its `kept` best, more than 
     size    [1]         int32    the largest |w'|^2 so far, fp32 bits: integers that order alike
 
 The threshold is the score in place `kept` - 1, so a label that is not kept has no greater product
-than the last that is. `screen.settle` then finds the k best of the others by fp32 products. The
-bound is that of `screen` without its last term, since the products stay fp32:
+than the last that is. `settle` then finds the k best of the others by fp32 products. By Cauchy and
+Schwarz (twice), and the rounding of the sums of either product, in any order:
 
     |e.w - a|  <=  |e| |w - w'|  +  |e - e'| |w'|  +  D 2^-22 |e| |w'|
 
@@ -40,12 +40,14 @@ from torch import Tensor
 from renee_ray.xfc.device import GPU_CHUNK_BYTES, native_e4m3
 from renee_ray.xfc.labels import NONE
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.topk.screen import HALF_ULP, candidate_scores, settle
+from renee_ray.xfc.topk.settle import candidate_scores, settle
 
 LABELS, ROWS = 128, 128
 """Labels and rows of a tile."""
 TALL = 256
 """Rows of a tile on Hopper: fewer operands are read for each product. Elsewhere registers spill."""
+HALF_ULP = 2.0**-8
+"""Relative rounding error of bf16 (half a unit in the last place)."""
 PLACES, PLACE_BYTES = 8, 45
 """Places of a row for each label that is kept, at least; the memory of one while it is sorted."""
 SETTINGS: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
@@ -68,7 +70,7 @@ all that `Buffer.pick` takes in between."""
 def scanned_topk(
     shard: Shard, embeddings: Tensor, k: int, excluded: Pairs | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `screen.screened_topk` does, for as many rows at once as memory is meant for."""
+    """Does what `select.shard_topk` does, and returns which rows are certain too, bool [B]."""
     kept = 2 * k + 28
     width = triton.next_power_of_2(PLACES * kept)
     at_once = max(ROWS, GPU_CHUNK_BYTES // (PLACE_BYTES * width))
@@ -123,7 +125,7 @@ def _scanned(
     left_out, candidates = scores[:, kept - 1], labels[:, : kept - 1]
     candidates = candidates.masked_fill(scores[:, : kept - 1] == -torch.inf, NONE)
     together = min(SCORED, rows, GPU_CHUNK_BYTES // (PICKED_BYTES * kept * dim))
-    score = partial(candidate_scores, weights, embeddings, offset, max(1, together), 1)
+    score = partial(candidate_scores, weights, embeddings, offset, max(1, together))
     rounding = FP32_ULP * (left_out.abs() + bound)
     return settle(shard, k, candidates, left_out, bound, rounding, score)
 

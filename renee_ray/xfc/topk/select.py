@@ -21,8 +21,7 @@ those of the exact products.
 
 Rows that have fewer than k labels left are filled with label -1 and score -inf.
 
-Where the device multiplies bf16 faster, most labels are ruled out by bf16 products (`screen` on a
-CPU, `gpu` on a GPU).
+On a GPU most labels are ruled out by bf16 products (`gpu`).
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ from renee_ray.xfc.labels import NONE
 from renee_ray.xfc.lanes import run
 from renee_ray.xfc.shard import Chunks, Pairs, Shard
 from renee_ray.xfc.topk.best import best_of, join, leading
-from renee_ray.xfc.topk.screen import kept, screened_topk, screens
 from renee_ray.xfc.weights.buffers import Split
 from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.storages import Weights
@@ -46,6 +44,9 @@ from renee_ray.xfc.weights.storages import Weights
 __all__ = ["NONE", "merge_topk", "shard_topk"]
 
 log = logging.getLogger(__name__)
+
+LABELS_A_PLACE, FEWEST_LABELS = 24, 448
+"""Labels of a shard for each place of a row, and besides, from which on a scan is faster."""
 
 
 def shard_topk(
@@ -65,13 +66,11 @@ def shard_topk(
     Returns:
         (scores float32 [B, k] descending, labels int64 [B, k], global ids)
     """
-    if scans(shard, k):
-        from renee_ray.xfc.topk.gpu import scanned_topk as search  # triton is not everywhere
-    elif screens(shard, len(embeddings), k):
-        search = screened_topk
-    else:
+    if not scans(shard, k):
         return _plain_topk(shard, embeddings, k, excluded, offset)
-    scores, labels, certain = search(shard, embeddings, k, excluded, offset)
+    from renee_ray.xfc.topk.gpu import scanned_topk  # triton is not everywhere
+
+    scores, labels, certain = scanned_topk(shard, embeddings, k, excluded, offset)
     # All that the host waits for.
     if bool(certain.all()):
         return scores, labels
@@ -84,7 +83,7 @@ def shard_topk(
 
 def scans(shard: Shard, k: int) -> bool:
     """Whether `gpu.scanned_topk` can be used, and is faster."""
-    too_small = shard.weights.dim < 16 or len(shard.owned) < 16 * kept(k)
+    too_small = shard.weights.dim < 16 or len(shard.owned) < LABELS_A_PLACE * k + FEWEST_LABELS
     return not too_small and has_kernels(shard.weights.device)
 
 

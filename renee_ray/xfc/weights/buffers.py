@@ -40,13 +40,11 @@ class Buffer(ABC):
     kind: the name of the format, by which compiled code chooses how to read and write it.
     dropped: bits of the noise that `store` rounds with; 0: it rounds to nearest, or not at all.
     aliased: whether `read` gives the buffer itself.
-    exact_bf16: whether its numbers are bf16 numbers.
     """
 
     kind = ""
     dropped = 0
     aliased = False
-    exact_bf16 = False
 
     @abstractmethod
     def __init__(self, rows: int, dim: int, device: torch.device, scratch: Scratch) -> None: ...
@@ -161,7 +159,6 @@ class BFloat16(Single):
     kind = "bf16"
     dtype = torch.bfloat16
     dropped = BF16_DROPPED
-    exact_bf16 = True
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         out = _like(self.data[start:stop]) if out is None else out
@@ -213,7 +210,6 @@ class E4M3(Single):
     kind = "e4m3"
     dtype = torch.float8_e4m3fn
     dropped = E4M3_DROPPED
-    exact_bf16 = True
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self._expanded(self.data[start:stop], out)
