@@ -64,7 +64,6 @@ def test_bench_topk(capsys: pytest.CaptureFixture[str], k: int) -> None:
     assert {"topk_s", "gemm_s", "ratio_to_gemm", "torch_topk_s"} <= set(found)
     assert found["same_but_ties"] is True
     assert 0 < float(found["greatest_difference"]) <= float(found["rounding"]) < 1e-4
-    assert found["identical"] in (True, False)  # as the BLAS of this machine rounds
     assert found["ratio_to_gemm"] == pytest.approx(found["topk_s"] / found["gemm_s"])
 
 

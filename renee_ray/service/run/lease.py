@@ -43,7 +43,7 @@ from typing import Any
 import psutil
 import pyarrow.fs as pafs
 
-from renee_ray.data.storage import filesystem_of, make_directory, patiently, refuse_link, replace_on
+from renee_ray.data.storage import filesystem_of, make_directory, patiently, replace_file
 from renee_ray.data.untrusted import read_bounded
 from renee_ray.errors import ReneeError, printable, reason
 from renee_ray.service.run.directory import RUN_FILE
@@ -207,10 +207,7 @@ class Lease:
             "since_s": self._since, "beat_s": time.time(), "beats": self._beats,
             "holds": self._holds,
         }  # fmt: skip
-        name = self._name(self._token)
-        for each in name, f"{name}.tmp":
-            refuse_link(self._filesystem, each)
-        replace_on(self._filesystem, name, json.dumps(content, indent=1).encode())
+        replace_file(self._where(self._token), json.dumps(content, indent=1).encode(), patience=0)
 
     def _release(self) -> None:
         try:
