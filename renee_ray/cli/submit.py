@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -28,11 +27,6 @@ JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, exp
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--address", type=PATH, help="URL of the job server.  [default: Ray's, or port 8265]")
 @click.option(
-    "--working-dir",
-    type=PATH,
-    help="A clone to take along.  [default: the package that is running]",
-)
-@click.option(
     "--env", "env", multiple=True, metavar="NAME[=VALUE]", help="A variable that the job gets."
 )
 @click.option("--submission-id", help="Name of the job.  [default: made of command and time]")
@@ -52,11 +46,8 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
     """
     config = _check_job(job, arguments)
     from renee_ray.service.submit import submit as service
-    from renee_ray.service.submit.job_files import check_clone, job_environment
+    from renee_ray.service.submit.job_files import job_environment
 
-    clone = Path(options["working_dir"]).resolve() if options["working_dir"] else None
-    if clone:
-        check_clone(clone)
     environment = job_environment(options["env"], options["stop_wait_s"], os.environ)
     address = service.choose_address(options["address"])
     client = service.connect(address)
@@ -65,10 +56,8 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
         job,
         arguments,
         environment=environment,
-        clone=clone,
         config=config,
         submission_id=options["submission_id"],
-        on_progress=say,
     )
     as_json = options["as_json"]
     if options["no_wait"]:

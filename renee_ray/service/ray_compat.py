@@ -47,8 +47,6 @@ LAZY = {
 }
 """Name -> module. Imported when first asked for: a conversion starts 0.6 s sooner without it."""
 
-LARGEST_UPLOAD = ray_constants.DASHBOARD_CLIENT_MAX_SIZE
-"""Bytes of the largest package that a job server takes. Check that the server still has it."""
 node_cpus = utils.get_num_cpus
 """CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
 LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR

@@ -12,11 +12,9 @@ from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.service.launch import check_placement, placement
-from renee_ray.service.submit import job_files
 from renee_ray.service.submit.job_files import (
     PACKAGE,
     PASSED_ON,
-    check_clone,
     check_shared,
     job_environment,
     looks_secret,
@@ -75,58 +73,16 @@ def test_relative_paths_are_refused() -> None:
         check_shared({"data": "s3://bucket/set", "output": "runs/a"})
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    root = tmp_path / "clone"
-    for name in (
-        "jobs/train.py", "renee_ray/cli/main.py", "renee_ray/recipes/x.yaml", ".git/config", ".env",
-        "renee_ray/__pycache__/cli.pyc", "runs/a/run.json", "quickstart/report.html",
-        "myenv/pyvenv.cfg", "myenv/lib/python3/site.py", "renee_ray.egg-info/PKG-INFO",
-        ".mypy_cache/x", "docs/.hidden/y",
-    ):  # fmt: skip
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(name)
-    return root
-
-
 def files_in(root: Path) -> set[str]:
     return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
 
 
-def test_code_goes_along_and_the_rest_stays(clone: Path, tmp_path: Path) -> None:
-    (clone / "model.bin").write_bytes(bytes(job_files.LARGE_FILE))
-    (clone / "model.txt").write_bytes(bytes(job_files.LARGE_FILE - 1))
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    assert pack(clone, packed, 2**30) == [Path("model.bin")]
-    assert files_in(packed) == {
-        "jobs/train.py",
-        "renee_ray/cli/main.py",
-        "renee_ray/recipes/x.yaml",
-        "model.txt",
-    }
-
-
-def test_more_than_ray_takes_is_refused(clone: Path, tmp_path: Path) -> None:
-    (clone / "data").mkdir()
-    for part in range(3):
-        (clone / "data" / str(part)).write_bytes(bytes(2**20))
-    with pytest.raises(ReneeError, match=r"come to 3 MiB .* Ray takes 2 MiB .* data \(3 MiB\)"):
-        pack(clone, tmp_path / "packed", 2 * 2**20)
-
-
 def test_all_of_the_running_package_goes_along(tmp_path: Path) -> None:
-    pack(PACKAGE, tmp_path, 2**30)
+    pack(tmp_path / "code")
     cached = {name for name in files_in(PACKAGE) if "__pycache__" in name}
-    packed = files_in(tmp_path)
+    packed = files_in(tmp_path / "code")
     assert packed == files_in(PACKAGE) - cached
     assert packed > {"__main__.py", "recipes/quickstart.yaml"}
-
-
-def test_a_clone_has_the_package(clone: Path, tmp_path: Path) -> None:
-    check_clone(Path(__file__).parents[2])
-    with pytest.raises(ReneeError, match=r"--working-dir .* has no renee_ray/__main__\.py"):
-        check_clone(clone)
 
 
 def test_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +101,6 @@ def test_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("train", "no-such.yaml"), 1, "cannot read no-such.yaml"),
         (("train", "quickstarts"), 1, "did you mean 'quickstart'"),
-        (("--working-dir", "/", "export", "s3://b/r", "s3://b/e"), 1, "has no renee_ray"),
         (("train", "quickstart", "data=s3://b/d", "output=s3://b/o", "epoch=3"), 1,
          "did you mean 'epochs'"),
         (("train", "quickstart", "data=s3://b/d", "output=runs/o"), 1,

@@ -1,8 +1,8 @@
 """What a submitted job takes along: the code that it runs, and its environment.
 
-The code is the package that is running, from a clone or a wheel, or else a whole clone. All of it
-travels to the cluster, and the dashboard shows it. Hidden files stay here, and no secret goes into
-the environment: the nodes have their own.
+The code is the package that is running, from a clone or a wheel. All of it travels to the cluster,
+and the dashboard shows it. Hidden files stay here, and no secret goes into the environment: the
+nodes have their own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from renee_ray.errors import ReneeError
@@ -33,14 +32,6 @@ PASSED_ON = (
     "RENEE_RAY_STORAGE_PATIENCE_S",
 )
 """Variables that a job gets from the environment of `submit`, where they are set there."""
-
-LEFT_OUT = (
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "quickstart", "wandb", "mlruns",
-    "node_modules",
-)  # fmt: skip
-"""Names of files and directories that stay here, anywhere in the tree, as environments do."""
-LARGE_FILE = 10 * 2**20
-"""Bytes of the smallest file that stays here, since it belongs on storage."""
 
 SECRET_WORDS = {
     "KEY", "KEYS", "PASS", "PRIVATE", "PWD", "TOKEN", "TOKENS",
@@ -109,70 +100,6 @@ def check_shared(paths: Mapping[str, str]) -> None:
             )
 
 
-def job_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the files that a job takes along, and those too large for it, relative to `root`."""
-    small: list[Path] = []
-    large: list[Path] = []
-    for directory, names, files in os.walk(root):
-        here = Path(directory)
-        names[:] = (n for n in names if not _left_out(n) and not _is_environment(here / n))
-        for path in (here / name for name in files if not _left_out(name)):
-            if path.is_file():
-                kind = large if path.stat().st_size >= LARGE_FILE else small
-                kind.append(path.relative_to(root))
-    return sorted(small), sorted(large)
-
-
-def pack(root: Path, destination: Path, limit: int) -> list[Path]:
-    """Copies the files below `root` that a job takes along to `destination`.
-
-    Args:
-        limit: bytes that Ray accepts.
-
-    Returns:
-        the files that were left out because they are large, relative to `root`.
-
-    Raises:
-        ReneeError: they are more than `limit`.
-    """
-    small, large = job_files(root)
-    sizes = {path: (root / path).stat().st_size for path in small}
-    if sum(sizes.values()) >= limit:
-        raise ReneeError(
-            f"the files of {root} come to {_mib(sum(sizes.values()))} without those that stay "
-            f"here, and Ray takes {_mib(limit)} for a job; most are in "
-            f"{', '.join(_largest(sizes))}: move them elsewhere"
-        )
-    for path in small:
-        (destination / path.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / path, destination / path)
-    return large
-
-
-def check_clone(path: Path) -> None:
-    """Raises ReneeError where `path` is no clone of the repository, whose code a job could run."""
-    if not (path / PACKAGE.name / "__main__.py").is_file():
-        raise ReneeError(
-            f"--working-dir {path} has no {PACKAGE.name}/__main__.py; give a clone of renee_ray, "
-            f"or omit it to take along the package that is running"
-        )
-
-
-def _left_out(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
-
-
-def _is_environment(path: Path) -> bool:
-    return (path / "pyvenv.cfg").is_file() or (path / "conda-meta").is_dir()
-
-
-def _largest(sizes: Mapping[Path, int]) -> Iterator[str]:
-    tops: dict[str, int] = {}
-    for path, size in sizes.items():
-        tops[path.parts[0]] = tops.get(path.parts[0], 0) + size
-    for name in sorted(tops, key=lambda name: -tops[name])[:3]:
-        yield f"{name} ({_mib(tops[name])})"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"
+def pack(destination: Path) -> None:
+    """Copies the package that is running to `destination`, without hidden and compiled files."""
+    shutil.copytree(PACKAGE, destination, ignore=shutil.ignore_patterns(".*", "__pycache__"))

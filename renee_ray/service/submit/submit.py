@@ -30,7 +30,6 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from renee_ray import __version__
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.threads import in_thread
-from renee_ray.service.ray_compat import LARGEST_UPLOAD
 from renee_ray.service.submit.job_files import PACKAGE, pack
 
 T = TypeVar("T")
@@ -96,28 +95,22 @@ def submit(
     arguments: Sequence[str],
     *,
     environment: dict[str, str],
-    clone: Path | None = None,
     config: str | None = None,
     submission_id: str | None = None,
-    on_progress: Callable[[str], None] = lambda text: None,
 ) -> Submission:
     """Starts `python -m renee_ray JOB ARGUMENTS` on the cluster.
 
     Args:
-        clone: directory whose files go along, in place of the package that is running.
         config: the one of `arguments` that is a configuration file; it goes along too.
 
     Raises:
-        ReneeError: the files are too large, the server refuses, or the id is taken.
+        ReneeError: the server refuses, or the id is taken.
     """
     address = client.get_address()
     name = submission_id or f"renee-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     words = list(arguments)
     with tempfile.TemporaryDirectory(prefix="renee-ray-job-") as scratch:
-        root, place = (clone, scratch) if clone else (PACKAGE, f"{scratch}/{PACKAGE.name}")
-        if large := pack(root, Path(place), LARGEST_UPLOAD):
-            shown = ", ".join(map(str, large[:3])) + (", ..." if len(large) > 3 else "")
-            on_progress(f"large files stay here: {shown}")
+        pack(Path(scratch) / PACKAGE.name)
         if config is not None:
             words[words.index(config)] = Path(config).name
             shutil.copyfile(config, Path(scratch) / Path(config).name)
