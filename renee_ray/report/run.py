@@ -49,10 +49,8 @@ MARKERS = ("o", "s", "^")
 FORMATS = {"%": ".1f", "rows/s": ".0f", "GiB": ".2f"}
 """Unit of a chart -> format of its values."""
 
-MAX_POINTS = 300
-"""Most points of a line; longer histories are averaged in bins, which bounds the page's size."""
-SMOOTH_FROM = 40
-"""Number of sampled losses from which a running mean is drawn over them."""
+MAX_POINTS = 100
+"""Most points of a line; longer histories are averaged in bins, which smooths a sampled loss."""
 
 NOT_KNOWN = "n/a"
 
@@ -196,7 +194,7 @@ def _charts(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any
     scores = [{"epoch": e["epoch"], **e["metrics"]} for e in evals]
     memory = _lines(steps, "peak_rss_gib", "gpu_peak_gib")
     drawn = (
-        _loss_chart(steps),
+        _chart("Training loss", "loss", _lines(steps, "loss")),
         _chart("Precision on validation", "%", _lines(scores, "P@1", "P@3", "P@5"), mark=True),
         _chart("Propensity-scored precision", "%", _lines(scores, "PSP@1", "PSP@5"), mark=True),
         _chart("Throughput", "rows/s", _lines(steps, "rows_per_second"), zero=True),
@@ -211,19 +209,13 @@ def _lines(entries: Sequence[Mapping[str, Any]], *keys: str, scale: float = 1.0)
     """Makes a line for each key that has a finite value somewhere."""
     found = []
     for key in keys:
-        x, y = _finite(entries, key)
-        if len(x):
+        pairs = [(entry["epoch"], entry.get(key)) for entry in entries]
+        array = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None becomes NaN
+        array = array[np.isfinite(array).all(axis=1)]
+        if len(array):
             label = key.removesuffix("_lr").removesuffix("_gib").replace("_", " ")
-            found.append(Line(label, x, y * scale))
+            found.append(Line(label, array[:, 0], array[:, 1] * scale))
     return found
-
-
-def _finite(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[Floats, Floats]:
-    """Returns epochs and values of the entries with a finite `key`: float64 [n], [n]."""
-    pairs = [(entry["epoch"], entry.get(key)) for entry in entries]
-    array = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None becomes NaN
-    array = array[np.isfinite(array).all(axis=1)]
-    return array[:, 0], array[:, 1]
 
 
 def _binned(values: Floats) -> Floats:
@@ -234,30 +226,11 @@ def _binned(values: Floats) -> Floats:
     return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
 
 
-def _running_mean(values: Floats) -> Floats:
-    """Averages over a centred twentieth of the samples; the window shrinks at the ends."""
-    window = np.ones(max(5, len(values) // 20) | 1)
-    total = np.convolve(values, window, mode="same")
-    return np.asarray(total / np.convolve(np.ones_like(values), window, mode="same"))
-
-
-def _loss_chart(steps: Sequence[Mapping[str, Any]]) -> Chart | None:
-    x, y = _finite(steps, "loss")
-    if not len(x):
-        return None
-    if len(x) < SMOOTH_FROM:
-        return _chart("Training loss", "loss", [Line("loss", x, y)], mark=True)
-    dots = Line("sampled", x[:: -(-len(x) // MAX_POINTS)], y[:: -(-len(x) // MAX_POINTS)])
-    mean = Line("running mean", x, _running_mean(y))
-    return _chart("Training loss", "loss", [mean], dots=dots)
-
-
 def _chart(
     title: str,
     unit: str,
     lines: Sequence[Line],
     *,
-    dots: Line | None = None,
     mark: bool = False,
     zero: bool = False,
     log: bool = False,
@@ -284,8 +257,6 @@ def _chart(
     with mpl.rc_context(style):
         figure = Figure(figsize=(4.9, 2.75), layout="constrained")
         axes = figure.add_subplot()
-        if dots:
-            axes.plot(dots.x, dots.y, ".", color=SERIES[0], alpha=0.35, ms=4, label=dots.label)
         for i, line in enumerate(lines):
             marker = MARKERS[i] if mark or len(line.x) == 1 else None
             x, y = _binned(line.x), _binned(line.y)
@@ -300,7 +271,7 @@ def _chart(
             axes.set_ylim(bottom=0)
         axes.grid(axis="y", linewidth=0.6)
         axes.tick_params(length=0)
-        if dots or len(lines) > 1:
+        if len(lines) > 1:
             axes.legend(
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderpad=0
             )
