@@ -286,8 +286,13 @@ class Checkpoint:
 
     def _patiently(self, name: str, use: Callable[[pafs.NativeFile], T]) -> T:
         where = f"{self.path}/{name}"
+
+        def once() -> T:
+            with self.filesystem.open_input_file(where) as file:
+                return use(file)
+
         try:
-            return patiently(lambda: self._once(where, use), f"reading {where}")
+            return patiently(once, f"reading {where}")
         except _DoesNotFit as error:
             raise CheckpointError(f"{where} {error}") from None
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -296,10 +301,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{where} cannot be read ({reason(error)}); use another checkpoint"
             ) from error
-
-    def _once(self, where: str, use: Callable[[pafs.NativeFile], T]) -> T:
-        with self.filesystem.open_input_file(where) as file:
-            return use(file)
 
 
 def _whole_manifest(file: pafs.NativeFile) -> bytes:

@@ -129,8 +129,9 @@ def _follow(follower: Any, submission: Any) -> Any:
             return follower.follow()
     except (KeyboardInterrupt, click.Abort):
         progress.print()
+    job = f"--address {submission.address} {submission.submission_id}"
     say(
-        f"left running; `{submission.log_command}` shows its log, and "
-        f"`{submission.stop_command}` stops it"
+        f"left running; `ray job logs --follow {job}` shows its log, and `ray job stop {job}` "
+        f"stops it"
     )
     return None

@@ -53,10 +53,6 @@ class Fields:
     are_ids: bool
     pairs: bool
 
-    @property
-    def roots(self) -> list[str]:
-        return [*self.text, self.labels]
-
 
 def leaves(schema: pa.Schema) -> dict[str, str]:
     """Returns the kind (columns.py) of each column; fields of nested ones have dotted names."""

@@ -116,7 +116,8 @@ def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, in
     pairs, size = [], 0
     for path in paths:
         first = 0
-        for rows in tables_of(path, own.fields.roots if own.fields and split != "labels" else None):
+        wanted = [*own.fields.text, own.fields.labels] if own.fields and split != "labels" else None
+        for rows in tables_of(path, wanted):
             made = rows
             if own.fields is not None:
                 made = _labels(path, rows) if split == "labels" else shaped(path, rows, own.fields)

@@ -77,11 +77,6 @@ class ParquetTable:
     width: int | None = None
     origins: Origins = field(default_factory=dict)
 
-    @property
-    def label_columns(self) -> list[str]:
-        """The columns of points that hold labels."""
-        return [name for name in LABELS if name in self.columns]
-
     def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
         """Reads a row group and hands it on in slices of at most `SLICE_ROWS`."""
         table = read_block(block, list(columns))
@@ -190,7 +185,7 @@ def index_parquet(path: str, labels_are: str = "auto", origins: Origins | None =
             tables[name] = table_of(files[name], *wanted, multi_hot, origins)
     if "train" not in tables or not num_rows(tables["train"]):
         raise SourceError(f"{path} has no training row; give a training set of at least one")
-    kinds = {table.columns[name] for table in tables.values() for name in table.label_columns}
+    kinds = {table.columns.get(name, "") for table in tables.values() for name in LABELS}
     strings = "list of string" in kinds
     if {"list of integer", "list of string"} <= kinds:
         raise SourceError(f"{path} has labels that are strings and others that are ids; use one")

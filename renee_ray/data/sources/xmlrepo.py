@@ -202,10 +202,10 @@ def header_of(lines: Lines, num_texts: int) -> tuple[int, int] | None:
     """
     if lines.rows == 0:
         return None
-    fields = _bare_integers(lines, 0)
-    if len(fields) != 2:
+    fields = read(lines, 0, 1).data.split()
+    if len(fields) != 2 or not all(f.isdigit() and len(f) <= MAX_HEADER_DIGITS for f in fields):
         return None
-    rows, columns = fields
+    rows, columns = map(int, fields)
     if columns > MAX_LABELS:
         raise SourceError(
             f"{lines.path}:1: the header says {columns} labels, above the limit of {MAX_LABELS}; "
@@ -215,15 +215,6 @@ def header_of(lines: Lines, num_texts: int) -> tuple[int, int] | None:
     if not with_pairs and lines.rows == num_texts and rows != num_texts:
         return None
     return rows, columns
-
-
-def _bare_integers(lines: Lines, row: int) -> list[int]:
-    fields = read(lines, row, row + 1).data.split()
-    return [int(f) for f in fields] if all(map(_is_count, fields)) else []
-
-
-def _is_count(field: bytes) -> bool:
-    return field.isdigit() and len(field) <= MAX_HEADER_DIGITS
 
 
 def parse_filters(batch: LineBatch, num_rows: int, num_labels: int) -> Records:

@@ -120,7 +120,7 @@ class Observer:
             self._sinks.close()
             self._status.ended(self.recorder, "stopped" if self.stopped else "finished")
         else:
-            self._status.close(FAILED_CLOSE_S)
+            self._status.writer.close(FAILED_CLOSE_S)
 
     def record(self, record: dict[str, Any]) -> None:
         """Takes a record of training/loop, whose recorder has just exchanged the paces."""
@@ -155,7 +155,7 @@ class Observer:
     def flush_history(self) -> None:
         """Waits for the curves, FLUSH_S at most, so that no checkpoint is ahead of them."""
         if self._status is not None:
-            self._status.flush()
+            self._status.writer.flush(FLUSH_S)
 
     def checkpointed(self, step: int, seconds: float, written: int) -> None:
         """Notes that the checkpoint of `step` has ended; this rank wrote `written` bytes of it."""
@@ -204,7 +204,7 @@ class Status:
     ) -> None:
         self._config, self._state, self._launched_s = config, state, launched_s
         self._directory = RunDirectory(config.output)
-        self._history, self._writer = history, BackgroundWriter(self._directory)
+        self._history, self.writer = history, BackgroundWriter(self._directory)
         self._content: dict[str, Any] = {}
         self._nodes: list[str] = []
         self._written = -STATUS_SECONDS
@@ -229,7 +229,7 @@ class Status:
             "ranks": [],
             "record": self._history.steps[-1] if self._history.steps else None,
         }
-        self._writer.start()
+        self.writer.start()
 
     def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
         self._history.add(record)
@@ -252,16 +252,10 @@ class Status:
     def ended(self, recorder: Recorder, state: str) -> None:
         self._content |= {"state": state, "reason": ""}
         self._write(recorder)
-        self.close(CLOSE_S)
-
-    def close(self, seconds: float) -> None:
-        self._writer.close(seconds)
+        self.writer.close(CLOSE_S)
 
     def write_history(self) -> None:
-        self._writer.put(HISTORY_FILE, self._history.content())
-
-    def flush(self) -> None:
-        self._writer.flush(FLUSH_S)
+        self.writer.put(HISTORY_FILE, self._history.content())
 
     def write_when_due(self, recorder: Recorder) -> None:
         if time.monotonic() - self._written >= STATUS_SECONDS:
@@ -280,7 +274,7 @@ class Status:
             "best": self._history.best(self._config.evaluation.metric),
             "metric": self._config.evaluation.metric,
         }
-        self._writer.put(STATUS_FILE, dict(self._content))
+        self.writer.put(STATUS_FILE, dict(self._content))
 
 
 @contextlib.contextmanager

@@ -52,14 +52,6 @@ class Submission:
     address: str
     submission_id: str
 
-    @property
-    def stop_command(self) -> str:
-        return f"ray job stop --address {self.address} {self.submission_id}"
-
-    @property
-    def log_command(self) -> str:
-        return f"ray job logs --follow --address {self.address} {self.submission_id}"
-
 
 def choose_address(given: str | None) -> str:
     """Returns the job server's URL: `given`, else Ray's variables', else this machine's port 8265.
