@@ -37,10 +37,9 @@ def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> No
 @click.command()
 @click.argument("dataset", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
-@count("--batch-size", 256, "Points of a global batch, for the share of padding.")
 @count("--samples", 3, "Points shown.", minimum=0)
 @json_option
-def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: bool) -> None:
+def inspect(dataset: str, verify: bool, samples: int, as_json: bool) -> None:
     """Show what is in DATASET; with --verify, every way in which it is not as it should be.
 
     Exit status 1 if --verify finds any.
@@ -50,7 +49,7 @@ def inspect(dataset: str, verify: bool, batch_size: int, samples: int, as_json: 
     from renee_ray.report.inspection import inspection_text
 
     opened = (Dataset.without_check if verify else Dataset.open)(dataset)
-    facts = run(opened, batch_size=batch_size, samples=samples, verify=verify)
+    facts = run(opened, samples=samples, verify=verify)
     print_facts(facts, as_json, inspection_text)
     if problems := facts.get("problems"):
         number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")

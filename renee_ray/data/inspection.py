@@ -29,15 +29,12 @@ from renee_ray.data.dataset import (
     hash_labels,
     schema_of,
 )
-from renee_ray.data.order import training_order
-from renee_ray.data.rows import BATCH, list_lengths, read_window
+from renee_ray.data.rows import list_lengths
 from renee_ray.data.split import splitmix64
 from renee_ray.errors import ReneeError, reason
 
 POINT_SPLITS = ("train", "validation", "test")
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-WINDOW, STREAMS = 64, 8
-"""Batches of a window and pieces of a batch, as `FeedConfig` has them by default."""
 SHOWN_LABELS = 10
 SHOWN_TEXT, SHOWN_LABEL_TEXT = 400, 80
 """Characters that are shown of a point's text and of a label's."""
@@ -67,21 +64,18 @@ class _Counts:
         self.problems += other.problems
 
 
-def inspect(
-    dataset: Dataset, *, batch_size: int, samples: int = 3, verify: bool = False
-) -> dict[str, Any]:
+def inspect(dataset: Dataset, *, samples: int = 3, verify: bool = False) -> dict[str, Any]:
     """Returns facts of a dataset, fit for JSON.
 
     Args:
-        batch_size: points of a global batch, for the share of padding.
         samples: training points that are shown with their texts.
         verify: read everything, checksums included, and check every invariant; without, a
             part that cannot be read ends the inspection.
 
     Returns:
         {path, tokenizer, max_length, labels, points, parts, bytes, tokens_a_row, labels_a_point,
-        share_of_labels_by_points, share_of_pairs_by_points}, with {padding, samples} unless
-        there are problems, and with `verify` {problems: sentences}.
+        share_of_labels_by_points, share_of_pairs_by_points}, with {samples} unless there are
+        problems, and with `verify` {problems: sentences}.
 
     Raises:
         DatasetError: without `verify`, a part is damaged.
@@ -103,10 +97,7 @@ def inspect(
         problems += _between_parts(dataset, counts)
     facts = _facts(dataset, counts)
     if not problems:
-        facts |= {
-            "padding": _padding(dataset, batch_size),
-            "samples": _samples(dataset, samples),
-        }
+        facts["samples"] = _samples(dataset, samples)
     return facts | ({"problems": problems} if verify else {})
 
 
@@ -326,23 +317,6 @@ def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:
         low = high + 1
     mean = float(counts @ np.arange(len(counts))) / total
     return {"mean": round(mean, 2), **quantiles, "histogram": histogram}
-
-
-def _padding(dataset: Dataset, batch_size: int) -> float | None:
-    """Returns the share of padding in the first window of epoch 0, as training reads it."""
-    parts = [part.rows for part in dataset.manifest.splits["train"]]
-    streams = min(STREAMS, batch_size)
-    order = training_order(
-        parts, [], augment=0, seed=0, epoch=0,
-        batch_size=batch_size // streams * streams, streams=streams, window=WINDOW,
-    )  # fmt: skip
-    if order.total == 0:
-        return None
-    table = read_window(dataset, order, order.slots_of(0, 1), 0)
-    sizes, batches = list_lengths(table["input_ids"]), table[BATCH].to_numpy()
-    starts = np.flatnonzero(np.diff(batches, prepend=-1))
-    cells = np.maximum.reduceat(sizes, starts) * np.diff(np.append(starts, len(sizes)))
-    return round(1 - float(sizes.sum() / cells.sum()), 4)
 
 
 def _samples(dataset: Dataset, samples: int) -> list[dict[str, Any]]:

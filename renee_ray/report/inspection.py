@@ -34,8 +34,7 @@ def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _histogram("Labels of a training point", labels)
     if facts["share_of_labels_by_points"]:
         yield _tail(facts)
-    if facts.get("padding") is not None:
-        yield Text(f"\n{facts['padding']:.1%} of a batch is padding\n")
+    yield Text()
     for sample in facts.get("samples", []):
         yield Text(printable(f"{sample['point_id']}: {sample['text']}"), style="bold")
         more = f" and {sample['more_labels']} more" if sample["more_labels"] else ""

@@ -75,14 +75,12 @@ def labels(first: int, counts: list[int]) -> pa.Table:
 
 
 def test_what_is_in_it(dataset: Dataset) -> None:
-    facts = inspect(dataset, batch_size=2, samples=2)
+    facts = inspect(dataset, samples=2)
     assert facts["points"] == {"train": 3, "validation": 1, "test": 1}
     assert facts["tokens_a_row"]["train"] == {
         "mean": 2.0, "p50": 2, "p90": 3, "p99": 3, "p100": 3, "histogram": {"1": 1, "2-3": 2},
     }  # fmt: skip
     assert facts["labels_a_point"]["train"]["histogram"] == {"1": 1, "2-3": 2}
-    # Rows of 1, 2 and 3 tokens; two streams give a row each to a batch, the last row is alone.
-    assert facts["padding"] in {round(1 - 6 / cells, 4) for cells in (7, 8)}
     assert [sample["labels"] for sample in facts["samples"]] == [["label 0", "label 2"],
                                                                   ["label 1"]]  # fmt: skip
     assert "not decoded" in facts["samples"][0]["text"]
@@ -95,14 +93,14 @@ def test_a_long_text_is_cut(dataset: Dataset) -> None:
         return table.set_column(1, "text", pa.array([long] * len(table)))
 
     rewrite(dataset, "labels", change)
-    facts = inspect(Dataset.open(dataset.path), batch_size=2)
+    facts = inspect(Dataset.open(dataset.path))
     (shown, _), *_ = [sample["labels"] for sample in facts["samples"]]
     assert len(shown) < 200 and shown.endswith("… (2,000,000 characters)")
     assert len(json.dumps(facts)) < 20_000
 
 
 def test_a_right_one_is_verified(dataset: Dataset) -> None:
-    assert inspect(dataset, batch_size=2, verify=True)["problems"] == []
+    assert inspect(dataset, verify=True)["problems"] == []
 
 
 def rewrite(
@@ -153,14 +151,14 @@ def test_wrong_content(
     dataset: Dataset, split: str, name: str, values: list[Any], message: str
 ) -> None:
     rewrite(dataset, split, column(name, values))
-    problems = inspect(Dataset.open(dataset.path), batch_size=2, verify=True)["problems"]
+    problems = inspect(Dataset.open(dataset.path), verify=True)["problems"]
     with pytest.raises(AssertionError, match=message):
         raise AssertionError("\n".join(problems))
 
 
 def test_other_columns(dataset: Dataset) -> None:
     rewrite(dataset, "test", lambda table: table.drop_columns(["filter_labels"]))
-    (problem,) = inspect(Dataset.without_check(dataset.path), batch_size=2, verify=True)["problems"]
+    (problem,) = inspect(Dataset.without_check(dataset.path), verify=True)["problems"]
     assert "test/part-00000.parquet has the columns point_id int64, " in problem
 
 
@@ -168,7 +166,7 @@ def test_a_wrong_count_in_the_manifest(dataset: Dataset) -> None:
     parts = dataset.manifest.splits["train"]
     splits = {**dataset.manifest.splits, "train": (replace(parts[0], rows=4),)}
     wrong = Dataset(dataset.path, replace(dataset.manifest, splits=splits))
-    (problem,) = inspect(wrong, batch_size=2, verify=True)["problems"]
+    (problem,) = inspect(wrong, verify=True)["problems"]
     assert "train/part-00000.parquet has 3 rows and dataset.json says 4" in problem
 
 
@@ -178,7 +176,7 @@ def test_a_flipped_byte_anywhere(dataset: Dataset, place: int) -> None:
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(content)
-    problems = inspect(dataset, batch_size=2, verify=True)["problems"]
+    problems = inspect(dataset, verify=True)["problems"]
     assert f"{file} has bytes that changed" in problems[0]
 
 
@@ -194,7 +192,7 @@ def test_a_removed_file(dataset: Dataset, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_command(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", dataset.path, "--verify", "--batch-size", "2"]) == 0
+    assert main(["inspect", dataset.path, "--verify"]) == 0
     text = capsys.readouterr().out
     for shown in ("5 labels", "Tokens of a training point", "2-3", "label 2", "verified"):
         assert shown in text

@@ -95,7 +95,7 @@ def test_a_test_split_is_held_out_where_there_is_none(tmp_path: Path) -> None:
     config = ConvertConfig(tokenizer=model, validation=0.2, part_rows=16)
     service.convert(str(tmp_path / "src"), str(tmp_path / "dst"), config, said.append)
     made = Dataset.open(str(tmp_path / "dst"))
-    assert not inspect(made, batch_size=8, verify=True).get("problems")
+    assert not inspect(made, verify=True).get("problems")
     points = {
         split: made.read_rows(split, 0, made.manifest.num_points(split)).to_pylist()
         for split in ("train", "validation", "test")
