@@ -11,11 +11,12 @@ What is parsed is a batch of lines (lines.py). Label ids are int64 from the firs
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from renee_ray.data.sources.lines import LineBatch, Lines, lone_returns, read
@@ -35,7 +36,6 @@ Bools = NDArray[np.bool_]
 
 MAX_ID_DIGITS = 18
 MAX_HEADER_DIGITS = 100
-MAX_VALUE_BYTES = 16
 MAX_LABELS = 2**31
 """A header that says more is taken for damage; the largest sets known have 10**8."""
 
@@ -56,62 +56,31 @@ def parse_points(texts: LineBatch, labels: LineBatch, num_labels: int | None) ->
     return replace(points, columns=points.columns | {"labels": lists}, zeros=zeros)
 
 
-_SPACE = np.isin(np.arange(256), list(b" \t\r\n"))
+def _tokens(batch: LineBatch) -> tuple[Int64s, pa.Array]:
+    """Splits lines at white space: the place of each token's line, and the tokens, large_string."""
+    if len(inner := lone_returns(batch.data)):
+        row = int(np.searchsorted(batch.starts, inner[0], side="right")) - 1
+        raise SourceError(
+            f"{batch.where(row)}: a carriage return within the line; end every line with a line "
+            f"feed"
+        )
+    lines = pc.cast(batch.contents(), pa.large_string(), safe=False)  # UTF-8 or not
+    lists = pc.ascii_split_whitespace(lines)
+    tokens, rows = lists.flatten(), pc.list_parent_indices(lists).to_numpy()
+    there = pc.greater(pc.binary_length(tokens), 0)
+    return rows[there.to_numpy(zero_copy_only=False)], tokens.filter(there)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Runs of non-blank bytes: starts, stops int64 [t]; rows int64 [t], places in the batch."""
+def _integers(texts: pa.Array) -> tuple[Int64s, Bools]:
+    """Returns each text as an integer, or the greatest int64, and whether it is one."""
+    good, longer = pc.ascii_is_decimal(texts), pc.greater(pc.binary_length(texts), MAX_ID_DIGITS)
+    short = pc.if_else(pc.and_not(good, longer), texts, pa.scalar("0", texts.type))
+    values = pc.if_else(longer, np.iinfo(np.int64).max, pc.cast(short, pa.int64()))
+    return values.to_numpy(), good.to_numpy(zero_copy_only=False)
 
-    data: NDArray[np.uint8]
-    starts: Int64s
-    stops: Int64s
-    rows: Int64s
 
-    @classmethod
-    def of(cls, batch: LineBatch) -> _Tokens:
-        data = np.frombuffer(batch.data, np.uint8)
-        if len(inner := lone_returns(batch.data)):
-            row = int(np.searchsorted(batch.starts, inner[0], side="right")) - 1
-            raise SourceError(
-                f"{batch.where(row)}: a carriage return within the line; end every line with a "
-                f"line feed"
-            )
-        inside = np.zeros(len(data) + 2, dtype=bool)
-        inside[1:-1] = ~_SPACE[data]
-        edges = np.flatnonzero(inside[1:] != inside[:-1])
-        starts, stops = edges[0::2], edges[1::2]
-        rows = np.searchsorted(batch.starts, starts, side="right") - 1
-        return cls(data, starts, stops, rows)
-
-    def text(self, i: int) -> str:
-        return self.data[self.starts[i] : self.stops[i]].tobytes().decode("utf-8", "replace")
-
-    def integers(self, stops: Int64s) -> tuple[Int64s, Bools]:
-        """Returns each token up to `stops` as an integer, and whether it is one."""
-        lengths = stops - self.starts
-        good = lengths > 0
-        values = np.zeros(len(lengths), dtype=np.int64)
-        for place in range(min(int(lengths.max(initial=0)), MAX_ID_DIGITS + 1)):
-            here = slice(None) if place < lengths.min() else np.flatnonzero(place < lengths)
-            digits = self.data[self.starts[here] + place] - np.uint8(ord("0"))
-            good[here] &= digits <= 9
-            if place < MAX_ID_DIGITS:
-                values[here] = values[here] * 10 + digits
-        # A longer one is out of range or malformed: which of the two, its error's text decides.
-        values[good & (lengths > MAX_ID_DIGITS)] = np.iinfo(np.int64).max
-        return values, good
-
-    def same_text(self, starts: Int64s) -> bytes | None:
-        """Returns what all tokens hold from `starts` on, if it is the same in all of them."""
-        lengths = self.stops - starts
-        if len(starts) == 0 or not lengths.min() == lengths.max() <= MAX_VALUE_BYTES:
-            return None
-        first = self.data[starts[0] : self.stops[0]]
-        for place, byte in enumerate(first):
-            if not (self.data[starts + place] == byte).all():
-                return None
-        return first.tobytes()
+def _text(tokens: pa.Array, i: int) -> str:
+    return pc.cast(tokens[i], pa.large_binary()).as_py().decode("utf-8", "replace")
 
 
 def parse_pairs(batch: LineBatch, num_labels: int | None) -> tuple[pa.Array, int]:
@@ -125,37 +94,24 @@ def parse_pairs(batch: LineBatch, num_labels: int | None) -> tuple[pa.Array, int
         SourceError: at the first malformed pair, negative id, or id not below `num_labels`
             (None: not known, any id up to a bound).
     """
-    tokens = _Tokens.of(batch)
-    colons = np.flatnonzero(tokens.data == ord(":"))
-    owners = np.searchsorted(tokens.starts, colons, side="right") - 1
-    num_colons = np.bincount(owners, minlength=len(tokens.starts))
-    id_stops = tokens.stops.copy()
-    id_stops[owners] = colons
-    ids, good = tokens.integers(id_stops)
-    positive, valued = _values(tokens, id_stops, num_colons > 0)
-    good &= (num_colons <= 1) & valued
+    rows, tokens = _tokens(batch)
+    one, colon = (pa.scalar(each, pa.large_string()) for each in ("1", ":"))
+    bare = pc.binary_join_element_wise(tokens, one, colon)
+    valued = pc.if_else(pc.match_substring(tokens, ":"), tokens, bare)
+    parts = pc.split_pattern(valued, ":", max_splits=1)
+    ids, good = _integers(pc.list_element(parts, 0))
+    texts = pc.cast(pc.list_element(parts, 1), pa.large_binary()).dictionary_encode()
+    numbers = [_number(text) for text in texts.dictionary.to_pylist()]
+    places = texts.indices.to_numpy()
+    positive = np.array([bool(number) for number in numbers], bool)[places]
+    good &= np.array([number is not None for number in numbers], bool)[places]
     limit = MAX_INFERRED_LABELS if num_labels is None else num_labels
     bad = ~good | (ids >= limit)
     if bad.any():
-        raise _pair_error(batch, tokens, int(bad.argmax()), num_labels)
-    lists = lists_of(len(batch), tokens.rows[positive], pa.array(ids[positive]))
+        i = int(bad.argmax())
+        raise _pair_error(batch.where(int(rows[i])), _text(tokens, i), num_labels)
+    lists = lists_of(len(batch), rows[positive], pa.array(ids[positive]))
     return lists, int(len(ids) - positive.sum())
-
-
-def _values(tokens: _Tokens, id_stops: Int64s, has_value: Bools) -> tuple[Bools, Bools]:
-    """Returns whether each value is positive, and whether it is a finite number of at least 0."""
-    starts = np.minimum(id_stops + 1, tokens.stops)
-    if has_value.all() and (same := tokens.same_text(starts)) is not None:
-        value = _number(same)
-        return np.full(len(starts), bool(value)), np.full(len(starts), value is not None)
-    positive, valued = ~has_value, np.ones(len(starts), dtype=bool)
-    data, known = tokens.data.tobytes(), dict[bytes, float | None]()
-    for i in np.flatnonzero(has_value).tolist():
-        text = data[starts[i] : tokens.stops[i]]
-        if text not in known:
-            known[text] = _number(text)
-        valued[i], positive[i] = known[text] is not None, bool(known[text])
-    return positive, valued
 
 
 def _number(text: bytes) -> float | None:
@@ -166,8 +122,7 @@ def _number(text: bytes) -> float | None:
     return value if 0 <= value < float("inf") and b"_" not in text else None
 
 
-def _pair_error(batch: LineBatch, tokens: _Tokens, i: int, num_labels: int | None) -> SourceError:
-    where, token = batch.where(int(tokens.rows[i])), tokens.text(i)
+def _pair_error(where: str, token: str, num_labels: int | None) -> SourceError:
     label, _, value = token.partition(":")
     digits = label.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()) or (
@@ -223,22 +178,22 @@ def parse_filters(batch: LineBatch, num_rows: int, num_labels: int) -> Records:
     Raises:
         SourceError: a line that is not two integers, a row or a label out of range.
     """
-    tokens = _Tokens.of(batch)
-    values, good = tokens.integers(tokens.stops)
+    places, tokens = _tokens(batch)
+    values, good = _integers(tokens)
     bad_line = np.zeros(len(batch), dtype=bool)
-    bad_line[tokens.rows[~good]] = True
-    bad_line |= ~np.isin(np.bincount(tokens.rows, minlength=len(batch)), (0, 2))
+    bad_line[places[~good]] = True
+    bad_line |= ~np.isin(np.bincount(places, minlength=len(batch)), (0, 2))
     if bad_line.any():
         raise _filter_error(batch, int(bad_line.argmax()))
     rows, labels = values[0::2], values[1::2]
     bad = (rows >= num_rows) | (labels >= num_labels)
     if bad.any():
         i = int(bad.argmax())
-        where = batch.where(int(tokens.rows[2 * i]))
+        where = batch.where(int(places[2 * i]))
         if labels[i] >= num_labels:
-            raise SourceError(_range_message(where, tokens.text(2 * i + 1), num_labels))
+            raise SourceError(_range_message(where, _text(tokens, 2 * i + 1), num_labels))
         raise SourceError(
-            f"{where}: row {tokens.text(2 * i)} is out of range, the split has {num_rows} points "
+            f"{where}: row {_text(tokens, 2 * i)} is out of range, the split has {num_rows} points "
             f"(rows count from 0); correct the row or remove the line"
         )
     pairs = {"row": pa.array(rows), "label": pa.array(labels)}
