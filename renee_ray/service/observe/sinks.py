@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from queue import Full, Queue
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from renee_ray.config.overrides import dotted
@@ -30,7 +30,7 @@ CURVES = (
 )  # fmt: skip
 """Keys of a record of training/loop that are drawn over steps, beside seconds by phase."""
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
-LONGEST_QUEUE, CLOSE_S = 1000, 30.0
+CLOSE_S = 30.0
 EXPERIMENT, RUN_TAG = "renee_ray", "renee_ray.output"
 
 
@@ -73,7 +73,7 @@ class Sinks:
     def __init__(self, config: RunConfig, step: int) -> None:
         self._config, self._step = config, step
         self._open: dict[str, Sink] = {}
-        self._queue: Queue[tuple[int, dict[str, float]] | None] = Queue(LONGEST_QUEUE)
+        self._queue: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
 
     def start(self) -> None:
@@ -96,12 +96,8 @@ class Sinks:
             self._thread.join(CLOSE_S)
 
     def _put(self, step: int, numbers: dict[str, float]) -> None:
-        if not self._config.observe.log_to:
-            return
-        try:
-            self._queue.put_nowait((step, numbers))
-        except Full:
-            log.warning("curves of step %d are not written: a sink is too slow", step)
+        if self._config.observe.log_to:
+            self._queue.put((step, numbers))
 
     def _run(self) -> None:
         for name in self._config.observe.log_to:
