@@ -101,7 +101,7 @@ def bench_topk(**settings: Any) -> None:
 
 
 @bench.command("scale")
-@count("--labels", None, "Labels; without: 1M, 4M, 16M.")
+@count("--labels", 1_000_000, "Labels.")
 @count("--dim", 64, "Dimension.")
 @count("--batch", 256, "Rows.")
 @count("--workers", 2, "Workers.")

@@ -17,7 +17,6 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -48,14 +47,13 @@ from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import SGD, Weights
 
-SWEEP = (1_000_000, 4_000_000, 16_000_000)
 LR = 0.01
 TIMEOUT_S = 1800
 """A step of 10^8 labels takes minutes on a CPU, and ranks need not end theirs together."""
 
 
 def bench_scale(
-    labels: int | None,
+    labels: int,
     dim: int,
     batch: int,
     workers: int,
@@ -64,7 +62,7 @@ def bench_scale(
     steps: int,
     speedup: bool,
 ) -> dict[str, Any]:
-    """Times steps without momentum; `labels` None: a sweep over `SWEEP`.
+    """Times steps without momentum.
 
     Returns:
         step_s, the median of `steps`; with `speedup`, one_worker_step_s, the same of one worker,
@@ -73,26 +71,18 @@ def bench_scale(
         initialise_s, of the first weights; bytes_per_weight; peak_rss_gib, resident memory of
         this process and all below it together (Ray's own and every worker's), at its highest, or
         null if RAY_ADDRESS is set;
-        loss_first and loss_last, the BCE of a point summed over labels; threads, of a worker. A
-        sweep: these of each size, and the slope of step_s over labels.
+        loss_first and loss_last, the BCE of a point summed over labels; threads, of a worker.
 
     Raises:
         ReneeError: a speed-up of one worker, or the cluster has too few CPUs.
     """
     if speedup and workers == 1:
         raise ReneeError("--speedup compares with one worker; give more --workers")
-    settings = {
-        "dim": dim, "batch": batch, "precision": precision, "steps": steps, "speedup": speedup,
+    arguments = {
+        "labels": labels, "dim": dim, "batch": batch, "precision": precision, "steps": steps,
+        "speedup": speedup,
     }  # fmt: skip
-    if labels is not None:
-        return _run(workers, threads, {"labels": labels, **settings})
-    found = [_run(workers, threads, {"labels": size, **settings}) for size in SWEEP]
-    slope = np.polyfit([size / 1e6 for size in SWEEP], [each["step_s"] for each in found], 1)[0]
-    return {"sweep": found, "slope_seconds_per_million_labels": float(slope)}
-
-
-def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    ensure_ray(workers)  # which the size before may have stopped
+    ensure_ray(workers)
     config = make_config(
         RunConfig,
         {"data": "unused", "output": "unused", "num_workers": workers, "batch_size": 8 * workers},
@@ -104,7 +94,7 @@ def _run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any
     # In a Ray that was joined, the workers' processes are not below this one.
     resident = peak.bytes / 2**30 if started_here() else None
     found |= {"peak_rss_gib": resident, "workers": workers}
-    if arguments["speedup"] and started_here():
+    if speedup and started_here():
         ray.shutdown()
         found |= _without_ray(config, arguments, use_gpu)
     return {**arguments, **found}
