@@ -6,9 +6,6 @@ Import this module only to use it: numba takes a second.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import numpy as np
 from torch import Tensor
 
@@ -29,41 +26,32 @@ def collect(
         offset: float32 [c], added to the logits, or None.
         block: labels that are compared with the threshold together, before each single one.
     """
-    loop = _collection(offset is not None, block)
     shift = np.empty(0, np.float32) if offset is None else offset.numpy()
-    over_rows(loop, (logits, threshold, used, scores, labels), 0, k, first, shift)
+    over_rows(_collect, (logits, threshold, used, scores, labels), 0, k, first, shift, block)
 
 
-@functools.cache
-def _collection(shifted: bool, block_size: int) -> Callable[..., None]:
-    """Returns the loop that collects scores with an offset or without."""
-
-    @compiled
-    def collect(logits, threshold, used, scores, labels, _, k, first, offset):
-        columns, block = logits.shape[1], np.empty(block_size, np.float32)
-        for i in range(len(logits)):
-            least, count = threshold[i, 0], used[i]
-            for at in range(0, columns, block_size):
-                size = min(block_size, columns - at)
-                found = logits[i, at : at + size]
-                block[:size] = found
-                if shifted:
-                    _shift(block[:size], offset[at : at + size])
-                # Most blocks hold nothing; to count takes vectors of comparisons and no branch.
-                better = np.int32(0)
-                for j in range(size):
-                    better += np.int32(block[j] > least)
-                if not better:
-                    continue
-                if count + better > scores.shape[1]:
-                    count, least = _cut(scores[i], labels[i], k, count)
-                for j in range(size):
-                    if block[j] > least:
-                        scores[i, count], labels[i, count] = block[j], first + at + j
-                        count += 1
-            threshold[i, 0], used[i] = least, count
-
-    return collect
+@compiled
+def _collect(logits, threshold, used, scores, labels, _, k, first, offset, block):
+    columns = logits.shape[1]
+    for i in range(len(logits)):
+        least, count = threshold[i, 0], used[i]
+        for at in range(0, columns, block):
+            found = logits[i, at : at + block]
+            if len(offset):
+                found = found + offset[at : at + block]
+            # Most blocks hold nothing; to count takes vectors of comparisons and no branch.
+            better = np.int32(0)
+            for j in range(len(found)):
+                better += np.int32(found[j] > least)
+            if not better:
+                continue
+            if count + better > scores.shape[1]:
+                count, least = _cut(scores[i], labels[i], k, count)
+            for j in range(len(found)):
+                if found[j] > least:
+                    scores[i, count], labels[i, count] = found[j], first + at + j
+                    count += 1
+        threshold[i, 0], used[i] = least, count
 
 
 @compiled
@@ -120,9 +108,3 @@ def _kth_largest(values, k):
             high = np.int64(middle) - 1
     key = np.int32(low)
     return float_of(np.uint32(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF))))
-
-
-@compiled
-def _shift(values, offset):
-    for j in range(len(values)):
-        values[j] += offset[j]
