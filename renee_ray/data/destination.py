@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import pyarrow.fs as pafs
-from pydantic import AliasChoices, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from renee_ray.data import storage
 from renee_ray.data.untrusted import parse_json, refuse_links_out
@@ -80,11 +80,8 @@ def listed_files(manifest: dict[str, Any]) -> list[Any]:
 class Claim:
     """What a claim says."""
 
-    files: Annotated[
-        tuple[str, ...], FailFast(), Field(validation_alias=AliasChoices("files", "parts"))
-    ] = ()
-    """Paths below the directory that are ours, whether they are there or not. The renee_ray
-    before this one called them `parts` in _converting.json."""
+    files: Annotated[tuple[str, ...], FailFast()] = ()
+    """Paths below the directory that are ours, whether they are there or not."""
     signature: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
     """Hexadecimal digest of what the result depends on; empty: nothing goes on from it."""
     writing: Annotated[bool, Field(strict=True)] = False
@@ -236,14 +233,12 @@ class Destination:
         if content == b"":
             return Claim()
         found = _object(content)
-        if found is None or not {"files", "parts"} & found.keys():
+        if found is None or "files" not in found:
             return None
         try:
             claim = _CLAIM.validate_python(found)
         except ValidationError:
             return None
-        # The renee_ray before this one named a directory of scratch files, `_texts/`, too.
-        claim = replace(claim, files=tuple(f for f in claim.files if not f.endswith("/")))
         return claim if all(map(self.kind.files.fullmatch, claim.files)) else None
 
     def _published(self) -> frozenset[str] | None:

@@ -113,17 +113,6 @@ def test_a_claim_that_was_cut_off_while_it_was_written(dst: Path) -> None:
     assert tree(dst) == {}
 
 
-def test_a_claim_of_the_version_before(dst: Path) -> None:
-    """It called the files `parts`; its parts make way, and its scratch files are used again."""
-    claim = {"signature": SIGNATURE, "parts": PARTS, "writing": False, "stale": False}
-    write(dst / CLAIM, json.dumps(claim).encode())
-    write(dst / PARTS[0], b"ours")
-    made = destination(dst)
-    assert made.claim(SIGNATURE)
-    made.declare(PARTS[1:])
-    assert not (dst / PARTS[0]).exists()
-
-
 def test_overwriting_replaces_what_the_manifest_names(dst: Path) -> None:
     write_tiny(dst)
     notes = write(dst / "train" / "notes.txt")

@@ -175,11 +175,3 @@ def test_a_claim_that_was_cut_off_is_ours(tmp_path: Path) -> None:
 def test_a_slash_at_the_end_is_the_same_directory() -> None:
     """Object storage would take `x//part` for another key."""
     assert Destination("s3://bucket/x/", EXPORT, overwrite=False).path == "s3://bucket/x"
-
-
-def test_the_claim_of_texts_of_an_earlier_version_is_known(tmp_path: Path) -> None:
-    write(tmp_path, FILES[0], CLAIM)
-    (tmp_path / "out" / CLAIM).write_text(json.dumps({"files": [*FILES, "_texts/"]}))
-    output(tmp_path).claim()
-    finish(tmp_path)
-    assert names(tmp_path) == sorted(f"out/{name}" for name in (*FILES, MANIFEST))
