@@ -137,7 +137,6 @@ def test_the_parts_are_those_of_the_text_files(
     bucket: int,
 ) -> None:
     monkeypatch.setattr(conversion, "BUCKET_ROWS", bucket)
-    monkeypatch.setattr(conversion, "TAIL_BYTES", min(bucket, 1 << 16))
     made = convert(parquet(repository, tmp_path / "src", strings=strings), tmp_path / "dst")
     assert made.manifest.splits == expected.manifest.splits  # with the SHA-256 of every part
     assert made.manifest.other_texts == expected.manifest.other_texts

@@ -1,7 +1,7 @@
 """What the tasks of a conversion share, how they are run, and their files in between.
 
-A scratch file holds groups of rows by key, one after another (Arrow streams), and at its end
-where each begins: int64 keys, offsets and their number. A task reads its key's group of each file.
+A scratch file is an Arrow file with a record batch for each key of its rows; its metadata has the
+keys, int64 ascending. A task reads its key's batch of each file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PART_ROWS, PARTS = 2048, 1024
 
 JOURNAL = "done"
 """The directory of scratch with the results of tasks, for a conversion that is cut off."""
-TAIL_BYTES = 1 << 16
-"""Bytes read from a scratch file's end at first: the places of some thousand groups."""
+KEYS = b"keys"
+"""Metadata of a scratch file."""
 
 HELD = ("validation", "test")
 """The splits for which training points are held out."""
@@ -144,15 +144,12 @@ def write_groups(conversion: Conversion, name: str, table: pa.Table, keys: Int64
     if not len(table):
         return []
     values, starts = np.unique(keys, return_index=True)
-    sink = pa.BufferOutputStream()
-    offsets = []
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    for start, stop in zip(starts, [*starts[1:], len(table)], strict=True):
-        offsets.append(sink.tell())
-        with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
-            writer.write_table(table.slice(start, stop - start).combine_chunks())
-    index = np.array([*values, *offsets, sink.tell(), len(values)], dtype="<i8")
-    sink.write(index.tobytes())
+    schema = table.schema.with_metadata({KEYS: values.astype("<i8").tobytes()})
+    sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        for start, stop in zip(starts, [*starts[1:], len(table)], strict=True):
+            (batch,) = table.slice(start, stop - start).combine_chunks().to_batches()
+            writer.write_batch(batch)
     write_file(f"{conversion.scratch}/{name}", sink.getvalue())
     return [(name, int(values[0]), int(values[-1]))]
 
@@ -174,15 +171,9 @@ def read_group(path: str, key: int) -> pa.Table | None:
 def _read_group(path: str, key: int) -> pa.Table | None:
     filesystem, root = filesystem_of(path)
     with filesystem.open_input_file(root) as file:
-        size = file.size()
-        tail = file.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0))
-        count = int(np.frombuffer(tail[-8:], "<i8")[0])
-        needed = 8 * (2 * count + 2)
-        if needed > len(tail):
-            tail = file.read_at(needed, size - needed)
-        index = np.frombuffer(tail[-needed:], "<i8")
-        at = int(np.searchsorted(index[:count], key))
-        if at == count or index[at] != key:
+        reader = pa.ipc.open_file(file)
+        keys = np.frombuffer(reader.schema.metadata[KEYS], "<i8")
+        at = int(np.searchsorted(keys, key))
+        if at == len(keys) or keys[at] != key:
             return None
-        start, stop = index[count + at : count + at + 2].tolist()
-        return pa.ipc.open_stream(file.read_at(stop - start, start)).read_all()
+        return pa.Table.from_batches([reader.get_batch(at)]).replace_schema_metadata()

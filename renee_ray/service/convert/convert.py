@@ -43,7 +43,7 @@ from renee_ray.service.convert.parts import write_parts
 from renee_ray.service.convert.points import with_filters
 from renee_ray.service.tasks import Interrupted
 
-SCRATCH_FORMAT = "records"
+SCRATCH_FORMAT = "batches"
 """Names the format of scratch files and results: nothing goes on from those of another."""
 
 

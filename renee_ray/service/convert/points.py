@@ -103,16 +103,11 @@ def _sorted_lists(num_rows: int, rows: Int64s, values: Int64s) -> tuple[pa.ListA
     Args:
         rows: the place of each value's row.
     """
-    ascending = (rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (values[1:] > values[:-1]))
-    given = len(values)
-    if not ascending.all():  # in most sources they do ascend
-        order = np.lexsort((values, rows))
-        rows, values = rows[order], values[order]
-        new = np.ones(given, dtype=bool)
-        new[1:] = (rows[1:] != rows[:-1]) | (values[1:] != values[:-1])
-        rows, values = rows[new], values[new]
-    offsets = np.searchsorted(rows, np.arange(num_rows + 1)).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)), given - len(values)
+    width = int(values.max(initial=0)) + 1
+    keys = np.unique(rows * width + values)
+    offsets = np.searchsorted(keys, np.arange(num_rows + 1) * width).astype(np.int32)
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(keys % width))
+    return lists, len(values) - len(keys)
 
 
 def given_tokens(conversion: Conversion, records: Records) -> pa.Array:
