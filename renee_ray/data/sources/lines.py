@@ -9,6 +9,7 @@ is refused: they are the line ends of another system.
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -160,13 +161,9 @@ def _counted(grains: Iterator[bytes], part: Range) -> Counted:
     return Counted(newlines, size, begin, solid, last != b"\n", returns)
 
 
-def lone_returns(data: bytes) -> Int64s:
+def lone_returns(data: bytes) -> list[int]:
     """Finds the carriage returns within lines: those followed by neither \\n nor another \\r."""
-    if b"\r" not in data:
-        return np.zeros(0, dtype=np.int64)
-    values = np.frombuffer(data, np.uint8)
-    places = np.flatnonzero(values[:-1] == 13)
-    return places[~np.isin(values[places + 1], (10, 13))]
+    return [found.start() for found in re.finditer(rb"\r(?=[^\r\n])", data)]
 
 
 def length_of_mark(head: bytes, path: str) -> int:
