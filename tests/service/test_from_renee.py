@@ -1,12 +1,14 @@
-"""The released code's checkpoints, in its layout, against the dense computation."""
+"""The released code's tokens and checkpoints, in its layout, against the dense computation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModel
 
 from renee_ray.cli.main import main
@@ -31,6 +33,29 @@ FLAGS = (
 )
 
 
+def write_memmaps(source: Path, folder: Path, encoder: str) -> Path:
+    """Tokens as CreateTokenizedFiles.py leaves them, beside the labels and filters."""
+    tokens = folder / f"bert-base-uncased-{LENGTH}"
+    tokens.mkdir(parents=True)
+    tokenizer = Tokenizer.from_file(f"{encoder}/tokenizer.json")
+    tokenizer.enable_truncation(LENGTH)
+    tokenizer.enable_padding(length=LENGTH)
+    for name, role in ("trn_X", "trn_doc"), ("tst_X", "tst_doc"), ("Y", "lbl"):
+        texts = (source / f"{name}.txt").read_text().splitlines()
+        encoded = tokenizer.encode_batch([text.strip() for text in texts])
+        for what, values in (
+            ("input_ids", [each.ids for each in encoded]),
+            ("attention_mask", [each.attention_mask for each in encoded]),
+        ):
+            shape = (len(texts), LENGTH)
+            made = np.memmap(f"{tokens}/{role}_{what}.dat", dtype="int64", mode="w+", shape=shape)
+            made[:] = values
+            made.flush()
+    for name in ("trn_X_Y", "tst_X_Y", "trn_filter_labels", "tst_filter_labels"):
+        (folder / f"{name}.txt").write_bytes((source / f"{name}.txt").read_bytes())
+    return folder
+
+
 def converted(source: Path, path: Path, encoder: str) -> Dataset:
     config = ConvertConfig(tokenizer=encoder, max_length=LENGTH, validation=0.1, part_rows=64)
     service.convert(str(source), str(path), config)
@@ -39,7 +64,39 @@ def converted(source: Path, path: Path, encoder: str) -> Dataset:
 
 @pytest.fixture
 def dataset(source: Path, tiny_encoder: str, tmp_path: Path, in_this_process: None) -> Dataset:
-    return converted(source, tmp_path / "dataset", tiny_encoder)
+    """Converted from tokens alone."""
+    folder = write_memmaps(source, tmp_path / "LF-Tiny", tiny_encoder)
+    return converted(folder, tmp_path / "dataset", tiny_encoder)
+
+
+def test_tokens_convert_as_their_texts_do(
+    source: Path, tiny_encoder: str, dataset: Dataset, tmp_path: Path
+) -> None:
+    texts = converted(source, tmp_path / "texts", tiny_encoder)
+    assert dataset.manifest.has_label_texts and not (tmp_path / "LF-Tiny" / "Y.txt").exists()
+    for split in ("train", "validation", "test"):
+        assert dataset.manifest.splits[split] == texts.manifest.splits[split]  # with SHA-256
+    number = texts.manifest.num_labels
+    ours, theirs = (each.read_rows("labels", 0, number) for each in (dataset, texts))
+    for name in ("label_id", "input_ids", "train_count", "is_point"):
+        assert ours[name].to_pylist() == theirs[name].to_pylist()
+    assert set(ours["text"].to_pylist()) == {""}
+
+
+def test_tokens_that_do_not_fit(
+    source: Path, tiny_encoder: str, tmp_path: Path, in_this_process: None
+) -> None:
+    folder = write_memmaps(source, tmp_path / "src", tiny_encoder)
+    path = next(folder.glob("*/trn_doc_input_ids.dat"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -8 * LENGTH])
+    with pytest.raises(ReneeError, match="same number of rows of 12"):
+        converted(folder, tmp_path / "d", tiny_encoder)
+    mask = path.with_name("trn_doc_attention_mask.dat")
+    path.write_bytes(whole[: -8 * LENGTH])
+    mask.write_bytes(mask.read_bytes()[: -8 * LENGTH])
+    with pytest.raises(ReneeError, match=r"319 texts .* 320 rows"):
+        converted(folder, tmp_path / "d", tiny_encoder)
 
 
 def write_checkpoint(folder: Path, encoder: str, num_labels: int, ranks: int) -> dict[str, Any]:

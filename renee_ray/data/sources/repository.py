@@ -2,8 +2,9 @@
 
     texts    {trn,tst}_X.txt, {trn,tst}_X_Y.txt (labels), Y.txt (label texts)
     JSON     {trn,tst}.json, lbl.json (label texts)
+    tokens   {tokenizer}-{length}/*.dat (memmaps.py), {trn,tst}_X_Y.txt
 
-With both, optionally, {trn,tst}_filter_labels.txt; each file plain or with .gz added. What is in
+With each, optionally, {trn,tst}_filter_labels.txt; each file plain or with .gz added. What is in
 them: xmlrepo.py. The lines of all files are counted (lines.py) before anything is read.
 """
 
@@ -15,8 +16,9 @@ from functools import cached_property, partial
 
 import pyarrow.fs as pafs
 
-from renee_ray.data.sources import xmlrepo
+from renee_ray.data.sources import memmaps, xmlrepo
 from renee_ray.data.sources.lines import Lines, blocks_of, read
+from renee_ray.data.sources.memmaps import Memmap, find_memmaps
 from renee_ray.data.sources.records import (
     MAX_INFERRED_LABELS,
     Block,
@@ -61,9 +63,11 @@ class SplitFiles:
     """Paths of one split's files; None where there is none."""
 
     texts: str
+    """The labels where there are tokens instead of texts."""
     labels: str | None
     """None: the labels are in the JSON lines of `texts`."""
     filters: str | None
+    tokens: Memmap | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Files:
     train: SplitFiles
     test: SplitFiles | None
     label_texts: str | None
+    label_tokens: Memmap | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -119,21 +124,30 @@ def find_repository(path: str) -> Files | None:
         for role, names in _NAMES.items()
     }
     is_json = files["trn_X"] is None and files["trn_json"] is not None
-    train = _split_files(base, "trn", files, is_json)
+    tokens = find_memmaps(path) if files["trn_X"] is None and files["trn_X_Y"] else {}
+    train = _split_files(base, "trn", files, is_json, tokens)
     if train is None:
         return None
-    test = _split_files(base, "tst", files, is_json)
+    test = _split_files(base, "tst", files, is_json, tokens)
+    if "trn_doc" in tokens:
+        return Files(False, train, test, None, tokens.get("lbl"))
     return Files(is_json, train, test, files["lbl_json" if is_json else "Y"])
 
 
 def _split_files(
-    base: str, split: str, files: dict[str, str | None], is_json: bool
+    base: str,
+    split: str,
+    files: dict[str, str | None],
+    is_json: bool,
+    tokens: dict[str, Memmap],
 ) -> SplitFiles | None:
     filters = files[f"{split}_filter"]
     if is_json:
         objects = files[f"{split}_json"]
         return SplitFiles(objects, None, filters) if objects else None
     texts, labels = files[f"{split}_X"], files[f"{split}_X_Y"]
+    if labels and f"{split}_doc" in tokens:
+        return SplitFiles(labels, labels, filters, tokens[f"{split}_doc"])
     if texts and labels:
         return SplitFiles(texts, labels, filters)
     if texts or labels:
@@ -166,7 +180,14 @@ def agreed(files: Files, lines: Mapping[str, Lines]) -> Source:
     if label_texts is not None and files.is_json:
         label_texts = label_texts.without_blank_end()
     label_texts, num_labels = _agree_on_labels(label_texts, said)
-    labels: Table | None = None
+    labels: Table | None = files.label_tokens
+    if files.label_tokens is not None:
+        num_labels = files.label_tokens.rows if num_labels is None else num_labels
+        if files.label_tokens.rows != num_labels:
+            raise SourceError(
+                f"{files.label_tokens.path} has {files.label_tokens.rows} rows and there are "
+                f"{num_labels} labels; tokenise the label texts again"
+            )
     if label_texts is not None:
         objects = partial(xmlrepo.parse_objects, num_labels=None, with_labels=False)
         parse = objects if files.is_json else xmlrepo.parse_texts
@@ -191,6 +212,7 @@ class _Split:
     texts: Lines
     labels: Lines | None
     filters: Lines | None
+    tokens: Memmap | None = None
 
     @property
     def labelled(self) -> Lines:
@@ -198,6 +220,9 @@ class _Split:
         return self.texts if self.labels is None else self.labels
 
     def table(self, num_labels: int | None) -> Table:
+        if self.tokens is not None:
+            parse_tokens = partial(memmaps.parse_tokens, tokens=self.tokens, num_labels=num_labels)
+            return LineTable((self.labelled,), ("input_ids", "labels"), parse_tokens)
         files = (self.texts,) if self.labels is None else (self.texts, self.labels)
         parse = xmlrepo.parse_objects if self.labels is None else xmlrepo.parse_points
         return LineTable(files, ("text", "labels"), partial(parse, num_labels=num_labels))
@@ -224,6 +249,13 @@ def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[_Split, int |
                 f"{labels.path}:1: the header says {header[0]} rows and {labels.rows} follow; "
                 f"correct the header or complete the file"
             )
+    if files.tokens is not None:
+        labels = texts = labels.without_blank_tail(files.tokens.rows)
+        if labels.rows != files.tokens.rows:
+            raise SourceError(
+                f"{files.tokens.path} has tokens of {files.tokens.rows} texts and {labels.path} "
+                f"has labels for {labels.rows} rows; tokenise again"
+            )
     texts = texts.without_blank_tail(labels.rows)
     labels = labels.without_blank_tail(texts.rows)
     if texts.rows != labels.rows:
@@ -232,7 +264,7 @@ def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[_Split, int |
             f"rows; make one line of labels for each text"
             + (f" (its {texts.returns} carriage returns end no line)" if texts.returns else "")
         )
-    return _Split(texts, labels, filters), header[1] if header else None
+    return _Split(texts, labels, filters, files.tokens), header[1] if header else None
 
 
 def _agree_on_labels(

@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Manifest, Part
-from renee_ray.data.sources.records import odd_texts
+from renee_ray.data.sources.records import Block, odd_texts
 from renee_ray.service.convert.conversion import Conversion, Progress, keys_of, read_groups, run
 from renee_ray.service.convert.partition import Partitioned
+from renee_ray.service.convert.points import given_tokens
 from renee_ray.service.convert.statistics import add, bands_of, statistics_of, text_totals
 
 
@@ -53,7 +54,7 @@ def write_parts(conversion: Conversion, found: Partitioned, on_progress: Progres
         max_length=config.max_length,
         pad_id=vocabulary.pad_id,
         num_labels=found.rows["labels"],
-        has_label_texts=_text_column(conversion) is not None,
+        has_label_texts=_text_column(conversion) is not None or _has_tokens(conversion),
         propensity_a=config.propensity_a,
         propensity_b=config.propensity_b,
         splits=ordered,
@@ -68,6 +69,12 @@ def _text_column(conversion: Conversion) -> str | None:
     table = conversion.source.labels
     columns = () if table is None else table.columns
     return next((name for name in ("text", "label") if name in columns), None)
+
+
+def _has_tokens(conversion: Conversion) -> bool:
+    """Whether the source has tokens instead of texts of labels."""
+    table = conversion.source.labels
+    return table is not None and "input_ids" in table.columns
 
 
 def _write(conversion: Conversion, task: tuple[str, int, int]) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def _write_labels(conversion: Conversion, index: int, part_rows: int) -> dict[st
         columns = {
             "label_id": pa.array(np.arange(first + here.start, first + here.stop)),
             "text": texts[here],
-            "input_ids": _encoded(conversion, texts[here]),
+            "input_ids": _encoded(conversion, first + here.start, texts[here]),
             "train_count": pa.array(counts[here]),
             "is_point": pa.array(filters[here] > 0),
         }
@@ -148,7 +155,12 @@ def _label_texts(conversion: Conversion, start: int, stop: int) -> tuple[pa.Arra
     return pa.array(texts, pa.string()), Counter(odd)
 
 
-def _encoded(conversion: Conversion, texts: pa.Array) -> pa.Array:
+def _encoded(conversion: Conversion, first: int, texts: pa.Array) -> pa.Array:
+    """Returns the tokens of the labels from `first` on, whose texts are given."""
+    table = conversion.source.labels
+    if table is not None and _has_tokens(conversion):
+        read = table.read(Block(table.blocks[0].path, first, len(texts)), ["input_ids"])
+        return pa.concat_arrays([given_tokens(conversion, records) for records in read])
     if _text_column(conversion) is not None:
         return conversion.encode(texts.to_pylist())
     (ids,) = conversion.encode([""]).to_pylist()

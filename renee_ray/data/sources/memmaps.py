@@ -1,0 +1,119 @@
+"""Tokens as microsoft/renee stores them: a row of ids a text, padded to one length, and a mask.
+
+    {tokenizer}-{length}/{trn_doc,tst_doc,lbl}_{input_ids,attention_mask}.dat
+                                                        int64 [rows, length]
+
+The labels of points are in the repository's text files beside this folder (repository.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from renee_ray.data.sources.lines import BLOCK_ROWS, LineBatch
+from renee_ray.data.sources.records import Block, Int64s, Records, SourceError
+from renee_ray.data.sources.xmlrepo import parse_pairs
+from renee_ray.data.storage import filesystem_of, listing, patiently
+
+
+@dataclass(frozen=True)
+class Memmap:
+    """The tokens of one split, or of the labels: a table of records.
+
+    path: of the ids, to which `mask` belongs; length: tokens of a row, padding included.
+    """
+
+    path: str
+    length: int
+    columns = ("input_ids",)
+
+    @property
+    def mask(self) -> str:
+        return self.path.replace("_input_ids.dat", "_attention_mask.dat")
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of rows. Raises SourceError where the two files have other sizes."""
+        both = [filesystem_of(path) for path in (self.path, self.mask)]
+        sizes = [filesystem.get_file_info(name).size for filesystem, name in both]
+        if sizes[0] != sizes[1] or sizes[0] is None or sizes[0] % (8 * self.length):
+            raise SourceError(
+                f"{self.path} and its attention_mask have {sizes} bytes, which are not the same "
+                f"number of rows of {self.length} int64; tokenise again"
+            )
+        return int(sizes[0]) // (8 * self.length)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        starts = range(0, self.rows, BLOCK_ROWS)
+        return tuple(Block(self.path, s, min(BLOCK_ROWS, self.rows - s)) for s in starts)
+
+    def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
+        yield Records(block.first, {"input_ids": self.tokens(block.first, block.rows)}, self.where)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}: row {row}"
+
+    def tokens(self, first: int, rows: int) -> pa.Array:
+        """Reads the tokens of rows without their padding, large_list<int64>.
+
+        Raises:
+            SourceError: a row without tokens.
+        """
+        ids, mask = (self._numbers(path, first, rows) for path in (self.path, self.mask))
+        kept = mask != 0
+        counts = kept.sum(1)
+        if rows and not counts.all():
+            raise SourceError(
+                f"{self.where(first + int(counts.argmin()))} has no token; correct it"
+            )
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids[kept]))
+
+    def _numbers(self, path: str, first: int, rows: int) -> Int64s:
+        def read() -> bytes:
+            filesystem, name = filesystem_of(path)
+            with filesystem.open_input_file(name) as file:
+                content: bytes = file.read_at(8 * self.length * rows, 8 * self.length * first)
+            return content
+
+        numbers = np.frombuffer(patiently(read, f"reading {path}"), "<i8")
+        return numbers.reshape(rows, self.length)
+
+
+def parse_tokens(labels: LineBatch, tokens: Memmap, num_labels: int | None) -> Records:
+    """Parses lines of labels, as `parse_pairs` does, of points whose texts are tokens."""
+    lists, zeros = parse_pairs(labels, num_labels)
+    columns = {"input_ids": tokens.tokens(labels.first, len(labels)), "labels": lists}
+    return Records(labels.first, columns, labels.where, zeros=zeros)
+
+
+def find_memmaps(path: str) -> dict[str, Memmap]:
+    """Finds the tokens of "trn_doc", "tst_doc" and "lbl" below folder `path`.
+
+    Raises:
+        SourceError: there are several folders of them.
+    """
+    base, found = path.rstrip("/"), dict[str, dict[str, Memmap]]()
+    for info in listing(base):
+        match = re.fullmatch(r".+-(\d+)", info.base_name)
+        if match and int(match[1]) and info.type == pafs.FileType.Directory:
+            folder = f"{base}/{info.base_name}"
+            names = {each.base_name for each in listing(folder)}
+            made = {
+                role: Memmap(f"{folder}/{role}_input_ids.dat", int(match[1]))
+                for role in ("trn_doc", "tst_doc", "lbl")
+                if f"{role}_input_ids.dat" in names
+            }
+            if made:
+                found[folder] = made
+    if len(found) > 1:
+        raise SourceError(f"{' and '.join(sorted(found)[:2])} are both there; keep one of them")
+    return next(iter(found.values()), {})
