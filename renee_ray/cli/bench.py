@@ -30,6 +30,7 @@ COUNT, SHARE = click.IntRange(min=1), click.FloatRange(0, 1, max_open=True)
 STORED = click.Choice(["fp32", "bf16_split", "bf16_sr", "fp16", "fp8_sr"])
 STORAGE = click.Choice(["auto", *STORED.choices])
 REFERENCE = click.Choice(["none", "published", "fp16", "compiled", "autograd"])
+PART = click.Choice(["oracle", "step", "train", "topk", "memory", "resume"])
 NAMES = ("labels", "dim", "batch", "precision", "momentum")
 """What `bench step` takes lists of."""
 
@@ -133,3 +134,18 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
     from renee_ray.service.bench.train import bench_train as run
 
     click.echo(json.dumps(call(run, *layers, steps, repeats, say)))
+
+
+@bench.command("gpu")
+@flag("--out", click.Path(dir_okay=False), "gpu.json", "The file to write.")
+@flag("--minutes", click.FloatRange(min=0), 8.0, "For all parts.")
+@click.option("--small", is_flag=True, help="Small sizes; the default where there is no GPU.")
+@click.option("--only", type=PART, multiple=True, help="A part to run; without, all are.")
+def bench_gpu(**settings: Any) -> None:
+    """All that one GPU is to tell, in one JSON file: correctness, times, memory, runs.
+
+    Every part runs in processes of its own, so that one that fails does not end the others.
+    """
+    from renee_ray.service.bench.gpu import bench_gpu as run
+
+    click.echo(json.dumps(call(lambda: run(say=say, **settings))))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from renee_ray.benchmarks.sample import write_sample
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_recipe
 from renee_ray.config.schema import RunConfig, ScoreConfig
@@ -35,8 +36,6 @@ from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.pairwise import pairwise
 from tests.test_machine import V2, plant
-
-from .sample import write_sample
 
 CPU = torch.device("cpu")
 LABELS, DIM = 3001, 16

@@ -1,4 +1,4 @@
-"""A random encoder and dataset, of any size.
+"""A random encoder and dataset, for benchmarks where nothing can be fetched.
 
 Points have 5 to 18 tokens and 1 to 9 labels, as in the LF-AmazonTitles datasets; labels have no
 texts. What is learned from them means nothing.
