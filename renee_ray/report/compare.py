@@ -20,7 +20,7 @@ def write_comparison(
     write_page(
         path,
         "compare.html.j2",
-        title=" and ".join(facts["models"]),
+        title=f"{', '.join(facts['models'][:-1])} and {facts['models'][-1]}",
         facts=facts,
         verdicts=verdicts(facts),
         charts=[each for each in _curves(histories) if each],

@@ -45,7 +45,7 @@ class Terms:
     def of(
         cls, predicted: Ints, values: Ints, offsets: Ints, inverse_propensity: Floats, counts: Ints
     ) -> Terms:
-        """Computes P, nDCG and PSP at 1 and 5, recall at 10 and 100, and recall@5 by frequency.
+        """Computes P and PSP at 1 and 5, nDCG@5, recall at 10 and 100, and recall@5 by frequency.
 
         Args:
             predicted: [n, K] label ids, best first, -1 for none.
@@ -61,6 +61,7 @@ class Terms:
             f"{name}@{k}": (terms.at_k[top, i], one if below is None else terms.at_k[below, i])
             for name, top, below in (("P", 0, None), ("nDCG", 1, None), ("PSP", 2, 3))
             for i, k in enumerate(ks)
+            if (name, k) != ("nDCG", 1)  # it is P@1
         }
         rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(recall_ks)}
         point = np.repeat(np.arange(n), np.diff(offsets))
@@ -69,7 +70,7 @@ class Terms:
         for name, (low, high) in CLASSES.items():
             member = (counts >= low) & (counts <= high)
             if member.any():
-                rows[f"recall@5 of labels with {name}"] = (
+                rows[f"recall@5, labels of {name}"] = (
                     np.bincount(point[member], found[member], n),
                     np.bincount(point[member], minlength=n).astype(float),
                 )
