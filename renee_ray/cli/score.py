@@ -1,4 +1,4 @@
-"""Commands on trained runs: evaluate, predict, fuse, export, serve."""
+"""Commands on trained runs: evaluate, predict, fuse, compare, export, serve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
-from renee_ray.cli.output import print_result
+from renee_ray.cli.output import print_facts, print_result, say
+from renee_ray.config.compare import CompareConfig
 from renee_ray.config.fuse import FuseConfig
 from renee_ray.config.schema import ExportConfig, ScoreConfig
 from renee_ray.config.serve import ServeConfig
@@ -67,6 +68,27 @@ def fuse(paths: tuple[str, ...], as_json: bool) -> None:
 
     found = call(run, sources, destination, config)
     print_result({"predictions": destination, **found}, as_json, f"predictions {destination}")
+
+
+@click.command(cls=ConfiguredCommand, keys=CompareConfig)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
+@json_option
+def compare(runs: tuple[str, ...], as_json: bool) -> None:
+    """Say whether runs differ from the first: metrics, settings, curves, examples.
+
+    Each RUN is a run, whose test points are predicted, or a directory of predictions. Intervals and
+    tests are by a paired bootstrap over the points. A page is written to `output`.
+    """
+    overrides = [each for each in runs if re.match(r"\w+=", each)]
+    config = configured(CompareConfig, overrides, "compare")
+    from renee_ray.report.compare import comparison_text
+    from renee_ray.service.score.compare import compare_runs
+
+    paths = [each for each in runs if each not in overrides]
+    found = call(compare_runs, paths, config, say)
+    print_facts(found, as_json, comparison_text)
+    if not as_json:
+        click.echo(f"report: {found['report']}")
 
 
 @click.command(cls=ConfiguredCommand, keys=ExportConfig)

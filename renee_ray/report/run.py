@@ -19,7 +19,6 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +36,14 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 INK, GRID = "#a00001", "#a00002"
-SERIES = ("#a00003", "#a00004", "#a00005")
+SERIES = tuple(f"#a0000{i}" for i in range(3, 9))
 CSS_COLOURS = {
     INK: "var(--muted)",
     GRID: "var(--line)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, start=1)},
 }
-DASHES = ("-", "--", ":")
-MARKERS = ("o", "s", "^")
+DASHES = ("-", "--", ":", "-.", "-", "--")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 FORMATS = {"%": ".1f", "rows/s": ".0f", "GiB": ".2f"}
 """Unit of a chart -> format of its values."""
@@ -88,27 +87,44 @@ def write_report(
     Raises:
         ReneeError: jinja2 or matplotlib is not installed, or the file cannot be written.
     """
+    check_libraries()
+    evals = in_order(history.get("evals", ()))
+    write_page(
+        path,
+        "report.html.j2",
+        title=title,
+        facts=facts,
+        charts=_charts(in_order(history.get("steps", ())), evals),
+        comparison=_cells(comparison),
+        evaluations=_cells([{"epoch": f"{e['epoch']:.2f}", **e["metrics"]} for e in evals]),
+        examples=examples,
+    )
+
+
+def check_libraries() -> None:
+    """Raises ReneeError where jinja2 or matplotlib is not installed."""
     try:
-        import jinja2
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ReneeError(
             f"a report needs {error.name}, which is not installed; "
             f"pip install 'renee_ray[quickstart]'"
         ) from error
-    source = resources.files(__package__).joinpath("templates/report.html.j2").read_text("utf-8")
+
+
+def write_page(path: str, template: str, **values: Any) -> None:
+    """Fills in a template of report/templates/ and writes it to the local file `path`."""
+    import jinja2
+
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("renee_ray.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    evals = _in_order(history.get("evals", ()))
-    page = environment.from_string(source).render(
-        title=title,
-        facts=facts,
-        charts=_charts(_in_order(history.get("steps", ())), evals),
-        comparison=_cells(comparison),
-        evaluations=_cells([{"epoch": f"{e['epoch']:.2f}", **e["metrics"]} for e in evals]),
-        examples=examples,
-    )
+    page = environment.get_template(template).render(**values)
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -184,7 +200,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
     )
 
 
-def _in_order(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def in_order(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Sorts by step and keeps the last of each: a resumed run has repeated some steps."""
     by_step = {entry["step"]: entry for entry in entries}
     return [by_step[step] for step in sorted(by_step)]
@@ -194,28 +210,34 @@ def _charts(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any
     scores = [{"epoch": e["epoch"], **e["metrics"]} for e in evals]
     memory = _lines(steps, "peak_rss_gib", "gpu_peak_gib")
     drawn = (
-        _chart("Training loss", "loss", _lines(steps, "loss")),
-        _chart("Precision on validation", "%", _lines(scores, "P@1", "P@3", "P@5"), mark=True),
-        _chart("Propensity-scored precision", "%", _lines(scores, "PSP@1", "PSP@5"), mark=True),
-        _chart("Throughput", "rows/s", _lines(steps, "rows_per_second"), zero=True),
-        _chart("Padding, share of tokens", "%", _lines(steps, "padding", scale=100.0), zero=True),
-        _chart("Peak memory of a worker", "GiB", memory, zero=True),
-        _chart("Learning rates", "", _lines(steps, "encoder_lr", "classifier_lr"), log=True),
+        chart("Training loss", "loss", _lines(steps, "loss")),
+        chart("Precision on validation", "%", _lines(scores, "P@1", "P@3", "P@5"), mark=True),
+        chart("Propensity-scored precision", "%", _lines(scores, "PSP@1", "PSP@5"), mark=True),
+        chart("Throughput", "rows/s", _lines(steps, "rows_per_second"), zero=True),
+        chart("Padding, share of tokens", "%", _lines(steps, "padding", scale=100.0), zero=True),
+        chart("Peak memory of a worker", "GiB", memory, zero=True),
+        chart("Learning rates", "", _lines(steps, "encoder_lr", "classifier_lr"), log=True),
     )
-    return [chart for chart in drawn if chart]
+    return [each for each in drawn if each]
 
 
 def _lines(entries: Sequence[Mapping[str, Any]], *keys: str, scale: float = 1.0) -> list[Line]:
     """Makes a line for each key that has a finite value somewhere."""
     found = []
     for key in keys:
-        pairs = [(entry["epoch"], entry.get(key)) for entry in entries]
-        array = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None becomes NaN
-        array = array[np.isfinite(array).all(axis=1)]
-        if len(array):
+        x, y = finite(entries, key)
+        if len(x):
             label = key.removesuffix("_lr").removesuffix("_gib").replace("_", " ")
-            found.append(Line(label, array[:, 0], array[:, 1] * scale))
+            found.append(Line(label, x, y * scale))
     return found
+
+
+def finite(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[Floats, Floats]:
+    """Returns epochs and values of the entries with a finite `key`: float64 [n], [n]."""
+    pairs = [(entry["epoch"], entry.get(key)) for entry in entries]
+    array = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None becomes NaN
+    array = array[np.isfinite(array).all(axis=1)]
+    return array[:, 0], array[:, 1]
 
 
 def _binned(values: Floats) -> Floats:
@@ -226,7 +248,7 @@ def _binned(values: Floats) -> Floats:
     return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
 
 
-def _chart(
+def chart(
     title: str,
     unit: str,
     lines: Sequence[Line],

@@ -127,41 +127,13 @@ class MetricSums:
         Raises:
             ValueError: the arrays' shapes do not fit together.
         """
-        _check_shapes(
-            predicted,
-            labels_values,
-            labels_offsets,
-            predicted_inverse_propensity,
-            label_inverse_propensity,
-        )
-        n = len(predicted)
-        per_point = np.diff(labels_offsets)
-        hit, place = _hits(predicted, labels_values, per_point)
-        # A weight beside a miss is never read: it may be NaN or missing.
-        weight = np.zeros(predicted.shape)
-        if predicted_inverse_propensity is None:
-            weight[hit] = label_inverse_propensity[place[hit]]
-        else:
-            weight[hit] = predicted_inverse_propensity[hit]
-        best, rank = _best_first(label_inverse_propensity, labels_offsets, per_point)
-
-        discount = 1.0 / np.log2(np.arange(max(self.ks, default=1)) + 2.0)
-        ideal = np.concatenate([[0.0], np.cumsum(discount)])
-        for column, k in enumerate(self.ks):
-            top, top_weight, fall = hit[:, :k], weight[:, :k], discount[: min(k, hit.shape[1])]
-            among_best = rank < k
-            best_k, fall_best = best[among_best], discount[rank[among_best]]
-            self.at_k[:, column] += (
-                top.sum() / k,
-                _ratio(top @ fall, ideal[np.minimum(per_point, k)]).sum(),
-                top_weight.sum(),
-                best_k.sum(),
-                (top_weight @ fall).sum(),
-                best_k @ fall_best,
-            )
-        for column, k in enumerate(self.recall_ks):
-            self.recall[column] += _ratio(hit[:, :k].sum(axis=1), per_point).sum()
-        self.points += n
+        terms = point_terms(
+            predicted, labels_values, labels_offsets, predicted_inverse_propensity,
+            label_inverse_propensity, self.ks, self.recall_ks,
+        )  # fmt: skip
+        self.at_k += terms.at_k.sum(axis=2)
+        self.recall += terms.recall.sum(axis=1)
+        self.points += len(predicted)
 
     @property
     def any_label(self) -> bool:
@@ -187,6 +159,65 @@ class MetricSums:
             for k, value in zip(self.recall_ks, recall, strict=True)
         }
         return found
+
+
+@dataclass(frozen=True)
+class PointTerms:
+    """What each of n points adds to the sums.
+
+    at_k [6, len(ks), n] and recall [len(recall_ks), n], float64; hit bool [n, K]: predictions that
+    are true labels; place int64 [n, K]: where in `labels_values`, at hits alone.
+    """
+
+    at_k: Floats
+    recall: Floats
+    hit: npt.NDArray[np.bool_]
+    place: Ints
+
+
+def point_terms(
+    predicted: Ints,
+    labels_values: Ints,
+    labels_offsets: Ints,
+    predicted_inverse_propensity: Floats | None,
+    label_inverse_propensity: Floats,
+    ks: tuple[int, ...],
+    recall_ks: tuple[int, ...],
+) -> PointTerms:
+    """Computes what `MetricSums.add` sums, point by point; arguments and errors as there."""
+    _check_shapes(
+        predicted, labels_values, labels_offsets, predicted_inverse_propensity,
+        label_inverse_propensity,
+    )  # fmt: skip
+    n = len(predicted)
+    per_point = np.diff(labels_offsets)
+    hit, place = _hits(predicted, labels_values, per_point)
+    # A weight beside a miss is never read: it may be NaN or missing.
+    weight = np.zeros(predicted.shape)
+    if predicted_inverse_propensity is None:
+        weight[hit] = label_inverse_propensity[place[hit]]
+    else:
+        weight[hit] = predicted_inverse_propensity[hit]
+    best, rank = _best_first(label_inverse_propensity, labels_offsets, per_point)
+    point = np.repeat(np.arange(n), per_point)
+
+    discount = 1.0 / np.log2(np.arange(max(ks, default=1)) + 2.0)
+    ideal = np.concatenate([[0.0], np.cumsum(discount)])
+    at_k = np.empty((6, len(ks), n))
+    for column, k in enumerate(ks):
+        top, top_weight, fall = hit[:, :k], weight[:, :k], discount[: min(k, hit.shape[1])]
+        among_best = rank < k
+        of, best_k = point[among_best], best[among_best]
+        at_k[:, column] = (
+            top.sum(axis=1) / k,
+            _ratio(top @ fall, ideal[np.minimum(per_point, k)]),
+            top_weight.sum(axis=1),
+            np.bincount(of, best_k, n),
+            top_weight @ fall,
+            np.bincount(of, best_k * discount[rank[among_best]], n),
+        )
+    found = [_ratio(hit[:, :k].sum(axis=1), per_point) for k in recall_ks]
+    return PointTerms(at_k, np.reshape(found, (len(recall_ks), n)), hit, place)
 
 
 def _hits(

@@ -16,6 +16,7 @@ import pytest
 
 from renee_ray.cli.main import main
 from renee_ray.service.score import fuse as module
+from renee_ray.service.score import predicted
 
 from ..data.tiny import write_tiny
 
@@ -64,7 +65,8 @@ def fused(models: list[Rows], weights: list[float], logits: list[bool]) -> list[
 def test_rows_are_weighted_sums(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: list[float]
 ) -> None:
-    monkeypatch.setattr(module, "PART_ROWS", 7)
+    for reader_or_writer in (predicted, module):
+        monkeypatch.setattr(reader_or_writer, "PART_ROWS", 7)
     models = [predictions(1, 30), predictions(2, 30)]
     paths = [
         write(tmp_path / "a", models[0], 3, logits=True),

@@ -71,7 +71,7 @@ COLUMNS = {
     "gradient update expansion error",
     "train": "labels batch_size precision rows_per_second ratio_to_bare idle_share encoder_s "
     "classifier_s gpu_peak_gib",
-    "topk": "labels dim batch precision topk_s product_s ratio_to_product "
+    "topk": "labels dim batch precision topk_s product_s ratio_to_product same_but_ties "
     "peak_extra_bytes",
     "memory": f"{STEP} bytes_per_weight peak_extra_bytes planned_extra_bytes gpu_peak_gib error",
     "resume": "killed_after resumed_from steps gpu_peak_gib",

@@ -1,0 +1,134 @@
+"""Whether models differ: metrics with confidence intervals, by a bootstrap over points.
+
+Every metric of scoring/metrics.py is 100 times a ratio of sums over n points. Ledger, M metrics:
+
+    numerator, denominator   [M, n]   float64   what each point adds above and below the line
+
+A sample draws n points with replacement: point i counts w_i times, and a metric of the sample is
+
+    100 (sum over i of w_i numerator_i) / (sum over i of w_i denominator_i)
+
+All models are sampled with the same w, so that the difference of two is a paired one: what makes a
+point hard for both does not count. (Koehn, EMNLP 2004, has the test for translation.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from renee_ray.scoring.metrics import point_terms
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+SAMPLES = 2000
+BLOCK = 1 << 22
+"""Most weights of samples in memory at once."""
+LEVEL = 0.05
+CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">100": (101, 2**62)}
+"""Labels by their number of training points."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What each point adds to each metric, for one model."""
+
+    names: tuple[str, ...]
+    numerator: Floats
+    denominator: Floats
+
+    @classmethod
+    def of(
+        cls, predicted: Ints, values: Ints, offsets: Ints, inverse_propensity: Floats, counts: Ints
+    ) -> Terms:
+        """Computes P and PSP at 1 and 5, nDCG@5, recall at 10 and 100, and recall@5 by frequency.
+
+        Args:
+            predicted: [n, K] label ids, best first, -1 for none.
+            values, offsets: true labels, in CSR form.
+            inverse_propensity: [m], of each true label.
+            counts: [m], training points of each true label.
+        """
+        ks, recall_ks = (1, 5), (10, 100)
+        terms = point_terms(predicted, values, offsets, None, inverse_propensity, ks, recall_ks)
+        n = len(predicted)
+        one = np.ones(n)
+        rows = {
+            f"{name}@{k}": (terms.at_k[top, i], one if below is None else terms.at_k[below, i])
+            for name, top, below in (("P", 0, None), ("nDCG", 1, None), ("PSP", 2, 3))
+            for i, k in enumerate(ks)
+            if (name, k) != ("nDCG", 1)  # it is P@1
+        }
+        rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(recall_ks)}
+        point = np.repeat(np.arange(n), np.diff(offsets))
+        found = np.zeros(len(values))
+        found[terms.place[:, :5][terms.hit[:, :5]]] = 1.0
+        for name, (low, high) in CLASSES.items():
+            member = (counts >= low) & (counts <= high)
+            if member.any():
+                rows[f"recall@5, labels of {name}"] = (
+                    np.bincount(point[member], found[member], n),
+                    np.bincount(point[member], minlength=n).astype(float),
+                )
+        numerator, denominator = (np.stack(side) for side in zip(*rows.values(), strict=True))
+        return cls(tuple(rows), numerator, denominator)
+
+    def values(self) -> Floats:
+        """Returns the metrics in percent, float64 [M]."""
+        return np.asarray(100 * self.numerator.sum(1) / self.denominator.sum(1))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Metrics of several models on the same points; the first one is what others are compared with.
+
+    values [models, M]; low, high [models, M]: bounds of the 95% confidence interval of a value;
+    difference_low, difference_high [models, M]: those of the difference to the first model;
+    p [models, M]: of the paired bootstrap test that there is no difference, at least 2 / (S + 1).
+    """
+
+    names: tuple[str, ...]
+    values: Floats
+    low: Floats
+    high: Floats
+    difference_low: Floats
+    difference_high: Floats
+    p: Floats
+
+    def differ(self, model: int) -> list[str]:
+        """Names the metrics in which a model differs from the first, by Holm's correction at 5%."""
+        order = np.argsort(self.p[model], kind="stable")
+        found = []
+        for place, metric in enumerate(order):
+            if self.p[model, metric] > LEVEL / (len(order) - place):
+                break
+            found.append(metric)
+        return [self.names[metric] for metric in sorted(found)]
+
+
+def compare(models: Sequence[Terms], seed: int = 0, samples: int = SAMPLES) -> Comparison:
+    """Compares models by `samples` bootstrap samples, the same for all of them."""
+    n = models[0].numerator.shape[1]
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for first in range(0, samples, step := max(1, BLOCK // n)):
+        size = min(step, samples - first)
+        places = generator.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        weights = np.bincount(places.ravel(), minlength=size * n).reshape(size, n).astype(float)
+        below = [weights @ model.denominator.T for model in models]
+        above = [weights @ model.numerator.T for model in models]
+        with np.errstate(invalid="ignore"):  # a sample may have no label of a class
+            drawn.append([100 * a / b for a, b in zip(above, below, strict=True)])
+    found = np.concatenate(drawn, axis=1)  # [models, samples, M]
+    difference = found - found[:1]
+    bounds = 100 * LEVEL / 2, 100 * (1 - LEVEL / 2)
+    low, high = np.nanpercentile(found, bounds, axis=1)
+    difference_low, difference_high = np.nanpercentile(difference, bounds, axis=1)
+    side = np.minimum((difference <= 0).sum(1), (difference >= 0).sum(1))
+    p = np.minimum(1.0, 2 * (side + 1) / (samples + 1))
+    values = np.stack([model.values() for model in models])
+    return Comparison(models[0].names, values, low, high, difference_low, difference_high, p)

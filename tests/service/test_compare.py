@@ -1,0 +1,84 @@
+"""`compare` on predictions and on runs: its figures, its page, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from renee_ray.cli.main import main
+
+from ..data.tiny import write_tiny
+from .conftest import Run, renee_ray
+from .test_fuse import Rows, write
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[str, list[str]]:
+    """A dataset, and predictions of its validation points by a poor and by a good model."""
+    dataset = write_tiny(tmp_path / "set", validation=(60, 41))
+    drawn = np.random.default_rng(0)
+    rows: list[Rows] = [[], []]
+    for point in dataset.read_rows("validation", 0, 101).to_pylist():
+        for found, right in zip(rows, (0.2, 0.9), strict=True):
+            scores = {int(label): float(drawn.random()) for label in drawn.permutation(11)}
+            for label in point["labels"]:
+                scores[label] += float(drawn.random() < right)
+            found.append((point["point_id"], {k: v / 2 for k, v in scores.items()}))
+    paths = [write(tmp_path / name, found, 3) for name, found in zip("ab", rows, strict=True)]
+    return str(tmp_path / "set"), paths
+
+
+def test_a_better_model_is_told_with_examples_on_a_page(
+    models: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, paths = models
+    given = [f"data={data}", "split=validation", f"output={tmp_path}/out"]
+    assert main(["compare", *paths, *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"] == ["a", "b"] and found["points"] == 101
+    assert "P@1" in found["differ"]["b"]
+    first, second = found["metrics"]["P@1"]
+    assert first["value"] < second["difference_low"] + first["value"] < second["value"]
+    for example in found["gained"]["b"]:
+        before, after = (sum(e["right"] for e in example[side]) for side in ("before", "after"))
+        assert after > before
+    page = Path(found["report"]).read_text(encoding="utf-8")
+    assert "b differs from a in" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert main(["compare", *paths, *given]) == 0
+    assert "b differs from a in" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda paths: [paths[0], paths[0]], "twice"),
+        (lambda paths: [paths[0]], "2 to 6"),
+        (lambda paths: [*paths, "split=test"], "split=test"),
+        (lambda paths: [*paths, "output=s3://bucket/page"], "local directory"),
+    ],
+)
+def test_what_cannot_be_compared(
+    models: tuple[str, list[str]], capsys: pytest.CaptureFixture[str], change, sentence: str
+) -> None:
+    data, paths = models
+    given = [f"data={data}", "split=validation", "output=unused"]
+    assert main(["compare", *given, *change(paths)]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_are_predicted_and_their_settings_told(
+    trained: Run, trained_longer: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = renee_ray(
+        "compare", trained.path, trained_longer.path, f"output={out}", "num_workers=1", "--json"
+    )
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["settings"]["epochs"][0] != found["settings"]["epochs"][1]
+    assert len(found["metrics"]["P@1"]) == 2
+    assert sorted(each.name for each in (out / "predictions").iterdir()) == found["models"]
