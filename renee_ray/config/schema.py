@@ -425,6 +425,11 @@ class ScoreConfig(Config):
     scores: Literal["logits", "probabilities"] = "logits"
     """predict: scores as the model has them, or their sigmoids, which a model trained by BCE and
     without votes and adjustment makes probabilities: soft targets (`feed.targets`) are such."""
+    threshold: float | None = None
+    """predict: leave out labels whose score, as it is written, is below; null: none."""
+    memory_gib_per_worker: float = Field(0.0, ge=0)
+    """GiB of a worker's memory for labels and the search for the best; if the labels do not fit,
+    they come in passes. 0: what is free on its node (or GPU), divided among the workers there."""
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
     explain: bool = False

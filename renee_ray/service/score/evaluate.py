@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from renee_ray.config.schema import ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
+from renee_ray.scoring.metrics import KS, RECALL_KS
 from renee_ray.scoring.scorer import Propensities, metric_sums
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.job import ScoringJob, check_source
+from renee_ray.service.score.worker import Worker
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
@@ -42,13 +45,17 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
 def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Computes the metrics of all ranks' rows, as one worker; None where no row has a label."""
     job: ScoringJob = arguments["job"]
-    scorer = job.load_scorer()
-    batches = job.batches(arguments["points"], arguments["split"], scorer.ranks)
+    worker = Worker.of(job)
+    number = job.labels.manifest.num_labels
+    k = min(number, max(*KS, *RECALL_KS))
+    layout = job.layout(arguments["points"], arguments["split"], k)
+    passes = worker.passes(layout)
     ways = [
-        Propensities.read(job.labels, scorer.shard.owned, scorer.ranks, augmented=each)
+        Propensities.read(job.labels, worker.owned, worker.ranks, augmented=each)
         for each in (False, True)[: 1 + job.labels.manifest.has_label_texts]
     ]
-    plain, *augmented = metric_sums(scorer, batches, ways)
+    answers = chain.from_iterable(worker.answers(arguments, layout, passes))
+    plain, *augmented = metric_sums(worker.ranks, answers, ways)
     found: dict[str, Any] = {"metrics": plain.metrics() if plain.any_label else None}
     for sums in augmented:
         found["augmented"] = {k: v for k, v in sums.metrics().items() if k.startswith("PS")}
