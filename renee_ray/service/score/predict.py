@@ -16,8 +16,10 @@ from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.collectives import all_sum
+from renee_ray.scoring.calibration import Calibration
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.job import ScoringJob, check_source
 from renee_ray.service.score.predictions import PREDICTIONS, Layout, Writer
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
@@ -55,10 +57,10 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     output.check()
     labels = directory.dataset() if raw else Dataset.open(src)
     job = ScoringJob.checked(directory, labels, _bounded(score, labels.manifest.num_labels))
-    _check_scores(job, run)
+    calibration = _calibration(job, run)
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split, "scores": score.scores}
-    signature = _signature(job, src if raw else None)
+    signature = _signature(job, src if raw else None, calibration)
     if output.claim(signature):
         log.warning("going on with the predictions in %s that were cut off", destination)
     scratch = output.scratch(signature)
@@ -74,6 +76,7 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
         found = job.run(
             predict_worker, points, split,
             layout=layout, output=output, files=files, scratch=f"{scratch}/passes",
+            calibration=calibration,
         )  # fmt: skip
     except ReneeError:
         output.abandon()
@@ -99,7 +102,7 @@ def _check_input(src: str, destination: str, score: ScoreConfig) -> bool:
     return raw
 
 
-def _signature(job: ScoringJob, texts: str | None) -> str:
+def _signature(job: ScoringJob, texts: str | None, calibration: Calibration | None) -> str:
     """Hashes what predictions depend on; a command of the same goes on with what was cut off."""
     files = []
     if texts is not None:
@@ -108,22 +111,38 @@ def _signature(job: ScoringJob, texts: str | None) -> str:
             info = filesystem.get_file_info(root)
             files.append((path, info.size, info.mtime_ns))
     settings = job.score.model_dump(exclude={"overwrite", "memory_gib_per_worker"})
-    content = [job.directory.path, job.checkpoint, job.labels.manifest.hash, files]
-    return hashlib.sha256(
-        json.dumps([__version__, *content, settings, job.config.model_dump()]).encode()
-    ).hexdigest()
+    content = [
+        __version__, job.directory.path, job.checkpoint, job.labels.manifest.hash, files, settings,
+        job.config.model_dump(), calibration and calibration.to_json(),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _check_scores(job: ScoringJob, run: str) -> None:
-    """Raises ReneeError where the sigmoid of a score is to be a probability and is none."""
+def _calibration(job: ScoringJob, run: str) -> Calibration | None:
+    """Returns what makes scores probabilities, if scores=calibrated.
+
+    Raises:
+        ReneeError: the run is not calibrated so, or the sigmoid of a score is to be a probability
+            and is none.
+    """
     settings, objective = job.config.evaluation, job.config.classifier.objective
+    told = f"tail={settings.tail} and neighbours={settings.neighbours}"
+    if job.score.scores == "calibrated":
+        found = calibration_of(job.directory, job.checkpoint, settings)
+        if found is None:
+            raise ReneeError(
+                f"{run} has no calibration of {job.checkpoint} with {told}; make one by `renee-ray "
+                f"evaluate {run} DATASET split=validation calibrate=isotonic` and these settings"
+            )
+        return found
     plain = objective == "bce" and not settings.tail and not settings.neighbours
     if job.score.scores == "probabilities" and not plain:
         raise ReneeError(
-            f"the scores of {run} with classifier.objective={objective}, tail={settings.tail} and "
-            f"neighbours={settings.neighbours} give no probabilities; take a run trained by bce, "
-            f"with tail=0 neighbours=0"
+            f"the scores of {run} with classifier.objective={objective}, {told} give no "
+            f"probabilities; take a run trained by bce, with tail=0 neighbours=0, or "
+            f"scores=calibrated"
         )
+    return None
 
 
 def _bounded(score: ScoreConfig, num_labels: int) -> ScoreConfig:
@@ -140,6 +159,7 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     job: ScoringJob = arguments["job"]
     layout: Layout = arguments["layout"]
     output: Destination = arguments["output"]
+    calibration: Calibration | None = arguments["calibration"]
     worker, score = Worker.of(job), job.score
     passes = worker.passes(layout)
     if worker.ranks.rank == 0:  # only now, when nothing refuses, may earlier predictions go
@@ -151,6 +171,8 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         for batch, scores, best, parts in block:
             told = [*parts, scores - sum(parts)] if parts else []
             shown = scores.sigmoid() if score.scores == "probabilities" else scores
+            if calibration is not None:
+                shown = torch.from_numpy(calibration(scores.numpy()))
             if score.threshold is not None:
                 best = torch.where(shown >= score.threshold, best, NONE)
             writer.add(batch, best.numpy(), shown.numpy(), [part.numpy() for part in told])
