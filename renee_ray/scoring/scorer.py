@@ -115,7 +115,7 @@ class Scorer:
         if before is not None:
             lists[0].append(before.scores)
             lists[1].append(before.labels)
-        scores, labels = merge_topk(*lists, candidates)
+        scores, labels = merge_topk(lists[0], lists[1], candidates)
         parts: list[Tensor] = []
         if self.explain:
             earlier = [] if before is None else _parts_of(before, labels.cpu())

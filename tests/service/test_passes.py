@@ -1,4 +1,4 @@
-"""Predictions in passes by the real command: of any number of workers, killed and resumed."""
+"""Scoring in passes by the real commands, killed and resumed; and calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
 
+import renee_ray
 from renee_ray.cli.main import main
 
-from .conftest import LABELS, TESTS, TINY_DIM, Run, end, renee_ray, start, until
+from .conftest import LABELS, TESTS, TINY_DIM, Run, end, start, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 K, BATCH, PASSES = 40, 24, 4
 SETTINGS = [f"k={K}", f"batch_size={BATCH}", "tail=0.3", "neighbours=5"]
-SEARCH = 12 * BATCH * 200 * (4 * 1 + 9)
-"""Bytes of the search for the best 200 labels, those that votes can lift, by one thread."""
 
 
 def limit(workers: int) -> str:
-    """Memory that forces four passes."""
+    """Memory that forces four passes, beside the search for the 200 labels that votes can lift."""
     labels = -(-LABELS // workers) * (4 * TINY_DIM + 4)
-    search = 12 * BATCH * min(200, -(-LABELS // workers)) * (4 * 1 + 9)
+    search = 12 * BATCH * 200 * (4 * 1 + 9)  # by one thread
     return f"memory_gib_per_worker={(search + labels / (PASSES - 0.3)) / 2**30:.12f}"
 
 
@@ -48,64 +48,63 @@ def same(one: pa.Table, other: pa.Table) -> None:
     assert equal >= 0.95 * TESTS
 
 
-@pytest.fixture(scope="module")
-def whole(trained: Run, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "out"
-    done = renee_ray("predict", trained.path, dataset, str(path), *SETTINGS, "num_workers=1")
-    assert done.status == 0, done.stderr
-    assert "passes" not in done.stderr
-    return path
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_four_passes_predict_what_one_does(
-    trained: Run, dataset: str, whole: Path, tmp_path: Path, workers: int
+def test_four_passes_that_were_killed_predict_what_one_does(
+    trained: Run, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = f"num_workers={workers}", limit(workers)
-    done = renee_ray("predict", trained.path, dataset, str(tmp_path / "p"), *SETTINGS, *more)
-    assert done.status == 0, done.stderr
-    assert re.search(f"the memory of {workers} workers .* {PASSES} passes", done.stderr)
-    assert json.loads((tmp_path / "p" / "_predictions.json").read_text())["passes"] == PASSES
-    assert sorted(p.name for p in (tmp_path / "p").iterdir() if p.suffix != ".parquet") == [
-        "_predictions.json"
-    ]
-    same(predicted(whole), predicted(tmp_path / "p"))
-
-
-def test_what_was_killed_goes_on(trained: Run, dataset: str, whole: Path, tmp_path: Path) -> None:
-    """By two workers, at a random point after the first block; with the files of the first try."""
-    out, seed = tmp_path / "p", time.time_ns()
-    chance = random.Random(seed)
+    """By two workers, killed in the second pass or later, at a random point."""
+    out, chance = tmp_path / "p", random.Random(seed := time.time_ns())
     command = ["predict", trained.path, dataset, str(out), *SETTINGS, "num_workers=2", limit(2)]
     process = start(*command)
 
     def done() -> list[int]:
-        found = []
-        for path in out.glob("_scratch/*/passes/0000?.json"):
-            found.append(json.loads(path.read_text())["done"])
-        return found
+        paths = out.glob("_scratch/*/passes/0000?.json")
+        return [json.loads(path.read_text())["done"] for path in paths]
 
-    after = chance.randint(1, PASSES)
+    after = chance.randint(1, PASSES - 1)
     until(lambda: len(done()) == 2 and min(done()) >= after, process, "blocks")
+    time.sleep(chance.random())
     end(process)
-    before = min(done())
-    again = renee_ray(*command)
-    assert again.status == 0, again.stderr
-    assert "going on with the predictions" in again.stderr, seed
-    assert f"from pass {before + 1} on" in again.stderr or before == PASSES, (seed, after)
+    begun = min(done()) + 1
+    assert main(command) == 0
+    told = capsys.readouterr().err
+    assert f"{PASSES} passes, from pass {min(begun, PASSES)} on" in told, (seed, after)
+    assert json.loads((out / "_predictions.json").read_text())["passes"] == PASSES
+    assert len([*out.iterdir()]) == 3, "two parts and their manifest"
+    whole = tmp_path / "whole"
+    assert main(["predict", trained.path, dataset, str(whole), *SETTINGS, "num_workers=1"]) == 0
+    assert "passes, from" not in capsys.readouterr().err
     same(predicted(whole), predicted(out))
-    assert len(list(out.glob("*.parquet"))) == 2
-    assert not (out / "_scratch").exists() and not (out / "_claim.json").exists()
 
 
-def test_evaluate_in_passes(trained: Run, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The metrics and calibration errors are those of one pass."""
-    found = []
-    for more in ([], [limit(1)]):
-        settings = ["batch_size=24", "tail=0.3", "neighbours=5", "num_workers=1", *more]
-        done = renee_ray("evaluate", trained.path, dataset, *settings, "--json")
-        assert done.status == 0, done.stderr
-        assert ("passes" in done.stderr) is bool(more)
-        found.append(json.loads(done.stdout))
-    assert found[0] == found[1]
-    assert 0 < found[0]["calibration"]["ECE of sigmoids"] < 1
+def test_evaluate_in_passes_calibrates_what_predict_and_an_export_use(
+    trained: Run, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*arguments, "num_workers=1", "tail=0", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+    out, export = tmp_path / "p", tmp_path / "e"
+    calibrated = ["predict", trained.path, dataset, str(out), "scores=calibrated", "threshold=0.1"]
+    assert main(calibrated) == 1
+    assert re.search("no calibration .* calibrate=isotonic", capsys.readouterr().err)
+    arguments = "evaluate", trained.path, dataset, "batch_size=24", "split=validation"
+    one = run(*arguments)
+    found = run(*arguments, "calibrate=isotonic", limit(1))
+    assert found["metrics"] == one["metrics"] and found["augmented"] == one["augmented"]
+    assert "ECE calibrated" not in one["calibration"]
+    assert 0 <= found["calibration"]["ECE calibrated"] <= 1
+    assert found["calibration"]["labels"] == one["calibration"]["labels"] / 2
+    run(*calibrated)
+    table = predicted(out)
+    scores = [row["scores"] for row in table.to_pylist()]
+    assert all(0.1 <= score <= 1 for row in scores for score in row)
+    assert len({len(row) for row in scores}) > 1, "rows have as many labels as are likely"
+    assert main(["export", trained.path, str(export)]) == 0
+    assert "calibration" in (export / "README.md").read_text()
+    model = renee_ray.load(str(export))
+    knots = json.loads((export / "export.json").read_text())["calibration"]
+    for plain, likely in zip(*(model.predict(["perl"], 9, calibrated=c) for c in (False, True))):
+        for a, b in zip(plain, likely, strict=True):
+            assert a.id == b.id and min(knots["probabilities"]) <= b.score <= 1
+    Path(trained.path, "calibration.json").unlink()

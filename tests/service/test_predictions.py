@@ -16,8 +16,8 @@ import pytest
 from renee_ray.data.dataset import Dataset, Part
 from renee_ray.data.order import scoring_order
 from renee_ray.data.rows import read_window
-from renee_ray.parallel.batch import Position, cut_batches
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.scorer import topk_bytes
 from renee_ray.service.score import predictions
@@ -127,7 +127,7 @@ def test_passes_are_as_many_as_memory_needs() -> None:
     # How much the search takes depends on the number of threads.
     with pytest.raises(ReneeError, match=r"k=5000 .* [\d.]+ GiB more than some worker has"):
         passes(10**5, 5000, 1)
-    with pytest.raises(ReneeError, match="5000 labels would take .* passes.*raise num_workers"):
+    with pytest.raises(ReneeError, match=r"5000 labels would take .* passes.*raise num_workers"):
         passes(512, 100, free)
     with pytest.raises(ReneeError, match="more than a list can hold"):
         passes(10**6, 5000, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from safetensors.torch import save
 
@@ -131,7 +132,8 @@ def sentence_transformers_files(
     if encoder.backbone is None:
         return {}
     hidden: int = encoder.backbone.config.hidden_size
-    kinds, files = {"encoder": "Transformer", FOLDERS[0]: "Pooling"}, {}
+    kinds = {"encoder": "Transformer", FOLDERS[0]: "Pooling"}
+    files: dict[str, dict[str, Any]] = {}
     prompted = 0 if encoder.prompt is None else len(encoder.prompt.tokens)
     files["encoder/sentence_bert_config.json"] = {
         "max_seq_length": min(length + prompted, settings.max_length),

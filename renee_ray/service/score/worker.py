@@ -56,9 +56,10 @@ class Worker:
         checkpoint = job.directory.checkpoints().at(job.checkpoint)
         encoder = build_encoder(job.config.encoder, device, job.config.seed).eval()
         checkpoint.load_encoder(encoder)
-        voters = job.voters
-        voting = voters and embed_voters(job.config, voters, encoder, ranks, device)
-        return cls(job, checkpoint, ranks, device, encoder, voting)
+        neighbours = None
+        if job.voters is not None:
+            neighbours = embed_voters(job.config, job.voters, encoder, ranks, device)
+        return cls(job, checkpoint, ranks, device, encoder, neighbours)
 
     @property
     def owned(self) -> LabelRange:
@@ -95,7 +96,7 @@ class Worker:
             if passes > 1 and self.ranks.rank == 0:
                 channel.say(
                     f"the memory of {self.ranks.num_ranks} workers holds a part of the labels: "
-                    f"{passes} passes, from pass {done // blocks.count + 1} on"
+                    f"{passes} passes, from pass {min(done // blocks.count + 1, passes)} on"
                 )
 
             batches = partial(
