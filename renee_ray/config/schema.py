@@ -425,7 +425,7 @@ class ScoreConfig(Config):
     scores: Literal["logits", "probabilities", "calibrated"] = "logits"
     """predict: as the model has them; or their sigmoids, which `feed.targets` are, for BCE without
     votes and adjustment; or probabilities by the run's calibration."""
-    calibrate: Literal["none", "isotonic", "platt"] = "none"
+    calibrate: bool = False
     """evaluate: fit probabilities of scores on validation points; the run and exports keep it."""
     threshold: float | None = None
     """predict: leave out labels whose written score is below; null: none."""

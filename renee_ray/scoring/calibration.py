@@ -5,9 +5,9 @@ expected calibration error over the BINS equal bins b of [0, 1] (Guo et al., ICM
 
     ECE = sum over b of n_b / n |mean of y in b - mean of p in b|
 
-A map is a list of knots, between which it is linear and beyond which it is constant. That of
-isotonic regression is the step-like function of least squares among all that never fall; that of
-Platt scaling is a sigmoid of a s + b, fitted by maximum likelihood and written as knots too.
+The map is isotonic regression: of all functions that never fall, that of least squares. It is a
+list of knots, between which it is linear and beyond which it is constant. Platt scaling, a sigmoid
+of a s + b, is left out, since its errors are no smaller (docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ Floats = NDArray[np.float64]
 BINS = 15
 TOP = 5
 """Best labels of each point whose probabilities are looked at."""
-KNOTS = 200
-"""Of Platt's sigmoid."""
 
 
 @dataclass(frozen=True)
@@ -40,30 +38,22 @@ class Calibration:
         return np.interp(scores, self.scores, self.probabilities).astype(np.float32)
 
     @classmethod
-    def fit(cls, method: str, scores: Floats, true: Floats) -> Calibration:
-        """Fits pairs [n] by `isotonic` or `platt`.
+    def fit(cls, scores: Floats, true: Floats) -> Calibration:
+        """Fits pairs [n].
 
         Raises:
-            ReneeError: scikit-learn is not installed, or the labels are all true or all false.
+            ReneeError: scikit-learn is not installed, or there is no pair.
         """
+        if not len(scores):
+            raise ReneeError("there are no validation points to calibrate with; convert with more")
         try:
             from sklearn.isotonic import IsotonicRegression
-            from sklearn.linear_model import LogisticRegression
         except ImportError:
             raise ReneeError(
-                "calibrate= needs scikit-learn; install renee_ray[quickstart], which has it"
+                "calibrate=true needs scikit-learn; install renee_ray[quickstart], which has it"
             ) from None
-        if not 0 < true.mean() < 1:
-            raise ReneeError(
-                f"the {len(true)} labels that calibrate={method} would learn from are all true or "
-                f"all false; give a dataset with more validation points"
-            )
-        if method == "isotonic":
-            fitted = IsotonicRegression(y_min=0, y_max=1).fit(scores, true)
-            return cls(fitted.X_thresholds_.astype(float), fitted.y_thresholds_.astype(float))
-        fitted = LogisticRegression(C=1e6).fit(scores[:, None], true)
-        knots = np.linspace(scores.min(), scores.max(), KNOTS)
-        return cls(knots, fitted.predict_proba(knots[:, None])[:, 1])
+        fitted = IsotonicRegression(y_min=0, y_max=1).fit(scores, true)
+        return cls(fitted.X_thresholds_.astype(float), fitted.y_thresholds_.astype(float))
 
     def to_json(self) -> dict[str, Any]:
         return {"scores": self.scores.tolist(), "probabilities": self.probabilities.tolist()}

@@ -87,10 +87,10 @@ def test_evaluate_in_passes_calibrates_what_predict_and_an_export_use(
     out, export = tmp_path / "p", tmp_path / "e"
     calibrated = ["predict", trained.path, dataset, str(out), "scores=calibrated", "threshold=0.1"]
     assert main(calibrated) == 1
-    assert re.search("no calibration .* calibrate=isotonic", capsys.readouterr().err)
+    assert re.search("no calibration .* calibrate=true", capsys.readouterr().err)
     arguments = "evaluate", trained.path, dataset, "batch_size=24", "split=validation"
     one = run(*arguments)
-    found = run(*arguments, "calibrate=isotonic", limit(1))
+    found = run(*arguments, "calibrate=true", limit(1))
     assert found["metrics"] == one["metrics"] and found["augmented"] == one["augmented"]
     assert "ECE calibrated" not in one["calibration"]
     assert 0 <= found["calibration"]["ECE calibrated"] <= 1
@@ -104,7 +104,7 @@ def test_evaluate_in_passes_calibrates_what_predict_and_an_export_use(
     assert "calibration" in (export / "README.md").read_text()
     model = renee_ray.load(str(export))
     knots = json.loads((export / "export.json").read_text())["calibration"]
-    for plain, likely in zip(*(model.predict(["perl"], 9, calibrated=c) for c in (False, True))):
-        for a, b in zip(plain, likely, strict=True):
-            assert a.id == b.id and min(knots["probabilities"]) <= b.score <= 1
+    (plain,), (likely,) = (model.predict(["perl"], 9, calibrated=each) for each in (False, True))
+    for a, b in zip(plain, likely, strict=True):
+        assert a.id == b.id and min(knots["probabilities"]) <= b.score <= 1
     Path(trained.path, "calibration.json").unlink()

@@ -1,7 +1,7 @@
 """The calibration of a run's scores, in RUN/calibration.json, and how it is measured.
 
-    method, checkpoint, tail, neighbours, neighbour_weight    what it was fitted by and for
-    scores, probabilities                                     knots (scoring/calibration.py)
+    checkpoint, tail, neighbours, neighbour_weight    what it was fitted for
+    scores, probabilities                             knots (scoring/calibration.py)
 
 It holds for the checkpoint and the settings that it was fitted with, and for no other.
 """
@@ -78,7 +78,7 @@ class Seen:
 
 
 def measured(
-    seen: tuple[np.ndarray, np.ndarray, np.ndarray], method: str, known: Calibration | None
+    seen: tuple[np.ndarray, np.ndarray, np.ndarray], fit: bool, known: Calibration | None
 ) -> tuple[dict[str, Any], Calibration | None]:
     """Measures the calibration error of sigmoids, and of a calibration that is known or fitted.
 
@@ -92,8 +92,8 @@ def measured(
     """
     scores, true, held_out = seen
     fitted = None
-    if method != "none":
-        known = fitted = Calibration.fit(method, scores[~held_out], true[~held_out])
+    if fit:
+        known = fitted = Calibration.fit(scores[~held_out], true[~held_out])
         scores, true = scores[held_out], true[held_out]
     errors = {"ECE of sigmoids": calibration_error(1 / (1 + np.exp(-scores)), true)}
     if known is not None:

@@ -30,9 +30,9 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
             no point of the split has a label, or calibrate= is asked for on another split than
             validation.
     """
-    if score.calibrate != "none" and score.split != "validation":
+    if score.calibrate and score.split != "validation":
         raise ReneeError(
-            f"calibrate={score.calibrate} learns from points that were held out of training: give "
+            f"calibrate=true learns from points that were held out of training: give "
             f"split=validation, not split={score.split}"
         )
     directory = RunDirectory(absolute(run))
@@ -49,8 +49,7 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
     if found["metrics"] is None:
         raise nothing
     if fitted := found.pop("fitted", None):
-        used = {"method": score.calibrate, **facts(job.checkpoint, job.config.evaluation)}
-        directory.write(CALIBRATION, used | fitted)
+        directory.write(CALIBRATION, facts(job.checkpoint, job.config.evaluation) | fitted)
     return {"split": split, **found}
 
 

@@ -109,7 +109,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     no_votes = settings.evaluation.model_copy(update={"neighbours": 0})
     calibration = calibration_of(directory, checkpoint.name, no_votes)
     written = card.sentence_transformers_files(encoder, settings.encoder, length)
-    written[card.CARD] = card.card(settings, dataset, checkpoint, calibration is not None).encode()
+    written[card.CARD] = card.card(settings, dataset, checkpoint).encode()
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         _save_encoder(Path(local), encoder, settings.encoder, dataset.manifest.tokenizer)
         saved = sorted(f"{file.parent.name}/{file.name}" for file in Path(local).glob("*/*"))

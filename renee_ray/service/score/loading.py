@@ -109,7 +109,7 @@ class Model:
         if calibrated and self._calibration is None:
             raise ReneeError(
                 "the model has no calibration; make one by `renee-ray evaluate RUN DATASET "
-                "split=validation calibrate=isotonic`, and export the run again"
+                "split=validation calibrate=true`, and export the run again"
             )
         answers = []
         for embeddings in self._embedded(texts):

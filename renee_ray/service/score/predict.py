@@ -132,7 +132,7 @@ def _calibration(job: ScoringJob, run: str) -> Calibration | None:
         if found is None:
             raise ReneeError(
                 f"{run} has no calibration of {job.checkpoint} with {told}; make one by `renee-ray "
-                f"evaluate {run} DATASET split=validation calibrate=isotonic` and these settings"
+                f"evaluate {run} DATASET split=validation calibrate=true` and these settings"
             )
         return found
     plain = objective == "bce" and not settings.tail and not settings.neighbours
