@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import time
@@ -103,8 +104,9 @@ def test_evaluate_in_passes_calibrates_what_predict_and_an_export_use(
     assert main(["export", trained.path, str(export)]) == 0
     assert "calibration" in (export / "README.md").read_text()
     model = renee_ray.load(str(export))
-    knots = json.loads((export / "export.json").read_text())["calibration"]
+    numbers = json.loads((export / "export.json").read_text())["calibration"]
     (plain,), (likely,) = (model.predict(["perl"], 9, calibrated=each) for each in (False, True))
     for a, b in zip(plain, likely, strict=True):
-        assert a.id == b.id and min(knots["probabilities"]) <= b.score <= 1
+        logit = numbers["slope"] * a.score + numbers["intercept"]
+        assert a.id == b.id and b.score == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6)
     Path(trained.path, "calibration.json").unlink()

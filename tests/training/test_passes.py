@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,11 +64,11 @@ def answers(
     def piece(number: int, of: int) -> Scorer:
         owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
         start, stop = (owned.start + each for each in split_range(len(owned), of, number))
-        shard = Shard(
-            LabelRange(start, stop, LABELS), Weights("fp32", stop - start, DIM, False, CPU)
-        )
+        weights = Weights("fp32", stop - start, DIM, False, CPU)
+        shard = Shard(LabelRange(start, stop, LABELS), weights)
         shard.write(start, weight()[start:stop])
-        return Scorer(encoder, shard, ranks, CPU, OFFSET[start:stop], voters, of, True)  # type: ignore[arg-type]
+        own: Any = encoder
+        return Scorer(own, shard, ranks, CPU, OFFSET[start:stop], voters, of, explain=True)
 
     def batches(first: int) -> Iterator[Batch]:
         nonlocal scored

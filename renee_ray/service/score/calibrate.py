@@ -1,7 +1,7 @@
 """The calibration of a run's scores, in RUN/calibration.json, and how it is measured.
 
     checkpoint, tail, neighbours, neighbour_weight    what it was fitted for
-    scores, probabilities                             knots (scoring/calibration.py)
+    slope, intercept                                  as in scoring/calibration.py
 
 It holds for the checkpoint and the settings that it was fitted with, and for no other.
 """

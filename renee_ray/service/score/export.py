@@ -83,7 +83,7 @@ NORMALISED, SCALED = "e = e / |e|; ", "e = {} * e; "
 SCORE = (
     "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1)); "
     "its probability, where there is a calibration, is "
-    "numpy.interp(score, calibration.scores, calibration.probabilities)"
+    "1 / (1 + exp(-(slope * score + intercept)))"
 )
 
 
