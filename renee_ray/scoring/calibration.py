@@ -67,8 +67,9 @@ class Calibration:
     def from_json(cls, content: dict[str, Any], where: str) -> Calibration:
         """Reverses `to_json`. Raises ReneeError where there are no such numbers."""
         values = [content.get(key) for key in ("slope", "intercept")]
-        if all(isinstance(each, int | float) and math.isfinite(each) for each in values):
-            return cls(*map(float, values))
+        found = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        if len(found) == 2:
+            return cls(*found)
         raise ReneeError(f"{where} is damaged: slope and intercept are no numbers; calibrate again")
 
 

@@ -25,6 +25,7 @@ from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.progress import WorkerChannel
 from renee_ray.service.score.job import ScoringJob, embed_voters
 from renee_ray.service.score.predictions import Layout
+from renee_ray.xfc.device import choose_precision
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights, stored_bytes
@@ -122,7 +123,8 @@ class Worker:
 
     @property
     def _precision(self) -> str:
-        return self.checkpoint.state.facts["precision"]
+        wanted = self.job.config.classifier.precision
+        return self.checkpoint.state.facts.get("precision") or choose_precision(wanted, self.device)
 
 
 def _free_bytes(device: torch.device) -> int:
