@@ -14,7 +14,7 @@ from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import Encoder
 
-CARD = "README.md"
+CARD, SPLITS = "README.md", ("train", "validation", "test")
 ROOT = ("modules.json", "config_sentence_transformers.json")
 FOLDERS = ("1_Pooling", "2_Normalize")
 POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
@@ -36,7 +36,7 @@ def card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> str:
     ]
     metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
     head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]
-    points = [f"{manifest.num_points(each):,} {each} points" for each in manifest.splits]
+    points = [f"{manifest.num_points(each):,} {each} points" for each in SPLITS]
     return Template(files.joinpath("card.md").read_text("utf-8")).substitute(
         base="" if alone or local else f"base_model: {json.dumps(name)}\n",
         labels=f"{manifest.num_labels:,}",
@@ -62,11 +62,12 @@ def sentence_transformers_files(
         return {}
     prompted = 0 if encoder.prompt is None else len(encoder.prompt.tokens)
     kinds = {"encoder": "Transformer", FOLDERS[0]: "Pooling"}
+    contents: dict[str, Any] = {}
     if settings.normalise and encoder.bag is None and encoder.bottleneck is None:
-        kinds[FOLDERS[1]] = "Normalize"
+        kinds[FOLDERS[1]], contents[f"{FOLDERS[1]}/config.json"] = "Normalize", {}
     # The tokens of prompt and text are made apart here, and together by sentence_transformers.
     prompts = {"prompt": f"{settings.prompt.rstrip()} "} if settings.prompt else {}
-    contents: dict[str, Any] = {
+    contents |= {
         "encoder/sentence_bert_config.json": {
             "max_seq_length": min(length + prompted, settings.max_length),
             "do_lower_case": False,
@@ -75,7 +76,6 @@ def sentence_transformers_files(
             "word_embedding_dimension": encoder.backbone.config.hidden_size,
             "pooling_mode": POOLING[settings.pooling],
         },
-        f"{FOLDERS[1]}/config.json": {},
         ROOT[0]: [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for i, (path, kind) in enumerate(kinds.items())
