@@ -111,7 +111,7 @@ def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, A
         `weight_norms` of the end; `gpu_memory`; `profiled`.
     """
     config = job.config.model_copy(update={"loss_every": 0})
-    model = build_model(config, job.dataset.manifest.num_labels, ranks, device, training=True)
+    model = build_model(config, job.dataset.manifest.num_labels, ranks, device)
     model.shard.initialise_normal(config.classifier.init_std, config.seed)
     trainer = Trainer(
         config, model, ranks, device, job.schedule, None, lambda record: None,

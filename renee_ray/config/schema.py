@@ -422,9 +422,16 @@ class ScoreConfig(Config):
     """Training points that vote; null: as `evaluation.neighbours` of the run."""
     neighbour_weight: float | None = Field(None, ge=0)
     """What a label gains that all neighbours have; null: as in the run."""
-    scores: Literal["logits", "probabilities"] = "logits"
-    """predict: scores as the model has them, or their sigmoids, which a model trained by BCE and
-    without votes and adjustment makes probabilities: soft targets (`feed.targets`) are such."""
+    scores: Literal["logits", "probabilities", "calibrated"] = "logits"
+    """predict: as the model has them; or their sigmoids, which `feed.targets` are, for BCE without
+    votes and adjustment; or probabilities by the run's calibration."""
+    calibrate: bool = False
+    """evaluate: fit probabilities of scores on validation points; the run and exports keep it."""
+    threshold: float | None = None
+    """predict: leave out labels whose written score is below; null: none."""
+    memory_gib_per_worker: float = Field(0.0, ge=0)
+    """GiB that a worker may take for labels, which come in passes if they do not fit; 0: what is
+    free on its node or GPU."""
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
     explain: bool = False

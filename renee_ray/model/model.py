@@ -30,18 +30,17 @@ def build_model(
     ranks: Ranks,
     device: torch.device,
     *,
-    training: bool,
     precision: str | None = None,
 ) -> Model:
-    """Builds the encoder and an all-zero shard; without `training`, momentum is not allocated.
+    """Builds the encoder and an all-zero shard.
 
     precision: that of a checkpoint to be loaded, where the configuration says `auto`.
     """
     encoder = build_encoder(config.encoder, device, config.seed)
-    if training and config.encoder.frozen:
+    if config.encoder.frozen:
         encoder.remembered = Remembered(encoder.pooled)
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
-    momentum = training and config.classifier.momentum > 0
+    momentum = config.classifier.momentum > 0
     # All ranks use rank 0's choice, whatever devices they have: a checkpoint has one precision.
     chosen = precision or choose_precision(config.classifier.precision, device)
     precision = broadcast_bytes(ranks, chosen.encode()).decode()

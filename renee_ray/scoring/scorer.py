@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,12 +39,42 @@ from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 
 
+class Answer(NamedTuple):
+    """A batch and its k best labels, in host memory.
+
+    scores: float32 [b, k], descending; labels: int64 [b, k], `NONE` where fewer than k remain;
+    parts: what the transformer and the bag add to each score, float32 [b, k] each, where asked for.
+    """
+
+    batch: Batch
+    scores: Tensor
+    labels: Tensor
+    parts: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best labels of own rows among those that were searched so far.
+
+    everyone: float32 [B, D], the embeddings of all ranks' rows; counts: rows of each rank.
+    scores, labels, parts: as in `Answer`, for c candidates; scores and labels on the device.
+    """
+
+    everyone: Tensor
+    counts: list[int]
+    scores: Tensor
+    labels: Tensor
+    parts: list[Tensor]
+
+
 @dataclass(frozen=True)
 class Scorer:
-    """The trained model on one of R ranks.
+    """The trained model on one of R ranks, with all labels of the rank or a piece of them.
 
-    offset: float32 [n], added to the scores of the rank's own labels, or None.
+    offset: float32 [n], added to the scores of the labels in `shard`, or None.
     neighbours: training points that vote, or None.
+    passes: pieces that every rank's labels are cut into (`scoring/passes.py`).
+    explain: whether answers have parts; the encoder must have a bag.
     """
 
     encoder: Encoder
@@ -52,49 +83,69 @@ class Scorer:
     device: torch.device
     offset: Tensor | None = None
     neighbours: Neighbours | None = None
+    passes: int = 1
+    explain: bool = False
 
     @torch.inference_mode()
-    def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """Finds the k best labels of this rank's rows; filter labels are removed before the cut.
+    def search(
+        self, batch: Batch, k: int, own: Tensor | None = None, before: Found | None = None
+    ) -> Found:
+        """Finds the best labels of this rank's rows among those of `shard` and of `before`.
 
-        Returns:
-            (scores float32 [b, k] descending, labels int64 [b, k]) in host memory; label -1
-            where fewer than k labels remain. k is the number of labels where it is greater.
+        Filter labels are removed before the cut. There are as many candidates as `finish` needs.
+
+        Args:
+            own: the rows' embeddings, float32 [b, D]; None: they are embedded.
         """
         owned = self.shard.owned
         counts = row_counts(self.ranks, len(batch))
         first = sum(counts[: self.ranks.rank])
         rows, banned = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
-        everyone = self._embed(batch, counts)
-        excluded = Pairs(rows, banned, owned, self.device)
-        k = min(k, owned.num_labels)
-        candidates = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
-        width = min(candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks))
-        scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
-        best = merge_topk(
-            return_rows(self.ranks, scores, counts),
-            return_rows(self.ranks, labels, counts),
-            candidates,
+        here = (banned >= owned.start) & (banned < owned.stop)
+        if own is None:
+            own = self.encoder(*batch.tokens(self.device))[: len(batch)]
+        everyone = gather_rows(self.ranks, own, counts)
+        excluded = Pairs(rows[here], banned[here], owned, self.device)
+        candidates = min(k if self.neighbours is None else max(k, RERANKED), owned.num_labels)
+        width = min(
+            candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks * self.passes)
         )
-        if self.neighbours is not None:
-            return self.neighbours.add(everyone, counts, best, k)
-        return best[0].cpu(), best[1].cpu()
+        scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
+        lists = [return_rows(self.ranks, each, counts) for each in (scores, labels)]
+        if before is not None:
+            lists[0].append(before.scores)
+            lists[1].append(before.labels)
+        scores, labels = merge_topk(lists[0], lists[1], candidates)
+        parts: list[Tensor] = []
+        if self.explain:
+            earlier = [] if before is None else _parts_of(before, labels.cpu())
+            parts = self._parts(everyone, counts, labels.cpu())
+            parts = [a + b for a, b in zip(parts, earlier, strict=True)] if earlier else parts
+        return Found(everyone, counts, scores, labels, parts)
 
     @torch.inference_mode()
-    def parts(self, batch: Batch, labels: Tensor) -> list[Tensor]:
+    def finish(self, batch: Batch, found: Found, k: int) -> Answer:
+        """Adds votes to what was found among all labels, and keeps the k best."""
+        best = found.scores.cpu(), found.labels.cpu()
+        if self.neighbours is None:
+            return Answer(batch, *best, found.parts)
+        k = min(k, self.shard.owned.num_labels)
+        scores, labels = self.neighbours.add(found.everyone, found.counts, best, k)
+        return Answer(batch, scores, labels, _parts_of(found, labels))
+
+    def _parts(self, everyone: Tensor, counts: list[int], labels: Tensor) -> list[Tensor]:
         """Computes what the transformer and the bag add to the logits of own rows' labels.
 
         With e - constant = [t | b] the embedding of a row, and w = [w_t | w_b] the weights of a
-        label, these are t . w_t and b . w_b. The rows are embedded anew.
+        label, these are t . w_t and b . w_b.
 
         Args:
-            labels: int64 [b, k], host memory; `NONE` where there is none, whose parts are 0.
+            labels: int64 [b, c], host memory; the parts of those in no rank's `shard` are 0.
 
         Returns:
-            two matrices float32 [b, k] in host memory
+            two matrices float32 [b, c] in host memory
         """
-        counts = row_counts(self.ranks, len(batch))
-        everyone = self._embed(batch, counts) - self.encoder.constant
+        everyone = everyone - self.encoder.constant
         own, places = (labels != NONE).nonzero(as_tuple=True)
         first, owned = sum(counts[: self.ranks.rank]), self.shard.owned
         rows, ids = route(self.ranks, own + first, labels[own, places], owned.num_labels)
@@ -110,20 +161,22 @@ class Scorer:
         returned = (return_pairs(self.ranks, rows, ids, values, counts) for values in found)
         return [sums_of_pairs(labels, *each) for each in returned]
 
-    def _embed(self, batch: Batch, counts: list[int]) -> Tensor:
-        """Embeds own rows; returns the embeddings of all ranks' rows, float32 [B, D]."""
-        own = self.encoder(*batch.tokens(self.device))[: len(batch)]
-        return gather_rows(self.ranks, own, counts)
-
-    def predict(self, batches: Iterable[Batch], k: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Yields (batch, scores, labels). All ranks must draw equally many batches."""
+    def predict(self, batches: Iterable[Batch], k: int) -> Iterator[Answer]:
+        """Yields the k best labels, or all labels; all ranks must draw equally many batches."""
         training = self.encoder.training
         self.encoder.eval()
         try:
             for batch in batches:
-                yield batch, *self.topk(batch, k)
+                yield self.finish(batch, self.search(batch, k), k)
         finally:
             self.encoder.train(training)
+
+
+def _parts_of(found: Found, labels: Tensor) -> list[Tensor]:
+    """Takes the parts of labels int64 [b, k], host memory; 0 for those that were not found."""
+    known = found.labels.cpu()
+    rows, places = (known != NONE).nonzero(as_tuple=True)
+    return [sums_of_pairs(labels, rows, known[rows, places], p[rows, places]) for p in found.parts]
 
 
 def _largest_shard(num_labels: int, num_ranks: int) -> int:
@@ -195,22 +248,23 @@ def evaluate(
     recall_ks: tuple[int, ...] = RECALL_KS,
 ) -> dict[str, float]:
     """Returns the metrics of all ranks' rows together, in percent."""
-    return metric_sums(scorer, batches, [propensities], ks, recall_ks)[0].metrics()
+    answers = scorer.predict(batches, max(*ks, *recall_ks))
+    return metric_sums(scorer.ranks, answers, [propensities], ks, recall_ks)[0].metrics()
 
 
 def metric_sums(
-    scorer: Scorer,
-    batches: Iterable[Batch],
+    ranks: Ranks,
+    answers: Iterable[Answer],
     propensities: Sequence[Propensities],
     ks: tuple[int, ...] = KS,
     recall_ks: tuple[int, ...] = RECALL_KS,
 ) -> list[MetricSums]:
     """Sums up the metrics of all ranks' rows together, for each of several propensities."""
     sums = [MetricSums.zeros(ks, recall_ks) for _ in propensities]
-    for batch, _, labels in scorer.predict(batches, max(*ks, *recall_ks)):
-        true = batch.labels
+    for answer in answers:
+        true = answer.batch.labels
         for total, each in zip(sums, propensities, strict=True):
-            total.add(labels.numpy(), true.values, true.offsets, None, each.of(true.values))
+            total.add(answer.labels.numpy(), true.values, true.offsets, None, each.of(true.values))
     vectors = torch.from_numpy(np.stack([total.vector() for total in sums]))
-    everyone = all_sum(scorer.ranks, vectors).numpy()
+    everyone = all_sum(ranks, vectors).numpy()
     return [MetricSums.from_vector(vector, ks, recall_ks) for vector in everyone]

@@ -76,14 +76,22 @@ def training_orders(config: RunConfig, dataset: Dataset) -> Epochs:
 
 
 def scoring_feed(
-    dataset: Dataset, split: str, batch_size: int, max_length: int, ranks: Ranks, **options: int
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    max_length: int,
+    ranks: Ranks,
+    first: int = 0,
+    **options: int,
 ) -> Iterator[Batch]:
-    """Returns this rank's rows of a split, once; `options` are those of `scoring_order`."""
+    """Returns this rank's rows of a split, once, from batch `first` on.
+
+    options: those of `scoring_order`.
+    """
     parts = [part.rows for part in dataset.manifest.splits[split]]
     order = scoring_order(split, parts, batch_size=batch_size, num_ranks=ranks.num_ranks, **options)
-    return feed(
-        dataset, [order], ranks.rank, ranks.num_ranks, start=Position(), max_length=max_length
-    )
+    start = Position(0, first)
+    return feed(dataset, [order], ranks.rank, ranks.num_ranks, start=start, max_length=max_length)
 
 
 def feed(

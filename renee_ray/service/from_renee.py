@@ -44,7 +44,7 @@ def import_run(command: str, directory: str, data: str, output: str, gpus: int) 
     keys["output"], keys["encoder"]["weights"] = run.path, ""  # the checkpoint has all weights
     config = make_config(RunConfig, keys, where="the translated command")
     check(config, dataset)
-    model = build_model(config, num_labels, Ranks(), torch.device("cpu"), training=True)
+    model = build_model(config, num_labels, Ranks(), torch.device("cpu"))
     load_released(files, model.encoder, model.shard)
     facts = {
         "num_labels": num_labels,

@@ -133,7 +133,7 @@ def test_an_imported_checkpoint_is_the_dense_model(
     config, checkpoint = RunDirectory(run).config(), RunDirectory(run).checkpoints().at(name)
     assert config.classifier.precision == checkpoint.state.facts["precision"] == "fp16"
     cpu = torch.device("cpu")
-    model = build_model(config, dataset.manifest.num_labels, Ranks(), cpu, training=True)
+    model = build_model(config, dataset.manifest.num_labels, Ranks(), cpu)
     checkpoint.load_encoder(model.encoder.eval())
     checkpoint.load_shard(model.shard)
     rows = dataset.read_rows("test", 0, dataset.manifest.num_points("test")).to_pylist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,14 @@ import pytest
 from renee_ray.data.dataset import Dataset, Part
 from renee_ray.data.order import scoring_order
 from renee_ray.data.rows import read_window
+from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.scorer import topk_bytes
 from renee_ray.service.score import predictions
-from renee_ray.service.score.predict import beyond_memory
 from renee_ray.service.score.predictions import Layout, Writer
+from renee_ray.service.score.worker import passes_needed
+from renee_ray.xfc.labels import LabelRange, split_range
 
 from ..data.tiny import write_tiny
 
@@ -76,6 +78,10 @@ def test_parts_are_in_the_order_of_the_rows(
     (tmp_path / "out" / "_predictions.json").write_text("{}")
     dataset.reads.clear()
     write(dataset, layout, tmp_path / "out", dataset)
+    assert layout.blocks == max(
+        len(range(first, stop, layout.part_rows))
+        for first, stop in (split_range(sum(PARTS), num_ranks, rank) for rank in range(num_ranks))
+    )
     parts = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
     assert parts == layout.parts()
     wanted = dataset.read_rows("test", 0, sum(PARTS))["point_id"].to_pylist()
@@ -106,12 +112,21 @@ def test_what_a_rank_holds_is_bounded(k: int, num_ranks: int) -> None:
     assert (usual.window, usual.part_rows) == (16, 16384)
 
 
-def test_labels_that_memory_cannot_hold_are_refused(tmp_path: Path) -> None:
-    """12 bytes a label and row are the least that it can take."""
-    labels, free = write_tiny(tmp_path / "set", labels=(5000,)), 2**30
-    for k, rows, fits in ((100, 512, True), (5000, 512, True), (5000, 10**5, False)):
-        said = beyond_memory(Layout(10**6, 1, rows, k), labels, None, Ranks(), free)
-        assert (said is None) is fits
-    # How much it takes depends on the number of threads.
-    assert said is not None and re.search(r"k=5000 .* [\d.]+ GiB more than some worker has", said)
-    assert beyond_memory(Layout(100, 1, 10**5, 5000), labels, None, Ranks(), free) is None
+def test_passes_are_as_many_as_memory_needs() -> None:
+    """12 bytes a label and row are the least that the search takes."""
+    free, owned = 2**30, LabelRange(0, 5000, 5000)
+
+    def passes(rows: int, k: int, label_bytes: int) -> int:
+        return passes_needed(Layout(10**6, 1, rows, k), owned, Ranks(), label_bytes, free)
+
+    assert passes(512, 100, 1000) == 1
+    left = free - topk_bytes(512, 100, 5000, 1)
+    assert passes(512, 100, left // 5000) == 1
+    assert passes(512, 100, left // 5000 + 1) == 2
+    assert passes(512, 100, 4 * (left // 5000)) == 4
+    # How much the search takes depends on the number of threads.
+    with pytest.raises(ReneeError, match=r"k=5000 .* [\d.]+ GiB more than some worker has"):
+        passes(10**5, 5000, 1)
+    with pytest.raises(ReneeError, match="more than a list can hold"):
+        passes(10**6, 5000, 1)
+    assert passes_needed(Layout(100, 1, 10**5, 5000), owned, Ranks(), 1, free) == 1

@@ -119,7 +119,7 @@ def trainer_of(ranks: Ranks, name: str, steps: int, run: str = "") -> tuple[Trai
     config = config_of(name)
 
     def build(checkpoint: object) -> Model:
-        model = build_model(config, LABELS, ranks, CPU, training=True)
+        model = build_model(config, LABELS, ranks, CPU)
         randomised(model.encoder)  # a first step of A beside B = 0 would be one of rounding errors
         model.shard.initialise_normal(0.5, 1)
         return model

@@ -86,7 +86,7 @@ class Run:
         self.trainer.run(map(batch_of, range(self.trainer.state.step, STEPS)))
 
     def _build(self, checkpoint: Checkpoint | None) -> Model:
-        return build_model(self.config, LABELS, Ranks(), self.device, training=True)
+        return build_model(self.config, LABELS, Ranks(), self.device)
 
     def _save(self, metrics: dict[str, float]) -> None:
         self.evaluated += [self.trainer.state.step] if metrics else []

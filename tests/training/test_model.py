@@ -21,20 +21,18 @@ class Vectors(nn.Module):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("training", [False, True])
 def test_a_checkpoints_precision_goes_before_that_of_the_configuration(
-    monkeypatch: pytest.MonkeyPatch, momentum: float, training: bool
+    monkeypatch: pytest.MonkeyPatch, momentum: float
 ) -> None:
     monkeypatch.setattr(module, "build_encoder", lambda *arguments: Vectors())
     config = RunConfig.model_validate(
         {"data": "d", "output": "o", "classifier": {"precision": "auto", "momentum": momentum}}
     )
     ranks, cpu = Ranks(), torch.device("cpu")
-    model = build_model(config, 11, ranks, cpu, training=training, precision="fp8_sr")
+    model = build_model(config, 11, ranks, cpu, precision="fp8_sr")
     assert model.shard.weights.precision == "fp8_sr"
-    kept = training and momentum > 0
-    assert model.shard.weights.nbytes() == len(model.shard.owned) * 4 * (3 if kept else 1)
-    fresh = build_model(config, 11, ranks, cpu, training=training)
+    assert model.shard.weights.nbytes() == len(model.shard.owned) * 4 * (3 if momentum else 1)
+    fresh = build_model(config, 11, ranks, cpu)
     assert fresh.shard.weights.precision in ("fp32", "bf16_sr")
 
 
@@ -43,7 +41,7 @@ def on_devices(ranks: Ranks, first: bool) -> str:
     device.native_bf16 = lambda device: (ranks.rank == 0) == first  # type: ignore[assignment]
     module.build_encoder = lambda *arguments: Vectors()  # type: ignore[assignment, return-value]
     config = RunConfig.model_validate({"data": "d", "output": "o"})
-    model = build_model(config, 11, ranks, torch.device("cpu"), training=True)
+    model = build_model(config, 11, ranks, torch.device("cpu"))
     return model.shard.weights.precision
 
 

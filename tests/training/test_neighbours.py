@@ -81,7 +81,7 @@ def predict(ranks: Ranks, count: int) -> dict[str, torch.Tensor]:
         batch_of(scored[:1] if ranks.rank == 0 else []),
         batch_of(own(ranks, scored[1:])),
     ]
-    scores, labels = zip(*((s, b) for _, s, b in scorer.predict(batches, K)), strict=True)
+    scores, labels = zip(*((s, b) for _, s, b, _ in scorer.predict(batches, K)), strict=True)
     return {"scores": torch.cat(scores), "labels": torch.cat(labels)}
 
 

@@ -159,7 +159,7 @@ def batch_of(ranks: Ranks, epoch: int, number: int) -> Batch:
 def trained(ranks: Ranks, name: str, frozen: bool, **encoder: Any) -> dict[str, Tensor]:
     """The tensors of a model after three epochs of two steps; texts that its transformer read."""
     config = run_config(name, frozen=frozen, **encoder)
-    model: Model = build_model(config, LABELS, ranks, CPU, training=True)
+    model: Model = build_model(config, LABELS, ranks, CPU)
     model.shard.initialise_normal(0.3, 1)
     assert model.encoder.bag is not None
     model.encoder.bag.idf.fill_(1.0)
@@ -203,7 +203,7 @@ def test_a_frozen_transformer_trains_as_one_with_learning_rate_0(
 def test_a_frozen_transformer_alone_has_no_gradient(models: dict[str, str]) -> None:
     nothing = {"dim": 0}
     config = run_config(models["llama"], frozen=True, bag=nothing)
-    model = build_model(config, LABELS, Ranks(), CPU, training=True)
+    model = build_model(config, LABELS, Ranks(), CPU)
     trainer = Trainer(config, model, Ranks(), CPU, Schedule((2,), 0, 0), None,
                       lambda record: None, lambda metrics: None)  # fmt: skip
     trainer.run(batch_of(Ranks(), 0, number) for number in range(2))
@@ -236,7 +236,7 @@ def test_settings_that_exclude_each_other(encoder: Any, feed: Any) -> None:
 
 def test_texts_are_told_apart_by_order_and_length(models: dict[str, str]) -> None:
     config = run_config(models["llama"], frozen=True, bag={"dim": 0})
-    encoder = build_model(config, LABELS, Ranks(), CPU, training=True).encoder
+    encoder = build_model(config, LABELS, Ranks(), CPU).encoder
     rows = [[1, 5, 6], [1, 6, 5], [1, 5], [1, 5, 6, 0], [1, 5, 6]]
     wanted = torch.cat([embed(make(models["llama"]).eval(), [row]) for row in rows])
     for _ in range(2):

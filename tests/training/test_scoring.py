@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -101,7 +102,9 @@ def score(ranks: Ranks, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     own = torch.from_numpy(inverse()[owned.start : owned.stop])
     metrics = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
     assert encoder.training, "the mode is put back"
-    found = {f"labels {i}": labels for i, (_, _, labels) in enumerate(scorer.predict(batches, 30))}
+    found = {
+        f"labels {i}": labels for i, (_, _, labels, _) in enumerate(scorer.predict(batches, 30))
+    }
     return {
         **found,
         **{name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()},
@@ -165,10 +168,10 @@ def test_every_rank_predicts_its_own_rows(
 
 
 def explain(ranks: Ranks) -> dict[str, torch.Tensor]:
-    scorer = scorer_of(WithBag(), ranks)
+    scorer = replace(scorer_of(WithBag(), ranks), explain=True)
     found = {}
-    for i, (batch, scores, labels) in enumerate(scorer.predict(batches_of(ranks), 30)):
-        parts = torch.stack([scores, *scorer.parts(batch, labels)], -1)
+    for i, (_, scores, labels, of_scores) in enumerate(scorer.predict(batches_of(ranks), 30)):
+        parts = torch.stack([scores, *of_scores], -1)
         found |= {f"labels {i}": labels, f"parts {i}": parts}
     return found
 

@@ -17,7 +17,7 @@ from renee_ray.service.train.resuming import MAY_CHANGE
 
 Difference = tuple[str, Any, Any]
 """What differs, its value in the run, and that in the recipe or the published dataset."""
-FIXED = ("split", "k", "scores", "texts", "explain", "overwrite")
+FIXED = ("split", "k", "scores", "threshold", "calibrate", "texts", "explain", "overwrite")
 """Settings of scoring that `expect` leaves as they are: published metrics are of the test split."""
 
 

@@ -2,6 +2,8 @@
 
     export.json                     what is here, and how a score comes about; written last
                                     (until then `_claim.json`, data/destination.py)
+    README.md                       a model card (service/score/card.py)
+    modules.json, 1_Pooling/ ...    for sentence_transformers: the transformer's part of embeddings
     encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
     adapter/                        where it was trained by LoRA, which `encoder` contains: for peft
     head.safetensors                constant [D]; where the encoder has them, bottleneck [., H],
@@ -36,6 +38,8 @@ from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder, build_encoder, check_positions
 from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.score import card
+from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.labels import check_labels
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -43,13 +47,15 @@ from renee_ray.xfc.weights.storages import Weights
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
 HEAD, ENCODER, ADAPTER = "head.safetensors", "encoder", "adapter"
+FOLDERS = (ENCODER, ADAPTER, *card.FOLDERS)
 FILES = re.compile(
-    rf"(?:{ENCODER}|{ADAPTER})/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|"
+    rf"(?:{'|'.join(FOLDERS)})/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|"
+    rf"{card.CARD}|{'|'.join(card.ROOT)}|"
     r"head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 EXPORT = Kind(
     "an export", MANIFEST, "_claim.json", frozenset({"format_version", "step", "ranges"}),
-    FILES, (ENCODER, ADAPTER), listed_files,
+    FILES, FOLDERS, listed_files,
 )  # fmt: skip
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
@@ -74,7 +80,11 @@ BAG = (
     "x = (x ^ (x >> 29)) * {factors[1]}; x ^ (x >> 32); "
 )
 NORMALISED, SCALED = "e = e / |e|; ", "e = {} * e; "
-SCORE = "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1))"
+SCORE = (
+    "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1)); "
+    "its probability, where there is a calibration, is "
+    "1 / (1 + exp(-(slope * score + intercept)))"
+)
 
 
 def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, Any]:
@@ -93,28 +103,35 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
     owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
+    only = encoder.prompt is not None and encoder.bag is None  # a bag reads what it displaces
+    length = encoder.prompt.limit if encoder.prompt and only else settings.encoder.max_length
+    length = min(length, dataset.manifest.max_length)
+    no_votes = settings.evaluation.model_copy(update={"neighbours": 0})
+    calibration = calibration_of(directory, checkpoint.name, no_votes)
+    written = card.sentence_transformers_files(encoder, settings.encoder, length)
+    written[card.CARD] = card.card(settings, dataset, checkpoint).encode()
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         _save_encoder(Path(local), encoder, settings.encoder, dataset.manifest.tokenizer)
         saved = sorted(f"{file.parent.name}/{file.name}" for file in Path(local).glob("*/*"))
-        files = [*saved, HEAD]
+        files = [*saved, HEAD, *written]
         files += [name for index in range(len(owned)) for name in _range_names(index)]
         output.claim()
         output.declare(files)
         for file in saved:
             write_file(f"{output.path}/{file}", Path(local, file).read_bytes())
+    for file, bytes_of in written.items():
+        write_file(f"{output.path}/{file}", bytes_of)
     write_file(f"{output.path}/{HEAD}", save(_head(encoder)))
     ranges = [
         _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
         for index, each in enumerate(owned)
     ]
-    only = encoder.prompt is not None and encoder.bag is None  # a bag reads what it displaces
-    length = encoder.prompt.limit if encoder.prompt and only else settings.encoder.max_length
     content = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
         "num_labels": dataset.manifest.num_labels,
         "dim": encoder.dim,
-        "max_length": min(length, dataset.manifest.max_length),
+        "max_length": length,
         "pooling": settings.encoder.pooling,
         "tail": settings.evaluation.tail,
         "pad_id": dataset.manifest.pad_id,
@@ -122,6 +139,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
             update=TRAINED | {"lora": LoraConfig()}  # adapters are merged
         ).model_dump(),
         "score": _score(encoder, settings.encoder),
+        "calibration": calibration and calibration.to_json(),
         "ranges": ranges,
     }
     output.publish(content)

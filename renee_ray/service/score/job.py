@@ -1,12 +1,13 @@
 """The part that `evaluate` and `predict` share: checks beforehand, and a scorer in every worker.
 
 Scoring is a Ray Train job like training. Each worker loads its label range from the checkpoint,
-whatever number of workers wrote it, and scores its own rows.
+whatever number of workers wrote it, and scores its own rows (`worker.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +19,18 @@ from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import absolute, filesystem_of, patiently
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder, check_positions
-from renee_ray.model.model import build_model
-from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.neighbours import Neighbours
-from renee_ray.scoring.scorer import Scorer, prior_offset, read_counts
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import scoring_feed
-from renee_ray.service.launch import decide_gpu, launch, quiet, worker_device
+from renee_ray.service.launch import decide_gpu, launch
+from renee_ray.service.observe.progress import Display
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.score.labels import check_labels
+from renee_ray.service.score.predictions import Layout
+
+LARGE = 1 << 30
+"""Bytes of a checkpoint; of a smaller one, any worker holds all labels."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class ScoringJob:
     """A run that is about to score, with everything checked that can be before there is Ray.
 
     checkpoint: named once for all workers, since a training beside us may publish another; step:
-    its step; labels: the dataset whose labels are predicted; voters: the one whose points vote.
+    its step; labels: the dataset whose labels are predicted; voters: the one whose points vote;
+    large: whether the labels may have to come in passes.
     """
 
     directory: RunDirectory
@@ -45,6 +49,7 @@ class ScoringJob:
     step: int
     labels: Dataset
     voters: Dataset | None
+    large: bool
 
     @classmethod
     def checked(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> ScoringJob:
@@ -60,12 +65,18 @@ class ScoringJob:
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
         found = directory.checkpoint(score.checkpoint)
-        return cls(directory, config, score, found.name, found.state.step, labels, voters)
+        large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
+        return cls(directory, config, score, found.name, found.state.step, labels, voters, large)
+
+    def layout(self, points: Dataset, split: str, k: int) -> Layout:
+        """Returns how the workers divide the k best labels of a split's rows."""
+        rows = points.manifest.num_points(split)
+        return Layout(rows, self.config.max_workers, self.score.batch_size, k)
 
     def run(
         self, worker: Callable[[dict[str, Any]], Any], points: Dataset, split: str, **more: Any
     ) -> dict[str, Any]:
-        """Runs `worker` with "job", "points", "split" and `more` on every worker.
+        """Runs `worker` with "job", "points", "split", "channel" and `more` on every worker.
 
         Returns:
             "step", "points", and what rank 0 returned.
@@ -77,32 +88,11 @@ class ScoringJob:
         ensure_ray(workers + 1)
         use_gpu = decide_gpu(self.score.use_gpu, workers)
         arguments = {"job": self, "points": points, "split": split, **more}
-        found = launch(worker, arguments, self.config, use_gpu)
+        # Only a large model has anything to say, and a channel is one more process.
+        with Display() if self.large else nullcontext() as display:
+            arguments["channel"] = display and display.channel
+            found = launch(worker, arguments, self.config, use_gpu)
         return {"step": self.step, "points": rows, **found}
-
-    def load_scorer(self) -> Scorer:
-        """Loads encoder, label range and voters in a worker; a collective of all ranks."""
-        quiet()
-        ranks, device = Ranks.of_process_group(self.config.timeout_s), worker_device()
-        checkpoint = self.directory.checkpoints().at(self.checkpoint)
-        num_labels = self.labels.manifest.num_labels
-        precision = checkpoint.state.facts.get("precision")
-        model = build_model(
-            self.config, num_labels, ranks, device, training=False, precision=precision
-        )
-        checkpoint.load_encoder(model.encoder)
-        checkpoint.load_shard(model.shard, momentum=False)
-        counts = read_counts(self.labels, model.shard.owned)
-        offset = prior_offset(counts, self.config.evaluation.tail, device)
-        neighbours = None
-        if self.voters is not None:
-            neighbours = embed_voters(self.config, self.voters, model.encoder, ranks, device)
-        return Scorer(model.encoder, model.shard, ranks, device, offset, neighbours)
-
-    def batches(self, points: Dataset, split: str, ranks: Ranks, **options: int) -> Iterator[Batch]:
-        """Returns this rank's rows of a split; `options` are those of `scoring_order`."""
-        rows, length = self.score.batch_size, self.config.encoder.max_length
-        return scoring_feed(points, split, rows, length, ranks, **options)
 
 
 def embed_voters(

@@ -31,8 +31,10 @@ from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.parallel.batch import batch_of_texts
+from renee_ray.scoring.calibration import Calibration
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.export import (
     ENCODER,
     FILES,
@@ -57,7 +59,7 @@ COLUMNS = ["text", "train_count"]
 
 
 class Label(NamedTuple):
-    """A label of an answer. score: the logit, adjusted as the run says."""
+    """A label of an answer. score: the logit, adjusted as the run says, or a probability."""
 
     id: int
     text: str
@@ -81,6 +83,8 @@ class Model:
         self.num_labels, self.dim, self.step = len(labels), encoder.dim, int(facts["step"])
         self._encoder, self._shards, self._texts = encoder.eval(), shards, labels["text"]
         self._vocabulary, self._facts = vocabulary, facts
+        knots = facts.get("calibration")
+        self._calibration = Calibration.from_json(knots, "the export") if knots else None
         counts = labels["train_count"].to_numpy()
         offset = prior_offset(counts, facts["tail"], shards[0].weights.device)
         self._offsets = [
@@ -94,9 +98,19 @@ class Model:
         return torch.cat([e.cpu() for e in self._embedded(texts)]).numpy()
 
     @torch.inference_mode()
-    def predict(self, texts: list[str], k: int = 5) -> list[list[Label]]:
-        """Returns the k best labels of each text, best first; all of them where k exceeds L."""
+    def predict(
+        self, texts: list[str], k: int = 5, *, calibrated: bool = False
+    ) -> list[list[Label]]:
+        """Returns the k best labels of each text, best first; all of them where k exceeds L.
+
+        calibrated: gives probabilities as scores. Raises ReneeError without a calibration.
+        """
         k = min(k, self.num_labels)
+        if calibrated and self._calibration is None:
+            raise ReneeError(
+                "the model has no calibration; make one by `renee-ray evaluate RUN DATASET "
+                "split=validation calibrate=true`, and export the run again"
+            )
         answers = []
         for embeddings in self._embedded(texts):
             found = [
@@ -105,6 +119,8 @@ class Model:
             ]
             of_each = [list(each) for each in zip(*found, strict=True)]
             scores, labels = merge_topk(of_each[0], of_each[1], k)
+            if calibrated and self._calibration is not None:
+                scores = torch.from_numpy(self._calibration(scores.cpu().numpy()))
             names = self._texts.take(pa.array(labels.flatten().tolist())).to_pylist()
             rows = zip(labels.tolist(), scores.tolist(), range(0, len(names), k), strict=True)
             answers += [
@@ -203,8 +219,12 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
     precision = found.state.facts["precision"]
     shard = Shard(owned, Weights(precision, len(owned), encoder.dim, False, device))
     found.load_shard(shard, momentum=False)
+    known = calibration_of(
+        directory, found.name, config.evaluation.model_copy(update={"neighbours": 0})
+    )
     facts = {
         "step": found.state.step,
+        "calibration": known and known.to_json(),
         "tail": config.evaluation.tail,
         "max_length": min(config.encoder.max_length, manifest.max_length),
         "pad_id": manifest.pad_id,

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from typing import Any
 
-import ray.train
 import torch
 
+from renee_ray import __version__
 from renee_ray.config.schema import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.destination import Destination, refuse_overlap
-from renee_ray.data.storage import absolute
+from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
-from renee_ray.machine import available_bytes
-from renee_ray.parallel.collectives import Ranks, all_sum
-from renee_ray.scoring.neighbours import RERANKED
-from renee_ray.scoring.scorer import topk_bytes
+from renee_ray.parallel.collectives import all_sum
+from renee_ray.scoring.calibration import Calibration
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.job import ScoringJob, check_source
 from renee_ray.service.score.predictions import PREDICTIONS, Layout, Writer
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
+from renee_ray.service.score.worker import Worker
+from renee_ray.xfc.labels import NONE
 
 log = logging.getLogger(__name__)
-
-MAX_PAIRS = 1 << 31
-"""Pairs of a row and a label in a rank's batch: Arrow's lists count them in 32 bits."""
 
 
 def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dict[str, Any]:
@@ -57,23 +57,27 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     output.check()
     labels = directory.dataset() if raw else Dataset.open(src)
     job = ScoringJob.checked(directory, labels, _bounded(score, labels.manifest.num_labels))
-    _check_scores(job, run)
+    calibration = _calibration(job, run)
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split, "scores": score.scores}
-    output.claim()
+    signature = _signature(job, src if raw else None, calibration)
+    if output.claim(signature):
+        log.warning("going on with the predictions in %s that were cut off", destination)
+    scratch = output.scratch(signature)
     try:
         if raw:
             ensure_ray(job.config.max_workers + 1)
             length = min(job.config.encoder.max_length, labels.manifest.max_length)
-            points, replaced = tokenise_texts(src, output.scratch(), labels, length)
+            points, replaced = tokenise_texts(src, scratch, labels, length)
             split = TEXT_SPLIT
             facts = {"source": src, "replaced_lines": replaced, "scores": score.scores}
-        rows = points.manifest.num_points(split)
-        layout = Layout(rows, job.config.max_workers, job.score.batch_size, job.score.k)
+        layout = job.layout(points, split, job.score.k)
         files = layout.parts()
-        found = job.run(predict_worker, points, split, layout=layout, output=output, files=files)
-        if "refused" in found:
-            raise ReneeError(found["refused"])
+        found = job.run(
+            predict_worker, points, split,
+            layout=layout, output=output, files=files, scratch=f"{scratch}/passes",
+            calibration=calibration,
+        )  # fmt: skip
     except ReneeError:
         output.abandon()
         raise
@@ -98,16 +102,47 @@ def _check_input(src: str, destination: str, score: ScoreConfig) -> bool:
     return raw
 
 
-def _check_scores(job: ScoringJob, run: str) -> None:
-    """Raises ReneeError where the sigmoid of a score is to be a probability and is none."""
+def _signature(job: ScoringJob, texts: str | None, calibration: Calibration | None) -> str:
+    """Hashes what predictions depend on; a command of the same goes on with what was cut off."""
+    files = []
+    if texts is not None:
+        for path in check_texts(texts) or [texts]:
+            filesystem, root = filesystem_of(path)
+            info = filesystem.get_file_info(root)
+            files.append((path, info.size, info.mtime_ns))
+    settings = job.score.model_dump(exclude={"overwrite", "memory_gib_per_worker"})
+    content = [
+        __version__, job.directory.path, job.checkpoint, job.labels.manifest.hash, files, settings,
+        job.config.model_dump(), calibration and calibration.to_json(),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _calibration(job: ScoringJob, run: str) -> Calibration | None:
+    """Returns what makes scores probabilities, if scores=calibrated.
+
+    Raises:
+        ReneeError: the run is not calibrated so, or the sigmoid of a score is to be a probability
+            and is none.
+    """
     settings, objective = job.config.evaluation, job.config.classifier.objective
+    told = f"tail={settings.tail} and neighbours={settings.neighbours}"
+    if job.score.scores == "calibrated":
+        found = calibration_of(job.directory, job.checkpoint, settings)
+        if found is None:
+            raise ReneeError(
+                f"{run} has no calibration of {job.checkpoint} with {told}; make one by `renee-ray "
+                f"evaluate {run} DATASET split=validation calibrate=true` and these settings"
+            )
+        return found
     plain = objective == "bce" and not settings.tail and not settings.neighbours
     if job.score.scores == "probabilities" and not plain:
         raise ReneeError(
-            f"the scores of {run} with classifier.objective={objective}, tail={settings.tail} and "
-            f"neighbours={settings.neighbours} give no probabilities; take a run trained by bce, "
-            f"with tail=0 neighbours=0"
+            f"the scores of {run} with classifier.objective={objective}, {told} give no "
+            f"probabilities; take a run trained by bce, with tail=0 neighbours=0, or "
+            f"scores=calibrated"
         )
+    return None
 
 
 def _bounded(score: ScoreConfig, num_labels: int) -> ScoreConfig:
@@ -120,56 +155,26 @@ def _bounded(score: ScoreConfig, num_labels: int) -> ScoreConfig:
 
 
 def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Writes the predictions of this worker's rows; or returns why memory does not suffice."""
+    """Writes the predictions of this worker's rows, from the first part on that is not there."""
     job: ScoringJob = arguments["job"]
     layout: Layout = arguments["layout"]
     output: Destination = arguments["output"]
-    scorer, k = job.load_scorer(), job.score.k
-    ranks, free = scorer.ranks, _free_bytes(scorer.device)
-    if refused := beyond_memory(layout, job.labels, job.voters, ranks, free):
-        return {"refused": refused}
-    if ranks.rank == 0:  # only now, when nothing refuses, may earlier predictions go
+    calibration: Calibration | None = arguments["calibration"]
+    worker, score = Worker.of(job), job.score
+    passes = worker.passes(layout)
+    if worker.ranks.rank == 0:  # only now, when nothing refuses, may earlier predictions go
         output.declare(arguments["files"])
-    points, split = arguments["points"], arguments["split"]
-    batches = job.batches(points, split, ranks, window=layout.window)
-    all_sum(ranks, torch.zeros(1))  # nobody writes before they are declared
-    writer = Writer(output.path, layout.part_rows, job.labels if job.score.texts else None)
-    for batch, scores, best in scorer.predict(batches, k):
-        parts = scorer.parts(batch, best) if job.score.explain else []
-        if parts:
-            parts = [*parts, scores - sum(parts)]
-        shown = scores.sigmoid() if job.score.scores == "probabilities" else scores
-        writer.add(batch, best.numpy(), shown.numpy(), [part.numpy() for part in parts])
-    writer.close()
-    return {"k": k}
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Returns the bytes that this worker may count on for its top-k."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_bytes() // ray.train.get_context().get_local_world_size()
-
-
-def beyond_memory(
-    layout: Layout, labels: Dataset, voters: Dataset | None, ranks: Ranks, free: int
-) -> str | None:
-    """Returns the reason why some rank cannot hold the k best labels of a batch, or None.
-
-    All ranks return the same. free: bytes that this rank may count on.
-    """
-    rows, k = min(layout.batch_size, layout.rows), layout.k
-    wanted = k if voters is None else max(k, RERANKED)
-    needed = topk_bytes(rows, wanted, labels.manifest.num_labels, ranks.num_ranks)
-    # Ranks differ in what they need, which grows with a node's threads: compare what is left.
-    left = torch.zeros(ranks.num_ranks, dtype=torch.int64)
-    left[ranks.rank] = free - needed
-    smallest_left = int(all_sum(ranks, left).min())
-    if k * -(-rows // ranks.num_ranks) >= MAX_PAIRS:
-        return f"k={k} for batches of {rows} points is more than a list can hold; lower k"
-    if smallest_left >= 0:
-        return None
-    return (
-        f"k={k} for batches of {rows} points takes about {needed / 2**30:.3g} GiB in each worker, "
-        f"{max(0, -smallest_left) / 2**30:.3g} GiB more than some worker has; lower k or batch_size"
-    )
+    make_directory(arguments["scratch"])
+    all_sum(worker.ranks, torch.zeros(1))  # nobody writes before they are declared
+    writer = Writer(output.path, layout.part_rows, job.labels if score.texts else None)
+    for block in worker.answers(arguments, layout, passes, arguments["scratch"]):
+        for batch, scores, best, parts in block:
+            told = [*parts, scores - sum(parts)] if parts else []
+            shown = scores.sigmoid() if score.scores == "probabilities" else scores
+            if calibration is not None:
+                shown = torch.from_numpy(calibration(scores.numpy()))
+            if score.threshold is not None:
+                best = torch.where(shown >= score.threshold, best, NONE)
+            writer.add(batch, best.numpy(), shown.numpy(), [part.numpy() for part in told])
+        writer.close()
+    return {"k": layout.k, "passes": passes}

@@ -64,6 +64,16 @@ class Layout:
         return rows * max(1, self._part_rows // rows)
 
     @property
+    def part_batches(self) -> int:
+        """Batches of a part."""
+        return self.part_rows // self._batch_rows
+
+    @property
+    def blocks(self) -> int:
+        """Parts of the rank that has most rows."""
+        return -(-self.rows // (self.num_ranks * self.part_rows))
+
+    @property
     def _part_rows(self) -> int:
         return min(PART_ROWS, PART_PAIRS // self.k)
 

@@ -131,7 +131,7 @@ class _Share:
         """Builds a model, with the precision of a checkpoint that it will be loaded from."""
         precision = checkpoint.state.facts.get("precision") if checkpoint else None
         return build_model(
-            self.config, self.dataset.manifest.num_labels, self.ranks, self.device, training=True,
+            self.config, self.dataset.manifest.num_labels, self.ranks, self.device,
             precision=precision,
         )  # fmt: skip
 

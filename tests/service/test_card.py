@@ -1,0 +1,95 @@
+"""An export is a directory of sentence_transformers, and has a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from renee_ray.checkpoint.state import Manifest, State
+from renee_ray.config.schema import BagConfig, EncoderConfig, RunConfig
+from renee_ray.data import tokenizer
+from renee_ray.data.storage import write_file
+from renee_ray.model.encoder import build_encoder
+from renee_ray.parallel.batch import batch_of_texts
+from renee_ray.service.score import card, export
+
+from ..data.tiny import write_tiny
+
+CPU = torch.device("cpu")
+LENGTH = 12
+TEXTS = [
+    "",
+    "libjson perl",
+    "a text of more tokens than the encoder is asked to read: " + "perl " * 9,
+]
+ENCODERS: list[dict[str, Any]] = [
+    {},
+    {"pooling": "cls", "prompt": "query:", "normalise": True, "scale": 3.0},
+    {"pooling": "last", "bottleneck": 7, "bag": BagConfig(dim=5, buckets=11), "normalise": True},
+]
+
+
+@pytest.mark.parametrize("settings", ENCODERS)
+def test_other_libraries_embed_as_the_transformer_here(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """With pooling, prompt, cut and normalisation."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+
+    config = EncoderConfig(max_length=LENGTH, autocast="off", **settings)
+    encoder = build_encoder(config, CPU, 0).eval()
+    encoder.constant += 1.5
+    export._save_encoder(tmp_path, encoder, config, config.name)
+    length = LENGTH if encoder.prompt is None else encoder.prompt.limit
+    for name, content in card.sentence_transformers_files(encoder, config, length).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_file(str(tmp_path / name), content)
+        assert export.FILES.fullmatch(name)
+    batch = batch_of_texts(
+        tokenizer.load(config.name).serialised, TEXTS, 100 if encoder.prompt else LENGTH, 0
+    )
+    with torch.inference_mode():
+        expected = (encoder(*batch.tokens(CPU)) - encoder.constant) / config.scale
+        if config.bottleneck:
+            expected = encoder.pooled(*batch.tokens(CPU)[:2])
+    found = SentenceTransformer(str(tmp_path)).encode(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    if not settings:
+        model, tokens = (
+            k.from_pretrained(tmp_path / "encoder") for k in (AutoModel, AutoTokenizer)
+        )
+        with torch.inference_mode():
+            for text, row in zip(TEXTS, expected, strict=True):
+                inputs = tokens(text, truncation=True, max_length=LENGTH, return_tensors="pt")
+                hidden = model(**inputs).last_hidden_state[0]
+                np.testing.assert_allclose(hidden.mean(0), row, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [*ENCODERS, {"name": "none", "bag": BagConfig(dim=4)}])
+def test_the_card_tells_of_the_run_and_of_no_machine(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    dataset = write_tiny(tmp_path / "set")
+    weights = {"weights": str(tmp_path)} if "prompt" in settings else {}
+    encoder = EncoderConfig(max_length=LENGTH, **weights, **settings)
+    paths = {"data": str(tmp_path / "set"), "output": str(tmp_path / "run")}
+    config = RunConfig(**paths, epochs=3, encoder=encoder)
+
+    class Found:
+        state = State(step=17)
+        manifest = Manifest(state, {"P@1": 41.25}, {}, 0.0)
+
+    text = card.card(config, dataset, Found())  # type: ignore[arg-type]
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["pipeline_tag"] == "text-classification"
+    assert front.get("base_model") == (None if "name" in settings else EncoderConfig().name)
+    assert str(tmp_path) not in text
+    for word in ("epochs: 3", "| P@1 | 41.25 |", f"{dataset.manifest.num_labels:,} labels"):
+        assert word in text
+    assert ("SentenceTransformer" in text) is ("name" not in settings)
