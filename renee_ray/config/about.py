@@ -39,6 +39,8 @@ class About(Config):
     labels: int = Field(ge=1)
     points: int | None = Field(None, ge=1)
     """Training points without label texts; null: unknown."""
+    held_out: int = Field(0, ge=0)
+    """Those of them that were held out for validation."""
     tokens: float | None = Field(None, ge=1)
     """Mean tokens of a point; null: encoder.max_length is assumed."""
     encoder: EncoderShape | None = None

@@ -7,6 +7,7 @@ BANDWIDTH_SHARE of them, which large matmuls and copies reach. A device `cpu` is
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,6 +106,20 @@ def local_device(on_gpu: bool) -> Device:
     if known is None:
         known = replace(GPUS["a100"], name=seen.name, bf16=native_bf16(device))
     return replace(known, memory=seen.total_memory)
+
+
+def cluster_device(nodes: Sequence[Mapping[str, float]], on_gpu: bool) -> Device | None:
+    """Returns the device of a cluster's workers, as Ray's resources of its nodes describe it.
+
+    That is the largest GPU or, without, a CPU with the memory that all nodes had when they joined.
+    None: the plan does not know the GPUs.
+    """
+    if not on_gpu:
+        memory = sum(n.get("memory", 0) + n.get("object_store_memory", 0) for n in nodes)
+        return replace(_cpu(), memory=int(memory), bf16=True)  # if any CPU has it, `auto` may too
+    kinds = [key.lower() for node in nodes for key in node]
+    known = [gpu for name, gpu in GPUS.items() if f"accelerator_type:{name}" in kinds]
+    return max(known, key=lambda gpu: gpu.memory, default=None)
 
 
 def _cpu() -> Device:

@@ -7,15 +7,18 @@ labels of dimension D:
     encoder              parameters, gradients and two moments of AdamW, fp32, of what is trained:
                          the transformer, or the adapters of one that is frozen; the bottleneck
     frozen parameters    fp32, of a transformer that is not trained itself
-    bag                  [buckets, D'] fp32, and the rows of a step
+    remembered texts     what finds the embedding of each in a file (model/remembered.py)
+    bag                  [buckets, D'] fp32; of a step the rows read, their gradients and copies
     activations          what the encoder's forward keeps for b rows, or for a micro-batch, of T;
-                         of a transformer without adapters that is frozen: one layer's
+                         of a transformer without adapters that is frozen: one layer's, for the
+                         rows of an evaluation's batch, in which all points are embedded
     chunk                buffers of a chunk of labels on each lane (xfc/shard.py, xfc/device.py)
     embeddings           [B, D]        E gathered, padded and cut, and dE of each lane
     checkpoint copy      in host memory, which on a CPU is the same
 
 Gradients and activations are there at different times where no DDP keeps buckets: the backward
-frees the latter as it makes the former. So with one worker the greater of them counts.
+frees the latter as it makes the former. So with one worker the greater of them counts, but for the
+gradient of the token vectors, which is kept (model/token_gradient.py).
 """
 
 from __future__ import annotations
@@ -38,6 +41,11 @@ from renee_ray.xfc.weights.storages import STORAGES, stored_bytes
 
 ALLOCATOR_SHARE = {"cuda": 0.1, "cpu": 0.05}
 """Share of what comes and goes that an allocator holds besides."""
+REMEMBERED_BYTES = 100
+"""What a worker keeps of a text whose embedding it has in a file."""
+BAG_ROWS = 6
+"""Arrays of a step with a row for each n-gram: vectors, gradient, coalesced, of all ranks, summed,
+and multiplied by the rates (model/bag.py)."""
 COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
 """Components that the first worker saves; of the others, each saves weights and momentum alone."""
 STATES = (*COPIED, "encoder gradients", "frozen parameters")
@@ -149,17 +157,19 @@ class Worker:
             "encoder gradients": 4 * self.parameters,
             "encoder moments": 8 * self.parameters,
             "frozen parameters": 4 * self.transformer.parameters * (not encoder.trains_transformer),
+            "remembered texts": REMEMBERED_BYTES * (self.workload.points or 0) * encoder.frozen,
             "bag": (4 * encoder.bag.dim + 8) * encoder.bag.buckets if encoder.bag.dim else 0,
         }
         chunk, embeddings = self._classifier()
         passing = {
             "activations": self._activations(),
+            "rows of the bag": 4 * BAG_ROWS * encoder.bag.dim * self._ngrams(),
             "chunk of labels": chunk,
             "embeddings": embeddings,
         }
         if self.num_workers == 1:
-            kept = passing["activations"] - states["encoder gradients"]
-            passing["activations"] = max(0, kept)
+            freed = 4 * self.transformer.multiplied * encoder.trains_transformer
+            passing["activations"] = max(0, passing["activations"] - freed)
         copied = sum(states[name] for name in COPIED) if self.config.checkpoint.background else 0
         return (
             states
@@ -175,18 +185,26 @@ class Worker:
         encoder = self.config.encoder
         attention = attention_of(encoder.attention, self.device.kind)
         rows = min(self.rows, encoder.micro_batch or self.rows)
+        if encoder.frozen:
+            rows = self.config.evaluation.batch_size
         kept = self.transformer.activations(
             rows, self.workload.longest, attention, self.autocast, self.device.kind,
             encoder.gradient_checkpointing,
         )  # fmt: skip
         return kept // max(1, self.transformer.layers) if encoder.frozen else kept
 
+    def _ngrams(self) -> int:
+        """Returns the n-grams of this worker's rows, at most as many as there are buckets."""
+        bag = self.config.encoder.bag
+        return min(bag.buckets, self.rows * bag.ngrams * round(self.workload.tokens))
+
     def _classifier(self) -> tuple[int, int]:
         """Returns the bytes of the chunks and of E and dE, of all lanes."""
         kind, item = self.device.kind, self.compute.itemsize
         aliased = STORAGES[self.precision].weight.aliased
         expanded = kind == "cuda" and not self.kernels and not aliased
-        each = label_bytes(self.batch, self.dim, item, self.kernels, expanded)
+        softmax = self.config.classifier.objective == "softmax"
+        each = label_bytes(self.batch, self.dim, item, self.kernels, expanded, softmax)
         chunk = self.config.classifier.chunk or default_chunk(each, kind)
         own = GRADIENT_BYTES * self.batch * self.dim
         lanes = lane_count(self.labels, own, torch.device(kind), self.threads)
