@@ -1,7 +1,7 @@
 """A random encoder and dataset, for benchmarks where nothing can be fetched.
 
-Points have 5 to 18 tokens by default and 1 to 9 labels, as in the LF-AmazonTitles datasets; labels have no
-texts. What is learned from them means nothing.
+Points have 5 to 18 tokens, if nothing else is said, and 1 to 9 labels, as in the LF-AmazonTitles
+datasets; labels have no texts. What is learned from them means nothing.
 """
 
 from __future__ import annotations

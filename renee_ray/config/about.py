@@ -10,7 +10,10 @@ from renee_ray.config.schema import Config, Name
 
 
 class EncoderShape(Config):
-    """The transformer of a recipe, of which a plan is made where its files are not at hand."""
+    """The transformer of a recipe, of which a plan is made where its files are not at hand.
+
+    The numbers are those of its config.json on the hub.
+    """
 
     layers: int = Field(ge=1)
     hidden: int = Field(ge=1)

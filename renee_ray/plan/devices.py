@@ -28,7 +28,7 @@ class Device:
     narrow, wide: FLOPS of products in bf16 or fp16, and in fp32; bandwidth: bytes/s of memory.
     network: bytes/s that the device sends to others of the run, an assumption.
     framework: bytes of a process, of which nothing is the model's.
-    bf16: whether bf16 products are native; kernels: whether Triton's kernels run (sm_80 on).
+    bf16: whether bf16 products are native; on a GPU Triton's kernels then run too (sm_80 on).
     """
 
     name: str
@@ -40,7 +40,6 @@ class Device:
     network: float
     framework: int
     bf16: bool = True
-    kernels: bool = True
 
     @property
     def fp16(self) -> bool:
@@ -54,7 +53,7 @@ def _gpu(
     """A GPU, in TFLOPS and GB/s. Context and libraries take an estimated 0.8 GiB."""
     return Device(
         name, "cuda", int(gib * GIB), narrow * 1e12, wide * 1e12, memory * 1e9, network * 1e9,
-        int(0.8 * GIB), new, new,
+        int(0.8 * GIB), new,
     )  # fmt: skip
 
 
@@ -72,9 +71,8 @@ GPUS = {
     )
 }
 NAMES = (*GPUS, "cpu")
-CPU_FRAMEWORK = int(0.83 * GIB)
-"""What a worker on a CPU takes besides: 0.64 before its first step, the rest by libraries in steps;
-fitted to two runs (docs/planning.md)."""
+CPU_FRAMEWORK = int(0.82 * GIB)
+"""What a worker on a CPU takes with next to no model (`empty` of tests/plan/measure.py)."""
 
 
 def find_device(name: str) -> Device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -155,19 +156,14 @@ def fits(worker: Worker) -> bool:
 
 def fewest(worker: Worker) -> int | None:
     """Returns the fewest devices that the run fits, or machines of one worker where it has CPUs."""
-    most = min(MOST_DEVICES, worker.batch)
+    counts = range(1, 1 + min(MOST_DEVICES, worker.batch))
 
     def fit(count: int) -> bool:
         memory = replace(worker, num_workers=count).memory()
         return sum(memory.values()) - memory[COPY] <= worker.device.memory
 
-    if not fit(most):
-        return None
-    low, high = 0, most  # fewer than `low` + 1 do not fit, `high` do
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fit(middle) else (middle, high)
-    return high
+    found = bisect_left(counts, True, key=fit)
+    return counts[found] if found < len(counts) else None
 
 
 def helpful(

@@ -99,7 +99,9 @@ def expectation_text(found: Mapping[str, Any]) -> RenderableType:
     unlike = {what: f"{own}, there {theirs}" for what, own, theirs in found["differences"]}
     return Group(
         Text(printable(f"recipe {found['recipe']}; published: {found['source']}")),
-        Text(f"step {found['step']} of the run, {found['points']:,} points of split={found['split']}"),
+        Text(
+            f"step {found['step']} of the run, {found['points']:,} points of split={found['split']}"
+        ),
         table,
         _rows("What differs", unlike or {"nothing": ""}),
     )

@@ -110,14 +110,20 @@ def test_a_softmax_has_a_chunks_logits_in_fp32_besides(sample: str) -> None:
     batch, chunk = 96, 512
     problem, scratch, on_gpu = make_problem(LABELS, DIM, batch, CPU), dict[str, int](), {}
     for objective, softmax in ("bce", None), ("softmax", Reductions()):
-        settings = {"objective": objective, "chunk": chunk, "precision": "fp32", "momentum": 0}
+        settings: dict[str, Any] = {
+            "objective": objective,
+            "chunk": chunk,
+            "precision": "fp32",
+            "momentum": 0,
+        }
         planned = worker(sample, classifier=settings, batch_size=batch)
         memory, shard = planned.memory(), problem.shard("fp32", 0, chunk)
         step = partial(shard.step, problem.embeddings, problem.positives(), SGD(0.1, 0))
         peak = peak_bytes(partial(step, softmax=softmax), CPU)
         scratch[objective] = shard.weights.scratch.nbytes()
         assert scratch[objective] < peak < memory["chunk of labels"] + memory["embeddings"]
-        narrow = configured(sample, classifier=settings | {"precision": "bf16_sr"}, batch_size=batch)
+        settings["precision"] = "bf16_sr"
+        narrow = configured(sample, classifier=settings, batch_size=batch)
         replaced = replace(planned, config=narrow, device=GPUS["h100"])
         on_gpu[objective] = replaced.memory()["chunk of labels"]
     assert scratch["softmax"] - scratch["bce"] == 4 * batch * chunk

@@ -14,9 +14,7 @@ from tests.service.conftest import LABELS, Run, renee_ray
 
 @pytest.mark.slow
 def test_a_run_is_compared_with_a_recipe(trained: Run) -> None:
-    command = renee_ray(
-        "expect", trained.path, "num_workers=1", "--recipe", "debian-bag", "--json"
-    )
+    command = renee_ray("expect", trained.path, "num_workers=1", "--recipe", "debian-bag", "--json")
     assert command.status == 0, command.stderr
     found = json.loads(command.stdout)
     assert found["split"] == "test" and set(found["expected"]) <= set(found["metrics"])

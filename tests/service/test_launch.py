@@ -106,7 +106,7 @@ def test_a_run_that_exceeds_the_memory_of_all_nodes_is_refused(
     bag = {"dim": 512, "buckets": 2**31}
     layer = {"data": dataset.path, "output": str(tmp_path / "run"), "encoder": {"name": "none"}}
     config = make_config(RunConfig, layer, {"use_gpu": "no", "encoder": {"bag": bag}})
-    with pytest.raises(ReneeError, match="encoder alone take .* and the whole cluster has"):
+    with pytest.raises(ReneeError, match=r"encoder alone take .* and the whole cluster has"):
         train(config, told.append)
     assert any(line.startswith("bag ") for line in told) and not (tmp_path / "run").exists()
 
