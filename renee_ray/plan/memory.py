@@ -17,8 +17,9 @@ labels of dimension D:
     checkpoint copy      in host memory, which on a CPU is the same
 
 Gradients and activations are there at different times where no DDP keeps buckets: the backward
-frees the latter as it makes the former. So with one worker the greater of them counts. On a CPU the
-gradient of the token vectors is there in both (model/token_gradient.py).
+frees the latter as it makes the former. So with one worker the greater of them counts. On a CPU
+the gradient of the token vectors is there in both (model/token_gradient.py). A frozen transformer
+embeds all texts before the first checkpoint copies the bag, so there too the greater counts.
 """
 
 from __future__ import annotations
@@ -172,7 +173,11 @@ class Worker:
             if kind == "cpu" and not encoder.compile and encoder.trains_transformer:
                 freed -= 4 * (self.transformer.parameters - self.transformer.multiplied)
             passing["activations"] = max(0, passing["activations"] - freed)
-        copied = sum(states[name] for name in COPIED) if self.config.checkpoint.background else 0
+        background = self.config.checkpoint.background
+        copied = background * sum(states[name] for name in COPIED)
+        if encoder.frozen and kind == "cpu":
+            before = passing["activations"] - background * states["bag"]
+            passing["activations"] = max(0, before)
         return (
             states
             | passing

@@ -20,10 +20,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from renee_ray.benchmarks.problem import make_problem
-from renee_ray.benchmarks.sample import write_sample
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_recipe
-from renee_ray.config.schema import RunConfig, ScoreConfig
+from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.models import resolve_model
 from renee_ray.machine import V1, V2, limit_bytes
@@ -36,7 +35,6 @@ from renee_ray.plan.memory import COPY, STATES, Worker, Workload
 from renee_ray.plan.plan import find_workload, helpful, make_plan, needed
 from renee_ray.plan.time import network_bytes, step_seconds, steps_of_epoch
 from renee_ray.scoring.scorer import Propensities
-from renee_ray.service.score.expect import as_scored, differences
 from renee_ray.service.train import train as train_module
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes
@@ -46,8 +44,9 @@ from tests.pairwise import pairwise
 from tests.test_machine import plant
 from tests.xfc.memory import peak_bytes
 
+from .conftest import DIM, LABELS
+
 CPU = torch.device("cpu")
-LABELS, DIM = 3001, 16
 
 
 @pytest.fixture(autouse=True)
@@ -57,14 +56,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with a small encoder and a dataset for it."""
-    directory = str(tmp_path_factory.mktemp("sample"))
-    write_sample(directory, LABELS, 4000, DIM, 2)
-    return directory
 
 
 def configured(sample: str, **changes: Any) -> RunConfig:
@@ -425,44 +416,6 @@ def test_the_device_of_a_cluster_is_what_ray_says_of_its_nodes() -> None:
     kinds = [{"accelerator_type:L4": 1.0, "GPU": 8.0}, {"accelerator_type:A100": 1.0}, small]
     assert devices.cluster_device(kinds, True) == GPUS["a100"]
     assert devices.cluster_device([{"accelerator_type:MI300": 1.0}], True) is None
-
-
-def test_differences_from_a_recipe(sample: str) -> None:
-    layer, about = read_recipe("lf-amazon-131k")
-    assert about is not None
-    theirs = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
-    mine = theirs.model_copy(update={"epochs": 7, "num_workers": 5, "data": "elsewhere"})
-    manifest = Dataset.open(f"{sample}/data").manifest
-    found = {what: (own, other) for what, own, other in differences(mine, theirs, about, manifest)}
-    assert found["epochs"] == (7, 100)
-    assert found["encoder.weights"] == ("", "NGAME's M1 of this dataset")
-    assert found["labels"] == (LABELS, 131073) and found["points"] == (4000, 294805)
-    assert found["propensity_a"] == (0.55, 0.6)
-    assert found["label texts"] == (False, True)
-    assert found["filter labels of the test split"] == (False, True)
-    assert not {"num_workers", "data", "output", "recipe", "batch_size"} & set(found)
-
-
-def test_what_is_scored_otherwise_is_a_difference(sample: str) -> None:
-    layer, about = read_recipe("lf-amazon-131k")
-    assert about is not None
-    theirs = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
-    manifest = Dataset.open(f"{sample}/data").manifest
-    mine = as_scored(theirs, ScoreConfig(tail=0.25, neighbours=0))
-    found = {what: (own, other) for what, own, other in differences(mine, theirs, about, manifest)}
-    assert found["evaluation.tail"] == (0.25, 0)
-    assert not {"evaluation.neighbours", "evaluation.neighbour_weight"} & set(found)
-
-
-@pytest.mark.parametrize(
-    "override", ["split=train", "split=validation", "k=3", "texts=true", "scores=probabilities"]
-)
-def test_expect_refuses_what_it_would_ignore(
-    override: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["expect", "nowhere", override]) == 1
-    key = override.partition("=")[0]
-    assert f"leave {key} out" in capsys.readouterr().err
 
 
 def test_augmented_propensities_count_label_texts_as_points(sample: str) -> None:
