@@ -1,7 +1,12 @@
-"""Measures the rates that a plan needs on this machine: some seconds of pieces of a step."""
+"""Measures the rates that a plan needs on this machine: some seconds of pieces of a step.
+
+On a CPU these are seconds that its threads computed, so that other programs hardly change them.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,13 +37,18 @@ def measure(worker: Worker) -> Rates:
         sgd = SGD(1e-3, classifier.momentum, classifier.weight_decay)
         softmax = Reductions() if classifier.objective == "softmax" else None
         step = partial(shard.step, problem.embeddings, problem.positives(), sgd, softmax=softmax)
-        seconds = interleaved({"classifier": step}, REPEATS, device)["classifier"] / labels
-        return Rates(seconds, *_encoder(worker, device))
+        clock = time.perf_counter
+        if device.type == "cpu":
+            clock = lambda: time.process_time() / worker.threads  # noqa: E731
+        taken = interleaved({"classifier": step}, REPEATS, device, clock=clock)
+        return Rates(taken["classifier"] / labels, *_encoder(worker, device, clock))
     finally:
         torch.set_num_threads(before)
 
 
-def _encoder(worker: Worker, device: torch.device) -> tuple[float, float]:
+def _encoder(
+    worker: Worker, device: torch.device, clock: Callable[[], float]
+) -> tuple[float, float]:
     """Returns the seconds of a row, forward and backward, and of a step of AdamW.
 
     All of the transformer is trained here, so AdamW's are those of the share that a run trains.
@@ -62,6 +72,7 @@ def _encoder(worker: Worker, device: torch.device) -> tuple[float, float]:
             hidden = model(input_ids=ids, attention_mask=None)[0]
         hidden.float().mean().backward()
 
-    taken = interleaved({"rows": train, "adamw": optimizer.step}, REPEATS, device)
+    pieces = {"rows": train, "adamw": optimizer.step}
+    taken = interleaved(pieces, REPEATS, device, clock=clock)
     share = worker.parameters / worker.transformer.parameters
     return taken["rows"] / rows, taken["adamw"] * share

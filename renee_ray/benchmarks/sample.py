@@ -1,7 +1,7 @@
 """A random encoder and dataset, for benchmarks where nothing can be fetched.
 
-Points have 5 to 18 tokens and 1 to 9 labels, as in the LF-AmazonTitles datasets; labels have no
-texts. What is learned from them means nothing.
+Points have 5 to 18 tokens, if nothing else is said, and 1 to 9 labels, as in the LF-AmazonTitles
+datasets; labels have no texts. What is learned from them means nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tokenizers import Tokenizer, models
 
@@ -21,22 +22,28 @@ from renee_ray.data.tokenizer import load
 PART_ROWS, VOCABULARY, MOST_LABELS = 16384, 30522, 9
 
 
-def write_sample(directory: str, labels: int, points: int, dim: int, layers: int) -> None:
+def write_sample(
+    directory: str, labels: int, points: int, dim: int, layers: int, longest: int = 18
+) -> None:
     """Writes directory/encoder, a BERT, and directory/data; the same for the same sizes."""
     encoder, data = f"{directory}/encoder", f"{directory}/data"
     _write_encoder(encoder, dim, layers)
+    rows = _points(points, labels, longest)
     splits: dict[str, tuple[layout.Part, ...]] = dict.fromkeys(layout.SPLITS, ())
-    for split, table in ("train", _points(points, labels)), ("labels", _labels(labels)):
+    for split, table in ("train", rows), ("labels", _labels(labels)):
         make_directory(f"{data}/{split}")
         splits[split] = tuple(
             layout.write_part(data, layout.part_path(split, i), at, table.slice(at, PART_ROWS))
             for i, at in enumerate(range(0, len(table), PART_ROWS))
         )
     others = tuple(part.rows for part in splits["labels"])
+    lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
+    statistics = {"train": {"tokens_mean": float(lengths.mean()), "tokens_max": int(lengths.max())}}
     hashed = load(encoder).hash
     manifest = layout.Manifest(
-        layout.FORMAT_VERSION, encoder, hashed, 32, 0, labels, False, 0.55, 1.5, splits, others, {}
-    )
+        layout.FORMAT_VERSION, encoder, hashed, max(32, longest), 0, labels, False, 0.55, 1.5,
+        splits, others, statistics,
+    )  # fmt: skip
     layout.write_manifest(data, manifest)
 
 
@@ -55,9 +62,9 @@ def _write_encoder(directory: str, dim: int, layers: int) -> None:
     tokenizer.save(f"{directory}/tokenizer.json")
 
 
-def _points(points: int, labels: int) -> pa.Table:
+def _points(points: int, labels: int, longest: int) -> pa.Table:
     rng = np.random.default_rng(0)
-    lengths = rng.integers(5, 19, points)
+    lengths = rng.integers(5, longest + 1, points)
     drawn = np.sort(rng.integers(0, labels, (points, MOST_LABELS)), axis=1)
     kept = rng.random(drawn.shape) < 0.5
     kept[:, 0] = True

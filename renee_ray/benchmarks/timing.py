@@ -18,15 +18,16 @@ def interleaved(
     repeats: int,
     device: torch.device,
     calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Returns the median seconds of each function, called in turns to meet the same machine.
 
-    Every function is called before, untimed. calls: of a function in each turn.
+    Every function is called before, untimed. calls: of a function in each turn; clock: of seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
-            taken = _timed(function, device, calls) / calls
+            taken = _timed(function, device, calls, clock) / calls
             if round_number:
                 seconds[name].append(taken)
     return {name: median(all_taken) for name, all_taken in seconds.items()}
@@ -67,13 +68,15 @@ def _resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _timed(function: Callable[[], object], device: torch.device, calls: int) -> float:
+def _timed(
+    function: Callable[[], object], device: torch.device, calls: int, clock: Callable[[], float]
+) -> float:
     wait_for(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         function()
     wait_for(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def wait_for(device: torch.device) -> None:

@@ -10,7 +10,10 @@ from renee_ray.config.schema import Config, Name
 
 
 class EncoderShape(Config):
-    """The transformer of a recipe, of which a plan is made where its files are not at hand."""
+    """The transformer of a recipe, of which a plan is made where its files are not at hand.
+
+    The numbers are those of its config.json on the hub.
+    """
 
     layers: int = Field(ge=1)
     hidden: int = Field(ge=1)
@@ -39,6 +42,8 @@ class About(Config):
     labels: int = Field(ge=1)
     points: int | None = Field(None, ge=1)
     """Training points without label texts; null: unknown."""
+    held_out: int = Field(0, ge=0)
+    """Those of them that were held out for validation."""
     tokens: float | None = Field(None, ge=1)
     """Mean tokens of a point; null: encoder.max_length is assumed."""
     encoder: EncoderShape | None = None

@@ -7,6 +7,7 @@ BANDWIDTH_SHARE of them, which large matmuls and copies reach. A device `cpu` is
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,7 @@ class Device:
     narrow, wide: FLOPS of products in bf16 or fp16, and in fp32; bandwidth: bytes/s of memory.
     network: bytes/s that the device sends to others of the run, an assumption.
     framework: bytes of a process, of which nothing is the model's.
-    bf16: whether bf16 products are native; kernels: whether Triton's kernels run (sm_80 on).
+    bf16: whether bf16 products are native; on a GPU Triton's kernels then run too (sm_80 on).
     """
 
     name: str
@@ -39,7 +40,6 @@ class Device:
     network: float
     framework: int
     bf16: bool = True
-    kernels: bool = True
 
     @property
     def fp16(self) -> bool:
@@ -53,7 +53,7 @@ def _gpu(
     """A GPU, in TFLOPS and GB/s. Context and libraries take an estimated 0.8 GiB."""
     return Device(
         name, "cuda", int(gib * GIB), narrow * 1e12, wide * 1e12, memory * 1e9, network * 1e9,
-        int(0.8 * GIB), new, new,
+        int(0.8 * GIB), new,
     )  # fmt: skip
 
 
@@ -71,9 +71,8 @@ GPUS = {
     )
 }
 NAMES = (*GPUS, "cpu")
-CPU_FRAMEWORK = int(0.83 * GIB)
-"""What a worker on a CPU takes besides: 0.64 before its first step, the rest by libraries in steps;
-fitted to two runs (docs/planning.md)."""
+CPU_FRAMEWORK = int(0.82 * GIB)
+"""What a worker on a CPU takes with next to no model (`empty` of tests/plan/measure.py)."""
 
 
 def find_device(name: str) -> Device:
@@ -105,6 +104,20 @@ def local_device(on_gpu: bool) -> Device:
     if known is None:
         known = replace(GPUS["a100"], name=seen.name, bf16=native_bf16(device))
     return replace(known, memory=seen.total_memory)
+
+
+def cluster_device(nodes: Sequence[Mapping[str, float]], on_gpu: bool) -> Device | None:
+    """Returns the device of a cluster's workers, as Ray's resources of its nodes describe it.
+
+    That is the largest GPU or, without, a CPU with the memory that all nodes had when they joined.
+    None: the plan does not know the GPUs.
+    """
+    if not on_gpu:
+        memory = sum(n.get("memory", 0) + n.get("object_store_memory", 0) for n in nodes)
+        return replace(_cpu(), memory=int(memory), bf16=True)  # if any CPU has it, `auto` may too
+    kinds = [key.lower() for node in nodes for key in node]
+    known = [gpu for name, gpu in GPUS.items() if f"accelerator_type:{name}" in kinds]
+    return max(known, key=lambda gpu: gpu.memory, default=None)
 
 
 def _cpu() -> Device:

@@ -7,15 +7,19 @@ labels of dimension D:
     encoder              parameters, gradients and two moments of AdamW, fp32, of what is trained:
                          the transformer, or the adapters of one that is frozen; the bottleneck
     frozen parameters    fp32, of a transformer that is not trained itself
-    bag                  [buckets, D'] fp32, and the rows of a step
+    remembered texts     what finds the embedding of each in a file (model/remembered.py)
+    bag                  [buckets, D'] fp32; of a step the rows read, their gradients and copies
     activations          what the encoder's forward keeps for b rows, or for a micro-batch, of T;
-                         of a transformer without adapters that is frozen: one layer's
+                         of a transformer without adapters that is frozen: one layer's, for the
+                         rows of an evaluation's batch, in which all points are embedded
     chunk                buffers of a chunk of labels on each lane (xfc/shard.py, xfc/device.py)
     embeddings           [B, D]        E gathered, padded and cut, and dE of each lane
     checkpoint copy      in host memory, which on a CPU is the same
 
 Gradients and activations are there at different times where no DDP keeps buckets: the backward
-frees the latter as it makes the former. So with one worker the greater of them counts.
+frees the latter as it makes the former. So with one worker the greater of them counts. On a CPU
+the gradient of the token vectors is there in both (model/token_gradient.py). A frozen transformer
+embeds all texts before the first checkpoint copies the bag, so there too the greater counts.
 """
 
 from __future__ import annotations
@@ -36,8 +40,14 @@ from renee_ray.xfc.lanes import lane_count
 from renee_ray.xfc.shard import GRADIENT_BYTES, default_chunk, label_bytes
 from renee_ray.xfc.weights.storages import STORAGES, stored_bytes
 
-ALLOCATOR_SHARE = {"cuda": 0.1, "cpu": 0.05}
-"""Share of what comes and goes that an allocator holds besides."""
+ALLOCATOR_SHARE = 0.1
+"""Share of what comes and goes that an allocator holds besides: on a GPU an assumption, on a CPU
+measured on all-MiniLM-L6-v2 alone (282 MiB resident for 257 that torch asked for)."""
+REMEMBERED_BYTES = 100
+"""What a worker keeps of a text whose embedding it has in a file."""
+BAG_ROWS = 6
+"""Arrays of a step with a row for each n-gram: vectors, gradient, coalesced, of all ranks, summed,
+and multiplied by the rates (model/bag.py)."""
 COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
 """Components that the first worker saves; of the others, each saves weights and momentum alone."""
 STATES = (*COPIED, "encoder gradients", "frozen parameters")
@@ -101,8 +111,7 @@ class Worker:
     @property
     def kernels(self) -> bool:
         """Whether the classifier runs on Triton's kernels."""
-        on_gpu = self.device.kind == "cuda"
-        return on_gpu and self.device.kernels and self.compute != torch.float32
+        return self.device.kind == "cuda" and self.device.bf16 and self.compute != torch.float32
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -149,24 +158,32 @@ class Worker:
             "encoder gradients": 4 * self.parameters,
             "encoder moments": 8 * self.parameters,
             "frozen parameters": 4 * self.transformer.parameters * (not encoder.trains_transformer),
+            "remembered texts": REMEMBERED_BYTES * (self.workload.points or 0) * encoder.frozen,
             "bag": (4 * encoder.bag.dim + 8) * encoder.bag.buckets if encoder.bag.dim else 0,
         }
         chunk, embeddings = self._classifier()
         passing = {
             "activations": self._activations(),
+            "rows of the bag": 4 * BAG_ROWS * encoder.bag.dim * self._ngrams(),
             "chunk of labels": chunk,
             "embeddings": embeddings,
         }
         if self.num_workers == 1:
-            kept = passing["activations"] - states["encoder gradients"]
-            passing["activations"] = max(0, kept)
-        copied = sum(states[name] for name in COPIED) if self.config.checkpoint.background else 0
+            freed = states["encoder gradients"]
+            if kind == "cpu" and not encoder.compile and encoder.trains_transformer:
+                freed -= 4 * (self.transformer.parameters - self.transformer.multiplied)
+            passing["activations"] = max(0, passing["activations"] - freed)
+        background = self.config.checkpoint.background
+        copied = background * sum(states[name] for name in COPIED)
+        if encoder.frozen and kind == "cpu":
+            before = passing["activations"] - background * states["bag"]
+            passing["activations"] = max(0, before)
         return (
             states
             | passing
             | {
                 COPY: copied if kind == "cpu" else 0,
-                "allocator": int(ALLOCATOR_SHARE[kind] * sum(passing.values())),
+                "allocator": int(ALLOCATOR_SHARE * sum(passing.values())),
                 "framework": self.device.framework,
             }
         )
@@ -175,18 +192,26 @@ class Worker:
         encoder = self.config.encoder
         attention = attention_of(encoder.attention, self.device.kind)
         rows = min(self.rows, encoder.micro_batch or self.rows)
+        if encoder.frozen:
+            rows = self.config.evaluation.batch_size
         kept = self.transformer.activations(
             rows, self.workload.longest, attention, self.autocast, self.device.kind,
             encoder.gradient_checkpointing,
         )  # fmt: skip
         return kept // max(1, self.transformer.layers) if encoder.frozen else kept
 
+    def _ngrams(self) -> int:
+        """Returns the n-grams of this worker's rows, at most as many as there are buckets."""
+        bag = self.config.encoder.bag
+        return min(bag.buckets, self.rows * bag.ngrams * round(self.workload.tokens))
+
     def _classifier(self) -> tuple[int, int]:
         """Returns the bytes of the chunks and of E and dE, of all lanes."""
         kind, item = self.device.kind, self.compute.itemsize
         aliased = STORAGES[self.precision].weight.aliased
         expanded = kind == "cuda" and not self.kernels and not aliased
-        each = label_bytes(self.batch, self.dim, item, self.kernels, expanded)
+        softmax = self.config.classifier.objective == "softmax"
+        each = label_bytes(self.batch, self.dim, item, self.kernels, expanded, softmax)
         chunk = self.config.classifier.chunk or default_chunk(each, kind)
         own = GRADIENT_BYTES * self.batch * self.dim
         lanes = lane_count(self.labels, own, torch.device(kind), self.threads)

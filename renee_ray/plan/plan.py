@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ConfigError, ReneeError
-from renee_ray.plan.devices import GIB, Device, local_device
+from renee_ray.plan.devices import GIB, Device
 from renee_ray.plan.encoder import Transformer, find_transformer
 from renee_ray.plan.memory import COPIED, COPY, STATES, Worker, Workload
 from renee_ray.plan.time import (
@@ -155,19 +156,14 @@ def fits(worker: Worker) -> bool:
 
 def fewest(worker: Worker) -> int | None:
     """Returns the fewest devices that the run fits, or machines of one worker where it has CPUs."""
-    most = min(MOST_DEVICES, worker.batch)
+    counts = range(1, 1 + min(MOST_DEVICES, worker.batch))
 
     def fit(count: int) -> bool:
         memory = replace(worker, num_workers=count).memory()
         return sum(memory.values()) - memory[COPY] <= worker.device.memory
 
-    if not fit(most):
-        return None
-    low, high = 0, most  # fewer than `low` + 1 do not fit, `high` do
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fit(middle) else (middle, high)
-    return high
+    found = bisect_left(counts, True, key=fit)
+    return counts[found] if found < len(counts) else None
 
 
 def helpful(
@@ -192,16 +188,19 @@ def helpful(
 
 
 def refuse_too_large(
-    config: RunConfig, dataset: Dataset, on_gpu: bool, on_progress: Callable[[str], None]
-) -> None:
-    """Refuses a run whose weights, momentum and encoder alone exceed this machine's memory.
+    config: RunConfig, dataset: Dataset, device: Device, whose: str,
+    on_progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Refuses a run whose weights, momentum and encoder alone exceed the memory of `device`.
 
     Activations and buffers, which are known less well, are in the table but refuse nothing.
+
+    Args:
+        whose: of whom the memory is, for people.
 
     Raises:
         ReneeError: it does; `on_progress` is told the table.
     """
-    device = local_device(on_gpu)
     workload = Workload.of_manifest(dataset.manifest, config.encoder)
     transformer = find_transformer(config.encoder, None)
     worker = Worker(config, device, transformer, workload, config.min_workers)
@@ -211,13 +210,12 @@ def refuse_too_large(
     plan = make_plan(config, workload, transformer, device, config.min_workers)
     for name, size in (plan.memory | {"all of a worker": plan.total_bytes}).items():
         on_progress(f"{name:20} {size / GIB:9.2f} GiB")
-    # More workers of this machine save nothing, as `needed` counts all of them.
+    # More workers on CPUs save nothing, as `needed` counts all of them.
     changes = list(helpful(worker, partial(needed, components=STATES)))
     for change, saved, _ in changes:
         on_progress(f"{change} saves {saved / GIB:.1f} GiB of them")
-    whose = "the GPU has" if on_gpu else f"{config.min_workers} workers here may take"
     raise ReneeError(
-        f"weights, momentum and encoder alone take {states / GIB:.1f} GiB and {whose} "
+        f"weights, momentum and encoder alone take {states / GIB:.1f} GiB and {whose} has "
         f"{device.memory / GIB:.1f} GiB; take {'a change above, ' * bool(changes)}more machines, "
         f"or --force"
     )

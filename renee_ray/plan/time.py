@@ -26,8 +26,9 @@ from renee_ray.plan.memory import COPIED, Worker
 from renee_ray.xfc.weights.storages import stored_bytes
 
 ADAMW_BYTES = 28
-LAUNCH_S = {"cuda": 4e-3, "cpu": 2e-3}
-"""Seconds of a step in which the host prepares and nothing else happens, an estimate."""
+LAUNCH_S = {"cuda": 4e-3, "cpu": 1e-2}
+"""Seconds of a step in which the host prepares and nothing else happens: an estimate, on a CPU what
+a step takes with next to no model (`empty` of tests/plan/measure.py)."""
 PLAIN_LOGITS, PLAIN_PASSES = 5 / 3, 2
 """How often plain torch on a GPU moves logits and weights, for each time that kernels do; more for
 storages that it rounds itself."""

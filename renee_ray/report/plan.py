@@ -98,7 +98,10 @@ def expectation_text(found: Mapping[str, Any]) -> RenderableType:
         table.add_row(metric, f"{published:.2f}", f"{own:.2f}", gap, shown)
     unlike = {what: f"{own}, there {theirs}" for what, own, theirs in found["differences"]}
     return Group(
-        Text(printable(f"{found['recipe']}: {found['source']}")),
+        Text(printable(f"recipe {found['recipe']}; published: {found['source']}")),
+        Text(
+            f"step {found['step']} of the run, {found['points']:,} points of split={found['split']}"
+        ),
         table,
         _rows("What differs", unlike or {"nothing": ""}),
     )

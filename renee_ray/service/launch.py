@@ -246,6 +246,7 @@ def worker_environment(threads: int = 1) -> dict[str, str]:
         **OPENMP,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_ARENA_MAX": "1",  # glibc hardly reuses what threads other than the main one free
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
 

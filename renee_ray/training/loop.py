@@ -310,6 +310,7 @@ class Trainer:
             "classifier_lr": self.config.classifier.learning_rate * factor,
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             **gpu_memory(self.device),
+            "thread_s": time.thread_time(),
             "skipped": self.state.skipped,
             "loss_scale": self.state.loss_scale.value,
             "seconds_left": (total - step) * seconds / meter.steps,

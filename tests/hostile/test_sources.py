@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +28,7 @@ from renee_ray.data.sources.lines import (
     ranges,
 )
 from renee_ray.data.sources.lines import read as read_lines
+from renee_ray.data.sources.own import tables_of
 from renee_ray.data.sources.parquet import index_parquet
 
 from .parts import WHOLE, long_texts, run_directory, tiny
@@ -58,6 +61,41 @@ def bomb(place: Place) -> Made:
             unpacked.unlink()
 
     return index
+
+
+def npz(place: Place, **arrays: np.ndarray) -> Made:
+    """A PECOS folder whose labels are these arrays, packed; refused before they are made."""
+    (place.given / "X.trn.txt").write_bytes(b"a\nb\n")
+    np.savez_compressed(place.given / "Y.trn.npz", **arrays)
+
+    def read() -> None:
+        tracemalloc.start()
+        try:
+            list(tables_of(str(place.given / "X.trn.txt")))
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < PACKED_LEAST // 8
+
+    return read
+
+
+def packed_labels(place: Place) -> Made:
+    """40 million labels of one row: 320 MB of zeros in 300 KB."""
+    zeros, shape = np.zeros(PACKED_LEAST // 8 + 8_000_000, np.int64), np.array([2, 4])
+    indptr = np.array([0, len(zeros), len(zeros)])
+    return npz(
+        place, format=np.array(b"csr"), shape=shape, indptr=indptr, indices=zeros,
+        data=np.ones(1),
+    )  # fmt: skip
+
+
+def rows_without_bytes(place: Place) -> Made:
+    """10^9 rows, whose offsets a matrix of columns does not have."""
+    return npz(
+        place, format=np.array(b"csc"), shape=np.array([10**9, 1]), indptr=np.array([0, 1]),
+        indices=np.array([0]), data=np.ones(1),
+    )  # fmt: skip
 
 
 def long_line(place: Place) -> Made:
@@ -104,6 +142,8 @@ FILTER = partial(xmlrepo.parse_filters, num_rows=3, num_labels=3)
 OBJECT = partial(xmlrepo.parse_objects, num_labels=3)
 SOURCES = [
     Case("gzip-bomb", bomb, "unpacks to more than 100 times its size"),
+    Case("npz-bomb", packed_labels, "npz unpacks to more than 100 times its size"),
+    Case("npz-rows-huge", rows_without_bytes, "npz unpacks to more than 100 times its size"),
     Case("line-long", long_line, "trn_X.txt:2: the line is longer than"),
     Case(
         "label-id-huge",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,14 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from renee_ray.benchmarks.sample import write_sample
+from renee_ray.benchmarks.problem import make_problem
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_recipe
-from renee_ray.config.schema import RunConfig, ScoreConfig
+from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.machine import limit_bytes
+from renee_ray.data.models import resolve_model
+from renee_ray.machine import V1, V2, limit_bytes
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.plan import devices
@@ -29,16 +35,18 @@ from renee_ray.plan.memory import COPY, STATES, Worker, Workload
 from renee_ray.plan.plan import find_workload, helpful, make_plan, needed
 from renee_ray.plan.time import network_bytes, step_seconds, steps_of_epoch
 from renee_ray.scoring.scorer import Propensities
-from renee_ray.service.score.expect import as_scored, differences
 from renee_ray.service.train import train as train_module
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes
-from renee_ray.xfc.weights.storages import STORAGES, Weights
+from renee_ray.xfc.softmax import Reductions
+from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 from tests.pairwise import pairwise
-from tests.test_machine import V2, plant
+from tests.test_machine import plant
+from tests.xfc.memory import peak_bytes
+
+from .conftest import DIM, LABELS
 
 CPU = torch.device("cpu")
-LABELS, DIM = 3001, 16
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +56,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with a small encoder and a dataset for it."""
-    directory = str(tmp_path_factory.mktemp("sample"))
-    write_sample(directory, LABELS, 4000, DIM, 2)
-    return directory
 
 
 def configured(sample: str, **changes: Any) -> RunConfig:
@@ -96,6 +96,31 @@ def test_states_and_buffers_are_those_that_are_allocated(
     assert sum(memory[f"encoder {what}"] for what in ("gradients", "moments")) == 12 * held
 
 
+def test_a_softmax_has_a_chunks_logits_in_fp32_besides(sample: str) -> None:
+    """Whatever the storage; and on a CPU all of a step's buffers are within what is planned."""
+    batch, chunk = 96, 512
+    problem, scratch, on_gpu = make_problem(LABELS, DIM, batch, CPU), dict[str, int](), {}
+    for objective, softmax in ("bce", None), ("softmax", Reductions()):
+        settings: dict[str, Any] = {
+            "objective": objective,
+            "chunk": chunk,
+            "precision": "fp32",
+            "momentum": 0,
+        }
+        planned = worker(sample, classifier=settings, batch_size=batch)
+        memory, shard = planned.memory(), problem.shard("fp32", 0, chunk)
+        step = partial(shard.step, problem.embeddings, problem.positives(), SGD(0.1, 0))
+        peak = peak_bytes(partial(step, softmax=softmax), CPU)
+        scratch[objective] = shard.weights.scratch.nbytes()
+        assert scratch[objective] < peak < memory["chunk of labels"] + memory["embeddings"]
+        settings["precision"] = "bf16_sr"
+        narrow = configured(sample, classifier=settings, batch_size=batch)
+        replaced = replace(planned, config=narrow, device=GPUS["h100"])
+        on_gpu[objective] = replaced.memory()["chunk of labels"]
+    assert scratch["softmax"] - scratch["bce"] == 4 * batch * chunk
+    assert on_gpu["softmax"] - on_gpu["bce"] == 4 * batch * chunk
+
+
 @pytest.mark.parametrize(
     "own",
     [{"frozen": True, "bottleneck": 3}, {"lora": {"rank": 2}, "bottleneck": 3}, {"frozen": True}],
@@ -104,7 +129,7 @@ def test_states_and_buffers_are_those_that_are_allocated(
 def test_of_a_frozen_transformer_the_parameters_alone_are_held(
     sample: str, own: dict[str, Any]
 ) -> None:
-    planned = worker(sample, 2, encoder=own)
+    planned = worker(sample, 2, encoder=own, evaluation={"batch_size": 128})
     encoder = build_encoder(planned.config.encoder, CPU, 0)
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     memory, everything = planned.memory(), sum(p.numel() for p in encoder.parameters())
@@ -240,6 +265,22 @@ def test_texts_of_points_and_a_prompt_are_counted(sample: str) -> None:
         assert steps_of_epoch(planned) == math.ceil((4000 + texts) / 256)
 
 
+def test_the_tokens_of_a_prompt_are_those_of_the_encoders_tokenizer(sample: str) -> None:
+    prompt, name = "bought together with this book:", "sentence-transformers/all-MiniLM-L6-v2"
+    tokenizer = Tokenizer.from_file(f"{resolve_model(name)}/tokenizer.json")
+    tokenizer.no_padding()
+    more = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+    manifest = Dataset.open(f"{sample}/data").manifest
+    counts = manifest.statistics["train"]
+    longest = counts["tokens_max"]
+    for limit in (longest + more, longest + 1):
+        encoder = {"name": name, "prompt": prompt, "max_length": limit}
+        found = Workload.of_manifest(manifest, configured(sample, encoder=encoder).encoder)
+        assert found.tokens == min(counts["tokens_mean"] + more, limit)
+        assert found.longest == limit
+    assert more > 1
+
+
 def planned_recipe(name: str, device: str, num_workers: int) -> Any:
     layer, about = read_recipe(name)
     config = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
@@ -300,6 +341,48 @@ def test_rates_are_measured(sample: str, capsys: pytest.CaptureFixture[str]) -> 
     assert plan["calibrated"] and min(plan["step"][n] for n in ("encoder", "classifier")) > 0
 
 
+@pytest.mark.slow
+def test_what_exceeds_a_real_group_is_refused(sample: str, tmp_path: Path) -> None:
+    """Where this user may limit the memory of a group of processes of its own."""
+    if limit_bytes() < 8 * GIB:
+        pytest.skip("the run must fit the machine")
+    with memory_group(2 * GIB) as group:
+        yaml = tmp_path / "bag.yaml"
+        yaml.write_text("encoder: {name: none, bag: {dim: 512, buckets: 2097152}}\n")
+        command = [
+            sys.executable, "-m", "renee_ray", "train", str(yaml), f"data={sample}/data",
+            f"output={tmp_path}/run", "num_workers=1", "use_gpu=no",
+        ]  # fmt: skip
+        joined = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group), *command]
+        environment = {key: v for key, v in os.environ.items() if key != "RAY_ADDRESS"}
+        ended = subprocess.run(joined, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1
+    assert "alone take 4.0 GiB and this machine has 2.0 GiB" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """Yields a group of processes below this one's own, whose memory is limited; or skips."""
+    lines = [each.split(":", 2) for each in Path("/proc/self/cgroup").read_text().splitlines()]
+    paths = {controllers: path.lstrip("/") for _, controllers, path in lines}
+    for (mount, file, *_), controllers in (V1, "memory"), (V2, ""):
+        group = Path("/", mount, paths.get(controllers, ""), f"renee-ray-test-{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            with contextlib.suppress(OSError):
+                (group / file).write_text(str(limit))
+            if (group / file).read_text().strip() == str(limit):
+                yield group
+                return
+        finally:
+            group.rmdir()
+    pytest.skip("this user may make no group of processes")
+
+
 @pytest.mark.parametrize(("own", "limit"), [("0::/a", "v2"), ("4:memory:/a", "v1")])
 def test_what_exceeds_the_container_is_refused_before_ray(
     sample: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: str, limit: str,
@@ -308,7 +391,7 @@ def test_what_exceeds_the_container_is_refused_before_ray(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     reached: list[object] = []
     monkeypatch.setattr(train_module, "_train", lambda *given: reached.append(given) or {})
-    mount = V2 if limit == "v2" else "sys/fs/cgroup/memory"
+    mount = (V2 if limit == "v2" else V1)[0]
     states = needed(worker(sample, 2), STATES)
     monkeypatch.setattr(devices, "limit_bytes", partial(limit_bytes, tmp_path))
     yaml = tmp_path / "r.yaml"
@@ -326,42 +409,13 @@ def test_what_exceeds_the_container_is_refused_before_ray(
     assert main(command) == 0 and len(reached) == 2, "what may fit is not refused"
 
 
-def test_differences_from_a_recipe(sample: str) -> None:
-    layer, about = read_recipe("lf-amazon-131k")
-    assert about is not None
-    theirs = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
-    mine = theirs.model_copy(update={"epochs": 7, "num_workers": 5, "data": "elsewhere"})
-    manifest = Dataset.open(f"{sample}/data").manifest
-    found = {what: (own, other) for what, own, other in differences(mine, theirs, about, manifest)}
-    assert found["epochs"] == (7, 100)
-    assert found["encoder.weights"] == ("", "NGAME's M1 of this dataset")
-    assert found["labels"] == (LABELS, 131073) and found["points"] == (4000, 294805)
-    assert found["propensity_a"] == (0.55, 0.6)
-    assert found["label texts"] == (False, True)
-    assert found["filter labels of the test split"] == (False, True)
-    assert not {"num_workers", "data", "output", "recipe", "batch_size"} & set(found)
-
-
-def test_what_is_scored_otherwise_is_a_difference(sample: str) -> None:
-    layer, about = read_recipe("lf-amazon-131k")
-    assert about is not None
-    theirs = make_config(RunConfig, {"data": "-", "output": "-"}, layer)
-    manifest = Dataset.open(f"{sample}/data").manifest
-    mine = as_scored(theirs, ScoreConfig(tail=0.25, neighbours=0))
-    found = {what: (own, other) for what, own, other in differences(mine, theirs, about, manifest)}
-    assert found["evaluation.tail"] == (0.25, 0)
-    assert not {"evaluation.neighbours", "evaluation.neighbour_weight"} & set(found)
-
-
-@pytest.mark.parametrize(
-    "override", ["split=train", "split=validation", "k=3", "texts=true", "scores=probabilities"]
-)
-def test_expect_refuses_what_it_would_ignore(
-    override: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["expect", "nowhere", override]) == 1
-    key = override.partition("=")[0]
-    assert f"leave {key} out" in capsys.readouterr().err
+def test_the_device_of_a_cluster_is_what_ray_says_of_its_nodes() -> None:
+    small, large = {"memory": 3e9, "object_store_memory": 1e9, "CPU": 4}, {"memory": 7e9}
+    of_cpus = devices.cluster_device([small, large], False)
+    assert of_cpus is not None and (of_cpus.kind, of_cpus.memory) == ("cpu", 11 * 10**9)
+    kinds = [{"accelerator_type:L4": 1.0, "GPU": 8.0}, {"accelerator_type:A100": 1.0}, small]
+    assert devices.cluster_device(kinds, True) == GPUS["a100"]
+    assert devices.cluster_device([{"accelerator_type:MI300": 1.0}], True) is None
 
 
 def test_augmented_propensities_count_label_texts_as_points(sample: str) -> None:

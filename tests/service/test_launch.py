@@ -19,6 +19,7 @@ from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import READ_CPUS, scoring_feed
 from renee_ray.service.launch import launch, threads_of
+from renee_ray.service.train.train import train
 
 from ..data.tiny import write_tiny
 
@@ -96,6 +97,18 @@ def test_threads_are_those_of_the_workers_node(cluster: Cluster) -> None:
         os.sched_setaffinity(0, before)
     assert threads == int(variable) == cores == len(before)
     assert threads_of(configured(threads=3), use_gpu=False, sharing=2) == 3
+
+
+def test_a_run_that_exceeds_the_memory_of_all_nodes_is_refused(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    dataset, told = write_tiny(tmp_path / "set"), list[str]()
+    bag = {"dim": 512, "buckets": 2**31}
+    layer = {"data": dataset.path, "output": str(tmp_path / "run"), "encoder": {"name": "none"}}
+    config = make_config(RunConfig, layer, {"use_gpu": "no", "encoder": {"bag": bag}})
+    with pytest.raises(ReneeError, match=r"encoder alone take .* and the whole cluster has"):
+        train(config, told.append)
+    assert any(line.startswith("bag ") for line in told) and not (tmp_path / "run").exists()
 
 
 def test_elastic_workers_leave_a_cpu_to_what_reads(cluster: Cluster) -> None:

@@ -31,8 +31,8 @@ REQUEST_BYTES = 1 << 23
 MAX_LINE_BYTES = 1 << 26
 """A longer line is taken for damage: a text with all its labels is far shorter."""
 PACKED_LEAST, PACKED_RATIO = 1 << 28, 100
-"""The most that a gzip file may unpack to: this many bytes, or this many times its own size. Texts
-shrink to about a tenth."""
+"""The most that a packed file may unpack to: this many bytes, or this many times its own size.
+Texts shrink to about a tenth."""
 BLOCK_ROWS = 1 << 16
 BLOCK_BYTES = 1 << 24
 """The most rows of a block, and about the most bytes of each of its files."""
@@ -47,7 +47,7 @@ class Unpacked(gzip.GzipFile):
 
     def __init__(self, file: Any, path: str, packed: int) -> None:
         super().__init__(fileobj=file, mode="rb")
-        self.path, self.limit = path, max(PACKED_LEAST, PACKED_RATIO * packed)
+        self.path, self.packed = path, packed
 
     def read(self, size: int | None = -1) -> bytes:
         """Reads at most `size` bytes."""
@@ -57,12 +57,17 @@ class Unpacked(gzip.GzipFile):
             raise SourceError(
                 f"{self.path} is not a complete gzip file ({reason(error)}); fetch it again"
             ) from error
-        if self.tell() > self.limit:
-            raise SourceError(
-                f"{self.path} unpacks to more than {PACKED_RATIO} times its size; no text does; "
-                f"unpack it yourself if it is right"
-            )
+        check_unpacked(self.path, self.tell(), self.packed)
         return data
+
+
+def check_unpacked(path: str, size: int, packed: int) -> None:
+    """Raises SourceError if `size` is more than a file of `packed` bytes may unpack to."""
+    if size > max(PACKED_LEAST, PACKED_RATIO * packed):
+        raise SourceError(
+            f"{path} unpacks to more than {PACKED_RATIO} times its size; no data does; unpack it "
+            f"yourself if it is right"
+        )
 
 
 # ------------------------------------------------------------------------------------- counting

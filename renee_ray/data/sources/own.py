@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,12 @@ from scipy import sparse
 from renee_ray.data.sources import parquet
 from renee_ray.data.sources.columns import kind_of
 from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
-from renee_ray.data.sources.lines import MAX_LINE_BYTES, Unpacked, length_of_mark
+from renee_ray.data.sources.lines import (
+    MAX_LINE_BYTES,
+    Unpacked,
+    check_unpacked,
+    length_of_mark,
+)
 from renee_ray.data.sources.records import Block, SourceError, decoded, lists_of, whole_characters
 from renee_ray.data.sources.xmlrepo import json_object
 from renee_ray.data.storage import filesystem_of, is_transient, listing
@@ -299,9 +305,14 @@ def _texts(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
 
 def _matrix(path: str, content: bytes) -> Any:
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # never unpacks to more than it says
+            check_unpacked(path, sum(each.file_size for each in archive.infolist()), len(content))
         matrix = sparse.load_npz(io.BytesIO(content))
+        check_unpacked(path, 8 * matrix.shape[0], len(content))  # offsets that CSC does not have
         matrix.check_format(full_check=True)  # the conversion below trusts its indices
         matrix = sparse.csr_matrix(matrix)
+    except SourceError:
+        raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
         raise SourceError(
             f"{path} is no sparse matrix in CSR or CSC, as scipy saves it "

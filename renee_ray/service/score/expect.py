@@ -77,8 +77,7 @@ def differences(
     yield from _unlike("labels", manifest.num_labels, about.labels)
     yield from _unlike("points", points, about.points or points)
     held_out = manifest.num_points("validation")
-    if held_out:
-        yield "points held out for validation", held_out, 0
+    yield from _unlike("points held out for validation", held_out, about.held_out)
     published = make_config(ConvertConfig, parse_overrides(about.convert.split(), ConvertConfig))
     if about.convert:
         for key in ("propensity_a", "propensity_b"):

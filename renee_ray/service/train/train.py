@@ -18,8 +18,9 @@ from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import check_positions
+from renee_ray.plan.devices import cluster_device, local_device
 from renee_ray.plan.plan import refuse_too_large
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import decide_gpu, launch
 from renee_ray.service.observe.observe import following
@@ -124,11 +125,18 @@ def _train(
 
 
 def _check_memory(config: RunConfig, dataset: Dataset, on_progress: Callable[[str], None]) -> None:
-    """Refuses what cannot fit this machine. Of a cluster's nodes nothing is known before Ray."""
-    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
-        return
-    on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
-    refuse_too_large(config, dataset, on_gpu, on_progress)
+    """Refuses what cannot fit this machine, before Ray starts, or the nodes of its cluster."""
+    if os.environ.get("RAY_ADDRESS") or (ray.is_initialized() and not started_here()):
+        ensure_ray(config.min_workers + 1)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        on_gpu = decide_gpu(config.use_gpu, config.min_workers)
+        device = cluster_device(nodes, on_gpu)
+        whose = "the largest GPU of the cluster" if on_gpu else "the whole cluster"
+    else:
+        on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
+        device, whose = local_device(on_gpu), "the GPU" if on_gpu else "this machine"
+    if device is not None:
+        refuse_too_large(config, dataset, device, whose, on_progress)
 
 
 def check(config: RunConfig, dataset: Dataset) -> None:

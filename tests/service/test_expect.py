@@ -1,0 +1,29 @@
+"""`expect`: a real run beside what was published for a recipe."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from renee_ray.report.plan import expectation_text
+from tests.service.conftest import LABELS, Run, renee_ray
+
+
+@pytest.mark.slow
+def test_a_run_is_compared_with_a_recipe(trained: Run) -> None:
+    command = renee_ray("expect", trained.path, "num_workers=1", "--recipe", "debian-bag", "--json")
+    assert command.status == 0, command.stderr
+    found = json.loads(command.stdout)
+    assert found["split"] == "test" and set(found["expected"]) <= set(found["metrics"])
+    unlike = {what: (own, theirs) for what, own, theirs in found["differences"]}
+    assert unlike["labels"] == (LABELS, 40398)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(expectation_text(found))
+    assert f"step {found['step']} " in shown.getvalue()
+    for metric, published in found["expected"].items():
+        (row,) = [line for line in shown.getvalue().splitlines() if f" {metric} " in line]
+        gap = found["metrics"][metric] - published
+        assert f"{published:.2f}" in row and f"{gap:+.2f}" in row
