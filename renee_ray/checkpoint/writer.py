@@ -36,11 +36,11 @@ from torch import Tensor
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import (
     ENCODER,
-    MANIFEST,
     MOMENTS,
     OPTIMIZER,
     Manifest,
     State,
+    manifest_name,
     moments_of,
     shard_name,
 )
@@ -242,7 +242,8 @@ class CheckpointWriter:
         self.before_commit()
         whole = Manifest(manifest.state, manifest.metrics, files, time.time())
         try:
-            self._publish(f"{name}/{MANIFEST}", whole.to_json().encode())
+            path = f"{name}/{manifest_name(manifest.state.revision)}"
+            self._publish(path, whole.to_json().encode())
         except OSError as error:
             log.warning("checkpoint %s is not committed (%s)", name, reason(error))
             return False

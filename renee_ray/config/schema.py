@@ -345,6 +345,9 @@ class RunConfig(Config):
     """Points of a global batch."""
     epochs: int = Field(10, ge=1)
     """Passes over the training points."""
+    start: str = ""
+    """Run whose best checkpoint a new run begins with, in place of first weights, momentum
+    included. It must have the labels of `data`: `renee-ray labels add` gives it more."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
     loss_every: int = Field(20, ge=0)
@@ -422,6 +425,10 @@ class ScoreConfig(Config):
     """Training points that vote; null: as `evaluation.neighbours` of the run."""
     neighbour_weight: float | None = Field(None, ge=0)
     """What a label gains that all neighbours have; null: as in the run."""
+    allow: str = ""
+    """File with the ids or names of labels, one a line, that alone are predicted."""
+    deny: str = ""
+    """File with labels, as `allow`, that are not predicted."""
     scores: Literal["logits", "probabilities"] = "logits"
     """predict: scores as the model has them, or their sigmoids, which a model trained by BCE and
     without votes and adjustment makes probabilities: soft targets (`feed.targets`) are such."""

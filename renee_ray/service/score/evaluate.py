@@ -8,13 +8,13 @@ from renee_ray.config.schema import ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
-from renee_ray.scoring.scorer import Propensities, metric_sums
+from renee_ray.scoring.scorer import Propensities, metric_sums, without_labels
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.job import ScoringJob, check_source
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
-    """Computes metrics of a run's checkpoint on a split.
+    """Computes metrics of a run's checkpoint on a split. Hidden labels count as if nobody had them.
 
     Returns:
         "metrics" in percent, "points", "step" and "split"; where labels have texts, "augmented",
@@ -44,6 +44,7 @@ def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     job: ScoringJob = arguments["job"]
     scorer = job.load_scorer()
     batches = job.batches(arguments["points"], arguments["split"], scorer.ranks)
+    batches = without_labels(batches, job.hidden)
     ways = [
         Propensities.read(job.labels, scorer.shard.owned, scorer.ranks, augmented=each)
         for each in (False, True)[: 1 + job.labels.manifest.has_label_texts]

@@ -9,6 +9,8 @@
     classifier-NNNNN.safetensors    weight float32 [n, D] of a range of labels
     labels-NNNNN.parquet            label_id, text, train_count of the same range
 
+Retired labels keep their rows, so that ids stay; `retired` in export.json lists them.
+
 The classifier passes through memory a range at a time, from wherever the checkpoint is to
 wherever the export goes.
 """
@@ -36,7 +38,7 @@ from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder, build_encoder, check_positions
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.score.labels import check_labels
+from renee_ray.service.run.labels import labels_of
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -74,7 +76,10 @@ BAG = (
     "x = (x ^ (x >> 29)) * {factors[1]}; x ^ (x >> 32); "
 )
 NORMALISED, SCALED = "e = e / |e|; ", "e = {} * e; "
-SCORE = "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1))"
+SCORE = (
+    "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1)); "
+    "the labels in `retired` are no answers"
+)
 
 
 def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, Any]:
@@ -85,10 +90,9 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     """
     quiet()
     directory = RunDirectory(absolute(run))
-    settings, dataset = directory.config(), directory.dataset()
-    check_labels(directory, dataset)
+    settings, checkpoint = directory.config(), directory.checkpoint(config.checkpoint)
+    dataset = labels_of(directory, directory.dataset(), checkpoint)
     check_positions(settings.encoder, dataset.manifest.max_length)
-    checkpoint = directory.checkpoint(config.checkpoint)
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
@@ -113,6 +117,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
         "num_labels": dataset.manifest.num_labels,
+        "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
         "max_length": min(length, dataset.manifest.max_length),
         "pooling": settings.encoder.pooling,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import torch
 
@@ -27,7 +28,7 @@ from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import scoring_feed
 from renee_ray.service.launch import decide_gpu, launch, quiet, worker_device
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.score.labels import check_labels
+from renee_ray.service.run.labels import check_labels, hidden_labels, labels_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class ScoringJob:
     """A run that is about to score, with everything checked that can be before there is Ray.
 
     checkpoint: named once for all workers, since a training beside us may publish another; step:
-    its step; labels: the dataset whose labels are predicted; voters: the one whose points vote.
+    its step; labels: the dataset whose labels are predicted; voters: the one whose points vote;
+    hidden: labels that are not, bool [L], or None.
     """
 
     directory: RunDirectory
@@ -45,6 +47,7 @@ class ScoringJob:
     step: int
     labels: Dataset
     voters: Dataset | None
+    hidden: np.ndarray | None
 
     @classmethod
     def checked(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> ScoringJob:
@@ -55,12 +58,14 @@ class ScoringJob:
                 there is no checkpoint.
         """
         config = directory.config()
-        check_labels(directory, labels)
+        found = directory.checkpoint(score.checkpoint)
+        labels = labels_of(directory, labels, found)
+        hidden = hidden_labels(labels, found, score.allow, score.deny)
         check_positions(config.encoder, labels.manifest.max_length)
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
-        found = directory.checkpoint(score.checkpoint)
-        return cls(directory, config, score, found.name, found.state.step, labels, voters)
+        step = found.state.step
+        return cls(directory, config, score, found.name, step, labels, voters, hidden)
 
     def run(
         self, worker: Callable[[dict[str, Any]], Any], points: Dataset, split: str, **more: Any
@@ -92,8 +97,10 @@ class ScoringJob:
         )
         checkpoint.load_encoder(model.encoder)
         checkpoint.load_shard(model.shard, momentum=False)
-        counts = read_counts(self.labels, model.shard.owned)
-        offset = prior_offset(counts, self.config.evaluation.tail, device)
+        owned = model.shard.owned
+        hidden = None if self.hidden is None else self.hidden[owned.start : owned.stop]
+        counts, tail = read_counts(self.labels, owned), self.config.evaluation.tail
+        offset = prior_offset(counts, tail, device, hidden)
         neighbours = None
         if self.voters is not None:
             neighbours = embed_voters(self.config, self.voters, model.encoder, ranks, device)

@@ -33,6 +33,7 @@ from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.parallel.batch import batch_of_texts
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.run.labels import labels_of, vocabulary_of
 from renee_ray.service.score.export import (
     ENCODER,
     FILES,
@@ -42,10 +43,9 @@ from renee_ray.service.score.export import (
     load_head,
     trained_encoder,
 )
-from renee_ray.service.score.labels import check_labels, vocabulary_of
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.topk.select import merge_topk, shard_topk
+from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 from renee_ray.xfc.weights.storages import Weights
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ class Model:
         self._encoder, self._shards, self._texts = encoder.eval(), shards, labels["text"]
         self._vocabulary, self._facts = vocabulary, facts
         counts = labels["train_count"].to_numpy()
-        offset = prior_offset(counts, facts["tail"], shards[0].weights.device)
+        hidden = np.zeros(len(counts), dtype=bool)
+        hidden[facts.get("retired", [])] = True
+        offset = prior_offset(counts, facts["tail"], shards[0].weights.device, hidden)
         self._offsets = [
             None if offset is None else offset[each.owned.start : each.owned.stop]
             for each in shards
@@ -95,7 +97,7 @@ class Model:
 
     @torch.inference_mode()
     def predict(self, texts: list[str], k: int = 5) -> list[list[Label]]:
-        """Returns the k best labels of each text, best first; all of them where k exceeds L."""
+        """Returns the k best labels of each text, best first; fewer where so many are not there."""
         k = min(k, self.num_labels)
         answers = []
         for embeddings in self._embedded(texts):
@@ -105,10 +107,14 @@ class Model:
             ]
             of_each = [list(each) for each in zip(*found, strict=True)]
             scores, labels = merge_topk(of_each[0], of_each[1], k)
-            names = self._texts.take(pa.array(labels.flatten().tolist())).to_pylist()
+            names = self._texts.take(pa.array(labels.flatten().clamp(min=0).tolist())).to_pylist()
             rows = zip(labels.tolist(), scores.tolist(), range(0, len(names), k), strict=True)
             answers += [
-                [Label(*each) for each in zip(ids, names[at : at + k], row, strict=True)]
+                [
+                    Label(*each)
+                    for each in zip(ids, names[at : at + k], row, strict=True)
+                    if each[0] != NONE
+                ]
                 for ids, row, at in rows
             ]
         return answers
@@ -190,14 +196,14 @@ def _mapped(path: Path, device: torch.device) -> Weights:
 
 def _of_run(path: str, which: str, device: torch.device) -> Model:
     directory = RunDirectory(path)
-    config, dataset = directory.config(), directory.dataset()
-    check_labels(directory, dataset)
+    config, found = directory.config(), directory.checkpoint(which)
+    dataset = labels_of(directory, directory.dataset(), found)
     if config.evaluation.neighbours:
         log.warning(
             "%s has evaluation.neighbours=%d, and a loaded model leaves votes out: its scores are "
             "those of `predict` with neighbours=0", path, config.evaluation.neighbours,
         )  # fmt: skip
-    found, manifest = directory.checkpoint(which), dataset.manifest
+    manifest = dataset.manifest
     encoder = trained_encoder(config.encoder, found, device)
     owned = LabelRange(0, manifest.num_labels, manifest.num_labels)
     precision = found.state.facts["precision"]
@@ -205,6 +211,7 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
     found.load_shard(shard, momentum=False)
     facts = {
         "step": found.state.step,
+        "retired": found.state.retired,
         "tail": config.evaluation.tail,
         "max_length": min(config.encoder.max_length, manifest.max_length),
         "pad_id": manifest.pad_id,

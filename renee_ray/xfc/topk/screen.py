@@ -78,7 +78,8 @@ def screened_topk(
         ),
         kept(k),
     )
-    shift = 0.0 if offset is None else float(offset.abs().max())
+    # A label of offset -inf is never kept, and no error of its product matters.
+    shift = 0.0 if offset is None else float(offset.abs().nan_to_num(posinf=0.0).max())
     bounds = [narrow.bound(embeddings, inputs) for narrow in narrows]
     bound, kth = torch.stack(bounds).amax(dim=0), screened[:, k - 1]
     lowest = kth - 2.02 * (bound + _rounding(kth, shift))
