@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow.fs as pafs
+from torch import Tensor
 
-from renee_ray.checkpoint.state import REVISED, Checkpoint, CheckpointError, manifest_name
-from renee_ray.data.storage import filesystem_of, patiently
+from renee_ray.checkpoint.state import (
+    REVISED,
+    Checkpoint,
+    CheckpointError,
+    Manifest,
+    manifest_name,
+)
+from renee_ray.checkpoint.tensor_file import Copy, FileFacts, write
+from renee_ray.data.storage import filesystem_of, patiently, replace_on, to_disk
 
 DIRECTORY = "checkpoints"
 NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{8})")
@@ -85,6 +95,49 @@ class Checkpoints:
         """
         return _best(list(self.found()), metric)
 
+    def write(self, name: str, tensors: Mapping[str, Tensor | Copy]) -> FileFacts:
+        """Writes a file of a checkpoint, which becomes one by its manifest."""
+        filesystem, path = self.filesystem, f"{self.root}/{name}"
+
+        def once() -> FileFacts:
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            try:
+                with filesystem.open_output_stream(path) as sink:
+                    facts = write(sink, tensors)
+                to_disk(filesystem, path)
+            except OSError:
+                _remove(filesystem, path)  # a full disk has room again for what matters more
+                raise
+            return facts
+
+        return patiently(once, f"writing {path}")
+
+    def publish(self, directory: str, manifest: Manifest) -> None:
+        """Writes the manifest of a checkpoint, or of its next revision, whole or not at all."""
+        path = f"{self.root}/{directory}/{manifest_name(manifest.state.revision)}"
+        content = manifest.to_json().encode()
+        patiently(
+            lambda: replace_on(self.filesystem, path, content, durable=True), f"writing {path}"
+        )
+
+    def revise(
+        self, checkpoint: Checkpoint, facts: dict[str, Any], new: Mapping[str, Mapping[str, Tensor]]
+    ) -> Checkpoint:
+        """Publishes the next revision of a checkpoint, which keeps all of its files.
+
+        The manifest comes last, so the revision before it is the run's until this one is whole.
+
+        Args:
+            facts: what changes in its state's facts; new: tensors of more files, by name.
+        """
+        directory = checkpoint.name.partition("@")[0]
+        files = {name: self.write(f"{directory}/{name}", new[name]) for name in new}
+        revision, earlier = checkpoint.revision + 1, checkpoint.manifest
+        facts = {**checkpoint.state.facts, **facts, "revision": revision}
+        state, files = replace(checkpoint.state, facts=facts), earlier.files | files
+        self.publish(directory, replace(earlier, state=state, files=files, time_s=time.time()))
+        return self.at(f"{directory}@{revision}")
+
     def prune(self, keep: int, metric: str) -> None:
         """Deletes uncommitted checkpoints, and all but the newest `keep` whole ones and the best.
 
@@ -158,3 +211,10 @@ def _usable(found: Iterator[Found]) -> Checkpoint | None:
     if problem:
         raise CheckpointError(problem)
     return None
+
+
+def _remove(filesystem: pafs.FileSystem, path: str) -> None:
+    try:
+        filesystem.delete_file(path)
+    except OSError:
+        return

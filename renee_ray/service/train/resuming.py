@@ -66,8 +66,8 @@ def start_of(config: RunConfig, dataset: Dataset, newest: Checkpoint | None) -> 
     if newest and newest.state.facts.get("num_labels", total) != total:
         raise ReneeError(
             f"since `renee-ray labels add` {config.output} has "
-            f"{newest.state.facts['num_labels']} labels, and {dataset.path} has {total}; train to another output with "
-            f"start={config.output}, on a dataset with all of them"
+            f"{newest.state.facts['num_labels']} labels, and {dataset.path} has {total}; train to "
+            f"another output with start={config.output}, on a dataset with all of them"
         )
     if newest or not config.start:
         return ""
