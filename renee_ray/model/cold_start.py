@@ -34,7 +34,7 @@ class ColdStart:
 
     figures: "lambda"; of held-out labels of that class "cosine", the mean cosine between w - m_c
     and its regression, and "recall@10", percent whose row is among the 10 nearest of these to it;
-    "labels" that were fitted, and the "points" of a label of the class, at least.
+    "fitted", the number of labels; and "points", of a label of the class, at least.
     """
 
     slope: Tensor
@@ -73,7 +73,7 @@ class ColdStart:
         near = (_unit(found) @ _unit(y[tested]).T).topk(min(10, len(found)), dim=1).indices
         own = torch.arange(len(found))[:, None]
         figures["recall@10"] = 100 * float((near == own).any(dim=1).float().mean())
-        figures |= {"labels": int((~held).sum()), "points": 2**few}
+        figures |= {"fitted": int((~held).sum()), "points": 2**few}
         return cls(gain * slope, means[0][few], means[1][few], figures)
 
     def rows(self, texts: Tensor) -> Tensor:
