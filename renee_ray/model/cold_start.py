@@ -5,15 +5,18 @@ labels whose number of points n has the same floor(log2 n):
 
     X, Y       rows t_l - x_c and w_l - m_c of all classes; x_c, m_c: the means of a class
     A          (X'X + lambda I)^-1 X'Y, lambda chosen on labels that are held out
-    new row    m_c + g (t - x_c) A, c the class of fewest points that is large enough
+    new row    m_c + g (t - x_c) A + b v, c the class of fewest points that is large enough
 
-m_c holds the prior of such labels, and the gain g gives the new rows the mean length of theirs:
-ridge regression alone gives shorter ones, whose scores would stay below those of trained labels.
+m_c holds the prior of such labels. g gives what is added to it `GAIN` times the mean length that it
+has in rows of the class: texts tell a part of a row only, and at the full length wrong new labels
+displace trained ones. b is the same for all new labels: e . v = 1 for a point's embedding e, as
+nearly as can be, and b makes labels that were held out come first on `SHARE` of the points of which
+as many others would. So trained labels lose few first places, and new ones get into the lists.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,11 +29,14 @@ HELD_OUT = 10
 """One in so many trained labels is held out of the fit."""
 LEAST = 20
 """Labels of the class that new labels are given, at least."""
+GAIN, SHARE = 0.3, 0.05
 
 
 @dataclass(frozen=True)
 class ColdStart:
     """The regression, float32: slope [D, D], and of the class of new labels the means [D].
+
+    held: unit embeddings [h, D] of labels of that class that are held out.
 
     figures: "lambda"; of held-out labels of that class "cosine", the mean cosine between w - m_c
     and its regression, and "recall@10", percent whose row is among the 10 nearest of these to it;
@@ -40,6 +46,7 @@ class ColdStart:
     slope: Tensor
     text: Tensor
     row: Tensor
+    held: Tensor
     figures: dict[str, float]
 
     @classmethod
@@ -69,12 +76,30 @@ class ColdStart:
         tested = held & (classes == few) if (held & (classes == few)).any() else classes == few
         slope, figures = _best_slope(x[~held], y[~held], x[tested], y[tested])
         found = x[tested] @ slope
-        gain = float(y[tested].norm(dim=1).mean() / found.norm(dim=1).mean().clamp(min=1e-12))
+        gain = GAIN * float(
+            y[tested].norm(dim=1).mean() / found.norm(dim=1).mean().clamp(min=1e-12)
+        )
         near = (_unit(found) @ _unit(y[tested]).T).topk(min(10, len(found)), dim=1).indices
         own = torch.arange(len(found))[:, None]
         figures["recall@10"] = 100 * float((near == own).any(dim=1).float().mean())
         figures |= {"fitted": int((~held).sum()), "points": 2**few}
-        return cls(gain * slope, means[0][few], means[1][few], figures)
+        return cls(gain * slope, means[0][few], means[1][few], texts[tested], figures)
+
+    def raised(self, points: Tensor, best: Tensor) -> ColdStart:
+        """Chooses b.
+
+        Args:
+            points: embeddings [n, D] of points; best: [n], the highest score of each among the
+                fitted labels that it does not have.
+        """
+        margin = best - (points @ self.rows(self.held).T).amax(dim=1)
+        share = SHARE * len(self.held) / (len(self.held) + self.figures["fitted"])
+        b = float(margin.quantile(share))
+        square = points.T.double() @ points.double() / len(points)
+        ridge = 1e-4 * square.trace() / len(square) * torch.eye(len(square), dtype=torch.float64)
+        v = torch.linalg.solve(square + ridge, points.double().mean(dim=0)).float()
+        v = v / (points.mean(dim=0) @ v)
+        return replace(self, row=self.row + b * v, figures={**self.figures, "raised": b})
 
     def rows(self, texts: Tensor) -> Tensor:
         """Returns the rows [n, D] of labels whose texts have these embeddings [n, D]."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.model.cold_start import ColdStart
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import ragged, truncate
+from renee_ray.parallel.batch import Ragged, ragged, truncate
+from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import ids_in, ids_of, labels_of, named, vocabulary_of
 from renee_ray.service.run.lease import Lease
@@ -38,6 +40,8 @@ BLOCK = 4096
 """Labels whose texts and rows are read together."""
 FITTED = 32768
 """Trained labels that the regression is fitted on, at most, in blocks spread over all."""
+POINTS, LEAST_POINTS = 1000, 200
+"""Validation points that new labels are compared on, at most; with fewer, training points."""
 
 
 class Listed(NamedTuple):
@@ -159,6 +163,15 @@ def _read(source: str, labels: Dataset) -> list[tuple[str, str]]:
     return [(name, text) for name, (_, text) in added.items()]
 
 
+class Block(NamedTuple):
+    """Trained labels from `first` on: rows float32 [n, D], with numbers of points int64 [n]."""
+
+    first: int
+    rows: Tensor
+    counts: np.ndarray
+
+
+@torch.inference_mode()
 def _rows(
     config: RunConfig,
     checkpoint: Checkpoint,
@@ -169,25 +182,44 @@ def _rows(
     """Makes rows float32 [n, D] for labels with these texts, and tells how good they are."""
     encoder, manifest = trained_encoder(config.encoder, checkpoint, CPU).eval(), dataset.manifest
     length = min(config.encoder.max_length, manifest.max_length)
+
+    def embedded(tokens: pa.Array | pa.ChunkedArray) -> Tensor:
+        return embed_texts(encoder, truncate(ragged(tokens), length), manifest.pad_id, CPU)
+
     starts = np.arange(0, manifest.num_labels, BLOCK)
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), FITTED // BLOCK)).astype(int)]
-    blocks = [(int(first), min(int(first) + BLOCK, manifest.num_labels)) for first in starts]
-    say(f"embedding the texts of {sum(b - a for a, b in blocks):,} trained labels")
-    embedded, rows, counts = list[Tensor](), list[Tensor](), list[np.ndarray]()
-    with torch.inference_mode():
-        for first, stop in blocks:
-            table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
-            tokens = truncate(ragged(table["input_ids"]), length)
-            embedded.append(embed_texts(encoder, tokens, manifest.pad_id, CPU) - encoder.constant)
-            weights = Weights(
-                checkpoint.state.facts["precision"], stop - first, encoder.dim, False, CPU
-            )
-            owned = LabelRange(first, stop, manifest.num_labels)
-            checkpoint.load_shard(Shard(owned, weights), momentum=False)
-            rows.append(weights.weight.read(0, stop - first).clone())
-            counts.append(table["train_count"].to_numpy())
-        trained = torch.from_numpy(np.concatenate(counts))
-        fitted = ColdStart.fit(torch.cat(embedded), torch.cat(rows), trained)
-        tokens = ragged(tokenizer.encode(vocabulary_of(dataset), texts, length))
-        new = embed_texts(encoder, tokens, manifest.pad_id, CPU) - encoder.constant
-        return fitted.rows(new), fitted.figures
+    say(f"embedding the texts of at most {BLOCK * len(starts):,} trained labels")
+    blocks, known = list[Block](), list[Tensor]()
+    for first in starts.tolist():
+        owned = LabelRange(first, min(first + BLOCK, manifest.num_labels), manifest.num_labels)
+        table = dataset.read_rows("labels", first, owned.stop, ["input_ids", "train_count"])
+        known.append(embedded(table["input_ids"]) - encoder.constant)
+        precision = checkpoint.state.facts["precision"]
+        weights = Weights(precision, len(owned), encoder.dim, False, CPU)
+        checkpoint.load_shard(Shard(owned, weights), momentum=False)
+        rows = weights.weight.read(0, len(owned)).clone()
+        blocks.append(Block(first, rows, table["train_count"].to_numpy()))
+    counts = torch.from_numpy(np.concatenate([block.counts for block in blocks]))
+    fitted = ColdStart.fit(torch.cat(known), torch.cat([block.rows for block in blocks]), counts)
+    split = "validation" if manifest.num_points("validation") >= LEAST_POINTS else "train"
+    count = min(POINTS, manifest.num_points(split))
+    table = dataset.read_rows(split, 0, count, ["input_ids", "labels"])
+    points = embedded(table["input_ids"])
+    best = _best_others(blocks, points, ragged(table["labels"]), config.evaluation.tail)
+    fitted = fitted.raised(points, best)
+    new = embedded(tokenizer.encode(vocabulary_of(dataset), texts, length)) - encoder.constant
+    return fitted.rows(new), fitted.figures
+
+
+def _best_others(blocks: list[Block], points: Tensor, true: Ragged, tail: float) -> Tensor:
+    """Returns the highest score [n] of each point among the labels that it does not have."""
+    best = torch.full((len(points),), -torch.inf)
+    rows, labels = true.pairs()
+    for first, weights, counts in blocks:
+        scores = points @ weights.T
+        if (offset := prior_offset(counts, tail, CPU)) is not None:
+            scores += offset
+        here = (labels >= first) & (labels < first + len(weights))
+        scores[rows[here], labels[here] - first] = -torch.inf
+        best = torch.maximum(best, scores.amax(dim=1))
+    return best

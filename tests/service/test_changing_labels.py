@@ -23,7 +23,7 @@ from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset, Extended
 from renee_ray.errors import ReneeError
-from renee_ray.model.cold_start import ColdStart
+from renee_ray.model.cold_start import GAIN, SHARE, ColdStart
 from renee_ray.model.encoder import adamw
 from renee_ray.model.model import build_model
 from renee_ray.parallel.collectives import Ranks
@@ -133,7 +133,10 @@ def test_a_revision_adds_one_file_and_is_read_by_range(
     after.verify()
     assert files.items() <= hashes(run).items(), "a file of the revision before has changed"
     added = hashes(run).keys() - files.keys()
-    assert added == {"manifest-0001.json", f"classifier-{LABELS:012d}-{LABELS + 3:012d}.safetensors"}
+    assert added == {
+        "manifest-0001.json",
+        f"classifier-{LABELS:012d}-{LABELS + 3:012d}.safetensors",
+    }
     rows = rows_of(after, LABELS + len(NEW), num_ranks)
     for name, tensor in rows.items():
         assert torch.equal(tensor[:LABELS], old[name])
@@ -153,11 +156,19 @@ def test_rows_follow_the_texts() -> None:
     rows += 0.05 * torch.randn(3000, 12, generator=generator)
     rows[counts == 0] = 1e3  # never trained
     fit = ColdStart.fit(texts[:2500], rows[:2500], counts[:2500])
-    wanted = (2 * unit @ planted - 1)[2500:]
+    wanted = (2 * GAIN * unit @ planted - 1)[2500:]
     found = fit.rows(texts[2500:])
     assert (found - wanted).norm() < 0.05 * wanted.norm()
     assert fit.figures["cosine"] > 0.98 and fit.figures["recall@10"] > 95
     assert fit.figures["points"] == 1
+    points = torch.randn(1000, 12, generator=generator)
+    points[:, 0] += 20  # which makes the same score for all points possible
+    best = (points @ rows[:2500][counts[:2500] > 0].T).amax(dim=1) + 30
+    raised = fit.raised(points, best)
+    first = (points @ raised.rows(fit.held).T).amax(dim=1) > best
+    share = SHARE * len(fit.held) / (len(fit.held) + fit.figures["fitted"])
+    assert 0 < first.float().mean() < 5 * share + 0.01
+    assert not ((points @ fit.rows(fit.held).T).amax(dim=1) > best).any()
     wrong = ColdStart.fit(texts[:2500].roll(1, 0), rows[:2500], counts[:2500])
     assert wrong.figures["cosine"] < 0.3
     with pytest.raises(ReneeError, match="only 12 labels"):
@@ -207,7 +218,9 @@ def test_hidden_labels_are_nowhere_and_ids_stay(tmp_path: Path) -> None:
     model = renee_ray.load(run.path)
     renee_ray.export(run.path, str(tmp_path / "export"), ExportConfig())
     exported = renee_ray.load(str(tmp_path / "export"))
-    assert json.loads((tmp_path / "export" / "export.json").read_text())["retired"] == sorted(gone[:3])
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["retired"] == sorted(
+        gone[:3]
+    )
     for loaded in (model, exported):
         (found,) = loaded.predict(["perl lamps"], k=999)
         assert {each.id for each in found} == set(range(LABELS + 3)) - set(gone[:3])
@@ -248,7 +261,11 @@ def test_lists_allow_and_deny(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("new.txt", "a\nlabel 7\n", r"new.txt:2 has the label 'label 7', which is the run's label 7"),
+        (
+            "new.txt",
+            "a\nlabel 7\n",
+            r"new.txt:2 has the label 'label 7', which is the run's label 7",
+        ),
         ("new.txt", "a\nb\na\n", r"new.txt:3 has the label 'a' of .*new.txt:1 again"),
         ("new.csv", "label,text\na,lamps\n ,tools\n", r"new.csv:2 has a label without a name"),
         ("new.jsonl", '{"name": "a"}\n', r"rename the one with the labels"),

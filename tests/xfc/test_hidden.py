@@ -1,4 +1,4 @@
-"""Hidden labels, of offset -inf: exactly k others come in their place, as if they were not there."""
+"""Hidden labels, of offset -inf: exactly k others come in their place."""
 
 from __future__ import annotations
 
