@@ -149,25 +149,26 @@ def test_rows_follow_the_texts() -> None:
     """A linear map of planted labels, with means by frequency, is found again by other texts."""
     generator = torch.Generator().manual_seed(0)
     texts = torch.randn(3000, 12, generator=generator)
-    counts = torch.randint(0, 40, (3000,), generator=generator)
+    counts = torch.randint(0, 3, (3000,), generator=generator)
     planted = torch.randn(12, 12, generator=generator)
     unit = texts / texts.norm(dim=1, keepdim=True)
-    rows = 2 * unit @ planted - (counts + 1).log2().floor()[:, None]
+    rows = 2 * unit @ planted - counts[:, None]
     rows += 0.05 * torch.randn(3000, 12, generator=generator)
     rows[counts == 0] = 1e3  # never trained
     fit = ColdStart.fit(texts[:2500], rows[:2500], counts[:2500])
     wanted = (2 * GAIN * unit @ planted - 1)[2500:]
     found = fit.rows(texts[2500:])
-    assert (found - wanted).norm() < 0.05 * wanted.norm()
+    assert (found - wanted).norm() < 0.15 * wanted.norm(), "but for the mean of a class' texts"
+    assert (found - 2 * (unit @ planted)[2500:] + 1).norm() > 0.4 * wanted.norm()
     assert fit.figures["cosine"] > 0.98 and fit.figures["recall@10"] > 95
     assert fit.figures["points"] == 1
     points = torch.randn(1000, 12, generator=generator)
-    points[:, 0] += 20  # which makes the same score for all points possible
+    points[:, 0] = 20  # which makes the same score for all points possible
     best = (points @ rows[:2500][counts[:2500] > 0].T).amax(dim=1) + 30
     raised = fit.raised(points, best)
     first = (points @ raised.rows(fit.held).T).amax(dim=1) > best
     share = SHARE * len(fit.held) / (len(fit.held) + fit.figures["fitted"])
-    assert 0 < first.float().mean() < 5 * share + 0.01
+    assert 0 < first.float().mean() < 2 * share
     assert not ((points @ fit.rows(fit.held).T).amax(dim=1) > best).any()
     wrong = ColdStart.fit(texts[:2500].roll(1, 0), rows[:2500], counts[:2500])
     assert wrong.figures["cosine"] < 0.3
