@@ -25,11 +25,11 @@ def list_labels(run: str, texts: bool, as_json: bool) -> None:
     from renee_ray.service.labels import list_labels as listed
 
     if as_json:
-        click.echo(json.dumps({"labels": [each._asdict() for each in listed(run)]}))
+        click.echo(json.dumps({"labels": list(listed(run))}))
         return
     for each in listed(run):
-        shown = each.text if texts else "\t".join(map(str, each))
-        click.echo(shown if texts else "\t".join(map(printable, shown.split("\t", 3))))
+        shown = "\t".join(printable(str(value)) for value in each.values())
+        click.echo(each["text"] if texts else shown)
 
 
 @labels.command()
@@ -47,33 +47,22 @@ def add(run: str, new: str, as_json: bool) -> None:
     print_result(call(add_labels, run, new, say), as_json, f"labels of {run}")
 
 
-def _change(run: str, given: tuple[str, ...], file: str, as_json: bool, restore: bool) -> None:
-    from renee_ray.service.labels import retire_labels
+def _changing(name: str, what: str, *, restore: bool) -> None:
+    """Makes the command `name`."""
 
-    if not given and not file:
-        raise click.UsageError("give labels, by id or name, or --file")
-    found = call(lambda: retire_labels(run, given, file, say, restore=restore))
-    print_result(found, as_json, f"labels of {run}")
+    @labels.command(name, help=what)
+    @click.argument("run", type=PATH)
+    @click.argument("given", nargs=-1, metavar="[ID|NAME]...")
+    @click.option("--file", type=PATH, default="", help="File of ids or names, one a line.")
+    @json_option
+    def change(run: str, given: tuple[str, ...], file: str, as_json: bool) -> None:
+        from renee_ray.service.labels import retire_labels
 
-
-FILE = click.option("--file", type=PATH, default=None, help="File of ids or names, one a line.")
-
-
-@labels.command()
-@click.argument("run", type=PATH)
-@click.argument("given", nargs=-1, metavar="[ID|NAME]...")
-@FILE
-@json_option
-def retire(run: str, given: tuple[str, ...], file: str | None, as_json: bool) -> None:
-    """Hide labels of RUN from every result; their ids stay theirs."""
-    _change(run, given, file or "", as_json, restore=False)
+        if not given and not file:
+            raise click.UsageError("give labels, by id or name, or --file")
+        found = call(lambda: retire_labels(run, given, file, say, restore=restore))
+        print_result(found, as_json, f"labels of {run}")
 
 
-@labels.command()
-@click.argument("run", type=PATH)
-@click.argument("given", nargs=-1, metavar="[ID|NAME]...")
-@FILE
-@json_option
-def restore(run: str, given: tuple[str, ...], file: str | None, as_json: bool) -> None:
-    """Show retired labels of RUN again."""
-    _change(run, given, file or "", as_json, restore=True)
+_changing("retire", "Hide labels of RUN from every result; their ids stay theirs.", restore=False)
+_changing("restore", "Show retired labels of RUN again.", restore=True)

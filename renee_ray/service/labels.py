@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +26,12 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.model.cold_start import ColdStart
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import Ragged, ragged, truncate
+from renee_ray.parallel.batch import ragged, truncate
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import ids_in, ids_of, labels_of, named, vocabulary_of
+from renee_ray.service.run.labels import ids_of, labels_of, named, vocabulary_of
 from renee_ray.service.run.lease import Lease
-from renee_ray.service.score.export import CPU, trained_encoder
+from renee_ray.service.score.export import CPU, trained_encoder, trained_rows
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -44,35 +44,25 @@ POINTS, LEAST_POINTS = 1000, 200
 """Validation points that new labels are compared on, at most; with fewer, training points."""
 
 
-class Listed(NamedTuple):
-    """A label of a run. state: `active` or `retired`; points: of the training set that has it."""
-
-    id: int
-    state: str
-    points: int
-    text: str
-
-
-def list_labels(run: str) -> Iterator[Listed]:
+def list_labels(run: str) -> Iterator[dict[str, Any]]:
     """Yields the labels of a run in the order of their ids.
+
+    Each has "id", "state" (active or retired), "points" (of the training set) and "text".
 
     Raises:
         ReneeError: no run, no checkpoint, or its dataset is gone.
     """
     directory = RunDirectory(absolute(run))
     checkpoint = directory.checkpoint("best")
-    labels, retired = (
-        labels_of(directory, directory.dataset(), checkpoint),
-        checkpoint.state.retired,
-    )
-    total = labels.manifest.num_labels
+    labels = labels_of(directory, directory.dataset(), checkpoint)
+    retired, total = checkpoint.state.retired, labels.manifest.num_labels
     for start in range(0, total, BLOCK):
         stop = min(start + BLOCK, total)
         table = labels.read_rows("labels", start, stop, ["train_count", "text"])
-        hidden = np.isin(np.arange(start, stop), retired)
-        rows = zip(hidden, *(column.to_pylist() for column in table.columns), strict=True)
-        for label, (is_hidden, points, text) in enumerate(rows, start):
-            yield Listed(label, "retired" if is_hidden else "active", points, text)
+        states = np.where(np.isin(np.arange(start, stop), retired), "retired", "active").tolist()
+        columns = range(start, stop), states, *(column.to_pylist() for column in table.columns)
+        for row in zip(*columns, strict=True):
+            yield dict(zip(("id", "state", "points", "text"), row, strict=True))
 
 
 def retire_labels(
@@ -90,8 +80,7 @@ def retire_labels(
     with Lease(directory.path, say):
         checkpoint = directory.checkpoint("best")
         known = labels_of(directory, directory.dataset(), checkpoint)
-        ids = ids_of(known, {f"label {each!r:.80}": each for each in labels})
-        ids = np.union1d(ids, ids_in(known, file)) if file else ids
+        ids = ids_of(known, labels, file)
         change = np.setdiff1d if restore else np.union1d
         retired = change(checkpoint.state.retired, ids).tolist()
         revised = directory.checkpoints().revise(checkpoint, {"retired": retired}, {})
@@ -129,8 +118,8 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
         precision = checkpoint.state.facts["precision"]
         weights = Weights(precision, len(added), rows.shape[1], momentum, CPU)
         Shard(LabelRange(first, total, total), weights).write(first, rows)
-        named_ = torch.frombuffer(bytearray(json.dumps(added).encode()), dtype=torch.uint8)
-        new = {shard_name(first, total): {**weights.tensors(), ADDED: named_}}
+        names = torch.frombuffer(bytearray(json.dumps(added).encode()), dtype=torch.uint8)
+        new = {shard_name(first, total): {**weights.tensors(), ADDED: names}}
         revised = directory.checkpoints().revise(checkpoint, {"num_labels": total}, new)
     return {"checkpoint": revised.name, "first": first, "labels": len(added), **figures}
 
@@ -156,19 +145,11 @@ def _read(source: str, labels: Dataset) -> list[tuple[str, str]]:
     if labels.manifest.num_labels + len(added) > MAX_LABELS:
         raise ReneeError(f"{source} has {len(added)} labels, too many for {MAX_LABELS} in all")
     for name, ids in named(labels, added).items():
+        where = added[name][0]
         raise ReneeError(
-            f"{added[name][0]} has the label {name!r:.80}, which is the run's label {ids[0]}; "
-            f"omit it, or give it another name"
+            f"{where} has the label {name!r:.80}, which is the run's label {ids[0]}; rename it"
         )
     return [(name, text) for name, (_, text) in added.items()]
-
-
-class Block(NamedTuple):
-    """Trained labels from `first` on: rows float32 [n, D], with numbers of points int64 [n]."""
-
-    first: int
-    rows: Tensor
-    counts: np.ndarray
 
 
 @torch.inference_mode()
@@ -189,37 +170,26 @@ def _rows(
     starts = np.arange(0, manifest.num_labels, BLOCK)
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), FITTED // BLOCK)).astype(int)]
     say(f"embedding the texts of at most {BLOCK * len(starts):,} trained labels")
-    blocks, known = list[Block](), list[Tensor]()
-    for first in starts.tolist():
-        owned = LabelRange(first, min(first + BLOCK, manifest.num_labels), manifest.num_labels)
-        table = dataset.read_rows("labels", first, owned.stop, ["input_ids", "train_count"])
+    blocks = [np.arange(first, min(first + BLOCK, manifest.num_labels)) for first in starts]
+    known, rows, counts = list[Tensor](), list[Tensor](), list[np.ndarray]()
+    for block in blocks:
+        owned = LabelRange(int(block[0]), int(block[-1]) + 1, manifest.num_labels)
+        table = dataset.read_rows("labels", owned.start, owned.stop, ["input_ids", "train_count"])
         known.append(embedded(table["input_ids"]) - encoder.constant)
-        precision = checkpoint.state.facts["precision"]
-        weights = Weights(precision, len(owned), encoder.dim, False, CPU)
-        checkpoint.load_shard(Shard(owned, weights), momentum=False)
-        rows = weights.weight.read(0, len(owned)).clone()
-        blocks.append(Block(first, rows, table["train_count"].to_numpy()))
-    counts = torch.from_numpy(np.concatenate([block.counts for block in blocks]))
-    fitted = ColdStart.fit(torch.cat(known), torch.cat([block.rows for block in blocks]), counts)
+        counts.append(table["train_count"].to_numpy())
+        rows.append(trained_rows(checkpoint, owned, encoder.dim))
+    weights, numbers = torch.cat(rows), np.concatenate(counts)
+    fitted = ColdStart.fit(torch.cat(known), weights, torch.from_numpy(numbers))
     split = "validation" if manifest.num_points("validation") >= LEAST_POINTS else "train"
     count = min(POINTS, manifest.num_points(split))
     table = dataset.read_rows(split, 0, count, ["input_ids", "labels"])
-    points = embedded(table["input_ids"])
-    best = _best_others(blocks, points, ragged(table["labels"]), config.evaluation.tail)
-    fitted = fitted.raised(points, best)
+    points, (at, true) = embedded(table["input_ids"]), ragged(table["labels"]).pairs()
+    scores, offset = points @ weights.T, prior_offset(numbers, config.evaluation.tail, CPU)
+    scores += 0 if offset is None else offset
+    labels = np.concatenate(blocks)
+    places = np.searchsorted(labels, true).clip(max=len(labels) - 1)
+    there = labels[places] == true
+    scores[at[there], places[there]] = -torch.inf
+    fitted = fitted.raised(points, scores.amax(dim=1))
     new = embedded(tokenizer.encode(vocabulary_of(dataset), texts, length)) - encoder.constant
     return fitted.rows(new), fitted.figures
-
-
-def _best_others(blocks: list[Block], points: Tensor, true: Ragged, tail: float) -> Tensor:
-    """Returns the highest score [n] of each point among the labels that it does not have."""
-    best = torch.full((len(points),), -torch.inf)
-    rows, labels = true.pairs()
-    for first, weights, counts in blocks:
-        scores = points @ weights.T
-        if (offset := prior_offset(counts, tail, CPU)) is not None:
-            scores += offset
-        here = (labels >= first) & (labels < first + len(weights))
-        scores[rows[here], labels[here] - first] = -torch.inf
-        best = torch.maximum(best, scores.amax(dim=1))
-    return best

@@ -202,7 +202,7 @@ def test_killed_midway_the_old_revision_is_whole(tmp_path: Path, publishes: bool
     assert sum(1 for _ in list_labels(run.path)) == LABELS
     add_labels(run.path, new_at(tmp_path, NEW[:2]), quiet)
     run.checkpoint("best").verify()
-    assert [each.text for each in list_labels(run.path)][LABELS:] == NEW[:2]
+    assert [each["text"] for each in list_labels(run.path)][LABELS:] == NEW[:2]
 
 
 def test_hidden_labels_are_nowhere_and_ids_stay(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_hidden_labels_are_nowhere_and_ids_stay(tmp_path: Path) -> None:
     retire_labels(run.path, (), str(tmp_path / "gone.txt"), quiet, restore=False)
     retire_labels(run.path, (str(gone[3]),), "", quiet, restore=True)
     add_labels(run.path, new_at(tmp_path), quiet)
-    states = [each.state for each in list_labels(run.path)]
+    states = [each["state"] for each in list_labels(run.path)]
     assert [i for i, state in enumerate(states) if state == "retired"] == sorted(gone[:3])
     model = renee_ray.load(run.path)
     renee_ray.export(run.path, str(tmp_path / "export"), ExportConfig())
@@ -253,9 +253,9 @@ def test_lists_allow_and_deny(tmp_path: Path) -> None:
     assert hidden(deny="7\nlabel 9\ngarden tools\n") == {5, LABELS + 2, 7, 9, LABELS + 1}
     assert hidden(allow="7\nlabel 5\nlabel 9") == everything - {7, 9}
     assert hidden(allow="7\n9", deny="9") == everything - {7}
-    with pytest.raises(ReneeError, match=r"deny:2: no label is named 'label x'"):
+    with pytest.raises(ReneeError, match=r"deny:2: the run has no label 'label x'"):
         hidden(deny="7\nlabel x\n")
-    with pytest.raises(ReneeError, match=r"deny:1: there is no label 66"):
+    with pytest.raises(ReneeError, match=r"deny:1: the run has no label '66'"):
         hidden(deny="66")
 
 
@@ -286,7 +286,7 @@ def test_names_and_texts_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text("label,text\nL1,lamps\nL2,garden tools\n")
     add_labels(run.path, str(tmp_path / "new.csv"), quiet)
     retire_labels(run.path, ("L2",), "", quiet, restore=False)
-    assert [tuple(each) for each in list_labels(run.path)][LABELS:] == [
+    assert [tuple(each.values()) for each in list_labels(run.path)][LABELS:] == [
         (LABELS, "active", 0, "lamps"),
         (LABELS + 1, "retired", 0, "garden tools"),
     ]
@@ -314,5 +314,5 @@ def test_training_goes_on_with_the_new_labels(tmp_path: Path) -> None:
     after = RunDirectory(config.output).checkpoint("last")
     assert torch.equal(rows_of(after, LABELS + 3, 2)["weight"], wanted)
     assert after.state.retired.tolist() == [4] and after.revision == 0
-    assert [each.state for each in list_labels(config.output)][4] == "retired"
+    assert [each["state"] for each in list_labels(config.output)][4] == "retired"
     assert len(renee_ray.load(config.output).predict(["xml"], k=99)[0]) == LABELS + 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -22,7 +23,7 @@ class Extended(Dataset):
         super().__init__(base.path, replace(base.manifest, num_labels=first + len(added)))
         self.base, self.added = base, added
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[Dataset, list[tuple[str, str]]]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:  # type: ignore[override]
         return Extended, (self.base, self.added)
 
     def read_rows(

@@ -50,47 +50,34 @@ def hidden_labels(
     hidden = np.zeros(labels.manifest.num_labels, dtype=bool)
     hidden[checkpoint.state.retired] = True
     if deny:
-        hidden[ids_in(labels, deny)] = True
+        hidden[ids_of(labels, path=deny)] = True
     if allow:
-        allowed = np.zeros_like(hidden)
-        allowed[ids_in(labels, allow)] = True
-        hidden |= ~allowed
+        hidden |= ~np.isin(np.arange(len(hidden)), ids_of(labels, path=allow))
     return hidden if hidden.any() else None
 
 
-def ids_in(labels: Dataset, path: str) -> np.ndarray:
-    """Returns the ids of the labels that a file names, int64: an id or a name a line.
+def ids_of(labels: Dataset, given: Iterable[str] = (), path: str = "") -> np.ndarray:
+    """Returns the ids of labels that are given, or that a file names one a line; int64, ascending.
 
-    A line of digits is an id. A name that several labels have stands for all of them.
+    What consists of digits is an id. A name that several labels have stands for all of them.
 
     Raises:
-        ReneeError: there is no such file, or a line names no label.
+        ReneeError: there is no such file, or there is no such label.
     """
-    content = read_file(path)
-    if content is None:
-        raise ReneeError(f"{path} does not exist; give a file with a label's id or name a line")
-    lines = enumerate(content.decode("utf-8-sig", "replace").splitlines(), 1)
-    return ids_of(labels, {f"{path}:{i}": line for i, line in lines if line.strip()})
-
-
-def ids_of(labels: Dataset, given: dict[str, str]) -> np.ndarray:
-    """Returns the ids of labels that are given by id or name, int64, each once.
-
-    given: from where each stands, for errors.
-    """
-    numbers = {where: int(each) for where, each in given.items() if each.strip().isdecimal()}
-    names = {where: each for where, each in given.items() if where not in numbers}
-    for where, number in numbers.items():
-        if number >= labels.manifest.num_labels:
-            raise ReneeError(
-                f"{where}: there is no label {number}, only {labels.manifest.num_labels} from 0 "
-                f"on; correct it"
-            )
-    found = named(labels, names.values())
-    for where, name in names.items():
-        if name not in found:
-            raise ReneeError(f"{where}: no label is named {name!r:.80}; correct it")
-    ids = {*numbers.values(), *(label for same in found.values() for label in same)}
+    lines = {f"label {each!r:.80}": each for each in given}
+    if path:
+        if (content := read_file(path)) is None:
+            raise ReneeError(f"{path} does not exist; give a file with a label's id or name a line")
+        text = content.decode("utf-8-sig", "replace")
+        lines |= {
+            f"{path}:{i}": line for i, line in enumerate(text.splitlines(), 1) if line.strip()
+        }
+    found, ids = named(labels, lines.values()), set[int]()
+    for where, line in lines.items():
+        same = [int(line)] if line.strip().isdecimal() else found.get(line, [])
+        if not same or same[0] >= labels.manifest.num_labels:
+            raise ReneeError(f"{where}: the run has no label {line!r:.80}; correct it")
+        ids.update(same)
     return np.array(sorted(ids), dtype=np.int64)
 
 

@@ -142,6 +142,13 @@ def trained_encoder(
     return encoder
 
 
+def trained_rows(checkpoint: Checkpoint, owned: LabelRange, dim: int) -> Tensor:
+    """Reads the rows of a range of labels, float32 [n, D]."""
+    weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
+    checkpoint.load_shard(Shard(owned, weights), momentum=False)
+    return weights.weight.read(0, len(owned))
+
+
 def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
     size = max(1, RANGE_BYTES // (4 * dim))
     for start in range(0, num_labels, size):
@@ -212,10 +219,8 @@ def _write_range(
     dataset: Dataset,
     dim: int,
 ) -> dict[str, Any]:
-    weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
-    checkpoint.load_shard(Shard(owned, weights), momentum=False)
     names = _range_names(index)
-    weight = weights.weight.read(0, len(owned)).contiguous()
+    weight = trained_rows(checkpoint, owned, dim).contiguous()
     write_file(f"{destination}/{names[0]}", save({"weight": weight}))
     table = dataset.read_rows(
         "labels", owned.start, owned.stop, ["label_id", "text", "train_count"]
