@@ -106,7 +106,9 @@ class ColdStart:
         return self.row + (_unit(texts) - self.text) @ self.slope
 
 
-def _best_slope(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tensor, dict]:
+def _best_slope(
+    x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor
+) -> tuple[Tensor, dict[str, float]]:
     """Returns the A of the lambda that regresses held-out labels best, and its figures."""
     square, mixed = (x.T @ x).double(), (x.T @ y).double()
     unit = torch.eye(len(square), dtype=torch.float64) * float(square.trace()) / len(square)
