@@ -377,6 +377,8 @@ class RunConfig(Config):
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
                 f"correct it"
             )
+        if self.start and self.encoder.weights:
+            raise ValueError(f"start={self.start!r} has the encoder too; omit encoder.weights")
         weight = FeedConfig.model_fields["targets_weight"].default
         if self.feed.targets_weight != weight and not self.feed.targets:
             raise ValueError("feed.targets_weight weighs feed.targets, which are not given")
