@@ -346,8 +346,7 @@ class RunConfig(Config):
     epochs: int = Field(10, ge=1)
     """Passes over the training points."""
     start: str = ""
-    """Run whose best checkpoint a new run begins with, in place of first weights, momentum
-    included. It must have the labels of `data`: `renee-ray labels add` gives it more."""
+    """Run with the labels of `data`, from whose best checkpoint a new run begins, with momentum."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
     loss_every: int = Field(20, ge=0)
@@ -437,8 +436,7 @@ class ScoreConfig(Config):
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
     explain: bool = False
-    """predict: add what transformer, bag and the rest each add to a score, as three columns; needs
-    a run with a bag, and embeds each text twice."""
+    """predict: add what transformer, bag and the rest each add to a score; the run needs a bag."""
     overwrite: bool = False
     """predict: replace predictions that are already at DST."""
 
