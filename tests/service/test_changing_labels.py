@@ -30,6 +30,7 @@ from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.labels import add_labels, list_labels, retire_labels
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import hidden_labels, labels_of
+from renee_ray.service.score.predictions import label_texts
 from renee_ray.service.train.resuming import identity, start_of
 from renee_ray.service.train.train import train
 from renee_ray.xfc.labels import LabelRange
@@ -248,6 +249,8 @@ def test_lists_allow_and_deny(tmp_path: Path) -> None:
         assert found is not None
         return set(np.flatnonzero(found).tolist())
 
+    texts = label_texts(labels, np.array([LABELS + 1, 7, LABELS, 50, 7]))
+    assert texts.to_pylist() == [NEW[1], "label 7", NEW[0], "label 50", "label 7"]
     everything = set(range(LABELS + 3))
     assert hidden() == {5, LABELS + 2}
     assert hidden(deny="7\nlabel 9\ngarden tools\n") == {5, LABELS + 2, 7, 9, LABELS + 1}
