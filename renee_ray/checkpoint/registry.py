@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow.fs as pafs
+from torch import Tensor
 
-from renee_ray.checkpoint.state import MANIFEST, Checkpoint, CheckpointError
-from renee_ray.data.storage import filesystem_of, patiently
+from renee_ray.checkpoint.state import (
+    REVISED,
+    Checkpoint,
+    CheckpointError,
+    Manifest,
+    manifest_name,
+)
+from renee_ray.checkpoint.tensor_file import Copy, FileFacts, write
+from renee_ray.data.storage import filesystem_of, patiently, replace_on, to_disk
 
 DIRECTORY = "checkpoints"
 NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{8})")
@@ -17,9 +27,13 @@ NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{8})")
 
 @dataclass(frozen=True)
 class Found:
-    """A directory with a manifest. problem: why it cannot be used, or None."""
+    """A directory with a manifest. problem: why it cannot be used, or None.
+
+    revision: the newest of its labels.
+    """
 
     name: str
+    revision: int
     step: int
     checkpoint: Checkpoint | None
     problem: str | None
@@ -39,22 +53,32 @@ class Checkpoints:
 
     def at(self, name: str) -> Checkpoint:
         """Raises CheckpointError: `name` is no name of a checkpoint, or it cannot be read."""
-        if not NAME.fullmatch(name):
+        directory, _, revision = name.partition("@")
+        if not NAME.fullmatch(directory) or not re.fullmatch(r"\d{0,4}", revision, re.ASCII):
             raise CheckpointError(f"{name!r} is no name of a checkpoint of {self.run}")
-        return Checkpoint(self.filesystem, f"{self.root}/{name}")
+        return Checkpoint(self.filesystem, f"{self.root}/{directory}", int(revision or 0))
 
     def found(self, *, but: Collection[str] = ()) -> Iterator[Found]:
-        """Yields every committed checkpoint but some, the newest first, with sizes compared."""
-        for step, name in sorted(self._directories(), reverse=True):
-            if name in but or not self._is_committed(name):
+        """Yields every committed checkpoint but some, the newest first, with sizes compared.
+
+        A later revision of the labels is newer, whatever its step.
+        """
+        committed = (
+            (max(revisions), step, name)
+            for step, name in self._directories()
+            if (revisions := self._revisions(name))
+        )
+        for revision, step, directory in sorted(committed, reverse=True):
+            name = f"{directory}@{revision}" if revision else directory
+            if name in but:
                 continue
             checkpoint = None
             try:
                 checkpoint = self.at(name)
                 checkpoint.check_sizes()
-                yield Found(name, step, checkpoint, None)
+                yield Found(name, revision, step, checkpoint, None)
             except CheckpointError as error:
-                yield Found(name, step, checkpoint, str(error))
+                yield Found(name, revision, step, checkpoint, str(error))
 
     def newest(self, *, but: Collection[str] = ()) -> Checkpoint | None:
         """Returns the newest whole checkpoint; None where nothing was ever committed.
@@ -65,8 +89,54 @@ class Checkpoints:
         return _usable(self.found(but=but))
 
     def best(self, metric: str) -> Checkpoint | None:
-        """Returns the earliest of the highest `metric`; the newest where none has it."""
+        """Returns the earliest of the highest `metric`; the newest where none has it.
+
+        Only those of the newest revision count.
+        """
         return _best(list(self.found()), metric)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor | Copy]) -> FileFacts:
+        """Writes a file of a checkpoint, which becomes one by its manifest."""
+        filesystem, path = self.filesystem, f"{self.root}/{name}"
+
+        def once() -> FileFacts:
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            try:
+                with filesystem.open_output_stream(path) as sink:
+                    facts = write(sink, tensors)
+                to_disk(filesystem, path)
+            except OSError:
+                _remove(filesystem, path)  # a full disk has room again for what matters more
+                raise
+            return facts
+
+        return patiently(once, f"writing {path}")
+
+    def publish(self, directory: str, manifest: Manifest) -> None:
+        """Writes the manifest of a checkpoint, or of its next revision, whole or not at all."""
+        path = f"{self.root}/{directory}/{manifest_name(manifest.state.revision)}"
+        content = manifest.to_json().encode()
+        patiently(
+            lambda: replace_on(self.filesystem, path, content, durable=True), f"writing {path}"
+        )
+
+    def revise(
+        self, checkpoint: Checkpoint, facts: dict[str, Any], new: Mapping[str, Mapping[str, Tensor]]
+    ) -> Checkpoint:
+        """Publishes the next revision of a checkpoint, which keeps all of its files.
+
+        The manifest comes last, so the revision before it is the run's until this one is whole.
+
+        Args:
+            facts: what changes in its state's facts; new: tensors of more files, by name.
+        """
+        directory = checkpoint.name.partition("@")[0]
+        files = {name: self.write(f"{directory}/{name}", new[name]) for name in new}
+        revision, earlier = checkpoint.revision + 1, checkpoint.manifest
+        facts = {**checkpoint.state.facts, **facts, "revision": revision}
+        state, files = replace(checkpoint.state, facts=facts), earlier.files | files
+        self.publish(directory, replace(earlier, state=state, files=files, time_s=time.time()))
+        return self.at(f"{directory}@{revision}")
 
     def prune(self, keep: int, metric: str) -> None:
         """Deletes uncommitted checkpoints, and all but the newest `keep` whole ones and the best.
@@ -77,7 +147,8 @@ class Checkpoints:
         if not whole:
             return
         best = _best(whole, metric)
-        kept = {each.name for each in whole[:keep]} | ({best.name} if best else set())
+        kept = {each.name.partition("@")[0] for each in whole[:keep]}
+        kept |= {best.name.partition("@")[0]} if best else set()
         for step, name in self._directories():
             if name not in kept and step <= whole[0].step:
                 self.delete(name)
@@ -85,7 +156,7 @@ class Checkpoints:
     def clear_uncommitted(self) -> None:
         """Deletes what killed writers left. A writer that lives on loses its own only."""
         for _, name in self._directories():
-            if not self._is_committed(name):
+            if not self._revisions(name):
                 self.delete(name)
 
     def _directories(self) -> list[tuple[int, str]]:
@@ -96,18 +167,21 @@ class Checkpoints:
         names = (NAME.fullmatch(info.base_name) for info in listed)
         return [(int(match[1]), match[0]) for match in names if match]
 
-    def _is_committed(self, name: str) -> bool:
-        path = f"{self.root}/{name}/{MANIFEST}"
-        info = patiently(lambda: self.filesystem.get_file_info(path), f"reading {path}")
-        return info.type == pafs.FileType.File
+    def _revisions(self, name: str) -> list[int]:
+        """Returns the revisions of a directory that have a manifest; none: it is not committed."""
+        path = f"{self.root}/{name}"
+        selector = pafs.FileSelector(path, allow_not_found=True)
+        listed = patiently(lambda: self.filesystem.get_file_info(selector), f"listing {path}")
+        names = (REVISED.fullmatch(info.base_name) for info in listed)
+        return [int(match[1] or 0) for match in names if match]
 
     def delete(self, name: str) -> None:
-        """Deletes the manifest first, so that half of a checkpoint never looks like one."""
+        """Deletes manifests first, so that half of a checkpoint never looks like one."""
         path = f"{self.root}/{name}"
 
         def delete() -> None:
-            if self._is_committed(name):
-                self.filesystem.delete_file(f"{path}/{MANIFEST}")
+            for revision in self._revisions(name):
+                self.filesystem.delete_file(f"{path}/{manifest_name(revision)}")
             if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
                 self.filesystem.delete_dir(path)
 
@@ -118,7 +192,10 @@ def _best(found: list[Found], metric: str) -> Checkpoint | None:
     scored = [
         (each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
         for each in found
-        if each.checkpoint and not each.problem and metric in each.checkpoint.manifest.metrics
+        if each.revision == found[0].revision
+        and each.checkpoint
+        and not each.problem
+        and metric in each.checkpoint.manifest.metrics
     ]
     if scored:
         return max(scored, key=lambda one: one[:2])[2]
@@ -134,3 +211,10 @@ def _usable(found: Iterator[Found]) -> Checkpoint | None:
     if problem:
         raise CheckpointError(problem)
     return None
+
+
+def _remove(filesystem: pafs.FileSystem, path: str) -> None:
+    try:
+        filesystem.delete_file(path)
+    except OSError:
+        return

@@ -5,6 +5,8 @@
         encoder.safetensors                   parameters that are trained, by name
         optimizer.safetensors                 AdamW's moments, by parameter name
         manifest.json                         state, metrics, sizes and checksums; written last
+        manifest-0001.json                    the same after `renee-ray labels`, which adds files
+                                              and changes none: its revision 1
 
 Ledger of the tensors, for L labels, D dimensions and W writers:
 
@@ -12,9 +14,11 @@ Ledger of the tensors, for L labels, D dimensions and W writers:
     encoder            trained parameters and buffers      float32
     moments            exp_avg, exp_avg_sq and the step    float32
 
-The manifest makes a directory a checkpoint; without one, it is what a killed run left. Part of a
+A manifest makes a directory a checkpoint; without one, it is what a killed run left. Part of a
 directory's name is drawn anew by each group of workers. So a group that was given up for dead and
 lives on cannot write into a checkpoint of its successor.
+
+The classifier file of added labels has their names and texts too (`ADDED`).
 
 A reader of any world size takes the byte ranges of the label rows that it owns, from whichever
 files hold them, local or in object storage (checkpoint/tensor_file.py).
@@ -29,6 +33,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import numpy as np
 import pyarrow.fs as pafs
 import torch
 from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
@@ -49,8 +54,11 @@ T = TypeVar("T")
 FORMAT_VERSION, WITH_HISTORY = 4, 3
 """Versions that can be read; before 4, State held the run's history."""
 MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
+REVISED = re.compile(r"manifest(?:-(\d{4}))?\.json")
+ADDED = "added"
+"""Tensor uint8: the names and texts of the labels of a file, as JSON [[name, text], ...]."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MANIFEST_LIMIT, MAX_STEPS = 1 << 28, 1 << 53
+MANIFEST_LIMIT, MAX_STEPS, MAX_REVISION = 1 << 28, 1 << 53, 9999
 SHARD_NAME = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 
 
@@ -71,6 +79,17 @@ def _evaluation(raw: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(value, int | float) for value in raw["metrics"].values()):
         raise ValueError("a metric is no number")
     return raw
+
+
+def _facts(facts: dict[str, Any]) -> dict[str, Any]:
+    retired, revision = facts.get("retired", []), facts.get("revision", 0)
+    if type(revision) is not int or not 0 <= revision <= MAX_REVISION:
+        raise ValueError("its revision is no number of one")
+    if not isinstance(retired, list) or not all(type(each) is int for each in retired):
+        raise ValueError("a retired label is no number")
+    if retired and not 0 <= min(retired) <= max(retired) < facts.get("num_labels", 0):
+        raise ValueError("a retired label is none of its labels")
+    return facts
 
 
 def _position(position: Position) -> Position:
@@ -100,7 +119,17 @@ class State:
     loss_scale: LossScale = field(default_factory=LossScale)
     best: Annotated[dict[str, float], FIRST_ENTRY] = field(default_factory=dict)
     evaluation: Annotated[dict[str, Any], AfterValidator(_evaluation)] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Annotated[dict[str, Any], AfterValidator(_facts)] = field(default_factory=dict)
+
+    @property
+    def revision(self) -> int:
+        """Number of times that `renee-ray labels` has changed the run's labels."""
+        return int(self.facts.get("revision", 0))
+
+    @property
+    def retired(self) -> np.ndarray:
+        """Ids of retired labels, int64 [m] ascending."""
+        return np.array(self.facts.get("retired", []), dtype=np.int64)
 
     def evaluated(self, epoch: float, metrics: dict[str, float]) -> None:
         """Takes the metrics of an evaluation after `step` steps."""
@@ -184,21 +213,22 @@ class Checkpoint:
     """A committed checkpoint, read in ranges.
 
     Args:
-        filesystem, path: its directory.
+        filesystem, path: its directory; revision: of its labels.
 
     Raises:
         CheckpointError: no manifest, or a damaged one.
     """
 
-    def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
-        self.filesystem, self.path = filesystem, path.rstrip("/")
-        where = f"{self.path}/{MANIFEST}"
-        text = self._patiently(MANIFEST, _whole_manifest)
-        self.manifest = Manifest.from_json(text, where)
+    def __init__(self, filesystem: pafs.FileSystem, path: str, revision: int = 0) -> None:
+        self.filesystem, self.path, self.revision = filesystem, path.rstrip("/"), revision
+        name = manifest_name(revision)
+        text = self._patiently(name, _whole_manifest)
+        self.manifest = Manifest.from_json(text, f"{self.path}/{name}")
 
     @property
     def name(self) -> str:
-        return self.path.rpartition("/")[2]
+        """The directory's name, with @ and the revision where there is one."""
+        return self.path.rpartition("/")[2] + (f"@{self.revision}" if self.revision else "")
 
     @property
     def state(self) -> State:
@@ -278,6 +308,29 @@ class Checkpoint:
                 f"{shard.owned.start} on; use another checkpoint"
             )
 
+    def added(self, first: int) -> list[tuple[str, str]]:
+        """Reads (name, text) of the labels from `first` on, which `renee-ray labels` added.
+
+        Raises:
+            CheckpointError: no file has them, or one that is damaged.
+        """
+        labels: list[tuple[str, str]] = []
+        for file, start, stop in self.manifest.shards():
+            if start < first:
+                continue
+            raw = self._open(file, lambda each: each.tensors(ADDED)).get(ADDED)
+            try:
+                found = json.loads(raw.numpy().tobytes()) if raw is not None else []
+                pairs = [(str(name), str(text)) for name, text in found]
+            except (ValueError, TypeError, RecursionError):
+                pairs = []
+            if start != first + len(labels) or len(pairs) != stop - start:
+                raise CheckpointError(
+                    f"{self.path}/{file} does not name its labels; use a dataset that has them all"
+                )
+            labels += pairs
+        return labels
+
     def _open(self, name: str, use: Callable[[TensorFile], T]) -> T:
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.path} has no {name}; use another checkpoint")
@@ -324,6 +377,10 @@ def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int
                 f"another precision, momentum or dimension"
             )
         file.read_into(name, out, first * out.shape[1] * out.element_size())
+
+
+def manifest_name(revision: int) -> str:
+    return f"manifest-{revision:04d}.json" if revision else MANIFEST
 
 
 def shard_name(start: int, stop: int) -> str:

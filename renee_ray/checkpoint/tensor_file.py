@@ -191,10 +191,12 @@ class TensorFile:
             name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in self._entries.items()
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Reads and verifies all tensors."""
+    def tensors(self, *names: str) -> dict[str, Tensor]:
+        """Reads and verifies these of the tensors, or all."""
         tensors = {}
         for name, (dtype, shape) in self.shapes().items():
+            if names and name not in names:
+                continue
             tensors[name] = torch.empty(shape, dtype=dtype)
             self.read_into(name, tensors[name])
         return tensors

@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,7 +35,6 @@ from torch import Tensor
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import (
     ENCODER,
-    MANIFEST,
     MOMENTS,
     OPTIMIZER,
     Manifest,
@@ -44,8 +42,8 @@ from renee_ray.checkpoint.state import (
     moments_of,
     shard_name,
 )
-from renee_ray.checkpoint.tensor_file import Copy, FileFacts, write
-from renee_ray.data.storage import PATIENCE_S, patiently, replace_on, to_disk, usual_patience
+from renee_ray.checkpoint.tensor_file import Copy, FileFacts
+from renee_ray.data.storage import PATIENCE_S, usual_patience
 from renee_ray.errors import reason
 from renee_ray.machine import available_bytes
 from renee_ray.model.adapters import trained_state
@@ -219,7 +217,7 @@ class CheckpointWriter:
         failed = False
         try:
             for file, tensors in files.items():
-                own[file] = self._write_file(f"{name}/{file}", tensors)
+                own[file] = self.checkpoints.write(f"{name}/{file}", tensors)
         except Exception as error:  # whatever it is, the others wait for this rank's receipt
             failed = True
             log.warning(
@@ -239,7 +237,7 @@ class CheckpointWriter:
         self.before_commit()
         whole = Manifest(manifest.state, manifest.metrics, files, time.time())
         try:
-            self._publish(f"{name}/{MANIFEST}", whole.to_json().encode())
+            self.checkpoints.publish(name, whole)
         except OSError as error:
             log.warning("checkpoint %s is not committed (%s)", name, reason(error))
             return False
@@ -252,26 +250,6 @@ class CheckpointWriter:
             delete()
         except OSError as error:
             log.warning("old checkpoints of %s remain (%s)", self.checkpoints.run, reason(error))
-
-    def _write_file(self, name: str, tensors: Mapping[str, Tensor | Copy]) -> FileFacts:
-        filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
-
-        def once() -> FileFacts:
-            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            try:
-                with filesystem.open_output_stream(path) as sink:
-                    facts = write(sink, tensors)
-                to_disk(filesystem, path)
-            except OSError:
-                _remove(filesystem, path)  # a full disk has room again for what matters more
-                raise
-            return facts
-
-        return patiently(once, f"writing {path}")
-
-    def _publish(self, name: str, content: bytes) -> None:
-        filesystem, path = self.checkpoints.filesystem, f"{self.checkpoints.root}/{name}"
-        patiently(lambda: replace_on(filesystem, path, content, durable=True), f"writing {path}")
 
     def _receipts(
         self, own: dict[str, FileFacts], failed: bool
@@ -324,10 +302,3 @@ def _named(
         for rank, files in enumerate(everyone)
         for kind, facts in files.items()
     }
-
-
-def _remove(filesystem: pafs.FileSystem, path: str) -> None:
-    try:
-        filesystem.delete_file(path)
-    except OSError:
-        return

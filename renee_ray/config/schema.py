@@ -345,6 +345,8 @@ class RunConfig(Config):
     """Points of a global batch."""
     epochs: int = Field(10, ge=1)
     """Passes over the training points."""
+    start: str = ""
+    """Run with the labels of `data`, from whose best checkpoint a new run begins, with momentum."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
     loss_every: int = Field(20, ge=0)
@@ -374,6 +376,8 @@ class RunConfig(Config):
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
                 f"correct it"
             )
+        if self.start and self.encoder.weights:
+            raise ValueError(f"start={self.start!r} has the encoder too; omit encoder.weights")
         weight = FeedConfig.model_fields["targets_weight"].default
         if self.feed.targets_weight != weight and not self.feed.targets:
             raise ValueError("feed.targets_weight weighs feed.targets, which are not given")
@@ -422,6 +426,10 @@ class ScoreConfig(Config):
     """Training points that vote; null: as `evaluation.neighbours` of the run."""
     neighbour_weight: float | None = Field(None, ge=0)
     """What a label gains that all neighbours have; null: as in the run."""
+    allow: str = ""
+    """File with the ids or names of labels, one a line, that alone are predicted."""
+    deny: str = ""
+    """File with labels, as `allow`, that are not predicted."""
     scores: Literal["logits", "probabilities", "calibrated"] = "logits"
     """predict: as the model has them; or their sigmoids, which `feed.targets` are, for BCE without
     votes and adjustment; or probabilities by the run's calibration."""
@@ -435,8 +443,7 @@ class ScoreConfig(Config):
     texts: bool = False
     """predict: add the labels' texts as column `label_texts`."""
     explain: bool = False
-    """predict: add what transformer, bag and the rest each add to a score, as three columns; needs
-    a run with a bag, and embeds each text twice."""
+    """predict: add what transformer, bag and the rest each add to a score; the run needs a bag."""
     overwrite: bool = False
     """predict: replace predictions that are already at DST."""
 

@@ -12,7 +12,7 @@ No matrix [B, L] ever exists, and no rank holds another's labels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,8 @@ class Found:
 class Scorer:
     """The trained model on one of R ranks, with all labels of the rank or a piece of them.
 
-    offset: float32 [n], added to the scores of the labels in `shard`, or None.
+    offset: float32 [n], added to the scores of the labels in `shard`, or None; -inf hides a label,
+    so that exactly k others are found.
     neighbours: training points that vote, or None.
     passes: pieces that every rank's labels are cut into (`scoring/passes.py`).
     explain: whether answers have parts; the encoder must have a bag.
@@ -199,14 +200,29 @@ def read_counts(dataset: Dataset, owned: LabelRange) -> np.ndarray:
     return table["train_count"].to_numpy()
 
 
-def prior_offset(counts: np.ndarray, tau: float, device: torch.device) -> Tensor | None:
+def prior_offset(
+    counts: np.ndarray, tau: float, device: torch.device, hidden: np.ndarray | None = None
+) -> Tensor | None:
     """Returns -tau * log n_l, the logit adjustment of Menon et al. (ICLR 2021), float32 [n].
 
-    Scores then rank labels as if rare ones were more frequent. None for tau 0.
+    Scores then rank labels as if rare ones were more frequent. None where it changes nothing.
+
+    hidden: bool [n], labels that must not be found, for which it is -inf; None: there are none.
     """
-    if not tau:
+    if not tau and (hidden is None or not hidden.any()):
         return None
-    return torch.from_numpy(-tau * np.log(np.maximum(counts, 1))).float().to(device)
+    offset = -tau * np.log(np.maximum(counts, 1))
+    if hidden is not None:
+        offset = np.where(hidden, -np.inf, offset)
+    return torch.from_numpy(offset).float().to(device)
+
+
+def without_labels(batches: Iterable[Batch], hidden: np.ndarray | None) -> Iterator[Batch]:
+    """Yields the batches without the true labels that are `hidden`, bool [L], or None."""
+    for batch in batches:
+        if hidden is not None:
+            batch = replace(batch, labels=batch.labels.only(~hidden[batch.labels.values]))
+        yield batch
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset, add_hashes, hash_labels
 from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.score.labels import check_labels
+from renee_ray.service.run.labels import check_labels
 from renee_ray.service.train.resuming import identity
 
 from ..data.tiny import write_tiny

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from renee_ray.checkpoint import registry
 from renee_ray.checkpoint import writer as checkpoint_writer
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import MANIFEST, Checkpoint, CheckpointError, State
@@ -154,13 +155,13 @@ def test_the_next_checkpoint_waits_for_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, order = threading.Event(), []
-    real = checkpoint_writer.write
+    real = registry.write
 
     def slow(sink: Any, tensors: Any) -> Any:
         may_write.wait(30)
         return real(sink, tensors)
 
-    monkeypatch.setattr(checkpoint_writer, "write", slow)
+    monkeypatch.setattr(registry, "write", slow)
     written: list[Written] = []
     worker = Worker(Ranks())
     writer = writer_of(tmp_path, on_written=lambda each: written.append(each))

@@ -13,7 +13,13 @@ from torch import nn
 from renee_ray.parallel.batch import Batch, Position, Ragged
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.metrics import inverse_propensity
-from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
+from renee_ray.scoring.scorer import (
+    Propensities,
+    Scorer,
+    evaluate,
+    prior_offset,
+    without_labels,
+)
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -145,6 +151,34 @@ def test_metrics_equal_brute_force_on_every_rank(
         assert found == pytest.approx(wanted, abs=1e-9)
     unfiltered = expected(dense(filtered=False))
     assert abs(unfiltered["P@1"] - wanted["P@1"]) > 1, "the filter makes a difference"
+
+
+HIDDEN = np.isin(np.arange(LABELS), [0, 5, 6, 7, 19])
+
+
+def score_without(ranks: Ranks) -> dict[str, torch.Tensor]:
+    scorer = scorer_of(Sum(), ranks)
+    owned = scorer.shard.owned
+    hidden, count = HIDDEN[owned.start : owned.stop], np.zeros(len(owned))
+    scorer = replace(scorer, offset=prior_offset(count, 0.0, CPU, hidden))
+    own = torch.from_numpy(inverse()[owned.start : owned.stop])
+    batches = without_labels(batches_of(ranks), HIDDEN)
+    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_hidden_labels_count_as_if_there_were_none(num_ranks: int) -> None:
+    gone = set(np.flatnonzero(HIDDEN).tolist())
+    shown = [[label for label in row if label not in gone] for row in dense()]
+    rows = [row + [-1] * (LABELS - len(row)) for row in shown]
+    true = [set(labels) - gone for batch in points() for _, labels, _ in batch]
+    wanted = brute_force(rows, true, dict(enumerate(inverse().tolist())))
+    alone = num_ranks == 1
+    for result in [score_without(Ranks())] if alone else on_ranks(num_ranks, score_without):
+        found = {name: float(v) for name, v in result.items()}
+        assert found == pytest.approx(wanted, abs=1e-9)
+        assert found != pytest.approx(expected(dense()), abs=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

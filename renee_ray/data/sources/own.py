@@ -126,7 +126,11 @@ def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, in
         for rows in tables_of(path, wanted):
             made = rows
             if own.fields is not None:
-                made = _labels(path, rows) if split == "labels" else shaped(path, rows, own.fields)
+                made = (
+                    label_columns(path, rows)
+                    if split == "labels"
+                    else shaped(path, rows, own.fields)
+                )
             if own.fields is None or split == "labels" or not own.fields.pairs:
                 yield path, first, made
             else:
@@ -141,7 +145,8 @@ def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, in
         yield path, 0, _grouped(pairs)
 
 
-def _labels(path: str, rows: pa.Table) -> pa.Table:
+def label_columns(path: str, rows: pa.Table) -> pa.Table:
+    """The columns of a table of labels that are read."""
     known = [name for name in ("label", "text") if name in rows.column_names]
     if not known:
         raise SourceError(

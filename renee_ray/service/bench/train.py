@@ -122,6 +122,7 @@ def _run_full(job: Job) -> dict[str, Any]:
                     "manifest_hash": job.dataset.manifest.hash,
                     "channel": display.channel,
                     "launched_s": 0.0,
+                    "start": "",
                     "job": job,
                 }
                 found: dict[str, Any] = launch(full_worker, arguments, config, job.use_gpu)

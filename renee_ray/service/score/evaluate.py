@@ -18,7 +18,7 @@ from renee_ray.service.score.worker import Worker
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
-    """Computes metrics of a run's checkpoint on a split.
+    """Computes metrics of a run's checkpoint on a split. Hidden labels count as if nobody had them.
 
     Returns:
         "metrics" in percent, "points", "step" and "split"; where labels have texts, "augmented",

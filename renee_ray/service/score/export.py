@@ -11,6 +11,8 @@
     classifier-NNNNN.safetensors    weight float32 [n, D] of a range of labels
     labels-NNNNN.parquet            label_id, text, train_count of the same range
 
+Retired labels keep their rows, so that ids stay; `retired` in export.json lists them.
+
 The classifier passes through memory a range at a time, from wherever the checkpoint is to
 wherever the export goes.
 """
@@ -38,9 +40,9 @@ from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder, build_encoder, check_positions
 from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.labels import labels_of
 from renee_ray.service.score import card
 from renee_ray.service.score.calibrate import calibration_of
-from renee_ray.service.score.labels import check_labels
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -83,7 +85,7 @@ NORMALISED, SCALED = "e = e / |e|; ", "e = {} * e; "
 SCORE = (
     "e = e + constant; score of label l = weight[l] @ e - tail * log(max(train_count[l], 1)); "
     "its probability, where there is a calibration, is "
-    "1 / (1 + exp(-(slope * score + intercept)))"
+    "1 / (1 + exp(-(slope * score + intercept))); the labels in `retired` are no answers"
 )
 
 
@@ -95,10 +97,9 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     """
     quiet()
     directory = RunDirectory(absolute(run))
-    settings, dataset = directory.config(), directory.dataset()
-    check_labels(directory, dataset)
+    settings, checkpoint = directory.config(), directory.checkpoint(config.checkpoint)
+    dataset = labels_of(directory, directory.dataset(), checkpoint)
     check_positions(settings.encoder, dataset.manifest.max_length)
-    checkpoint = directory.checkpoint(config.checkpoint)
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
@@ -130,6 +131,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
         "num_labels": dataset.manifest.num_labels,
+        "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
         "max_length": length,
         "pooling": settings.encoder.pooling,
@@ -153,6 +155,13 @@ def trained_encoder(
     encoder = build_encoder(settings.model_copy(update=TRAINED), device, 0)
     checkpoint.load_encoder(encoder)
     return encoder
+
+
+def trained_rows(checkpoint: Checkpoint, owned: LabelRange, dim: int) -> Tensor:
+    """Reads the rows of a range of labels, float32 [n, D]."""
+    weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
+    checkpoint.load_shard(Shard(owned, weights), momentum=False)
+    return weights.weight.read(0, len(owned))
 
 
 def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
@@ -225,10 +234,8 @@ def _write_range(
     dataset: Dataset,
     dim: int,
 ) -> dict[str, Any]:
-    weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
-    checkpoint.load_shard(Shard(owned, weights), momentum=False)
     names = _range_names(index)
-    weight = weights.weight.read(0, len(owned)).contiguous()
+    weight = trained_rows(checkpoint, owned, dim).contiguous()
     write_file(f"{destination}/{names[0]}", save({"weight": weight}))
     table = dataset.read_rows(
         "labels", owned.start, owned.stop, ["label_id", "text", "train_count"]

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import torch
 
@@ -26,7 +27,7 @@ from renee_ray.service.feed import scoring_feed
 from renee_ray.service.launch import decide_gpu, launch
 from renee_ray.service.observe.progress import Display
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.score.labels import check_labels
+from renee_ray.service.run.labels import check_labels, hidden_labels, labels_of
 from renee_ray.service.score.predictions import Layout
 
 LARGE = 1 << 30
@@ -39,7 +40,7 @@ class ScoringJob:
 
     checkpoint: named once for all workers, since a training beside us may publish another; step:
     its step; labels: the dataset whose labels are predicted; voters: the one whose points vote;
-    large: whether the labels may have to come in passes.
+    hidden: labels that are not, bool [L], or None; large: whether labels may come in passes.
     """
 
     directory: RunDirectory
@@ -49,6 +50,7 @@ class ScoringJob:
     step: int
     labels: Dataset
     voters: Dataset | None
+    hidden: np.ndarray | None
     large: bool
 
     @classmethod
@@ -60,13 +62,16 @@ class ScoringJob:
                 there is no checkpoint.
         """
         config = directory.config()
-        check_labels(directory, labels)
+        found = directory.checkpoint(score.checkpoint)
+        labels = labels_of(directory, labels, found)
+        hidden = hidden_labels(labels, found, score.allow, score.deny)
         check_positions(config.encoder, labels.manifest.max_length)
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
-        found = directory.checkpoint(score.checkpoint)
         large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
-        return cls(directory, config, score, found.name, found.state.step, labels, voters, large)
+        return cls(
+            directory, config, score, found.name, found.state.step, labels, voters, hidden, large
+        )
 
     def layout(self, points: Dataset, split: str, k: int) -> Layout:
         """Returns how the workers divide the k best labels of a split's rows."""

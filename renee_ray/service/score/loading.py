@@ -34,6 +34,7 @@ from renee_ray.parallel.batch import batch_of_texts
 from renee_ray.scoring.calibration import Calibration
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.run.labels import labels_of, vocabulary_of
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.export import (
     ENCODER,
@@ -44,10 +45,9 @@ from renee_ray.service.score.export import (
     load_head,
     trained_encoder,
 )
-from renee_ray.service.score.labels import check_labels, vocabulary_of
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.topk.select import merge_topk, shard_topk
+from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 from renee_ray.xfc.weights.storages import Weights
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class Model:
         knots = facts.get("calibration")
         self._calibration = Calibration.from_json(knots, "the export") if knots else None
         counts = labels["train_count"].to_numpy()
-        offset = prior_offset(counts, facts["tail"], shards[0].weights.device)
+        hidden = np.zeros(len(counts), dtype=bool)
+        hidden[facts.get("retired", [])] = True
+        offset = prior_offset(counts, facts["tail"], shards[0].weights.device, hidden)
         self._offsets = [
             None if offset is None else offset[each.owned.start : each.owned.stop]
             for each in shards
@@ -101,7 +103,7 @@ class Model:
     def predict(
         self, texts: list[str], k: int = 5, *, calibrated: bool = False
     ) -> list[list[Label]]:
-        """Returns the k best labels of each text, best first; all of them where k exceeds L.
+        """Returns the k best labels of each text, best first; fewer where so many are not there.
 
         calibrated: gives probabilities as scores. Raises ReneeError without a calibration.
         """
@@ -121,10 +123,14 @@ class Model:
             scores, labels = merge_topk(of_each[0], of_each[1], k)
             if calibrated and self._calibration is not None:
                 scores = torch.from_numpy(self._calibration(scores.cpu().numpy()))
-            names = self._texts.take(pa.array(labels.flatten().tolist())).to_pylist()
+            names = self._texts.take(pa.array(labels.flatten().clamp(min=0).tolist())).to_pylist()
             rows = zip(labels.tolist(), scores.tolist(), range(0, len(names), k), strict=True)
             answers += [
-                [Label(*each) for each in zip(ids, names[at : at + k], row, strict=True)]
+                [
+                    Label(*each)
+                    for each in zip(ids, names[at : at + k], row, strict=True)
+                    if each[0] != NONE
+                ]
                 for ids, row, at in rows
             ]
         return answers
@@ -206,14 +212,14 @@ def _mapped(path: Path, device: torch.device) -> Weights:
 
 def _of_run(path: str, which: str, device: torch.device) -> Model:
     directory = RunDirectory(path)
-    config, dataset = directory.config(), directory.dataset()
-    check_labels(directory, dataset)
+    config, found = directory.config(), directory.checkpoint(which)
+    dataset = labels_of(directory, directory.dataset(), found)
     if config.evaluation.neighbours:
         log.warning(
             "%s has evaluation.neighbours=%d, and a loaded model leaves votes out: its scores are "
             "those of `predict` with neighbours=0", path, config.evaluation.neighbours,
         )  # fmt: skip
-    found, manifest = directory.checkpoint(which), dataset.manifest
+    manifest = dataset.manifest
     encoder = trained_encoder(config.encoder, found, device)
     owned = LabelRange(0, manifest.num_labels, manifest.num_labels)
     precision = found.state.facts["precision"]
@@ -225,6 +231,7 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
     facts = {
         "step": found.state.step,
         "calibration": known and known.to_json(),
+        "retired": found.state.retired,
         "tail": config.evaluation.tail,
         "max_length": min(config.encoder.max_length, manifest.max_length),
         "pad_id": manifest.pad_id,

@@ -7,6 +7,7 @@ first row; so the parts' names sort in the order of the rows, whatever the numbe
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,10 +146,13 @@ def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
     """Returns the texts of labels int64 [m]; reads each part that holds one of them once."""
     ids, inverse = np.unique(labels, return_inverse=True)
     pieces = []
-    for part in dataset.manifest.splits["labels"]:
-        first, stop = np.searchsorted(ids, [part.first, part.first + part.rows])
+    starts = [part.first for part in dataset.manifest.splits["labels"]]
+    added = dataset.manifest.num_points("labels")  # behind the last part, where there are any
+    for start, end in itertools.pairwise([*starts, added, dataset.manifest.num_labels]):
+        first, stop = np.searchsorted(ids, [start, end])
         if first < stop:
-            texts = dataset.read_part(part, ["text"])["text"].cast(pa.large_string())
-            pieces.append(texts.combine_chunks().take(pa.array(ids[first:stop] - part.first)))
+            texts = dataset.read_rows("labels", start, end, ["text"])["text"]
+            texts = texts.cast(pa.large_string()).combine_chunks()
+            pieces.append(texts.take(pa.array(ids[first:stop] - start)))
     texts = pa.concat_arrays(pieces) if pieces else pa.array([], type=pa.large_string())
     return texts.take(pa.array(inverse))

@@ -29,7 +29,7 @@ from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert.conversion import JOURNAL
 from renee_ray.service.convert.count_lines import count_lines
-from renee_ray.service.score.labels import vocabulary_of
+from renee_ray.service.run.labels import vocabulary_of
 from renee_ray.service.tasks import stream
 
 log = logging.getLogger(__name__)

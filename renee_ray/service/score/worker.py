@@ -16,10 +16,18 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.errors import ReneeError
 from renee_ray.machine import available_bytes
 from renee_ray.model.encoder import Encoder, build_encoder
+from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks, gather_numbers
 from renee_ray.scoring.neighbours import RERANKED, Neighbours
 from renee_ray.scoring.passes import Blocks, in_passes
-from renee_ray.scoring.scorer import Answer, Scorer, prior_offset, read_counts, topk_bytes
+from renee_ray.scoring.scorer import (
+    Answer,
+    Scorer,
+    prior_offset,
+    read_counts,
+    topk_bytes,
+    without_labels,
+)
 from renee_ray.service.feed import scoring_feed
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.progress import WorkerChannel
@@ -100,10 +108,14 @@ class Worker:
                     f"{passes} passes, from pass {min(done // blocks.count + 1, passes)} on"
                 )
 
-            batches = partial(
+            feed = partial(
                 scoring_feed, points, split, layout.batch_size, self.job.config.encoder.max_length,
                 self.ranks, window=layout.window,
             )  # fmt: skip
+
+            def batches(first: int) -> Iterator[Batch]:
+                return without_labels(feed(first), self.job.hidden)
+
             yield from in_passes(self._open, (passes, done), batches, layout.k, blocks)
 
     def _open(self, number: int, passes: int) -> Scorer:
@@ -114,8 +126,9 @@ class Worker:
         weights = Weights(self._precision, len(piece), self.encoder.dim, False, self.device)
         shard = Shard(piece, weights, job.config.classifier.chunk)
         self.checkpoint.load_shard(shard, momentum=False)
+        hidden = None if job.hidden is None else job.hidden[piece.start : piece.stop]
         tail = job.config.evaluation.tail
-        offset = prior_offset(read_counts(job.labels, piece), tail, self.device)
+        offset = prior_offset(read_counts(job.labels, piece), tail, self.device, hidden)
         return Scorer(
             self.encoder, shard, self.ranks, self.device, offset, self.neighbours, passes,
             job.score.explain,

@@ -36,8 +36,8 @@ from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.launch import quiet
 from renee_ray.service.ray_compat import replica_on_loopback
 from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.labels import hidden_labels, labels_of, vocabulary_of
 from renee_ray.service.score.job import embed_voters
-from renee_ray.service.score.labels import vocabulary_of
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
@@ -63,7 +63,8 @@ class ServedRun:
     def open(self) -> tuple[Checkpoint, Dataset]:
         """Opens the checkpoint, and the dataset of its labels."""
         directory = RunDirectory(self.run)
-        return directory.checkpoints().at(self.checkpoint), directory.dataset()
+        checkpoint = directory.checkpoints().at(self.checkpoint)
+        return checkpoint, labels_of(directory, directory.dataset(), checkpoint)
 
 
 class ShardReplica:
@@ -78,8 +79,11 @@ class ShardReplica:
         weights = Weights(facts["precision"], len(owned), facts["dim"], False, device)
         self._shard = Shard(owned, weights, served.config.classifier.chunk)
         checkpoint.load_shard(self._shard, momentum=False)
-        tail = served.config.evaluation.tail
-        self._offset = prior_offset(read_counts(dataset, owned), tail, device)
+        hidden = hidden_labels(dataset, checkpoint)
+        self._offset = prior_offset(
+            read_counts(dataset, owned), served.config.evaluation.tail, device,
+            None if hidden is None else hidden[owned.start : owned.stop],
+        )  # fmt: skip
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
 

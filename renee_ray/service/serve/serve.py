@@ -45,8 +45,8 @@ from renee_ray.parallel.threads import in_thread
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.launch import threads_of, worker_environment
 from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.labels import labels_of, vocabulary_of
 from renee_ray.service.score.job import scoring_config
-from renee_ray.service.score.labels import check_labels, vocabulary_of
 from renee_ray.signals import at_signals
 
 STARTS = 2
@@ -72,8 +72,8 @@ def serve_run(run: str, settings: ServeConfig, on_ready: Callable[[dict[str, Any
 def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, Any]]:
     """Returns the run to serve, checked before there is Ray, and the answer of `GET /`."""
     directory = RunDirectory(absolute(run))
-    config, dataset = directory.config(), directory.dataset()
-    check_labels(directory, dataset)
+    config, checkpoint = directory.config(), directory.checkpoint(settings.checkpoint)
+    dataset = labels_of(directory, directory.dataset(), checkpoint)
     check_positions(config.encoder, dataset.manifest.max_length)
     vocabulary_of(dataset)  # what replicas would fail on is found before there is any
     num_labels = dataset.manifest.num_labels
@@ -83,7 +83,6 @@ def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, A
     anew = ("tail", "neighbours", "neighbour_weight")
     score = ScoreConfig.model_validate({name: getattr(settings, name) for name in anew})
     config = scoring_config(config, score, shards).model_copy(update={"threads": settings.threads})
-    checkpoint = directory.checkpoint(settings.checkpoint)
     facts = {
         "run": directory.path,
         "step": checkpoint.state.step,

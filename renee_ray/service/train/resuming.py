@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from renee_ray.checkpoint.state import State
+from renee_ray.checkpoint.state import Checkpoint, State
 from renee_ray.config.overrides import dotted, make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.data.dataset import Dataset
+from renee_ray.data.dataset import Dataset, Extended
 from renee_ray.data.order import Order
 from renee_ray.errors import ReneeError
 from renee_ray.report.status import STATUS_FILE
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.run.labels import labels_of
 
 MAY_CHANGE = {
     "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
@@ -53,6 +54,31 @@ def resumed(
         if before.get(key, value) != value:
             on_progress(f"{directory.path} goes on with its {key}={before[key]!r}, not {value!r}")
     return make_config(RunConfig, own, given)
+
+
+def start_of(config: RunConfig, dataset: Dataset, newest: Checkpoint | None) -> str:
+    """Returns the name of the checkpoint that a new run begins with; empty where there is none.
+
+    Raises:
+        ReneeError: it, or the newest of the run itself, has not the labels of the dataset.
+    """
+    total = dataset.manifest.num_labels
+    if newest and newest.state.facts.get("num_labels", total) != total:
+        raise ReneeError(
+            f"since `renee-ray labels add` {config.output} has "
+            f"{newest.state.facts['num_labels']} labels, and {dataset.path} has {total}; train to "
+            f"another output with start={config.output}, on a dataset with all of them"
+        )
+    if newest or not config.start:
+        return ""
+    directory = RunDirectory(config.start)
+    found = directory.checkpoint("best")
+    if isinstance(labels_of(directory, dataset, found), Extended):
+        raise ReneeError(
+            f"{dataset.path} lacks labels that were added to {config.start}; convert it with those "
+            f"that `renee-ray labels list {config.start}` writes"
+        )
+    return found.name
 
 
 def identity(dataset: Dataset) -> dict[str, Any]:

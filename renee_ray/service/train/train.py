@@ -29,7 +29,7 @@ from renee_ray.service.observe.sinks import check_sinks
 from renee_ray.service.observe.watch import Watch
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease, LeaseLost
-from renee_ray.service.train.resuming import identity, is_finished, resumed
+from renee_ray.service.train.resuming import identity, is_finished, resumed, start_of
 from renee_ray.service.train.worker import outcome, train_worker
 
 
@@ -58,10 +58,12 @@ def train(
         Stopped: by a signal, after a checkpoint.
     """
     dataset = Dataset.open(config.data)
-    config = config.model_copy(update={"data": dataset.path, "output": absolute(config.output)})
+    fixed = {"data": dataset.path, "output": absolute(config.output)}
+    fixed |= {"start": absolute(config.start)} if config.start else {}
+    config = config.model_copy(update=fixed)
     if config.feed.targets:  # set, and so compared with the run's
-        fixed = config.feed.model_copy(update={"targets": absolute(config.feed.targets)})
-        config = config.model_copy(update={"feed": fixed})
+        feed = config.feed.model_copy(update={"targets": absolute(config.feed.targets)})
+        config = config.model_copy(update={"feed": feed})
     directory = RunDirectory(config.output)
     config = resumed(config, directory, dataset, on_progress)
     check(config, dataset)
@@ -71,21 +73,24 @@ def train(
     elif is_finished(directory, newest.state, training_orders(config, dataset)):
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
         return outcome(newest.state, config)
+    start = start_of(config, dataset, newest)
     if not force:
         _check_memory(config, dataset, on_progress)
     with Lease(directory.path, on_progress) as lease:
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
         try:
-            return _train(config, dataset, lease, on_progress)
+            return _train(config, dataset, start, lease, on_progress)
         except LeaseLost:
             ray.shutdown()  # and with it the workers
             raise
 
 
 def _train(
-    config: RunConfig, dataset: Dataset, lease: Lease, on_progress: Callable[[str], None]
-) -> dict[str, Any]:
+    config: RunConfig, dataset: Dataset, start: str, lease: Lease,
+    on_progress: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     known = identity(dataset)
@@ -114,6 +119,7 @@ def _train(
             "manifest_hash": known["manifest_hash"],
             "channel": display.channel,
             "launched_s": launched_s,
+            "start": start,
         }
         found = launch(train_worker, arguments, config, use_gpu, on_stop=stop, check=lease.check)
     if found.pop("stopped"):

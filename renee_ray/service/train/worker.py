@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from renee_ray.checkpoint.resume import resume
@@ -22,7 +23,12 @@ from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.rounds import Rounds
-from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts
+from renee_ray.scoring.scorer import (
+    Propensities,
+    prior_offset,
+    read_counts,
+    without_labels,
+)
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
@@ -74,8 +80,15 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
     quiet()
     share = _Share.of(arguments)
     config, ranks, directory = share.config, share.ranks, RunDirectory(share.config.output)
-    model, checkpoint, moments = resume(directory.checkpoints(), ranks, share.model)
-    state = checkpoint.state if checkpoint else State(facts=share.facts(model))
+    start = share.start(arguments["start"])
+    model, checkpoint, moments = resume(
+        directory.checkpoints(), ranks, lambda found: share.model(found or start)
+    )
+    if start and not checkpoint:
+        start.load_encoder(model.encoder)
+        start.load_shard(model.shard)
+        moments = start.moments()
+    state = checkpoint.state if checkpoint else State(facts=share.facts(model, start))
     history = None
     if ranks.rank == 0:
         earlier = checkpoint.manifest.history if checkpoint else None
@@ -90,7 +103,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
             points = share.dataset.manifest.num_points("train")
             told = Rounds(ranks, "embeddings", points, observer.recorder, share.channel.say)
             model.encoder.remembered.embed_all(share.scoring("train"), share.device, told)
-        if checkpoint:
+        if checkpoint or start:
             set_moments(model.encoder, trainer.optimizer, moments)
         else:
             initialise_classifier(
@@ -135,9 +148,15 @@ class _Share:
             precision=precision,
         )  # fmt: skip
 
-    def facts(self, model: Model) -> dict[str, Any]:
+    def start(self, name: str) -> Checkpoint | None:
+        """Opens the checkpoint of another run that this one begins with; None for no name."""
+        return RunDirectory(self.config.start).checkpoints().at(name) if name else None
+
+    def facts(self, model: Model, start: Checkpoint | None) -> dict[str, Any]:
         """Returns what every checkpoint of a new run says of the model."""
+        retired = start.state.retired.tolist() if start else []
         return {
+            **({"retired": retired} if retired else {}),
             "num_labels": self.dataset.manifest.num_labels,
             "dim": model.encoder.dim,
             "precision": model.shard.weights.precision,
@@ -170,10 +189,13 @@ class _Share:
         schedule = Schedule(batches, settings.every, self.config.checkpoint.every_steps)
         validation = None
         if self.dataset.manifest.num_points("validation"):
+            hidden = np.zeros(owned.num_labels, dtype=bool)
+            hidden[state.retired] = True
+            counts, own = read_counts(self.dataset, owned), hidden[owned.start : owned.stop]
             validation = Validation(
-                lambda: self.scoring("validation"),
+                lambda: without_labels(self.scoring("validation"), hidden),
                 Propensities.read(self.dataset, owned, self.ranks),
-                prior_offset(read_counts(self.dataset, owned), settings.tail, self.device),
+                prior_offset(counts, settings.tail, self.device, own),
             )
 
         def on_checkpoint(metrics: dict[str, float]) -> None:

@@ -61,7 +61,7 @@ def shard_topk(
     Args:
         embeddings: [B, D] float32.
         excluded: pairs that must not be predicted (filter labels).
-        offset: float32 [n], added to the score of each of the shard's labels.
+        offset: float32 [n], added to the score of each of the shard's labels; -inf leaves one out.
 
     Returns:
         (scores float32 [B, k] descending, labels int64 [B, k], global ids)
