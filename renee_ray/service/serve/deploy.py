@@ -31,10 +31,6 @@ from renee_ray.service.serve.replicas import EncoderReplica, ServedRun, ShardRep
 
 STARTS = 2
 """Failed starts of a replica after which the service is given up."""
-READY_FOR_S = 1.0
-"""Seconds for which an answer to `GET /ready` holds."""
-HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 30}
-"""A replica that died is noticed within a second, and one that hangs within half a minute."""
 
 
 @dataclass
@@ -45,7 +41,6 @@ class Application:
     facts: dict[str, Any]
     encoder: DeploymentHandle
     asked: int = 0
-    _ready: tuple[float, bool] = (-math.inf, False)
 
     async def predict(self, texts: list[str], k: int) -> tuple[list[list[dict[str, Any]]], int]:
         """Returns the k best labels of each text, and the texts in the batch that they were in.
@@ -69,11 +64,10 @@ class Application:
 
     def ready(self) -> bool:
         """Returns whether every deployment has a replica that Serve found in health."""
-        asked, known = self._ready
-        if time.monotonic() - asked > READY_FOR_S:
-            known = _all_running(self.name)
-            self._ready = time.monotonic(), known
-        return known
+        found = serve.status().applications.get(self.name)
+        return found is not None and all(
+            each.replica_states.get("RUNNING") for each in found.deployments.values()
+        )
 
 
 @tenacity.retry(
@@ -90,13 +84,6 @@ async def _scored(
         response.cancel()
         raise
     return found
-
-
-def _all_running(name: str) -> bool:
-    application = serve.status().applications.get(name)
-    return application is not None and all(
-        each.replica_states.get("RUNNING") for each in application.deployments.values()
-    )
 
 
 @contextlib.contextmanager
@@ -166,7 +153,7 @@ def deploy(name: str, served: ServedRun, facts: dict[str, Any]) -> Application:
         "graceful_shutdown_timeout_s": 5,
         "max_constructor_retry_count": STARTS,
         "logging_config": {"enable_access_log": False},
-        **HEALTH,
+        "health_check_period_s": 1,  # what died is started again that soon
     }
     shards = [
         # One call at a time: a shard reuses its working memory.

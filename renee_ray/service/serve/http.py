@@ -23,7 +23,7 @@ from typing import Annotated, Any, Protocol, Self
 import prometheus_client as prometheus
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -44,15 +44,7 @@ SHORTEST = 32
 DEFAULT_K = 5
 OPEN = {"/", "/docs", "/openapi.json", "/health", "/ready"}
 CLOSE = {"Connection": "close"}
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-}
-"""Of the pages: they load nothing and ask nobody but this server."""
 LONGEST_MS = 24 * 3600 * 1000
-CLIENT_GONE = 499
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -71,14 +63,6 @@ class Answer(BaseModel):
 
 class Error(BaseModel):
     error: str
-
-
-class Question(BaseModel):
-    """The body of POST /predict."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    texts: list[str]
-    k: int
 
 
 class Model(Protocol):
@@ -166,6 +150,8 @@ class Door:
         begin = time.monotonic()
         try:
             response = await answer(request)
+        except ClientDisconnect:
+            response = Response(status_code=499)
         except Exception:
             log.exception("a request failed")
             response = _error(500, "the service failed; see its log")
@@ -216,14 +202,18 @@ class Door:
             self.waiting -= 1
 
 
-def question_model(config: ServeConfig) -> type[Question]:
-    """Makes the model of a question within the limits of a configuration."""
-    text = Annotated[str, Field(max_length=config.max_text_chars)]
-    several = Field(min_length=1, max_length=config.max_texts)
-    texts = Annotated[list[text], several]  # type: ignore[valid-type]
-    k = Annotated[int, Field(ge=1, le=config.max_k, description="Labels for each text.")]
-    fields: dict[str, Any] = {"texts": (texts, ...), "k": (k, min(DEFAULT_K, config.max_k))}
-    return create_model("Question", __base__=Question, **fields)
+def question_model(settings: ServeConfig) -> type[BaseModel]:
+    """Makes the model of the body of POST /predict, within the limits of a configuration."""
+    text = Annotated[str, Field(max_length=settings.max_text_chars)]
+    several = Field(min_length=1, max_length=settings.max_texts)
+    k = Field(min(DEFAULT_K, settings.max_k), ge=1, le=settings.max_k, description="Of each text.")
+    strict = ConfigDict(extra="forbid", strict=True)
+    return create_model(
+        "Question",
+        __config__=strict,
+        texts=Annotated[list[text], several],  # type: ignore[valid-type]
+        k=(int, k),
+    )
 
 
 def application(settings: ServeConfig, bearer: Bearer, current: Callable[[], Model]) -> FastAPI:
@@ -238,14 +228,14 @@ def application(settings: ServeConfig, bearer: Bearer, current: Callable[[], Mod
         exception_handlers={
             AnyHTTPException: _refuse,
             RequestValidationError: _refuse_invalid,
-            ClientDisconnect: _give_up,
         },
     )
-    app.add_middleware(AuthenticationMiddleware, backend=bearer, on_error=_refuse_stranger)
+    refuse = lambda _, error: _error(401, str(error), {"WWW-Authenticate": "Bearer"})  # noqa: E731
+    app.add_middleware(AuthenticationMiddleware, backend=bearer, on_error=refuse)
     app.middleware("http")(door.measure)
     pages = resources.files(__package__).joinpath("pages")
     for path, name in ("/", "ask.html"), ("/docs", "docs.html"):
-        page = HTMLResponse(pages.joinpath(name).read_text("utf-8"), headers=PAGE_HEADERS)
+        page = HTMLResponse(pages.joinpath(name).read_text("utf-8"))
         app.router.routes.append(Route(path, page, methods=["GET"], include_in_schema=False))
     _add_predict(app, door, current)
     _add_watching(app, door, current)
@@ -260,27 +250,18 @@ async def _refuse(_: Request, error: Any) -> Response:
     return _error(error.status_code, str(error.detail), error.headers)
 
 
-def _refuse_stranger(_: HTTPConnection, error: Exception) -> Response:
-    return _error(401, str(error), {"WWW-Authenticate": "Bearer"})
-
-
 async def _refuse_invalid(_: Request, error: Any) -> Response:
     first = error.errors()[0]
     where = printable(".".join(map(str, first["loc"][1:])))[:80]
     return _error(400, f"{where}: {first['msg']:.200}" if where else f"{first['msg']:.200}")
 
 
-async def _give_up(*_: Any) -> Response:
-    return Response(status_code=CLIENT_GONE)
-
-
-STRANGER: dict[int | str, str] = {401: "The token is missing or wrong."}
 SECRET = [Security(HTTPBearer(auto_error=False, description=f"The value of {TOKEN}."))]
 """For the OpenAPI document: `Bearer` compares the token, before FastAPI reads anything."""
 
 
-def _errors(statuses: dict[int | str, str]) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Error, "description": text} for status, text in statuses.items()}
+def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Error} for status in statuses}
 
 
 def _add_watching(app: FastAPI, door: Door, current: Callable[[], Model]) -> None:
@@ -289,39 +270,25 @@ def _add_watching(app: FastAPI, door: Door, current: Callable[[], Model]) -> Non
         """Answers as long as this process does."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses=_errors({503: "A process is missing."}))
-    async def ready() -> dict[str, str]:
+    @app.get("/ready", responses=_errors(503))
+    def ready() -> dict[str, str]:
         """Answers 200 if all processes that score are there."""
-        if not await asyncio.to_thread(current().ready):
+        if not current().ready():
             raise HTTPException(503, "a process that scores is missing; it may be starting")
         return {"status": "ok"}
 
-    @app.get("/info", dependencies=SECRET, responses=_errors(STRANGER))
+    @app.get("/info", dependencies=SECRET, responses=_errors(401))
     async def info() -> dict[str, Any]:
         """Tells which run answers, and the limits of a request."""
         return current().facts
 
-    @app.get(
-        "/metrics",
-        response_class=PlainTextResponse,
-        dependencies=SECRET,
-        responses=_errors(STRANGER),
-    )
+    text = {200: {"content": {"text/plain": {}}}}
+
+    @app.get("/metrics", dependencies=SECRET, responses=text | _errors(401))
     async def metrics() -> Response:
         """Counts requests by path and status, and their seconds, queue and batches."""
-        text = prometheus.generate_latest(door.registry)
-        return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
-
-
-REFUSALS: dict[int | str, str] = STRANGER | {
-    400: "The body is no question within the limits.",
-    408: "The body did not come in time.",
-    413: "The body is too long.",
-    415: "The body is not declared to be JSON.",
-    429: "Too many requests wait; Retry-After has the seconds after which to try again.",
-    504: "There was no answer before the deadline.",
-    "4XX": "Another mistake of the request.",
-}
+        content = prometheus.generate_latest(door.registry)
+        return Response(content, media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
 def _add_predict(app: FastAPI, door: Door, current: Callable[[], Model]) -> None:
@@ -335,16 +302,16 @@ def _add_predict(app: FastAPI, door: Door, current: Callable[[], Model]) -> None
         f"504, and not scored if it still waits. Never more than {door.settings.timeout_s:g} s.",
     )
 
-    @router.post(
-        "/predict", response_model=Answer, dependencies=SECRET, responses=_errors(REFUSALS)
-    )
+    errors = _errors(400, 401, 408, 413, 415, 429, 504, "4XX")
+
+    @router.post("/predict", response_model=Answer, dependencies=SECRET, responses=errors)
     async def predict(
         request: Request,
         question: question_type,  # type: ignore[valid-type]
-        timeout_ms: Annotated[int | None, deadline] = None,
+        timeout_ms: Annotated[int, deadline] = LONGEST_MS,
     ) -> Response:
         """Predicts the k best labels of each text."""
-        seconds = min(door.settings.timeout_s, (timeout_ms or LONGEST_MS) / 1000)
+        seconds = min(door.settings.timeout_s, timeout_ms / 1000)
         until, model = request.state.arrived + seconds, current()
         try:
             if time.monotonic() >= until:
@@ -365,16 +332,11 @@ async def _body(request: Request, limit: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, "send JSON with the header 'Content-Type: application/json'")
-    long = HTTPException(413, f"the body is longer than {limit} bytes; send fewer texts at once")
-    # The HTTP parser checks that these are digits, but not how many.
-    length = request.headers.get("content-length", "0")
-    if len(length) > 18 or int(length) > limit:
-        raise long
     body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > limit:
-            raise long
+            raise HTTPException(413, f"the body is longer than {limit} bytes; send fewer texts")
     return bytes(body)
 
 
