@@ -19,15 +19,12 @@ from renee_ray.config.serve import TOKEN
 from renee_ray.errors import ReneeError
 
 WORDS = ["a", "small", "fast", "library", "for", "the", "web", "image", "sound", "network", "data"]
-Answer = tuple[str, float]  # status, or the error of a connection; seconds
 
 
-def bench_load(url: str, seconds: int, clients: int, factor: float, k: int) -> dict[str, Any]:
+def bench_load(url: str, seconds: int, clients: int, factor: float) -> dict[str, Any]:
     """Loads the service at `url` for `seconds` a phase, with questions of one text of 12 words.
 
-    Returns:
-        sustainable_per_s, offered_per_s; answers: status -> number of the second phase; p50_ms and
-        p99_ms from a question to its answer 200.
+    Returns: of the second phase, answers: status -> number, and p50_ms and p99_ms until a 200.
 
     Raises:
         ReneeError: no client, or an answer other than 200 without overload.
@@ -38,8 +35,8 @@ def bench_load(url: str, seconds: int, clients: int, factor: float, k: int) -> d
         raise ReneeError("bench load needs pip install 'renee_ray[serve]'") from error
     made = random.Random(0)
 
-    async def ask(session: Any) -> Answer:
-        body = {"texts": [" ".join(made.choices(WORDS, k=12))], "k": k}
+    async def ask(session: Any) -> tuple[str, float]:
+        body = {"texts": [" ".join(made.choices(WORDS, k=12))], "k": 5}
         begin = time.monotonic()
         try:
             async with session.post(f"{url.rstrip('/')}/predict", json=body) as response:
@@ -48,7 +45,7 @@ def bench_load(url: str, seconds: int, clients: int, factor: float, k: int) -> d
         except (aiohttp.ClientError, TimeoutError) as error:
             return type(error).__name__, time.monotonic() - begin
 
-    async def load() -> tuple[float, list[Answer]]:
+    async def load() -> tuple[float, list[tuple[str, float]]]:
         headers = {"Authorization": f"Bearer {os.environ.get(TOKEN, '')}"}
         connector = aiohttp.TCPConnector(limit=0)  # no queue but the service's
         async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
@@ -82,7 +79,7 @@ async def _sustainable(ask: Any, seconds: float, clients: int) -> float:
     return good / seconds
 
 
-async def _offered(ask: Any, seconds: float, rate: float) -> list[Answer]:
+async def _offered(ask: Any, seconds: float, rate: float) -> list[tuple[str, float]]:
     """Asks `rate` times a second, without waiting for answers, and returns them all."""
     begin, tasks = time.monotonic(), []
     for i in range(int(rate * seconds)):

@@ -192,12 +192,8 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
 @_count("--seconds", 60, "Of each of both phases.")
 @_count("--clients", 16, "That ask one by one in the first; at most the service's max_waiting.")
 @_flag("--factor", click.FloatRange(min=0.1), 2.0, "Of the second, to the rate of the first.")
-@_count("--k", 5, "Labels.")
 def bench_load(**settings: Any) -> None:
-    """The service at URL at its sustainable rate, then beyond: who is answered, how soon.
-
-    The token is in RENEE_RAY_SERVE_TOKEN.
-    """
+    """The service at URL, with the token in RENEE_RAY_SERVE_TOKEN, at its rate and beyond."""
     from renee_ray.benchmarks.load import bench_load as run
 
     click.echo(json.dumps(call(lambda: run(**settings))))

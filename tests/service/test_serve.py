@@ -160,7 +160,7 @@ def test_beyond_its_rate_it_answers_or_refuses(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TOKEN, SECRET)
-    found = bench_load(service.facts["url"], seconds=3, clients=4, factor=3.0, k=5)
+    found = bench_load(service.facts["url"], seconds=3, clients=4, factor=3.0)
     assert set(found["answers"]) == {"200", "429"} and found["answers"]["200"] > 10
     assert 0 < found["p50_ms"] <= found["p99_ms"] < 60_000
 

@@ -248,7 +248,7 @@ def test_metrics_count_what_was_asked(door: int) -> None:
     assert added[name + 'requests_total{path="other",status="401"}'] == 1
     assert added[name + 'request_seconds_count{path="/predict"}'] == 2
     assert (added[name + "batch_texts_count"], added[name + "batch_texts_sum"]) == (1, 3)
-    assert after[name + "waiting_requests"] == 0 and not any("/x" in key for key in after)
+    assert after[name + "waiting"] == 0 and not any("/x" in key for key in after)
 
 
 def test_too_many_at_once_are_refused(door: int) -> None:

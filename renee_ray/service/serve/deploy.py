@@ -23,11 +23,12 @@ import tenacity
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ReplicaState
 
 from renee_ray.errors import ReneeError, reason
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.launch import threads_of, worker_environment
-from renee_ray.service.serve.replicas import EncoderReplica, ServedRun, ShardReplica
+from renee_ray.service.serve.replicas import EncoderReplica, Found, ServedRun, ShardReplica
 
 STARTS = 2
 """Failed starts of a replica after which the service is given up."""
@@ -42,8 +43,8 @@ class Application:
     encoder: DeploymentHandle
     asked: int = 0
 
-    async def predict(self, texts: list[str], k: int) -> tuple[list[list[dict[str, Any]]], int]:
-        """Returns the k best labels of each text, and the texts in the batch that they were in.
+    async def predict(self, texts: list[str], k: int) -> Found:
+        """Returns the k best labels of each text, and how many texts were scored together.
 
         It asks again if a replica, of the encoder or of a shard, dies meanwhile: to score twice
         changes nothing, and whoever asks bounds the time. If cancelled, it takes the question
@@ -66,7 +67,7 @@ class Application:
         """Returns whether every deployment has a replica that Serve found in health."""
         found = serve.status().applications.get(self.name)
         return found is not None and all(
-            each.replica_states.get("RUNNING") for each in found.deployments.values()
+            each.replica_states.get(ReplicaState.RUNNING) for each in found.deployments.values()
         )
 
 
@@ -74,16 +75,13 @@ class Application:
     retry=tenacity.retry_if_exception_type((RayActorError, ObjectLostError)),
     wait=tenacity.wait_fixed(0.1),
 )
-async def _scored(
-    encoder: DeploymentHandle, texts: list[str], k: int
-) -> tuple[list[list[dict[str, Any]]], int]:
+async def _scored(encoder: DeploymentHandle, texts: list[str], k: int) -> Found:
     response = encoder.predict.remote(texts, k)
     try:
-        found: tuple[list[list[dict[str, Any]]], int] = await response
+        return await response
     except asyncio.CancelledError:
         response.cancel()
         raise
-    return found
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ class Model(Protocol):
     facts: dict[str, Any]
 
     async def predict(self, texts: list[str], k: int) -> tuple[list[list[dict[str, Any]]], int]:
-        """Returns the labels of each text, best first, and the texts of the batch they were in."""
+        """Returns the labels of each text, best first, and how many texts were scored together."""
 
     def ready(self) -> bool:
         """Returns whether all of its processes are there; may take a while."""
@@ -140,9 +140,7 @@ class Door:
             buckets=[2**i for i in range(11)],
             registry=registry,
         )
-        waiting = prometheus.Gauge(
-            "renee_ray_serve_waiting_requests", "Requests being read or scored", registry=registry
-        )
+        waiting = prometheus.Gauge("renee_ray_serve_waiting", "Requests inside", registry=registry)
         waiting.set_function(lambda: self.waiting)
 
     async def measure(self, request: Request, answer: Callable[..., Awaitable[Response]]) -> Any:
@@ -207,10 +205,9 @@ def question_model(settings: ServeConfig) -> type[BaseModel]:
     text = Annotated[str, Field(max_length=settings.max_text_chars)]
     several = Field(min_length=1, max_length=settings.max_texts)
     k = Field(min(DEFAULT_K, settings.max_k), ge=1, le=settings.max_k, description="Of each text.")
-    strict = ConfigDict(extra="forbid", strict=True)
     return create_model(
         "Question",
-        __config__=strict,
+        __config__=ConfigDict(extra="forbid", strict=True),
         texts=Annotated[list[text], several],  # type: ignore[valid-type]
         k=(int, k),
     )

@@ -111,6 +111,10 @@ class Question(NamedTuple):
     k: int
 
 
+Found = tuple[list[list[dict[str, Any]]], int]
+"""The labels of each text, best first (label, text, score); the texts that were scored together."""
+
+
 def num_texts(questions: list[Question]) -> int:
     return sum(len(question.texts) for question in questions)
 
@@ -137,18 +141,13 @@ class EncoderReplica:
         wait_s = served.settings.batch_wait_ms / 1000
         self._answers.set_batch_wait_timeout_s(wait_s)  # type: ignore[attr-defined]
 
-    async def predict(self, texts: list[str], k: int) -> tuple[list[list[dict[str, Any]]], int]:
-        """Returns the k best labels of each text, best first: label, text, score.
-
-        With them comes the number of texts in the batch that the question was in.
-        """
-        found: tuple[list[list[dict[str, Any]]], int] = await self._answers(Question(texts, k))
+    async def predict(self, texts: list[str], k: int) -> Found:
+        """Returns the k best labels of each text, and how many texts were scored together."""
+        found: Found = await self._answers(Question(texts, k))
         return found
 
     @serve.batch(batch_size_fn=num_texts)
-    async def _answers(
-        self, questions: list[Question]
-    ) -> list[tuple[list[list[dict[str, Any]]], int]]:
+    async def _answers(self, questions: list[Question]) -> list[Found]:
         texts = [text for question in questions for text in question.texts]
         most = self._dataset.manifest.num_labels
         ks = torch.tensor([min(question.k, most) for question in questions for _ in question.texts])

@@ -18,7 +18,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from itertools import count
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -70,14 +70,15 @@ def serve_run(run: str, settings: ServeConfig, on_ready: OnReady) -> None:
         _answer(serving, bearer, listener, on_ready)
 
 
+@dataclass
 class Serving:
-    """The application that answers, and its changes."""
+    """The application that answers, and its changes. The names of all applications are numbered."""
 
-    def __init__(
-        self, name: str, run: str, settings: ServeConfig, application: Application
-    ) -> None:
-        self.settings, self.current = settings, application
-        self._name, self._run, self._numbers = name, run, count(1)
+    name: str
+    run: str
+    settings: ServeConfig
+    current: Application
+    changes: int = 0
 
     def change(self, on_ready: Callable[[], None]) -> None:
         """Starts what `run` names now, hands over to it, then ends the one before.
@@ -86,9 +87,10 @@ class Serving:
         """
         before = self.current
         try:
-            served, facts = _served_run(self._run, self.settings)
+            served, facts = _served_run(self.run, self.settings)
             check_room(served, ray.available_resources())
-            self.current = deploy(f"{self._name}-{next(self._numbers)}", served, facts)
+            self.changes += 1
+            self.current = deploy(f"{self.name}-{self.changes}", served, facts)
             on_ready()
             before.end()
         except Exception as error:
@@ -155,10 +157,8 @@ def _answer(serving: Serving, bearer: Bearer, listener: socket.socket, on_ready:
     def say_ready() -> None:
         on_ready({"url": _url(listener), **serving.current.facts})
 
-    with (
-        at_signals(lambda *_: stopped.set()),
-        at_signals(lambda *_: changed.set(), (signal.SIGHUP,)),
-    ):
+    told = {signal.SIGHUP: changed, signal.SIGINT: stopped, signal.SIGTERM: stopped}
+    with at_signals(lambda number, _: told[signal.Signals(number)].set(), told):
         # In a thread, where uvicorn leaves the signals alone.
         running = in_thread(lambda: server.run([listener]), "http")
         while not server.started and not wait([running], timeout=0.05).done:
