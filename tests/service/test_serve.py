@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,10 @@ class Service:
         assert line, self.process.stderr.read()
         return dict(json.loads(line))
 
-    def replicas(self, name: str) -> dict[str, int]:
-        """Application and name of each replica whose name begins so, and its process."""
+    def replicas(self, name: str) -> set[int]:
+        """The processes of replicas whose name begins so."""
         family = descendants(self.process.pid).items()
-        found = {line.partition(":renee_ray-")[2]: pid for pid, line in family}
-        return {line: pid for line, pid in found.items() if f":{name}" in line}
+        return {pid for pid, line in family if f":{name}" in line.partition(":renee_ray-")[2]}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def test_the_door_of_the_service(service: Service) -> None:
 
 def test_what_is_late_is_not_scored(service: Service) -> None:
     """Behind a shard that stands still, and a batch for each encoder that waits for it."""
-    (shard,) = service.replicas("shard-1").values()
+    (shard,) = service.replicas("shard-1")
     before = metrics(service.port)
 
     def later(*texts: str, **headers: str) -> Future[Answer]:
@@ -186,21 +185,24 @@ def test_a_change_to_another_run_fails_no_request(
         assert "broken is not a run" in service.process.stderr.readline()
         point(other)
         assert service.ready()["run"] == str(other)
-        until(lambda: not service.replicas("").keys() & old.keys(), service.process, "the end")
+        until(lambda: not service.replicas("") & old, service.process, "the end")
     assert len(found) > 10 and {status for status, *_ in found} == {200}
     assert len(service.replicas("")) == len(old) == 4
     assert ask(service.port, method="GET", path="/info")[1]["run"] == str(other)
 
 
 def test_killed_replicas_lose_no_request(service: Service) -> None:
-    killed = [next(iter(service.replicas(name).items())) for name in ("shard-0", "encoder")]
+    killed = [min(service.replicas(name)) for name in ("shard-0", "encoder")]
     with asking(service, 3) as found:
-        for _, pid in killed:
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
         at = len(found)
         until(lambda: len(found) > at + 50, service.process, "answers")
     assert {status for status, *_ in found} == {200}
-    ready: Callable[[], bool] = lambda: ask(service.port, b"", {}, "GET", "/ready")[0] == 200  # noqa: E731
+
+    def ready() -> bool:
+        return ask(service.port, b"", {}, "GET", "/ready")[0] == 200
+
     until(ready, service.process, "readiness")
 
 

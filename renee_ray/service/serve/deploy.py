@@ -159,15 +159,10 @@ def deploy(name: str, served: ServedRun, facts: dict[str, Any]) -> Application:
         .bind(served, rank)  # type: ignore[attr-defined]
         for rank in range(served.num_shards)
     ]  # fmt: skip
-    encoder = serve.deployment(
-        EncoderReplica,
-        name="encoder",
-        num_replicas=settings.num_encoders,
-        max_ongoing_requests=settings.max_waiting,
-        **options,
-    )
+    options |= {"num_replicas": settings.num_encoders, "max_ongoing_requests": settings.max_waiting}
+    encoder: Any = serve.deployment(EncoderReplica, name="encoder", **options)
     try:
-        handle = serve.run(encoder.bind(served, shards), name=name, route_prefix=None)  # type: ignore[attr-defined]
+        handle = serve.run(encoder.bind(served, shards), name=name, route_prefix=None)
         handle.predict.remote([""], 1).result()  # raises unless all of it works
     except Exception as error:
         serve.delete(name)
