@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -67,9 +67,11 @@ def interrupted() -> bool:
 
 
 @contextlib.contextmanager
-def at_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `handle` and do nothing else meanwhile; in the main thread alone."""
-    before = {number: signal.signal(number, handle) for number in BOTH}
+def at_signals(
+    handle: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals] = BOTH
+) -> Iterator[None]:
+    """The signals call `handle` and do nothing else meanwhile; in the main thread alone."""
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from renee_ray.config.schema import Config, Name
 
+TOKEN = "RENEE_RAY_SERVE_TOKEN"
+"""The environment variable that holds the secret which requests must bear."""
+
 
 class ServeConfig(Config):
     """`renee-ray serve RUN`"""
@@ -20,10 +23,12 @@ class ServeConfig(Config):
     """Checkpoint of the run: the best on the validation split, or the newest."""
     num_shards: int = Field(0, ge=0)
     """Processes that hold a range of labels each; 0: as many as trained the run."""
+    num_encoders: int = Field(1, ge=1)
+    """Processes that embed texts and merge the shards' answers; more if these are slower."""
     threads: int = Field(0, ge=0)
     """Torch threads of a process on CPU; 0: the cores of the machine divided among the shards."""
-    gpus_per_process: float = Field(0.0, ge=0)
-    """GPUs for each shard and for the encoder; a fraction: they share one; 0: CPUs only."""
+    gpus_per_process: float = Field(0.0, ge=0, le=1)
+    """GPUs for each shard and each encoder: 1, or a fraction if they share; 0: CPUs only."""
     tail: float | None = Field(None, ge=0)
     """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
     neighbours: int | None = Field(None, ge=0)
@@ -44,9 +49,10 @@ class ServeConfig(Config):
     batch_wait_ms: float = Field(5.0, ge=0)
     """Milliseconds for which a batch that is not full waits for further requests."""
     max_waiting: int = Field(64, ge=1)
-    """Requests that are read or scored at a time; further ones are answered 503."""
+    """Requests that are read or scored at a time; further ones are answered 429."""
     timeout_s: float = Field(30.0, gt=0)
-    """Seconds for a request's head, and then for its body and its answer."""
+    """Seconds for a request's head, and then for its body and its answer, for which a request may
+    set fewer by its header X-Timeout-Ms."""
 
     @model_validator(mode="after")
     def _request_fits_batch(self) -> ServeConfig:

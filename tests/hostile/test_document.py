@@ -9,7 +9,7 @@ import pytest
 
 from renee_ray.errors import ReneeError
 
-from ..service import test_serve
+from ..service import test_serve_http
 from . import test_configs, test_datasets, test_models, test_runs, test_shown, test_sources
 from .place import SECRET, Case, Made, Place, refused
 
@@ -21,10 +21,10 @@ def test_the_document_lists_every_case_by_number() -> None:
     listed = SECURITY.read_text(encoding="utf-8").partition("## Hostile cases")[2]
     names = re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)+)`", listed)
     cases = [case.name for module in MODULES for case in getattr(module, "CASES", [])]
-    known = [*cases, *test_serve.WRONG_TOKENS, *test_serve.HOSTILE]
+    known = [*cases, *test_serve_http.WRONG_TOKENS, *test_serve_http.HOSTILE]
     assert sorted(names) == sorted(known) and len(set(known)) == len(known)
     tests = set(re.findall(r"`(test_\w+)`", listed))
-    assert tests <= {name for module in [*MODULES, test_serve] for name in vars(module)}
+    assert tests <= {name for module in [*MODULES, test_serve_http] for name in vars(module)}
     numbers = [int(number) for number in re.findall(r"(?:^|, )(\d+)\. `", listed, re.M)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 30
 

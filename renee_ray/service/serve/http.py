@@ -1,14 +1,14 @@
 """The HTTP side of `renee-ray serve`: its paths, its token, and its limits of size and time.
 
-    POST /predict   {"texts": [str, ...], "k": 5}
-                    -> {"step": N, "predictions": [[{"label", "text", "score"}, ...], ...]}
-    GET /           facts of the run, and the limits
+    POST /predict    {"texts": [str, ...], "k": 5}
+                     -> {"step": N, "predictions": [[{"label", "text", "score"}, ...], ...]}
+    GET /info        facts of the run, and the limits
+    GET /metrics     for Prometheus
+    GET /, /docs, /openapi.json, /health, /ready    need no token, and tell nothing of the run
 
-Every answer but these two is {"error": one sentence}. Nothing of a request is read before its
-token has been compared, and of a body no more than the limit.
+Every error is {"error": one sentence}. Of a request without the token no body is read, and of a
+body no more than the limit.
 """
-
-from __future__ import annotations
 
 import asyncio
 import hmac
@@ -16,41 +16,68 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from importlib import resources
+from typing import Annotated, Any, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+import prometheus_client as prometheus
+from fastapi import APIRouter, FastAPI, Header, HTTPException, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette import authentication
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from renee_ray.config.serve import ServeConfig
+import renee_ray
+from renee_ray.config.serve import TOKEN, ServeConfig
 from renee_ray.errors import ReneeError, printable
 
 log = logging.getLogger(__name__)
 
-TOKEN = "RENEE_RAY_SERVE_TOKEN"
 SHORTEST = 32
 DEFAULT_K = 5
-ALLOWED = {"/": ("GET", "HEAD"), "/predict": ("POST",)}
-T = TypeVar("T")
-Predict = Callable[[list[str], int], Awaitable[list[list[dict[str, Any]]]]]
-"""(texts, k) -> for each text its labels, best first."""
+OPEN = {"/", "/docs", "/openapi.json", "/health", "/ready"}
+CLOSE = {"Connection": "close"}
+LONGEST_MS = 24 * 3600 * 1000
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class Refused(Exception):
-    """An answer that is an error. `close`: the connection ends, whatever the client still sends."""
-
-    def __init__(self, status: int, sentence: str, *, close: bool = False, **headers: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        if close:
-            self.headers["connection"] = "close"
+class Label(BaseModel):
+    label: int
+    text: str
+    score: float
 
 
-class Bearer:
+class Answer(BaseModel):
+    """The labels of each text, best first."""
+
+    step: int = Field(description="Training steps of the model that answered.")
+    predictions: list[list[Label]]
+
+
+class Error(BaseModel):
+    error: str
+
+
+class Model(Protocol):
+    """What answers questions. `facts`: the answer of `GET /info`, with `step`."""
+
+    facts: dict[str, Any]
+
+    async def predict(self, texts: list[str], k: int) -> tuple[list[list[dict[str, Any]]], int]:
+        """Returns the labels of each text, best first, and how many texts were scored together."""
+
+    def ready(self) -> bool:
+        """Returns whether all of its processes are there; may take a while."""
+
+
+class Bearer(authentication.AuthenticationBackend):
     """The token that requests must bear, kept as a hash with a key of this process.
 
     Raises:
@@ -68,7 +95,7 @@ class Bearer:
         self._digest = self._hash(token.encode())
 
     @classmethod
-    def take(cls, environment: MutableMapping[str, str]) -> Bearer:
+    def take(cls, environment: MutableMapping[str, str]) -> Self:
         """Takes the token out of the environment, so that no process started later inherits it."""
         return cls(environment.pop(TOKEN, ""))
 
@@ -78,136 +105,242 @@ class Bearer:
         same = hmac.compare_digest(self._hash(token.strip().encode()), self._digest)
         return same and scheme.lower() == "bearer"
 
+    async def authenticate(
+        self, conn: HTTPConnection
+    ) -> tuple[authentication.AuthCredentials, authentication.BaseUser] | None:
+        """Raises AuthenticationError unless the request has the token or asks for no secret."""
+        if self.accepts(conn.headers.getlist("authorization")):
+            return authentication.AuthCredentials(["token"]), authentication.SimpleUser("token")
+        if conn.url.path in OPEN and conn.scope["method"] in ("GET", "HEAD"):
+            return None
+        raise authentication.AuthenticationError(
+            "send the header 'Authorization: Bearer TOKEN' with the service's token"
+        )
+
     def _hash(self, token: bytes) -> bytes:
         return hmac.digest(self._key, token, "sha256")
 
 
-class Question(BaseModel):
-    """The body of POST /predict."""
+class Door:
+    """The requests that are in, how many may be, and what Prometheus is told of them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-    texts: list[str]
-    k: int
+    def __init__(self, settings: ServeConfig) -> None:
+        self.settings, self.waiting = settings, 0
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        self.requests = prometheus.Counter(
+            "renee_ray_serve_requests", "Answers", ["path", "status"], registry=registry
+        )
+        self.seconds = prometheus.Histogram(
+            "renee_ray_serve_request_seconds", "Seconds to an answer", ["path"], registry=registry
+        )
+        self.batch = prometheus.Histogram(
+            "renee_ray_serve_batch_texts",
+            "Texts that were scored together; one observation a request",
+            buckets=[2**i for i in range(11)],
+            registry=registry,
+        )
+        waiting = prometheus.Gauge("renee_ray_serve_waiting", "Requests inside", registry=registry)
+        waiting.set_function(lambda: self.waiting)
 
-
-def question_model(config: ServeConfig) -> type[Question]:
-    """Makes the model of a question within the limits of a configuration."""
-    text = Annotated[str, Field(max_length=config.max_text_chars)]
-    several = Field(min_length=1, max_length=config.max_texts)
-    texts = Annotated[list[text], several]  # type: ignore[valid-type]
-    k = Annotated[int, Field(ge=1, le=config.max_k)]
-    fields: dict[str, Any] = {"texts": (texts, ...), "k": (k, min(DEFAULT_K, config.max_k))}
-    return create_model("Question", __base__=Question, **fields)
-
-
-def parse(model: type[Question], body: bytes) -> Question:
-    """Parses a body; raises Refused if it is no JSON, or no question within the limits."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = printable(".".join(map(str, first["loc"])))[:80]
-    raise Refused(400, f"{where}: {first['msg']:.200}" if where else f"{first['msg']:.200}")
-
-
-class Endpoint:
-    """The ASGI application.
-
-    Args:
-        facts: the answer of `GET /`, with `step`.
-        predict: scores texts; it is cancelled after `timeout_s`.
-    """
-
-    def __init__(
-        self, config: ServeConfig, bearer: Bearer, facts: dict[str, Any], predict: Predict
-    ) -> None:
-        self._config, self._bearer, self._facts, self._predict = config, bearer, facts, predict
-        self._model = question_model(config)
-        self._waiting = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
+    async def measure(self, request: Request, answer: Callable[..., Awaitable[Response]]) -> Any:
+        """Answers a request, whatever happens; without the token, its connection then ends."""
+        begin = time.monotonic()
         try:
-            response: Response = JSONResponse(await self._answer(request))
-        except Refused as refused:
-            response = _error(refused)
+            response = await answer(request)
         except ClientDisconnect:
-            return
+            response = Response(status_code=499)
         except Exception:
             log.exception("a request failed")
-            response = _error(Refused(500, "the service failed; see its log"))
-        await response(scope, receive, send)
+            response = _error(500, "the service failed; see its log")
+        path = getattr(request.scope.get("route"), "path", "other")
+        self.requests.labels(path, response.status_code).inc()
+        self.seconds.labels(path).observe(time.monotonic() - begin)
+        if "auth" not in request.scope or "token" not in request.auth.scopes:
+            response.headers.update(CLOSE)
+        return response
 
-    async def _answer(self, request: Request) -> dict[str, Any]:
-        if not self._bearer.accepts(request.headers.getlist("authorization")):
-            raise Refused(
-                401,
-                "send the header 'Authorization: Bearer TOKEN' with the service's token",
-                close=True,
-                www_authenticate="Bearer",
+    def route(self) -> type[APIRoute]:
+        """Makes the class of a route that lets in `max_waiting` requests, and reads their bodies.
+
+        FastAPI's `max_body_size` would answer 413 in place of 401, and has no timeout.
+        """
+
+        class Admitted(APIRoute):
+            def get_route_handler(route) -> Handler:
+                handle = super().get_route_handler()
+
+                async def admitted(request: Request) -> Response:
+                    return await self._admitted(request, handle)
+
+                return admitted
+
+        return Admitted
+
+    async def _admitted(self, request: Request, handle: Handler) -> Response:
+        if self.waiting >= self.settings.max_waiting:
+            raise HTTPException(
+                429, f"{self.waiting} requests are waiting; try again later", {"Retry-After": "1"}
             )
-        path, method = request.url.path, request.method
-        if path not in ALLOWED:
-            raise Refused(404, "there are GET / and POST /predict and no other paths")
-        if method not in ALLOWED[path]:
-            allow = ", ".join(ALLOWED[path])
-            raise Refused(405, f"this path takes {allow} alone", allow=allow)
-        if path == "/":
-            return self._facts
-        if self._waiting >= self._config.max_waiting:
-            raise Refused(
-                503, f"{self._waiting} requests are waiting; try again later", retry_after="1"
-            )
-        self._waiting += 1
+        self.waiting += 1
         try:
-            return await self._predictions(request)
+            request.state.arrived = time.monotonic()
+            try:
+                async with asyncio.timeout(self.settings.timeout_s):
+                    body = await _body(request, self.settings.max_body_bytes)
+            except TimeoutError:
+                late = "the request's body did not come in time"
+                raise HTTPException(408, late, CLOSE) from None
+
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": body}
+
+            return await handle(Request(request.scope, receive))
         finally:
-            self._waiting -= 1
-
-    async def _predictions(self, request: Request) -> dict[str, Any]:
-        until = time.monotonic() + self._config.timeout_s
-        late = Refused(408, "the request's body did not come in time", close=True)
-        body = await _before(until, _body(request, self._config.max_body_bytes), late)
-        question = parse(self._model, body)
-        late = Refused(504, f"no answer within {self._config.timeout_s:g} s; try again later")
-        found = await _before(until, self._predict(question.texts, question.k), late)
-        return {"step": self._facts["step"], "predictions": found}
+            self.waiting -= 1
 
 
-async def _before(until: float, work: Awaitable[T], late: Refused) -> T:
-    """Awaits `work`, or cancels it at the time `until` and raises `late`."""
-    try:
-        return await asyncio.wait_for(work, max(0.0, until - time.monotonic()))
-    except TimeoutError:
-        raise late from None
+def question_model(settings: ServeConfig) -> type[BaseModel]:
+    """Makes the model of the body of POST /predict, within the limits of a configuration."""
+    text = Annotated[str, Field(max_length=settings.max_text_chars)]
+    several = Field(min_length=1, max_length=settings.max_texts)
+    k = Field(min(DEFAULT_K, settings.max_k), ge=1, le=settings.max_k, description="Of each text.")
+    return create_model(
+        "Question",
+        __config__=ConfigDict(extra="forbid", strict=True),
+        texts=Annotated[list[text], several],  # type: ignore[valid-type]
+        k=(int, k),
+    )
+
+
+def application(settings: ServeConfig, bearer: Bearer, current: Callable[[], Model]) -> FastAPI:
+    """Makes the ASGI application. `current` returns what answers now, for each request anew."""
+    door = Door(settings)
+    app = FastAPI(
+        title="renee_ray",
+        version=renee_ray.__version__,
+        description="The labels that a trained classifier predicts for texts.",
+        docs_url=None,  # FastAPI's pages would load their scripts from elsewhere
+        redoc_url=None,
+        exception_handlers={
+            AnyHTTPException: _refuse,
+            RequestValidationError: _refuse_invalid,
+        },
+    )
+    refuse = lambda _, error: _error(401, str(error), {"WWW-Authenticate": "Bearer"})  # noqa: E731
+    app.add_middleware(AuthenticationMiddleware, backend=bearer, on_error=refuse)
+    app.middleware("http")(door.measure)
+    pages = resources.files(__package__).joinpath("pages")
+    for path, name in ("/", "ask.html"), ("/docs", "docs.html"):
+        page = HTMLResponse(pages.joinpath(name).read_text("utf-8"))
+        app.router.routes.append(Route(path, page, methods=["GET"], include_in_schema=False))
+    _add_predict(app, door, current)
+    _add_watching(app, door, current)
+    return app
+
+
+def _error(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": sentence}, status, headers)
+
+
+async def _refuse(_: Request, error: Any) -> Response:
+    return _error(error.status_code, str(error.detail), error.headers)
+
+
+async def _refuse_invalid(_: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    where = printable(".".join(map(str, first["loc"][1:])))[:80]
+    return _error(400, f"{where}: {first['msg']:.200}" if where else f"{first['msg']:.200}")
+
+
+SECRET = [Security(HTTPBearer(auto_error=False, description=f"The value of {TOKEN}."))]
+"""For the OpenAPI document: `Bearer` compares the token, before FastAPI reads anything."""
+
+
+def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Error} for status in statuses}
+
+
+def _add_watching(app: FastAPI, door: Door, current: Callable[[], Model]) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Answers as long as this process does."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses=_errors(503))
+    def ready() -> dict[str, str]:
+        """Answers 200 if all processes that score are there."""
+        if not current().ready():
+            raise HTTPException(503, "a process that scores is missing; it may be starting")
+        return {"status": "ok"}
+
+    @app.get("/info", dependencies=SECRET, responses=_errors(401))
+    async def info() -> dict[str, Any]:
+        """Tells which run answers, and the limits of a request."""
+        return current().facts
+
+    text = {200: {"content": {"text/plain": {}}}}
+
+    @app.get("/metrics", dependencies=SECRET, responses=text | _errors(401))
+    async def metrics() -> Response:
+        """Counts requests by path and status, and their seconds, queue and batches."""
+        content = prometheus.generate_latest(door.registry)
+        return Response(content, media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+def _add_predict(app: FastAPI, door: Door, current: Callable[[], Model]) -> None:
+    question_type = question_model(door.settings)
+    router = APIRouter(route_class=door.route())
+    deadline = Header(
+        alias="X-Timeout-Ms",
+        ge=1,
+        le=LONGEST_MS,
+        description="Milliseconds after which the answer is of no use. A request is then answered "
+        f"504, and not scored if it still waits. Never more than {door.settings.timeout_s:g} s.",
+    )
+
+    errors = _errors(400, 401, 408, 413, 415, 429, 504, "4XX")
+
+    @router.post("/predict", response_model=Answer, dependencies=SECRET, responses=errors)
+    async def predict(
+        request: Request,
+        question: question_type,  # type: ignore[valid-type]
+        timeout_ms: Annotated[int, deadline] = LONGEST_MS,
+    ) -> Response:
+        """Predicts the k best labels of each text."""
+        seconds = min(door.settings.timeout_s, timeout_ms / 1000)
+        until, model = request.state.arrived + seconds, current()
+        try:
+            if time.monotonic() >= until:
+                raise TimeoutError
+            async with asyncio.timeout(until - time.monotonic()):
+                found, batch = await model.predict(question.texts, question.k)  # type: ignore[attr-defined]
+        except TimeoutError:
+            late = f"no answer within {seconds:g} s; try again later"
+            raise HTTPException(504, late) from None
+        door.batch.observe(batch)
+        return JSONResponse({"step": model.facts["step"], "predictions": found})
+
+    app.include_router(router)
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Reads a body; raises Refused if its header says no JSON, or it exceeds the limit."""
+    """Reads a body; raises HTTPException if its header says no JSON, or it exceeds the limit."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(415, "send JSON with the header 'Content-Type: application/json'")
-    long = Refused(413, f"the body is longer than {limit} bytes; send fewer texts at once")
-    # The HTTP parser checks that these are digits, but not how many.
-    length = request.headers.get("content-length", "0")
-    if len(length) > 18 or int(length) > limit:
-        raise long
+        raise HTTPException(415, "send JSON with the header 'Content-Type: application/json'")
     body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > limit:
-            raise long
+            raise HTTPException(413, f"the body is longer than {limit} bytes; send fewer texts")
     return bytes(body)
-
-
-def _error(refused: Refused) -> JSONResponse:
-    return JSONResponse({"error": str(refused)}, refused.status, headers=refused.headers)
 
 
 def protocol(timeout_s: float) -> type[H11Protocol]:
     """Returns HTTP/1.1 by h11, which bounds a request's head to 64 KiB, with a timeout for it.
 
-    Without a token nobody keeps a connection: a late head ends it, and so does the answer 401.
+    Without a token nobody keeps a connection: a late head ends it, and so does the answer.
     """
 
     class Impatient(H11Protocol):

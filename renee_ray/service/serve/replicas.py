@@ -60,6 +60,10 @@ class ServedRun:
     def num_shards(self) -> int:
         return self.config.max_workers
 
+    @property
+    def num_processes(self) -> int:
+        return self.num_shards + self.settings.num_encoders
+
     def open(self) -> tuple[Checkpoint, Dataset]:
         """Opens the checkpoint, and the dataset of its labels."""
         directory = RunDirectory(self.run)
@@ -111,6 +115,10 @@ class Question(NamedTuple):
     k: int
 
 
+Found = tuple[list[list[dict[str, Any]]], int]
+"""The labels of each text, best first (label, text, score); the texts that were scored together."""
+
+
 def num_texts(questions: list[Question]) -> int:
     return sum(len(question.texts) for question in questions)
 
@@ -137,13 +145,13 @@ class EncoderReplica:
         wait_s = served.settings.batch_wait_ms / 1000
         self._answers.set_batch_wait_timeout_s(wait_s)  # type: ignore[attr-defined]
 
-    async def predict(self, texts: list[str], k: int) -> list[list[dict[str, Any]]]:
-        """Returns the k best labels of each text, best first: label, text, score."""
-        found: list[list[dict[str, Any]]] = await self._answers(Question(texts, k))
+    async def predict(self, texts: list[str], k: int) -> Found:
+        """Returns the k best labels of each text, and how many texts were scored together."""
+        found: Found = await self._answers(Question(texts, k))
         return found
 
     @serve.batch(batch_size_fn=num_texts)
-    async def _answers(self, questions: list[Question]) -> list[list[list[dict[str, Any]]]]:
+    async def _answers(self, questions: list[Question]) -> list[Found]:
         texts = [text for question in questions for text in question.texts]
         most = self._dataset.manifest.num_labels
         ks = torch.tensor([min(question.k, most) for question in questions for _ in question.texts])
@@ -154,7 +162,7 @@ class EncoderReplica:
         )
         scores, labels = await asyncio.to_thread(self._merge, embeddings, found, wanted, ks)
         rows = iter(answers(scores, labels, await self._texts_of(labels)))
-        return [[next(rows) for _ in question.texts] for question in questions]
+        return [([next(rows) for _ in question.texts], len(texts)) for question in questions]
 
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> np.ndarray:
