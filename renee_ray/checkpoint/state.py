@@ -22,6 +22,7 @@ files hold them, local or in object storage (checkpoint/tensor_file.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -195,6 +196,8 @@ class Checkpoint:
         where = f"{self.path}/{MANIFEST}"
         text = self._patiently(MANIFEST, _whole_manifest)
         self.manifest = Manifest.from_json(text, where)
+        self.hash = hashlib.sha256(text).hexdigest()
+        """SHA-256 of the manifest, which has checksums of all files."""
 
     @property
     def name(self) -> str:

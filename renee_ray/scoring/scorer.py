@@ -31,6 +31,7 @@ from renee_ray.parallel.collectives import (
     route,
     row_counts,
 )
+from renee_ray.scoring.index import IndexSearch
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
@@ -44,6 +45,7 @@ class Scorer:
 
     offset: float32 [n], added to the scores of the rank's own labels, or None.
     neighbours: training points that vote, or None.
+    index: finds the labels of `shard` approximately; None: all are scored.
     """
 
     encoder: Encoder
@@ -52,6 +54,7 @@ class Scorer:
     device: torch.device
     offset: Tensor | None = None
     neighbours: Neighbours | None = None
+    index: IndexSearch | None = None
 
     @torch.inference_mode()
     def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +73,10 @@ class Scorer:
         k = min(k, owned.num_labels)
         candidates = k if self.neighbours is None else min(max(k, RERANKED), owned.num_labels)
         width = min(candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks))
-        scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
+        if self.index is None:
+            scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
+        else:
+            scores, labels = self.index.search(everyone, width, excluded)
         best = merge_topk(
             return_rows(self.ranks, scores, counts),
             return_rows(self.ranks, labels, counts),

@@ -30,7 +30,8 @@ from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import batch_of_texts
+from renee_ray.parallel.batch import Batch, Position, Ragged, batch_of_texts, truncate
+from renee_ray.scoring.index import Classifier, ExactSearch, Search, index_of, open_index
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.score.export import (
@@ -45,7 +46,6 @@ from renee_ray.service.score.export import (
 from renee_ray.service.score.labels import check_labels, vocabulary_of
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.topk.select import merge_topk, shard_topk
 from renee_ray.xfc.weights.storages import Weights
 
 log = logging.getLogger(__name__)
@@ -79,14 +79,16 @@ class Model:
         facts: dict[str, Any],
     ) -> None:
         self.num_labels, self.dim, self.step = len(labels), encoder.dim, int(facts["step"])
-        self._encoder, self._shards, self._texts = encoder.eval(), shards, labels["text"]
+        self._encoder, self._texts = encoder.eval(), labels["text"]
         self._vocabulary, self._facts = vocabulary, facts
         counts = labels["train_count"].to_numpy()
         offset = prior_offset(counts, facts["tail"], shards[0].weights.device)
-        self._offsets = [
+        offsets = [
             None if offset is None else offset[each.owned.start : each.owned.stop]
             for each in shards
         ]
+        self.classifier = Classifier(shards, offsets)
+        self.search: Search = ExactSearch(self.classifier)
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> NDArray[np.float32]:
@@ -99,12 +101,7 @@ class Model:
         k = min(k, self.num_labels)
         answers = []
         for embeddings in self._embedded(texts):
-            found = [
-                shard_topk(shard, embeddings, min(k, len(shard.owned)), offset=offset)
-                for shard, offset in zip(self._shards, self._offsets, strict=True)
-            ]
-            of_each = [list(each) for each in zip(*found, strict=True)]
-            scores, labels = merge_topk(of_each[0], of_each[1], k)
+            scores, labels = self.search.search(embeddings, k)
             names = self._texts.take(pa.array(labels.flatten().tolist())).to_pylist()
             rows = zip(labels.tolist(), scores.tolist(), range(0, len(names), k), strict=True)
             answers += [
@@ -121,8 +118,35 @@ class Model:
             batch = batch_of_texts(self._vocabulary, some, facts["max_length"], facts["pad_id"])
             yield self._encoder(*batch.tokens(device))
 
+    @torch.inference_mode()
+    def embed_tokens(self, tokens: Ragged) -> Tensor:
+        """Embeds rows of tokens, as a dataset has them; float32 [n, D]."""
+        found, none = [], Ragged.of_lists([[]] * BATCH)
+        for start in range(0, len(tokens), BATCH):
+            rows = np.arange(start, min(start + BATCH, len(tokens)))
+            ids = truncate(tokens.take(rows), self._facts["max_length"])
+            batch = Batch(Position(), rows, ids, none, none, self._facts["pad_id"])
+            found.append(self._encoder(*batch.tokens(self._encoder.constant.device)))
+        return torch.cat(found)
 
-def load(path: str, *, checkpoint: str = "best", device: str = "cpu") -> Model:
+    def some_texts(self, number: int) -> list[str]:
+        """Returns texts of labels, evenly spaced."""
+        number = min(number, self.num_labels)
+        texts: list[str] = self._texts.take(
+            pa.array(np.arange(number) * self.num_labels // number)
+        ).to_pylist()
+        return texts
+
+    @torch.inference_mode()
+    def use_index(self, path: str) -> None:
+        """Searches by the index at `path` from now on. Raises ReneeError as `open_index`."""
+        facts = self._facts
+        self.search = open_index(path, facts.get("model"), facts["tail"], self.classifier)
+
+
+def load(
+    path: str, *, checkpoint: str = "best", device: str = "cpu", search: str = "exact"
+) -> Model:
     """Loads an export or a run, from a directory or a URL as s3://bucket/export.
 
     On a CPU the classifier of a local export is mapped into memory: what no question touches is
@@ -132,11 +156,18 @@ def load(path: str, *, checkpoint: str = "best", device: str = "cpu") -> Model:
     Args:
         checkpoint: of a run: `best` on the validation split, or `last`.
         device: of torch, such as `cuda`.
+        search: `exact`, or `index`: by the index that `renee-ray index` has put at PATH-index.
 
     Raises:
-        ReneeError: there is neither an export nor a run, or one that is damaged.
+        ReneeError: there is neither an export nor a run, one that is damaged, or no index of it.
     """
     quiet()
+    if search == "index":
+        model = load(path, checkpoint=checkpoint, device=device)
+        model.use_index(index_of(path))
+        return model
+    if search != "exact":
+        raise ReneeError(f"search={search!r:.80} is neither exact nor index; give one of them")
     path, place = absolute(path), torch.device(device)
     filesystem, root = filesystem_of(path)
     files = filesystem.get_file_info([f"{root}/{MANIFEST}", f"{root}/{RUN_FILE}"])
@@ -205,6 +236,7 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
     found.load_shard(shard, momentum=False)
     facts = {
         "step": found.state.step,
+        "model": found.hash,
         "tail": config.evaluation.tail,
         "max_length": min(config.encoder.max_length, manifest.max_length),
         "pad_id": manifest.pad_id,

@@ -31,6 +31,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import batch_of_texts
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.index import Classifier, index_of, open_index
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.launch import quiet
@@ -80,6 +81,12 @@ class ShardReplica:
         checkpoint.load_shard(self._shard, momentum=False)
         tail = served.config.evaluation.tail
         self._offset = prior_offset(read_counts(dataset, owned), tail, device)
+        self._index = None
+        if (settings := served.settings).search == "index":
+            self._index = open_index(
+                settings.index or index_of(served.run), checkpoint.hash, tail,
+                Classifier([self._shard], [self._offset]),
+            )  # fmt: skip
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
 
@@ -91,7 +98,10 @@ class ShardReplica:
         """
         rows = torch.tensor(embeddings, device=self._shard.weights.device)
         k = min(k, len(self._shard.owned))
-        scores, labels = shard_topk(self._shard, rows, k, offset=self._offset)
+        if self._index is None:
+            scores, labels = shard_topk(self._shard, rows, k, offset=self._offset)
+        else:
+            scores, labels = self._index.search(rows, k)
         return scores.cpu().numpy(), labels.cpu().numpy()
 
     def texts(self, labels: np.ndarray) -> list[str]:

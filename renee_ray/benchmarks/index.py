@@ -1,0 +1,100 @@
+"""Times search by an index beside exact search, on planted labels and one core.
+
+Labels lie in clusters in clusters: a topic for 5,000 labels, a group for 50 of a topic, and a label
+beside its group. A point's embedding is near the sum of the directions of a label and, by half, of
+two others, with noise of 0.6 of its length. Norms of weights are log-normal, or spread evenly in
+their logarithm from 0.1 to 10 with offsets from -5 to 0.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from renee_ray.scoring.index import Classifier, ExactSearch, Part, load_faiss
+from renee_ray.scoring.index_building import (
+    Survey,
+    build,
+    default_factory,
+    empty_index,
+    training_rows,
+    width_of,
+)
+from renee_ray.scoring.index_quality import swept
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.weights.storages import Weights
+
+BLOCK = 1 << 18
+SEED = 7
+
+
+def planted(labels: int, dim: int, spread: bool) -> tuple[Tensor, Tensor]:
+    """Makes weights float32 [L, D] and offsets float32 [L]. spread: of norms, as told above."""
+    noise = torch.Generator().manual_seed(SEED)
+    topics = torch.randn(max(1, labels // 5000), dim, generator=noise)
+    groups = topics[torch.randint(len(topics), (max(1, labels // 50),), generator=noise)]
+    groups += 0.8 * torch.randn(groups.shape, generator=noise)
+    weights, offsets = torch.empty(labels, dim), torch.zeros(labels)
+    for rows in weights.split(BLOCK):
+        at = torch.randint(len(groups), (len(rows),), generator=noise)
+        rows[:] = groups[at] + 0.7 * torch.randn(rows.shape, generator=noise)
+        rows[:] = normalize(rows) * (
+            torch.rand(len(rows), 1, generator=noise).mul(4.6).exp_().mul(0.1)
+            if spread
+            else torch.randn(len(rows), 1, generator=noise).mul(0.3).exp_().mul(3)
+        )
+    if spread:
+        offsets = -5 * torch.rand(labels, generator=noise)
+    return weights, offsets
+
+
+def near(weights: Tensor, points: int) -> Tensor:
+    """Makes embeddings of points that have some of the labels, float32 [n, D]."""
+    noise = torch.Generator().manual_seed(SEED + 1)
+    picked = torch.randint(len(weights), (3, points), generator=noise)
+    sums = normalize(weights[picked[0]]) + 0.5 * normalize(weights[picked[1:]], dim=2).sum(0)
+    other = normalize(torch.randn(points, weights.shape[1], generator=noise))
+    return 5 * normalize(normalize(sums) + 0.6 * other)
+
+
+def index_bench(
+    labels: int, dim: int, points: int, factory: str, spread: bool, recall: float
+) -> dict[str, Any]:
+    """Builds an index of planted labels by one thread, and sweeps its effort.
+
+    Returns:
+        `index_quality.swept`, with the seconds and the memory of building
+    """
+    weights, offsets = planted(labels, dim, spread)
+    embeddings = near(weights, points)
+    factory = factory or default_factory(labels, width_of(dim))
+    index, process = empty_index(factory, dim), psutil.Process()
+    load_faiss().omp_set_num_threads(1)
+    before = process.memory_info().rss
+    began, cpu = time.perf_counter(), time.process_time()
+
+    def rows() -> Iterator[Tensor]:
+        for w, b in zip(weights.split(BLOCK), offsets.split(BLOCK), strict=True):
+            yield torch.cat([w, b[:, None]], dim=1)
+
+    survey = Survey.of(rows, labels, training_rows(index))
+    build(index, rows, survey)
+    facts: dict[str, Any] = {
+        "factory": factory, "labels": labels, "dim": dim,
+        "build_seconds": time.perf_counter() - began,
+        "build_cpu_seconds": time.process_time() - cpu,
+        "weights_gib": weights.nbytes / 2**30, "before_gib": before / 2**30,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }  # fmt: skip
+    owned = LabelRange(0, labels, labels)
+    classifier = Classifier([Shard(owned, Weights.of(weights))], [offsets if spread else None])
+    part = Part(0, labels, survey.greatest, index)
+    return facts | swept(ExactSearch(classifier), [part], embeddings, None, 10, recall)
