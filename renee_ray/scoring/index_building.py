@@ -63,7 +63,7 @@ def empty_index(factory: str, dim: int) -> Any:
     except RuntimeError as error:
         problem = f"FAISS does not take it for {width_of(dim)} numbers: {reason(error):.200}"
         raise ReneeError(f"factory={factory!r:.80}: {problem}; try HNSW32,SQ8") from None
-    if not isinstance(index, faiss.IndexHNSW | faiss.IndexIVF | faiss.IndexFlatL2):
+    if not isinstance(index, faiss.IndexHNSW | faiss.IndexIVF | faiss.IndexFlat):
         raise ReneeError(
             f"factory={factory!r:.80} makes a {type(index).__name__}; give a flat index, HNSW or "
             f"IVF, as Flat, HNSW32,SQ8 or IVF4096,SQ8"
@@ -90,8 +90,8 @@ class Survey:
         places = torch.arange(min(wanted, number)) * number // max(1, min(wanted, number))
         for block in rows():
             digest.update(block.numpy().data)
-            square = max(square, float(_squares(block).max()))
-            if not math.isfinite(square):
+            square = float(torch.maximum(_squares(block).max(), torch.tensor(square)))
+            if not math.isfinite(square):  # torch's maximum keeps a NaN
                 raise ReneeError("a weight is not finite; take another checkpoint")
             here = places[(places >= first) & (places < first + len(block))] - first
             kept.append(block[here])
