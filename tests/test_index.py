@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from renee_ray.benchmarks.index import near, planted
+from renee_ray.config.schema import ScoreConfig
 from renee_ray.errors import ReneeError
-from renee_ray.scoring.index import Classifier, ExactSearch, IndexSearch, Part, checksum, open_index
-from renee_ray.scoring.index_building import (
-    Survey,
-    build,
-    default_factory,
-    empty_index,
-    write_index,
+from renee_ray.scoring.index import (
+    Classifier,
+    ExactSearch,
+    IndexSearch,
+    Part,
+    Search,
+    check_search,
+    open_search,
 )
+from renee_ray.scoring.index_building import Survey, build, default_factory, empty_index
 from renee_ray.scoring.index_quality import efforts_of, recall, swept
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import Weights
+
+from .planted import near, planted
 
 L, D, B = 601, 13, 17
 EVERY = 1 << 20
@@ -162,20 +168,28 @@ def written(
     ranges = []
     for part in make_parts(weights, offsets, "Flat", 2):
         name = f"labels-{part.start:012d}-{part.stop:012d}.faiss"
-        write_index(f"{tmp_path}/{name}", part.index)
+        content = faiss.serialize_index(part.index).tobytes()
+        (tmp_path / name).write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
         facts = {"start": part.start, "stop": part.stop, "greatest": part.greatest}
-        ranges.append({**facts, "file": name, "sha256": checksum(f"{tmp_path}/{name}")})
-    content = {"format_version": 1, "model": "ab", "tail": 0.0, "effort": 0, "candidates": 2}
-    (tmp_path / "index.json").write_text(json.dumps({**content, "ranges": ranges}))
+        ranges.append({**facts, "file": name, "sha256": sha256})
+    known = {"format_version": 1, "model": "ab", "tail": 0.0, "effort": 0, "candidates": 2}
+    (tmp_path / "index.json").write_text(json.dumps({**known, "ranges": ranges}))
     return tmp_path, classifiers(weights, offsets, 1)[0]
+
+
+def opened(path: Path, classifier: Classifier, model: str = "ab", tail: float = 0.0) -> Search:
+    settings = ScoreConfig(search="index", index=str(path))
+    return open_search(settings, "none", model, tail, classifier)
 
 
 def test_a_written_index_is_read_again(written: tuple[Path, Classifier]) -> None:
     path, classifier = written
     embeddings = near(classifier.shards[0].weights.read(0, L), 5)
-    found = open_index(str(path), "ab", 0.0, classifier).search(embeddings, 7)
-    exact = ExactSearch(classifier).search(embeddings, 7)
-    assert torch.equal(found[1], exact[1])
+    found = opened(path, classifier).search(embeddings, 7)
+    exact = open_search(ScoreConfig(), "none", "ab", 0.0, classifier)
+    assert isinstance(exact, ExactSearch) and not check_search(ScoreConfig(), "none", "ab", 0.0)
+    assert torch.equal(found[1], exact.search(embeddings, 7)[1])
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "lost", "label", "json", "no range", "outside"])
@@ -199,7 +213,7 @@ def test_a_damaged_index_is_refused(written: tuple[Path, Classifier], harm: str)
         facts["ranges"][0]["file"] = "../" + file.name
     manifest.write_text("{" if harm == "json" else json.dumps(facts))
     with pytest.raises(ReneeError, match="is damaged"):
-        open_index(str(path), "ab", 0.0, classifier)
+        opened(path, classifier)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +224,6 @@ def test_an_index_of_another_model_is_refused(
 ) -> None:
     path, classifier = written
     with pytest.raises(ReneeError, match=f"was built for {word}"):
-        open_index(str(path), model, tail, classifier)
+        opened(path, classifier, model, tail)
     with pytest.raises(ReneeError, match="is no index"):
-        open_index(f"{path}/none", model, tail, classifier)
+        opened(path / "none", classifier, model, tail)

@@ -114,20 +114,6 @@ def bench_topk(**settings: Any) -> None:
     click.echo(json.dumps(run(**settings)))
 
 
-@bench.command("index")
-@_count("--labels", 500_000, "Labels of the classifier.")
-@_count("--dim", 64, "Dimension of the embedding.")
-@_count("--points", 200, "Planted points, which are searched for.")
-@_flag("--factory", click.STRING, "", "FAISS factory string; empty: as `index` chooses.")
-@_flag("--recall", SHARE, 0.95, "Recall of the 10 best labels that is wanted.")
-@click.option("--spread", is_flag=True, help="Norms from 0.1 to 10, and offsets.")
-def bench_index(**settings: Any) -> None:
-    """Search by an index beside exact search, on planted labels, with the time to build it."""
-    from renee_ray.benchmarks.index import index_bench
-
-    click.echo(json.dumps(call(lambda: index_bench(**settings))))
-
-
 @bench.command("scale")
 @_count("--labels", None, "Labels; without: 1M, 4M, 16M.")
 @_count("--dim", 64, "Dimension.")

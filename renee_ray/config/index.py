@@ -26,9 +26,9 @@ class IndexConfig(Config):
     """Share of the exact 10 best labels to find: the least search effort that does so is kept."""
     points: str = ""
     """Dataset whose validation points (training points where it has none) recall is measured on;
-    empty: the one that a run was trained on, and for an export the texts of its labels."""
+    empty: the one that a run was trained on. An export needs it."""
     sample: int = Field(1000, ge=1)
-    """Points, or texts, that recall is measured on."""
+    """Points that recall is measured on."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint of a run: the best on the validation split, or the newest."""
     overwrite: bool = False

@@ -27,24 +27,23 @@ def draw_sweep(facts: dict[str, Any]) -> bytes:
         ) from error
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    sweep, name = facts["sweep"], facts["effort_name"]
+    sweep = facts["sweep"]
     speeds = [row[SPEED] for row in sweep]
     for key in (key for key in sweep[0] if key.startswith("recall")):
         axes.plot(speeds, [row[key] for row in sweep], marker="o", ms=4, label=key)
     axes.axhline(facts["recall"], color="grey", lw=0.8, ls=":", label="asked for, at 10")
     axes.axvline(facts["exact"][SPEED], color="black", lw=0.8, ls="--", label="exact search")
     for row in sweep:
-        kept = row["effort"] == facts["effort"]
+        at = row[SPEED], min(value for key, value in row.items() if key.startswith("recall"))
+        weight = "bold" if row["effort"] == facts["effort"] else "normal"
         axes.annotate(
-            f"{name} {row['effort']}" if kept else str(row["effort"]),
-            (row[SPEED], row["recall@10" if "recall@10" in row else "recall@1"]),
-            xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8,
-            weight="bold" if kept else "normal",
+            str(row["effort"]), at, (0, -14), textcoords="offset points", ha="center",
+            fontsize=8, weight=weight,
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("queries a second, one core")
     axes.set_ylabel("recall of the exact k best")
-    axes.set_title(f"{facts['factory']}, {facts['num_labels']:,} labels", fontsize=11)
+    axes.set_title(f"{facts['factory']}, {facts['num_labels']:,} labels, by {facts['effort_name']}")
     axes.grid(lw=0.4)
     axes.legend(frameon=False, fontsize=8)
     out = io.BytesIO()
@@ -54,7 +53,7 @@ def draw_sweep(facts: dict[str, Any]) -> bytes:
 
 def sweep_table(facts: dict[str, Any]) -> Table:
     """Shows an index for a terminal; the effort that is kept is marked."""
-    ranges = facts["ranges"]
+    ranges, exact = facts["ranges"], facts["exact"]
     size = sum(each["bytes"] for each in ranges) / facts["num_labels"]
     seconds = sum(each["seconds"] for each in ranges)
     table = Table(
@@ -62,10 +61,8 @@ def sweep_table(facts: dict[str, Any]) -> Table:
         caption=f"{size:.0f} bytes a label, built in {seconds:.0f} s",
     )
     columns = [key for key in facts["sweep"][0] if key != "effort"]
-    table.add_column(facts["effort_name"], justify="right")
-    for name in columns:
+    for name in (facts["effort_name"], *columns):
         table.add_column(name, justify="right")
-    exact = facts["exact"]
     table.add_row("exact", *(f"{exact[key]:g}" if key in exact else "" for key in columns))
     for row in facts["sweep"]:
         mark = " kept" if row["effort"] == facts["effort"] else ""

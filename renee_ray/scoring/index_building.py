@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from renee_ray.data.storage import filesystem_of, patiently, refuse_link
 from renee_ray.errors import ReneeError, reason
 from renee_ray.scoring.index import load_faiss
 
@@ -32,11 +31,7 @@ TRAINED_AT_LEAST = 100_000
 
 
 def default_factory(labels: int, width: int) -> str:
-    """Chooses FAISS's factory string for a range of labels, whose vectors have `width` numbers.
-
-    Exact below 50,000 labels, where a scan takes a millisecond; a graph as long as it is built in
-    minutes; then inverted lists, whose vectors take a byte a number and, from 20 million on, half.
-    """
+    """Chooses FAISS's factory string for a range, whose vectors have `width` numbers."""
     if labels < FLAT_BELOW:
         return "Flat"
     if labels < GRAPH_BELOW:
@@ -54,8 +49,7 @@ def empty_index(factory: str, dim: int) -> Any:
     """Makes an index that is not trained.
 
     Raises:
-        ReneeError: FAISS does not know the factory string, or it is of a kind without a search
-            effort that is known here.
+        ReneeError: FAISS does not know the factory string, or it is of another kind.
     """
     faiss = load_faiss()
     try:
@@ -131,18 +125,3 @@ def _squares(rows: Tensor) -> Tensor:
     """Returns the squared norm of each row, float64 [m], without a float64 copy of the rows."""
     numbers = rows.numpy()
     return torch.from_numpy(np.einsum("ij,ij->i", numbers, numbers, dtype=np.float64))
-
-
-def write_index(path: str, index: Any) -> None:
-    """Writes a FAISS index to a file; readers see all of it or nothing."""
-    filesystem, name = filesystem_of(path)
-    faiss = load_faiss()
-    for each in name, f"{name}.tmp":
-        refuse_link(filesystem, each)
-
-    def write() -> None:
-        with filesystem.open_output_stream(f"{name}.tmp") as sink:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(sink.write))
-        filesystem.move(f"{name}.tmp", name)
-
-    patiently(write, f"writing {path}")

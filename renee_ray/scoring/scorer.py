@@ -31,7 +31,7 @@ from renee_ray.parallel.collectives import (
     route,
     row_counts,
 )
-from renee_ray.scoring.index import IndexSearch
+from renee_ray.scoring.index import Search
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
@@ -45,7 +45,7 @@ class Scorer:
 
     offset: float32 [n], added to the scores of the rank's own labels, or None.
     neighbours: training points that vote, or None.
-    index: finds the labels of `shard` approximately; None: all are scored.
+    index: how labels of `shard` are searched; None: all are scored.
     """
 
     encoder: Encoder
@@ -54,7 +54,7 @@ class Scorer:
     device: torch.device
     offset: Tensor | None = None
     neighbours: Neighbours | None = None
-    index: IndexSearch | None = None
+    index: Search | None = None
 
     @torch.inference_mode()
     def topk(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import pytest
 import renee_ray
 from renee_ray.cli.main import main
 from renee_ray.errors import ReneeError
+from renee_ray.scoring.index import IndexSearch
 
 from .conftest import TESTS, Run
 
@@ -81,18 +82,20 @@ def test_only_a_range_that_is_missing_is_built_again(trained: Run, index: Path) 
 
 
 def test_an_export_has_an_index_that_its_run_can_use(
-    trained: Run, index: Path, tmp_path: Path, source: Path
+    trained: Run, index: Path, dataset: str, source: Path, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "model")
     assert main(["export", trained.path, path]) == 0
-    assert main(["index", path, f"ranges={RANGES}", "sample=30"]) == 0
+    assert main(["index", path, f"ranges={RANGES}", "sample=30"]) == 1
+    assert main(["index", path, f"ranges={RANGES}", "sample=30", f"points={dataset}"]) == 0
     texts = (source / "tst_X.txt").read_text().splitlines()[:10]
     exact = renee_ray.load(path).predict(texts, K)
-    of_run = renee_ray.load(trained.path)
-    of_run.use_index(f"{path}-index")
-    for model in (renee_ray.load(path, search="index"), of_run):
-        for wanted, found in zip(exact, model.predict(texts, K), strict=True):
-            assert [label.id for label in wanted] == [label.id for label in found]
+    model = renee_ray.load(path, search="index")
+    assert isinstance(model.search, IndexSearch)
+    for wanted, found in zip(exact, model.predict(texts, K), strict=True):
+        assert [label.id for label in wanted] == [label.id for label in found]
+    arguments = [dataset, str(tmp_path / "p"), "search=index", f"index={path}-index", "k=3"]
+    assert main(["predict", trained.path, *arguments]) == 0
     files = {each.name: each.read_bytes() for each in index.glob("*.faiss")}
     assert files.keys() == {each.name for each in Path(f"{path}-index").glob("*.faiss")}
 

@@ -21,7 +21,7 @@ from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.model.model import build_model
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.scoring.index import Classifier, check_index, index_of, open_index
+from renee_ray.scoring.index import Classifier, check_search, open_search
 from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import Scorer, prior_offset, read_counts
 from renee_ray.service.cluster import ensure_ray
@@ -61,8 +61,7 @@ class ScoringJob:
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
         found = directory.checkpoint(score.checkpoint)
-        if score.search == "index":
-            check_index(score.index or index_of(directory.path), found.hash, config.evaluation.tail)
+        check_search(score, directory.path, found.hash, config.evaluation.tail)
         return cls(directory, config, score, found.name, found.state.step, labels, voters)
 
     def run(
@@ -100,12 +99,10 @@ class ScoringJob:
         neighbours = None
         if self.voters is not None:
             neighbours = embed_voters(self.config, self.voters, model.encoder, ranks, device)
-        index = None
-        if self.score.search == "index":
-            index = open_index(
-                self.score.index or index_of(self.directory.path), checkpoint.hash,
-                self.config.evaluation.tail, Classifier([model.shard], [offset]),
-            )  # fmt: skip
+        index = open_search(
+            self.score, self.directory.path, checkpoint.hash, self.config.evaluation.tail,
+            Classifier([model.shard], [offset]),
+        )  # fmt: skip
         return Scorer(model.encoder, model.shard, ranks, device, offset, neighbours, index)
 
     def batches(self, points: Dataset, split: str, ranks: Ranks, **options: int) -> Iterator[Batch]:

@@ -23,15 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, ScoreConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.models import quiet
 from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import Batch, Position, Ragged, batch_of_texts, truncate
-from renee_ray.scoring.index import Classifier, ExactSearch, Search, index_of, open_index
+from renee_ray.parallel.batch import Batch, Position, Ragged, ragged, truncate
+from renee_ray.scoring.index import Classifier, ExactSearch, Search, open_search
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.score.export import (
@@ -44,7 +45,7 @@ from renee_ray.service.score.export import (
     trained_encoder,
 )
 from renee_ray.service.score.labels import check_labels, vocabulary_of
-from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.labels import NONE, LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
 
@@ -80,7 +81,7 @@ class Model:
     ) -> None:
         self.num_labels, self.dim, self.step = len(labels), encoder.dim, int(facts["step"])
         self._encoder, self._texts = encoder.eval(), labels["text"]
-        self._vocabulary, self._facts = vocabulary, facts
+        self._vocabulary, self.facts = vocabulary, facts
         counts = labels["train_count"].to_numpy()
         offset = prior_offset(counts, facts["tail"], shards[0].weights.device)
         offsets = [
@@ -97,51 +98,40 @@ class Model:
 
     @torch.inference_mode()
     def predict(self, texts: list[str], k: int = 5) -> list[list[Label]]:
-        """Returns the k best labels of each text, best first; all of them where k exceeds L."""
+        """Returns the k best labels of each text, best first; fewer where so many are not there."""
         k = min(k, self.num_labels)
         answers = []
         for embeddings in self._embedded(texts):
             scores, labels = self.search.search(embeddings, k)
-            names = self._texts.take(pa.array(labels.flatten().tolist())).to_pylist()
+            names = self._texts.take(pa.array(labels.flatten().clamp(min=0).tolist())).to_pylist()
             rows = zip(labels.tolist(), scores.tolist(), range(0, len(names), k), strict=True)
             answers += [
-                [Label(*each) for each in zip(ids, names[at : at + k], row, strict=True)]
+                [
+                    Label(*each)
+                    for each in zip(ids, names[at : at + k], row, strict=True)
+                    if each[0] != NONE
+                ]
                 for ids, row, at in rows
             ]
         return answers
 
     def _embedded(self, texts: list[str]) -> Iterator[Tensor]:
         """Yields embeddings [at most BATCH, D] on the device."""
-        facts, device = self._facts, self._encoder.constant.device
         for start in range(0, len(texts), BATCH):
             some = texts[start : start + BATCH]
-            batch = batch_of_texts(self._vocabulary, some, facts["max_length"], facts["pad_id"])
-            yield self._encoder(*batch.tokens(device))
+            tokens = tokenizer.encode(self._vocabulary, some, self.facts["max_length"])
+            yield self.embed_tokens(ragged(tokens))
 
     @torch.inference_mode()
     def embed_tokens(self, tokens: Ragged) -> Tensor:
-        """Embeds rows of tokens, as a dataset has them; float32 [n, D]."""
+        """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
         found, none = [], Ragged.of_lists([[]] * BATCH)
         for start in range(0, len(tokens), BATCH):
             rows = np.arange(start, min(start + BATCH, len(tokens)))
-            ids = truncate(tokens.take(rows), self._facts["max_length"])
-            batch = Batch(Position(), rows, ids, none, none, self._facts["pad_id"])
+            ids = truncate(tokens.take(rows), self.facts["max_length"])
+            batch = Batch(Position(), rows, ids, none, none, self.facts["pad_id"])
             found.append(self._encoder(*batch.tokens(self._encoder.constant.device)))
         return torch.cat(found)
-
-    def some_texts(self, number: int) -> list[str]:
-        """Returns texts of labels, evenly spaced."""
-        number = min(number, self.num_labels)
-        texts: list[str] = self._texts.take(
-            pa.array(np.arange(number) * self.num_labels // number)
-        ).to_pylist()
-        return texts
-
-    @torch.inference_mode()
-    def use_index(self, path: str) -> None:
-        """Searches by the index at `path` from now on. Raises ReneeError as `open_index`."""
-        facts = self._facts
-        self.search = open_index(path, facts.get("model"), facts["tail"], self.classifier)
 
 
 def load(
@@ -162,13 +152,14 @@ def load(
         ReneeError: there is neither an export nor a run, one that is damaged, or no index of it.
     """
     quiet()
-    if search == "index":
-        model = load(path, checkpoint=checkpoint, device=device)
-        model.use_index(index_of(path))
-        return model
-    if search != "exact":
-        raise ReneeError(f"search={search!r:.80} is neither exact nor index; give one of them")
-    path, place = absolute(path), torch.device(device)
+    how = make_config(ScoreConfig, {"search": search}, where="load")
+    model = _loaded(absolute(path), checkpoint, torch.device(device))
+    known, tail = model.facts.get("model", ""), model.facts["tail"]
+    model.search = open_search(how, path, known, tail, model.classifier)
+    return model
+
+
+def _loaded(path: str, checkpoint: str, place: torch.device) -> Model:
     filesystem, root = filesystem_of(path)
     files = filesystem.get_file_info([f"{root}/{MANIFEST}", f"{root}/{RUN_FILE}"])
     is_export, is_run = (info.type == pafs.FileType.File for info in files)

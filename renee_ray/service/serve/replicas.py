@@ -31,7 +31,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import batch_of_texts
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.scoring.index import Classifier, index_of, open_index
+from renee_ray.scoring.index import Classifier, open_search
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.launch import quiet
@@ -41,7 +41,7 @@ from renee_ray.service.score.job import embed_voters
 from renee_ray.service.score.labels import vocabulary_of
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
+from renee_ray.xfc.topk.select import NONE, merge_topk
 from renee_ray.xfc.weights.storages import Weights
 
 
@@ -80,13 +80,9 @@ class ShardReplica:
         self._shard = Shard(owned, weights, served.config.classifier.chunk)
         checkpoint.load_shard(self._shard, momentum=False)
         tail = served.config.evaluation.tail
-        self._offset = prior_offset(read_counts(dataset, owned), tail, device)
-        self._index = None
-        if (settings := served.settings).search == "index":
-            self._index = open_index(
-                settings.index or index_of(served.run), checkpoint.hash, tail,
-                Classifier([self._shard], [self._offset]),
-            )  # fmt: skip
+        offset = prior_offset(read_counts(dataset, owned), tail, device)
+        classifier = Classifier([self._shard], [offset])
+        self._search = open_search(served.settings, served.run, checkpoint.hash, tail, classifier)
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
 
@@ -98,10 +94,7 @@ class ShardReplica:
         """
         rows = torch.tensor(embeddings, device=self._shard.weights.device)
         k = min(k, len(self._shard.owned))
-        if self._index is None:
-            scores, labels = shard_topk(self._shard, rows, k, offset=self._offset)
-        else:
-            scores, labels = self._index.search(rows, k)
+        scores, labels = self._search.search(rows, k)
         return scores.cpu().numpy(), labels.cpu().numpy()
 
     def texts(self, labels: np.ndarray) -> list[str]:

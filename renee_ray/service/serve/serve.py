@@ -42,7 +42,7 @@ except ImportError as error:
 from renee_ray.data.storage import absolute
 from renee_ray.model.encoder import check_positions
 from renee_ray.parallel.threads import in_thread
-from renee_ray.scoring.index import check_index, index_of
+from renee_ray.scoring.index import check_search
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.launch import threads_of, worker_environment
 from renee_ray.service.run.directory import RunDirectory
@@ -85,9 +85,7 @@ def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, A
     score = ScoreConfig.model_validate({name: getattr(settings, name) for name in anew})
     config = scoring_config(config, score, shards).model_copy(update={"threads": settings.threads})
     checkpoint = directory.checkpoint(settings.checkpoint)
-    if settings.search == "index":
-        place = settings.index or index_of(directory.path)
-        check_index(place, checkpoint.hash, config.evaluation.tail)
+    check_search(settings, directory.path, checkpoint.hash, config.evaluation.tail)
     facts = {
         "run": directory.path,
         "step": checkpoint.state.step,
