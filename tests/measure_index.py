@@ -34,7 +34,7 @@ from renee_ray.xfc.weights.storages import Weights
 
 from .planted import BLOCK, near, planted
 
-DIM, POINTS, RECALL = 64, 200, 0.95
+DIM, POINTS, RECALL = 64, 100, 0.95
 
 
 def measure(labels: int, factory: str, spread: bool) -> dict[str, Any]:

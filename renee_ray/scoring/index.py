@@ -9,7 +9,7 @@ what is indexed of a range is (Bachrach et al., RecSys 2014)
 
 The order by L2 distance is exactly the order by score. The factor M / |[e, 1]| keeps that order and
 puts the query on the sphere of all x_l, so that centroids inside it are compared fairly. Vectors
-are padded with zeros to a multiple of 8, so that product quantisers can cut them.
+are padded with zeros to a multiple of 16, which FAISS compares fastest.
 
 The index holds compressed vectors, so it only proposes: of each range the c k nearest labels, whose
 scores are then computed with the true weights.
