@@ -40,6 +40,7 @@ def draw_sweep(facts: dict[str, Any]) -> bytes:
             str(row["effort"]), at, (0, -14), textcoords="offset points", ha="center",
             fontsize=8, weight=weight,
         )  # fmt: skip
+    axes.margins(y=0.12)
     axes.set_xscale("log")
     axes.set_xlabel("queries a second, one core")
     axes.set_ylabel("recall of the exact k best")
@@ -52,7 +53,7 @@ def draw_sweep(facts: dict[str, Any]) -> bytes:
 
 
 def sweep_table(facts: dict[str, Any]) -> Table:
-    """Shows an index for a terminal; the effort that is kept is marked."""
+    """Shows an index for a terminal; the effort that is kept has a star."""
     ranges, exact = facts["ranges"], facts["exact"]
     size = sum(each["bytes"] for each in ranges) / facts["num_labels"]
     seconds = sum(each["seconds"] for each in ranges)
@@ -62,9 +63,9 @@ def sweep_table(facts: dict[str, Any]) -> Table:
     )
     columns = [key for key in facts["sweep"][0] if key != "effort"]
     for name in (facts["effort_name"], *columns):
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("queries", "q").replace("recall", "R"), justify="right")
     table.add_row("exact", *(f"{exact[key]:g}" if key in exact else "" for key in columns))
     for row in facts["sweep"]:
-        mark = " kept" if row["effort"] == facts["effort"] else ""
-        table.add_row(f"{row['effort']}{mark}", *(f"{row[key]:g}" for key in columns))
+        mark = "* " if row["effort"] == facts["effort"] else ""
+        table.add_row(f"{mark}{row['effort']}", *(f"{row[key]:g}" for key in columns))
     return table
