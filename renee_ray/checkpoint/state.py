@@ -26,6 +26,7 @@ files hold them, local or in object storage (checkpoint/tensor_file.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -224,6 +225,8 @@ class Checkpoint:
         name = manifest_name(revision)
         text = self._patiently(name, _whole_manifest)
         self.manifest = Manifest.from_json(text, f"{self.path}/{name}")
+        self.hash = hashlib.sha256(text).hexdigest()
+        """SHA-256 of the manifest, which has checksums of all files."""
 
     @property
     def name(self) -> str:

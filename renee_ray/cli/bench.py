@@ -139,7 +139,7 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
 @bench.command("load")
 @click.argument("url")
 @flag("--seconds", COUNT, 60, "Of each of both phases.")
-@flag("--clients", COUNT, 16, "That ask one by one in the first; at most the service's max_waiting.")
+@flag("--clients", COUNT, 16, "That ask one by one in the first, at most max_waiting.")
 @flag("--factor", click.FloatRange(min=0.1), 2.0, "Of the second, to the rate of the first.")
 def bench_load(**settings: Any) -> None:
     """The service at URL, with the token in RENEE_RAY_SERVE_TOKEN, at its rate and beyond."""

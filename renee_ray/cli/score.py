@@ -1,4 +1,4 @@
-"""Commands on trained runs: evaluate, predict, fuse, compare, export, serve."""
+"""Commands on trained runs: evaluate, predict, fuse, compare, export, index, serve."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json
 from renee_ray.cli.output import print_facts, print_result, say
 from renee_ray.config.compare import CompareConfig
 from renee_ray.config.fuse import FuseConfig
+from renee_ray.config.index import IndexConfig
 from renee_ray.config.schema import ExportConfig, ScoreConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import printable
@@ -109,6 +110,23 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
     found = call(export_run, run, dst, config)
     shown = ("step", "num_labels", "dim", "max_length", "tail")
     print_result({"export": dst, **{key: found[key] for key in shown}}, as_json, f"export {dst}")
+
+
+@click.command(cls=ConfiguredCommand, keys=IndexConfig)
+@click.argument("model", type=PATH)
+@click.argument("overrides", nargs=-1)
+@json_option
+def index(model: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Build an index of MODEL, a run or an export, that finds labels without scoring all.
+
+    Writes it to MODEL-index, with its recall and speed over a sweep of search effort. Then
+    `predict`, `evaluate` and `serve` take search=index. Needs renee_ray[index].
+    """
+    config = configured(IndexConfig, overrides, "index")
+    from renee_ray.report.index import sweep_table
+    from renee_ray.service.score.index import index_model
+
+    print_facts(call(index_model, model, config, say), as_json, sweep_table)
 
 
 @click.command(cls=ConfiguredCommand, keys=ServeConfig)

@@ -420,6 +420,10 @@ class ScoreConfig(Config):
     """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
     batch_size: int = Field(512, ge=1)
     """Points of a global batch."""
+    search: Literal["exact", "index"] = "exact"
+    """Scores every label, or those that an index of `renee-ray index RUN` finds."""
+    index: str = ""
+    """With search=index: its directory; empty: RUN-index."""
     tail: float | None = Field(None, ge=0)
     """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
     neighbours: int | None = Field(None, ge=0)

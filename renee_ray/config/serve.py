@@ -29,6 +29,10 @@ class ServeConfig(Config):
     """Torch threads of a process on CPU; 0: the cores of the machine divided among the shards."""
     gpus_per_process: float = Field(0.0, ge=0, le=1)
     """GPUs for each shard and each encoder: 1, or a fraction if they share; 0: CPUs only."""
+    search: Literal["exact", "index"] = "exact"
+    """Scores every label, or those that an index of `renee-ray index RUN` finds."""
+    index: str = ""
+    """With search=index: its directory, which every replica reads; empty: RUN-index."""
     tail: float | None = Field(None, ge=0)
     """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
     neighbours: int | None = Field(None, ge=0)

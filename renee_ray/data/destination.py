@@ -154,8 +154,10 @@ class Destination:
             return False
         return self._published() is not None
 
-    def declare(self, files: Iterable[str]) -> None:
+    def declare(self, files: Iterable[str], *, keep: bool = False) -> None:
         """Makes way for `files`: an earlier result is removed, unless they were declared before.
+
+        keep: leaves those of its files that have the name of a new one.
 
         Raises:
             ReneeError: a file has come that is not ours, in the place of one of them.
@@ -167,7 +169,7 @@ class Destination:
         old = {*claim.files, *(self._published() or ())}
         new = {path for path in files if self.kind.files.fullmatch(path)}
         self._write_claim(replace(claim, files=tuple(sorted(old | new))))
-        self._remove([self.kind.manifest, *sorted(old)])
+        self._remove([self.kind.manifest, *sorted(old - new if keep else old)])
         for folder in sorted({file.rpartition("/")[0] for file in new} & {*self.kind.folders}):
             storage.make_directory(f"{self._base}/{folder}")
         self._write_claim(replace(claim, files=tuple(sorted(new)), writing=True))

@@ -32,6 +32,7 @@ from renee_ray.parallel.collectives import (
     route,
     row_counts,
 )
+from renee_ray.scoring.index import Search
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
@@ -76,6 +77,7 @@ class Scorer:
     neighbours: training points that vote, or None.
     passes: pieces that every rank's labels are cut into (`scoring/passes.py`).
     explain: whether answers have parts; the encoder must have a bag.
+    index: how labels of `shard` are searched; None: all are scored.
     """
 
     encoder: Encoder
@@ -86,6 +88,7 @@ class Scorer:
     neighbours: Neighbours | None = None
     passes: int = 1
     explain: bool = False
+    index: Search | None = None
 
     @torch.inference_mode()
     def search(
@@ -111,7 +114,10 @@ class Scorer:
         width = min(
             candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks * self.passes)
         )
-        scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
+        if self.index is None:
+            scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
+        else:
+            scores, labels = self.index.search(everyone, width, excluded)
         lists = [return_rows(self.ranks, each, counts) for each in (scores, labels)]
         if before is not None:
             lists[0].append(before.scores)

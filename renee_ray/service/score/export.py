@@ -130,6 +130,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     content = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
+        "model": checkpoint.hash,
         "num_labels": dataset.manifest.num_labels,
         "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,

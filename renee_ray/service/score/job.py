@@ -21,6 +21,7 @@ from renee_ray.data.storage import absolute, filesystem_of, patiently
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.index import check_search
 from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import scoring_feed
@@ -68,6 +69,7 @@ class ScoringJob:
         check_positions(config.encoder, labels.manifest.max_length)
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
+        check_search(score, directory.path, found.hash, config.evaluation.tail)
         large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
         return cls(
             directory, config, score, found.name, found.state.step, labels, voters, hidden, large

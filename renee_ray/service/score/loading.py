@@ -23,15 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, ScoreConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.models import quiet
 from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import batch_of_texts
+from renee_ray.parallel.batch import Batch, Position, Ragged, ragged, truncate
 from renee_ray.scoring.calibration import Calibration
+from renee_ray.scoring.index import Classifier, ExactSearch, Search, open_search
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import labels_of, vocabulary_of
@@ -45,9 +47,8 @@ from renee_ray.service.score.export import (
     load_head,
     trained_encoder,
 )
-from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.labels import NONE, LabelRange
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
 from renee_ray.xfc.weights.storages import Weights
 
 log = logging.getLogger(__name__)
@@ -81,18 +82,20 @@ class Model:
         facts: dict[str, Any],
     ) -> None:
         self.num_labels, self.dim, self.step = len(labels), encoder.dim, int(facts["step"])
-        self._encoder, self._shards, self._texts = encoder.eval(), shards, labels["text"]
-        self._vocabulary, self._facts = vocabulary, facts
+        self._encoder, self._texts = encoder.eval(), labels["text"]
+        self._vocabulary, self.facts = vocabulary, facts
         knots = facts.get("calibration")
         self._calibration = Calibration.from_json(knots, "the export") if knots else None
         counts = labels["train_count"].to_numpy()
         hidden = np.zeros(len(counts), dtype=bool)
         hidden[facts.get("retired", [])] = True
         offset = prior_offset(counts, facts["tail"], shards[0].weights.device, hidden)
-        self._offsets = [
+        offsets = [
             None if offset is None else offset[each.owned.start : each.owned.stop]
             for each in shards
         ]
+        self.classifier = Classifier(shards, offsets)
+        self.search: Search = ExactSearch(self.classifier)
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> NDArray[np.float32]:
@@ -115,12 +118,7 @@ class Model:
             )
         answers = []
         for embeddings in self._embedded(texts):
-            found = [
-                shard_topk(shard, embeddings, min(k, len(shard.owned)), offset=offset)
-                for shard, offset in zip(self._shards, self._offsets, strict=True)
-            ]
-            of_each = [list(each) for each in zip(*found, strict=True)]
-            scores, labels = merge_topk(of_each[0], of_each[1], k)
+            scores, labels = self.search.search(embeddings, k)
             if calibrated and self._calibration is not None:
                 scores = torch.from_numpy(self._calibration(scores.cpu().numpy()))
             names = self._texts.take(pa.array(labels.flatten().clamp(min=0).tolist())).to_pylist()
@@ -137,14 +135,26 @@ class Model:
 
     def _embedded(self, texts: list[str]) -> Iterator[Tensor]:
         """Yields embeddings [at most BATCH, D] on the device."""
-        facts, device = self._facts, self._encoder.constant.device
         for start in range(0, len(texts), BATCH):
             some = texts[start : start + BATCH]
-            batch = batch_of_texts(self._vocabulary, some, facts["max_length"], facts["pad_id"])
-            yield self._encoder(*batch.tokens(device))
+            tokens = tokenizer.encode(self._vocabulary, some, self.facts["max_length"])
+            yield self.embed_tokens(ragged(tokens))
+
+    @torch.inference_mode()
+    def embed_tokens(self, tokens: Ragged) -> Tensor:
+        """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
+        found, none = [], Ragged.of_lists([[]] * BATCH)
+        for start in range(0, len(tokens), BATCH):
+            rows = np.arange(start, min(start + BATCH, len(tokens)))
+            ids = truncate(tokens.take(rows), self.facts["max_length"])
+            batch = Batch(Position(), rows, ids, none, none, self.facts["pad_id"])
+            found.append(self._encoder(*batch.tokens(self._encoder.constant.device)))
+        return torch.cat(found)
 
 
-def load(path: str, *, checkpoint: str = "best", device: str = "cpu") -> Model:
+def load(
+    path: str, *, checkpoint: str = "best", device: str = "cpu", search: str = "exact"
+) -> Model:
     """Loads an export or a run, from a directory or a URL as s3://bucket/export.
 
     On a CPU the classifier of a local export is mapped into memory: what no question touches is
@@ -154,12 +164,20 @@ def load(path: str, *, checkpoint: str = "best", device: str = "cpu") -> Model:
     Args:
         checkpoint: of a run: `best` on the validation split, or `last`.
         device: of torch, such as `cuda`.
+        search: `exact`, or `index`: by the index that `renee-ray index` has put at PATH-index.
 
     Raises:
-        ReneeError: there is neither an export nor a run, or one that is damaged.
+        ReneeError: there is neither an export nor a run, one that is damaged, or no index of it.
     """
     quiet()
-    path, place = absolute(path), torch.device(device)
+    how = make_config(ScoreConfig, {"search": search}, where="load")
+    model = _loaded(absolute(path), checkpoint, torch.device(device))
+    known, tail = model.facts.get("model", ""), model.facts["tail"]
+    model.search = open_search(how, path, known, tail, model.classifier)
+    return model
+
+
+def _loaded(path: str, checkpoint: str, place: torch.device) -> Model:
     filesystem, root = filesystem_of(path)
     files = filesystem.get_file_info([f"{root}/{MANIFEST}", f"{root}/{RUN_FILE}"])
     is_export, is_run = (info.type == pafs.FileType.File for info in files)
@@ -232,6 +250,7 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
         "step": found.state.step,
         "calibration": known and known.to_json(),
         "retired": found.state.retired,
+        "model": found.hash,
         "tail": config.evaluation.tail,
         "max_length": min(config.encoder.max_length, manifest.max_length),
         "pad_id": manifest.pad_id,

@@ -18,6 +18,7 @@ from renee_ray.machine import available_bytes
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks, gather_numbers
+from renee_ray.scoring.index import Classifier, open_search
 from renee_ray.scoring.neighbours import RERANKED, Neighbours
 from renee_ray.scoring.passes import Blocks, in_passes
 from renee_ray.scoring.scorer import (
@@ -129,9 +130,12 @@ class Worker:
         hidden = None if job.hidden is None else job.hidden[piece.start : piece.stop]
         tail = job.config.evaluation.tail
         offset = prior_offset(read_counts(job.labels, piece), tail, self.device, hidden)
+        index = open_search(
+            job.score, job.directory.path, self.checkpoint.hash, tail, Classifier([shard], [offset])
+        )
         return Scorer(
             self.encoder, shard, self.ranks, self.device, offset, self.neighbours, passes,
-            job.score.explain,
+            job.score.explain, index,
         )  # fmt: skip
 
     @property

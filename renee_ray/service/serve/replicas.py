@@ -31,6 +31,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import batch_of_texts
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.index import Classifier, open_search
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.launch import quiet
@@ -40,7 +41,7 @@ from renee_ray.service.run.labels import hidden_labels, labels_of, vocabulary_of
 from renee_ray.service.score.job import embed_voters
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
+from renee_ray.xfc.topk.select import NONE, merge_topk
 from renee_ray.xfc.weights.storages import Weights
 
 
@@ -84,10 +85,13 @@ class ShardReplica:
         self._shard = Shard(owned, weights, served.config.classifier.chunk)
         checkpoint.load_shard(self._shard, momentum=False)
         hidden = hidden_labels(dataset, checkpoint)
-        self._offset = prior_offset(
-            read_counts(dataset, owned), served.config.evaluation.tail, device,
+        tail = served.config.evaluation.tail
+        offset = prior_offset(
+            read_counts(dataset, owned), tail, device,
             None if hidden is None else hidden[owned.start : owned.stop],
         )  # fmt: skip
+        classifier = Classifier([self._shard], [offset])
+        self._search = open_search(served.settings, served.run, checkpoint.hash, tail, classifier)
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
 
@@ -99,7 +103,7 @@ class ShardReplica:
         """
         rows = torch.tensor(embeddings, device=self._shard.weights.device)
         k = min(k, len(self._shard.owned))
-        scores, labels = shard_topk(self._shard, rows, k, offset=self._offset)
+        scores, labels = self._search.search(rows, k)
         return scores.cpu().numpy(), labels.cpu().numpy()
 
     def texts(self, labels: np.ndarray) -> list[str]:

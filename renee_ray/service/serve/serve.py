@@ -41,6 +41,7 @@ except ImportError as error:
 from renee_ray.data.storage import absolute
 from renee_ray.model.encoder import check_positions
 from renee_ray.parallel.threads import in_thread
+from renee_ray.scoring.index import check_search
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import labels_of, vocabulary_of
 from renee_ray.service.score.job import scoring_config
@@ -112,6 +113,7 @@ def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, A
     anew = ("tail", "neighbours", "neighbour_weight")
     score = ScoreConfig.model_validate({name: getattr(settings, name) for name in anew})
     config = scoring_config(config, score, shards).model_copy(update={"threads": settings.threads})
+    check_search(settings, directory.path, checkpoint.hash, config.evaluation.tail)
     facts = {
         "run": directory.path,
         "step": checkpoint.state.step,

@@ -1,0 +1,126 @@
+"""How good and how fast an approximate index is, over a sweep of its search effort."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from renee_ray.scoring.index import ExactSearch, IndexSearch, Part, Search, load_faiss
+from renee_ray.scoring.metrics import KS
+from renee_ray.xfc.labels import NONE
+
+log = logging.getLogger(__name__)
+
+RECALLS, COMPARED = (1, 10, 100), 10
+"""Labels asked for where recall is measured, and where it is compared with what is wanted."""
+ENOUGH = 0.999
+"""Recall that ends the sweep."""
+ALONE = 200
+"""Most queries that are asked one by one."""
+Truth = list[tuple[set[int], set[int]]]
+"""The labels and the filter labels of each point."""
+
+
+def swept(
+    exact: ExactSearch,
+    parts: Sequence[Part],
+    embeddings: Tensor,
+    truth: Truth | None,
+    factor: int,
+    wanted: float,
+) -> dict[str, Any]:
+    """Compares search by an index with exact search, and chooses the least effort that suffices.
+
+    Args:
+        embeddings: float32 [n, D]; truth: the labels and the filter labels of each, or None.
+        factor: candidates of a range for each label; wanted: recall of the 10 best, in (0, 1].
+
+    Returns:
+        "effort", "effort_name", "reached" (whether one suffices), "recall" (what was wanted),
+        "sample" (n), "exact" and "sweep": a row for each effort, with recall at 1, 10 and 100 in
+        [0, 1], the points of P@k that are lost, in percent, and queries a second
+    """
+    number = exact.classifier.stop
+    ks = sorted({min(k, number) for k in RECALLS})
+    found = {k: exact.search(embeddings, k)[1].numpy() for k in ks}
+    at = min(COMPARED, number)
+    best, key = precisions(found[at], truth), f"recall@{at}"
+    baseline = {**speeds(exact, embeddings, at), **best}
+    name, efforts = efforts_of(parts[0])
+    sweep: list[dict[str, Any]] = []
+    for effort in efforts:
+        search = IndexSearch(exact.classifier, parts, effort, factor)
+        here = {k: search.search(embeddings, k)[1].numpy() for k in ks}
+        lost = {k: best[k] - value for k, value in precisions(here[at], truth).items()}
+        row = {"effort": effort} | {f"recall@{k}": recall(here[k], found[k]) for k in ks}
+        row |= {f"{k} lost": round(value, 3) for k, value in lost.items()}
+        sweep.append(row | speeds(search, embeddings, at))
+        if row[key] >= max(ENOUGH, wanted):
+            break
+    enough = [row for row in sweep if row[key] >= wanted]
+    if not enough:
+        log.warning(
+            "no search effort reaches recall=%g, the greatest finds %g; give a finer factory= or "
+            "more candidates=", wanted, sweep[-1][key],
+        )  # fmt: skip
+    return {
+        "effort": (enough or sweep[-1:])[0]["effort"], "effort_name": name,
+        "reached": bool(enough), "recall": wanted, "sample": len(embeddings),
+        "exact": baseline, "sweep": sweep,
+    }  # fmt: skip
+
+
+def efforts_of(part: Part) -> tuple[str, list[int]]:
+    """Returns the name of an index's search effort, and values from cheap to dear."""
+    faiss = load_faiss()
+    if isinstance(part.index, faiss.IndexHNSW):
+        return "efSearch", [2**i for i in range(4, 11)]
+    if isinstance(part.index, faiss.IndexIVF):
+        return "nprobe", [2**i for i in range(11) if 2**i <= part.index.nlist]
+    return "none", [0]
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Returns the share of labels exact [n, k] that found [n, k] has too."""
+    there = exact != NONE
+    hits = (exact[:, :, None] == found[:, None, :]).any(2) & there
+    return round(float(hits.sum() / max(1, there.sum())), 4)
+
+
+def precisions(labels: np.ndarray, truth: Truth | None) -> dict[str, float]:
+    """Returns P@1, P@3, P@5 in percent of labels [n, k] without filter labels; none without truth.
+
+    truth: the labels and the filter labels of each point.
+    """
+    if truth is None:
+        return {}
+    hits = np.zeros((len(truth), max(KS)))
+    for i, (row, (true, filtered)) in enumerate(zip(labels.tolist(), truth, strict=True)):
+        kept = [label for label in row if label not in filtered][: max(KS)]
+        hits[i, : len(kept)] = [label in true for label in kept]
+    return {f"P@{k}": round(float(100 * hits[:, :k].mean()), 3) for k in KS}
+
+
+def speeds(search: Search, embeddings: Tensor, k: int) -> dict[str, float]:
+    """Measures queries a second: one by one on one core, by its CPU time, and all on all cores."""
+    threads, some = torch.get_num_threads(), embeddings[:ALONE]
+    began = time.perf_counter()
+    search.search(embeddings, k)
+    together = len(embeddings) / (time.perf_counter() - began)
+    torch.set_num_threads(1)
+    try:
+        search.search(some[:1], k)
+        began, count = time.process_time(), 0
+        while count < len(some) and (count < 5 or time.process_time() - began < 1):
+            search.search(some[count : count + 1], k)
+            count += 1
+        alone = count / max(1e-9, time.process_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return {"queries/s one core": round(alone, 1), "queries/s all cores": round(together, 1)}

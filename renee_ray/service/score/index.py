@@ -1,0 +1,202 @@
+"""`renee-ray index`: an approximate index of a model's labels, for search in milliseconds.
+
+    index.json                  factory string, ranges with SHA-256, the sweep; written last
+    labels-START-STOP.faiss     the index of a range of labels (scoring/index.py)
+    labels-START-STOP.json      what that was built from, so that it is not built again
+    recall.png                  the sweep of search effort as a plot
+
+A Ray task builds each range in bounded memory. The driver loads the model and measures; it maps an
+export into memory, and holds the weights of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from renee_ray.config.index import IndexConfig
+from renee_ray.data.dataset import Dataset
+from renee_ray.data.destination import Destination, Kind, listed_files
+from renee_ray.data.storage import absolute, read_file, replace_file, write_file
+from renee_ray.data.untrusted import parse_json
+from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import ragged
+from renee_ray.report.index import draw_sweep
+from renee_ray.scoring.index import (
+    FILES,
+    FORMAT_VERSION,
+    MANIFEST,
+    ExactSearch,
+    index_of,
+    load_faiss,
+    read_parts,
+)
+from renee_ray.scoring.index_building import (
+    Survey,
+    build,
+    default_factory,
+    empty_index,
+    training_rows,
+    width_of,
+)
+from renee_ray.scoring.index_quality import Truth, swept
+from renee_ray.scoring.scorer import prior_offset, read_counts
+from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.score.loading import Model, load
+from renee_ray.service.tasks import Reporter, stream
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.weights.storages import Weights
+
+INDEX = Kind(
+    "an index", MANIFEST, "_claim.json", frozenset({"format_version", "model", "ranges"}),
+    FILES, (), listed_files,
+)  # fmt: skip
+MOST_LABELS = 20_000_000
+"""Labels of a range, unless fewer ranges are asked for."""
+BLOCK_BYTES = 1 << 26
+PIECES = 8
+"""Places of a split that points are taken from."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each task is given. checkpoint: its name; empty: `model` is an export."""
+
+    model: str
+    checkpoint: str
+    num_labels: int
+    dim: int
+    tail: float
+    output: str
+    factory: str
+    ranges: int
+    threads: int
+
+    def name(self, i: int) -> str:
+        """Returns the name of the files of range i, without their endings."""
+        start, stop = split_range(self.num_labels, self.ranges, i)
+        return f"labels-{start:012d}-{stop:012d}"
+
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yields the rows [w_l, b_l] of labels [start, stop), float32 [m, D + 1]."""
+        size, directory = max(1, BLOCK_BYTES // (4 * self.dim)), RunDirectory(self.model)
+        mapped = None if self.checkpoint else load(self.model).classifier
+        for first in range(start, stop, size):
+            owned = LabelRange(first, min(first + size, stop), self.num_labels)
+            if mapped is not None:
+                yield mapped.rows(owned.start, owned.stop)
+                continue
+            saved = directory.checkpoints().at(self.checkpoint)
+            weights = Weights(saved.state.facts["precision"], len(owned), self.dim, False, CPU)
+            saved.load_shard(Shard(owned, weights), momentum=False)
+            offset = prior_offset(read_counts(directory.dataset(), owned), self.tail, CPU)
+            last = torch.zeros(len(owned)) if offset is None else offset
+            yield torch.cat([weights.read(0, len(owned)), last[:, None]], dim=1)
+
+
+def build_range(plan: Plan, i: int) -> dict[str, Any]:
+    """Builds the index of range i, unless it is there and was built from the same rows."""
+    began, cpu = time.perf_counter(), time.process_time()
+    start, stop = split_range(plan.num_labels, plan.ranges, i)
+    load_faiss().omp_set_num_threads(plan.threads)
+    index, rows = empty_index(plan.factory, plan.dim), partial(plan.blocks, start, stop)
+    survey = Survey.of(rows, stop - start, training_rows(index))
+    path, facts = (f"{plan.output}/{plan.name(i)}.{ending}" for ending in ("faiss", "json"))
+    built_from = {"factory": plan.factory, "rows": survey.sha256, "start": start, "stop": stop}
+    known = parse_json(read_file(facts) or b"{}")
+    there = hashlib.sha256(read_file(path) or b"").hexdigest()
+    if (known.get("built_from"), known.get("sha256")) == (built_from, there):
+        return {**known, "built": False}
+    build(index, rows, survey)
+    content = load_faiss().serialize_index(index).tobytes()
+    replace_file(path, content)
+    found = {
+        "start": start, "stop": stop, "file": f"{plan.name(i)}.faiss", "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(), "greatest": survey.greatest,
+        "seconds": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2), "built_from": built_from,
+    }  # fmt: skip
+    replace_file(facts, json.dumps(found).encode())
+    return {**found, "built": True}
+
+
+def index_model(
+    model: str, config: IndexConfig, on_progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Builds an index of a run or an export, measures it and returns `index.json`.
+
+    Raises:
+        ReneeError: FAISS is not installed, there is no model, a factory string that FAISS does not
+            take, more ranges than labels, or an output that is taken.
+    """
+    load_faiss()
+    model, directory, checkpoint, workers = absolute(model), RunDirectory(absolute(model)), "", 1
+    points = Dataset.open(config.points) if config.points else None
+    if directory.read(RUN_FILE) is not None:
+        checkpoint = directory.checkpoint(config.checkpoint).name
+        workers, points = directory.config().max_workers, points or directory.dataset()
+    if points is None:
+        raise ReneeError(f"{model} is no run and has no points to measure on; give points=DATASET")
+    loaded = load(model, checkpoint=config.checkpoint)
+    number, dim, tail = loaded.num_labels, loaded.dim, loaded.facts["tail"]
+    ranges = config.ranges or min(number, workers * -(-number // MOST_LABELS))
+    if ranges > number:
+        raise ReneeError(f"ranges={ranges} exceeds the {number} labels; lower ranges")
+    factory = config.factory or default_factory(-(-number // ranges), width_of(dim))
+    empty_index(factory, dim)
+    output = Destination(absolute(config.output or index_of(model)), INDEX, config.overwrite)
+    output.check()
+    ensure_ray()
+    threads = max(1, (os.cpu_count() or 1) // ranges)
+    plan = Plan(
+        model, checkpoint, number, dim, tail, output.path, factory, ranges, threads
+    )  # fmt: skip
+    output.claim()
+    files = [f"{plan.name(i)}.{ending}" for i in range(ranges) for ending in ("faiss", "json")]
+    output.declare([*files, "recall.png"], keep=True)
+    reporter, built = Reporter("ranges", ranges, on_progress), []
+    for each in stream(build_range, plan, ranges):
+        built.append(each)
+        reporter.one_more()
+    on_progress("measuring recall and speed")
+    built.sort(key=lambda each: each["start"])
+    parts, exact = read_parts(output.path, built, loaded.classifier), ExactSearch(loaded.classifier)
+    facts: dict[str, Any] = {
+        "format_version": FORMAT_VERSION, "model": loaded.facts["model"], "tail": tail,
+        "num_labels": number, "dim": dim, "factory": factory, "candidates": config.candidates,
+        **swept(exact, parts, *sample(loaded, points, config.sample), config.candidates,
+                config.recall),
+        "ranges": built,
+    }  # fmt: skip
+    write_file(f"{output.path}/recall.png", draw_sweep(facts))
+    output.publish(facts)
+    return facts
+
+
+def sample(model: Model, points: Dataset, number: int) -> tuple[Tensor, Truth]:
+    """Embeds some validation points, or training points where there are none; float32 [n, D].
+
+    They come in even pieces of the split, with their labels.
+    """
+    split = "validation" if points.manifest.num_points("validation") else "train"
+    rows, columns = points.manifest.num_points(split), ["input_ids", "labels", "filter_labels"]
+    pieces = min(PIECES, rows, number)
+    each = min(number, rows) // pieces
+    starts = (i * rows // pieces for i in range(pieces))
+    table = pa.concat_tables(points.read_rows(split, at, at + each, columns) for at in starts)
+    lists = (table[name].to_pylist() for name in ("labels", "filter_labels"))
+    truth = [(set(true), set(filtered)) for true, filtered in zip(*lists, strict=True)]
+    return model.embed_tokens(ragged(table["input_ids"])), truth

@@ -1,0 +1,115 @@
+"""`renee-ray index` of a run and of its export, and what searches by it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow.dataset as pads
+import pytest
+
+import renee_ray
+from renee_ray.cli.main import main
+from renee_ray.errors import ReneeError
+from renee_ray.scoring.index import IndexSearch
+
+from .conftest import TESTS, Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+K = 20
+RANGES = 3
+
+
+@pytest.fixture(scope="module")
+def index(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index that reads all: two ranks hold other label ranges than its three files."""
+    path = tmp_path_factory.mktemp("indexed") / "index"
+    arguments = [trained.path, f"output={path}", f"ranges={RANGES}", "sample=30"]
+    assert main(["index", *arguments, "factory=IVF4,Flat"]) == 0
+    return path
+
+
+def test_the_sweep_ends_with_what_exact_search_finds(index: Path) -> None:
+    facts = json.loads((index / "index.json").read_text())
+    assert facts["sweep"][-1]["recall@10"] == 1 and facts["sweep"][-1]["P@1 lost"] == 0
+    assert facts["effort"] in [row["effort"] for row in facts["sweep"]]
+    there = {each.name for each in index.iterdir()}
+    assert {*facts["files"], "index.json"} == there
+    assert (index / "recall.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_predictions_by_an_index_are_the_exact_ones(
+    trained: Run, index: Path, dataset: str, tmp_path: Path, num_workers: int
+) -> None:
+    found = {}
+    facts = json.loads((index / "index.json").read_text())
+    facts["effort"] = 4  # all lists
+    everything = tmp_path / "all"
+    everything.mkdir()
+    for file in index.iterdir():
+        if file.name != "index.json":
+            os.link(file, everything / file.name)
+    (everything / "index.json").write_text(json.dumps(facts))
+    for search in ("exact", "index"):
+        arguments = [
+            f"search={search}",
+            f"index={everything}",
+            f"k={K}",
+            f"num_workers={num_workers}",
+        ]
+        assert main(["predict", trained.path, dataset, str(tmp_path / search), *arguments]) == 0
+        found[search] = pads.dataset(tmp_path / search).to_table().to_pylist()
+    assert len(found["exact"]) == TESTS
+    for exact, other in zip(found["exact"], found["index"], strict=True):
+        assert exact["label_ids"] == other["label_ids"]
+        assert exact["scores"] == pytest.approx(other["scores"], rel=1e-5)
+
+
+def test_only_a_range_that_is_missing_is_built_again(trained: Run, index: Path) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in index.glob("*.faiss")}
+    lost = sorted(before)[1]
+    (index / lost).write_bytes(b"damaged")
+    arguments = [trained.path, f"output={index}", f"ranges={RANGES}", "factory=IVF4,Flat"]
+    assert main(["index", *arguments, "sample=30"]) == 1
+    assert main(["index", *arguments, "sample=30", "overwrite=true"]) == 0
+    after = {file.name: file.stat().st_mtime_ns for file in index.glob("*.faiss")}
+    assert {name for name in before if before[name] != after[name]} == {lost}
+    facts = json.loads((index / "index.json").read_text())
+    assert [each["built"] for each in facts["ranges"]] == [False, True, False]
+
+
+def test_an_export_has_an_index_that_its_run_can_use(
+    trained: Run, index: Path, dataset: str, source: Path, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "model")
+    assert main(["export", trained.path, path]) == 0
+    assert main(["index", path, f"ranges={RANGES}", "sample=30"]) == 1
+    assert main(["index", path, f"ranges={RANGES}", "sample=30", f"points={dataset}"]) == 0
+    texts = (source / "tst_X.txt").read_text().splitlines()[:10]
+    exact = renee_ray.load(path).predict(texts, K)
+    model = renee_ray.load(path, search="index")
+    assert isinstance(model.search, IndexSearch)
+    for wanted, found in zip(exact, model.predict(texts, K), strict=True):
+        assert [label.id for label in wanted] == [label.id for label in found]
+    arguments = [dataset, str(tmp_path / "p"), "search=index", f"index={path}-index", "k=3"]
+    assert main(["predict", trained.path, *arguments]) == 0
+    files = {each.name: each.read_bytes() for each in index.glob("*.faiss")}
+    assert files.keys() == {each.name for each in Path(f"{path}-index").glob("*.faiss")}
+
+
+def test_an_index_of_another_run_is_refused(
+    trained_longer: Run,
+    index: Path,
+    dataset: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [str(tmp_path / "p"), "search=index", f"index={index}"]
+    assert main(["predict", trained_longer.path, dataset, *arguments]) == 1
+    assert "was built for model=" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+    with pytest.raises(ReneeError, match="is no index"):
+        renee_ray.load(trained_longer.path, search="index")

@@ -1,0 +1,229 @@
+"""Search by FAISS finds what a dense product in float64 finds, whatever the norms of the rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from renee_ray.config.schema import ScoreConfig
+from renee_ray.errors import ReneeError
+from renee_ray.scoring.index import (
+    Classifier,
+    ExactSearch,
+    IndexSearch,
+    Part,
+    Search,
+    check_search,
+    open_search,
+)
+from renee_ray.scoring.index_building import Survey, build, default_factory, empty_index
+from renee_ray.scoring.index_quality import efforts_of, recall, swept
+from renee_ray.xfc.labels import LabelRange, split_range
+from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.weights.storages import Weights
+
+from .planted import near, planted
+
+L, D, B = 601, 13, 17
+EVERY = 1 << 20
+"""Search effort that reads all."""
+
+
+def make_part(weights: Tensor, offsets: Tensor, factory: str, start: int, stop: int) -> Part:
+    def rows() -> Iterator[Tensor]:
+        yield from torch.cat([weights, offsets[:, None]], 1)[start:stop].split(50)
+
+    survey = Survey.of(rows, stop - start, 10_000)
+    index = empty_index(factory, weights.shape[1])
+    build(index, rows, survey)
+    return Part(start, stop, survey.greatest, index)
+
+
+def make_parts(weights: Tensor, offsets: Tensor, factory: str, number: int) -> list[Part]:
+    bounds = [split_range(len(weights), number, i) for i in range(number)]
+    return [make_part(weights, offsets, factory, *each) for each in bounds]
+
+
+def shards(weights: Tensor, number: int) -> list[Shard]:
+    owned = [LabelRange.of_rank(len(weights), number, rank) for rank in range(number)]
+    return [Shard(each, Weights.of(weights[each.start : each.stop])) for each in owned]
+
+
+def classifiers(weights: Tensor, offsets: Tensor, number: int) -> list[Classifier]:
+    """One for each rank."""
+    return [
+        Classifier([shard], [offsets[shard.owned.start : shard.owned.stop]])
+        for shard in shards(weights, number)
+    ]
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+    """Weights of norms from 0.1 to 10, offsets, embeddings and their scores in float64."""
+    weights, offsets = planted(L, D, spread=True)
+    embeddings = near(weights, B)
+    dense = embeddings.double() @ weights.double().T + offsets.double()
+    return weights, offsets, embeddings, dense.numpy()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("factory", "parts"), [("Flat", 1), ("Flat", 4), ("IVF8,Flat", 3)])
+def test_all_effort_finds_the_exact_labels(
+    problem: tuple[Tensor, Tensor, Tensor, np.ndarray], ranks: int, factory: str, parts: int
+) -> None:
+    weights, offsets, embeddings, dense = problem
+    built, k, dense = make_parts(weights, offsets, factory, parts), 12, dense.copy()
+    banned = torch.tensor([[0, 0, 0, 3], [*np.argsort(-dense[0])[:3].tolist(), 5]])
+    hidden = np.argsort(-dense[1])[:40].copy()
+    offsets = offsets.clone()
+    offsets[hidden] = -torch.inf
+    dense[:, hidden] = -np.inf
+    dense[tuple(banned.numpy())] = -np.inf
+    found = []
+    for each in classifiers(weights, offsets, ranks):
+        inside = (banned[1] >= each.start) & (banned[1] < each.stop)
+        excluded = Pairs(*banned[:, inside], each.shards[0].owned)
+        search = IndexSearch(each, built, EVERY, factor=1)
+        found.append(search.search(embeddings, k, excluded))
+    scores, labels = (torch.cat([each[i] for each in found], 1).numpy() for i in (0, 1))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    wanted = np.argsort(-dense, axis=1)[:, :k]
+    np.testing.assert_array_equal(np.take_along_axis(labels, order, 1), wanted)
+    np.testing.assert_allclose(
+        np.take_along_axis(scores, order, 1), np.take_along_axis(dense, wanted, 1), rtol=1e-5
+    )
+
+
+def test_l2_without_the_last_number_finds_other_labels(
+    problem: tuple[Tensor, Tensor, Tensor, np.ndarray],
+) -> None:
+    weights, _, embeddings, dense = problem
+    near = torch.cdist(embeddings, weights).argsort(1)[:, :10].numpy()
+    assert recall(near, np.argsort(-dense, axis=1)[:, :10]) < 0.5
+
+
+@pytest.mark.parametrize("factory", ["HNSW16,SQ8", "IVF32,SQ8", "IVF32,PQ24x4"])
+def test_a_sweep_reaches_the_recall_where_norms_vary(factory: str) -> None:
+    weights, offsets = planted(3000, 32, spread=True)
+    parts = make_parts(weights, offsets, factory, 2)
+    assert parts[0].index.d == 48
+    exact = ExactSearch(Classifier(shards(weights, 1), [offsets]))
+    embeddings = near(weights, 40)
+    truth: Any = [({int(label)}, set[int]()) for label in exact.search(embeddings, 1)[1]]
+    found = swept(exact, parts, embeddings, truth, factor=10, wanted=0.95)
+    kept = next(row for row in found["sweep"] if row["effort"] == found["effort"])
+    assert found["reached"] and kept["recall@10"] >= 0.95
+    assert found["exact"]["P@1"] == 100 and kept["P@1 lost"] <= 5
+    cheaper = [row["recall@10"] for row in found["sweep"] if row["effort"] < found["effort"]]
+    assert all(value < 0.95 for value in cheaper)
+    assert found["effort"] in efforts_of(parts[0])[1]
+
+
+def test_rows_without_any_weight_and_more_labels_than_there_are() -> None:
+    weights, offsets = torch.zeros(3, 4), torch.zeros(3)
+    search = IndexSearch(
+        classifiers(weights, offsets, 1)[0], make_parts(weights, offsets, "Flat", 1), 0, 2
+    )
+    scores, labels = search.search(torch.ones(2, 4), 5)
+    assert labels.tolist() == [[0, 1, 2, -1, -1]] * 2
+    assert scores[:, :3].eq(0).all() and scores[:, 3:].eq(-torch.inf).all()
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ReneeError, match="not finite"):
+        make_parts(torch.full((3, 4), torch.nan), torch.zeros(3), "Flat", 1)
+
+
+def test_the_kind_of_index_depends_on_the_number_of_labels() -> None:
+    kinds = [default_factory(n, 72).partition(",")[0] for n in (49_999, 50_000, 30_000_000)]
+    assert kinds == ["Flat", "HNSW32", "IVF16384"]
+    with pytest.raises(ReneeError, match="FAISS does not take it"):
+        empty_index("nonsense", 8)
+    with pytest.raises(ReneeError, match="IndexLSH"):
+        empty_index("LSH", 8)
+
+
+def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ReneeError, match=r"renee_ray\[index\]"):
+        empty_index("Flat", 8)
+
+
+@pytest.fixture
+def written(
+    problem: tuple[Tensor, Tensor, Tensor, np.ndarray], tmp_path: Path
+) -> tuple[Path, Classifier]:
+    """An index of two files, and the whole classifier."""
+    weights, offsets, *_ = problem
+    ranges = []
+    for part in make_parts(weights, offsets, "Flat", 2):
+        name = f"labels-{part.start:012d}-{part.stop:012d}.faiss"
+        content = faiss.serialize_index(part.index).tobytes()
+        (tmp_path / name).write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        facts = {"start": part.start, "stop": part.stop, "greatest": part.greatest}
+        ranges.append({**facts, "file": name, "sha256": sha256})
+    known = {"format_version": 1, "model": "ab", "tail": 0.0, "effort": 0, "candidates": 2}
+    (tmp_path / "index.json").write_text(json.dumps({**known, "ranges": ranges}))
+    return tmp_path, classifiers(weights, offsets, 1)[0]
+
+
+def opened(path: Path, classifier: Classifier, model: str = "ab", tail: float = 0.0) -> Search:
+    settings = ScoreConfig(search="index", index=str(path))
+    return open_search(settings, "none", model, tail, classifier)
+
+
+def test_a_written_index_is_read_again(written: tuple[Path, Classifier]) -> None:
+    path, classifier = written
+    embeddings = near(classifier.shards[0].weights.read(0, L), 5)
+    found = opened(path, classifier).search(embeddings, 7)
+    exact = open_search(ScoreConfig(), "none", "ab", 0.0, classifier)
+    assert isinstance(exact, ExactSearch) and not check_search(ScoreConfig(), "none", "ab", 0.0)
+    assert torch.equal(found[1], exact.search(embeddings, 7)[1])
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "lost", "label", "json", "no range", "outside"])
+def test_a_damaged_index_is_refused(written: tuple[Path, Classifier], harm: str) -> None:
+    path, classifier = written
+    file, manifest = sorted(path.glob("*.faiss"))[0], path / "index.json"
+    content = bytearray(file.read_bytes())
+    facts = json.loads(manifest.read_text())
+    if harm == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif harm == "cut":
+        file.write_bytes(content[:-5])
+    elif harm == "lost":
+        file.unlink()
+    elif harm == "label":
+        facts["ranges"][0]["stop"] -= 1
+    elif harm == "no range":
+        del facts["ranges"][1]
+    elif harm == "outside":
+        facts["ranges"][0]["file"] = "../" + file.name
+    manifest.write_text("{" if harm == "json" else json.dumps(facts))
+    with pytest.raises(ReneeError, match="is damaged"):
+        opened(path, classifier)
+
+
+@pytest.mark.parametrize(
+    ("model", "tail", "word"), [("cd", 0.0, "model='ab'"), ("ab", 0.5, "tail=0.0")]
+)
+def test_an_index_of_another_model_is_refused(
+    written: tuple[Path, Classifier], model: str, tail: float, word: str
+) -> None:
+    path, classifier = written
+    with pytest.raises(ReneeError, match=f"was built for {word}"):
+        opened(path, classifier, model, tail)
+    with pytest.raises(ReneeError, match="is no index"):
+        opened(path / "none", classifier, model, tail)
