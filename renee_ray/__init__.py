@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from renee_ray.config.overrides import make_config, read_yaml
-    from renee_ray.config.schema import ConvertConfig, ExportConfig, RunConfig, ScoreConfig
+    from renee_ray.config.schema import ConvertConfig, RunConfig
+    from renee_ray.config.score import ExportConfig, ScoreConfig
     from renee_ray.errors import ReneeError
     from renee_ray.service.convert.convert import convert
     from renee_ray.service.quickstart import quickstart
@@ -34,10 +35,10 @@ __all__ = [
 
 _HOMES = {
     "ConvertConfig": "config.schema.ConvertConfig",
-    "ExportConfig": "config.schema.ExportConfig",
+    "ExportConfig": "config.score.ExportConfig",
     "ReneeError": "errors.ReneeError",
     "RunConfig": "config.schema.RunConfig",
-    "ScoreConfig": "config.schema.ScoreConfig",
+    "ScoreConfig": "config.score.ScoreConfig",
     "convert": "service.convert.convert.convert",
     "evaluate": "service.score.evaluate.evaluate_run",
     "export": "service.score.export.export_run",

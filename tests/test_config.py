@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from renee_ray.config.overrides import keys_of, make_config, parse_overrides, read_yaml
-from renee_ray.config.schema import ConvertConfig, RunConfig, ScoreConfig
+from renee_ray.config.schema import ConvertConfig, RunConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.errors import ConfigError, ReneeError
 
 REQUIRED: dict[str, Any] = {"data": "d", "output": "o"}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from renee_ray.config.schema import ScoreConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.errors import ReneeError
 from renee_ray.scoring.index import (
     Classifier,

@@ -12,7 +12,8 @@ from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, json_opti
 from renee_ray.cli.output import print_facts
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path
-from renee_ray.config.schema import EncoderConfig, RunConfig, ScoreConfig
+from renee_ray.config.schema import EncoderConfig, RunConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.errors import ConfigError
 from renee_ray.machine import OPENMP
 

@@ -14,7 +14,7 @@ from renee_ray.cli.output import print_facts, print_result, say
 from renee_ray.config.compare import CompareConfig
 from renee_ray.config.fuse import FuseConfig
 from renee_ray.config.index import IndexConfig
-from renee_ray.config.schema import ExportConfig, ScoreConfig
+from renee_ray.config.score import ExportConfig, ScoreConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import printable
 

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from renee_ray.config.schema import ScoreConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.data.storage import absolute, read_file
 from renee_ray.data.untrusted import parse_json

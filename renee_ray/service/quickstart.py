@@ -29,7 +29,8 @@ import torch
 
 from renee_ray.config.overrides import make_config, read_yaml
 from renee_ray.config.recipes import recipe_path
-from renee_ray.config.schema import NO_TRANSFORMER, BagConfig, ConvertConfig, RunConfig, ScoreConfig
+from renee_ray.config.schema import NO_TRANSFORMER, BagConfig, ConvertConfig, RunConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.errors import ConfigError, ReneeError, reason
 from renee_ray.model.encoder import build_encoder

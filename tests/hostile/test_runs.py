@@ -283,7 +283,7 @@ def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_weights_file_of_a_run_is_not_read_to_score(place: Place) -> None:
     """run.json may name any file as encoder.weights; the checkpoint has all weights."""
-    from renee_ray.config.schema import ScoreConfig
+    from renee_ray.config.score import ScoreConfig
     from renee_ray.service.score.job import scoring_config
 
     run = run_of(place)

@@ -6,7 +6,8 @@ import pytest
 
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_recipe
-from renee_ray.config.schema import RunConfig, ScoreConfig
+from renee_ray.config.schema import RunConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.score.expect import as_scored, differences
 

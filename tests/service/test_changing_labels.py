@@ -18,7 +18,8 @@ import renee_ray
 from renee_ray.checkpoint import registry
 from renee_ray.checkpoint.state import Checkpoint, State
 from renee_ray.checkpoint.writer import CheckpointWriter
-from renee_ray.config.schema import EncoderConfig, ExportConfig, RunConfig
+from renee_ray.config.schema import EncoderConfig, RunConfig
+from renee_ray.config.score import ExportConfig
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset, Extended

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModel
 
 from renee_ray.cli.main import main
-from renee_ray.config.schema import ConvertConfig, ScoreConfig
+from renee_ray.config.schema import ConvertConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.model.model import build_model

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.config.schema import RunConfig, ScoreConfig
+from renee_ray.config.schema import RunConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from renee_ray.config.compare import CompareConfig
 from renee_ray.config.overrides import dotted
-from renee_ray.config.schema import ScoreConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute

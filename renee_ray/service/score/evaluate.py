@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any
 
-from renee_ray.config.schema import ScoreConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError

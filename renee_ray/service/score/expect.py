@@ -7,7 +7,8 @@ from typing import Any
 
 from renee_ray.config.about import About
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe
-from renee_ray.config.schema import ConvertConfig, RunConfig, ScoreConfig
+from renee_ray.config.schema import ConvertConfig, RunConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Manifest
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError

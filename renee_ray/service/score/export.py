@@ -32,7 +32,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.schema import EncoderConfig, ExportConfig, LoraConfig
+from renee_ray.config.schema import EncoderConfig, LoraConfig
+from renee_ray.config.score import ExportConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.models import quiet, resolve_model

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.fs as pafs
 import torch
 
-from renee_ray.config.schema import EvalConfig, RunConfig, ScoreConfig
+from renee_ray.config.schema import EvalConfig, RunConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import absolute, filesystem_of, patiently
 from renee_ray.errors import ReneeError

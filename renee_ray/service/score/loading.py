@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from renee_ray.config.overrides import make_config
-from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, ScoreConfig
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.models import quiet
 from renee_ray.data.storage import absolute, filesystem_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from renee_ray import __version__
-from renee_ray.config.schema import ScoreConfig
+from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, filesystem_of, make_directory

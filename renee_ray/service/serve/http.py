@@ -279,7 +279,7 @@ def _add_watching(app: FastAPI, door: Door, current: Callable[[], Model]) -> Non
         """Tells which run answers, and the limits of a request."""
         return current().facts
 
-    text = {200: {"content": {"text/plain": {}}}}
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
     @app.get("/metrics", dependencies=SECRET, responses=text | _errors(401))
     async def metrics() -> Response:
