@@ -130,6 +130,14 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: st
     return found
 
 
+def stop(process: subprocess.Popen[str], path: str) -> Run:
+    """Tells a run to end, as one of LONGER must be; what it has come to, without a result."""
+    process.send_signal(signal.SIGINT)
+    command = finish(process)
+    assert command.status == 130, command.stderr
+    return Run(path, command, {}, json.loads(Path(path, "history.json").read_text()))
+
+
 @contextlib.contextmanager
 def paused(root: int) -> Iterator[None]:
     """Stops the training workers below a process, so that what is done meanwhile is in time."""
@@ -316,14 +324,29 @@ def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory)
     return trained_once(tmp_path_factory, "undisturbed", [recipe, f"data={dataset}"])
 
 
-LONGER = ["epochs=16", "evaluation.every=8"]
+LONGER = ["epochs=1000", "warmup=0", "evaluation.every=8"]
+"""Of a run that does not end before its test has seen what it waits for, however fast steps are."""
+ENOUGH = 192
+"""Steps of the run of LONGER that others are compared with."""
 
 
 @pytest.fixture(scope="session")
 def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """As `trained`, with LONGER; without checkpoints on the way."""
-    settings = [f"data={dataset}", "checkpoint.every_steps=0", *LONGER]
-    return trained_once(tmp_path_factory, "longer", [recipe, *settings])
+    """An undisturbed run of RECIPE with LONGER, of ENOUGH steps; no checkpoints on the way."""
+
+    def make(folder: Path) -> None:
+        path = str(folder / "longer")
+        settings = f"data={dataset}", f"output={path}", "checkpoint.every_steps=0", *LONGER
+        process = start("train", recipe, *settings)
+        try:
+            until(lambda: (status_of(path).get("step") or 0) >= ENOUGH, process, "enough steps")
+            stop(process, path)
+        finally:
+            end(process)
+
+    path = once(tmp_path_factory, "longer", make) / "longer"
+    history = json.loads((path / "history.json").read_text())
+    return Run(str(path), Command(130, "", ""), {}, history)
 
 
 RAW_K = 121

@@ -29,11 +29,12 @@ from ray.cluster_utils import Cluster
 
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 
-from .conftest import HEALTH, LONGER, Run, descendants, end, finish, renee_ray, run_of, start
+from .conftest import HEALTH, LONGER, Run, descendants, end, finish, renee_ray, run_of, start, stop
 from .gateway import BUCKET, Gateway
 from .test_train import (
     OTHER_ORDER,
     assert_continuous,
+    assert_same_course,
     assert_same_outcome,
     newest_commit,
     wait_for_commit,
@@ -44,6 +45,7 @@ ONLY_HERE = ("slow", "truncated", "full")
 KINDS = (*ONLY_HERE, "worker", "sigterm", "node", "away")
 FAULTS = int(os.environ.get("RENEE_RAY_CHAOS_FAULTS", "0"))
 SETTINGS = [f"epochs={4 + 2 * FAULTS}", f"evaluation.every={2 + FAULTS}"] if FAULTS else LONGER
+"""With many faults the run must come to its own end; else it is told to, once all have been."""
 
 
 @pytest.fixture
@@ -180,15 +182,21 @@ def test_faults(
         for kind in order:
             wait_for_commit(process, str(path), newest_commit(str(path)) + 1)
             chaos.inject(kind)
-        run = run_of(str(path), finish(process, timeout=900))
+        if FAULTS:
+            run = run_of(str(path), finish(process, timeout=900))
+        else:
+            wait_for_commit(process, str(path), newest_commit(str(path)) + 1)
+            run = stop(process, str(path))
     finally:
         end(process)
 
     with capsys.disabled():
         print(f"\nfaults injected and survived: {dict(chaos.done)}")
     assert chaos.done == Counter(order)
-    assert_continuous(run, undisturbed.result["step"])
     for each in RunDirectory(str(path)).checkpoints().found():
         assert each.problem is None
     # Each step's loss is that of the same global batch: no row of any epoch lost or repeated.
-    assert_same_outcome(run, undisturbed, points=2.0, rtol=OTHER_ORDER)
+    assert_same_course(run, undisturbed, OTHER_ORDER)
+    if FAULTS:
+        assert_continuous(run, undisturbed.result["step"])
+        assert_same_outcome(run, undisturbed, points=2.0, rtol=OTHER_ORDER)

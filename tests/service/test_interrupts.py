@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import LONGER, Command, Run, descendants, end, finish, renee_ray, start
+from .conftest import Command, Run, descendants, end, finish, renee_ray, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -77,7 +77,7 @@ def commands(source: Path, recipe: str, trained: Run, dataset: str, tmp_path: Pa
         to = str(tmp_path / f"{name}-{number}")
         return {
             "convert": ["convert", str(source), to, "part_rows=64"],
-            "train": ["train", recipe, f"data={dataset}", f"output={to}", *LONGER],
+            "train": ["train", recipe, f"data={dataset}", f"output={to}", "epochs=16"],
             "evaluate": ["evaluate", trained.path, dataset],
             "predict": ["predict", trained.path, dataset, to, "num_workers=1"],
             "export": ["export", trained.path, to],
