@@ -11,6 +11,7 @@ Import this module only to use it: numba takes a second.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import numba
@@ -18,10 +19,24 @@ import numpy as np
 from torch import Tensor
 
 from renee_ray.xfc.labels import NONE
-from renee_ray.xfc.weights.cpu_rows import DTYPES, READ, bits_of, compiled, float_of, over_rows
+from renee_ray.xfc.weights.cpu_rows import (
+    DTYPES,
+    bits_of,
+    compiled,
+    float_of,
+    over_rows,
+    read_bf16,
+    read_fp32,
+)
 
+# Only where the user says so does numba keep these loops: it would not notice that a function of
+# another file, which went into one, has changed since.
+KEPT = bool(os.environ.get("NUMBA_CACHE_DIR"))
+collecting = numba.njit(nogil=True, error_model="numpy", cache=KEPT)
 # Lengths of rows may be summed in any order, which is what lets a sum be vectorised.
-measuring = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+measuring = numba.njit(
+    nogil=True, error_model="numpy", fastmath={"reassoc", "contract"}, cache=KEPT
+)
 
 
 def collect(
@@ -58,9 +73,9 @@ def row_norms(values: Tensor, norms: Tensor) -> None:
 @functools.cache
 def _collection(dtype: str, shifted: bool, block_size: int) -> Callable[..., None]:
     """Returns the loop that collects from scores of `dtype`, with an offset or without."""
-    read = READ[dtype]
+    narrow = dtype == "bf16"  # a function would make another key of numba's in every process
 
-    @compiled
+    @collecting
     def collect(logits, threshold, used, scores, labels, _, k, first, offset):
         columns, block = logits.shape[1], np.empty(block_size, np.float32)
         for i in range(len(logits)):
@@ -68,7 +83,10 @@ def _collection(dtype: str, shifted: bool, block_size: int) -> Callable[..., Non
             for at in range(0, columns, block_size):
                 size = min(block_size, columns - at)
                 found = logits[i, at : at + size]
-                read(found, found, block[:size])
+                if narrow:
+                    read_bf16(found, found, block[:size])
+                else:
+                    read_fp32(found, found, block[:size])
                 if shifted:
                     _shift(block[:size], offset[at : at + size])
                 # Most blocks hold nothing; to count takes vectors of comparisons and no branch.

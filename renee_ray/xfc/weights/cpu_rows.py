@@ -123,13 +123,13 @@ def bits_of(value):
 
 
 @compiled
-def _read_fp32(stored, rest, out):
+def read_fp32(stored, rest, out):
     for j in range(len(out)):
         out[j] = stored[j]
 
 
 @compiled
-def _read_bf16(stored, rest, out):
+def read_bf16(stored, rest, out):
     for j in range(len(out)):
         out[j] = float_of(np.uint32(stored[j]) << np.uint32(16))
 
@@ -188,7 +188,7 @@ def _write_e4m3(stored, rest, values, noise, offset):
         stored[j] = np.uint8(code | ((bits_of(value) >> np.uint32(24)) & np.uint32(128)))
 
 
-READ = {"fp32": _read_fp32, "bf16": _read_bf16, "split": _read_split, "e4m3": _read_e4m3}
+READ = {"fp32": read_fp32, "bf16": read_bf16, "split": _read_split, "e4m3": _read_e4m3}
 """(stored, rest, out): a row of a buffer whose tensors are `stored` and `rest`, as fp32."""
 WRITE = {"fp32": _write_fp32, "bf16": _write_bf16, "split": _write_split, "e4m3": _write_e4m3}
 """(stored, rest, values, noise, offset): `Buffer.store` of a row, by `noise_of`."""
