@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -74,24 +73,30 @@ def test_memory_of_processes_below_is_counted() -> None:
     assert psutil.Process().memory_info().rss < peak.bytes - 0.5 * size
 
 
+def test_the_slope_of_a_sweep_is_that_of_the_seconds_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {**arguments, "step_s": 0.5 + 2e-6 * arguments["labels"]}
+
+    monkeypatch.setattr(bench, "_run", run)
+    found = bench.bench_scale(None, 8, 10, 2, 1, "fp32", 2, False)
+    assert tuple(size["labels"] for size in found["sweep"]) == bench.SWEEP
+    assert found["slope_seconds_per_million_labels"] == pytest.approx(2)
+
+
 @pytest.mark.slow
-def test_a_sweep_with_speedups_starts_ray_anew_for_each_size(
+def test_a_speedup_is_measured_with_ray_and_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(bench, "SWEEP", (1001, 3001))
-    sizes = ("--dim", "8", "--batch", "10", "--workers", "2", "--steps", "2",
+    sizes = ("--labels", "3001", "--dim", "8", "--batch", "10", "--workers", "2", "--steps", "2",
              "--precision", "bf16_sr")  # fmt: skip
     assert cli.main(["bench", "scale", *sizes, "--speedup"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    first, second = found["sweep"]
-    assert (first["labels"], second["labels"]) == (1001, 3001)
-    for size in (first, second):
-        assert (size["workers"], size["threads"], size["bytes_per_weight"]) == (2, 1, 2)
-        assert size["loss_last"] < size["loss_first"]
-        assert size["peak_rss_gib"] > 0.1 and size["initialise_s"] > 0
-    slope = (second["step_s"] - first["step_s"]) / 2000e-6
-    assert found["slope_seconds_per_million_labels"] == pytest.approx(slope)
-    for size, by in itertools.product((first, second), ("", "bare_")):
+    size = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (size["workers"], size["threads"], size["bytes_per_weight"]) == (2, 1, 2)
+    assert size["loss_last"] < size["loss_first"]
+    assert size["peak_rss_gib"] > 0.1 and size["initialise_s"] > 0
+    for by in ("", "bare_"):
         quotient = size[f"{by}one_worker_step_s"] / size[f"{by}step_s"]
         assert size[f"{by}speedup"] == pytest.approx(quotient)

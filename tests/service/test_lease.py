@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,10 +37,11 @@ from .conftest import (
     finish,
     paused,
     renee_ray,
+    run_so_far,
     start,
     status_of,
-    stop,
 )
+from .conftest import until as until_process
 from .gateway import BUCKET, Gateway
 from .test_train import (
     OTHER_ORDER,
@@ -301,7 +303,7 @@ def test_two_drivers_on_one_run(
 ) -> None:
     """The second is refused while the first lives, until its claim is deleted or it is killed.
 
-    Each has another number of workers than the one before.
+    Each has another number of workers than the one before. The last is told to end, by SIGTERM.
     """
     path = str(tmp_path / "run")
     command = ["train", recipe, f"data={dataset}", f"output={path}", *LONGER]
@@ -341,16 +343,35 @@ def test_two_drivers_on_one_run(
     finally:
         end(killed)
 
-    last = start(*command, "num_workers=1")
+    began = time.time()
+    last = start(*command, "num_workers=1", "checkpoint.grace_s=120", "--json")
     try:
+
+        def heard() -> bool:
+            """Whether the driver was sent a heartbeat from a step, which precedes this file."""
+            status = status_of(path)
+            mine = status.get("launched_s", 0) > began and status["state"] == "running"
+            return mine and (status.get("step") or 0) > stops[1][0]
+
+        until_process(heard, last, "a step")
+        time.sleep(1)
+        below = " ".join(descendants(last.pid).values())
+        last.send_signal(signal.SIGTERM)
+        stopped = finish(last)
         assert_gone(family)
-        wait_for_commit(last, path, stops[1][0] + 5)
-        run = stop(last, path)
     finally:
         end(last)
+    assert "ray::TrainController" in below and "ray::_ChannelActor" in below
+    assert not re.search("PlacementGroupCleaner|DatasetManager|_QueueActor", below), below
+    assert stopped.status == 130, stopped.stderr
+    assert stopped.stdout == "" and "Traceback" not in stopped.stderr
+    run = run_so_far(path, stopped)
+    assert f"stopped after step {newest_commit(path)}" in stopped.stderr
+    assert len(run.history["steps"]) == newest_commit(path)
+    assert status_of(path)["state"] == "stopped"
     assert claims(path) == []
     times = [record["time_s"] for record in run.history["steps"]]
-    for step, stopped in stops:
-        assert times[step - 1] < stopped, f"step {step} was done again"
+    for step, ended_s in stops:
+        assert times[step - 1] < ended_s, f"step {step} was done again"
     assert_same_course(run, trained_longer, OTHER_ORDER)
     assert RunDirectory(path).config().num_workers == 1
