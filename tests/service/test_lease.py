@@ -297,6 +297,36 @@ def assert_gone(processes: dict[int, str]) -> None:
     until(lambda: not any(line in alive(pid) for pid, line in processes.items()))
 
 
+def told_to_end(command: list[str], path: str, before: int) -> Run:
+    """Goes on with a run after step `before`, and is told to end by SIGTERM during training."""
+    began = time.time()
+    process = start(*command, "checkpoint.grace_s=120", "--json")
+
+    def heard() -> bool:
+        """Whether the driver was sent a heartbeat from a step, which precedes this file."""
+        status = status_of(path)
+        mine = status.get("launched_s", 0) > began and status["state"] == "running"
+        return mine and (status.get("step") or 0) > before
+
+    try:
+        until_process(heard, process, "a step")
+        time.sleep(1)
+        below = " ".join(descendants(process.pid).values())
+        process.send_signal(signal.SIGTERM)
+        stopped = finish(process)
+    finally:
+        end(process)
+    assert "ray::TrainController" in below and "ray::_ChannelActor" in below
+    assert not re.search("PlacementGroupCleaner|DatasetManager|_QueueActor", below), below
+    assert stopped.status == 130, stopped.stderr
+    assert stopped.stdout == "" and "Traceback" not in stopped.stderr
+    run = run_so_far(path, stopped)
+    assert f"stopped after step {newest_commit(path)}" in stopped.stderr
+    assert len(run.history["steps"]) == newest_commit(path)
+    assert status_of(path)["state"] == "stopped"
+    return run
+
+
 @pytest.mark.slow
 def test_two_drivers_on_one_run(
     trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
@@ -343,32 +373,8 @@ def test_two_drivers_on_one_run(
     finally:
         end(killed)
 
-    began = time.time()
-    last = start(*command, "num_workers=1", "checkpoint.grace_s=120", "--json")
-    try:
-
-        def heard() -> bool:
-            """Whether the driver was sent a heartbeat from a step, which precedes this file."""
-            status = status_of(path)
-            mine = status.get("launched_s", 0) > began and status["state"] == "running"
-            return mine and (status.get("step") or 0) > stops[1][0]
-
-        until_process(heard, last, "a step")
-        time.sleep(1)
-        below = " ".join(descendants(last.pid).values())
-        last.send_signal(signal.SIGTERM)
-        stopped = finish(last)
-        assert_gone(family)
-    finally:
-        end(last)
-    assert "ray::TrainController" in below and "ray::_ChannelActor" in below
-    assert not re.search("PlacementGroupCleaner|DatasetManager|_QueueActor", below), below
-    assert stopped.status == 130, stopped.stderr
-    assert stopped.stdout == "" and "Traceback" not in stopped.stderr
-    run = run_so_far(path, stopped)
-    assert f"stopped after step {newest_commit(path)}" in stopped.stderr
-    assert len(run.history["steps"]) == newest_commit(path)
-    assert status_of(path)["state"] == "stopped"
+    run = told_to_end([*command, "num_workers=1"], path, stops[1][0])
+    assert_gone(family)
     assert claims(path) == []
     times = [record["time_s"] for record in run.history["steps"]]
     for step, ended_s in stops:
