@@ -79,7 +79,7 @@ def _start_local(num_cpus: int) -> None:
     ray_compat.silence_token_notice()
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with ray_compat.on_loopback():
+            with ray_compat.on_loopback(), ray_compat.without_unused():
                 ray.init(
                     address="local",
                     num_cpus=max(num_cpus, os.cpu_count() or 1),
@@ -88,7 +88,6 @@ def _start_local(num_cpus: int) -> None:
                     logging_level=logging.WARNING,
                     _system_config=ray_compat.SYSTEM_CONFIG,
                 )
-            ray_compat.end_unused()
             return
         except Exception as error:
             ray.shutdown()

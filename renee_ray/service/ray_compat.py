@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants, utils
+from ray._private.node import Node
 
 TRAIN = "ray.train.v2._internal"
 LAZY = {
@@ -54,9 +55,9 @@ LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": 60_000}
 """For `ray.init(_system_config=...)`: by default an idle process ends after a second, between two
 windows of rows, and a new one takes a core for four. Check the key in Ray's ray_config_def.h."""
-UNUSED = ("log_monitor", "dashboard", "monitor")
-"""Ray's processes that a local cluster has no use for: they send logs to a driver that shows none,
-report that Ray is used, and look after other nodes."""
+UNUSED = ("start_log_monitor", "start_api_server", "start_monitor")
+"""Methods of a node that start processes which a local cluster has no use for: they send logs to a
+driver that shows none, report that Ray is used, and look after other nodes."""
 
 
 def __getattr__(name: str) -> Any:
@@ -74,10 +75,17 @@ def started_node() -> Any:
     return node if node is not None and node.head else None
 
 
-def end_unused() -> None:
-    """Ends UNUSED of the Ray that was started here. Check that the node still has `kill_NAME`."""
+@contextlib.contextmanager
+def without_unused() -> Iterator[None]:
+    """Keeps a Ray that starts inside from starting UNUSED. Check that a node has these methods."""
+    methods = {name: getattr(Node, name) for name in UNUSED}
     for name in UNUSED:
-        getattr(started_node(), f"kill_{name}")(check_alive=False)
+        setattr(Node, name, lambda self, **_: None)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Node, name, method)
 
 
 def cpus_of_worker(scaling_config: Any) -> float:

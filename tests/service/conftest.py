@@ -130,6 +130,14 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: st
     return found
 
 
+def stop(process: subprocess.Popen[str], path: str) -> Run:
+    """Tells a run to end, as one of LONGER must be; what it has come to, without a result."""
+    process.send_signal(signal.SIGINT)
+    command = finish(process)
+    assert command.status == 130, command.stderr
+    return run_so_far(path, command)
+
+
 @contextlib.contextmanager
 def paused(root: int) -> Iterator[None]:
     """Stops the training workers below a process, so that what is done meanwhile is in time."""
@@ -163,11 +171,14 @@ def environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def local_ray(environment: None) -> Iterator[None]:
+def local_ray(environment: None, compiled_loops: dict[str, str]) -> Iterator[None]:
     """Ray in this process, as a command starts it, for a module that calls the service itself."""
-    ensure_ray(4)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in compiled_loops.items():
+            patch.setenv(name, value)
+        ensure_ray(4)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -234,6 +245,36 @@ def write_subset(folder: Path) -> None:
         (folder / name).write_text("".join(line + "\n" for line in kept))
 
 
+COMPILING = """
+import torch
+from renee_ray.xfc.labels import LabelRange
+from renee_ray.xfc.shard import Shard
+from renee_ray.xfc.topk.select import shard_topk
+from renee_ray.xfc.weights.storages import Weights
+for precision in "fp32", "bf16_split":
+    shard = Shard(LabelRange(0, 80, 80), Weights(precision, 80, 64, True, torch.device("cpu")))
+    shard.write(0, torch.ones(80, 64))
+    for offset in None, torch.ones(80):
+        shard_topk(shard, torch.ones(4, 64), 3, offset=offset)
+"""
+
+
+@pytest.fixture(scope="session")
+def compiled_loops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where numba keeps the loops of the top-k, which every worker would else take 2 s to compile.
+
+    They are compiled before two processes could write to its cache at a time.
+    """
+
+    def make(folder: Path) -> None:
+        own = os.environ | {"NUMBA_CACHE_DIR": str(folder)}
+        subprocess.run([sys.executable, "-c", COMPILING], check=True, env=own)
+
+    kept = {"NUMBA_CACHE_DIR": str(once(tmp_path_factory, "numba", make))}
+    ENVIRONMENT.update(kept)  # of every command that a test starts
+    return kept
+
+
 @pytest.fixture(scope="session")
 def dataset(source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     def make(folder: Path) -> None:
@@ -255,7 +296,7 @@ def recipe(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_encoder(compiled_loops: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random one-layer encoder with MiniLM's vocabulary, as a directory.
 
     A worker with it starts, trains and saves in half of the time that it takes with MiniLM.
@@ -297,6 +338,11 @@ def run_of(path: str, command: Command) -> Run:
     return Run(path, command, json.loads(command.stdout), history)
 
 
+def run_so_far(path: str, command: Command) -> Run:
+    """Of a run that did not come to its end, and so has no result."""
+    return Run(path, command, {}, json.loads(Path(path, "history.json").read_text()))
+
+
 def trained_once(tmp_path_factory: pytest.TempPathFactory, name: str, arguments: list[str]) -> Run:
     """The run of `renee-ray train`, which is given `arguments` and an output."""
 
@@ -316,14 +362,28 @@ def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory)
     return trained_once(tmp_path_factory, "undisturbed", [recipe, f"data={dataset}"])
 
 
-LONGER = ["epochs=16", "evaluation.every=8"]
+LONGER = ["epochs=1000", "warmup=0", "evaluation.every=8"]
+"""Of a run that does not end before its test has seen what it waits for, however fast steps are."""
+ENOUGH = 192
+"""Steps of the run of LONGER that others are compared with."""
 
 
 @pytest.fixture(scope="session")
 def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """As `trained`, with LONGER; without checkpoints on the way."""
-    settings = [f"data={dataset}", "checkpoint.every_steps=0", *LONGER]
-    return trained_once(tmp_path_factory, "longer", [recipe, *settings])
+    """An undisturbed run of RECIPE with LONGER, of ENOUGH steps, by one worker."""
+
+    def make(folder: Path) -> None:
+        path = str(folder / "longer")
+        settings = f"data={dataset}", f"output={path}", "checkpoint.every_steps=0", "num_workers=1"
+        process = start("train", recipe, *settings, *LONGER)
+        try:
+            until(lambda: (status_of(path).get("step") or 0) >= ENOUGH, process, "enough steps")
+            stop(process, path)
+        finally:
+            end(process)
+
+    path = once(tmp_path_factory, "longer", make) / "longer"
+    return run_so_far(str(path), Command(130, "", ""))
 
 
 RAW_K = 121
@@ -342,7 +402,7 @@ def raw_predictions(trained: Run, source: Path, tmp_path_factory: pytest.TempPat
         pq.write_table(table.slice(0, 40), folder / "texts" / "a.parquet", row_group_size=16)
         pq.write_table(table.slice(40), folder / "texts" / "b.parquet")
         arguments = str(folder / "texts"), str(folder / "predictions"), f"k={RAW_K}", "texts=true"
-        done = renee_ray("predict", trained.path, *arguments)
+        done = renee_ray("predict", trained.path, *arguments, "num_workers=1")
         assert done.status == 0, done.stderr
 
     return once(tmp_path_factory, "raw", make) / "predictions"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ENVIRONMENT, HEALTH, end
+from .conftest import ENVIRONMENT, HEALTH, descendants, end
 
 START_S = 120
 BRIDGE, NET, HEAD_PORT = "rr{0}br", "10.213.{0}", 6379
@@ -62,6 +63,13 @@ class Host:
             text=True,
             env=inherited | ENVIRONMENT | own | env,
         )
+
+    def node_id(self) -> str:
+        """As Ray numbers it, from the command line of its raylet."""
+        assert self.raylet is not None
+        found = re.search(r"--node_id=(\w+)", " ".join(descendants(self.raylet.pid).values()))
+        assert found is not None
+        return found[1]
 
     def cut(self) -> None:
         """Takes its link down: it hears nothing more, and nobody hears it."""

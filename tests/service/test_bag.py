@@ -1,4 +1,4 @@
-"""A bag of n-grams alone, by the real commands; its export is scored by the sentence in it."""
+"""A bag of n-grams by the real commands: its export is scored, and it teaches another bag."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow.dataset as pads
 import pytest
 import torch
@@ -51,14 +52,24 @@ def embed(path: Path, text: str, max_length: int) -> torch.Tensor:
     return rows.sum(0) + head["constant"]
 
 
-def test_a_bag_alone_trains_and_its_export_scores_as_predict_does(
-    dataset: str, source: Path, tmp_path: Path
+def trained_bag(folder: Path, dataset: str, **settings: object) -> tuple[str, list[str]]:
+    """Trains a bag: (its run, the command that made it)."""
+    run, encoder = str(folder / "run"), {"name": "none", "max_length": 10, "bag": BAG}
+    recipe = {**RECIPE, "encoder": encoder, "data": dataset, "output": run, **settings}
+    (folder / "bag.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["train", str(folder / "bag.yaml")]
+    assert main(command) == 0
+    return run, command
+
+
+@pytest.fixture(scope="module")
+def run(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return trained_bag(tmp_path_factory.mktemp("bag"), dataset, num_workers=1)[0]
+
+
+def test_the_export_of_a_bag_scores_as_predict_does(
+    run: str, dataset: str, source: Path, tmp_path: Path
 ) -> None:
-    config, run = tmp_path / "bag.yaml", str(tmp_path / "run")
-    encoder = {"name": "none", "max_length": 10, "bag": BAG}
-    recipe = {**RECIPE, "encoder": encoder, "data": dataset, "output": run}
-    config.write_text(yaml.safe_dump(recipe))
-    assert main(["train", str(config)]) == 0
     assert main(["export", run, str(tmp_path / "e"), "checkpoint=last"]) == 0
     arguments = ["predict", run, dataset, str(tmp_path / "p"), f"k={K}", "checkpoint=last"]
     assert main([*arguments, "num_workers=1", "explain=true"]) == 0
@@ -80,3 +91,34 @@ def test_a_bag_alone_trains_and_its_export_scores_as_predict_does(
         assert set(row["of_transformer"]) == {0.0}
         parts = zip(row["of_bag"], row["of_rest"], strict=True)
         assert row["scores"] == pytest.approx([bag + other for bag, other in parts], abs=1e-5)
+
+
+def test_a_run_is_taught_by_the_predictions_of_another(
+    run: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The student has normal first weights, and two workers, which share the only stream."""
+    taught = str(tmp_path / "taught")
+    predict = ["predict", run, dataset, taught, "split=train", "k=20", "num_workers=1"]
+    assert main([*predict, "scores=probabilities"]) == 0
+    rows = Dataset.open(dataset).manifest.num_points("train")
+    points = Dataset.open(dataset).read_rows("train", 0, rows, ["point_id"])["point_id"]
+    table = pads.dataset(sorted(map(str, Path(taught).glob("*.parquet")))).to_table()
+    assert table["point_id"].to_pylist() == points.to_pylist()
+    for scores in table["scores"].to_pylist():
+        assert all(0 <= b <= a <= 1 for a, b in pairwise(scores))
+
+    feed = {"streams": 1, "targets": taught, "targets_weight": 0.5, "augment": 0.5}
+    classifier = {**RECIPE["classifier"], "objective": "softmax", "init": "normal"}
+    settings = {"epochs": 1, "feed": feed, "classifier": classifier}
+    student, command = trained_bag(tmp_path, dataset, **settings)
+    steps = json.loads((Path(student) / "history.json").read_text())["steps"]
+    losses = [step["loss"] for step in steps]
+    assert len(losses) > 5 and min(losses[1:]) < losses[0] and np.isfinite(losses).all()
+    assert len(json.loads((Path(student) / "status.json").read_text())["ranks"]) == 2
+
+    capsys.readouterr()
+    assert main(["predict", student, dataset, str(tmp_path / "p"), "scores=probabilities"]) == 1
+    assert "take a run trained by bce" in capsys.readouterr().err
+    other = f"output={tmp_path / 'x'}", f"feed.targets={tmp_path / 'y'}"
+    assert main([*command, *other]) == 1
+    assert "no complete predictions" in capsys.readouterr().err

@@ -72,6 +72,18 @@ def test_memory_of_processes_below_is_counted() -> None:
     assert psutil.Process().memory_info().rss < peak.bytes - 0.5 * size
 
 
+def test_the_slope_of_a_sweep_is_that_of_the_seconds_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {**arguments, "step_s": 0.5 + 2e-6 * arguments["labels"]}
+
+    monkeypatch.setattr(bench, "_run", run)
+    found = bench.bench_scale(None, 8, 10, 2, 1, "fp32", 2, False)
+    assert tuple(size["labels"] for size in found["sweep"]) == bench.SWEEP
+    assert found["slope_seconds_per_million_labels"] == pytest.approx(2)
+
+
 @pytest.mark.slow
 def test_a_speedup_is_measured_with_ray_and_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -80,10 +92,10 @@ def test_a_speedup_is_measured_with_ray_and_without(
     sizes = ("--labels", "3001", "--dim", "8", "--batch", "10", "--workers", "2", "--steps", "2",
              "--precision", "bf16_sr")  # fmt: skip
     assert cli.main(["bench", "scale", *sizes, "--speedup"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (found["labels"], found["workers"], found["threads"]) == (3001, 2, 1)
-    assert found["bytes_per_weight"] == 2 and found["loss_last"] < found["loss_first"]
-    assert found["peak_rss_gib"] > 0.1 and found["initialise_s"] > 0
+    size = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (size["workers"], size["threads"], size["bytes_per_weight"]) == (2, 1, 2)
+    assert size["loss_last"] < size["loss_first"]
+    assert size["peak_rss_gib"] > 0.1 and size["initialise_s"] > 0
     for by in ("", "bare_"):
-        quotient = found[f"{by}one_worker_step_s"] / found[f"{by}step_s"]
-        assert found[f"{by}speedup"] == pytest.approx(quotient)
+        quotient = size[f"{by}one_worker_step_s"] / size[f"{by}step_s"]
+        assert size[f"{by}speedup"] == pytest.approx(quotient)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -35,8 +34,8 @@ from renee_ray.service.launch import decide_gpu
 from renee_ray.service.observe.exported import GPU_GIB, METRICS, RECORD, Exported
 from renee_ray.service.train.train import train
 
-from .conftest import LABELS, LONGER, RECIPE, Run, descendants, end, finish, start
-from .test_train import OTHER_ORDER, losses, newest_commit, wait_for_commit, workers
+from .conftest import LABELS, LONGER, RECIPE, Run, descendants, end, finish, run_so_far, start
+from .test_train import OTHER_ORDER, assert_same_course, newest_commit, wait_for_commit, workers
 
 pytestmark = pytest.mark.slow
 
@@ -362,8 +361,4 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     status = read_status(path, time.time())
     assert (status["state"], status["restarts"]) == ("failed", 1)
     assert f"(process {victims[1]})" in status["reason"]
-    steps = json.loads(Path(path, "history.json").read_text())["steps"]
-    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
-    expected = losses(trained_longer)[: len(steps)]
-    found = [record["loss"] for record in steps]
-    np.testing.assert_allclose(found, expected, rtol=OTHER_ORDER)
+    assert_same_course(run_so_far(path, done), trained_longer, OTHER_ORDER)

@@ -98,9 +98,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quickstart") / "out"
 
 
+def settings(output: Path, encoder: str) -> list[str]:
+    return [f"output={output}", f"encoder.name={encoder}", "epochs=1", "num_workers=1"]
+
+
 @pytest.fixture(scope="module")
 def first(tiny_encoder: str, output: Path) -> Command:
-    done = renee_ray("quickstart", f"output={output}", f"encoder.name={tiny_encoder}", "epochs=1")
+    done = renee_ray("quickstart", *settings(output, tiny_encoder))
     assert done.status == 0, done.stderr
     return done
 
@@ -134,8 +138,7 @@ def test_a_second_call_gives_the_same_figures(
     local_ray: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    call = ["quickstart", f"output={output}", f"encoder.name={tiny_encoder}", "epochs=1"]
-    assert main([*call, "--json"]) == 0
+    assert main(["quickstart", *settings(output, tiny_encoder), "--json"]) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert "parts written" not in said.err  # the dataset was there already

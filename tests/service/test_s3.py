@@ -26,7 +26,7 @@ import ray
 from renee_ray.cli.main import main
 from renee_ray.data.dataset import Dataset
 
-from .conftest import TESTS, Run, descendants
+from .conftest import RAW_K, TESTS, Run, descendants
 from .gateway import BUCKET, SECRET_KEY, Gateway
 
 pytestmark = pytest.mark.slow
@@ -185,22 +185,24 @@ def test_evaluation_equals_a_local_one(
 
 
 @pytest.mark.usefixtures("trained_on_s3")
-def test_predictions_are_those_without_an_outage(
-    gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_predictions_are_those_of_a_local_run(
+    gateway: Gateway, raw_predictions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = "k=7", "texts=true", "num_workers=1"
-    said_by(capsys, "predict", RUN, DATA, str(tmp_path / "predictions"), *settings)
+    remote, to = gateway.filesystem(), f"{BUCKET}/predictions"
+    texts = raw_predictions.parent / "texts"
+    pafs.copy_files(str(texts), f"{BUCKET}/texts", pafs.LocalFileSystem(), remote)
+    command = "predict", RUN, f"s3://{BUCKET}/texts", f"s3://{to}", f"k={RAW_K}", "texts=true"
     with outage(working(), gateway):
-        said_by(capsys, "predict", RUN, DATA, f"s3://{BUCKET}/predictions", *settings)
-    here, remote = (
-        files_of(pafs.LocalFileSystem(), str(tmp_path / "predictions")),
-        files_of(gateway.filesystem(), f"{BUCKET}/predictions"),
-    )
-    assert here == remote and len(here) > 1
-    parts = [str(tmp_path / "predictions" / name) for name in here if name.endswith(".parquet")]
-    rows = pads.dataset(parts).to_table().to_pylist()
-    assert sorted(row["point_id"] for row in rows) == list(range(TESTS))
-    assert all(len(row["label_texts"]) == 7 for row in rows)
+        said_by(capsys, *command, "num_workers=1")
+    names = [info.path for info in remote.get_file_info(pafs.FileSelector(to))]
+    parts = sorted(name for name in names if name.endswith(".parquet"))
+    found = pads.dataset(parts, filesystem=remote).to_table().to_pylist()
+    expected = pads.dataset(raw_predictions).to_table().to_pylist()
+    assert len(found) == len(expected) == TESTS
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["point_id"] == theirs["point_id"]
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-3)
+        assert len(ours["label_texts"]) == RAW_K
 
 
 @pytest.mark.usefixtures("trained_on_s3")

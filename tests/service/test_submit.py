@@ -304,7 +304,7 @@ def test_an_interrupt_at_a_terminal_asks_and_stops_the_job(
     output = f"s3://{BUCKET}/runs/asked"
     long = [
         "submit", "--address", head.address, "--submission-id", "asked", "--stop-wait-s", "30",
-        "train", recipe, f"data={dataset_on_s3}", f"output={output}", "epochs=500",
+        "train", recipe, f"data={dataset_on_s3}", f"output={output}", "epochs=500", "num_workers=1",
         "evaluation.every=0", "checkpoint.every_steps=0",
     ]  # fmt: skip
     with at_a_terminal(long, client_env) as (terminal, process):

@@ -6,11 +6,20 @@ Import this module only to use it: numba takes a second.
 
 from __future__ import annotations
 
+import os
+
+import numba
 import numpy as np
 from torch import Tensor
 
 from renee_ray.xfc.labels import NONE
-from renee_ray.xfc.weights.cpu_rows import bits_of, compiled, float_of, over_rows
+from renee_ray.xfc.weights.cpu_rows import bits_of, float_of, over_rows
+
+# Only where the user says so does numba keep these loops: it would not notice that a function of
+# another file, which went into one, has changed since.
+compiled = numba.njit(
+    nogil=True, error_model="numpy", cache=bool(os.environ.get("NUMBA_CACHE_DIR"))
+)
 
 
 def collect(
