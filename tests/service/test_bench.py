@@ -72,18 +72,6 @@ def test_memory_of_processes_below_is_counted() -> None:
     assert psutil.Process().memory_info().rss < peak.bytes - 0.5 * size
 
 
-def test_the_slope_of_a_sweep_is_that_of_the_seconds_of_a_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def run(workers: int, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {**arguments, "step_s": 0.5 + 2e-6 * arguments["labels"]}
-
-    monkeypatch.setattr(bench, "_run", run)
-    found = bench.bench_scale(None, 8, 10, 2, 1, "fp32", 2, False)
-    assert tuple(size["labels"] for size in found["sweep"]) == bench.SWEEP
-    assert found["slope_seconds_per_million_labels"] == pytest.approx(2)
-
-
 @pytest.mark.slow
 def test_a_speedup_is_measured_with_ray_and_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -74,7 +74,7 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
             manifest = Dataset.without_check(dst).manifest
         else:
             on_progress(f"reading {src}")
-            ensure_ray()
+            ensure_ray(1, local_cpus=3)  # its tasks wait for each other, in any cluster
             with _claimed(destination, signature, on_progress) as scratch:
                 if isinstance(found, Own):
                     for note in found.notes:  # before the hours that reading may take
