@@ -99,7 +99,7 @@ def commands(text: str) -> Iterator[list[str]]:
     for token in [*lexer, ";"]:
         if set(token) <= set(";&|\n"):
             if words and words[0].endswith("renee-ray"):
-                yield [word for word in words[1:] if not re.fullmatch(r"\d?>.*", word)]
+                yield words[1 : words.index(">") if ">" in words else None]
             words = []
         elif words or token not in ("do", "then"):
             words.append(token)

@@ -53,14 +53,14 @@ def _changing(name: str, what: str, *, restore: bool) -> None:
     @labels.command(name, help=what)
     @click.argument("run", type=PATH)
     @click.argument("given", nargs=-1, metavar="[ID|NAME]...")
-    @click.option("--file", type=PATH, default="", help="File of ids or names, one a line.")
+    @click.option("--file", type=PATH, help="File of ids or names, one a line.")
     @json_option
-    def change(run: str, given: tuple[str, ...], file: str, as_json: bool) -> None:
+    def change(run: str, given: tuple[str, ...], file: str | None, as_json: bool) -> None:
         from renee_ray.service.labels import retire_labels
 
-        if not given and not file:
+        if not given and file is None:
             raise click.UsageError("give labels, by id or name, or --file")
-        found = call(lambda: retire_labels(run, given, file, say, restore=restore))
+        found = call(lambda: retire_labels(run, given, file or "", say, restore=restore))
         print_result(found, as_json, f"labels of {run}")
 
 

@@ -69,34 +69,38 @@ def dataset_at(path: Path, more: list[str]) -> Dataset:
     return Dataset.open(str(path))
 
 
+def bag_config(data: str, output: str, precision: str = "fp32") -> RunConfig:
+    bag = {"name": "none", "max_length": 9, "bag": {"dim": DIM, "buckets": 64}}
+    settings = {"num_workers": 2, "epochs": 1, "batch_size": 16, "encoder": bag}
+    places = {"data": data, "output": output, "classifier": {"precision": precision}}
+    return RunConfig.model_validate(settings | places)
+
+
 def run_at(path: Path, precision: str = "fp32") -> RunDirectory:
     """A run with one checkpoint, without a training."""
     dataset = dataset_at(path / "set", [])
-    config = RunConfig.model_validate(
-        {
-            "data": dataset.path,
-            "output": str(path / "run"),
-            "num_workers": 2,
-            "epochs": 1,
-            "batch_size": 16,
-            "encoder": {"name": "none", "max_length": 9, "bag": {"dim": DIM, "buckets": 64}},
-            "classifier": {"precision": precision},
-        }
-    )
-    model = build_model(config, LABELS, Ranks(), CPU, training=True)
+    config = bag_config(dataset.path, str(path / "run"), precision)
+    directory = RunDirectory(config.output)
+    save_checkpoint(directory, config, LABELS, precision)
+    directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": identity(dataset)})
+    return directory
+
+
+def save_checkpoint(
+    directory: RunDirectory, config: RunConfig, num_labels: int, precision: str = "fp32"
+) -> None:
+    """Writes a checkpoint of a bag with random rows of labels."""
+    model = build_model(config, num_labels, Ranks(), CPU)
     assert model.encoder.bag is not None and model.shard.weights.velocity is not None
     model.encoder.bag.idf.fill_(1)
     generator = torch.Generator().manual_seed(0)
-    model.shard.write(0, torch.randn(LABELS, DIM, generator=generator))
-    model.shard.weights.velocity.write(0, LABELS, torch.ones(LABELS, DIM))
-    directory = RunDirectory(config.output)
-    facts = {"num_labels": LABELS, "dim": DIM, "precision": precision, "tokenizer": NAME}
+    model.shard.write(0, torch.randn(num_labels, DIM, generator=generator))
+    model.shard.weights.velocity.write(0, num_labels, torch.ones(num_labels, DIM))
+    facts = {"num_labels": num_labels, "dim": DIM, "precision": precision, "tokenizer": NAME}
     writer = CheckpointWriter(directory.checkpoints(), Ranks(), 2, "P@1").start()
     optimizer = adamw(model.encoder, config.encoder)
     writer.save(State(step=7, facts=facts), model.encoder, optimizer, model.shard, {"P@1": 1.0})
     assert writer.wait()
-    directory.write(RUN_FILE, {"config": config.model_dump(), "dataset": identity(dataset)})
-    return directory
 
 
 def new_at(path: Path, lines: list[str] = NEW) -> str:

@@ -41,7 +41,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(conversion, "stream", stream)
     monkeypatch.setattr(conversion, "BUCKET_ROWS", 16)
-    monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
+    monkeypatch.setattr(service, "ensure_ray", lambda *arguments, **settings: None)
 
 
 class Interrupting:

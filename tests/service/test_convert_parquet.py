@@ -37,7 +37,7 @@ def shuffled(
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "stream", shuffled)
-    monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
+    monkeypatch.setattr(service, "ensure_ray", lambda *arguments, **settings: None)
 
 
 def rows_of(source: Path, prefix: str) -> Rows:
@@ -121,7 +121,7 @@ def expected(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Data
     """What the text files are converted to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversion, "stream", shuffled)
-        patch.setattr(service, "ensure_ray", lambda *arguments: None)
+        patch.setattr(service, "ensure_ray", lambda *arguments, **settings: None)
         return convert(repository, tmp_path_factory.mktemp("expected") / "dataset")
 
 
@@ -293,7 +293,7 @@ def test_a_conversion_that_is_cut_off_goes_on(
             yield json.loads(attempt(counted, plan, i, journal))
 
     monkeypatch.setattr(conversion, "stream", stream)
-    monkeypatch.setattr(service, "ensure_ray", lambda *arguments: None)
+    monkeypatch.setattr(service, "ensure_ray", lambda *arguments, **settings: None)
     monkeypatch.setattr(conversion, "BUCKET_ROWS", 64)
     monkeypatch.setattr(lines, "BLOCK_ROWS", 50)
     said: list[str] = []

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
 
-from renee_ray.data.dataset import Dataset, Part
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import scoring_order
 from renee_ray.data.rows import read_window
 from renee_ray.errors import ReneeError
@@ -31,13 +31,15 @@ PARTS = (9, 0, 1, 13, 7)
 
 
 class Counting(Dataset):
-    """Counts how often each part is read."""
+    """Counts how often each range of rows is read."""
 
     reads: ClassVar = Counter[str]()
 
-    def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-        self.reads[part.path] += 1
-        return super().read_part(part, columns)
+    def read_rows(
+        self, split: str, start: int, stop: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        self.reads[f"{split} from {start}"] += 1
+        return super().read_rows(split, start, stop, columns)
 
 
 def write(dataset: Dataset, layout: Layout, destination: Path, texts: Dataset | None) -> None:

@@ -17,9 +17,11 @@ from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
+from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.train.train import train
 
 from ..data.tiny import write_tiny
+from .test_changing_labels import bag_config, save_checkpoint
 from .test_labels import dataset_of, reordered, run_on
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -76,6 +78,8 @@ def test_other_labels(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = reordered(original, run.parent / "other")
     said = "label 0 is 'label 1' and was 'label 0'"
     out = run.parent / "out"
+    config = bag_config(original.path, str(run))
+    save_checkpoint(RunDirectory(str(run)), config, original.manifest.num_labels)
     assert said in refused(capsys, "evaluate", run, other.path)
     assert said in refused(capsys, "predict", run, other.path, out)
     # Converted again where it was, in another order: label texts come from there.

@@ -10,5 +10,4 @@ from renee_ray.xfc.weights.storages import Weights
 
 torch.set_num_threads(1)  # a process that has threads must not be forked
 compile_for(Weights("bf16_split", 1, 1, True, torch.device("cpu"), torch.bfloat16))
-for dtype in torch.float32, torch.bfloat16:
-    Best(1, 1, torch.device("cpu")).add(torch.zeros(1, 1, dtype=dtype), 0)
+Best(1, 1, torch.device("cpu")).add(torch.zeros(1, 1), 0)

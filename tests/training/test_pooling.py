@@ -212,7 +212,7 @@ def test_a_frozen_transformer_alone_has_no_gradient(models: dict[str, str]) -> N
     held = trained_state(model.encoder)
     assert set(held) == {"constant", FROZEN}
     held["constant"] = torch.ones(16)
-    scoring = build_model(config, LABELS, Ranks(), CPU, training=False).encoder.eval()
+    scoring = build_encoder(config.encoder, CPU, config.seed).eval()
     load_trained(scoring, held)
     assert scoring.remembered is None
     torch.testing.assert_close(embed(scoring, ROWS), embed(make(models["llama"]).eval(), ROWS) + 1)

@@ -9,7 +9,7 @@ from renee_ray.benchmarks.topk import against_exact, rounding
 from renee_ray.xfc.labels import NONE, LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.topk import best as best_module
-from renee_ray.xfc.topk import screen, select
+from renee_ray.xfc.topk import select
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.devices import DEVICES
 from tests.pairwise import pairwise
@@ -20,14 +20,13 @@ LABELS, DIM, ROWS = 2400, 32, 16
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("precision", "num_ranks", "k", "way", "adjusted"),
-    pairwise(STORAGES, [1, 2, 3], [1, 20], ["screened", "compiled", "plain"], [False, True]),
+    pairwise(STORAGES, [1, 2, 3], [1, 20], ["compiled", "plain"], [False, True]),
 )
 def test_as_many_others_come(
     precision: str, num_ranks: int, k: int, way: str, adjusted: bool, device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The oracle has the columns of the other labels alone, in float64; a shard is all hidden."""
-    monkeypatch.setattr(screen, "native_bf16", lambda device: way == "screened")
     if way == "plain":
         monkeypatch.setattr(best_module, "Best", best_module.PlainBest)
     generator = torch.Generator().manual_seed(0)
@@ -39,9 +38,7 @@ def test_as_many_others_come(
     hidden[: LABELS // 3] |= num_ranks == 3
     shift = offset.masked_fill(hidden, -torch.inf)
     rows, banned = torch.arange(ROWS), torch.arange(ROWS) * 97 + 900
-    found, stored, certain = [], [], []
-    full = select.screened_topk
-    monkeypatch.setattr(select, "screened_topk", lambda *a: _kept(full(*a), certain))
+    found, stored = [], []
     for rank in range(num_ranks):
         owned = LabelRange.of_rank(LABELS, num_ranks, rank)
         weights = Weights(precision, len(owned), DIM, False, torch.device(device))
@@ -61,15 +58,6 @@ def test_as_many_others_come(
     assert not hidden[labels].any()
     assert against_exact((scores, labels), [(0, shown)], allowed)[0]
     assert hidden[exact.topk(k, dim=1).indices].any(), "otherwise nothing is hidden here"
-    if way == "screened" and device == "cpu":
-        assert torch.stack(certain).float().mean() > 0.5, "or all rows are computed twice"
-
-
-def _kept(
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], certain: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    certain.append(found[2])
-    return found
 
 
 def test_fewer_than_k_are_left() -> None:

@@ -98,9 +98,10 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     """
     quiet()
     directory = RunDirectory(absolute(run))
-    settings, checkpoint = directory.config(), directory.checkpoint(config.checkpoint)
-    dataset = labels_of(directory, directory.dataset(), checkpoint)
+    settings, dataset = directory.config(), directory.dataset()
     check_positions(settings.encoder, dataset.manifest.max_length)
+    checkpoint = directory.checkpoint(config.checkpoint)
+    dataset = labels_of(directory, dataset, checkpoint)
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)

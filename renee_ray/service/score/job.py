@@ -64,10 +64,10 @@ class ScoringJob:
                 there is no checkpoint.
         """
         config = directory.config()
+        check_positions(config.encoder, labels.manifest.max_length)
         found = directory.checkpoint(score.checkpoint)
         labels = labels_of(directory, labels, found)
         hidden = hidden_labels(labels, found, score.allow, score.deny)
-        check_positions(config.encoder, labels.manifest.max_length)
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
         check_search(score, directory.path, found.hash, config.evaluation.tail)
