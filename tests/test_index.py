@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from renee_ray.config.score import ScoreConfig
+import renee_ray
+from renee_ray.config.score import ExportConfig, ScoreConfig
 from renee_ray.errors import ReneeError
 from renee_ray.scoring.index import (
     Classifier,
@@ -24,15 +25,19 @@ from renee_ray.scoring.index import (
     Part,
     Search,
     check_search,
+    index_of,
     open_search,
 )
 from renee_ray.scoring.index_building import Survey, build, default_factory, empty_index
 from renee_ray.scoring.index_quality import efforts_of, recall, swept
+from renee_ray.service.labels import add_labels, retire_labels
+from renee_ray.service.score.index import Plan
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import Weights
 
 from .planted import near, planted
+from .service.test_changing_labels import DIM, LABELS, NEW, new_at, quiet, run_at
 
 L, D, B = 601, 13, 17
 EVERY = 1 << 20
@@ -217,13 +222,37 @@ def test_a_damaged_index_is_refused(written: tuple[Path, Classifier], harm: str)
 
 
 @pytest.mark.parametrize(
-    ("model", "tail", "word"), [("cd", 0.0, "model='ab'"), ("ab", 0.5, "tail=0.0")]
+    ("model", "tail", "words"),
+    [("cd", 0.0, "model='ab'.* overwrite=true"), ("ab", 0.5, "tail=0.0 .*; give tail=0.0,")],
 )
 def test_an_index_of_another_model_is_refused(
-    written: tuple[Path, Classifier], model: str, tail: float, word: str
+    written: tuple[Path, Classifier], model: str, tail: float, words: str
 ) -> None:
     path, classifier = written
-    with pytest.raises(ReneeError, match=f"was built for {word}"):
+    with pytest.raises(ReneeError, match=f"was built for {words}"):
         opened(path, classifier, model, tail)
     with pytest.raises(ReneeError, match="is no index"):
         opened(path / "none", classifier, model, tail)
+
+
+def test_a_model_has_the_same_index_by_any_name(tmp_path: Path) -> None:
+    (tmp_path / "now").symlink_to("first")
+    assert index_of(f"{tmp_path}/now/") == f"{tmp_path}/first-index"
+    assert index_of("s3://bucket/first/") == "s3://bucket/first-index"
+
+
+def test_rows_of_added_and_retired_labels_are_indexed(tmp_path: Path) -> None:
+    run, export, total = run_at(tmp_path), str(tmp_path / "export"), LABELS + len(NEW)
+    add_labels(run.path, new_at(tmp_path), quiet)
+    retire_labels(run.path, ("3", str(LABELS)), "", quiet, restore=False)
+    renee_ray.export(run.path, export, ExportConfig())
+
+    def rows(model: str, checkpoint: str, tail: float) -> Tensor:
+        plan = Plan(model, checkpoint, total, DIM, tail, "", "Flat", 1, 1)
+        return torch.cat(list(plan.blocks(0, total)))
+
+    name = run.checkpoint("best").name
+    torch.testing.assert_close(rows(run.path, name, 0.0), rows(export, "", 0.0))
+    counts = run.dataset().read_rows("labels", 0, LABELS, ["train_count"])["train_count"].to_numpy()
+    wanted = [*(-0.5 * np.log(np.maximum(counts, 1))), *[0.0] * len(NEW)]
+    np.testing.assert_allclose(rows(run.path, name, 0.5)[:, -1], wanted, rtol=1e-6)

@@ -199,7 +199,8 @@ def _best(found: list[Found], metric: str) -> Checkpoint | None:
     ]
     if scored:
         return max(scored, key=lambda one: one[:2])[2]
-    return _usable(iter(found))
+    # An older revision would show labels again that were retired.
+    return _usable(each for each in found if each.revision == found[0].revision)
 
 
 def _usable(found: Iterator[Found]) -> Checkpoint | None:

@@ -8,7 +8,7 @@ import click
 
 from renee_ray.cli.common import PATH, call, json_option
 from renee_ray.cli.output import print_result, say
-from renee_ray.errors import printable
+from renee_ray.errors import ReneeError, printable
 
 
 @click.group()
@@ -28,6 +28,11 @@ def list_labels(run: str, texts: bool, as_json: bool) -> None:
         click.echo(json.dumps({"labels": list(listed(run))}))
         return
     for each in listed(run):
+        if texts and {"\n", "\r"} & set(each["text"]):
+            raise ReneeError(
+                f"the text of label {each['id']} of {run} has a line break, which a Y.txt cannot "
+                f"hold: all labels after it would shift; list them by --json"
+            )
         shown = "\t".join(printable(str(value)) for value in each.values())
         click.echo(each["text"] if texts else shown)
 

@@ -13,7 +13,8 @@ class IndexConfig(Config):
     """`renee-ray index MODEL`"""
 
     output: str = ""
-    """Directory of the index; empty: MODEL-index, where `search=index` looks for it."""
+    """Directory of the index; empty: MODEL-index, where `search=index` looks for it; symbolic links
+    of MODEL are followed."""
     factory: str = ""
     """FAISS factory string of a range, as HNSW32,SQ8: a flat, HNSW or IVF index; empty: chosen by
     the number of labels of a range."""

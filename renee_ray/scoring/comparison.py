@@ -128,7 +128,8 @@ def compare(models: Sequence[Terms], seed: int = 0, samples: int = SAMPLES) -> C
     bounds = 100 * LEVEL / 2, 100 * (1 - LEVEL / 2)
     low, high = np.nanpercentile(found, bounds, axis=1)
     difference_low, difference_high = np.nanpercentile(difference, bounds, axis=1)
-    side = np.minimum((difference <= 0).sum(1), (difference >= 0).sum(1))
+    # A sample without a label of a class, NaN, speaks for neither side.
+    side = np.minimum((~(difference > 0)).sum(1), (~(difference < 0)).sum(1))
     p = np.minimum(1.0, 2 * (side + 1) / (samples + 1))
     values = np.stack([model.values() for model in models])
     return Comparison(models[0].names, values, low, high, difference_low, difference_high, p)

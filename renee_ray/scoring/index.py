@@ -18,6 +18,7 @@ scores are then computed with the true weights.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,8 +214,12 @@ Search = ExactSearch | IndexSearch
 
 
 def index_of(model: str) -> str:
-    """Returns where the index of a run or an export is, unless one says otherwise."""
-    return f"{absolute(model).rstrip('/')}-index"
+    """Returns where the index of a run or an export is, unless one says otherwise.
+
+    It is beside what a symbolic link leads to, so that it is found by any name of the model.
+    """
+    path = absolute(model)
+    return f"{path.rstrip('/') if '://' in path else os.path.realpath(path)}-index"
 
 
 def check_search(
@@ -240,10 +245,10 @@ def check_search(
             raise ValueError(f"its format version is {facts['format_version']!r:.40}")
         for key, wanted in (("model", model), ("tail", tail)):
             if facts[key] != wanted:
-                raise ReneeError(
-                    f"{path} was built for {key}={facts[key]!r:.80} and this is {wanted!r}; run "
-                    f"`renee-ray index` for this model with overwrite=true, or give index=DIR"
-                )
+                known = f"{key}={facts[key]!r:.80}"
+                remedy = "run `renee-ray index` for this model with overwrite=true, or give index="
+                remedy = f"give {known}, or search=exact" if key == "tail" else f"{remedy}DIR"
+                raise ReneeError(f"{path} was built for {known} and this is {wanted!r}; {remedy}")
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(path, error) from None
     return facts

@@ -132,6 +132,8 @@ def in_passes(
         batches: takes the number of a batch, and returns that one and all that follow.
     """
     passes, done = begun
+    if not done:
+        blocks.mark(passes, 0)  # files of a command with other passes are worth nothing now
     for number in range(done // blocks.count, passes):
         scorer = open_piece(number, passes)
         first = max(0, done - number * blocks.count)

@@ -81,4 +81,5 @@ def test_runs_are_predicted_and_their_settings_told(
     found = json.loads(done.stdout)
     assert found["settings"]["epochs"][0] != found["settings"]["epochs"][1]
     assert len(found["metrics"]["P@1"]) == 2
-    assert sorted(each.name for each in (out / "predictions").iterdir()) == found["models"]
+    names = sorted(each.name for each in (out / "predictions").iterdir())
+    assert names == sorted(found["models"])

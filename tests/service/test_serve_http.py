@@ -372,7 +372,9 @@ def test_what_the_document_allows_is_never_a_server_error(door: int, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1440])
-def test_the_page_in_a_browser(door: int, tmp_path: Path, width: int) -> None:
+def test_the_page_in_a_browser(
+    door: int, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the keyboard alone: the token, wrong and right, a question, its answer, an error."""
     with browser(tmp_path, width) as page:
         page.open(f"http://127.0.0.1:{door}/")
@@ -390,6 +392,12 @@ def test_the_page_in_a_browser(door: int, tmp_path: Path, width: int) -> None:
         page.type("fail")
         page.until("document.getElementById('status').textContent.includes('service failed')")
         assert page.value("document.querySelectorAll('#labels li').length") == 0
+        monkeypatch.setattr(ECHO, "facts", {"not JSON": object()})
+        page.open(f"http://127.0.0.1:{door}/")
+        page.until("document.getElementById('status').textContent.includes('reload')")
+        monkeypatch.undo()
+        page.open(f"http://127.0.0.1:{door}/")
+        page.until("!document.getElementById('ask').hidden")  # the token was kept
         page.open(f"http://127.0.0.1:{door}/docs")
         page.until("document.querySelectorAll('article').length > 5")
         assert "POST /predict" in page.value("document.body.innerText")

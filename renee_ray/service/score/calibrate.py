@@ -8,6 +8,7 @@ It holds for the checkpoint and the settings that it was fitted with, and for no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from renee_ray.parallel.collectives import Ranks, gather_rows, row_counts
 from renee_ray.scoring.calibration import BINS, TOP, Calibration, calibration_error
 from renee_ray.scoring.scorer import Answer
 from renee_ray.service.run.directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 CALIBRATION = "calibration.json"
 ROWS = 1 << 20
@@ -39,7 +42,13 @@ def calibration_of(
 ) -> Calibration | None:
     """Reads the calibration of a run; None where it has none of this checkpoint and settings."""
     content = directory.read(CALIBRATION)
-    if content is None or not facts(checkpoint, settings).items() <= content.items():
+    if content is None:
+        return None
+    if not facts(checkpoint, settings).items() <= content.items():
+        log.warning(
+            "%s/%s is of another checkpoint, adjustment or number of votes: it is not used",
+            directory.path, CALIBRATION,
+        )  # fmt: skip
         return None
     return Calibration.from_json(content, f"{directory.path}/{CALIBRATION}")
 

@@ -38,12 +38,16 @@ NOT_SETTINGS = ("data", "output", "recipe")
 
 @dataclass(frozen=True)
 class Compared:
-    """A run or a directory of predictions. settings: dotted keys of a run; history: as it wrote."""
+    """A run or a directory of predictions.
+
+    settings: dotted keys of a run; history: as it wrote; retired: labels that it hides, int64.
+    """
 
     name: str
     predictions: str
     settings: dict[str, Any]
     history: dict[str, Any]
+    retired: NDArray[np.int64]
 
 
 def compare_runs(
@@ -110,7 +114,7 @@ def _model(
 ) -> Compared:
     run = RunDirectory(path)
     if run.read(RUN_FILE) is None:
-        return Compared(name, path, {}, {})
+        return Compared(name, path, {}, {}, np.empty(0, np.int64))
     say(f"predicting the {config.split} points by {name}")
     destination = os.path.join(config.output, "predictions", name.replace("/", "-"))
     score = ScoreConfig(
@@ -119,7 +123,8 @@ def _model(
     )  # fmt: skip
     predict_run(path, dataset.path, destination, score)
     settings = dict(dotted(run.config().model_dump()))
-    return Compared(name, absolute(destination), settings, run.read(HISTORY_FILE) or {})
+    history, retired = run.read(HISTORY_FILE) or {}, run.checkpoint(config.checkpoint).state.retired
+    return Compared(name, absolute(destination), settings, history, np.asarray(retired, np.int64))
 
 
 def _terms(
@@ -134,6 +139,9 @@ def _terms(
         for own, (found, _) in zip(labels, scored, strict=True):
             own.append(padded(found, K))
     true = true_labels(dataset, split, pa.chunked_array(points, pa.int64()), models[0].predictions)
+    # As in `evaluate`; what one hides no other is asked for.
+    hidden = np.concatenate([model.retired for model in models])
+    true = true.only(~np.isin(true.values, hidden))
     number = dataset.manifest.num_labels
     every = LabelRange(0, number, number)
     inverse = Propensities.read(dataset, every, Ranks()).of(true.values)
@@ -216,5 +224,7 @@ def _example(
 
 
 def _label(dataset: Dataset, label: int) -> str:
+    if label >= dataset.manifest.num_labels:  # it was added since
+        return f"label {label}"
     text = dataset.read_rows("labels", label, label + 1, ["text"])["text"][0].as_py()
     return text or f"label {label}"

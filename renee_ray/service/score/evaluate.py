@@ -13,8 +13,11 @@ from renee_ray.scoring.metrics import KS, RECALL_KS
 from renee_ray.scoring.scorer import Propensities, metric_sums
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import CALIBRATION, Seen, calibration_of, facts, measured
-from renee_ray.service.score.job import ScoringJob, check_source
+from renee_ray.service.score.job import ScoringJob, check_source, refuse
 from renee_ray.service.score.worker import Worker
+
+PREDICTED = ("k", "scores", "threshold", "texts", "explain", "overwrite")
+"""Keys of scoring that are about predictions alone."""
 
 
 def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
@@ -35,6 +38,9 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
             f"calibrate=true learns from points that were held out of training: give "
             f"split=validation, not split={score.split}"
         )
+    refuse(score, PREDICTED, "evaluate")
+    if score.calibrate:
+        refuse(score, ("allow", "deny", "search"), "evaluate calibrate=true")
     directory = RunDirectory(absolute(run))
     directory.config()
     check_source(data, "dataset")

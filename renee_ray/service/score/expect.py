@@ -11,14 +11,15 @@ from renee_ray.config.schema import ConvertConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Manifest
 from renee_ray.data.storage import absolute
-from renee_ray.errors import ConfigError, ReneeError
+from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.score.evaluate import evaluate_run
+from renee_ray.service.score.evaluate import PREDICTED, evaluate_run
+from renee_ray.service.score.job import refuse
 from renee_ray.service.train.resuming import MAY_CHANGE
 
 Difference = tuple[str, Any, Any]
 """What differs, its value in the run, and that in the recipe or the published dataset."""
-FIXED = ("split", "k", "scores", "threshold", "calibrate", "texts", "explain", "overwrite")
+FIXED = ("split", "calibrate", "allow", "deny", "search", "index", *PREDICTED)
 """Settings of scoring that `expect` leaves as they are: published metrics are of the test split."""
 
 
@@ -36,10 +37,7 @@ def expect_run(run: str, recipe: str, score: ScoreConfig) -> dict[str, Any]:
         ConfigError: `score` sets what is of no use here.
         ReneeError: the run has no recipe, or nothing was published for it.
     """
-    for key in FIXED:
-        value, default = getattr(score, key), ScoreConfig.model_fields[key].default
-        if value != default:
-            raise ConfigError(f"expect takes {key}={default} alone, not {value}; leave {key} out")
+    refuse(score, FIXED, "expect")
     directory = RunDirectory(absolute(run))
     config = directory.config()
     name = recipe or config.recipe

@@ -53,6 +53,7 @@ from renee_ray.scoring.index_quality import Truth, swept
 from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
+from renee_ray.service.run.labels import labels_of
 from renee_ray.service.score.loading import Model, load
 from renee_ray.service.tasks import Reporter, stream
 from renee_ray.xfc.labels import LabelRange, split_range
@@ -92,17 +93,23 @@ class Plan:
 
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """Yields the rows [w_l, b_l] of labels [start, stop), float32 [m, D + 1]."""
-        size, directory = max(1, BLOCK_BYTES // (4 * self.dim)), RunDirectory(self.model)
-        mapped = None if self.checkpoint else load(self.model).classifier
+        size = max(1, BLOCK_BYTES // (4 * self.dim))
+        if not self.checkpoint:
+            mapped = load(self.model).classifier
+            for first in range(start, stop, size):
+                rows = mapped.rows(first, min(first + size, stop))
+                # A retired label stays in the index; who searches leaves it out.
+                rows[:, -1].masked_fill_(rows[:, -1] == -torch.inf, 0)
+                yield rows
+            return
+        directory = RunDirectory(self.model)
+        saved = directory.checkpoints().at(self.checkpoint)
+        labels = labels_of(directory, directory.dataset(), saved)
         for first in range(start, stop, size):
             owned = LabelRange(first, min(first + size, stop), self.num_labels)
-            if mapped is not None:
-                yield mapped.rows(owned.start, owned.stop)
-                continue
-            saved = directory.checkpoints().at(self.checkpoint)
             weights = Weights(saved.state.facts["precision"], len(owned), self.dim, False, CPU)
             saved.load_shard(Shard(owned, weights), momentum=False)
-            offset = prior_offset(read_counts(directory.dataset(), owned), self.tail, CPU)
+            offset = prior_offset(read_counts(labels, owned), self.tail, CPU)
             last = torch.zeros(len(owned)) if offset is None else offset
             yield torch.cat([weights.read(0, len(owned)), last[:, None]], dim=1)
 
@@ -140,17 +147,20 @@ def index_model(
 
     Raises:
         ReneeError: FAISS is not installed, there is no model, a factory string that FAISS does not
-            take, more ranges than labels, or an output that is taken.
+            take, more ranges than labels, an output that is taken, or a checkpoint that was
+            published meanwhile.
     """
     load_faiss()
-    model, directory, checkpoint, workers = absolute(model), RunDirectory(absolute(model)), "", 1
+    model, directory, checkpoint, workers = absolute(model), RunDirectory(absolute(model)), None, 1
     points = Dataset.open(config.points) if config.points else None
     if directory.read(RUN_FILE) is not None:
-        checkpoint = directory.checkpoint(config.checkpoint).name
+        checkpoint = directory.checkpoint(config.checkpoint)
         workers, points = directory.config().max_workers, points or directory.dataset()
     if points is None:
         raise ReneeError(f"{model} is no run and has no points to measure on; give points=DATASET")
     loaded = load(model, checkpoint=config.checkpoint)
+    if checkpoint and checkpoint.hash != loaded.facts["model"]:
+        raise ReneeError(f"{model} has published another checkpoint meanwhile; run this again")
     number, dim, tail = loaded.num_labels, loaded.dim, loaded.facts["tail"]
     ranges = config.ranges or min(number, workers * -(-number // MOST_LABELS))
     if ranges > number:
@@ -161,9 +171,8 @@ def index_model(
     output.check()
     ensure_ray()
     threads = max(1, (os.cpu_count() or 1) // ranges)
-    plan = Plan(
-        model, checkpoint, number, dim, tail, output.path, factory, ranges, threads
-    )  # fmt: skip
+    name = checkpoint.name if checkpoint else ""
+    plan = Plan(model, name, number, dim, tail, output.path, factory, ranges, threads)
     output.claim()
     files = [f"{plan.name(i)}.{ending}" for i in range(ranges) for ending in ("faiss", "json")]
     output.declare([*files, "recall.png"], keep=True)

@@ -6,7 +6,7 @@ whatever number of workers wrote it, and scores its own rows (`worker.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from renee_ray.config.schema import EvalConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import absolute, filesystem_of, patiently
-from renee_ray.errors import ReneeError
+from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.index import check_search
@@ -36,13 +36,24 @@ LARGE = 1 << 30
 """Bytes of a checkpoint; of a smaller one, any worker holds all labels."""
 
 
+def refuse(score: ScoreConfig, keys: Iterable[str], command: str) -> None:
+    """Raises ConfigError where one of `keys`, which `command` would not read, is given."""
+    for key in keys:
+        value, default = getattr(score, key), ScoreConfig.model_fields[key].default
+        if value != default:
+            raise ConfigError(
+                f"{command} takes {key}={default} alone, not {value}; leave {key} out"
+            )
+
+
 @dataclass(frozen=True)
 class ScoringJob:
     """A run that is about to score, with everything checked that can be before there is Ray.
 
     checkpoint: named once for all workers, since a training beside us may publish another; step:
     its step; labels: the dataset whose labels are predicted; voters: the one whose points vote;
-    hidden: labels that are not, bool [L], or None; large: whether labels may come in passes.
+    hidden: labels that are not, bool [L], or None; index: `index.json` of the index to search by,
+    empty where search is exact; large: whether labels may come in passes.
     """
 
     directory: RunDirectory
@@ -53,6 +64,7 @@ class ScoringJob:
     labels: Dataset
     voters: Dataset | None
     hidden: np.ndarray | None
+    index: dict[str, Any]
     large: bool
 
     @classmethod
@@ -70,10 +82,25 @@ class ScoringJob:
         hidden = hidden_labels(labels, found, score.allow, score.deny)
         config = scoring_config(config, score, score.num_workers or config.max_workers)
         voters = _voters(directory, labels, config.evaluation, score)
-        check_search(score, directory.path, found.hash, config.evaluation.tail)
+        if score.index:
+            score = score.model_copy(update={"index": absolute(score.index)})
+        index = check_search(score, directory.path, found.hash, config.evaluation.tail)
+        if index and score.allow:
+            raise ReneeError(
+                "search=index finds few labels of the file allow=; leave search=index out"
+            )
         large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
         return cls(
-            directory, config, score, found.name, found.state.step, labels, voters, hidden, large
+            directory,
+            config,
+            score,
+            found.name,
+            found.state.step,
+            labels,
+            voters,
+            hidden,
+            index,
+            large,
         )
 
     def layout(self, points: Dataset, split: str, k: int) -> Layout:

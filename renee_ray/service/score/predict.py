@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from renee_ray.scoring.calibration import Calibration
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import calibration_of
-from renee_ray.service.score.job import ScoringJob, check_source
+from renee_ray.service.score.job import ScoringJob, check_source, refuse
 from renee_ray.service.score.predictions import PREDICTIONS, Layout, Writer
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
 from renee_ray.service.score.worker import Worker
@@ -55,13 +56,16 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     raw = _check_input(src, destination, score)
     output = Destination(destination, PREDICTIONS, score.overwrite)
     output.check()
+    refuse(score, ("calibrate",), "predict")
     labels = directory.dataset() if raw else Dataset.open(src)
-    job = ScoringJob.checked(directory, labels, _bounded(score, labels.manifest.num_labels))
+    job = ScoringJob.checked(directory, labels, score)
+    job = replace(job, score=_bounded(job.score, job.labels.manifest.num_labels))
     calibration = _calibration(job, run)
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split, "scores": score.scores}
     signature = _signature(job, src if raw else None, calibration)
-    if output.claim(signature):
+    goes_on = output.claim(signature)
+    if goes_on:
         log.warning("going on with the predictions in %s that were cut off", destination)
     scratch = output.scratch(signature)
     try:
@@ -79,7 +83,8 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
             calibration=calibration,
         )  # fmt: skip
     except ReneeError:
-        output.abandon()
+        if not goes_on:  # what earlier passes have found stays
+            output.abandon()
         raise
     found = {**facts, **found}
     output.publish(found)
@@ -111,9 +116,11 @@ def _signature(job: ScoringJob, texts: str | None, calibration: Calibration | No
             info = filesystem.get_file_info(root)
             files.append((path, info.size, info.mtime_ns))
     settings = job.score.model_dump(exclude={"overwrite", "memory_gib_per_worker"})
+    hidden = b"" if job.hidden is None else job.hidden.tobytes()
     content = [
         __version__, job.directory.path, job.checkpoint, job.labels.manifest.hash, files, settings,
-        job.config.model_dump(), calibration and calibration.to_json(),
+        job.config.model_dump(), calibration and calibration.to_json(), job.index,
+        hashlib.sha256(hidden).hexdigest(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

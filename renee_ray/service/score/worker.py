@@ -80,13 +80,19 @@ class Worker:
         """Returns the fewest passes that the memory of every rank allows; a collective.
 
         Raises:
-            ReneeError: it does not allow any number of passes.
+            ReneeError: it does not allow any number of passes, or more than one with an index.
         """
         limit = self.job.score.memory_gib_per_worker
         bytes_each = stored_bytes(self._precision)[0] * self.encoder.dim + 4
         free = int(limit * GIB) if limit else int(SHARE_OF_MEMORY * _free_bytes(self.device))
         k = layout.k if self.neighbours is None else max(layout.k, RERANKED)
-        return passes_needed(replace(layout, k=k), self.owned, self.ranks, bytes_each, free)
+        passes = passes_needed(replace(layout, k=k), self.owned, self.ranks, bytes_each, free)
+        if passes > 1 and self.job.index:
+            raise ReneeError(
+                f"{self.ranks.num_ranks} workers have the memory for a part of the labels, and "
+                f"search=index needs all of them; raise num_workers, or leave search=index out"
+            )
+        return passes
 
     def answers(
         self, arguments: dict[str, Any], layout: Layout, passes: int, directory: str = ""

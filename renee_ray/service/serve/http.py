@@ -111,7 +111,7 @@ class Bearer(authentication.AuthenticationBackend):
         """Raises AuthenticationError unless the request has the token or asks for no secret."""
         if self.accepts(conn.headers.getlist("authorization")):
             return authentication.AuthCredentials(["token"]), authentication.SimpleUser("token")
-        if conn.url.path in OPEN and conn.scope["method"] in ("GET", "HEAD"):
+        if conn.scope["path"] in OPEN and conn.scope["method"] in ("GET", "HEAD"):
             return None
         raise authentication.AuthenticationError(
             "send the header 'Authorization: Bearer TOKEN' with the service's token"

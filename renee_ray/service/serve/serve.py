@@ -102,9 +102,12 @@ def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, A
     """Returns the run to serve, checked before there is Ray, and the answer of `GET /info`."""
     path = absolute(run)  # a link may lead elsewhere when a replica starts again
     directory = RunDirectory(path if "://" in path else os.path.realpath(path))
-    config, checkpoint = directory.config(), directory.checkpoint(settings.checkpoint)
-    dataset = labels_of(directory, directory.dataset(), checkpoint)
+    if settings.index:  # replicas have another working directory
+        settings = settings.model_copy(update={"index": absolute(settings.index)})
+    config, dataset = directory.config(), directory.dataset()
     check_positions(config.encoder, dataset.manifest.max_length)
+    checkpoint = directory.checkpoint(settings.checkpoint)
+    dataset = labels_of(directory, dataset, checkpoint)
     vocabulary_of(dataset)  # what replicas would fail on is found before there is any
     num_labels = dataset.manifest.num_labels
     shards = settings.num_shards or min(config.max_workers, num_labels)

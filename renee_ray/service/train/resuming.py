@@ -102,5 +102,6 @@ def is_finished(directory: RunDirectory, state: State, epochs: Iterable[Order]) 
         status = directory.read(STATUS_FILE) or {}
     except ReneeError:  # damaged: the workers write another
         return False
-    at_end = state.step >= sum(order.num_batches for order in epochs)
+    # Labels are added and retired once a run has finished, at its best checkpoint.
+    at_end = state.revision > 0 or state.step >= sum(order.num_batches for order in epochs)
     return at_end and status.get("state") == "finished"
