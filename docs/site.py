@@ -82,6 +82,24 @@ def _kind(annotation: str) -> str:
     return words.replace(" | ", " or ").replace("None", "null")
 
 
+def http() -> str:
+    """Describes the paths that a service answers, by its OpenAPI document."""
+    from renee_ray.config.serve import ServeConfig
+    from renee_ray.service.serve.http import Bearer, application
+
+    nobody = Bearer("-" * 32)  # nothing is served here
+    document = application(ServeConfig(), nobody, lambda: None).openapi()  # type: ignore[arg-type]
+    found = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            found.append(f"## {method.upper()} {path}\n\n{operation.get('description', '')}")
+            rows = [
+                (f"`{code}`", each["description"]) for code, each in operation["responses"].items()
+            ]
+            found.append(_table(("status", "meaning"), rows))
+    return "\n\n".join(found)
+
+
 def _paragraphs(text: str) -> str:
     lines = [line.strip() for line in text.replace("\b", "").splitlines()]
     return _literal("\n".join(lines))
@@ -98,4 +116,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     )
 
 
-GENERATED: dict[str, Callable[[], str]] = {"commands": commands, "configuration": configuration}
+GENERATED: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "configuration": configuration,
+    "http": http,
+}
