@@ -63,7 +63,7 @@ def test_a_run_and_the_bare_loop_train_the_same_model(dataset: str, recipe: str)
         found["rows_per_second"] / found["bare_rows_per_second"]
     )
     assert found["threads"] == found["bare_threads"] == 1
-    assert 0 < found["padding"] < 0.9
+    assert 0 <= found["padding"] < 0.9  # lengths are grouped, and here each group has one
     assert 0 < found["matmul_share"] < 1
     assert 0 < found["feed_wait_s"] < found["batch_size"] / found["rows_per_second"]
     assert found["classifier_s"] < found["batch_size"] / found["bare_rows_per_second"]
