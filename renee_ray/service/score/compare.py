@@ -71,14 +71,18 @@ def compare_runs(
     if "://" in config.output:
         raise ReneeError(f"output={config.output!r} is a URL; give a local directory")
     paths = [absolute(path) for path in paths]
-    runs = [RunDirectory(path) for path in paths if RunDirectory(path).read(RUN_FILE) is not None]
-    if not config.data and not runs:
+    directories = [RunDirectory(path) for path in paths]
+    runs = [each if each.read(RUN_FILE) is not None else None for each in directories]
+    if not config.data and not any(runs):
         raise ReneeError("compare needs data=DATASET where no run is given")
-    dataset = Dataset.open(absolute(config.data)) if config.data else runs[0].dataset()
+    first = next(filter(None, runs), None)
+    dataset = first.dataset() if first and not config.data else Dataset.open(absolute(config.data))
     names = _names(paths)
     models = [
-        _model(path, name, dataset, config, on_progress)
-        for path, name in zip(paths, names, strict=True)
+        Compared(name, path, {}, {}, np.empty(0, np.int64))
+        if run is None
+        else _predicted(run, name, dataset, config, on_progress)
+        for run, path, name in zip(runs, paths, names, strict=True)
     ]
     on_progress("comparing")
     terms, best, true = _terms(models, dataset, config.split)
@@ -90,7 +94,7 @@ def compare_runs(
         "metrics": _metrics(found),
         "differ": {name: found.differ(i) for i, name in enumerate(names) if i},
         "settings": _differing(models),
-        **_changes(names, dataset, config.split, best, true),
+        **_changes(names, dataset, config.split, terms, best, true),
     }
     report.parent.mkdir(parents=True, exist_ok=True)
     write_comparison(str(report), facts, {each.name: each.history for each in models})
@@ -109,19 +113,20 @@ def _names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _model(
-    path: str, name: str, dataset: Dataset, config: CompareConfig, say: Callable[[str], None]
+def _predicted(
+    run: RunDirectory,
+    name: str,
+    dataset: Dataset,
+    config: CompareConfig,
+    say: Callable[[str], None],
 ) -> Compared:
-    run = RunDirectory(path)
-    if run.read(RUN_FILE) is None:
-        return Compared(name, path, {}, {}, np.empty(0, np.int64))
     say(f"predicting the {config.split} points by {name}")
     destination = os.path.join(config.output, "predictions", name.replace("/", "-"))
     score = ScoreConfig(
         k=min(K, dataset.manifest.num_labels), split=config.split, checkpoint=config.checkpoint,
         num_workers=config.num_workers, overwrite=True,
     )  # fmt: skip
-    predict_run(path, dataset.path, destination, score)
+    predict_run(run.path, dataset.path, destination, score)
     settings = dict(dotted(run.config().model_dump()))
     history, retired = run.read(HISTORY_FILE) or {}, run.checkpoint(config.checkpoint).state.retired
     return Compared(name, absolute(destination), settings, history, np.asarray(retired, np.int64))
@@ -178,49 +183,51 @@ def _differing(models: Sequence[Compared]) -> dict[str, list[Any]]:
 
 
 def _changes(
-    names: Sequence[str], dataset: Dataset, split: str, best: list[NDArray[np.int64]], true: Ragged
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    names: Sequence[str], dataset: Dataset, split: str, terms: Sequence[Terms],
+    best: list[NDArray[np.int64]], true: Ragged,
+) -> dict[str, dict[str, list[dict[str, Any]]]]:  # fmt: skip
     """Returns the points whose TOP labels gained or lost most right ones, against the first."""
-    hits = [_hits(each, true) for each in best]
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {"gained": {}, "lost": {}}
+    at = terms[0].names.index(f"P@{TOP}")
+    hits = [np.rint(TOP * each.numerator[at]).astype(np.int64) for each in terms]
+    chosen: dict[tuple[str, int], list[int]] = {}
     for i in range(1, len(names)):
         change = hits[i] - hits[0]
         for kind, sign in (("gained", 1), ("lost", -1)):
             order = np.argsort(-sign * change, kind="stable")[:EXAMPLES]
-            rows = [int(row) for row in order if sign * change[row] > 0]
-            found[kind][names[i]] = [
-                _example(dataset, split, row, (best[0][row], best[i][row]), true) for row in rows
+            chosen[kind, i] = [int(row) for row in order if sign * change[row] > 0]
+    points = _points(dataset, split, sorted({row for rows in chosen.values() for row in rows}))
+
+    def example(row: int, i: int) -> dict[str, Any]:
+        right = set(true.values[true.offsets[row] : true.offsets[row + 1]].tolist())
+        before, after = (
+            [
+                {"label": _label(dataset, label), "right": label in right}
+                for label in labels[row].tolist()
+                if label >= 0
             ]
-    return found
+            for labels in (best[0], best[i])
+        )
+        return {**points[row], "before": before, "after": after}
+
+    return {
+        kind: {names[i]: [example(row, i) for row in chosen[kind, i]] for i in range(1, len(names))}
+        for kind in ("gained", "lost")
+    }
 
 
-def _hits(best: NDArray[np.int64], true: Ragged) -> NDArray[np.int64]:
-    """Counts the right labels in each row of `best`, int64 [n, TOP]; -1 is none."""
-    width = int(max(best.max(initial=0), true.values.max(initial=0))) + 1
-    row = np.arange(len(best))[:, None] * width
-    keys = true.pairs()[0] * width + true.values
-    return np.asarray((np.isin(row + best, keys) & (best >= 0)).sum(axis=1))
-
-
-def _example(
-    dataset: Dataset, split: str, row: int, best: tuple[Any, Any], true: Ragged
-) -> dict[str, Any]:
-    read = dataset.read_rows(split, row, row + 1, ["point_id", "input_ids"]).to_pylist()[0]
+def _points(dataset: Dataset, split: str, rows: list[int]) -> dict[int, dict[str, Any]]:
+    """Returns "point_id" and "text" of some rows of a split."""
+    columns = ["point_id", "input_ids"]
+    read = [dataset.read_rows(split, row, row + 1, columns).to_pylist()[0] for row in rows]
     try:
         serialised = tokenizer.load(dataset.manifest.tokenizer, fetch=False).serialised
-        text = tokenizer.decode(serialised, [read["input_ids"]])[0]
+        texts = tokenizer.decode(serialised, [each["input_ids"] for each in read])
     except ReneeError:
-        text = f"point {read['point_id']}"
-    right = set(true.values[true.offsets[row] : true.offsets[row + 1]].tolist())
-    before, after = (
-        [
-            {"label": _label(dataset, int(id_)), "right": int(id_) in right}
-            for id_ in ids
-            if id_ >= 0
-        ]
-        for ids in best
-    )
-    return {"point_id": read["point_id"], "text": text, "before": before, "after": after}
+        texts = [f"point {each['point_id']}" for each in read]
+    return {
+        row: {"point_id": each["point_id"], "text": text}
+        for row, each, text in zip(rows, read, texts, strict=True)
+    }
 
 
 def _label(dataset: Dataset, label: int) -> str:
