@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from renee_ray.data import tokenizer
 from renee_ray.data.dataset import POINTS
 from renee_ray.data.split import splitmix64
 from renee_ray.data.targets import PREDICTED, PROBABILITIES
@@ -231,16 +230,6 @@ def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
         return Ragged(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
     offsets = lists.offsets.to_numpy().astype(np.int64)
     return Ragged(lists.flatten().to_numpy().astype(np.int64), offsets - offsets[0])
-
-
-def batch_of_texts(vocabulary: str, texts: list[str], max_length: int, pad_id: int) -> Batch:
-    """Makes a batch of texts that belong to no split, numbered from 0, without labels.
-
-    vocabulary: a tokenizer as `tokenizer.encode` takes it; max_length: tokens kept of a text.
-    """
-    ids = ragged(tokenizer.encode(vocabulary, texts, max_length))
-    none, points = Ragged.of_lists([[]] * len(texts)), np.arange(len(texts))
-    return Batch(Position(), points, ids, none, none, pad_id)
 
 
 def truncate(rows: Ragged, limit: int) -> Ragged:

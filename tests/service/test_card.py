@@ -15,7 +15,7 @@ from renee_ray.config.schema import BagConfig, EncoderConfig, RunConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.storage import write_file
 from renee_ray.model.encoder import build_encoder
-from renee_ray.parallel.batch import batch_of_texts
+from renee_ray.parallel.batch import padded_tokens, ragged
 from renee_ray.service.score import card, export
 
 from ..data.tiny import write_tiny
@@ -51,13 +51,12 @@ def test_other_libraries_embed_as_the_transformer_here(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_file(str(tmp_path / name), content)
         assert export.FILES.fullmatch(name)
-    batch = batch_of_texts(
-        tokenizer.load(config.name).serialised, TEXTS, 100 if encoder.prompt else LENGTH, 0
-    )
+    vocabulary, most = tokenizer.load(config.name).serialised, 100 if encoder.prompt else LENGTH
+    ids = padded_tokens(ragged(tokenizer.encode(vocabulary, TEXTS, most)), 0, CPU)
     with torch.inference_mode():
-        expected = (encoder(*batch.tokens(CPU)) - encoder.constant) / config.scale
+        expected = (encoder(*ids) - encoder.constant) / config.scale
         if config.bottleneck:
-            expected = encoder.pooled(*batch.tokens(CPU)[:2])
+            expected = encoder.pooled(*ids)
     found = SentenceTransformer(str(tmp_path)).encode(TEXTS)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     if not settings:

@@ -14,7 +14,7 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.evaluate import PREDICTED, evaluate_run
-from renee_ray.service.score.job import refuse
+from renee_ray.service.score.job import as_scored, refuse
 from renee_ray.service.train.resuming import MAY_CHANGE
 
 Difference = tuple[str, Any, Any]
@@ -56,14 +56,6 @@ def expect_run(run: str, recipe: str, score: ScoreConfig) -> dict[str, Any]:
         "differences": [*differences(as_scored(config, score), theirs, about, dataset.manifest)],
         **evaluate_run(run, dataset.path, score),
     }
-
-
-def as_scored(config: RunConfig, score: ScoreConfig) -> RunConfig:
-    """Returns a run's configuration with the settings of evaluation that `score` overrides."""
-    keys = ("tail", "neighbours", "neighbour_weight")
-    given = {key: getattr(score, key) for key in keys if getattr(score, key) is not None}
-    evaluation = config.evaluation.model_copy(update=given)
-    return config.model_copy(update={"evaluation": evaluation})
 
 
 def differences(

@@ -140,18 +140,23 @@ def embed_voters(
     return Neighbours.embed(encoder, points, ranks, device, count, weight)
 
 
+def as_scored(config: RunConfig, score: ScoreConfig) -> RunConfig:
+    """Returns a run's configuration with the settings of evaluation that `score` overrides."""
+    keys = ("tail", "neighbours", "neighbour_weight")
+    given = {key: value for key in keys if (value := getattr(score, key)) is not None}
+    evaluation = config.evaluation.model_copy(update=given)
+    return config.model_copy(update={"evaluation": evaluation})
+
+
 def scoring_config(config: RunConfig, score: ScoreConfig, workers: int) -> RunConfig:
     """Returns the configuration of a run, changed to score with so many workers.
 
     The checkpoint has all weights: the file that training began with is not looked at.
     """
     encoder = config.encoder.model_copy(update={"weights": ""})
-    keys = ("tail", "neighbours", "neighbour_weight")
-    anew = {key: value for key in keys if (value := getattr(score, key)) is not None}
-    settings = config.evaluation.model_copy(update=anew)
     placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
-    return config.model_copy(
-        update={"num_workers": workers, "evaluation": settings, "encoder": encoder}
+    return as_scored(config, score).model_copy(
+        update={"num_workers": workers, "encoder": encoder}
         | {"batch_size": workers * config.feed.streams}  # of training: it bounds num_workers
         | {key: getattr(score, key) for key in placed}
     )

@@ -32,7 +32,7 @@ from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import Batch, Position, Ragged, ragged, truncate
+from renee_ray.parallel.batch import Ragged, padded_tokens, ragged, truncate
 from renee_ray.scoring.calibration import Calibration
 from renee_ray.scoring.index import Classifier, ExactSearch, Search, open_search
 from renee_ray.scoring.scorer import prior_offset
@@ -144,12 +144,11 @@ class Model:
     @torch.inference_mode()
     def embed_tokens(self, tokens: Ragged) -> Tensor:
         """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
-        found, none = [], Ragged.of_lists([[]] * BATCH)
+        found, device = [], self._encoder.constant.device
         for start in range(0, len(tokens), BATCH):
             rows = np.arange(start, min(start + BATCH, len(tokens)))
             ids = truncate(tokens.take(rows), self.facts["max_length"])
-            batch = Batch(Position(), rows, ids, none, none, self.facts["pad_id"])
-            found.append(self._encoder(*batch.tokens(self._encoder.constant.device)))
+            found.append(self._encoder(*padded_tokens(ids, self.facts["pad_id"], device)))
         return torch.cat(found)
 
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.serve import ServeConfig
+from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
-from renee_ray.parallel.batch import batch_of_texts
+from renee_ray.parallel.batch import padded_tokens, ragged
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.index import Classifier, open_search
 from renee_ray.scoring.neighbours import RERANKED
@@ -171,9 +172,9 @@ class EncoderReplica:
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> np.ndarray:
         """Returns the texts' embeddings, float32 [B, D]."""
-        pad_id = self._dataset.manifest.pad_id
-        batch = batch_of_texts(self._vocabulary, texts, self._max_length, pad_id)
-        embeddings: Tensor = self._encoder(*batch.tokens(self._device))
+        tokens = ragged(tokenizer.encode(self._vocabulary, texts, self._max_length))
+        padded = padded_tokens(tokens, self._dataset.manifest.pad_id, self._device)
+        embeddings: Tensor = self._encoder(*padded)
         if not embeddings.isfinite().all():
             raise ArithmeticError("the encoder's embeddings are not finite")
         return embeddings.cpu().numpy()
