@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse
 
-from renee_ray.data.sources.own import PIECE_ROWS, SAMPLE_ROWS
+from renee_ray.data.sources.lines import PIECE_ROWS
+from renee_ray.data.sources.own import SAMPLE_ROWS
 
 from .sources import (
     CLASS,

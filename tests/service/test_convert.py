@@ -147,7 +147,7 @@ def test_texts_against_naive_python(
 ) -> None:
     naive = random_repository()
     config = config_of(model, validation=0.2)
-    monkeypatch.setattr(lines, "BLOCK_ROWS", 9)
+    monkeypatch.setattr(lines, "PIECE_ROWS", 9)
     monkeypatch.setattr(conversion, "BUCKET_ROWS", 2 * config.part_rows)
     messages: list[str] = []
     manifest = convert(
@@ -258,7 +258,7 @@ def test_same_seed_same_files(tmp_path: Path, model: str) -> None:
     [
         ("trn_X_Y.txt", "3 4\n0:1\n1:1 x:1\n2:1\n", r"/src/trn_X_Y\.txt:3: malformed pair 'x:1'"),
         ("trn_X_Y.txt", "3 4\n0:1\n1:1\n4:1\n", r"/src/trn_X_Y\.txt:4: label id 4 is out of range"),
-        ("tst_X_Y.txt", "1 4\n-1:1\n", r"/src/tst_X_Y\.txt:2: label id -1 is negative"),
+        ("tst_X_Y.txt", "1 4\n-1:1\n", r"/src/tst_X_Y\.txt:2: label id -1 is out of range"),
         ("trn_X_Y.txt", "3 4\n\n\n1:0\n", r"/src/trn_X_Y\.txt gives no training point a label"),
         ("trn_X_Y.txt", "5 4\n0:1\n1:1\n2:1\n", r"/src/trn_X_Y\.txt:1: the header says 5 rows"),
         ("trn_filter_labels.txt", "0 1\n7 1\n", r"/src/trn_filter_labels\.txt:2: row 7 is out of"),
@@ -290,7 +290,7 @@ def test_bad_json_and_bad_gzip(tmp_path: Path, model: str) -> None:
     src = write(tmp_path / "src", {"trn.json": good * 9 + '{"title": "red"}\n'})
     with pytest.raises(ReneeError, match=r"/src/trn\.json:10: target_ind is None; write a list"):
         convert(src, str(tmp_path / "dst"), config_of(model))
-    write(tmp_path / "src", {"lbl.json.gz": '{"title": "blue"}\n' * 500})
+    write(tmp_path / "src", {"trn.json": good * 9, "lbl.json.gz": '{"title": "blue"}\n' * 500})
     packed = tmp_path / "src" / "lbl.json.gz"
     packed.write_bytes(packed.read_bytes()[:-10])
     with pytest.raises(ReneeError, match=r"/src/lbl\.json\.gz is not a complete gzip file"):
@@ -299,7 +299,7 @@ def test_bad_json_and_bad_gzip(tmp_path: Path, model: str) -> None:
 
 
 @IN_THIS_PROCESS
-def test_bad_label_texts_are_found_while_writing(tmp_path: Path, model: str) -> None:
+def test_bad_label_texts_are_found_before_writing(tmp_path: Path, model: str) -> None:
     files: dict[str, str | bytes] = {
         "trn.json": '{"title": "red", "target_ind": [0]}\n' * 9,
         "lbl.json": '{"title": "blue"}\n' * 40 + "{oh\n" + '{"title": "blue"}\n' * 2,
@@ -313,16 +313,16 @@ def test_bad_label_texts_are_found_while_writing(tmp_path: Path, model: str) -> 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_conversion_that_dies_and_the_next_one(tmp_path: Path, model: str) -> None:
-    """The label texts vanish under the tasks that write."""
+    """What was written of the source vanishes under the tasks that read it."""
     naive = random_repository()
     src, dst = write(tmp_path / "src", naive["files"]), str(tmp_path / "dst")
-    texts = tmp_path / "src" / "Y.txt"
 
     def shorten(message: str) -> None:
         if message == "blocks read: 2 of 2":
+            (texts,) = Path(dst).rglob("_scratch/*/labels/*.parquet")
             os.truncate(texts, texts.stat().st_size - 9)
 
-    with pytest.raises(ReneeError, match=r"/src/Y\.txt became shorter while it was being read"):
+    with pytest.raises(ReneeError, match=r"/labels/.*\.parquet"):
         convert(src, dst, config_of(model, part_rows=4), shorten)
     assert not [path for path in Path(dst).rglob("*") if path.is_file()]
     write(tmp_path / "src", naive["files"])

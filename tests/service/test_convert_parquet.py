@@ -295,7 +295,7 @@ def test_a_conversion_that_is_cut_off_goes_on(
     monkeypatch.setattr(conversion, "stream", stream)
     monkeypatch.setattr(service, "ensure_ray", lambda *arguments, **settings: None)
     monkeypatch.setattr(conversion, "BUCKET_ROWS", 64)
-    monkeypatch.setattr(lines, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(lines, "PIECE_ROWS", 50)
     said: list[str] = []
     for _ in range(50):
         budget = 7

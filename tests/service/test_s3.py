@@ -120,7 +120,7 @@ def working() -> Callable[[], bool]:
 def dataset_on_s3(gateway: Gateway, source: Path, local_ray: None) -> str:
     remote = gateway.filesystem()
     pafs.copy_files(str(source), f"{BUCKET}/source", pafs.LocalFileSystem(), remote)
-    with outage(begun(gateway, "dataset/_scratch", "_count-0.json"), gateway):
+    with outage(begun(gateway, "dataset/_scratch", "write_pieces-0.json"), gateway):
         assert main(["convert", SRC, DATA, "validation=0.1", "part_rows=64"]) == 0
     return DATA
 

@@ -9,7 +9,7 @@ The labels of points are in the repository's text files beside this folder (repo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,22 +17,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from renee_ray.data.sources.lines import BLOCK_ROWS, LineBatch
-from renee_ray.data.sources.records import Block, Int64s, Records, SourceError
-from renee_ray.data.sources.xmlrepo import parse_pairs
+from renee_ray.data.sources.lines import PIECE_BYTES, PIECE_ROWS
+from renee_ray.data.sources.records import Int64s, SourceError
 from renee_ray.data.storage import filesystem_of, listing, patiently
 
 
 @dataclass(frozen=True)
 class Memmap:
-    """The tokens of one split, or of the labels: a table of records.
+    """The tokens of one split, or of the labels.
 
     path: of the ids, to which `mask` belongs; length: tokens of a row, padding included.
     """
 
     path: str
     length: int
-    columns = ("input_ids",)
 
     @property
     def mask(self) -> str:
@@ -50,16 +48,12 @@ class Memmap:
             )
         return int(sizes[0]) // (8 * self.length)
 
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        starts = range(0, self.rows, BLOCK_ROWS)
-        return tuple(Block(self.path, s, min(BLOCK_ROWS, self.rows - s)) for s in starts)
-
-    def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
-        yield Records(block.first, {"input_ids": self.tokens(block.first, block.rows)}, self.where)
-
-    def where(self, row: int) -> str:
-        return f"{self.path}: row {row}"
+    def pieces(self) -> Iterator[pa.Table]:
+        """Reads all rows, in pieces with the column `input_ids`."""
+        size = min(PIECE_ROWS, max(1, PIECE_BYTES // (8 * self.length)))
+        for first in range(0, self.rows, size):
+            tokens = self.tokens(first, min(size, self.rows - first))
+            yield pa.table({"input_ids": tokens})
 
     def tokens(self, first: int, rows: int) -> pa.Array:
         """Reads the tokens of rows without their padding, large_list<int64>.
@@ -72,7 +66,7 @@ class Memmap:
         counts = kept.sum(1)
         if rows and not counts.all():
             raise SourceError(
-                f"{self.where(first + int(counts.argmin()))} has no token; correct it"
+                f"{self.path}: row {first + int(counts.argmin())} has no token; correct it"
             )
         offsets = np.concatenate([[0], np.cumsum(counts)])
         return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids[kept]))
@@ -86,13 +80,6 @@ class Memmap:
 
         numbers = np.frombuffer(patiently(read, f"reading {path}"), "<i8")
         return numbers.reshape(rows, self.length)
-
-
-def parse_tokens(labels: LineBatch, tokens: Memmap, num_labels: int | None) -> Records:
-    """Parses lines of labels, as `parse_pairs` does, of points whose texts are tokens."""
-    lists, zeros = parse_pairs(labels, num_labels)
-    columns = {"input_ids": tokens.tokens(labels.first, len(labels)), "labels": lists}
-    return Records(labels.first, columns, labels.where, zeros=zeros)
 
 
 def find_memmaps(path: str) -> dict[str, Memmap]:

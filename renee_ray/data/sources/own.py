@@ -15,9 +15,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,21 +28,21 @@ from scipy import sparse
 from renee_ray.data.sources import parquet
 from renee_ray.data.sources.columns import kind_of
 from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
-from renee_ray.data.sources.lines import (
-    MAX_LINE_BYTES,
-    Unpacked,
-    check_unpacked,
-    length_of_mark,
+from renee_ray.data.sources.lines import PIECE_BYTES, Lines, check_unpacked, chunked, opened
+from renee_ray.data.sources.records import (
+    Block,
+    Piece,
+    SourceError,
+    decoded,
+    lists_of,
+    whole_characters,
 )
-from renee_ray.data.sources.records import Block, SourceError, decoded, lists_of, whole_characters
 from renee_ray.data.sources.xmlrepo import json_object
-from renee_ray.data.storage import filesystem_of, is_transient, listing
+from renee_ray.data.storage import is_transient, listing
 from renee_ray.errors import reason
 
 TABLES = r"(?:csv|tsv|jsonl|ndjson|json)(?:\.gz)?"
 """Endings of the names of files that are read."""
-PIECE_BYTES, PIECE_ROWS = 1 << 24, 1 << 14
-"""About the most bytes of a file, and the most of its lines, that are in memory together."""
 SAMPLE_ROWS = 1000
 PAIR_BYTES = 1 << 31
 """The most bytes of rows that are brought together by their text, in one task."""
@@ -57,6 +56,45 @@ class Own:
     splits: dict[str, list[str]]
     fields: Fields | None
     notes: tuple[str, ...]
+    num_labels = None
+
+    def tasks(self) -> list[tuple[str, list[str]]]:
+        """Returns (split, the files that are read together) of each task."""
+        pairs = self.fields is not None and self.fields.pairs
+        return [
+            (split, files)
+            for split in ("train", "test", "labels")
+            if (paths := self.splits.get(split, []))
+            for files in ([paths] if pairs and split != "labels" else [[path] for path in paths])
+        ]
+
+    def pieces(self, split: str, paths: list[str]) -> Iterator[Piece]:
+        """Yields the rows of some files of a split.
+
+        Raises:
+            SourceError: a file that cannot be read, or a bad row.
+        """
+        fields, pairs, size = self.fields, list[tuple[str, pa.Table]](), 0
+        for path in paths:
+            first = 0
+            wanted = [*fields.text, fields.labels] if fields and split != "labels" else None
+            for rows in tables_of(path, wanted):
+                made = rows
+                if fields is not None:
+                    is_points = split != "labels"
+                    made = shaped(path, rows, fields) if is_points else label_columns(path, rows)
+                if fields is None or split == "labels" or not fields.pairs:
+                    yield Piece(made, path, first)
+                else:
+                    pairs.append((path, made))
+                    if (size := size + made.nbytes) > PAIR_BYTES:
+                        raise SourceError(
+                            f"{path}: the pairs of a text and a label have more than {PAIR_BYTES} "
+                            f"bytes; write each text once, with all its labels and a separator"
+                        )
+                first += len(rows)
+        if pairs:
+            yield Piece(_grouped(pairs), path, 0)
 
 
 def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
@@ -113,38 +151,6 @@ def _pecos(path: str) -> Own | None:
 # -------------------------------------------------------------------------------------- reading
 
 
-def pieces(own: Own, split: str, paths: Iterable[str]) -> Iterator[tuple[str, int, pa.Table]]:
-    """Yields (file, number of the first row, rows with the columns of a source).
-
-    Raises:
-        SourceError: a file that cannot be read, or a bad row.
-    """
-    pairs, size = [], 0
-    for path in paths:
-        first = 0
-        wanted = [*own.fields.text, own.fields.labels] if own.fields and split != "labels" else None
-        for rows in tables_of(path, wanted):
-            made = rows
-            if own.fields is not None:
-                made = (
-                    label_columns(path, rows)
-                    if split == "labels"
-                    else shaped(path, rows, own.fields)
-                )
-            if own.fields is None or split == "labels" or not own.fields.pairs:
-                yield path, first, made
-            else:
-                pairs.append((path, made))
-                if (size := size + made.nbytes) > PAIR_BYTES:
-                    raise SourceError(
-                        f"{path}: the pairs of a text and a label have more than {PAIR_BYTES} "
-                        f"bytes; write each text once, with all its labels and a separator"
-                    )
-            first += len(rows)
-    if pairs:
-        yield path, 0, _grouped(pairs)
-
-
 def label_columns(path: str, rows: pa.Table) -> pa.Table:
     """The columns of a table of labels that are read."""
     known = [name for name in ("label", "text") if name in rows.column_names]
@@ -195,28 +201,14 @@ def tables_of(path: str, columns: list[str] | None = None) -> Iterator[pa.Table]
         raise SourceError(f"{path} cannot be read ({reason(error):.300}); correct it") from None
 
 
-def _opened(path: str) -> Any:
-    """Opens a file, unpacked. Raises SourceError where it is in UTF-16, or no gzip."""
-    filesystem, name = filesystem_of(path)
-
-    def opened() -> Any:
-        file = filesystem.open_input_stream(name, compression=None)
-        size = filesystem.get_file_info(name).size
-        return Unpacked(file, path, size) if path.endswith(".gz") else file
-
-    with opened() as file:
-        length_of_mark(file.read(3), path)
-    return opened()
-
-
 def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    with io.BufferedReader(_opened(path)) as file:
+    with opened(path) as file:
         header = file.readline(PIECE_BYTES).decode("utf-8-sig", "replace")
     found = [each for each in ",;\t|" if each in header]
     delimiter = "\t" if path.removesuffix(".gz").endswith(".tsv") else (found or [","])[0]
     parsing = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     reading = pacsv.ReadOptions(block_size=PIECE_BYTES, use_threads=False)
-    with _opened(path) as file:
+    with opened(path) as file:
         names = pacsv.open_csv(file, reading, parsing).schema.names
     wanted = [name for name in names if columns is None or name in columns]
     if twice := [name for name in wanted if names.count(name) > 1]:
@@ -225,25 +217,29 @@ def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
     strings = pacsv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.large_binary()), include_columns=wanted
     )
-    with _opened(path) as file:
+    with opened(path) as file:
         for batch in pacsv.open_csv(file, reading, parsing, strings):
             yield pa.Table.from_batches([batch])
 
 
 def _json_lines(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    objects, size, first = list[dict[str, Any]](), 0, 1
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            found = json_object(decoded(line)[0], f"{path}:{number}")
-            if b"\\ud" in line.lower():  # perhaps a lone surrogate, of which no column can be made
-                found = json.loads(whole_characters(json.dumps(found, ensure_ascii=False))[0])
-            objects.append(found)
-        size += len(line)
-        if size > PIECE_BYTES or len(objects) >= PIECE_ROWS:
+    first = 1
+    for lines in chunked(Lines(path)):
+        objects = [
+            _json_row(line, f"{path}:{number}")
+            for number, line in enumerate(lines, first)
+            if line.strip()
+        ]
+        if objects or first == 1:
             yield _from_objects(f"{path}:{first} and below", objects, columns)
-            objects, size, first = [], 0, number + 1
-    if objects or first == 1:
-        yield _from_objects(f"{path}:{first} and below", objects, columns)
+        first += len(lines)
+
+
+def _json_row(line: bytes, where: str) -> dict[str, Any]:
+    found = json_object(decoded(line)[0], where)
+    if b"\\ud" in line.lower():  # perhaps a lone surrogate, of which no column can be made
+        found = json.loads(whole_characters(json.dumps(found, ensure_ascii=False))[0])
+    return found
 
 
 def _from_objects(where: str, objects: list[dict[str, Any]], columns: list[str] | None) -> pa.Table:
@@ -263,17 +259,8 @@ def _from_objects(where: str, objects: list[dict[str, Any]], columns: list[str] 
     return pa.table(made)
 
 
-def _lines(path: str) -> Iterator[bytes]:
-    with io.BufferedReader(_opened(path), PIECE_BYTES) as file:
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")):
-            if len(line) > MAX_LINE_BYTES:
-                raise SourceError(f"{path}:{number + 1} is longer than {MAX_LINE_BYTES} bytes")
-            line = line.removesuffix(b"\n").removesuffix(b"\r")
-            yield line if number else line.removeprefix(b"\xef\xbb\xbf")
-
-
 def _arrow(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    with _opened(path) as file, pa.ipc.open_stream(file) as stream:
+    with opened(path) as file, pa.ipc.open_stream(file) as stream:
         leaves(stream.schema)  # a name that is not UTF-8 shows here
         for batch in stream:
             batch.validate(full=True)  # a damaged offset would be read beyond the buffer
@@ -292,20 +279,17 @@ def _texts(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
     folder, _, name = path.rpartition("/")
     matrix = None
     if name.startswith("X."):
-        with _opened(f"{folder}/Y{name[1:-4]}.npz") as file:
+        with opened(f"{folder}/Y{name[1:-4]}.npz") as file:
             matrix = _matrix(f"{folder}/Y{name[1:-4]}.npz", file.read())
-    texts, first = list[bytes](), 0
-    for line in _lines(path):
-        texts.append(line)
-        if len(texts) == PIECE_ROWS:
-            yield _with_labels(path, texts, matrix, first)
-            texts, first = [], first + len(texts)
-    if matrix is not None and first + len(texts) != matrix.shape[0]:
+    first = 0
+    for texts in chunked(Lines(path)):
+        yield _with_labels(path, texts, matrix, first)
+        first += len(texts)
+    if matrix is not None and first != matrix.shape[0]:
         raise SourceError(
-            f"{path} has {first + len(texts)} lines and Y{name[1:-4]}.npz {matrix.shape[0]} rows; "
-            f"make them agree"
+            f"{path} has {first} lines and Y{name[1:-4]}.npz {matrix.shape[0]} rows; make them "
+            f"agree"
         )
-    yield _with_labels(path, texts, matrix, first)
 
 
 def _matrix(path: str, content: bytes) -> Any:

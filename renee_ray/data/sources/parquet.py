@@ -51,8 +51,8 @@ from renee_ray.data.untrusted import read_row_groups, rows_of
 from renee_ray.errors import reason
 
 SLICE_ROWS = 1 << 16
-Origins = dict[str, tuple[str, int]]
-"""Path -> the file that its rows are from, and the number of the first one there."""
+Origins = dict[str, tuple[str, str, int]]
+"""Path -> the file that its rows are from, what stands before a row's number, the first row's."""
 SPLITS = ("train", "test", "labels")
 VALIDATION = ("validation", "valid", "val", "dev")
 PARQUET = "parquet"
@@ -93,8 +93,8 @@ class ParquetTable:
 
     def _where(self, block: Block, start: int, row: int) -> str:
         if block.path in self.origins:
-            path, first = self.origins[block.path]
-            return f"{path}: row {first + start + row}"
+            path, between, first = self.origins[block.path]
+            return f"{path}{between}{first + start + row}"
         return f"{block.path}: row {start + row} of row group {block.group}"
 
 
@@ -193,7 +193,10 @@ def index_parquet(path: str, labels_are: str = "auto", origins: Origins | None =
     labels: ParquetTable | Names | None = None
     if "labels" in files:
         labels = table_of(
-            files["labels"], ("label",) if strings else (), ("text",), origins=origins
+            files["labels"],
+            ("label",) if strings else (),
+            ("text",) if strings else ("text", "input_ids"),
+            origins=origins,
         )
     elif not strings and (names := _class_names(files, tables)) is not None:
         labels = Names(names, train_path)
@@ -287,7 +290,7 @@ def table_of(
 
 
 def _origin(path: str, origins: Origins) -> str:
-    return origins.get(path, (path, 0))[0]
+    return origins.get(path, (path,))[0]
 
 
 def _table(

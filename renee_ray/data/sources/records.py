@@ -7,14 +7,14 @@ A table knows its blocks (`Block`) and reads any one of them, as Arrow arrays of
     point_id                 int64
     input_ids                large_list<int64>, no row without tokens
     labels, filter_labels    large_list<int64> or large_list<string>, as the source lists them
-    row, label               int64, in a table of pairs (`Source.filters`)
 
-A new kind of source is a module with tables of its own; nothing after them tells them apart.
+Only Parquet is read in blocks. Another kind of source yields its rows as `Piece`s, which a
+conversion writes as Parquet first; nothing after that tells them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,9 +39,9 @@ class SourceError(ReneeError):
 class Block:
     """Rows of a table that one task reads together.
 
-    path: the file that they are in, or the first of several.
+    path: the file that they are in.
     first: the number of the first row in the table.
-    group: the row group of the file; 0 in a file of lines.
+    group: the row group of the file.
     """
 
     path: str
@@ -60,8 +60,6 @@ class Records:
     """The file and the line or row of one of these rows, counted from 0, for error messages."""
     replaced: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
     """Bytes of each row's text that are not UTF-8; empty where no text was read."""
-    zeros: int | None = None
-    """(row, label) pairs left out for their value of 0; None where pairs have no value."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -71,8 +69,24 @@ class Records:
         return pa.array(np.arange(self.first, self.first + len(self)))
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of a source, to be written as Parquet.
+
+    table: with the columns of a Parquet source.
+    path, number: of the first row; between: what stands between them where an error names a row.
+    odd: counts for a conversion's statistics.
+    """
+
+    table: pa.Table
+    path: str
+    number: int
+    between: str = ": row "
+    odd: dict[str, int] = field(default_factory=dict)
+
+
 class Table(Protocol):
-    """Rows of a split, of the labels, or of pairs."""
+    """Rows of a split, or of the labels."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -98,7 +112,7 @@ class Source:
     labelled_path: the file, or first file, with the labels of training points.
     num_labels: None while only the greatest id or all names can tell.
     labels_are_strings: the labels of points are names; else they are ids.
-    filters: tables of pairs (row, label) that add filter labels to a split, in any order.
+    odd: counts for the statistics of each split, of what was odd where it was no Parquet yet.
     notes: sentences about files that are there and not read.
     """
 
@@ -108,7 +122,7 @@ class Source:
     labelled_path: str
     num_labels: int | None
     labels_are_strings: bool = False
-    filters: dict[str, Table] = field(default_factory=dict)
+    odd: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,92 +1,120 @@
-"""A folder of the Extreme Classification Repository: its files, what they agree on, its tables.
+"""A folder of the Extreme Classification Repository: its files, and the rows that are in them.
 
     texts    {trn,tst}_X.txt, {trn,tst}_X_Y.txt (labels), Y.txt (label texts)
     JSON     {trn,tst}.json, lbl.json (label texts)
     tokens   {tokenizer}-{length}/*.dat (memmaps.py), {trn,tst}_X_Y.txt
 
 With each, optionally, {trn,tst}_filter_labels.txt; each file plain or with .gz added. What is in
-them: xmlrepo.py. The lines of all files are counted (lines.py) before anything is read.
+a line: xmlrepo.py. A task reads the files of a split together, from their start to their end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, repeat
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 
-from renee_ray.data.sources import memmaps, xmlrepo
-from renee_ray.data.sources.lines import Lines, blocks_of, read
+from renee_ray.data.dataset.schema import MAX_LABELS
+from renee_ray.data.sources.lines import Lines, chunked
 from renee_ray.data.sources.memmaps import Memmap, find_memmaps
-from renee_ray.data.sources.records import (
-    MAX_INFERRED_LABELS,
-    Block,
-    Records,
-    Source,
-    SourceError,
-    Table,
-)
+from renee_ray.data.sources.records import Int64s, Piece, SourceError, lists_of
+from renee_ray.data.sources.xmlrepo import parse_filters, parse_objects, parse_pairs
 from renee_ray.data.storage import filesystem_of
 
-
-@dataclass(frozen=True)
-class LineTable:
-    """Rows that are lines: row i is line i of each file.
-
-    parse: makes records of a batch of lines of each file.
-    """
-
-    files: tuple[Lines, ...]
-    columns: tuple[str, ...]
-    parse: Callable[..., Records]
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        return blocks_of(self.files[0].rows, *self.files)
-
-    def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
-        stop = block.first + block.rows
-        yield self.parse(*(read(lines, block.first, stop) for lines in self.files))
-
-
-def text_table(lines: Lines) -> LineTable:
-    """The table of a file with a text a line."""
-    return LineTable((lines,), ("text",), xmlrepo.parse_texts)
-
-
-# --------------------------------------------------------------------------------------- files
+MAX_HEADER_DIGITS = 100
+HEAD_LINES = 100
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """Paths of one split's files; None where there is none."""
+    """The files of one split; None where there is none.
 
-    texts: str
-    """The labels where there are tokens instead of texts."""
+    labels: None: they are in the JSON lines of `texts`.
+    header: rows and columns, as the first line of `labels` says.
+    """
+
+    texts: str | Memmap
     labels: str | None
-    """None: the labels are in the JSON lines of `texts`."""
     filters: str | None
-    tokens: Memmap | None = None
+    header: tuple[int, int] | None = None
+
+    @property
+    def labelled(self) -> str:
+        """The file that holds the labels."""
+        return self.labels or str(self.texts)
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of a folder."""
+class Repository:
+    """The files of a folder. num_labels: as headers say, or None."""
 
-    is_json: bool
-    train: SplitFiles
-    test: SplitFiles | None
-    label_texts: str | None
-    label_tokens: Memmap | None = None
+    splits: dict[str, SplitFiles]
+    label_texts: str | Memmap | None
+    num_labels: int | None
+    notes = ()
 
-    @property
-    def paths(self) -> list[str]:
-        """The paths of all files."""
-        found = [self.label_texts]
-        for split in (self.train, self.test):
-            found += [split.texts, split.labels, split.filters] if split else []
-        return [path for path in found if path is not None]
+    def tasks(self) -> list[tuple[str, list[str]]]:
+        """Returns (split, one of its files, for errors) of each task."""
+        tasks = [(name, [files.labelled]) for name, files in self.splits.items()]
+        if self.label_texts is not None:
+            tasks.append(("labels", [getattr(self.label_texts, "path", str(self.label_texts))]))
+        return tasks
+
+    def pieces(self, split: str, paths: list[str]) -> Iterator[Piece]:
+        """Yields the rows of a split.
+
+        Raises:
+            SourceError: a bad line, no row, or files that disagree on their number.
+        """
+        if split == "labels":
+            yield from self._labels()
+            return
+        files = self.splits[split]
+        limit = MAX_LABELS if self.num_labels is None else self.num_labels
+        filters = _filters(files.filters, limit) if files.filters else None
+        made = _pairs(files, limit) if files.labels else _objects(files.labelled, limit)
+        rows = 0
+        for piece in made:
+            if filters is not None:
+                lists = _lists(filters, rows, len(piece.table))
+                piece = replace(piece, table=piece.table.append_column("filter_labels", lists))
+            yield piece
+            rows += len(piece.table)
+        if filters is not None and filters["row"][-1:] >= rows:
+            line, row = (
+                filters[name][np.searchsorted(filters["row"], rows)] for name in ("line", "row")
+            )
+            raise SourceError(
+                f"{files.filters}:{line}: row {row} is out of range, the split has {rows} points "
+                f"(rows count from 0); correct the row or remove the line"
+            )
+
+    def _labels(self) -> Iterator[Piece]:
+        texts, expected = self.label_texts, self.num_labels
+        assert texts is not None
+        if isinstance(texts, Memmap):
+            yield from (Piece(table, texts.path, 0) for table in texts.pieces())
+            path, rows, ends = texts.path, texts.rows, texts.rows
+        elif self.splits["train"].labels is None:
+            yield from _objects(texts, None)
+            return
+        else:
+            lines = Lines(texts)
+            yield from (Piece(table, texts, 1, ":") for table in _texts(islice(lines, expected)))
+            lines.drain()
+            path, rows, ends = texts, lines.number, lines.solid
+        if expected is not None and not ends <= expected <= rows:
+            raise SourceError(
+                f"{path} has {rows} rows and a header says {expected} labels; correct "
+                f"the header or complete the label texts"
+            )
+
+
+# --------------------------------------------------------------------------------------- files
 
 
 _NAMES = {
@@ -103,11 +131,14 @@ _NAMES = {
 }
 
 
-def find_repository(path: str) -> Files | None:
-    """Finds the files in folder `path` (local, or a URL); None without a training set.
+def find_repository(path: str) -> Repository | None:
+    """Finds the files in folder `path` (local, or a URL), and reads the headers of labels.
+
+    Returns:
+        None without a training set.
 
     Raises:
-        SourceError: half a split.
+        SourceError: half a split, or headers that disagree.
     """
     filesystem, root = filesystem_of(path)
     base = path.rstrip("/")
@@ -125,13 +156,22 @@ def find_repository(path: str) -> Files | None:
     }
     is_json = files["trn_X"] is None and files["trn_json"] is not None
     tokens = find_memmaps(path) if files["trn_X"] is None and files["trn_X_Y"] else {}
-    train = _split_files(base, "trn", files, is_json, tokens)
-    if train is None:
+    splits = dict[str, SplitFiles]()
+    for name, short in (("train", "trn"), ("test", "tst")):
+        split = _split_files(base, short, files, is_json, tokens)
+        if split is not None:
+            splits[name] = split
+    if "train" not in splits:
         return None
-    test = _split_files(base, "tst", files, is_json, tokens)
-    if "trn_doc" in tokens:
-        return Files(False, train, test, None, tokens.get("lbl"))
-    return Files(is_json, train, test, files["lbl_json" if is_json else "Y"])
+    said = [(split.labels, split.header[1]) for split in splits.values() if split.header]
+    for labels, columns in said[1:]:
+        if columns != said[0][1]:
+            raise SourceError(
+                f"{labels}:1: the header says {columns} labels and {said[0][0]}:1 says "
+                f"{said[0][1]}; correct one of them"
+            )
+    texts = tokens.get("lbl") if "trn_doc" in tokens else files["lbl_json" if is_json else "Y"]
+    return Repository(splits, texts, said[0][1] if said else None)
 
 
 def _split_files(
@@ -145,150 +185,115 @@ def _split_files(
     if is_json:
         objects = files[f"{split}_json"]
         return SplitFiles(objects, None, filters) if objects else None
-    texts, labels = files[f"{split}_X"], files[f"{split}_X_Y"]
+    labels = files[f"{split}_X_Y"]
+    texts: str | Memmap | None = files[f"{split}_X"]
     if labels and f"{split}_doc" in tokens:
-        return SplitFiles(labels, labels, filters, tokens[f"{split}_doc"])
+        texts = tokens[f"{split}_doc"]
     if texts and labels:
-        return SplitFiles(texts, labels, filters)
+        return SplitFiles(texts, labels, filters, header_of(labels, texts))
     if texts or labels:
         there, missing = texts or labels, f"{split}_X.txt" if labels else f"{split}_X_Y.txt"
         raise SourceError(f"{there} is there but {base}/{missing} is missing; add it (or its .gz)")
     return None
 
 
-# ----------------------------------------------------------------------------------- agreement
+def header_of(path: str, texts: str | Memmap) -> tuple[int, int] | None:
+    """Returns (rows, columns) if the first line of a label file is a header, else None.
 
-
-def agreed(files: Files, lines: Mapping[str, Lines]) -> Source:
-    """Makes the source of a folder's files, whose lines are given by path.
-
-    Raises:
-        SourceError: an empty training set, files that disagree on the number of rows or of labels.
+    A file of bare ids can begin with a row of two labels: it is no header if the lines, the
+    first included, are as many as the texts and its first number says otherwise.
     """
-    train, train_columns = _split(files.train, lines)
-    if train.texts.rows == 0:
+    head = list(islice(Lines(path), HEAD_LINES))
+    fields = head[0].split() if head else []
+    if len(fields) != 2 or not all(f.isdigit() and len(f) <= MAX_HEADER_DIGITS for f in fields):
+        return None
+    rows, columns = map(int, fields)
+    if columns > MAX_LABELS:
         raise SourceError(
-            f"{train.texts.path} holds no training point; give a training set of at least one"
+            f"{path}:1: the header says {columns} labels, above the limit of {MAX_LABELS}; "
+            f"correct it"
         )
-    test, test_columns = _split(files.test, lines) if files.test else (None, None)
-    said = [
-        (split.labelled.path, columns)
-        for split, columns in ((train, train_columns), (test, test_columns))
-        if split is not None and columns is not None
-    ]
-    label_texts = lines[files.label_texts] if files.label_texts else None
-    if label_texts is not None and files.is_json:
-        label_texts = label_texts.without_blank_end()
-    label_texts, num_labels = _agree_on_labels(label_texts, said)
-    labels: Table | None = files.label_tokens
-    if files.label_tokens is not None:
-        num_labels = files.label_tokens.rows if num_labels is None else num_labels
-        if files.label_tokens.rows != num_labels:
-            raise SourceError(
-                f"{files.label_tokens.path} has {files.label_tokens.rows} rows and there are "
-                f"{num_labels} labels; tokenise the label texts again"
-            )
-    if label_texts is not None:
-        objects = partial(xmlrepo.parse_objects, num_labels=None, with_labels=False)
-        parse = objects if files.is_json else xmlrepo.parse_texts
-        labels = LineTable((label_texts,), ("text",), parse)
-    filters = {
-        name: split.filter_table(num_labels)
-        for name, split in (("train", train), ("test", test))
-        if split is not None and split.filters is not None
-    }
-    return Source(
-        train.table(num_labels),
-        None if test is None else test.table(num_labels),
-        labels,
-        train.labelled.path,
-        num_labels,
-        filters=filters,
-    )
+    if not any(b":" in line for line in head[1:]):
+        number = texts.rows if isinstance(texts, Memmap) else Lines(texts).drain().number
+        if rows != number and Lines(path).drain().number == number:
+            return None
+    return rows, columns
 
 
-@dataclass(frozen=True)
-class _Split:
-    texts: Lines
-    labels: Lines | None
-    filters: Lines | None
-    tokens: Memmap | None = None
-
-    @property
-    def labelled(self) -> Lines:
-        """The lines that hold the labels."""
-        return self.texts if self.labels is None else self.labels
-
-    def table(self, num_labels: int | None) -> Table:
-        if self.tokens is not None:
-            parse_tokens = partial(memmaps.parse_tokens, tokens=self.tokens, num_labels=num_labels)
-            return LineTable((self.labelled,), ("input_ids", "labels"), parse_tokens)
-        files = (self.texts,) if self.labels is None else (self.texts, self.labels)
-        parse = xmlrepo.parse_objects if self.labels is None else xmlrepo.parse_points
-        return LineTable(files, ("text", "labels"), partial(parse, num_labels=num_labels))
-
-    def filter_table(self, num_labels: int | None) -> Table:
-        assert self.filters is not None
-        limit = MAX_INFERRED_LABELS if num_labels is None else num_labels
-        parse = partial(xmlrepo.parse_filters, num_rows=self.texts.rows, num_labels=limit)
-        return LineTable((self.filters,), ("row", "label"), parse)
+# ---------------------------------------------------------------------------------------- rows
 
 
-def _split(files: SplitFiles, lines: Mapping[str, Lines]) -> tuple[_Split, int | None]:
-    """Makes a split; returns it with the number of labels that its header gives."""
-    texts = lines[files.texts]
-    filters = lines[files.filters] if files.filters else None
-    if files.labels is None:
-        return _Split(texts.without_blank_end(), None, filters), None
-    labels = lines[files.labels]
-    header = xmlrepo.header_of(labels, texts.rows)
-    if header is not None:
-        labels = labels.without_header().without_blank_tail(header[0])
-        if labels.rows != header[0]:
-            raise SourceError(
-                f"{labels.path}:1: the header says {header[0]} rows and {labels.rows} follow; "
-                f"correct the header or complete the file"
-            )
-    if files.tokens is not None:
-        labels = texts = labels.without_blank_tail(files.tokens.rows)
-        if labels.rows != files.tokens.rows:
-            raise SourceError(
-                f"{files.tokens.path} has tokens of {files.tokens.rows} texts and {labels.path} "
-                f"has labels for {labels.rows} rows; tokenise again"
-            )
-    texts = texts.without_blank_tail(labels.rows)
-    labels = labels.without_blank_tail(texts.rows)
-    if texts.rows != labels.rows:
+def _texts(lines: Iterable[bytes]) -> Iterator[pa.Table]:
+    return (pa.table({"text": pa.array(each, pa.large_binary())}) for each in chunked(lines))
+
+
+def _pairs(files: SplitFiles, limit: int) -> Iterator[Piece]:
+    """Reads texts, or tokens, and the lines of their labels; blank lines at the end may be more."""
+    assert files.labels is not None
+    labels, texts, rows = Lines(files.labels), files.texts, 0
+    begin = 1 if files.header is None else 2
+    wanted = islice(labels, begin - 1, None if files.header is None else 1 + files.header[0])
+    given = None if isinstance(texts, Memmap) else Lines(texts)
+    tables = texts.pieces() if isinstance(texts, Memmap) else _texts(given or ())
+    for table in tables:
+        lines, first = list(islice(wanted, len(table))), rows + begin
+        lists, zeros = parse_pairs(
+            lines, lambda i, first=first: f"{labels.path}:{first + i}", limit
+        )
+        table = table.slice(0, len(lines)).append_column("labels", lists)
+        yield Piece(table, labels.path, first, ":", {"zero_values": zeros})
+        rows += len(lines)
+    labels.drain()
+    number, solid = labels.number + 1 - begin, labels.solid + 1 - begin
+    if files.header is not None and not solid <= files.header[0] <= number:
         raise SourceError(
-            f"{texts.path} has {texts.rows} lines and {labels.path} has labels for {labels.rows} "
-            f"rows; make one line of labels for each text"
-            + (f" (its {texts.returns} carriage returns end no line)" if texts.returns else "")
+            f"{labels.path}:1: the header says {files.header[0]} rows and {number} follow; "
+            f"correct the header or complete the file"
         )
-    return _Split(texts, labels, filters, files.tokens), header[1] if header else None
+    if given is None:
+        assert isinstance(texts, Memmap)
+        path, lines_there, filled, returns = texts.path, texts.rows, texts.rows, 0
+    else:
+        path, lines_there, filled, returns = given.path, given.number, given.solid, given.returns
+    if max(filled, solid) > rows:
+        raise SourceError(
+            f"{path} has {lines_there} lines and {labels.path} has labels for {number} rows; "
+            f"make one line of labels for each text"
+            + (f" (its {returns} carriage returns end no line)" if returns else "")
+        )
 
 
-def _agree_on_labels(
-    label_texts: Lines | None, said: list[tuple[str, int]]
-) -> tuple[Lines | None, int | None]:
-    """Returns the label texts without a blank end, and the number of labels all files agree on.
+def _objects(path: str, limit: int | None) -> Iterator[Piece]:
+    """Reads JSON lines, with labels unless `limit` is None; those at the end may be blank."""
+    first = 1
+    for lines in chunked(_without_blank_end(Lines(path))):
+        table, odd = parse_objects(lines, lambda i, first=first: f"{path}:{first + i}", limit)
+        yield Piece(table, path, first, ":", odd)
+        first += len(lines)
 
-    Args:
-        said: (file, number of labels in its header), where there is one.
-    """
-    if label_texts is not None and said:
-        label_texts = label_texts.without_blank_tail(said[0][1])
-    if label_texts is not None:
-        for path, columns in said:
-            if columns != label_texts.rows:
-                raise SourceError(
-                    f"{label_texts.path} has {label_texts.rows} lines and {path}:1 says "
-                    f"{columns} labels; correct the header or complete the label texts"
-                )
-        return label_texts, label_texts.rows
-    for path, columns in said[1:]:
-        if columns != said[0][1]:
-            raise SourceError(
-                f"{path}:1: the header says {columns} labels and {said[0][0]}:1 says "
-                f"{said[0][1]}; correct one of them"
-            )
-    return None, said[0][1] if said else None
+
+def _without_blank_end(lines: Iterable[bytes]) -> Iterator[bytes]:
+    blank = 0
+    for line in lines:
+        if line.strip():
+            yield from repeat(b"", blank)
+            yield line
+        blank = 0 if line.strip() else blank + 1
+
+
+def _filters(path: str, limit: int) -> dict[str, Int64s]:
+    """Reads all filter pairs of a split, 24 bytes each: line, row and label, by row."""
+    found, first = [], 1
+    for lines in chunked(Lines(path)):
+        places, *pairs = parse_filters(lines, lambda i, first=first: f"{path}:{first + i}", limit)
+        found.append((places + first, *pairs))
+        first += len(lines)
+    line, row, label = (np.concatenate(each) for each in zip(*found, strict=True))
+    order = np.argsort(row, kind="stable")
+    return {"line": line[order], "row": row[order], "label": label[order]}
+
+
+def _lists(filters: dict[str, Int64s], first: int, rows: int) -> pa.Array:
+    """Returns the filter labels of the rows [first, first + rows), large_list<int64>."""
+    here = slice(*np.searchsorted(filters["row"], [first, first + rows]))
+    return lists_of(rows, filters["row"][here] - first, pa.array(filters["label"][here]))

@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 from renee_ray.data.sources.own import TABLES, Own, find_own
 from renee_ray.data.sources.parquet import find_files, index_parquet, is_table
 from renee_ray.data.sources.records import Source, SourceError
-from renee_ray.data.sources.repository import Files, find_repository
+from renee_ray.data.sources.repository import Repository, find_repository
 from renee_ray.data.storage import filesystem_of, listing
 
 READ = (
@@ -22,11 +22,10 @@ READ = (
 
 def find_source(
     path: str, labels_are: str = "auto", text: str = "", separator: str = ""
-) -> Files | Own | Source:
+) -> Repository | Own | Source:
     """Finds the source in folder `path` (local, or a URL).
 
-    Parquet is indexed, which only reads footers. The lines of text files are still to be counted,
-    and own data is still to be written as Parquet.
+    Parquet is indexed, which only reads footers. Others are still to be written as Parquet.
 
     Args:
         labels_are, text, separator: as the keys `labels`, `text` and `separator`.
@@ -43,7 +42,8 @@ def find_source(
     parquet, files = find_files(path).get("train"), find_repository(path)
     if parquet and files:
         raise SourceError(
-            f"{path} has two training sets, {parquet[0]} and {files.train.texts}; keep one"
+            f"{path} has two training sets, {parquet[0]} and {files.splits['train'].labelled}; "
+            f"keep one"
         )
     named = bool(text or labels_are not in ("auto", "ids", "multi-hot"))
     if parquet and not named:
@@ -60,11 +60,11 @@ def find_source(
             _refuse_keys(own.splits["train"][0])
         return own
     if named or separator:
-        _refuse_keys(files.train.texts)
+        _refuse_keys(files.splits["train"].labelled)
     if labels_are == "multi-hot":
         raise SourceError(
-            f"{files.train.labels or files.train.texts} is text and labels=multi-hot is for "
-            f"Parquet; write the ids of each point's labels"
+            f"{files.splits['train'].labelled} is text and labels=multi-hot is for Parquet; "
+            f"write the ids of each point's labels"
         )
     return files
 

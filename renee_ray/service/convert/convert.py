@@ -1,8 +1,6 @@
 """From raw data to a dataset directory, as Ray Data tasks, with bounded memory everywhere.
 
-    own data   tasks     CSV, JSON lines and others to Parquet in scratch (own_data.py)
-    count      tasks     text files: line ends by ranges of bytes, gzip unpacked (count_lines.py)
-    filters    tasks     loose filter pairs to the blocks of their points (points.py)
+    own data   tasks     all but Parquet to Parquet in scratch (own_data.py)
     label ids  tasks     where labels are strings (label_ids.py)
     partition  tasks     records -> points in buckets: bad ones show before anything is written
     parts      tasks     buckets and ranges of labels -> parts (parts.py)
@@ -28,19 +26,15 @@ from renee_ray.data import dataset as layout
 from renee_ray.data import storage, tokenizer
 from renee_ray.data.dataset import DATASET, Dataset, Manifest
 from renee_ray.data.destination import Destination, refuse_overlap
-from renee_ray.data.sources.own import Own
 from renee_ray.data.sources.records import Source
-from renee_ray.data.sources.repository import agreed
 from renee_ray.data.sources.source import find_source
 from renee_ray.errors import ReneeError
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert.conversion import JOURNAL, Progress, begin
-from renee_ray.service.convert.count_lines import count_lines
 from renee_ray.service.convert.label_ids import with_label_ids
 from renee_ray.service.convert.own_data import written
 from renee_ray.service.convert.partition import partition
 from renee_ray.service.convert.parts import write_parts
-from renee_ray.service.convert.points import with_filters
 from renee_ray.service.tasks import Interrupted
 
 SCRATCH_FORMAT = "batches"
@@ -76,18 +70,15 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
             on_progress(f"reading {src}")
             ensure_ray(1, local_cpus=3)  # its tasks wait for each other, in any cluster
             with _claimed(destination, signature, on_progress) as scratch:
-                if isinstance(found, Own):
+                if not isinstance(found, Source):
                     for note in found.notes:  # before the hours that reading may take
                         on_progress(note)
                     found = written(found, config.labels, scratch, on_progress)
-                elif not isinstance(found, Source):
-                    found = agreed(found, count_lines(found.paths, scratch, on_progress))
                 for note in found.notes:
                     on_progress(note)
                 if found.test is None and config.test:
                     on_progress(f"no test split: test={config.test:g} of the points are held out")
                 conversion = begin(found, dst, scratch, vocabulary, config)
-                conversion = with_filters(conversion, on_progress)
                 conversion = with_label_ids(conversion, on_progress)
                 conversion, partitioned = partition(conversion, on_progress)
                 destination.declare(partitioned.paths)

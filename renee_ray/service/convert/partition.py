@@ -68,6 +68,8 @@ def partition(conversion: Conversion, on_progress: Progress) -> tuple[Conversion
     """
     source, files = conversion.source, defaultdict[str, list[Groups]](list)
     totals: dict[str, Counter[str]] = {name: Counter() for name in layout.SPLITS}
+    for name, counts in source.odd.items():
+        add(totals[name], counts)
     least, greatest, blocks = MAX_LABELS, -1, range(len(conversion.blocks))
     scratch = conversion.scratch
     for result in run(_partition, conversion, blocks, scratch, "blocks read", on_progress):

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Manifest, Part
-from renee_ray.data.sources.records import Block, odd_texts
+from renee_ray.data.sources.records import odd_texts
 from renee_ray.service.convert.conversion import Conversion, Progress, keys_of, read_groups, run
 from renee_ray.service.convert.partition import Partitioned
 from renee_ray.service.convert.points import given_tokens
@@ -54,7 +54,7 @@ def write_parts(conversion: Conversion, found: Partitioned, on_progress: Progres
         max_length=config.max_length,
         pad_id=vocabulary.pad_id,
         num_labels=found.rows["labels"],
-        has_label_texts=_text_column(conversion) is not None or _has_tokens(conversion),
+        has_label_texts=_text_column(conversion) is not None,
         propensity_a=config.propensity_a,
         propensity_b=config.propensity_b,
         splits=ordered,
@@ -65,16 +65,10 @@ def write_parts(conversion: Conversion, found: Partitioned, on_progress: Progres
 
 
 def _text_column(conversion: Conversion) -> str | None:
-    """Returns the column of the labels' table that holds their texts; None if it has none."""
+    """Returns the column of the labels' table that holds their texts or tokens, if there is one."""
     table = conversion.source.labels
     columns = () if table is None else table.columns
-    return next((name for name in ("text", "label") if name in columns), None)
-
-
-def _has_tokens(conversion: Conversion) -> bool:
-    """Whether the source has tokens instead of texts of labels."""
-    table = conversion.source.labels
-    return table is not None and "input_ids" in table.columns
+    return next((name for name in ("text", "label", "input_ids") if name in columns), None)
 
 
 def _write(conversion: Conversion, task: tuple[str, int, int]) -> dict[str, Any]:
@@ -109,14 +103,14 @@ def _write_labels(conversion: Conversion, index: int, part_rows: int) -> dict[st
         at = found["label"].to_numpy() - first
         counts[at] += found["train"].to_numpy()
         filters[at] += found["filter"].to_numpy()
-    texts, totals = _label_texts(conversion, first, first + size)
+    texts, tokens, totals = _label_texts(conversion, first, first + size)
     parts, others = [], []
     for start in range(0, size, part_rows):
         here = slice(start, min(start + part_rows, size))
         columns = {
             "label_id": pa.array(np.arange(first + here.start, first + here.stop)),
             "text": texts[here],
-            "input_ids": _encoded(conversion, first + here.start, texts[here]),
+            "input_ids": tokens[here],
             "train_count": pa.array(counts[here]),
             "is_point": pa.array(filters[here] > 0),
         }
@@ -135,36 +129,30 @@ def _write_labels(conversion: Conversion, index: int, part_rows: int) -> dict[st
     }
 
 
-def _label_texts(conversion: Conversion, start: int, stop: int) -> tuple[pa.Array, Counter[str]]:
+def _label_texts(
+    conversion: Conversion, start: int, stop: int
+) -> tuple[pa.Array, pa.Array, Counter[str]]:
     """Reads the texts of labels [start, stop); empty ones where the source has none.
 
     Returns:
-        (the texts, counts of what was odd in them)
+        (the texts, their tokens, counts of what was odd in them)
     """
     table, column = conversion.source.labels, _text_column(conversion)
+    nothing = pa.array([""] * (stop - start), pa.string())
     if table is None or column is None:
-        return pa.array([""] * (stop - start), pa.string()), Counter()
-    texts, replaced = list[str](), [np.zeros(0, np.int64)]
+        (ids,) = conversion.encode([""]).to_pylist()
+        return nothing, pa.array([ids] * len(nothing), pa.list_(pa.int32())), Counter()
+    texts, tokens, replaced = list[str](), list[pa.Array](), [np.zeros(0, np.int64)]
     for block in table.blocks:
         if block.first < stop and block.first + block.rows > start:
             for records in table.read(block, [column]):
                 here = slice(max(start - records.first, 0), max(stop - records.first, 0))
+                if column == "input_ids":
+                    tokens.append(given_tokens(conversion, records)[here])
+                    continue
                 texts += records.columns[column][here].to_pylist()
                 replaced.append(records.replaced[here])
+    if column == "input_ids":
+        return nothing, pa.concat_arrays(tokens), Counter()
     odd = odd_texts(texts, np.concatenate(replaced))
-    return pa.array(texts, pa.string()), Counter(odd)
-
-
-def _encoded(conversion: Conversion, first: int, texts: pa.Array) -> pa.Array:
-    """Returns the tokens of the labels from `first` on, whose texts are given."""
-    table = conversion.source.labels
-    if table is not None and _has_tokens(conversion):
-        read = table.read(Block(table.blocks[0].path, first, len(texts)), ["input_ids"])
-        return pa.concat_arrays([given_tokens(conversion, records) for records in read])
-    if _text_column(conversion) is not None:
-        return conversion.encode(texts.to_pylist())
-    (ids,) = conversion.encode([""]).to_pylist()
-    offsets = np.arange(len(texts) + 1, dtype=np.int32) * len(ids)
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(np.tile(np.array(ids, np.int32), len(texts)))
-    )
+    return pa.array(texts, pa.string()), conversion.encode(texts), Counter(odd)

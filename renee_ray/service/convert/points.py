@@ -1,15 +1,8 @@
-"""Makes points as the dataset has them of blocks of records: label ids, filter labels, tokens.
-
-    filters    tasks    a task a block of loose filter pairs: its pairs to scratch files, by the
-                        block of points that they belong to
-
-A block of points then reads its records, its labels' ids (label_ids.py) and its filter pairs.
-"""
+"""Makes points as the dataset has them of blocks of records: label ids and tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,45 +10,9 @@ import pyarrow.compute as pc
 
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
-from renee_ray.data.sources.records import Block, Int64s, Records, SourceError, odd_texts
-from renee_ray.service.convert.conversion import (
-    Conversion,
-    Groups,
-    Progress,
-    read_groups,
-    run,
-    write_groups,
-)
+from renee_ray.data.sources.records import Int64s, Records, SourceError, odd_texts
+from renee_ray.service.convert.conversion import Conversion
 from renee_ray.service.convert.label_ids import LabelIds
-
-
-def with_filters(conversion: Conversion, on_progress: Progress) -> Conversion:
-    """Brings loose filter pairs to the blocks of their points.
-
-    Raises:
-        SourceError: a bad pair.
-    """
-    tables = conversion.source.filters.items()
-    tasks = [(name, block) for name, table in tables for block in table.blocks]
-    files: list[Groups] = []
-    what = "filter lines read, blocks"
-    for result in run(_filters, conversion, tasks, conversion.scratch, what, on_progress):
-        files += map(tuple, result["files"])
-    return replace(conversion, files=conversion.files | {"filters": tuple(sorted(files))})
-
-
-def _filters(conversion: Conversion, task: tuple[str, Block]) -> dict[str, list[Groups]]:
-    name, block = task
-    table, files = conversion.source.filters[name], list[Groups]()
-    points = [(i, at.first) for i, (split, at, _) in enumerate(conversion.blocks) if split == name]
-    firsts = np.array([first for _, first in points])
-    for records in table.read(block, table.columns):
-        pairs = pa.table(records.columns)
-        keys = points[0][0] + np.searchsorted(firsts, pairs["row"].to_numpy(), side="right") - 1
-        order = np.argsort(keys, kind="stable")
-        scratch = f"filters-{name}-{records.first}"
-        files += write_groups(conversion, scratch, pairs.take(pa.array(order)), keys[order])
-    return {"files": files}
 
 
 def read_points(conversion: Conversion, i: int) -> Iterator[tuple[pa.Table, dict[str, int]]]:
@@ -67,27 +24,17 @@ def read_points(conversion: Conversion, i: int) -> Iterator[tuple[pa.Table, dict
     split, block, _ = conversion.blocks[i]
     table = conversion.source.splits[split]
     ids = LabelIds.of_block(conversion, i)
-    none = pa.table({"row": pa.array([], pa.int64()), "label": pa.array([], pa.int64())})
-    filters = pa.concat_tables([none, *(p for _, p in read_groups(conversion, "filters", i))])
     for records in table.read(block, table.columns):
-        yield _points(conversion, records, ids, filters)
+        yield _points(conversion, records, ids)
 
 
 def _points(
-    conversion: Conversion, records: Records, ids: LabelIds, filters: pa.Table
+    conversion: Conversion, records: Records, ids: LabelIds
 ) -> tuple[pa.Table, dict[str, int]]:
-    labels = ids.of(records, "labels")
-    rows, values = ids.of(records, "filter_labels")
-    loose = filters["row"].to_numpy() - records.first
-    here = (loose >= 0) & (loose < len(records))
-    rows = np.concatenate([rows, loose[here]])
-    values = np.concatenate([values, filters["label"].to_numpy()[here]])
-    columns = {"point_id": records.numbers()}
-    columns["labels"], duplicates = _sorted_lists(len(records), *labels)
-    columns["filter_labels"], _ = _sorted_lists(len(records), rows, values)
+    columns, number = {"point_id": records.numbers()}, len(records)
+    columns["labels"], duplicates = _sorted_lists(number, *ids.of(records, "labels"))
+    columns["filter_labels"], _ = _sorted_lists(number, *ids.of(records, "filter_labels"))
     odd = {"duplicate_pairs": duplicates}
-    if records.zeros is not None:
-        odd["zero_values"] = records.zeros
     if "input_ids" in records.columns:
         columns["input_ids"] = given_tokens(conversion, records)
     else:

@@ -7,8 +7,7 @@
 
 A blank line is an empty text, and so is a null.
 
-Lines are counted by tasks (service/convert/count_lines.py), Parquet's footers are read by the
-driver.
+Lines are first written as Parquet by a task (service/convert/own_data.py).
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import POINTS, SPLITS, Dataset, Part, part_path, write_part
+from renee_ray.data.sources.own import Own
 from renee_ray.data.sources.parquet import files_below, table_of
 from renee_ray.data.sources.records import Records, Table
-from renee_ray.data.sources.repository import text_table
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
-from renee_ray.service.convert.conversion import JOURNAL
-from renee_ray.service.convert.count_lines import count_lines
+from renee_ray.service.convert.own_data import write_pieces
 from renee_ray.service.run.labels import vocabulary_of
 from renee_ray.service.tasks import stream
 
@@ -59,8 +58,7 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
         ReneeError: no such source, no column `text`, a missing id, or no text at all.
     """
     src = absolute(src)
-    for directory in (TEXT_SPLIT, JOURNAL):
-        make_directory(f"{scratch}/{directory}")
+    make_directory(f"{scratch}/{TEXT_SPLIT}")
     table = _indexed(src, scratch)
     if not table.blocks:
         raise ReneeError(f"{src} holds no texts; there is nothing to predict")
@@ -69,6 +67,9 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
     parts = sorted((Part(**each["part"]) for each in results), key=lambda part: part.first)
     splits = {name: tuple(parts) if name == TEXT_SPLIT else () for name in SPLITS}
     replaced = sum(each["replaced_lines"] for each in results)
+    returns = sum(each["returns"] for each in results)
+    if returns and src.endswith((".txt", ".gz")):
+        log.warning("%s: %d carriage returns end no line and stay in texts", src, returns)
     return Dataset(scratch, replace(like.manifest, splits=splits)), replaced
 
 
@@ -100,23 +101,26 @@ def check_texts(src: str) -> list[str]:
 
 def _indexed(src: str, scratch: str) -> Table:
     """Makes a table of the texts, with a column point_id where rows have ids of their own."""
-    files = check_texts(src)
-    if files:
+    if files := check_texts(src):
         return table_of(files, ("text",), ("point_id",))
-    lines = count_lines([src], scratch, lambda message: None)[src]
-    if lines.returns:
-        log.warning("%s: %d carriage returns end no line and stay in texts", src, lines.returns)
-    return text_table(lines)
+    lines = Own({"lines": [src]}, None, ())
+    (result,) = stream(_write_lines, (lines, scratch), 1)
+    return table_of([path for path, *_ in result["pieces"]], ("text",))
+
+
+def _write_lines(shared: tuple[Own, str], i: int) -> dict[str, Any]:
+    return write_pieces(shared, (0, "lines", shared[0].splits["lines"]))
 
 
 def _write_block(texts: _Texts, i: int) -> dict[str, Any]:
     table, block = texts.table, texts.table.blocks[i]
-    rows, replaced = [], 0
+    rows, replaced, returns = [], 0, 0
     for records in table.read(block, table.columns):
         rows.append(_tokenised(texts, records))
         replaced += int((records.replaced > 0).sum())
+        returns += pc.sum(pc.count_substring(records.columns["text"], "\r")).as_py() or 0
     part = write_part(texts.scratch, part_path(TEXT_SPLIT, i), block.first, rows)
-    return {"part": asdict(part), "replaced_lines": replaced}
+    return {"part": asdict(part), "replaced_lines": replaced, "returns": returns}
 
 
 def _tokenised(texts: _Texts, records: Records) -> pa.Table:
