@@ -91,8 +91,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
     state = checkpoint.state if checkpoint else State(facts=share.facts(model, start))
     history = None
     if ranks.rank == 0:
-        earlier = checkpoint.manifest.history if checkpoint else None
-        history = History.read(directory, state, earlier)
+        history = History.read(directory, state)
     launched_s = arguments["launched_s"]
     with Observer(
         config, ranks, share.device, share.channel, state, launched_s, history
