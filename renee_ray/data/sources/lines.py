@@ -91,7 +91,7 @@ def check_unpacked(path: str, size: int, packed: int) -> None:
 def opened(path: str) -> io.BufferedReader:
     """Opens a file, unpacked. Raises SourceError where it is in UTF-16, or no gzip."""
     raw = _Patient(path)
-    file = io.BufferedReader(raw, REQUEST_BYTES)
+    file: io.BufferedReader = io.BufferedReader(raw, REQUEST_BYTES)
     if path.endswith(".gz"):
         unpacked: Any = _Unpacked(file, path, raw.size)
         file = io.BufferedReader(unpacked, REQUEST_BYTES)

@@ -22,7 +22,7 @@ from renee_ray.data.dataset.schema import MAX_LABELS
 from renee_ray.data.sources.lines import Lines, chunked
 from renee_ray.data.sources.memmaps import Memmap, find_memmaps
 from renee_ray.data.sources.records import Int64s, Piece, SourceError, lists_of
-from renee_ray.data.sources.xmlrepo import parse_filters, parse_objects, parse_pairs
+from renee_ray.data.sources.xmlrepo import Where, parse_filters, parse_objects, parse_pairs
 from renee_ray.data.storage import filesystem_of
 
 MAX_HEADER_DIGITS = 100
@@ -223,6 +223,10 @@ def header_of(path: str, texts: str | Memmap) -> tuple[int, int] | None:
 # ---------------------------------------------------------------------------------------- rows
 
 
+def _numbered(path: str, first: int) -> Where:
+    return lambda i: f"{path}:{first + i}"
+
+
 def _texts(lines: Iterable[bytes]) -> Iterator[pa.Table]:
     return (pa.table({"text": pa.array(each, pa.large_binary())}) for each in chunked(lines))
 
@@ -237,9 +241,7 @@ def _pairs(files: SplitFiles, limit: int) -> Iterator[Piece]:
     tables = texts.pieces() if isinstance(texts, Memmap) else _texts(given or ())
     for table in tables:
         lines, first = list(islice(wanted, len(table))), rows + begin
-        lists, zeros = parse_pairs(
-            lines, lambda i, first=first: f"{labels.path}:{first + i}", limit
-        )
+        lists, zeros = parse_pairs(lines, _numbered(labels.path, first), limit)
         table = table.slice(0, len(lines)).append_column("labels", lists)
         yield Piece(table, labels.path, first, ":", {"zero_values": zeros})
         rows += len(lines)
@@ -267,7 +269,7 @@ def _objects(path: str, limit: int | None) -> Iterator[Piece]:
     """Reads JSON lines, with labels unless `limit` is None; those at the end may be blank."""
     first = 1
     for lines in chunked(_without_blank_end(Lines(path))):
-        table, odd = parse_objects(lines, lambda i, first=first: f"{path}:{first + i}", limit)
+        table, odd = parse_objects(lines, _numbered(path, first), limit)
         yield Piece(table, path, first, ":", odd)
         first += len(lines)
 
@@ -285,7 +287,7 @@ def _filters(path: str, limit: int) -> dict[str, Int64s]:
     """Reads all filter pairs of a split, 24 bytes each: line, row and label, by row."""
     found, first = [], 1
     for lines in chunked(Lines(path)):
-        places, *pairs = parse_filters(lines, lambda i, first=first: f"{path}:{first + i}", limit)
+        places, *pairs = parse_filters(lines, _numbered(path, first), limit)
         found.append((places + first, *pairs))
         first += len(lines)
     line, row, label = (np.concatenate(each) for each in zip(*found, strict=True))
