@@ -47,7 +47,8 @@ def dataset(tmp_path: Path) -> Dataset:
         layout.FORMAT_VERSION, "nowhere/none", "00", 4, 0, 5, True, 0.55, 1.5, splits, (3, 0),
         {"train": {"label_pairs": 6, "filter_pairs": 2, "without_labels": 0}},
     )  # fmt: skip
-    manifest = replace(manifest, labels_hash=Dataset(path, manifest).labels_hash())
+    texts = pa.concat_tables(write["labels"])["text"]
+    manifest = replace(manifest, labels_hash=layout.hash_labels(0, texts))
     layout.write_manifest(path, manifest)
     return Dataset.open(path)
 

@@ -72,6 +72,7 @@ def write_tiny(
             splits=splits,
             other_texts=_other_texts(splits["labels"]),
             statistics={},
+            labels_hash=layout.hash_labels(0, table["text"]),
         ),
     )
     return Dataset.open(str(path))

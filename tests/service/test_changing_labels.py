@@ -64,7 +64,8 @@ def dataset_at(path: Path, more: list[str]) -> Dataset:
     splits = {**manifest.splits, "labels": tuple(parts)}
     hashed = tokenizer.load(NAME).hash
     manifest = replace(manifest, tokenizer=NAME, vocabulary_hash=hashed, splits=splits)
-    known = Dataset(str(path), manifest).labels_hash()
+    texts = Dataset(str(path), manifest).read_rows("labels", 0, manifest.num_labels)["text"]
+    known = layout.hash_labels(0, texts)
     layout.write_manifest(str(path), replace(manifest, labels_hash=known))
     return Dataset.open(str(path))
 

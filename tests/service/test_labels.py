@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,15 +20,6 @@ from renee_ray.service.train.resuming import identity
 from ..data.tiny import write_tiny
 
 
-def dataset_of(path: Path, *, hashed: bool = True, **changes: Any) -> Dataset:
-    """A tiny dataset, of a renee_ray that hashes labels or of an earlier one."""
-    made = write_tiny(path, **changes)
-    if hashed:
-        manifest = replace(made.manifest, labels_hash=made.labels_hash())
-        layout.write_manifest(made.path, manifest)
-    return Dataset.open(made.path)
-
-
 def reordered(original: Dataset, path: Path) -> Dataset:
     """The same, its first two labels exchanged."""
     shutil.copytree(original.path, path)
@@ -42,21 +32,17 @@ def reordered(original: Dataset, path: Path) -> Dataset:
     written = layout.write_part(str(path), part.path, 0, table)
     splits = original.manifest.splits
     splits = {**splits, "labels": (written, *splits["labels"][1:])}
-    manifest = replace(original.manifest, splits=splits, labels_hash="")
-    made = Dataset(str(path), manifest)
-    if original.manifest.labels_hash:
-        manifest = replace(manifest, labels_hash=made.labels_hash())
+    manifest = replace(original.manifest, splits=splits)
+    texts = Dataset(str(path), manifest).read_rows("labels", 0, manifest.num_labels)["text"]
+    manifest = replace(manifest, labels_hash=hash_labels(0, texts))
     layout.write_manifest(str(path), manifest)
     return Dataset.open(str(path))
 
 
-def run_on(dataset: Dataset, path: Path, *, hashed: bool = True) -> RunDirectory:
+def run_on(dataset: Dataset, path: Path) -> RunDirectory:
     """As much of a run as names its labels."""
-    known = identity(dataset)
-    if not hashed:
-        del known["labels_hash"]
     path.mkdir()
-    (path / "run.json").write_text(json.dumps({"config": {}, "dataset": known}))
+    (path / "run.json").write_text(json.dumps({"config": {}, "dataset": identity(dataset)}))
     return RunDirectory(str(path))
 
 
@@ -73,42 +59,32 @@ def test_the_hash_knows_the_order_and_not_the_parts() -> None:
     assert len(whole) == 64
 
 
-def test_a_manifest_without_the_hash_keeps_its_own(tmp_path: Path) -> None:
-    """Runs know it by that."""
-    old = write_tiny(tmp_path / "set").manifest
-    assert "labels_hash" not in old.to_json()
-    assert "labels_hash" in replace(old, labels_hash="0" * 64).to_json()
-
-
-@pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "earlier"])
-def test_labels_in_another_order_are_refused(tmp_path: Path, hashed: bool) -> None:
-    original = dataset_of(tmp_path / "set", hashed=hashed)
-    run = run_on(original, tmp_path / "run", hashed=hashed)
+def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+    original = write_tiny(tmp_path / "set")
+    run = run_on(original, tmp_path / "run")
     check_labels(run, original)
     with pytest.raises(ReneeError, match="label 0 is 'label 1' and was 'label 0'"):
         check_labels(run, reordered(original, tmp_path / "other"))
-    check_labels(run, dataset_of(tmp_path / "cut", hashed=hashed, labels=(2, 9), seed=1))
+    check_labels(run, write_tiny(tmp_path / "cut", labels=(2, 9), seed=1))
     with pytest.raises(ReneeError, match="num_labels=11"):
-        check_labels(run, dataset_of(tmp_path / "fewer", hashed=hashed, labels=(10,)))
+        check_labels(run, write_tiny(tmp_path / "fewer", labels=(10,)))
 
 
-@pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "earlier"])
-def test_the_dataset_trained_on_is_gone_or_another(tmp_path: Path, hashed: bool) -> None:
-    """Then the hash that the run keeps decides; an earlier run has none, and is refused."""
-    original = dataset_of(tmp_path / "set", hashed=hashed)
-    run = run_on(original, tmp_path / "run", hashed=hashed)
-    other, same = reordered(original, tmp_path / "other"), dataset_of(tmp_path / "same", seed=1)
+def test_the_dataset_trained_on_is_gone_or_another(tmp_path: Path) -> None:
+    """Then the hash that the run keeps decides."""
+    original = write_tiny(tmp_path / "set")
+    run = run_on(original, tmp_path / "run")
+    other, same = reordered(original, tmp_path / "other"), write_tiny(tmp_path / "same", seed=1)
     shutil.rmtree(original.path)
-    with pytest.raises(ReneeError, match="other labels" if hashed else "not at"):
+    with pytest.raises(ReneeError, match="other labels"):
         check_labels(run, other)
-    if hashed:
-        check_labels(run, same)
+    check_labels(run, same)
     shutil.copytree(other.path, original.path)
-    with pytest.raises(ReneeError, match="other labels" if hashed else "has changed since"):
+    with pytest.raises(ReneeError, match="other labels"):
         check_labels(run, run.dataset())
 
 
 def test_without_texts_their_number_is_compared(tmp_path: Path) -> None:
-    run = run_on(dataset_of(tmp_path / "set"), tmp_path / "run")
-    bare = replace(dataset_of(tmp_path / "bare", seed=1).manifest, has_label_texts=False)
+    run = run_on(write_tiny(tmp_path / "set"), tmp_path / "run")
+    bare = replace(write_tiny(tmp_path / "bare", seed=1).manifest, has_label_texts=False)
     check_labels(run, Dataset(str(tmp_path / "bare"), bare))

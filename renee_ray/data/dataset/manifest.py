@@ -96,7 +96,7 @@ class Manifest:
     statistics: dict[str, Any]
     """Counts of the conversion, for people."""
     labels_hash: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
-    """`hash_labels` of all labels; empty where an earlier renee_ray wrote the manifest."""
+    """`hash_labels` of all labels."""
 
     def num_points(self, split: str) -> int:
         """Rows of `split` ("labels" too)."""
@@ -109,10 +109,7 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        content = asdict(self)
-        if not self.labels_hash:  # runs know a manifest without it by its hash
-            del content["labels_hash"]
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:

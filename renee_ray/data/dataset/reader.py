@@ -19,8 +19,6 @@ from renee_ray.data.dataset.manifest import (
     DatasetError,
     Manifest,
     Part,
-    add_hashes,
-    hash_labels,
 )
 from renee_ray.data.dataset.schema import empty, schema_of, wrong_column, wrong_value
 from renee_ray.data.storage import absolute, filesystem_of, is_transient, listing, patiently
@@ -123,20 +121,6 @@ class Dataset:
             while block := source.read(2**20):
                 digest.update(block)
         return digest.hexdigest()
-
-    def labels_hash(self) -> str:
-        """Returns the manifest's hash, or computes it from the label texts where it has none.
-
-        Raises:
-            DatasetError: as in read_part.
-        """
-        if self.manifest.labels_hash:
-            return self.manifest.labels_hash
-        hashes = (
-            hash_labels(part.first, self.read_part(part, ["text"])["text"])
-            for part in self.manifest.splits["labels"]
-        )
-        return add_hashes(hashes)
 
     def read_part(
         self, part: Part, columns: Sequence[str] | None = None, *, check: bool = True

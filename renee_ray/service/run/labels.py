@@ -104,8 +104,7 @@ def check_labels(directory: RunDirectory, dataset: Dataset, added: Sequence[str]
 
     added: texts of labels that `dataset` must have behind these.
 
-    Where either has no label texts, only their number can be compared. A run that is older than
-    `labels_hash` is compared with the dataset that it was trained on.
+    Where either has no label texts, only their number can be compared.
     """
     trained = (directory.read(RUN_FILE) or {}).get("dataset", {})
     manifest = dataset.manifest
@@ -119,10 +118,10 @@ def check_labels(directory: RunDirectory, dataset: Dataset, added: Sequence[str]
     texts = manifest.has_label_texts and trained.get("has_label_texts", True)
     if trained.get("manifest_hash") == manifest.hash or not texts:
         return
-    known = trained.get("labels_hash") or _trained_on(directory, dataset).labels_hash()
+    known = str(trained.get("labels_hash"))
     if added:
         known = add_hashes([known, hash_labels(own, pa.array(added, pa.string()))])
-    if dataset.labels_hash() != known:
+    if manifest.labels_hash != known:
         raise ReneeError(
             f"{dataset.path} has other labels than {directory.path} was trained with, or the same "
             f"in another order{_first_difference(directory, known, dataset)}; convert it with the "
@@ -145,27 +144,11 @@ def vocabulary_of(dataset: Dataset) -> str:
     return vocabulary.serialised
 
 
-def _trained_on(directory: RunDirectory, dataset: Dataset) -> Dataset:
-    """Opens the dataset that an earlier renee_ray trained the run on, as it was then.
-
-    Raises:
-        ReneeError: it is not there any more, so that nobody knows the run's labels.
-    """
-    found = directory.dataset()
-    if found.manifest.hash != (directory.read(RUN_FILE) or {})["dataset"].get("manifest_hash"):
-        raise ReneeError(
-            f"{found.path} has changed since {directory.path} was trained on it, by a renee_ray "
-            f"that kept no hash of the labels: whether those of {dataset.path} are the same cannot "
-            f"be told; put the dataset back as it was"
-        )
-    return found
-
-
 def _first_difference(directory: RunDirectory, known: str, dataset: Dataset) -> str:
     """Names the first label that differs, for a sentence; empty if the run's labels are gone."""
     try:
         other = directory.dataset()
-        if other.labels_hash() != known:
+        if other.manifest.labels_hash != known:
             return ""
     except ReneeError:
         return ""
