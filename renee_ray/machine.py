@@ -26,7 +26,7 @@ def available_bytes(root: Path = Path("/")) -> int:
     Args:
         root: the directory that `proc` and `sys` are in.
     """
-    return max(0, min([psutil.virtual_memory().available, *left_in_groups(root)]))
+    return max(0, min([psutil.virtual_memory().available, *(left for _, left in _limits(root))]))
 
 
 def limit_bytes(root: Path = Path("/")) -> int:
@@ -34,13 +34,8 @@ def limit_bytes(root: Path = Path("/")) -> int:
     return min([psutil.virtual_memory().total, *(most for most, _ in _limits(root))])
 
 
-def left_in_groups(root: Path) -> Iterator[int]:
-    """Bytes left of each limit, of groups that have one; a group may be above its limit."""
-    return (left for _, left in _limits(root))
-
-
 def _limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Each limit, and the bytes left of it."""
+    """Each limit, and the bytes left of it; a group may be above its limit."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

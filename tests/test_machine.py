@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from renee_ray.machine import available_bytes, left_in_groups, limit_bytes
+from renee_ray.machine import _limits, available_bytes, limit_bytes
 
 UNLIMITED_V1 = 9223372036854771712
 V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
@@ -55,7 +55,7 @@ def test_the_least_of_all_limits(
 @pytest.mark.parametrize("own", ["0::/a", "3:cpu:/a", ""])
 def test_without_a_limit_the_machine_is_it(tmp_path: Path, own: str) -> None:
     plant(tmp_path, own, {f"{V2}/a": ("max", 10, 0)})
-    assert list(left_in_groups(tmp_path)) == []
+    assert list(_limits(tmp_path)) == []
     assert limit_bytes(tmp_path) == psutil.virtual_memory().total
     assert 0 < available_bytes(tmp_path) <= psutil.virtual_memory().total
 

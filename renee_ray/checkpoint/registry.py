@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +107,8 @@ class Checkpoints:
                     facts = write(sink, tensors)
                 to_disk(filesystem, path)
             except OSError:
-                _remove(filesystem, path)  # a full disk has room again for what matters more
+                with suppress(OSError):  # a full disk has room again for what matters more
+                    filesystem.delete_file(path)
                 raise
             return facts
 
@@ -212,10 +214,3 @@ def _usable(found: Iterator[Found]) -> Checkpoint | None:
     if problem:
         raise CheckpointError(problem)
     return None
-
-
-def _remove(filesystem: pafs.FileSystem, path: str) -> None:
-    try:
-        filesystem.delete_file(path)
-    except OSError:
-        return
