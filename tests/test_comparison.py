@@ -24,8 +24,8 @@ def planted(seed: int, skill: float, truth: int = 0) -> tuple[Terms, MetricSums]
     values = np.concatenate(true)
     offsets = np.concatenate([[0], np.cumsum([len(labels) for labels in true])])
     inverse = 1 + 5 * (counts[values] + 1.5) ** -0.55
-    sums = MetricSums.zeros()
-    sums.add(predicted, values, offsets, None, inverse)
+    sums = MetricSums()
+    sums.add(predicted, values, offsets, inverse)
     return Terms.of(predicted, values, offsets, inverse, counts[values]), sums
 
 

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 import renee_ray
 from renee_ray.config.score import ExportConfig, ScoreConfig
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import Ragged
 from renee_ray.scoring.index import (
     Classifier,
     ExactSearch,
@@ -124,7 +124,8 @@ def test_a_sweep_reaches_the_recall_where_norms_vary(factory: str) -> None:
     assert parts[0].index.d == 48
     exact = ExactSearch(Classifier(shards(weights, 1), [offsets]))
     embeddings = near(weights, 40)
-    truth: Any = [({int(label)}, set[int]()) for label in exact.search(embeddings, 1)[1]]
+    best = exact.search(embeddings, 1)[1].tolist()
+    truth = Ragged.of_lists(best), Ragged.of_lists([[] for _ in best])
     found = swept(exact, parts, embeddings, truth, factor=10, wanted=0.95)
     kept = next(row for row in found["sweep"] if row["effort"] == found["effort"])
     assert found["reached"] and kept["recall@10"] >= 0.95

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from renee_ray.scoring.metrics import point_terms
+from renee_ray.scoring.metrics import KS, RECALL_KS, point_terms
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -53,17 +53,16 @@ class Terms:
             inverse_propensity: [m], of each true label.
             counts: [m], training points of each true label.
         """
-        ks, recall_ks = (1, 5), (10, 100)
-        terms = point_terms(predicted, values, offsets, None, inverse_propensity, ks, recall_ks)
+        terms = point_terms(predicted, values, offsets, inverse_propensity)
         n = len(predicted)
         one = np.ones(n)
         rows = {
             f"{name}@{k}": (terms.at_k[top, i], one if below is None else terms.at_k[below, i])
             for name, top, below in (("P", 0, None), ("nDCG", 1, None), ("PSP", 2, 3))
-            for i, k in enumerate(ks)
-            if (name, k) != ("nDCG", 1)  # it is P@1
+            for i, k in enumerate(KS)
+            if k != 3 and (name, k) != ("nDCG", 1)  # which is P@1
         }
-        rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(recall_ks)}
+        rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(RECALL_KS)}
         point = np.repeat(np.arange(n), np.diff(offsets))
         found = np.zeros(len(values))
         found[terms.place[:, :5][terms.hit[:, :5]]] = 1.0

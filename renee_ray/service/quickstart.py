@@ -246,10 +246,10 @@ def read_predictions(directory: Path, k: int) -> Predictions:
 
 def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
     """Returns all metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
-    sums = MetricSums.zeros()
+    sums = MetricSums()
     true = truth.labels
     weights = truth.inverse_propensity[true.values]
-    sums.add(predicted, true.values, true.offsets, None, weights)
+    sums.add(predicted, true.values, true.offsets, weights)
     return sums.metrics()
 
 

@@ -110,8 +110,3 @@ def test_tfidf_ridge_equals_its_primal_solution() -> None:
     expected = [best_first(s, f, 2) for s, f in zip(scores.tolist(), filters, strict=True)]
     found = tfidf_ridge(texts, sp.csr_matrix(true), points, offsets, values, 2)
     np.testing.assert_array_equal(found, expected)
-
-
-def test_offsets_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="among 2 points"):
-        most_frequent(np.ones(3, np.int64), np.array([0, 1]), np.array([0]), 2, 1)

@@ -9,7 +9,7 @@ from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
-from renee_ray.scoring.metrics import KS, RECALL_KS
+from renee_ray.scoring.metrics import MOST
 from renee_ray.scoring.scorer import Propensities, metric_sums
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import CALIBRATION, Seen, calibration_of, facts, measured
@@ -64,7 +64,7 @@ def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     job: ScoringJob = arguments["job"]
     worker = Worker.of(job)
     number = job.labels.manifest.num_labels
-    k = min(number, max(*KS, *RECALL_KS))
+    k = min(number, MOST)
     layout = job.layout(arguments["points"], arguments["split"], k)
     passes = worker.passes(layout)
     ways = [

@@ -17,7 +17,7 @@ from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Ragged
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.fusion import Pairs, tuned
-from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums
+from renee_ray.scoring.metrics import MOST, MetricSums
 from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.score.predicted import COLUMNS, Predicted, padded, together, true_labels
 from renee_ray.service.score.predictions import PART_ROWS, PREDICTIONS, part_name
@@ -99,12 +99,12 @@ def _tuned(num_models: int, config: FuseConfig) -> tuple[NDArray[np.float64], di
     inverse = every.of(true.values)
 
     def quality(weights: NDArray[np.float64]) -> float:
-        sums, most = MetricSums.zeros(), max(*KS, *RECALL_KS)
+        sums = MetricSums()
         for first, ids, pairs in blocks:
-            predicted = padded(pairs.best(weights, most)[0], most)
+            predicted = padded(pairs.best(weights, MOST)[0], MOST)
             here = true.take(np.arange(first, first + len(ids)))
             of_here = inverse[true.offsets[first] : true.offsets[first + len(ids)]]
-            sums.add(predicted, here.values, here.offsets, None, of_here)
+            sums.add(predicted, here.values, here.offsets, of_here)
         return sums.metrics()[config.metric]
 
     weights = tuned(num_models, quality)

@@ -206,6 +206,5 @@ def sample(model: Model, points: Dataset, number: int) -> tuple[Tensor, Truth]:
     each = min(number, rows) // pieces
     starts = (i * rows // pieces for i in range(pieces))
     table = pa.concat_tables(points.read_rows(split, at, at + each, columns) for at in starts)
-    lists = (table[name].to_pylist() for name in ("labels", "filter_labels"))
-    truth = [(set(true), set(filtered)) for true, filtered in zip(*lists, strict=True)]
+    truth = ragged(table["labels"]), ragged(table["filter_labels"])
     return model.embed_tokens(ragged(table["input_ids"])), truth
