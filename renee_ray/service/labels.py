@@ -31,7 +31,7 @@ from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import ids_of, labels_of, named, vocabulary_of
 from renee_ray.service.run.lease import Lease
-from renee_ray.service.score.export import CPU, trained_encoder, trained_rows
+from renee_ray.service.score.trained import CPU, trained_encoder, trained_shard
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -177,7 +177,7 @@ def _rows(
         table = dataset.read_rows("labels", owned.start, owned.stop, ["input_ids", "train_count"])
         known.append(embedded(table["input_ids"]) - encoder.constant)
         counts.append(table["train_count"].to_numpy())
-        rows.append(trained_rows(checkpoint, owned, encoder.dim))
+        rows.append(trained_shard(checkpoint, owned, CPU).weights.read(0, len(owned)))
     weights, numbers = torch.cat(rows), np.concatenate(counts)
     fitted = ColdStart.fit(torch.cat(known), weights, torch.from_numpy(numbers))
     split = "validation" if manifest.num_points("validation") >= LEAST_POINTS else "train"

@@ -27,7 +27,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -39,14 +38,13 @@ from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
-from renee_ray.model.encoder import Encoder, build_encoder, check_positions
+from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import labels_of
 from renee_ray.service.score import card
 from renee_ray.service.score.calibrate import calibration_of
+from renee_ray.service.score.trained import CPU, TRAINED, trained_encoder, trained_shard
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.weights.storages import Weights
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
 HEAD, ENCODER, ADAPTER = "head.safetensors", "encoder", "adapter"
@@ -62,9 +60,6 @@ EXPORT = Kind(
 )  # fmt: skip
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
-CPU = torch.device("cpu")
-TRAINED: dict[str, Any] = {"compile": False, "weights": ""}
-"""Settings of an encoder that has all its weights: what it began with is not looked at."""
 TOKENS = "tokens = tokenizer(text, truncation=True, max_length=max_length); "
 PROMPT = (
     "if there are more than {limit} tokens, keep the first {limit} - 1 and the last; "
@@ -126,7 +121,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         write_file(f"{output.path}/{file}", bytes_of)
     write_file(f"{output.path}/{HEAD}", save(_head(encoder)))
     ranges = [
-        _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
+        _write_range(output.path, index, each, checkpoint, dataset)
         for index, each in enumerate(owned)
     ]
     content = {
@@ -149,22 +144,6 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     }
     output.publish(content)
     return content
-
-
-def trained_encoder(
-    settings: EncoderConfig, checkpoint: Checkpoint, device: torch.device
-) -> Encoder:
-    """Builds the encoder of a run, with the weights of one of its checkpoints."""
-    encoder = build_encoder(settings.model_copy(update=TRAINED), device, 0)
-    checkpoint.load_encoder(encoder)
-    return encoder
-
-
-def trained_rows(checkpoint: Checkpoint, owned: LabelRange, dim: int) -> Tensor:
-    """Reads the rows of a range of labels, float32 [n, D]."""
-    weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
-    checkpoint.load_shard(Shard(owned, weights), momentum=False)
-    return weights.weight.read(0, len(owned))
 
 
 def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
@@ -235,10 +214,9 @@ def _write_range(
     owned: LabelRange,
     checkpoint: Checkpoint,
     dataset: Dataset,
-    dim: int,
 ) -> dict[str, Any]:
     names = _range_names(index)
-    weight = trained_rows(checkpoint, owned, dim).contiguous()
+    weight = trained_shard(checkpoint, owned, CPU).weights.read(0, len(owned)).contiguous()
     write_file(f"{destination}/{names[0]}", save({"weight": weight}))
     table = dataset.read_rows(
         "labels", owned.start, owned.stop, ["label_id", "text", "train_count"]

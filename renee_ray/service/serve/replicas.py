@@ -32,18 +32,16 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import padded_tokens, ragged
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.scoring.index import Classifier, open_search
+from renee_ray.scoring.index import open_search
 from renee_ray.scoring.neighbours import RERANKED
-from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.launch import quiet
 from renee_ray.service.ray_compat import replica_on_loopback
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import hidden_labels, labels_of, vocabulary_of
 from renee_ray.service.score.job import embed_voters
+from renee_ray.service.score.trained import trained_classifier
 from renee_ray.xfc.labels import LabelRange, owners
-from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.topk.select import NONE, merge_topk
-from renee_ray.xfc.weights.storages import Weights
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,12 @@ class ShardReplica:
         quiet()
         (checkpoint, dataset), device = served.open(), _device()
         owned = LabelRange.of_rank(dataset.manifest.num_labels, served.num_shards, rank)
-        facts = checkpoint.state.facts
-        weights = Weights(facts["precision"], len(owned), facts["dim"], False, device)
-        self._shard = Shard(owned, weights, served.config.classifier.chunk)
-        checkpoint.load_shard(self._shard, momentum=False)
+        config, tail = served.config, served.config.evaluation.tail
         hidden = hidden_labels(dataset, checkpoint)
-        tail = served.config.evaluation.tail
-        offset = prior_offset(
-            read_counts(dataset, owned), tail, device,
-            None if hidden is None else hidden[owned.start : owned.stop],
-        )  # fmt: skip
-        classifier = Classifier([self._shard], [offset])
+        classifier = trained_classifier(
+            checkpoint, dataset, owned, tail, hidden, device, config.classifier.chunk
+        )
+        self._shard = classifier.shards[0]
         self._search = open_search(served.settings, served.run, checkpoint.hash, tail, classifier)
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
