@@ -37,7 +37,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import numpy as np
 import pyarrow.fs as pafs
 import torch
-from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from renee_ray.checkpoint.tensor_file import FileFacts, TensorFile
@@ -52,8 +52,7 @@ from renee_ray.xfc.shard import Shard
 
 T = TypeVar("T")
 
-FORMAT_VERSION, WITH_HISTORY = 4, 3
-"""Versions that can be read; before 4, State held the run's history."""
+FORMAT_VERSION = 4
 MANIFEST, ENCODER, OPTIMIZER = "manifest.json", "encoder.safetensors", "optimizer.safetensors"
 REVISED = re.compile(r"manifest(?:-(\d{4}))?\.json")
 ADDED = "added"
@@ -144,15 +143,13 @@ class State:
 class Manifest:
     """What a checkpoint consists of. metrics: those of the evaluation at this step, or none.
 
-    time_s: seconds since 1970 at its commit; history: as in RUN/history.json, where the format is
-    WITH_HISTORY.
+    time_s: seconds since 1970 at its commit.
     """
 
     state: State
     metrics: Annotated[dict[str, float], FIRST_ENTRY]
     files: Annotated[dict[str, FileFacts], AfterValidator(_known_names), FIRST_ENTRY]
     time_s: float
-    history: dict[str, Annotated[list[dict[str, Any]], FailFast()]] | None = None
 
     @property
     def size(self) -> int:
@@ -166,9 +163,7 @@ class Manifest:
                 yield name, int(match[1]), int(match[2])
 
     def to_json(self) -> str:
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        del content["history"]
-        return json.dumps(content)
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
@@ -180,12 +175,11 @@ class Manifest:
         try:
             raw = json.loads(text)
             version = raw.pop("format_version")
-            if version not in (FORMAT_VERSION, WITH_HISTORY):
+            if version != FORMAT_VERSION:
                 raise CheckpointError(
                     f"{where} has format version {version!r:.40} and this renee_ray reads "
                     f"{FORMAT_VERSION}; use the renee_ray that wrote it"
                 )
-            raw["history"] = _history(raw["state"]) if version == WITH_HISTORY else None
             if missing := {each.name for each in fields(State)} - raw["state"].keys():
                 raise ValueError(f"its state lacks {min(missing)}")
             return _MANIFEST.validate_json(json.dumps(raw), strict=True)
@@ -197,17 +191,6 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-
-
-def _history(raw: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Takes the history out of a state WITH_HISTORY, which leaves a state as it is now."""
-    history: dict[str, list[dict[str, Any]]] = raw.pop("history")
-    raw["best"], raw["evaluation"] = {}, None
-    for each in history["evals"]:
-        raw["evaluation"] = each
-        for name, value in each["metrics"].items():
-            raw["best"][name] = max(value, raw["best"].get(name, value))
-    return history
 
 
 class Checkpoint:

@@ -21,12 +21,9 @@ from renee_ray.service.train.resuming import identity
 from ..data.tiny import write_tiny
 
 
-def dataset_of(path: Path, *, hashed: bool = True, **changes: Any) -> Dataset:
-    """A tiny dataset, of a renee_ray that hashes labels or of an earlier one."""
+def dataset_of(path: Path, **changes: Any) -> Dataset:
     made = write_tiny(path, **changes)
-    if hashed:
-        manifest = replace(made.manifest, labels_hash=made.labels_hash())
-        layout.write_manifest(made.path, manifest)
+    layout.write_manifest(made.path, replace(made.manifest, labels_hash=made.labels_hash()))
     return Dataset.open(made.path)
 
 
@@ -44,17 +41,13 @@ def reordered(original: Dataset, path: Path) -> Dataset:
     splits = {**splits, "labels": (written, *splits["labels"][1:])}
     manifest = replace(original.manifest, splits=splits, labels_hash="")
     made = Dataset(str(path), manifest)
-    if original.manifest.labels_hash:
-        manifest = replace(manifest, labels_hash=made.labels_hash())
-    layout.write_manifest(str(path), manifest)
+    layout.write_manifest(str(path), replace(manifest, labels_hash=made.labels_hash()))
     return Dataset.open(str(path))
 
 
-def run_on(dataset: Dataset, path: Path, *, hashed: bool = True) -> RunDirectory:
+def run_on(dataset: Dataset, path: Path) -> RunDirectory:
     """As much of a run as names its labels."""
     known = identity(dataset)
-    if not hashed:
-        del known["labels_hash"]
     path.mkdir()
     (path / "run.json").write_text(json.dumps({"config": {}, "dataset": known}))
     return RunDirectory(str(path))
@@ -80,31 +73,28 @@ def test_a_manifest_without_the_hash_keeps_its_own(tmp_path: Path) -> None:
     assert "labels_hash" in replace(old, labels_hash="0" * 64).to_json()
 
 
-@pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "earlier"])
-def test_labels_in_another_order_are_refused(tmp_path: Path, hashed: bool) -> None:
-    original = dataset_of(tmp_path / "set", hashed=hashed)
-    run = run_on(original, tmp_path / "run", hashed=hashed)
+def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+    original = dataset_of(tmp_path / "set")
+    run = run_on(original, tmp_path / "run")
     check_labels(run, original)
     with pytest.raises(ReneeError, match="label 0 is 'label 1' and was 'label 0'"):
         check_labels(run, reordered(original, tmp_path / "other"))
-    check_labels(run, dataset_of(tmp_path / "cut", hashed=hashed, labels=(2, 9), seed=1))
+    check_labels(run, dataset_of(tmp_path / "cut", labels=(2, 9), seed=1))
     with pytest.raises(ReneeError, match="num_labels=11"):
-        check_labels(run, dataset_of(tmp_path / "fewer", hashed=hashed, labels=(10,)))
+        check_labels(run, dataset_of(tmp_path / "fewer", labels=(10,)))
 
 
-@pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "earlier"])
-def test_the_dataset_trained_on_is_gone_or_another(tmp_path: Path, hashed: bool) -> None:
-    """Then the hash that the run keeps decides; an earlier run has none, and is refused."""
-    original = dataset_of(tmp_path / "set", hashed=hashed)
-    run = run_on(original, tmp_path / "run", hashed=hashed)
+def test_the_dataset_trained_on_is_gone_or_another(tmp_path: Path) -> None:
+    """Then the hash that the run keeps decides."""
+    original = dataset_of(tmp_path / "set")
+    run = run_on(original, tmp_path / "run")
     other, same = reordered(original, tmp_path / "other"), dataset_of(tmp_path / "same", seed=1)
     shutil.rmtree(original.path)
-    with pytest.raises(ReneeError, match="other labels" if hashed else "not at"):
+    with pytest.raises(ReneeError, match="other labels"):
         check_labels(run, other)
-    if hashed:
-        check_labels(run, same)
+    check_labels(run, same)
     shutil.copytree(other.path, original.path)
-    with pytest.raises(ReneeError, match="other labels" if hashed else "has changed since"):
+    with pytest.raises(ReneeError, match="other labels"):
         check_labels(run, run.dataset())
 
 

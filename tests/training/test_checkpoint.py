@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,21 +231,8 @@ def test_other_readers_of_safetensors_read_it(tmp_path: Path) -> None:
 
 def test_state_comes_back(tmp_path: Path) -> None:
     checkpoint = write(tmp_path)
-    assert checkpoint.state == STATE and checkpoint.manifest.history is None
+    assert checkpoint.state == STATE
     checkpoint.verify()
-
-
-def test_a_state_that_holds_the_history_comes_back(tmp_path: Path) -> None:
-    write(tmp_path)
-    evals = [
-        {"step": step, "epoch": 1.0, "metrics": {"P@1": score}}
-        for step, score in [(9, 44.5), (30, 43.0)]
-    ]
-    history = {"steps": [{"step": 20}], "evals": evals}
-    edit(tmp_path, lambda m: with_history(m, history))
-    found = opened(tmp_path).manifest
-    assert found.history == history
-    assert found.state == replace(STATE, evaluation=evals[-1], best={"P@1": 44.5})
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -322,13 +308,6 @@ def edit(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def with_history(manifest: dict[str, Any], history: dict[str, Any]) -> None:
-    """Makes a manifest what format 3 wrote."""
-    del manifest["state"]["evaluation"]
-    manifest["state"] |= {"best": 44.5, "history": history}
-    manifest["format_version"] = 3
-
-
 def cut(run: Path, name: str, size: int) -> None:
     path = folder_of(run) / name
     path.write_bytes(path.read_bytes()[:size])
@@ -375,7 +354,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     ),
     "a step that is no number": lambda d: edit(d, lambda m: m["state"].update(step="31")),
     "a figure that is none": lambda d: edit(d, lambda m: m["state"].update(best={"P@1": "7"})),
-    "history is no list": lambda d: edit(d, lambda m: with_history(m, {"steps": 3})),
     "manifest is no JSON": lambda d: file(d, MANIFEST).write_text("{"),
     "manifest is deep": lambda d: file(d, MANIFEST).write_text("[" * 100_000),
     "manifest is a list": lambda d: file(d, MANIFEST).write_text("[]"),

@@ -21,7 +21,7 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import filesystem_of, listing, make_directory, read_file, replace_file
+from renee_ray.data.storage import filesystem_of, make_directory, read_file, replace_file
 from renee_ray.data.untrusted import refuse_links_out
 from renee_ray.errors import SHOWN, ReneeError
 
@@ -117,17 +117,8 @@ class RunDirectory:
         found = self.checkpoints()
         chosen = found.best(self.config().evaluation.metric) if which == "best" else found.newest()
         if chosen is None:
-            self.refuse_old_format()
             raise ReneeError(
                 f"{self.path} holds no committed checkpoint yet; wait for the first evaluation, "
                 f"or run `renee-ray train` on it again"
             )
         return chosen
-
-    def refuse_old_format(self) -> None:
-        """Raises ReneeError where checkpoints are of a format that this version does not read."""
-        if any(info.base_name.startswith("step-") for info in listing(self.path)):
-            raise ReneeError(
-                f"{self.path} has checkpoints of format 2, of an earlier renee_ray; use that one, "
-                f"or train to another output"
-            )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from renee_ray.checkpoint.state import State
@@ -35,20 +34,13 @@ class History:
         self.steps, self.evals = steps, evals
 
     @classmethod
-    def read(
-        cls, directory: RunDirectory, state: State, earlier: Mapping[str, Records] | None
-    ) -> History:
-        """Reads what a run that goes on from `state` keeps: nothing that comes after it.
-
-        Args:
-            earlier: the history that the checkpoint itself holds, if its format is that old.
-        """
+    def read(cls, directory: RunDirectory, state: State) -> History:
+        """Reads what a run that goes on from `state` keeps: nothing that comes after it."""
         if state.step == 0 and state.evaluation is None:
             return cls([], [])
-        where, found = f"{directory.path}/{HISTORY_FILE}", earlier
+        where = f"{directory.path}/{HISTORY_FILE}"
         try:
-            found = directory.read(HISTORY_FILE) if found is None else found
-            if found is None:
+            if (found := directory.read(HISTORY_FILE)) is None:
                 raise ReneeError(f"{where} is missing")
             evaluated = state.evaluation["step"] if state.evaluation else -1
             evals = [each for each in found["evals"] if each["step"] <= evaluated]

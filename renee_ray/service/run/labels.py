@@ -104,8 +104,7 @@ def check_labels(directory: RunDirectory, dataset: Dataset, added: Sequence[str]
 
     added: texts of labels that `dataset` must have behind these.
 
-    Where either has no label texts, only their number can be compared. A run that is older than
-    `labels_hash` is compared with the dataset that it was trained on.
+    Where either has no label texts, only their number can be compared.
     """
     trained = (directory.read(RUN_FILE) or {}).get("dataset", {})
     manifest = dataset.manifest
@@ -116,10 +115,10 @@ def check_labels(directory: RunDirectory, dataset: Dataset, added: Sequence[str]
                 f"{directory.path} was trained with {key}={trained.get(key)!r} and "
                 f"{dataset.path} has {have!r}; convert it with the run's tokenizer and labels"
             )
-    texts = manifest.has_label_texts and trained.get("has_label_texts", True)
+    texts = manifest.has_label_texts and trained.get("has_label_texts")
     if trained.get("manifest_hash") == manifest.hash or not texts:
         return
-    known = trained.get("labels_hash") or _trained_on(directory, dataset).labels_hash()
+    known = str(trained.get("labels_hash"))
     if added:
         known = add_hashes([known, hash_labels(own, pa.array(added, pa.string()))])
     if dataset.labels_hash() != known:
@@ -143,22 +142,6 @@ def vocabulary_of(dataset: Dataset) -> str:
             f"converted with; make that one available"
         )
     return vocabulary.serialised
-
-
-def _trained_on(directory: RunDirectory, dataset: Dataset) -> Dataset:
-    """Opens the dataset that an earlier renee_ray trained the run on, as it was then.
-
-    Raises:
-        ReneeError: it is not there any more, so that nobody knows the run's labels.
-    """
-    found = directory.dataset()
-    if found.manifest.hash != (directory.read(RUN_FILE) or {})["dataset"].get("manifest_hash"):
-        raise ReneeError(
-            f"{found.path} has changed since {directory.path} was trained on it, by a renee_ray "
-            f"that kept no hash of the labels: whether those of {dataset.path} are the same cannot "
-            f"be told; put the dataset back as it was"
-        )
-    return found
 
 
 def _first_difference(directory: RunDirectory, known: str, dataset: Dataset) -> str:

@@ -43,8 +43,7 @@ def resumed(
                 f"give the same configuration to resume it, or another output"
             )
     for key, value in identity(dataset).items():
-        # Earlier runs have no hash of the labels; their manifest_hash tells as much.
-        if key not in ("path", "labels_hash") and saved["dataset"].get(key) != value:
+        if key != "path" and saved["dataset"].get(key) != value:
             raise ReneeError(
                 f"{directory.path} was trained on a dataset with {key}="
                 f"{saved['dataset'].get(key)!r} and {dataset.path} has {value!r}; "
@@ -91,7 +90,7 @@ def identity(dataset: Dataset) -> dict[str, Any]:
         "tokenizer": manifest.tokenizer,
         "vocabulary_hash": manifest.vocabulary_hash,
         "has_label_texts": manifest.has_label_texts,
-        "labels_hash": manifest.labels_hash,
+        "labels_hash": dataset.labels_hash(),
         "manifest_hash": manifest.hash,
     }
 

@@ -68,9 +68,7 @@ def train(
     config = resumed(config, directory, dataset, on_progress)
     check(config, dataset)
     newest = directory.checkpoints().newest()
-    if newest is None:
-        directory.refuse_old_format()
-    elif is_finished(directory, newest.state, training_orders(config, dataset)):
+    if newest and is_finished(directory, newest.state, training_orders(config, dataset)):
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
         return outcome(newest.state, config)
     start = start_of(config, dataset, newest)

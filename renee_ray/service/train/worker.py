@@ -89,10 +89,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
         start.load_shard(model.shard)
         moments = start.moments()
     state = checkpoint.state if checkpoint else State(facts=share.facts(model, start))
-    history = None
-    if ranks.rank == 0:
-        earlier = checkpoint.manifest.history if checkpoint else None
-        history = History.read(directory, state, earlier)
+    history = History.read(directory, state) if ranks.rank == 0 else None
     launched_s = arguments["launched_s"]
     with Observer(
         config, ranks, share.device, share.channel, state, launched_s, history
