@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from renee_ray.config.schema import Config, Name
+from renee_ray.config.schema import Name
+from renee_ray.config.score import Chosen
 
 
-class CompareConfig(Config):
+class CompareConfig(Chosen):
     """`renee-ray compare RUN RUN ...`"""
 
     data: str = ""
@@ -18,8 +19,6 @@ class CompareConfig(Config):
     """Local directory for the page and for the predictions of runs."""
     split: Literal["test", "validation"] = "test"
     """Points that are compared."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Checkpoint of each run: the best on the validation split, or the newest."""
     num_workers: int = Field(0, ge=0)
     """Workers that predict; 0: as many as trained the run."""
     seed: int = Field(0, ge=0)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
-from renee_ray.config.schema import Config
+from renee_ray.config.score import Chosen
 
 
-class IndexConfig(Config):
+class IndexConfig(Chosen):
     """`renee-ray index MODEL`"""
 
     output: str = ""
@@ -30,7 +28,5 @@ class IndexConfig(Config):
     empty: the one that a run was trained on. An export needs it."""
     sample: int = Field(1000, ge=1)
     """Points that recall is measured on."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Checkpoint of a run: the best on the validation split, or the newest."""
     overwrite: bool = False
     """Replace an index that is already at `output`; ranges whose labels are the same are kept."""

@@ -6,30 +6,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from renee_ray.config.schema import Config
+from renee_ray.config.schema import Config, Placed
 
 
-class ScoreConfig(Config):
-    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN SRC DST`"""
+class Chosen(Config):
+    """Which checkpoint of a run is used."""
 
-    split: Literal["test", "validation", "train"] = "test"
-    """Points of the dataset that are scored; of raw texts, all are."""
-    k: int = Field(100, ge=1)
-    """Labels predicted for each point."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint of the run: the best on the validation split, or the newest."""
-    num_workers: int = Field(0, ge=0)
-    """Ray Train workers; 0: as many as trained the run."""
-    use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """One GPU for each worker; auto: where the cluster has that many."""
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
-    accelerator_type: str = ""
-    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
-    cpus_per_worker: int = Field(0, ge=0)
-    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
-    batch_size: int = Field(512, ge=1)
-    """Points of a global batch."""
+
+
+class Searched(Chosen):
+    """How labels are found and scored."""
+
     search: Literal["exact", "index"] = "exact"
     """Scores every label, or those that an index of `renee-ray index RUN` finds."""
     index: str = ""
@@ -40,6 +29,19 @@ class ScoreConfig(Config):
     """Training points that vote; null: as `evaluation.neighbours` of the run."""
     neighbour_weight: float | None = Field(None, ge=0)
     """What a label gains that all neighbours have; null: as in the run."""
+
+
+class ScoreConfig(Searched, Placed):
+    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN SRC DST`"""
+
+    split: Literal["test", "validation", "train"] = "test"
+    """Points of the dataset that are scored; of raw texts, all are."""
+    k: int = Field(100, ge=1)
+    """Labels predicted for each point."""
+    num_workers: int = Field(0, ge=0)
+    """Ray Train workers; 0: as many as trained the run."""
+    batch_size: int = Field(512, ge=1)
+    """Points of a global batch."""
     allow: str = ""
     """File with the ids or names of labels, one a line, that alone are predicted."""
     deny: str = ""
@@ -62,10 +64,8 @@ class ScoreConfig(Config):
     """predict: replace predictions that are already at DST."""
 
 
-class ExportConfig(Config):
+class ExportConfig(Chosen):
     """`renee-ray export RUN DST`"""
 
-    checkpoint: Literal["best", "last"] = "best"
-    """Checkpoint of the run: the best on the validation split, or the newest."""
     overwrite: bool = False
     """Replace an export that is already at DST."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
-from renee_ray.config.score import ScoreConfig
+from renee_ray.config.score import Searched
 from renee_ray.data import tokenizer
 from renee_ray.data.models import quiet
 from renee_ray.data.storage import absolute, filesystem_of
@@ -151,7 +151,7 @@ def load(
         ReneeError: there is neither an export nor a run, one that is damaged, or no index of it.
     """
     quiet()
-    how = make_config(ScoreConfig, {"search": search}, where="load")
+    how = make_config(Searched, {"search": search}, where="load")
     model = _loaded(absolute(path), checkpoint, torch.device(device))
     known, tail = model.facts.get("model", ""), model.facts["tail"]
     model.search = open_search(how, path, known, tail, model.classifier)

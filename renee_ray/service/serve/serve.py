@@ -23,7 +23,6 @@ from typing import Any
 
 import ray
 
-from renee_ray.config.score import ScoreConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import ReneeError, reason
 
@@ -113,9 +112,7 @@ def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, A
     shards = settings.num_shards or min(config.max_workers, num_labels)
     if shards > num_labels:
         raise ReneeError(f"num_shards={shards} exceeds the {num_labels} labels; lower num_shards")
-    anew = ("tail", "neighbours", "neighbour_weight")
-    score = ScoreConfig.model_validate({name: getattr(settings, name) for name in anew})
-    config = scoring_config(config, score, shards).model_copy(update={"threads": settings.threads})
+    config = scoring_config(config, settings, shards, threads=settings.threads)
     check_search(settings, directory.path, checkpoint.hash, config.evaluation.tail)
     facts = {
         "run": directory.path,
