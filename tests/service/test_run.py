@@ -33,16 +33,13 @@ def test_best_and_last(tmp_path: Path) -> None:
     assert run.checkpoint("last").state.step == 4
 
 
-def test_nothing_committed_and_an_older_format(tmp_path: Path) -> None:
+def test_nothing_committed(tmp_path: Path) -> None:
     with pytest.raises(ReneeError, match=r"is not a run of renee_ray"):
         RunDirectory(str(tmp_path)).checkpoint("best")
     run = run_at(tmp_path)
     for which in "best", "last":
         with pytest.raises(ReneeError, match="no committed checkpoint yet"):
             run.checkpoint(which)
-    (tmp_path / "step-000000400").mkdir()
-    with pytest.raises(ReneeError, match="format 2, of an earlier renee_ray"):
-        run.checkpoint("last")
 
 
 def test_a_directory_that_nothing_committed_is_no_checkpoint(tmp_path: Path) -> None:
