@@ -36,7 +36,7 @@ def test_the_request_to_stop_reaches_whoever_waits_before_and_after() -> None:
 def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
     sent, logger = DriverChannel(), logging.getLogger("renee_ray")
     before = list(logger.handlers)
-    channel = WorkerChannel(sent, 1)
+    channel = WorkerChannel(sent)
     try:
         channel.forward_warnings()
         logger.warning("the last words")

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -76,7 +77,6 @@ class Observer:
         self._exported = Exported(run_name(config), ranks.rank)
         settings = config.observe
         self._stragglers = Stragglers(settings.straggler_factor, settings.straggler_window_s)
-        self._sinks = Sinks(config, state.step)
         self._status: Status | None = None
         if history is not None:
             self._status = Status(config, state, launched_s, history)
@@ -94,7 +94,6 @@ class Observer:
         self._group = int(all_sum(ranks, torch.tensor(began)))
         if self._status is not None:
             self._status.start(self._nodes)
-            self._sinks.start()
         self._thread.start()
         log.info("rank %d of %d on %s, after step %d", ranks.rank, ranks.num_ranks, self._node,
                  self._state.step)  # fmt: skip
@@ -117,7 +116,7 @@ class Observer:
         if self._status is None:
             return
         if error is None:
-            self._sinks.close()
+            self._status.sinks.close()
             self._status.ended(self.recorder, "stopped" if self.stopped else "finished")
         else:
             self._status.writer.close(FAILED_CLOSE_S)
@@ -132,9 +131,9 @@ class Observer:
                 "rank %d on %s is slow: %.1f times the median of all in its own part of a step",
                 rank, self._nodes[rank], times,
             )  # fmt: skip
-        self._channel.record(record)
+        self._channel.send(record)
         self._exported.record(record)
-        self._sinks.record(record, self._phases())
+        self._status.sinks.record(record, self._phases())
         self._status.sampled(record, self.recorder, self._stragglers.slow)
         if time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
@@ -144,7 +143,7 @@ class Observer:
         if self._status is not None:
             self._status.evaluated()
             self._exported.validation(metrics)
-            self._sinks.validation(step, metrics)
+            self._status.sinks.validation(step, metrics)
             log.info("validation after step %d: %s", step, metrics)
 
     def write_history(self) -> None:
@@ -185,12 +184,11 @@ class Observer:
 
     def _tell(self, *, ended: bool = False) -> None:
         place = self.recorder.place()
-        self._channel.beat(
-            Beat(
-                self._group, self._ranks.rank, self._node, os.getpid(),
-                place.step, place.phase, place.entered, place.seconds, ended,
-            )
+        beat = Beat(
+            self._group, self._ranks.rank, self._node, os.getpid(),
+            place.step, place.phase, place.entered, place.seconds, ended,
         )  # fmt: skip
+        self._channel.send({"beat": asdict(beat)})
         self._exported.totals(self.recorder.totals())
         if self.recorder.paces:
             self._exported.pace(self.recorder.paces[self._ranks.rank])
@@ -198,6 +196,8 @@ class Observer:
 
 class Status:
     """Writes RUN/status.json, which renee_ray/report/status.py reads, and RUN/history.json."""
+
+    sinks: Sinks
 
     def __init__(
         self, config: RunConfig, state: State, launched_s: float, history: History
@@ -230,6 +230,7 @@ class Status:
             "record": self._history.steps[-1] if self._history.steps else None,
         }
         self.writer.start()
+        self.sinks = Sinks(self._config, self._state.step)
 
     def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
         self._history.add(record)

@@ -102,7 +102,7 @@ class Worker:
             place = directory or (local if passes > 1 else "")
             blocks = Blocks(layout.blocks, layout.part_batches, self.ranks, place)
             passes, done = blocks.resumed(passes)
-            channel = WorkerChannel(arguments["channel"], self.ranks.rank)
+            channel = WorkerChannel(arguments["channel"])
             if passes > 1 and self.ranks.rank == 0:
                 channel.say(
                     f"the memory of {self.ranks.num_ranks} workers holds a part of the labels: "

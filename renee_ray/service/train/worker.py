@@ -132,7 +132,7 @@ class _Share:
         config = RunConfig.model_validate(arguments["config"])
         dataset = _same_dataset(config.data, arguments["manifest_hash"])
         ranks = Ranks.of_process_group(config.timeout_s)
-        channel = WorkerChannel(arguments["channel"], ranks.rank)
+        channel = WorkerChannel(arguments["channel"])
         channel.forward_warnings()
         orders = training_orders(config, dataset)
         return cls(config, dataset, ranks, worker_device(), channel, orders)
