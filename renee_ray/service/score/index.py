@@ -35,6 +35,7 @@ from renee_ray.scoring.index import (
     FILES,
     FORMAT_VERSION,
     MANIFEST,
+    Classifier,
     ExactSearch,
     index_of,
     load_faiss,
@@ -87,18 +88,27 @@ class Plan:
         start, stop = split_range(self.num_labels, self.ranges, i)
         return f"labels-{start:012d}-{stop:012d}"
 
-    def reader(self) -> Callable[[int, int], Tensor]:
-        """Opens the model: what is returned reads [w_l, b_l] of labels, float32 [n, D + 1]."""
-        if not self.checkpoint:
+    def rows(self, start: int, stop: int) -> Callable[[], Iterator[Tensor]]:
+        """Opens the model: what is returned reads [w_l, b_l], float32 [m, D + 1], block by block."""
+        part: Callable[[LabelRange], Classifier]
+        if self.checkpoint:
+            directory = RunDirectory(self.model)
+            saved = directory.checkpoints().at(self.checkpoint)
+            labels = labels_of(directory, directory.dataset(), saved)
+            part = lambda owned: trained_classifier(saved, labels, owned, self.tail, None, CPU)  # noqa: E731
+        else:
             with files_of(self.model) as local:
-                return exported_labels(local, CPU)[1].rows
-        directory = RunDirectory(self.model)
-        saved = directory.checkpoints().at(self.checkpoint)
-        labels = labels_of(directory, directory.dataset(), saved)
+                exported = exported_labels(local, CPU)[1]
+            part = lambda owned: exported  # noqa: E731
+        size = max(1, BLOCK_BYTES // (4 * self.dim))
 
-        def read(start: int, stop: int) -> Tensor:
-            owned = LabelRange(start, stop, self.num_labels)
-            return trained_classifier(saved, labels, owned, self.tail, None, CPU).rows(start, stop)
+        def read() -> Iterator[Tensor]:
+            for at in range(start, stop, size):
+                owned = LabelRange(at, min(at + size, stop), self.num_labels)
+                rows = part(owned).rows(owned.start, owned.stop)
+                # A retired label stays in the index; who searches leaves it out.
+                rows[:, -1].masked_fill_(rows[:, -1] == -torch.inf, 0)
+                yield rows
 
         return read
 
@@ -108,16 +118,7 @@ def build_range(plan: Plan, i: int) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
     start, stop = split_range(plan.num_labels, plan.ranges, i)
     load_faiss().omp_set_num_threads(plan.threads)
-    index, read = empty_index(plan.factory, plan.dim), plan.reader()
-    size = max(1, BLOCK_BYTES // (4 * plan.dim))
-
-    def rows() -> Iterator[Tensor]:
-        for at in range(start, stop, size):
-            found = read(at, min(at + size, stop))
-            # A retired label stays in the index; who searches leaves it out.
-            found[:, -1].masked_fill_(found[:, -1] == -torch.inf, 0)
-            yield found
-
+    index, rows = empty_index(plan.factory, plan.dim), plan.rows(start, stop)
     survey = Survey.of(rows, stop - start, training_rows(index))
     path, facts = (f"{plan.output}/{plan.name(i)}.{ending}" for ending in ("faiss", "json"))
     built_from = {"factory": plan.factory, "rows": survey.sha256, "start": start, "stop": stop}
