@@ -89,7 +89,7 @@ class Plan:
         return f"labels-{start:012d}-{stop:012d}"
 
     def rows(self, start: int, stop: int) -> Callable[[], Iterator[Tensor]]:
-        """Opens the model: what is returned reads [w_l, b_l], float32 [m, D + 1], block by block."""
+        """Opens the model: what is returned reads blocks of [w_l, b_l], float32 [m, D + 1]."""
         part: Callable[[LabelRange], Classifier]
         if self.checkpoint:
             directory = RunDirectory(self.model)
