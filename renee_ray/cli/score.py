@@ -11,10 +11,13 @@ import click
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
 from renee_ray.cli.output import print_facts, print_result, say
-from renee_ray.config.compare import CompareConfig
-from renee_ray.config.fuse import FuseConfig
-from renee_ray.config.index import IndexConfig
-from renee_ray.config.score import ExportConfig, ScoreConfig
+from renee_ray.config.score import (
+    CompareConfig,
+    ExportConfig,
+    FuseConfig,
+    IndexConfig,
+    ScoreConfig,
+)
 from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import printable
 

@@ -1,12 +1,12 @@
-"""The configurations of what a trained run does: evaluate, predict, export."""
+"""The configurations of what trained runs do, but for `serve`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from renee_ray.config.schema import Config, Placed
+from renee_ray.config.schema import METRIC, Config, Name, Placed
 
 
 class Chosen(Config):
@@ -69,3 +69,69 @@ class ExportConfig(Chosen):
 
     overwrite: bool = False
     """Replace an export that is already at DST."""
+
+
+class IndexConfig(Chosen):
+    """`renee-ray index MODEL`"""
+
+    output: str = ""
+    """Directory of the index; empty: MODEL-index, where `search=index` looks for it; symbolic links
+    of MODEL are followed."""
+    factory: str = ""
+    """FAISS factory string of a range, as HNSW32,SQ8: a flat, HNSW or IVF index; empty: chosen by
+    the number of labels of a range."""
+    ranges: int = Field(0, ge=0)
+    """Label ranges, each with a file of its own and built by a task of its own; 0: as many as a
+    run has workers, or more so that none has more than 20,000,000 labels."""
+    candidates: int = Field(10, ge=1)
+    """Labels of each range that are scored again with the true weights, for each one asked for."""
+    recall: float = Field(0.95, gt=0, le=1)
+    """Share of the exact 10 best labels to find: the least search effort that does so is kept."""
+    points: str = ""
+    """Dataset whose validation points (training points where it has none) recall is measured on;
+    empty: the one that a run was trained on. An export needs it."""
+    sample: int = Field(1000, ge=1)
+    """Points that recall is measured on."""
+    overwrite: bool = False
+    """Replace an index that is already at `output`; ranges whose labels are the same are kept."""
+
+
+class CompareConfig(Chosen):
+    """`renee-ray compare RUN RUN ...`"""
+
+    data: str = ""
+    """Dataset whose points are predicted; empty: that of the first run."""
+    output: Name = "comparison"
+    """Local directory for the page and for the predictions of runs."""
+    split: Literal["test", "validation"] = "test"
+    """Points that are compared."""
+    num_workers: int = Field(0, ge=0)
+    """Workers that predict; 0: as many as trained the run."""
+    seed: int = Field(0, ge=0)
+    """Seed of the bootstrap samples."""
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class FuseConfig(Config):
+    """`renee-ray fuse PRED PRED ... DST`"""
+
+    weights: tuple[NonNegative, ...] = ()
+    """A weight for each directory of predictions, as [0.7, 0.3]; empty: equal ones, or tuned."""
+    tune: tuple[Name, ...] = ()
+    """The same models' predictions for the validation split, by which weights are chosen."""
+    data: str = ""
+    """With `tune`: the dataset of these validation points."""
+    metric: str = Field("nDCG@5", pattern=METRIC)
+    """With `tune`: what the weights are to raise."""
+    k: int = Field(100, ge=1)
+    """Labels of each point."""
+    overwrite: bool = False
+    """Replace predictions that are already at DST."""
+
+    @model_validator(mode="after")
+    def _either(self) -> FuseConfig:
+        if self.weights and self.tune:
+            raise ValueError("weights and tune exclude each other; leave one out")
+        return self

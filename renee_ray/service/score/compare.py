@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from renee_ray.config.compare import CompareConfig
 from renee_ray.config.overrides import dotted
-from renee_ray.config.score import ScoreConfig
+from renee_ray.config.score import CompareConfig, ScoreConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute

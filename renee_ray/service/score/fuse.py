@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from renee_ray.config.fuse import FuseConfig
+from renee_ray.config.score import FuseConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, write_file

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from renee_ray.config.index import IndexConfig
+from renee_ray.config.score import IndexConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.storage import absolute, read_file, replace_file, write_file
