@@ -26,7 +26,7 @@ from renee_ray.scoring.comparison import Comparison, Terms, compare
 from renee_ray.scoring.scorer import Propensities, read_counts
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.score.predict import predict_run
-from renee_ray.service.score.predicted import Predicted, padded, together, true_labels
+from renee_ray.service.score.predictions import Predicted, padded, together, true_labels
 from renee_ray.xfc.labels import LabelRange
 
 K = 100

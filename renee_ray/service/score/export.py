@@ -2,7 +2,7 @@
 
     export.json                     what is here, and how a score comes about; written last
                                     (until then `_claim.json`, data/destination.py)
-    README.md                       a model card (service/score/card.py)
+    README.md                       a model card
     modules.json, 1_Pooling/ ...    for sentence_transformers: the transformer's part of embeddings
     encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
     adapter/                        where it was trained by LoRA, which `encoder` contains: for peft
@@ -19,10 +19,14 @@ wherever the export goes.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +35,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.schema import EncoderConfig, LoraConfig
+from renee_ray.config.overrides import dotted
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, LoraConfig, RunConfig
 from renee_ray.config.score import ExportConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
@@ -41,17 +46,18 @@ from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import labels_of
-from renee_ray.service.score import card
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.trained import CPU, TRAINED, trained_encoder, trained_shard
 from renee_ray.xfc.labels import LabelRange
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
 HEAD, ENCODER, ADAPTER = "head.safetensors", "encoder", "adapter"
-FOLDERS = (ENCODER, ADAPTER, *card.FOLDERS)
+CARD, ROOT = "README.md", ("modules.json", "config_sentence_transformers.json")
+POOLED, UNIT = "1_Pooling", "2_Normalize"
+FOLDERS = (ENCODER, ADAPTER, POOLED, UNIT)
 FILES = re.compile(
     rf"(?:{'|'.join(FOLDERS)})/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|"
-    rf"{card.CARD}|{'|'.join(card.ROOT)}|"
+    rf"{CARD}|{'|'.join(ROOT)}|"
     r"head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 EXPORT = Kind(
@@ -66,6 +72,8 @@ PROMPT = (
     "tokens = tokens[:{first}] + {tokens} + tokens[{first}:]; "
 )
 POOLING = {"mean": "mean", "cls": "first", "last": "last"}
+THEIR_POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
+"""Words of sentence_transformers for ours."""
 TRANSFORMER = (
     "e = {pooling} of encoder(tokens).last_hidden_state over the tokens that are no padding; "
     "e = bottleneck @ e, where there is one; "
@@ -106,8 +114,8 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     length = min(length, dataset.manifest.max_length)
     no_votes = settings.evaluation.model_copy(update={"neighbours": 0})
     calibration = calibration_of(directory, checkpoint.name, no_votes)
-    written = card.sentence_transformers_files(encoder, settings.encoder, length)
-    written[card.CARD] = card.card(settings, dataset, checkpoint).encode()
+    written = sentence_transformers_files(encoder, settings.encoder, length)
+    written[CARD] = model_card(settings, dataset, checkpoint).encode()
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         _save_encoder(Path(local), encoder, settings.encoder, dataset.manifest.tokenizer)
         saved = sorted(f"{file.parent.name}/{file.name}" for file in Path(local).glob("*/*"))
@@ -225,3 +233,69 @@ def _write_range(
     pq.write_table(table, buffer, compression="zstd")
     write_file(f"{destination}/{names[1]}", buffer.getvalue())
     return {"start": owned.start, "stop": owned.stop, "classifier": names[0], "labels": names[1]}
+
+
+def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> str:
+    """Returns the model card in Markdown, with front matter as the Hugging Face hub reads it.
+
+    It leaves out paths, which tell of the machine that the run was trained on.
+    """
+    files, manifest, name = resources.files(__package__), dataset.manifest, config.encoder.name
+    alone, local = name == NO_TRANSFORMER, os.path.exists(name)
+    defaults = dict(dotted(RunConfig(data="-", output="-").model_dump()))
+    settings = [
+        f"    {key}: {json.dumps(value)}"
+        for key, value in dotted(config.model_dump())
+        if value != defaults[key] and not (isinstance(value, str) and os.path.isabs(value))
+    ]
+    metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
+    head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]
+    points = [
+        f"{manifest.num_points(each):,} {each} points" for each in ("train", "validation", "test")
+    ]
+    return Template(files.joinpath("card.md").read_text("utf-8")).substitute(
+        base="" if alone or local else f"base_model: {json.dumps(name)}\n",
+        labels=f"{manifest.num_labels:,}",
+        step=f"{checkpoint.state.step:,}",
+        transformer="\n" if alone else files.joinpath("card_transformer.md").read_text("utf-8"),
+        dataset=os.path.basename(dataset.path.rstrip("/")),
+        points=", ".join(points),
+        metrics="\n".join([*head, *metrics] if metrics else ["None were measured."]),
+        settings="\n".join(settings) or "None.",
+    )
+
+
+def sentence_transformers_files(
+    encoder: Encoder, settings: EncoderConfig, length: int
+) -> dict[str, bytes]:
+    """Returns the files that describe the transformer's part of embeddings; none without one.
+
+    With a bag or a bottleneck, that part has no norm of its own, and is not normalised.
+
+    length: most tokens of a text without its prompt.
+    """
+    if encoder.backbone is None:
+        return {}
+    prompted = 0 if encoder.prompt is None else len(encoder.prompt.tokens)
+    kinds = {"encoder": "Transformer", POOLED: "Pooling"}
+    contents: dict[str, Any] = {}
+    if settings.normalise and encoder.bag is None and encoder.bottleneck is None:
+        kinds[UNIT], contents[f"{UNIT}/config.json"] = "Normalize", {}
+    # The tokens of prompt and text are made apart here, and together by sentence_transformers.
+    prompts = {"prompt": f"{settings.prompt.rstrip()} "} if settings.prompt else {}
+    contents |= {
+        "encoder/sentence_bert_config.json": {
+            "max_seq_length": min(length + prompted, settings.max_length),
+            "do_lower_case": False,
+        },
+        f"{POOLED}/config.json": {
+            "word_embedding_dimension": encoder.backbone.config.hidden_size,
+            "pooling_mode": THEIR_POOLING[settings.pooling],
+        },
+        ROOT[0]: [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds.items())
+        ],
+        ROOT[1]: {"prompts": prompts, "default_prompt_name": next(iter(prompts), None)},
+    }
+    return {name: json.dumps(each, indent=1).encode() for name, each in contents.items()}

@@ -19,8 +19,16 @@ from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.fusion import Pairs, tuned
 from renee_ray.scoring.metrics import MOST, MetricSums
 from renee_ray.scoring.scorer import Propensities
-from renee_ray.service.score.predicted import COLUMNS, Predicted, padded, together, true_labels
-from renee_ray.service.score.predictions import PART_ROWS, PREDICTIONS, part_name
+from renee_ray.service.score.predictions import (
+    COLUMNS,
+    PART_ROWS,
+    PREDICTIONS,
+    Predicted,
+    padded,
+    part_name,
+    together,
+    true_labels,
+)
 from renee_ray.xfc.labels import LabelRange
 
 
