@@ -7,7 +7,7 @@ from typing import Any
 import click
 from pyarrow.fs import FileType
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, count, json_option
+from renee_ray.cli.common import PATH, call, command, configured, count, json_option
 from renee_ray.cli.output import print_facts, say
 from renee_ray.config.from_renee import as_yaml, translate
 from renee_ray.config.schema import Config, ConvertConfig
@@ -15,14 +15,9 @@ from renee_ray.data.storage import absolute, filesystem_of, replace_file
 from renee_ray.errors import ReneeError
 
 
-@click.command(cls=ConfiguredCommand, keys=ConvertConfig)
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@click.argument("overrides", nargs=-1)
-@json_option
-def convert(src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@command(ConvertConfig, "src", "dst")
+def convert(config: ConvertConfig, src: str, dst: str, as_json: bool) -> None:
     """Turn a folder SRC (CSV, JSON lines, Parquet, XML repository ...) into a dataset DST."""
-    config = configured(ConvertConfig, overrides, "convert")
     from renee_ray.report.conversion import conversion_text
     from renee_ray.service.convert import convert as service
 

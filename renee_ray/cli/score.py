@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, command, configured, json_option
 from renee_ray.cli.output import print_facts, print_result, say
 from renee_ray.config.score import (
     CompareConfig,
@@ -22,33 +22,22 @@ from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import ReneeError, printable
 
 
-@click.command(cls=ConfiguredCommand, keys=ScoreConfig)
-@click.argument("run", type=PATH)
-@click.argument("dataset", type=PATH)
-@click.argument("overrides", nargs=-1)
-@json_option
-def evaluate(run: str, dataset: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@command(ScoreConfig, "run", "dataset")
+def evaluate(config: ScoreConfig, run: str, dataset: str, as_json: bool) -> None:
     """Score the run at RUN on a split of DATASET: P, nDCG, PSP, PSnDCG and recall at k."""
-    config = configured(ScoreConfig, overrides, "evaluate")
     from renee_ray.service.score.evaluate import evaluate_run
 
     found = call(evaluate_run, run, dataset, config)
     print_result(found, as_json, f"{found['split']} split, step {found['step']}")
 
 
-@click.command(cls=ConfiguredCommand, keys=ScoreConfig)
-@click.argument("run", type=PATH)
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@click.argument("overrides", nargs=-1)
-@json_option
-def predict(run: str, src: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@command(ScoreConfig, "run", "src", "dst")
+def predict(config: ScoreConfig, run: str, src: str, dst: str, as_json: bool) -> None:
     """Write the k best labels of every point of SRC to Parquet files in DST.
 
     SRC is a dataset directory, or raw texts: a .txt or .txt.gz file with a text a line, or
     Parquet, a file or a directory, with a column `text` (and `point_id`, else the row number).
     """
-    config = configured(ScoreConfig, overrides, "predict")
     from renee_ray.service.score.predict import predict_run
 
     found = call(predict_run, run, src, dst, config)
@@ -95,19 +84,14 @@ def compare(runs: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"report: {found['report']}")
 
 
-@click.command(cls=ConfiguredCommand, keys=ExportConfig)
-@click.argument("run", type=PATH)
-@click.argument("dst", type=PATH)
-@click.argument("overrides", nargs=-1)
-@json_option
-def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@command(ExportConfig, "run", "dst")
+def export(config: ExportConfig, run: str, dst: str, as_json: bool) -> None:
     """Write the run at RUN to DST for programs that know nothing of Ray.
 
     A Hugging Face directory of the encoder, the classifier as safetensors, the label texts as
     Parquet, and export.json, which says how a score comes about. Votes of neighbours
     (evaluation.neighbours) are no part of it.
     """
-    config = configured(ExportConfig, overrides, "export")
     from renee_ray.service.score.export import export_run
 
     found = call(export_run, run, dst, config)
@@ -115,34 +99,26 @@ def export(run: str, dst: str, overrides: tuple[str, ...], as_json: bool) -> Non
     print_result({"export": dst, **{key: found[key] for key in shown}}, as_json, f"export {dst}")
 
 
-@click.command(cls=ConfiguredCommand, keys=IndexConfig)
-@click.argument("model", type=PATH)
-@click.argument("overrides", nargs=-1)
-@json_option
-def index(model: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@command(IndexConfig, "model")
+def index(config: IndexConfig, model: str, as_json: bool) -> None:
     """Build an index of MODEL, a run or an export, that finds labels without scoring all.
 
     Writes it to MODEL-index, with its recall and speed over a sweep of search effort. Then
     `predict`, `evaluate` and `serve` take search=index. Needs renee_ray[index].
     """
-    config = configured(IndexConfig, overrides, "index")
     from renee_ray.report.index import sweep_table
     from renee_ray.service.score.index import index_model
 
     print_facts(call(index_model, model, config, say), as_json, sweep_table)
 
 
-@click.command(cls=ConfiguredCommand, keys=ServeConfig)
-@click.argument("run", type=PATH)
-@click.argument("overrides", nargs=-1)
-@json_option
-def serve(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@command(ServeConfig, "run")
+def serve(config: ServeConfig, run: str, as_json: bool) -> None:
     """Answer HTTP requests with the labels that the run at RUN predicts, until Ctrl-C or SIGTERM.
 
     Requests bear a token: a secret of at least 32 characters that RENEE_RAY_SERVE_TOKEN holds.
     Says at which URL once it answers, with --json as an object.
     """
-    config = configured(ServeConfig, overrides, "serve")
     from renee_ray.service.serve.serve import serve_run
 
     output = sys.stdout

@@ -57,9 +57,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_sources_that_are_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone, file, out = run.parent / "gone", run.parent / "texts.txt", run.parent / "out"
     file.write_text("a text\n")
-    assert f"{gone} does not exist" in refused(capsys, "evaluate", run, gone)
+    assert f"{gone} is not a renee_ray dataset" in refused(capsys, "evaluate", run, gone)
     assert f"{gone} does not exist" in refused(capsys, "predict", run, gone, out)
-    assert f"{file} is a file" in refused(capsys, "evaluate", run, file)
+    assert f"{file} is not a renee_ray dataset" in refused(capsys, "evaluate", run, file)
     assert f"{run} is a run" in refused(capsys, "evaluate", run, run)
     assert f"{run} is a run" in refused(capsys, "predict", run, run, out)
     assert "is not a run" in refused(capsys, "evaluate", run.parent / "set", run)

@@ -26,9 +26,10 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
 from renee_ray.parallel.recorder import KINDS, Recorder, Totals
 from renee_ray.report.status import STATUS_FILE, STATUS_VERSION
+from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
-from renee_ray.service.observe.progress import WorkerChannel, line
+from renee_ray.service.observe.progress import line
 from renee_ray.service.observe.sinks import Sinks
 from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
@@ -66,7 +67,7 @@ class Observer:
         config: RunConfig,
         ranks: Ranks,
         device: torch.device,
-        channel: WorkerChannel,
+        channel: DriverChannel,
         state: State,
         launched_s: float,
         history: History | None,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -17,47 +15,9 @@ from renee_ray.service.observe.watch import Beat, Watch
 
 LINE_SECONDS = 30
 """Seconds between two lines of progress, where there is no terminal that could show a bar."""
-FLUSH_SECONDS = 5
 WATCH_SECONDS, LATE_SECONDS = 2.0, 0.5
 """Seconds between two looks at who is silent. Each calls an actor on the workers' cores."""
 SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
-
-
-class WorkerChannel:
-    """A worker's end of the driver channel: rank 0 sends records, every rank beats and warnings."""
-
-    def __init__(self, channel: DriverChannel | None) -> None:
-        self._channel = channel
-        self._last: ray.ObjectRef | None = None
-
-    def send(self, record: dict[str, Any]) -> None:
-        if self._channel is not None:
-            self._last = self._channel.send(record)
-
-    def say(self, text: str) -> None:
-        self.send({"text": text})
-
-    def forward_warnings(self) -> None:
-        """Sends the warnings of this package in this worker to the driver from now on."""
-        logging.getLogger("renee_ray").addHandler(_Forward(self))
-
-    def flush(self) -> None:
-        """Waits until what was sent has arrived, FLUSH_SECONDS at most; before a process ends."""
-        # Logging flushes again when the interpreter exits, and Ray, asked then, would start anew.
-        if self._last is not None and ray.is_initialized():
-            ray.wait([self._last], timeout=FLUSH_SECONDS)
-
-
-class _Forward(logging.Handler):
-    def __init__(self, channel: WorkerChannel) -> None:
-        super().__init__(logging.WARNING)
-        self._channel = channel
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._channel.say(record.getMessage())
-
-    def flush(self) -> None:
-        self._channel.flush()
 
 
 class Display:

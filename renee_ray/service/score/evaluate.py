@@ -17,7 +17,7 @@ from renee_ray.scoring.metrics import MOST
 from renee_ray.scoring.scorer import Propensities, metric_sums
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import CALIBRATION, Seen, calibration_of, facts, measured
-from renee_ray.service.score.job import ScoringJob, as_scored, check_source, refuse
+from renee_ray.service.score.job import ScoringJob, as_scored, refuse, refuse_run
 from renee_ray.service.score.worker import Worker
 from renee_ray.service.train.resuming import MAY_CHANGE
 
@@ -48,7 +48,7 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
         refuse(score, ("allow", "deny", "search"), "evaluate calibrate=true")
     directory = RunDirectory(absolute(run))
     directory.config()
-    check_source(data, "dataset")
+    refuse_run(data, "dataset")
     points, split = Dataset.open(data), str(score.split)
     nothing = ReneeError(f"no point of split={split} of {points.path} has a label; give another")
     counts = points.manifest.statistics.get(split)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import torch
 
 from renee_ray.config.schema import EvalConfig, Placed, RunConfig
 from renee_ray.config.score import ScoreConfig, Searched
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import absolute, filesystem_of, patiently
+from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.parallel.collectives import Ranks
@@ -181,15 +180,7 @@ def _voters(
     return voters
 
 
-def check_source(path: str, wanted: str) -> None:
-    """Raises ReneeError where nothing is at `path`, or something that is no `wanted`."""
-    filesystem, root = filesystem_of(path)
-    kind = patiently(lambda: filesystem.get_file_info(root), f"reading {path}").type
-    if kind == pafs.FileType.NotFound and wanted == "dataset":
-        raise ReneeError(f"{path} does not exist; give a dataset that does")
-    if kind == pafs.FileType.File and wanted == "dataset":
-        raise ReneeError(
-            f"{path} is a file; give the directory of a dataset, made by `renee-ray convert`"
-        )
+def refuse_run(path: str, wanted: str) -> None:
+    """Raises ReneeError where a run is at `path`, and no `wanted`."""
     if not has_manifest(path) and RunDirectory(absolute(path)).read(RUN_FILE) is not None:
         raise ReneeError(f"{path} is a run; give a {wanted} after the run")

@@ -22,9 +22,9 @@ from renee_ray.scoring.index import open_search
 from renee_ray.scoring.neighbours import RERANKED, Neighbours
 from renee_ray.scoring.passes import Blocks, in_passes
 from renee_ray.scoring.scorer import Answer, Scorer, topk_bytes, without_labels
+from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import scoring_feed
 from renee_ray.service.launch import quiet, worker_device
-from renee_ray.service.observe.progress import WorkerChannel
 from renee_ray.service.score.job import ScoringJob, embed_voters
 from renee_ray.service.score.predictions import Layout
 from renee_ray.service.score.trained import trained_classifier
@@ -102,8 +102,8 @@ class Worker:
             place = directory or (local if passes > 1 else "")
             blocks = Blocks(layout.blocks, layout.part_batches, self.ranks, place)
             passes, done = blocks.resumed(passes)
-            channel = WorkerChannel(arguments["channel"])
-            if passes > 1 and self.ranks.rank == 0:
+            channel: DriverChannel | None = arguments["channel"]
+            if passes > 1 and self.ranks.rank == 0 and channel is not None:
                 channel.say(
                     f"the memory of {self.ranks.num_ranks} workers holds a part of the labels: "
                     f"{passes} passes, from pass {min(done // blocks.count + 1, passes)} on"

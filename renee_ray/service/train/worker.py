@@ -29,10 +29,11 @@ from renee_ray.scoring.scorer import (
     read_counts,
     without_labels,
 )
+from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
-from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
+from renee_ray.service.observe.progress import evaluation_line
 from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.history import History
@@ -124,7 +125,7 @@ class _Share:
     dataset: Dataset
     ranks: Ranks
     device: torch.device
-    channel: WorkerChannel
+    channel: DriverChannel
     orders: Epochs
 
     @classmethod
@@ -132,7 +133,7 @@ class _Share:
         config = RunConfig.model_validate(arguments["config"])
         dataset = _same_dataset(config.data, arguments["manifest_hash"])
         ranks = Ranks.of_process_group(config.timeout_s)
-        channel = WorkerChannel(arguments["channel"])
+        channel: DriverChannel = arguments["channel"]
         channel.forward_warnings()
         orders = training_orders(config, dataset)
         return cls(config, dataset, ranks, worker_device(), channel, orders)
