@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import Ragged
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
 
 TOLERANCE = 1e-9
@@ -72,8 +73,7 @@ def arrays(
     values = [label for labels in true for label in sorted(labels)]
     return (
         np.array(predicted, dtype=np.int64).reshape(shape),
-        np.array(values, dtype=np.int64),
-        np.cumsum([0, *map(len, true)], dtype=np.int64),
+        Ragged.of_lists([sorted(labels) for labels in true]),
         np.array([weight[label] for label in values], dtype=np.float64),
     )
 
@@ -104,12 +104,12 @@ def test_neighbouring_large_ids_are_told_apart(first_id: int) -> None:
 
 
 def test_the_labels_of_a_point_need_not_be_sorted() -> None:
-    predicted, values, offsets, weights = arrays(*random_case(5))
-    unshuffled = sums_of(predicted, values, offsets, weights)
+    predicted, true, weights = arrays(*random_case(5))
+    offsets, unshuffled = true.offsets, sums_of(predicted, true, weights)
     reverse = np.concatenate(
         [np.arange(offsets[i + 1] - 1, offsets[i] - 1, -1) for i in range(len(predicted))]
     ).astype(np.int64)
-    shuffled = sums_of(predicted, values[reverse], offsets, weights[reverse])
+    shuffled = sums_of(predicted, Ragged(true.values[reverse], offsets), weights[reverse])
     np.testing.assert_allclose(shuffled.vector, unshuffled.vector, rtol=1e-13)
 
 

@@ -97,10 +97,10 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 def precisions(labels: np.ndarray, truth: Truth) -> dict[str, float]:
     """Returns P@1, P@3, P@5 in percent of labels [n, k] without filter labels."""
     true, filtered = truth
-    banned = find_hits(labels, filtered.values, filtered.lengths)[0]
+    banned = find_hits(labels, filtered)[0]
     order = np.argsort(banned, axis=1, kind="stable")[:, : max(KS)]
     kept = np.take_along_axis(np.where(banned, NONE, labels), order, axis=1)
-    hit = find_hits(kept, true.values, true.lengths)[0]
+    hit = find_hits(kept, true)[0]
     return {f"P@{k}": round(float(100 * hit[:, :k].sum() / (k * len(hit))), 3) for k in KS}
 
 

@@ -1,11 +1,10 @@
 """Ranking metrics of extreme classification, as sums that add up across batches and ranks.
 
-Ledger, n points, K predictions a point, m true labels altogether, in CSR form:
+Ledger, n points, K predictions a point:
 
     name                shape    dtype    meaning
     predicted           [n, K]   int64    label ids, best first, -1 = none (short row)
-    values              [m]      int64    true labels of all points, point after point
-    offsets             [n + 1]  int64    point i has values[offsets[i] : offsets[i + 1]]
+    true                [n]      Ragged   true labels of each point, m altogether
     inverse_propensity  [m]      float64  1/p of each true label
 
 With y the true labels of a point, hit(r) = 1 if the prediction at rank r = 1, 2, ... is in y and
@@ -30,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import Ragged
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -75,13 +75,13 @@ class MetricSums:
         self.vector = np.zeros(end + len(RECALL_KS)) if vector is None else vector
         self._at_k, self._recall = self.vector[1:end].reshape(6, len(KS)), self.vector[end:]
 
-    def add(self, predicted: Ints, values: Ints, offsets: Ints, inverse_propensity: Floats) -> None:
+    def add(self, predicted: Ints, true: Ragged, inverse_propensity: Floats) -> None:
         """Adds a batch (shapes in the module's ledger). K may be below a cut-off.
 
         The predictions of a row are distinct, and so are its true labels; filter labels are gone
         from both.
         """
-        terms = point_terms(predicted, values, offsets, inverse_propensity)
+        terms = point_terms(predicted, true, inverse_propensity)
         self._at_k += terms.at_k.sum(axis=2)
         self._recall += terms.recall.sum(axis=1)
         self.vector[0] += len(predicted)
@@ -114,7 +114,7 @@ class PointTerms:
 
     at_k float64 [6, len(KS), n]: hits/k, nDCG, then hits and best attainable of PSP and of PSnDCG;
     recall float64 [len(RECALL_KS), n]; hit bool [n, K]: predictions that are true labels; place
-    int64 [n, K]: where in `values`, at hits alone.
+    int64 [n, K]: where in `true.values`, at hits alone.
     """
 
     at_k: Floats
@@ -123,17 +123,14 @@ class PointTerms:
     place: Ints
 
 
-def point_terms(
-    predicted: Ints, values: Ints, offsets: Ints, inverse_propensity: Floats
-) -> PointTerms:
+def point_terms(predicted: Ints, true: Ragged, inverse_propensity: Floats) -> PointTerms:
     """Computes what `MetricSums.add` sums, point by point."""
-    n, per_point = len(predicted), np.diff(offsets)
-    hit, place = find_hits(predicted, values, per_point)
+    n, per_point, (point, _) = len(predicted), true.lengths, true.pairs()
+    hit, place = find_hits(predicted, true)
     weight = np.zeros(predicted.shape)
     weight[hit] = inverse_propensity[place[hit]]
-    point = np.repeat(np.arange(n), per_point)
     order = np.lexsort((-inverse_propensity, point))
-    best, rank = inverse_propensity[order], np.arange(len(order)) - offsets[point]
+    best, rank = inverse_propensity[order], np.arange(len(order)) - true.offsets[point]
 
     discount = 1.0 / np.log2(np.arange(max(KS)) + 2.0)
     ideal = np.concatenate([[0.0], np.cumsum(discount)])
@@ -154,22 +151,21 @@ def point_terms(
     return PointTerms(at_k, recall, hit, place)
 
 
-def find_hits(predicted: Ints, values: Ints, per_point: Ints) -> tuple[npt.NDArray[np.bool_], Ints]:
-    """Finds the predictions that are true labels: (bool [n, K], places in `values` [n, K]).
+def find_hits(predicted: Ints, true: Ragged) -> tuple[npt.NDArray[np.bool_], Ints]:
+    """Finds the predictions that are true labels: (bool [n, K], places in `true.values` [n, K]).
 
-    per_point: int64 [n], true labels of each point.
     Ids are first numbered densely, so that (point, number) fits one int64 key whatever the ids are.
     """
-    n, width = predicted.shape
+    point, values = true.pairs()
     if not len(values) or not predicted.size:
-        return np.zeros((n, width), dtype=bool), np.zeros((n, width), dtype=np.int64)
+        return np.zeros(predicted.shape, dtype=bool), np.zeros(predicted.shape, dtype=np.int64)
     ids, number = np.unique(values, return_inverse=True)
-    true_key = np.repeat(np.arange(n), per_point) * len(ids) + number
+    true_key = point * len(ids) + number
     order = np.argsort(true_key)
     sorted_key = true_key[order]
 
     candidate = np.minimum(np.searchsorted(ids, predicted), len(ids) - 1)
-    key = np.arange(n)[:, None] * len(ids) + candidate
+    key = np.arange(len(predicted))[:, None] * len(ids) + candidate
     place = np.minimum(np.searchsorted(sorted_key, key), len(sorted_key) - 1)
     hit = (predicted >= 0) & (ids[candidate] == predicted) & (sorted_key[place] == key)
     return hit, order[place]

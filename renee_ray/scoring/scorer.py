@@ -278,6 +278,6 @@ def metric_sums(
     for answer in answers:
         true = answer.batch.labels
         for total, each in zip(sums, propensities, strict=True):
-            total.add(answer.labels.numpy(), true.values, true.offsets, each.of(true.values))
+            total.add(answer.labels.numpy(), true, each.of(true.values))
     vectors = torch.from_numpy(np.stack([total.vector for total in sums]))
     return [MetricSums(vector) for vector in all_sum(ranks, vectors).numpy()]

@@ -1,9 +1,8 @@
 """Predictors that take seconds, for judging a trained model on the same points.
 
-All take the points' filter labels in CSR form (`filter_offsets` int64 [n + 1], `filter_values`
-int64 [f]: point i must not be given filter_values[filter_offsets[i] : filter_offsets[i + 1]]) and
-remove them before the cut, so that k labels remain wherever a point has k others. They return int64
-[n, k], best first, -1 where none is left; equal scores come in ascending order of the id.
+All remove the filter labels of the n points before the cut, so that k labels remain wherever a
+point has k others. They return int64 [n, k], best first, -1 where none is left; equal scores come
+in ascending order of the id.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from renee_ray.parallel.batch import Ragged
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -22,40 +23,26 @@ BLOCK_ELEMENTS = 2**22
 """Elements of the largest temporary: scores of a block of points."""
 
 
-def most_frequent(
-    train_count: Ints, filter_offsets: Ints, filter_values: Ints, n: int, k: int
-) -> Ints:
+def most_frequent(train_count: Ints, filters: Ragged, k: int) -> Ints:
     """Predicts the k labels with the most training points for all n points, but for filters.
 
     train_count: int64 [L], training points of each label.
     """
     counts = train_count.astype(np.float64)[:, None]
-    return _largest_products(np.ones((n, 1)), counts, filter_offsets, filter_values, k)
+    return _largest_products(np.ones((len(filters), 1)), counts, filters, k)
 
 
-def nearest_label_text(
-    point_embeddings: Floats,
-    label_embeddings: Floats,
-    filter_offsets: Ints,
-    filter_values: Ints,
-    k: int,
-) -> Ints:
+def nearest_label_text(points: Floats, labels: Floats, filters: Ragged, k: int) -> Ints:
     """Predicts the k labels whose texts' embeddings have the largest cosine with the point's.
 
-    point_embeddings: float32 [n, D]; label_embeddings: float32 [L, D]; neither need be normalised.
+    points: float32 [n, D]; labels: float32 [L, D]; neither need be normalised.
     Points go in blocks, so that scores of all points and labels never exist together.
     """
-    points, labels = _unit_rows(point_embeddings), _unit_rows(label_embeddings)
-    return _largest_products(points, labels, filter_offsets, filter_values, k)
+    return _largest_products(_unit_rows(points), _unit_rows(labels), filters, k)
 
 
 def tfidf_ridge(
-    texts: Sequence[str],
-    labels: sp.csr_matrix,
-    points: Sequence[str],
-    filter_offsets: Ints,
-    filter_values: Ints,
-    k: int,
+    texts: Sequence[str], labels: sp.csr_matrix, points: Sequence[str], filters: Ragged, k: int
 ) -> Ints:
     """Predicts by a linear model: ridge regression, one-vs-rest, on TF-IDF of words and pairs.
 
@@ -73,19 +60,15 @@ def tfidf_ridge(
     trained = features.fit_transform(texts)
     weights = KernelRidge(alpha=1.0).fit(trained, labels.toarray()).dual_coef_.T
     kernel = (features.transform(points) @ trained.T).toarray()
-    return _largest_products(kernel, weights, filter_offsets, filter_values, k)
+    return _largest_products(kernel, weights, filters, k)
 
 
-def _largest_products(
-    points: Floats, labels: Floats, filter_offsets: Ints, filter_values: Ints, k: int
-) -> Ints:
+def _largest_products(points: Floats, labels: Floats, filters: Ragged, k: int) -> Ints:
     found = np.full((len(points), k), -1, dtype=np.int64)
     rows = max(1, BLOCK_ELEMENTS // max(len(labels), 1))
     for start in range(0, len(points), rows):
         scores = points[start : start + rows] @ labels.T
-        offsets = filter_offsets[start : start + rows + 1]
-        point = np.repeat(np.arange(len(scores)), np.diff(offsets))
-        scores[point, filter_values[offsets[0] : offsets[-1]]] = -np.inf
+        scores[filters.take(np.arange(start, start + len(scores))).pairs()] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         kept = np.isfinite(np.take_along_axis(scores, order, axis=1))
         found[start : start + rows, : order.shape[1]] = np.where(kept, order, -1)

@@ -71,7 +71,7 @@ class Seen:
             batch, labels = answer.batch, answer.labels[:, :TOP].numpy()
             if left > 0:
                 assert batch.rows is not None
-                hit = find_hits(labels, batch.labels.values, batch.labels.lengths)[0]
+                hit = find_hits(labels, batch.labels)[0]
                 odd = np.broadcast_to(batch.rows[:, None] % 2, labels.shape)
                 found = np.stack([answer.scores[:, :TOP].numpy(), hit, odd], -1)[labels >= 0]
                 self.pairs.append(torch.from_numpy(found.astype(np.float32)))

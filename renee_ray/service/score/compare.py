@@ -151,9 +151,7 @@ def _terms(
     inverse = Propensities.read(dataset, every, Ranks()).of(true.values)
     counts = read_counts(dataset, every)[true.values]
     best = [np.concatenate(own) for own in labels]
-    terms = [
-        Terms.of(each, true.values, true.offsets, inverse, np.asarray(counts)) for each in best
-    ]
+    terms = [Terms.of(each, true, inverse, np.asarray(counts)) for each in best]
     return terms, [each[:, :TOP] for each in best], true
 
 

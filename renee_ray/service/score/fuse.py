@@ -112,7 +112,7 @@ def _tuned(num_models: int, config: FuseConfig) -> tuple[NDArray[np.float64], di
             predicted = padded(pairs.best(weights, MOST)[0], MOST)
             here = true.take(np.arange(first, first + len(ids)))
             of_here = inverse[true.offsets[first] : true.offsets[first + len(ids)]]
-            sums.add(predicted, here.values, here.offsets, of_here)
+            sums.add(predicted, here, of_here)
         return sums.metrics()[config.metric]
 
     weights = tuned(num_models, quality)
