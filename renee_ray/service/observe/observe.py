@@ -150,7 +150,7 @@ class Observer:
     def write_history(self) -> None:
         """Hands the curves to the thread that writes them."""
         if self._status is not None:
-            self._status.write_history()
+            self._status.writer.put(HISTORY_FILE, self._status.history.content())
 
     def flush_history(self) -> None:
         """Waits for the curves, FLUSH_S at most, so that no checkpoint is ahead of them."""
@@ -205,7 +205,7 @@ class Status:
     ) -> None:
         self._config, self._state, self._launched_s = config, state, launched_s
         self._directory = RunDirectory(config.output)
-        self._history, self.writer = history, BackgroundWriter(self._directory)
+        self.history, self.writer = history, BackgroundWriter(self._directory)
         self._content: dict[str, Any] = {}
         self._nodes: list[str] = []
         self._written = -STATUS_SECONDS
@@ -228,13 +228,13 @@ class Status:
             "num_workers": len(nodes),
             "epochs": self._config.epochs,
             "ranks": [],
-            "record": self._history.steps[-1] if self._history.steps else None,
+            "record": self.history.steps[-1] if self.history.steps else None,
         }
         self.writer.start()
         self.sinks = Sinks(self._config, self._state.step)
 
     def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
-        self._history.add(record)
+        self.history.add(record)
         self._content["record"] = record
         self._content["ranks"] = [
             {
@@ -246,7 +246,7 @@ class Status:
 
     def evaluated(self) -> None:
         if self._state.evaluation is not None:
-            self._history.evals.append(self._state.evaluation)
+            self.history.evals.append(self._state.evaluation)
 
     def checkpointed(self, step: int, seconds: float) -> None:
         self._content["checkpoint"] = {"step": step, "time_s": time.time(), "seconds": seconds}
@@ -255,9 +255,6 @@ class Status:
         self._content |= {"state": state, "reason": ""}
         self._write(recorder)
         self.writer.close(CLOSE_S)
-
-    def write_history(self) -> None:
-        self.writer.put(HISTORY_FILE, self._history.content())
 
     def write_when_due(self, recorder: Recorder) -> None:
         if time.monotonic() - self._written >= STATUS_SECONDS:
@@ -273,7 +270,7 @@ class Status:
             "doing": recorder.doing,
             "skipped": self._state.skipped,
             "evaluation": self._state.evaluation,
-            "best": self._history.best(self._config.evaluation.metric),
+            "best": self.history.best(self._config.evaluation.metric),
             "metric": self._config.evaluation.metric,
         }
         self.writer.put(STATUS_FILE, dict(self._content))

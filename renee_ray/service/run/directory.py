@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.fs as pafs
-from pydantic import ValidationError
 
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint
@@ -23,7 +22,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import filesystem_of, make_directory, read_file, replace_file
 from renee_ray.data.untrusted import refuse_links_out
-from renee_ray.errors import SHOWN, ReneeError
+from renee_ray.errors import ConfigError, ReneeError
 
 RUN_FILE, HISTORY_FILE = "run.json", "history.json"
 
@@ -67,18 +66,10 @@ class RunDirectory:
             )
         self._part(saved, "dataset")
         config = self._part(saved, "config")
-        where = f"{self.path}/{RUN_FILE}"
         try:
-            return RunConfig.model_validate(config)
-        except ValidationError as error:
-            unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
-        if unknown:
-            key = ".".join(str(part) for part in unknown[0]["loc"])
-            raise ReneeError(
-                f"{where} has the key {key!r:.{SHOWN}}, which this version of renee_ray does not "
-                f"know; use the version that made the run"
-            )
-        return make_config(RunConfig, config, where=where)
+            return make_config(RunConfig, config, where=f"{self.path}/{RUN_FILE}")
+        except ConfigError as error:
+            raise ReneeError(f"{error}; this needs the renee_ray that made the run") from None
 
     def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
         part = saved.get(name)
@@ -107,7 +98,7 @@ class RunDirectory:
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:
-        """Finds the `best` whole checkpoint, by the run's `evaluation.metric`, or the `last`.
+        """Finds the `best` whole checkpoint, by `evaluation.metric`, the `last`, or one by name.
 
         Without a validation split, the best one is the last.
 
@@ -115,6 +106,8 @@ class RunDirectory:
             ReneeError: there is none.
         """
         found = self.checkpoints()
+        if which not in ("best", "last"):
+            return found.at(which)
         chosen = found.best(self.config().evaluation.metric) if which == "best" else found.newest()
         if chosen is None:
             raise ReneeError(

@@ -11,12 +11,19 @@ import pyarrow.compute as pc
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset, Extended, add_hashes, hash_labels
-from renee_ray.data.storage import read_file
+from renee_ray.data.storage import absolute, read_file
 from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
 BLOCK = 1 << 16
 """Labels whose texts are compared together."""
+
+
+def opened(run: str, which: str) -> tuple[RunDirectory, Checkpoint, Dataset]:
+    """Opens a run, a checkpoint as `RunDirectory.checkpoint`, and the dataset of all its labels."""
+    directory = RunDirectory(absolute(run))
+    checkpoint = directory.checkpoint(which)
+    return directory, checkpoint, labels_of(directory, directory.dataset(), checkpoint)
 
 
 def labels_of(directory: RunDirectory, dataset: Dataset, checkpoint: Checkpoint) -> Dataset:

@@ -44,8 +44,7 @@ from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder, check_positions
-from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import labels_of
+from renee_ray.service.run.labels import opened
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.trained import CPU, TRAINED, trained_encoder, trained_shard
 from renee_ray.xfc.labels import LabelRange
@@ -100,11 +99,9 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         ReneeError: no run, no checkpoint, its dataset is gone, or `destination` is taken.
     """
     quiet()
-    directory = RunDirectory(absolute(run))
-    settings, dataset = directory.config(), directory.dataset()
+    directory, checkpoint, dataset = opened(run, config.checkpoint)
+    settings = directory.config()
     check_positions(settings.encoder, dataset.manifest.max_length)
-    checkpoint = directory.checkpoint(config.checkpoint)
-    dataset = labels_of(directory, dataset, checkpoint)
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
@@ -217,11 +214,7 @@ def _range_names(index: int) -> tuple[str, str]:
 
 
 def _write_range(
-    destination: str,
-    index: int,
-    owned: LabelRange,
-    checkpoint: Checkpoint,
-    dataset: Dataset,
+    destination: str, index: int, owned: LabelRange, checkpoint: Checkpoint, dataset: Dataset
 ) -> dict[str, Any]:
     names = _range_names(index)
     weight = trained_shard(checkpoint, owned, CPU).weights.read(0, len(owned)).contiguous()

@@ -52,7 +52,7 @@ from renee_ray.scoring.index_building import (
 from renee_ray.scoring.index_quality import Truth, swept
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.labels import labels_of
+from renee_ray.service.run.labels import opened
 from renee_ray.service.score.loading import Model, exported_labels, files_of, load
 from renee_ray.service.score.trained import CPU, trained_classifier
 from renee_ray.service.tasks import Reporter, stream
@@ -92,9 +92,7 @@ class Plan:
         """Opens the model: what is returned reads blocks of [w_l, b_l], float32 [m, D + 1]."""
         part: Callable[[LabelRange], Classifier]
         if self.checkpoint:
-            directory = RunDirectory(self.model)
-            saved = directory.checkpoints().at(self.checkpoint)
-            labels = labels_of(directory, directory.dataset(), saved)
+            _, saved, labels = opened(self.model, self.checkpoint)
             part = lambda owned: trained_classifier(saved, labels, owned, self.tail, None, CPU)  # noqa: E731
         else:
             with files_of(self.model) as local:

@@ -37,8 +37,8 @@ from renee_ray.model.initialise import embed_texts
 from renee_ray.parallel.batch import Ragged, ragged, truncate
 from renee_ray.scoring.calibration import Calibration
 from renee_ray.scoring.index import Classifier, ExactSearch, Search, open_search
-from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.labels import hidden_labels, labels_of, vocabulary_of
+from renee_ray.service.run.directory import RUN_FILE
+from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.export import ENCODER, FILES, HEAD, MANIFEST, load_head
 from renee_ray.service.score.trained import (
@@ -223,9 +223,8 @@ def files_of(path: str) -> Iterator[Path]:
 
 
 def _of_run(path: str, which: str, device: torch.device) -> Model:
-    directory = RunDirectory(path)
-    config, found = directory.config(), directory.checkpoint(which)
-    dataset = labels_of(directory, directory.dataset(), found)
+    directory, found, dataset = opened(path, which)
+    config = directory.config()
     if config.evaluation.neighbours:
         log.warning(
             "%s has evaluation.neighbours=%d, and a loaded model leaves votes out: its scores are "

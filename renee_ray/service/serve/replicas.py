@@ -24,11 +24,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import padded_tokens, ragged
 from renee_ray.parallel.collectives import Ranks
@@ -36,8 +34,7 @@ from renee_ray.scoring.index import open_search
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.service.launch import quiet
 from renee_ray.service.ray_compat import replica_on_loopback
-from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import hidden_labels, labels_of, vocabulary_of
+from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
 from renee_ray.service.score.job import embed_voters
 from renee_ray.service.score.trained import trained_classifier
 from renee_ray.xfc.labels import LabelRange, owners
@@ -48,13 +45,15 @@ from renee_ray.xfc.topk.select import NONE, merge_topk
 class ServedRun:
     """The run that a service answers with, by name: Serve keeps a copy for every process.
 
-    config: the run's, changed to score with `num_workers` shards; checkpoint: its name.
+    config: the run's, changed to score with `num_workers` shards; checkpoint: its name; facts: the
+    answer of `GET /info`.
     """
 
     config: RunConfig
     settings: ServeConfig
     run: str
     checkpoint: str
+    facts: dict[str, Any]
 
     @property
     def num_shards(self) -> int:
@@ -64,12 +63,6 @@ class ServedRun:
     def num_processes(self) -> int:
         return self.num_shards + self.settings.num_encoders
 
-    def open(self) -> tuple[Checkpoint, Dataset]:
-        """Opens the checkpoint, and the dataset of its labels."""
-        directory = RunDirectory(self.run)
-        checkpoint = directory.checkpoints().at(self.checkpoint)
-        return checkpoint, labels_of(directory, directory.dataset(), checkpoint)
-
 
 class ShardReplica:
     """The classifier's rows of one range of labels, with their texts. One call at a time."""
@@ -77,7 +70,7 @@ class ShardReplica:
     def __init__(self, served: ServedRun, rank: int) -> None:
         replica_on_loopback()
         quiet()
-        (checkpoint, dataset), device = served.open(), _device()
+        (_, checkpoint, dataset), device = opened(served.run, served.checkpoint), _device()
         owned = LabelRange.of_rank(dataset.manifest.num_labels, served.num_shards, rank)
         config, tail = served.config, served.config.evaluation.tail
         hidden = hidden_labels(dataset, checkpoint)
@@ -128,7 +121,7 @@ class EncoderReplica:
         replica_on_loopback()
         quiet()
         self._shards, self._device = shards, _device()
-        checkpoint, self._dataset = served.open()
+        _, checkpoint, self._dataset = opened(served.run, served.checkpoint)
         self._vocabulary = vocabulary_of(self._dataset)
         self._max_length = min(served.config.encoder.max_length, self._dataset.manifest.max_length)
         self._encoder = build_encoder(served.config.encoder, self._device, served.config.seed)

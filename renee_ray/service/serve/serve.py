@@ -41,8 +41,7 @@ from renee_ray.data.storage import absolute
 from renee_ray.model.encoder import check_positions
 from renee_ray.parallel.threads import in_thread
 from renee_ray.scoring.index import check_search
-from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import labels_of, vocabulary_of
+from renee_ray.service.run.labels import opened, vocabulary_of
 from renee_ray.service.score.job import scoring_config
 from renee_ray.signals import at_signals
 
@@ -63,10 +62,10 @@ def serve_run(run: str, settings: ServeConfig, on_ready: OnReady) -> None:
         ReneeError: no token, no run, no checkpoint, a taken port, or replicas that do not start.
     """
     bearer = Bearer.take(os.environ)
-    served, facts = _served_run(run, settings)
+    served = _served_run(run, settings)
     name = f"renee_ray-{secrets.token_hex(4)}"
     with _bound(settings.host, settings.port) as listener, ray_serve(served, name):
-        serving = Serving(name, run, settings, deploy(f"{name}-0", served, facts))
+        serving = Serving(name, run, settings, deploy(f"{name}-0", served))
         _answer(serving, bearer, listener, on_ready)
 
 
@@ -87,26 +86,25 @@ class Serving:
         """
         before = self.current
         try:
-            served, facts = _served_run(self.run, self.settings)
+            served = _served_run(self.run, self.settings)
             check_room(served, ray.available_resources())
             self.changes += 1
-            self.current = deploy(f"{self.name}-{self.changes}", served, facts)
+            self.current = deploy(f"{self.name}-{self.changes}", served)
             on_ready()
             before.end()
         except Exception as error:
             log.warning("step %d answers: %.500s", self.current.facts["step"], reason(error))
 
 
-def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, Any]]:
-    """Returns the run to serve, checked before there is Ray, and the answer of `GET /info`."""
+def _served_run(run: str, settings: ServeConfig) -> ServedRun:
+    """Returns the run to serve, checked before there is Ray."""
     path = absolute(run)  # a link may lead elsewhere when a replica starts again
-    directory = RunDirectory(path if "://" in path else os.path.realpath(path))
+    path = path if "://" in path else os.path.realpath(path)
     if settings.index:  # replicas have another working directory
         settings = settings.model_copy(update={"index": absolute(settings.index)})
-    config, dataset = directory.config(), directory.dataset()
+    directory, checkpoint, dataset = opened(path, settings.checkpoint)
+    config = directory.config()
     check_positions(config.encoder, dataset.manifest.max_length)
-    checkpoint = directory.checkpoint(settings.checkpoint)
-    dataset = labels_of(directory, dataset, checkpoint)
     vocabulary_of(dataset)  # what replicas would fail on is found before there is any
     num_labels = dataset.manifest.num_labels
     shards = settings.num_shards or min(config.max_workers, num_labels)
@@ -121,7 +119,7 @@ def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, A
         "shards": shards,
         **{name: getattr(settings, name) for name in SHOWN},
     }
-    return ServedRun(config, settings, directory.path, checkpoint.name), facts
+    return ServedRun(config, settings, directory.path, checkpoint.name, facts)
 
 
 def _bound(host: str, port: int) -> socket.socket:

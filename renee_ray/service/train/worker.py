@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,18 +66,14 @@ def outcome(state: State, config: RunConfig) -> dict[str, Any]:
     }
 
 
-class Prepared(NamedTuple):
-    """A trainer, the batches that remain for it, its observer and its checkpoint writer."""
-
-    trainer: Trainer
-    batches: Iterator[Batch]
-    observer: Observer
-    writer: CheckpointWriter
-
-
 @contextlib.contextmanager
-def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
-    """Yields what a worker trains with, which is observed until the end of the context."""
+def prepared(
+    arguments: dict[str, Any],
+) -> Iterator[tuple[Trainer, Iterator[Batch], Observer, CheckpointWriter]]:
+    """Yields what a worker trains with, which is observed until the end of the context.
+
+    That is a trainer, the batches that remain for it, its observer and its checkpoint writer.
+    """
     quiet()
     share = _Share.of(arguments)
     config, ranks, directory = share.config, share.ranks, RunDirectory(share.config.output)
@@ -114,7 +110,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
             prefetch=config.feed.prefetch, run=run_name(config),
             targets=Targets.of(config.feed.targets, share.dataset),
         )  # fmt: skip
-        yield Prepared(trainer, batches, observer, writer)
+        yield trainer, batches, observer, writer
 
 
 @dataclass(frozen=True)
