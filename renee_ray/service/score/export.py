@@ -43,7 +43,7 @@ from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
-from renee_ray.model.encoder import Encoder, check_positions
+from renee_ray.model.encoder import Encoder
 from renee_ray.service.run.labels import opened
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.trained import CPU, TRAINED, trained_encoder, trained_shard
@@ -101,7 +101,6 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     quiet()
     directory, checkpoint, dataset = opened(run, config.checkpoint)
     settings = directory.config()
-    check_positions(settings.encoder, dataset.manifest.max_length)
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)

@@ -38,7 +38,6 @@ except ImportError as error:
     ) from error
 
 from renee_ray.data.storage import absolute
-from renee_ray.model.encoder import check_positions
 from renee_ray.parallel.threads import in_thread
 from renee_ray.scoring.index import check_search
 from renee_ray.service.run.labels import opened, vocabulary_of
@@ -104,7 +103,6 @@ def _served_run(run: str, settings: ServeConfig) -> ServedRun:
         settings = settings.model_copy(update={"index": absolute(settings.index)})
     directory, checkpoint, dataset = opened(path, settings.checkpoint)
     config = directory.config()
-    check_positions(config.encoder, dataset.manifest.max_length)
     vocabulary_of(dataset)  # what replicas would fail on is found before there is any
     num_labels = dataset.manifest.num_labels
     shards = settings.num_shards or min(config.max_workers, num_labels)
