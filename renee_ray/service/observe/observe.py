@@ -142,7 +142,8 @@ class Observer:
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         if self._status is not None:
-            self._status.evaluated()
+            if self._state.evaluation is not None:
+                self._status.history.evals.append(self._state.evaluation)
             self._exported.validation(metrics)
             self._status.sinks.validation(step, metrics)
             log.info("validation after step %d: %s", step, metrics)
@@ -161,7 +162,8 @@ class Observer:
         """Notes that the checkpoint of `step` has ended; this rank wrote `written` bytes of it."""
         self.recorder.checkpointed(seconds, written)
         if self._status is not None:
-            self._status.checkpointed(step, seconds)
+            done = {"step": step, "time_s": time.time(), "seconds": seconds}
+            self._status.content["checkpoint"] = done
             log.info("checkpoint of step %d: %.1f s, %d bytes of rank 0", step, seconds, written)
 
     def _phases(self) -> dict[str, float]:
@@ -178,8 +180,9 @@ class Observer:
     def _run(self) -> None:
         while True:
             self._tell()
-            if self._status is not None:
-                self._status.write_when_due(self.recorder)
+            status = self._status
+            if status is not None and time.monotonic() - status.written >= STATUS_SECONDS:
+                status.write(self.recorder)
             if self._closed.wait(beat_seconds(self._config.timeout_s)):
                 return
 
@@ -206,9 +209,9 @@ class Status:
         self._config, self._state, self._launched_s = config, state, launched_s
         self._directory = RunDirectory(config.output)
         self.history, self.writer = history, BackgroundWriter(self._directory)
-        self._content: dict[str, Any] = {}
+        self.content: dict[str, Any] = {}
         self._nodes: list[str] = []
-        self._written = -STATUS_SECONDS
+        self.written = -STATUS_SECONDS
 
     def start(self, nodes: list[str]) -> None:
         """Begins a group of workers on these nodes, and the thread that writes."""
@@ -218,7 +221,7 @@ class Status:
         if again:
             step = self._state.step
             log.warning("the workers were started again; they go on after step %d", step)
-        self._content = before | {
+        self.content = before | {
             "format_version": STATUS_VERSION,
             "state": "running",
             "reason": "",
@@ -235,8 +238,8 @@ class Status:
 
     def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
         self.history.add(record)
-        self._content["record"] = record
-        self._content["ranks"] = [
+        self.content["record"] = record
+        self.content["ranks"] = [
             {
                 "rank": rank, "node": self._nodes[rank], "step_s": pace.step, "own_s": pace.own,
                 "data_s": pace.data, "slow": rank in slow,
@@ -244,25 +247,14 @@ class Status:
             for rank, pace in enumerate(recorder.paces)
         ]  # fmt: skip
 
-    def evaluated(self) -> None:
-        if self._state.evaluation is not None:
-            self.history.evals.append(self._state.evaluation)
-
-    def checkpointed(self, step: int, seconds: float) -> None:
-        self._content["checkpoint"] = {"step": step, "time_s": time.time(), "seconds": seconds}
-
     def ended(self, recorder: Recorder, state: str) -> None:
-        self._content |= {"state": state, "reason": ""}
-        self._write(recorder)
+        self.content |= {"state": state, "reason": ""}
+        self.write(recorder)
         self.writer.close(CLOSE_S)
 
-    def write_when_due(self, recorder: Recorder) -> None:
-        if time.monotonic() - self._written >= STATUS_SECONDS:
-            self._write(recorder)
-
-    def _write(self, recorder: Recorder) -> None:
-        self._written, place = time.monotonic(), recorder.place()
-        self._content |= {
+    def write(self, recorder: Recorder) -> None:
+        self.written, place = time.monotonic(), recorder.place()
+        self.content |= {
             "time_s": time.time(),
             "step": self._state.step,
             "phase": place.phase,
@@ -273,7 +265,7 @@ class Status:
             "best": self.history.best(self._config.evaluation.metric),
             "metric": self._config.evaluation.metric,
         }
-        self.writer.put(STATUS_FILE, dict(self._content))
+        self.writer.put(STATUS_FILE, dict(self.content))
 
 
 @contextlib.contextmanager

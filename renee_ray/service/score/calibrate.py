@@ -33,9 +33,8 @@ ROWS = 1 << 20
 
 def facts(checkpoint: str, settings: EvalConfig) -> dict[str, Any]:
     """Returns what a calibration depends on."""
-    votes = {"neighbours": settings.neighbours, "neighbour_weight": settings.neighbour_weight}
-    used = votes if settings.neighbours else {"neighbours": 0}
-    return {"checkpoint": checkpoint, "tail": settings.tail, **used}
+    used = ("tail", "neighbours", "neighbour_weight")[: 3 if settings.neighbours else 2]
+    return {"checkpoint": checkpoint, **{key: getattr(settings, key) for key in used}}
 
 
 def calibration_of(
