@@ -160,7 +160,10 @@ class MLflow:
         return run
 
 
-SINKS: dict[str, type[TensorBoard | MLflow]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+SINKS: dict[str, Callable[[RunConfig, int], TensorBoard | MLflow]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+}
 
 
 def _tensorboard_dir(config: RunConfig) -> str:
