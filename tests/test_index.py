@@ -186,14 +186,14 @@ def written(
 
 def opened(path: Path, classifier: Classifier, model: str = "ab", tail: float = 0.0) -> Search:
     settings = ScoreConfig(search="index", index=str(path))
-    return open_search(settings, "none", model, tail, classifier)
+    return open_search(check_search(settings, "none", model, tail), classifier)
 
 
 def test_a_written_index_is_read_again(written: tuple[Path, Classifier]) -> None:
     path, classifier = written
     embeddings = near(classifier.shards[0].weights.read(0, L), 5)
     found = opened(path, classifier).search(embeddings, 7)
-    exact = open_search(ScoreConfig(), "none", "ab", 0.0, classifier)
+    exact = open_search({}, classifier)
     assert isinstance(exact, ExactSearch) and not check_search(ScoreConfig(), "none", "ab", 0.0)
     assert torch.equal(found[1], exact.search(embeddings, 7)[1])
 

@@ -251,11 +251,8 @@ def check_search(settings: Searched, run: str, model: str, tail: float) -> dict[
     return facts
 
 
-def open_search(
-    settings: Searched, run: str, model: str, tail: float, classifier: Classifier
-) -> Search:
-    """Opens search as `settings` say; arguments and errors as in `check_search`."""
-    facts = check_search(settings, run, model, tail)
+def open_search(facts: dict[str, Any], classifier: Classifier) -> Search:
+    """Opens search by the index that `check_search` found, or exact search."""
     if not facts:
         return ExactSearch(classifier)
     parts = read_parts(facts["path"], facts["ranges"], classifier)

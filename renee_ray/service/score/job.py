@@ -92,17 +92,9 @@ class ScoringJob:
             )
         large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
         return cls(
-            directory,
-            config,
-            score,
-            found.name,
-            found.state.step,
-            labels,
-            voters,
-            hidden,
-            index,
+            directory, config, score, found.name, found.state.step, labels, voters, hidden, index,
             large,
-        )
+        )  # fmt: skip
 
     def layout(self, points: Dataset, split: str, k: int) -> Layout:
         """Returns how the workers divide the k best labels of a split's rows."""

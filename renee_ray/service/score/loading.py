@@ -36,7 +36,7 @@ from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.initialise import embed_texts
 from renee_ray.parallel.batch import Ragged, ragged, truncate
 from renee_ray.scoring.calibration import Calibration
-from renee_ray.scoring.index import Classifier, ExactSearch, Search, open_search
+from renee_ray.scoring.index import Classifier, ExactSearch, Search, check_search, open_search
 from renee_ray.service.run.directory import RUN_FILE
 from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
 from renee_ray.service.score.calibrate import calibration_of
@@ -154,7 +154,7 @@ def load(
     how = make_config(Searched, {"search": search}, where="load")
     model = _loaded(absolute(path), checkpoint, torch.device(device))
     known, tail = model.facts.get("model", ""), model.facts["tail"]
-    model.search = open_search(how, path, known, tail, model.classifier)
+    model.search = open_search(check_search(how, path, known, tail), model.classifier)
     return model
 
 

@@ -128,11 +128,9 @@ class Worker:
         classifier = trained_classifier(
             self.checkpoint, job.labels, piece, tail, job.hidden, self.device, chunk
         )
-        path, known = job.directory.path, self.checkpoint.hash
-        index = open_search(job.score, path, known, tail, classifier)
         return Scorer(
             self.encoder, classifier.shards[0], self.ranks, self.device, classifier.offsets[0],
-            self.neighbours, passes, job.score.explain, index,
+            self.neighbours, passes, job.score.explain, open_search(job.index, classifier),
         )  # fmt: skip
 
 

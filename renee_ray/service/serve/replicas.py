@@ -30,7 +30,7 @@ from renee_ray.data import tokenizer
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import padded_tokens, ragged
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.scoring.index import open_search
+from renee_ray.scoring.index import check_search, open_search
 from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.service.launch import quiet
 from renee_ray.service.ray_compat import replica_on_loopback
@@ -78,7 +78,8 @@ class ShardReplica:
             checkpoint, dataset, owned, tail, hidden, device, config.classifier.chunk
         )
         self._shard = classifier.shards[0]
-        self._search = open_search(served.settings, served.run, checkpoint.hash, tail, classifier)
+        facts = check_search(served.settings, served.run, checkpoint.hash, tail)
+        self._search = open_search(facts, classifier)
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
 
