@@ -1,7 +1,5 @@
 """`renee-ray bench`: the benchmarks."""
 
-from __future__ import annotations
-
 import json
 import os
 from functools import partial

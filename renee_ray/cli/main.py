@@ -1,7 +1,5 @@
 """`renee-ray`: its commands, and the exit status of errors."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Sequence

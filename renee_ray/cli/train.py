@@ -1,7 +1,5 @@
 """Commands that plan, train and watch: recipes, plan, train, status, checkpoints, expect."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

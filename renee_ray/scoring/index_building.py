@@ -4,13 +4,11 @@ The first pass finds M (see scoring/index.py), the rows' hash and a sample, on w
 trained; the second adds all rows, a block at a time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -75,7 +73,7 @@ class Survey:
     sample: Tensor
 
     @classmethod
-    def of(cls, rows: Rows, number: int, wanted: int) -> Survey:
+    def of(cls, rows: Rows, number: int, wanted: int) -> Self:
         """Reads `number` rows and keeps `wanted` of them, evenly spaced.
 
         Raises:

@@ -1,11 +1,9 @@
 """Progress of a run, from the workers to the driver's terminal: records, warnings, heartbeats."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -34,7 +32,7 @@ class Display:
         self._stop, self._shown_s = threading.Event(), -float(LINE_SECONDS)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         self.channel = DriverChannel()
         self._thread.start()
         return self

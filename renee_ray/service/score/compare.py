@@ -1,7 +1,5 @@
 """`renee-ray compare`: whether runs differ, in which settings, and on which points."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,12 +4,10 @@ Scoring is a Ray Train job like training. Each worker loads its label range from
 whatever number of workers wrote it, and scores its own rows (`worker.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -67,7 +65,7 @@ class ScoringJob:
     large: bool
 
     @classmethod
-    def checked(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> ScoringJob:
+    def checked(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> Self:
         """Makes a job.
 
         Raises:

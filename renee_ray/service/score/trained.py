@@ -1,7 +1,5 @@
 """Pieces of a trained run, read from one of its checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,13 +1,11 @@
 """One worker of `evaluate` and `predict`: the encoder, and one piece of its labels at a time."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
 import ray.train
 import torch
@@ -51,7 +49,7 @@ class Worker:
     neighbours: Neighbours | None
 
     @classmethod
-    def of(cls, job: ScoringJob) -> Worker:
+    def of(cls, job: ScoringJob) -> Self:
         """Loads the encoder and the voters; a collective of all ranks."""
         quiet()
         ranks, device = Ranks.of_process_group(job.config.timeout_s), worker_device()
