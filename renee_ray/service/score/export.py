@@ -21,7 +21,6 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -102,7 +101,10 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
-    owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
+    number, size = dataset.manifest.num_labels, max(1, RANGE_BYTES // (4 * encoder.dim))
+    owned = [
+        LabelRange(start, min(start + size, number), number) for start in range(0, number, size)
+    ]
     only = encoder.prompt is not None and encoder.bag is None  # a bag reads what it displaces
     length = encoder.prompt.limit if encoder.prompt and only else settings.encoder.max_length
     length = min(length, dataset.manifest.max_length)
@@ -130,7 +132,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
         "model": checkpoint.hash,
-        "num_labels": dataset.manifest.num_labels,
+        "num_labels": number,
         "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
         "max_length": length,
@@ -146,12 +148,6 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     }
     output.publish(content)
     return content
-
-
-def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
-    size = max(1, RANGE_BYTES // (4 * dim))
-    for start in range(0, num_labels, size):
-        yield LabelRange(start, min(start + size, num_labels), num_labels)
 
 
 def _score(encoder: Encoder, settings: EncoderConfig) -> str:
