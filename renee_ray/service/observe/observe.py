@@ -27,7 +27,7 @@ from renee_ray.report.status import STATUS_FILE, STATUS_VERSION
 from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
-from renee_ray.service.observe.progress import line
+from renee_ray.service.observe.progress import evaluation_line, line
 from renee_ray.service.observe.sinks import Sinks
 from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
@@ -145,6 +145,7 @@ class Observer:
             self._exported.validation(metrics)
             self._status.sinks.validation(step, metrics)
             log.info("validation after step %d: %s", step, metrics)
+            self._channel.say(evaluation_line(step, metrics))
 
     def write_history(self) -> None:
         """Hands the curves to the thread that writes them."""

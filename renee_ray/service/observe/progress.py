@@ -26,9 +26,8 @@ class Display:
 
     channel: DriverChannel
 
-    def __init__(self, console: Console | None = None, watch: Watch | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self.watch = watch
+    def __init__(self, watch: Watch | None = None) -> None:
+        self._console, self.watch = Console(stderr=True), watch
         self._stop, self._shown_s = threading.Event(), -float(LINE_SECONDS)
         self._thread = threading.Thread(target=self._run, daemon=True)
 

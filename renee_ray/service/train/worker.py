@@ -31,7 +31,6 @@ from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
-from renee_ray.service.observe.progress import evaluation_line
 from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.history import History
@@ -75,7 +74,9 @@ def prepared(
     quiet()
     share = _Share.of(arguments)
     config, ranks, directory = share.config, share.ranks, RunDirectory(share.config.output)
-    start = share.start(arguments["start"])
+    start = None  # or the checkpoint of another run
+    if name := arguments["start"]:
+        start = RunDirectory(config.start).checkpoints().at(name)
     model, checkpoint, moments = resume(
         directory.checkpoints(), ranks, lambda found: share.model(found or start)
     )
@@ -140,10 +141,6 @@ class _Share:
             precision=precision,
         )  # fmt: skip
 
-    def start(self, name: str) -> Checkpoint | None:
-        """Opens the checkpoint of another run that this one begins with; None for no name."""
-        return RunDirectory(self.config.start).checkpoints().at(name) if name else None
-
     def facts(self, model: Model, start: Checkpoint | None) -> dict[str, Any]:
         """Returns what every checkpoint of a new run says of the model."""
         retired = start.state.retired.tolist() if start else []
@@ -196,8 +193,6 @@ class _Share:
                 observer.evaluated(state.step, metrics)
             observer.write_history()  # which the checkpoint's commit waits for
             writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
-            if metrics and self.ranks.rank == 0:
-                self.channel.say(evaluation_line(state.step, metrics))
 
         trainer = Trainer(
             self.config, model, self.ranks, self.device, schedule, validation,
