@@ -11,8 +11,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.fs as pafs
-
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import make_config
@@ -30,9 +28,6 @@ class RunDirectory:
     """A run's directory, local or remote."""
 
     path: str
-
-    def _located(self) -> tuple[pafs.FileSystem, str]:
-        return filesystem_of(self.path)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the run; None where it is not there."""
@@ -55,7 +50,7 @@ class RunDirectory:
         Raises:
             ReneeError: there is no run here.
         """
-        refuse_links_out(*self._located(), self.path)
+        refuse_links_out(*filesystem_of(self.path), self.path)
         saved = self.read(RUN_FILE)
         if saved is None:
             raise ReneeError(
@@ -92,7 +87,7 @@ class RunDirectory:
         return Dataset.open(path)
 
     def checkpoints(self) -> Checkpoints:
-        refuse_links_out(*self._located(), self.path)
+        refuse_links_out(*filesystem_of(self.path), self.path)
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:
