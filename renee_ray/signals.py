@@ -14,6 +14,8 @@ signal 11 at times, and takes seconds in which a further signal would show a tra
 sees to it, which the C handler wakes: the main thread may be inside a library's call for long.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal

@@ -1,5 +1,7 @@
 """`renee-ray bench`: the benchmarks."""
 
+from __future__ import annotations
+
 import json
 import os
 from functools import partial

@@ -1,5 +1,7 @@
 """Pieces that all commands share: configuration keys, paths, options, the call of the service."""
 
+from __future__ import annotations
+
 import contextlib
 import sys
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Commands that bring data and runs here: convert, inspect, from-renee."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import click

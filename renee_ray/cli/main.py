@@ -1,5 +1,7 @@
 """`renee-ray`: its commands, and the exit status of errors."""
 
+from __future__ import annotations
+
 import io
 import sys
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Output of commands: sentences to standard error, results to standard output."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from typing import Any

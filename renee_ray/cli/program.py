@@ -1,5 +1,7 @@
 """The entry point `renee-ray`: takes over signals (signals.py), then imports and runs the rest."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from typing import NoReturn

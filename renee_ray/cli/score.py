@@ -1,5 +1,7 @@
 """Commands on trained runs: evaluate, predict, labels, fuse, compare, export, serve."""
 
+from __future__ import annotations
+
 import json
 import re
 import sys

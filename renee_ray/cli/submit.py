@@ -1,5 +1,7 @@
 """`renee-ray submit`: a command as a job on a cluster."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

@@ -1,5 +1,7 @@
 """Commands that plan, train and watch: recipes, plan, train, status, checkpoints, expect."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

@@ -9,9 +9,11 @@ The map is Platt scaling, p = sigmoid(slope s + intercept), of the greatest like
 regression is no better with thousands of points, and worse with few (docs/log.md, 2026-11-28).
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +40,7 @@ class Calibration:
         return np.asarray(expit(self.slope * scores + self.intercept), np.float32)
 
     @classmethod
-    def fit(cls, scores: Floats, true: Floats) -> Self:
+    def fit(cls, scores: Floats, true: Floats) -> Calibration:
         """Fits pairs [n], with Platt's targets, which are finite logits if all labels are true.
 
         Raises:
@@ -62,7 +64,7 @@ class Calibration:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any], where: str) -> Self:
+    def from_json(cls, content: dict[str, Any], where: str) -> Calibration:
         """Reverses `to_json`. Raises ReneeError where there are no such numbers."""
         values = [content.get(key) for key in ("slope", "intercept")]
         found = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]

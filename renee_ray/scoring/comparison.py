@@ -12,9 +12,10 @@ All models are sampled with the same w, so that the difference of two is a paire
 point hard for both does not count. (Koehn, EMNLP 2004, has the test for translation.)
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Terms:
     denominator: Floats
 
     @classmethod
-    def of(cls, predicted: Ints, true: Ragged, inverse_propensity: Floats, counts: Ints) -> Self:
+    def of(cls, predicted: Ints, true: Ragged, inverse_propensity: Floats, counts: Ints) -> Terms:
         """Computes P and PSP at 1 and 5, nDCG@5, recall at 10 and 100, and recall@5 by frequency.
 
         Args:

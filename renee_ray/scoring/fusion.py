@@ -14,9 +14,10 @@ Ledger, for n points, M models, and q different pairs of a point and a predicted
     probabilities   [q, M]    float64
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class Pairs:
     probabilities: Floats
 
     @classmethod
-    def of(cls, models: Sequence[tuple[Ragged, Floats]]) -> Self:
+    def of(cls, models: Sequence[tuple[Ragged, Floats]]) -> Pairs:
         """Joins each model's labels of n points, and their probabilities float64 [m]."""
         point = np.concatenate([labels.pairs()[0] for labels, _ in models])
         label = np.concatenate([labels.values for labels, _ in models])

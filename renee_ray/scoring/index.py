@@ -15,6 +15,8 @@ The index holds compressed vectors, so it only proposes: of each range the c k n
 scores are then computed with the true weights.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re

@@ -4,11 +4,13 @@ The first pass finds M (see scoring/index.py), the rows' hash and a sample, on w
 trained; the second adds all rows, a block at a time.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +75,7 @@ class Survey:
     sample: Tensor
 
     @classmethod
-    def of(cls, rows: Rows, number: int, wanted: int) -> Self:
+    def of(cls, rows: Rows, number: int, wanted: int) -> Survey:
         """Reads `number` rows and keeps `wanted` of them, evenly spaced.
 
         Raises:

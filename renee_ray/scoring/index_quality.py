@@ -1,5 +1,7 @@
 """How good and how fast an approximate index is, over a sweep of its search effort."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Sequence

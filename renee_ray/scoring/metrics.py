@@ -21,6 +21,8 @@ of two sums over all points, never means of ratios. A point without a true label
 and adds zero everywhere (0/0 := 0). Comparison with other evaluators: docs/metrics.md.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

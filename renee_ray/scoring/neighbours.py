@@ -21,9 +21,10 @@ Ledger, for a global batch of B rows, of which rank r of R holds b_r, and n_r vo
     last, total  [B, 1]           float32  the cut that makes S(x), and the sum of c_i over it
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Neighbours:
         device: torch.device,
         count: int,
         weight: float,
-    ) -> Self:
+    ) -> Neighbours:
         """Embeds this rank's training points. Ranks may have different numbers of batches."""
         encoder.eval()
         rows, labels = [torch.zeros(0, encoder.dim, device=device)], [Ragged.of_lists([])]

@@ -20,6 +20,8 @@ those of pass p - 2, and ranks meet in every batch, so none begins pass p before
 pass p - 1.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

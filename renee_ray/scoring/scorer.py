@@ -9,9 +9,11 @@ Ledger, for a global batch of B rows, of which rank r of R holds b_r, and L labe
 No matrix [B, L] ever exists, and no rank holds another's labels.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -240,7 +242,7 @@ class Propensities:
     @classmethod
     def read(
         cls, dataset: Dataset, owned: LabelRange, ranks: Ranks, *, augmented: bool = False
-    ) -> Self:
+    ) -> Propensities:
         """Computes them from the counts of the labels that this rank owns.
 
         augmented: counts the text of each label as one more point of it, as the released code does.

@@ -1,5 +1,7 @@
 """Joining a Ray cluster, or starting a local one."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os

@@ -4,6 +4,8 @@ A `ray.util.queue` for each direction would be two actors. An idle one takes 1% 
 130 MB of the machine that trains.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 from typing import Any

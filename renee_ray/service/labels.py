@@ -4,6 +4,8 @@ Each change publishes a revision of the run's best checkpoint (checkpoint/regist
 lease that a training of the run would need. From then on it is the run's newest and best.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterator
 from typing import Any

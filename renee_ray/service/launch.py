@@ -1,5 +1,7 @@
 """Runs a worker function as a Ray Train job, and prepares every such worker's process."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import math

@@ -6,6 +6,8 @@ a lost worker, memory, a late       `checkpoint.max_failures` more attempts
 peer, storage that is away
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from typing import Any

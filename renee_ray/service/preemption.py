@@ -8,6 +8,8 @@
 A request to any worker reaches all of them with the row counts of the next step.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os

@@ -12,6 +12,8 @@ Two methods of Ray's are private and overridden elsewhere, beside what they deci
         Check that the policy still sizes a group of workers by this method alone.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import logging

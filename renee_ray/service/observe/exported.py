@@ -5,6 +5,8 @@ series has the tags `run`, the last part of the run's path, and `rank`. Only sum
 are sent, every few seconds.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

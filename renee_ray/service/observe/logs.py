@@ -1,5 +1,7 @@
 """The lines of a worker's log, which Ray keeps: text, or one JSON object each."""
 
+from __future__ import annotations
+
 import json
 import logging
 import sys

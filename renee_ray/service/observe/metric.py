@@ -3,6 +3,8 @@
 The other series stand in `exported`, which needs torch; a reading task starts without it.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,6 +5,8 @@ sends a heartbeat to the driver and sums to Prometheus every few seconds. Anothe
 0, writes status.json and history.json. None of them can fail the training or make a step wait.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os
@@ -13,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 import ray
 import torch
@@ -83,7 +85,7 @@ class Observer:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observe", daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Observer:
         ranks = self._ranks
         log_format = self._config.observe.log_format
         log_lines(log_format, run_name(self._config), ranks.rank, self.recorder)

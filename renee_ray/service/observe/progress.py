@@ -1,9 +1,11 @@
 """Progress of a run, from the workers to the driver's terminal: records, warnings, heartbeats."""
 
+from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -31,7 +33,7 @@ class Display:
         self._stop, self._shown_s = threading.Event(), -float(LINE_SECONDS)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Display:
         self.channel = DriverChannel()
         self._thread.start()
         return self

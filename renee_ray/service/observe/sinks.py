@@ -3,6 +3,8 @@
 A sink that fails is reported once and dropped; training goes on.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import logging
 import os

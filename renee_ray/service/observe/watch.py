@@ -5,6 +5,8 @@ collective. A process that is stopped or cut off sends none; one that hangs else
 Everything here only decides, so all of it is tested without a cluster.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median_low

@@ -7,6 +7,8 @@ lease-TOKEN.json    the driver that trains it now (service/run/lease.py)
 checkpoints/        checkpoint/state.py
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from typing import Any

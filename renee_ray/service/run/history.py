@@ -7,10 +7,12 @@ A checkpoint does not hold the curves: a run that resumes reads them up to its o
 file is lost or damaged, the run goes on without its earlier curves.
 """
 
+from __future__ import annotations
+
 import logging
 import threading
 import time
-from typing import Any, Self
+from typing import Any
 
 from renee_ray.checkpoint.state import State
 from renee_ray.errors import ReneeError, reason
@@ -32,7 +34,7 @@ class History:
         self.steps, self.evals = steps, evals
 
     @classmethod
-    def read(cls, directory: RunDirectory, state: State) -> Self:
+    def read(cls, directory: RunDirectory, state: State) -> History:
         """Reads what a run that goes on from `state` keeps: nothing that comes after it."""
         if state.step == 0 and state.evaluation is None:
             return cls([], [])

@@ -1,5 +1,7 @@
 """The labels of a run: whether a dataset has them, which were added, and which are hidden."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 import numpy as np

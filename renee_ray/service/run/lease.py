@@ -24,6 +24,8 @@ own, RUN/lease-TOKEN.json, and writes to no other.
 This demands that a listing shows what was written before it, as local disks and S3 do.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -36,7 +38,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import pyarrow.fs as pafs
@@ -90,7 +92,7 @@ class Lease:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Lease:
         make_directory(self.run)
         try:
             while not self._won():

@@ -5,6 +5,8 @@ point has k others. They return int64 [n, k], best first, -1 where none is left;
 in ascending order of the id.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -6,6 +6,8 @@
 It holds for the checkpoint and the settings that it was fitted with, and for no other.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """`renee-ray compare`: whether runs differ, in which settings, and on which points."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """`renee-ray evaluate` and `expect`: metrics of a run, beside those published for its recipe."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any

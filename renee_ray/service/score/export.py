@@ -17,6 +17,8 @@ The classifier passes through memory a range at a time, from wherever the checkp
 wherever the export goes.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re

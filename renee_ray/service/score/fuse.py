@@ -1,5 +1,7 @@
 """`renee-ray fuse`: puts predictions of several models together, each row by a weighted sum."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

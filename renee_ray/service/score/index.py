@@ -9,6 +9,8 @@ A Ray task builds each range in bounded memory. The driver loads the model and m
 export into memory, and holds the weights of a run.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

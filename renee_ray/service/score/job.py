@@ -4,10 +4,12 @@ Scoring is a Ray Train job like training. Each worker loads its label range from
 whatever number of workers wrote it, and scores its own rows (`worker.py`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +67,7 @@ class ScoringJob:
     large: bool
 
     @classmethod
-    def checked(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> Self:
+    def checked(cls, directory: RunDirectory, labels: Dataset, score: ScoreConfig) -> ScoringJob:
         """Makes a job.
 
         Raises:

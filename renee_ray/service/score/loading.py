@@ -5,6 +5,8 @@ for label in model.predict(["libjson perl"], k=3)[0]:
     print(label.id, label.text, label.score)
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import tempfile

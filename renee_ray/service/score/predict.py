@@ -1,5 +1,7 @@
 """`renee-ray predict`: the k best labels of every point, as Parquet."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging

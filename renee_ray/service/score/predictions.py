@@ -5,6 +5,8 @@ lengths. A part is some whole windows, put into the order of the rows again, and
 first row; so the parts' names sort in the order of the rows, whatever the number of ranks.
 """
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections.abc import Iterator, Sequence

@@ -11,6 +11,8 @@ Lines are counted by tasks (service/convert/count_lines.py), Parquet's footers a
 driver.
 """
 
+from __future__ import annotations
+
 import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -1,5 +1,7 @@
 """Pieces of a trained run, read from one of its checkpoints."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

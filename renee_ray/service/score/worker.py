@@ -1,11 +1,13 @@
 """One worker of `evaluate` and `predict`: the encoder, and one piece of its labels at a time."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from typing import Any, Self
+from typing import Any
 
 import ray.train
 import torch
@@ -49,7 +51,7 @@ class Worker:
     neighbours: Neighbours | None
 
     @classmethod
-    def of(cls, job: ScoringJob) -> Self:
+    def of(cls, job: ScoringJob) -> Worker:
         """Loads the encoder and the voters; a collective of all ranks."""
         quiet()
         ranks, device = Ranks.of_process_group(job.config.timeout_s), worker_device()

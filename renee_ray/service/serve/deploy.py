@@ -5,6 +5,8 @@ would end the only replica of a shard before its successor has loaded its weight
 one model would meanwhile meet label vectors of another.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import logging

@@ -10,6 +10,8 @@ A batch of requests takes these steps:
 The result equals `renee-ray predict` of the same texts.
 """
 
+from __future__ import annotations
+
 import asyncio
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -7,6 +7,8 @@ fills an unbounded queue). It answers some paths without a token. The token woul
 its replicas; here it stays in one process, and the port closes with that.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 import os

@@ -5,6 +5,8 @@ and the dashboard shows it. Hidden files stay here, and no secret goes into the 
 nodes have their own.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shutil

@@ -4,6 +4,8 @@ Each new connection reads the log from its start and skips what was written alre
 connection neither repeats nor loses a line.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import getpass

@@ -1,5 +1,7 @@
 """Resuming a run: which settings it keeps, which may change, and whether it is finished."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any
 

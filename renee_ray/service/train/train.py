@@ -1,5 +1,7 @@
 """`renee-ray train`: starts or resumes a run as a Ray Train job, and follows it to its end."""
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Callable

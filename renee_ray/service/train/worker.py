@@ -1,10 +1,12 @@
 """A training worker: its model, new or as the last checkpoint left it, and what surrounds it."""
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +126,7 @@ class _Share:
     orders: Epochs
 
     @classmethod
-    def of(cls, arguments: dict[str, Any]) -> Self:
+    def of(cls, arguments: dict[str, Any]) -> _Share:
         config = RunConfig.model_validate(arguments["config"])
         dataset = _same_dataset(config.data, arguments["manifest_hash"])
         ranks = Ranks.of_process_group(config.timeout_s)
