@@ -42,7 +42,8 @@ class _State:
 
 def install() -> None:
     """Takes over SIGINT and SIGTERM of this process."""
-    wake, woken = _pipe()
+    wake, woken = os.pipe()
+    os.set_blocking(woken, False)
     for number in BOTH:
         signal.signal(number, _handle)
     os.register_at_fork(after_in_child=_forget)
@@ -93,12 +94,6 @@ def leave(status: int, message: str = "") -> NoReturn:
             os.write(2, show_cursor + f"{message}\n".encode())
     finally:
         os._exit(status)
-
-
-def _pipe() -> tuple[int, int]:
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    return read, write
 
 
 def _forget() -> None:

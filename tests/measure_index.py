@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from renee_ray.parallel.batch import Ragged
 from renee_ray.scoring.index import Classifier, ExactSearch, Part, load_faiss
 from renee_ray.scoring.index_building import (
     Survey,
@@ -62,7 +63,9 @@ def measure(labels: int, factory: str, spread: bool) -> dict[str, Any]:
     owned = LabelRange(0, labels, labels)
     classifier = Classifier([Shard(owned, Weights.of(weights))], [offsets if spread else None])
     part = Part(0, labels, survey.greatest, index)
-    return facts | swept(ExactSearch(classifier), [part], embeddings, None, 10, RECALL)
+    none = Ragged.of_lists([[]] * POINTS)
+    exact = ExactSearch(classifier)
+    return facts | swept(exact, [part], embeddings, (none, none), 10, RECALL)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from renee_ray.parallel.batch import Ragged
 from renee_ray.scoring.comparison import Terms, compare
 from renee_ray.scoring.metrics import MetricSums
 
@@ -22,11 +23,11 @@ def planted(seed: int, skill: float, truth: int = 0) -> tuple[Terms, MetricSums]
         others = np.setdiff1d(random.permutation(LABELS), labels, assume_unique=True)
         row[:] = [*first, *random.permutation(others)][:K]
     values = np.concatenate(true)
-    offsets = np.concatenate([[0], np.cumsum([len(labels) for labels in true])])
+    ragged = Ragged(values, np.concatenate([[0], np.cumsum([len(labels) for labels in true])]))
     inverse = 1 + 5 * (counts[values] + 1.5) ** -0.55
-    sums = MetricSums.zeros()
-    sums.add(predicted, values, offsets, None, inverse)
-    return Terms.of(predicted, values, offsets, inverse, counts[values]), sums
+    sums = MetricSums()
+    sums.add(predicted, ragged, inverse)
+    return Terms.of(predicted, ragged, inverse, counts[values]), sums
 
 
 def test_the_values_are_the_metrics() -> None:

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 import renee_ray
 from renee_ray.config.score import ExportConfig, ScoreConfig
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import Ragged
 from renee_ray.scoring.index import (
     Classifier,
     ExactSearch,
@@ -124,7 +124,8 @@ def test_a_sweep_reaches_the_recall_where_norms_vary(factory: str) -> None:
     assert parts[0].index.d == 48
     exact = ExactSearch(Classifier(shards(weights, 1), [offsets]))
     embeddings = near(weights, 40)
-    truth: Any = [({int(label)}, set[int]()) for label in exact.search(embeddings, 1)[1]]
+    best = exact.search(embeddings, 1)[1].tolist()
+    truth = Ragged.of_lists(best), Ragged.of_lists([[] for _ in best])
     found = swept(exact, parts, embeddings, truth, factor=10, wanted=0.95)
     kept = next(row for row in found["sweep"] if row["effort"] == found["effort"])
     assert found["reached"] and kept["recall@10"] >= 0.95
@@ -185,14 +186,14 @@ def written(
 
 def opened(path: Path, classifier: Classifier, model: str = "ab", tail: float = 0.0) -> Search:
     settings = ScoreConfig(search="index", index=str(path))
-    return open_search(settings, "none", model, tail, classifier)
+    return open_search(check_search(settings, "none", model, tail), classifier)
 
 
 def test_a_written_index_is_read_again(written: tuple[Path, Classifier]) -> None:
     path, classifier = written
     embeddings = near(classifier.shards[0].weights.read(0, L), 5)
     found = opened(path, classifier).search(embeddings, 7)
-    exact = open_search(ScoreConfig(), "none", "ab", 0.0, classifier)
+    exact = open_search({}, classifier)
     assert isinstance(exact, ExactSearch) and not check_search(ScoreConfig(), "none", "ab", 0.0)
     assert torch.equal(found[1], exact.search(embeddings, 7)[1])
 
@@ -249,7 +250,7 @@ def test_rows_of_added_and_retired_labels_are_indexed(tmp_path: Path) -> None:
 
     def rows(model: str, checkpoint: str, tail: float) -> Tensor:
         plan = Plan(model, checkpoint, total, DIM, tail, "", "Flat", 1, 1)
-        return torch.cat(list(plan.blocks(0, total)))
+        return torch.cat(list(plan.rows(0, total)()))
 
     name = run.checkpoint("best").name
     torch.testing.assert_close(rows(run.path, name, 0.0), rows(export, "", 0.0))

@@ -39,6 +39,26 @@ class ConfiguredCommand(click.Command):
             )  # fmt: skip
 
 
+def command(keys: type[Config], *paths: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a command of paths, then `key=value`: a function (config, as_json, each path by name).
+
+    Its name and its help are the function's.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        name = function.__name__
+
+        def run(overrides: tuple[str, ...], **arguments: Any) -> None:
+            function(config=configured(keys, overrides, name), **arguments)
+
+        made = json_option(click.argument("overrides", nargs=-1)(run))
+        for path in reversed(paths):
+            made = click.argument(path, type=PATH)(made)
+        return click.command(name, cls=ConfiguredCommand, keys=keys, help=function.__doc__)(made)
+
+    return decorate
+
+
 def configured(model: type[C], overrides: Sequence[str], command: str) -> C:
     """Makes a command's configuration from its `key=value` arguments alone."""
     return make_config(model, parse_overrides(overrides, model), where=command)

@@ -51,38 +51,31 @@ def submit(ctx: click.Context, job: str, arguments: tuple[str, ...], **options: 
     environment = job_environment(options["env"], options["stop_wait_s"], os.environ)
     address = service.choose_address(options["address"])
     client = service.connect(address)
-    submission = service.submit(
-        client,
-        job,
-        arguments,
-        environment=environment,
-        config=config,
-        submission_id=options["submission_id"],
-    )
+    name = service.submit(client, job, arguments, environment, config, options["submission_id"])
     as_json = options["as_json"]
     if options["no_wait"]:
-        facts = {"submission_id": submission.submission_id, "address": address}
-        click.echo(json.dumps(facts) if as_json else submission.submission_id)
+        facts = {"submission_id": name, "address": address}
+        click.echo(json.dumps(facts) if as_json else name)
         return
-    say(f"job {submission.submission_id} is submitted to {address}")
+    say(f"job {name} is submitted to {address}")
 
     def write(text: str) -> None:
         click.echo(text, nl=False, err=as_json)
 
-    follower = service.Follower(client, submission, write, say, options["patience_s"])
+    follower = service.Follower(client, name, write, say, options["patience_s"])
     with at_signals(signal.default_int_handler):
-        details = _follow(follower, submission)
-    ctx.exit(INTERRUPTED if details is None else _job_ended(submission, details, as_json))
+        details = _follow(follower, f"--address {address} {name}")
+    ctx.exit(INTERRUPTED if details is None else _job_ended(address, name, details, as_json))
 
 
-def _job_ended(submission: Any, details: Any, as_json: bool) -> int:
+def _job_ended(address: str, name: str, details: Any, as_json: bool) -> int:
     """Says how a job ended; returns the exit status."""
     from renee_ray.service.submit.submit import EXIT_STATUS, outcome
 
-    found, status = outcome(submission, details), EXIT_STATUS[details.status]
+    found, status = outcome(address, name, details), EXIT_STATUS[details.status]
     if as_json:
         click.echo(json.dumps(found))
-    words = f"job {submission.submission_id} {found['status'].lower()}"
+    words = f"job {name} {found['status'].lower()}"
     if status:
         say(f"renee-ray: {words}: {found['message']}", style="red")
     else:
@@ -116,7 +109,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
     return None if path is None or find_recipe(path) else path
 
 
-def _follow(follower: Any, submission: Any) -> Any:
+def _follow(follower: Any, job: str) -> Any:
     """Follows a job to its end; returns None where it is left running."""
     try:
         return follower.follow()
@@ -129,7 +122,6 @@ def _follow(follower: Any, submission: Any) -> Any:
             return follower.follow()
     except (KeyboardInterrupt, click.Abort):
         progress.print()
-    job = f"--address {submission.address} {submission.submission_id}"
     say(
         f"left running; `ray job logs --follow {job}` shows its log, and `ray job stop {job}` "
         f"stops it"

@@ -6,6 +6,7 @@ grammar.py defines what both may contain.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -122,7 +123,9 @@ def _parsed(path: str, model: type[Config]) -> Layer:
 def _texts(model: type[Config], prefix: str = "") -> set[str]:
     """Returns the dotted keys whose value is a text."""
     found = set()
-    for name, field in model.model_fields.items():
+    # Its own before what it shares with others.
+    for name in dict.fromkeys([*inspect.get_annotations(model), *model.model_fields]):
+        field = model.model_fields[name]
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Config):
             found |= _texts(kind, f"{prefix}{name}.")
@@ -133,7 +136,9 @@ def _texts(model: type[Config], prefix: str = "") -> set[str]:
 
 def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yields (key, type, default, meaning) of every key; nested keys are dotted."""
-    for name, field in model.model_fields.items():
+    # Its own before what it shares with others.
+    for name in dict.fromkeys([*inspect.get_annotations(model), *model.model_fields]):
+        field = model.model_fields[name]
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Config):
             yield from keys_of(kind, f"{prefix}{name}.")

@@ -314,7 +314,20 @@ class ObserveConfig(Config):
     """Seconds over which that time is averaged, and between two such warnings."""
 
 
-class RunConfig(Config):
+class Placed(Config):
+    """Where Ray Train workers run."""
+
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """One GPU for each worker; auto: where the cluster has that many."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
+    accelerator_type: str = ""
+    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
+    cpus_per_worker: int = Field(0, ge=0)
+    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
+
+
+class RunConfig(Placed):
     """`renee-ray train CONFIG`"""
 
     data: Name
@@ -330,14 +343,6 @@ class RunConfig(Config):
     fewest and the most, as [2, 8]: the run then uses as many as there are nodes for."""
     regroup_s: float = Field(60.0, gt=0)
     """With a range of workers: seconds between two checks whether there is room for more."""
-    use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """One GPU for each worker; auto: where the cluster has that many."""
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
-    accelerator_type: str = ""
-    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
-    cpus_per_worker: int = Field(0, ge=0)
-    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
     threads: int = Field(0, ge=0)
     """Threads of a worker; 0: the cores of its node divided among the workers there, and at most 4
     beside a GPU."""

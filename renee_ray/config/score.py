@@ -1,35 +1,24 @@
-"""The configurations of what a trained run does: evaluate, predict, export."""
+"""The configurations of what trained runs do, but for `serve`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from renee_ray.config.schema import Config
+from renee_ray.config.schema import METRIC, Config, Name, Placed
 
 
-class ScoreConfig(Config):
-    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN SRC DST`"""
+class Chosen(Config):
+    """Which checkpoint of a run is used."""
 
-    split: Literal["test", "validation", "train"] = "test"
-    """Points of the dataset that are scored; of raw texts, all are."""
-    k: int = Field(100, ge=1)
-    """Labels predicted for each point."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint of the run: the best on the validation split, or the newest."""
-    num_workers: int = Field(0, ge=0)
-    """Ray Train workers; 0: as many as trained the run."""
-    use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """One GPU for each worker; auto: where the cluster has that many."""
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Workers on few nodes or on many; STRICT: on one node, or each on its own."""
-    accelerator_type: str = ""
-    """Kind of GPU that workers run on, as Ray names it (L4, A100, H100); empty: any."""
-    cpus_per_worker: int = Field(0, ge=0)
-    """CPUs that Ray reserves for a worker; 0: one for a worker on CPU, none beside a GPU."""
-    batch_size: int = Field(512, ge=1)
-    """Points of a global batch."""
+
+
+class Searched(Chosen):
+    """How labels are found and scored."""
+
     search: Literal["exact", "index"] = "exact"
     """Scores every label, or those that an index of `renee-ray index RUN` finds."""
     index: str = ""
@@ -40,6 +29,19 @@ class ScoreConfig(Config):
     """Training points that vote; null: as `evaluation.neighbours` of the run."""
     neighbour_weight: float | None = Field(None, ge=0)
     """What a label gains that all neighbours have; null: as in the run."""
+
+
+class ScoreConfig(Searched, Placed):
+    """`renee-ray evaluate RUN DATASET` and `renee-ray predict RUN SRC DST`"""
+
+    split: Literal["test", "validation", "train"] = "test"
+    """Points of the dataset that are scored; of raw texts, all are."""
+    k: int = Field(100, ge=1)
+    """Labels predicted for each point."""
+    num_workers: int = Field(0, ge=0)
+    """Ray Train workers; 0: as many as trained the run."""
+    batch_size: int = Field(512, ge=1)
+    """Points of a global batch."""
     allow: str = ""
     """File with the ids or names of labels, one a line, that alone are predicted."""
     deny: str = ""
@@ -62,10 +64,74 @@ class ScoreConfig(Config):
     """predict: replace predictions that are already at DST."""
 
 
-class ExportConfig(Config):
+class ExportConfig(Chosen):
     """`renee-ray export RUN DST`"""
 
-    checkpoint: Literal["best", "last"] = "best"
-    """Checkpoint of the run: the best on the validation split, or the newest."""
     overwrite: bool = False
     """Replace an export that is already at DST."""
+
+
+class IndexConfig(Chosen):
+    """`renee-ray index MODEL`"""
+
+    output: str = ""
+    """Directory of the index; empty: MODEL-index, where `search=index` looks for it; symbolic links
+    of MODEL are followed."""
+    factory: str = ""
+    """FAISS factory string of a range, as HNSW32,SQ8: a flat, HNSW or IVF index; empty: chosen by
+    the number of labels of a range."""
+    ranges: int = Field(0, ge=0)
+    """Label ranges, each with a file of its own and built by a task of its own; 0: as many as a
+    run has workers, or more so that none has more than 20,000,000 labels."""
+    candidates: int = Field(10, ge=1)
+    """Labels of each range that are scored again with the true weights, for each one asked for."""
+    recall: float = Field(0.95, gt=0, le=1)
+    """Share of the exact 10 best labels to find: the least search effort that does so is kept."""
+    points: str = ""
+    """Dataset whose validation points (training points where it has none) recall is measured on;
+    empty: the one that a run was trained on. An export needs it."""
+    sample: int = Field(1000, ge=1)
+    """Points that recall is measured on."""
+    overwrite: bool = False
+    """Replace an index that is already at `output`; ranges whose labels are the same are kept."""
+
+
+class CompareConfig(Chosen):
+    """`renee-ray compare RUN RUN ...`"""
+
+    data: str = ""
+    """Dataset whose points are predicted; empty: that of the first run."""
+    output: Name = "comparison"
+    """Local directory for the page and for the predictions of runs."""
+    split: Literal["test", "validation"] = "test"
+    """Points that are compared."""
+    num_workers: int = Field(0, ge=0)
+    """Workers that predict; 0: as many as trained the run."""
+    seed: int = Field(0, ge=0)
+    """Seed of the bootstrap samples."""
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class FuseConfig(Config):
+    """`renee-ray fuse PRED PRED ... DST`"""
+
+    weights: tuple[NonNegative, ...] = ()
+    """A weight for each directory of predictions, as [0.7, 0.3]; empty: equal ones, or tuned."""
+    tune: tuple[Name, ...] = ()
+    """The same models' predictions for the validation split, by which weights are chosen."""
+    data: str = ""
+    """With `tune`: the dataset of these validation points."""
+    metric: str = Field("nDCG@5", pattern=METRIC)
+    """With `tune`: what the weights are to raise."""
+    k: int = Field(100, ge=1)
+    """Labels of each point."""
+    overwrite: bool = False
+    """Replace predictions that are already at DST."""
+
+    @model_validator(mode="after")
+    def _either(self) -> FuseConfig:
+        if self.weights and self.tune:
+            raise ValueError("weights and tune exclude each other; leave one out")
+        return self

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
-from renee_ray.config.schema import Config, Name
+from renee_ray.config.schema import Name
+from renee_ray.config.score import Searched
 
 TOKEN = "RENEE_RAY_SERVE_TOKEN"
 """The environment variable that holds the secret which requests must bear."""
 
 
-class ServeConfig(Config):
+class ServeConfig(Searched):
     """`renee-ray serve RUN`"""
 
     host: Name = "127.0.0.1"
     """Address to listen on: by default this machine alone; 0.0.0.0: all networks it is in."""
     port: int = Field(8000, ge=0, lt=2**16)
     """TCP port; 0: any free one."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Checkpoint of the run: the best on the validation split, or the newest."""
     num_shards: int = Field(0, ge=0)
     """Processes that hold a range of labels each; 0: as many as trained the run."""
     num_encoders: int = Field(1, ge=1)
@@ -29,17 +26,6 @@ class ServeConfig(Config):
     """Torch threads of a process on CPU; 0: the cores of the machine divided among the shards."""
     gpus_per_process: float = Field(0.0, ge=0, le=1)
     """GPUs for each shard and each encoder: 1, or a fraction if they share; 0: CPUs only."""
-    search: Literal["exact", "index"] = "exact"
-    """Scores every label, or those that an index of `renee-ray index RUN` finds."""
-    index: str = ""
-    """With search=index: its directory, which every replica reads; empty: RUN-index."""
-    tail: float | None = Field(None, ge=0)
-    """tau of the logit adjustment; null: as `evaluation.tail` of the run."""
-    neighbours: int | None = Field(None, ge=0)
-    """Training points that vote; null: as `evaluation.neighbours` of the run. The encoder's process
-    then embeds all training points at the start, and holds 4 bytes a dimension for each."""
-    neighbour_weight: float | None = Field(None, ge=0)
-    """What a label gains that all neighbours have; null: as in the run."""
     max_k: int = Field(100, ge=1)
     """Labels that a request may ask for, for each text."""
     max_texts: int = Field(256, ge=1)

@@ -5,8 +5,8 @@ A step waits for the GPU in its middle, which must not be idle while the next ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from itertools import islice
 from typing import TypeVar
 
@@ -14,9 +14,16 @@ from renee_ray.parallel.threads import in_thread
 
 T = TypeVar("T")
 
+PATIENT_S = 15
+"""Seconds that a worker waits for data before it says so."""
 
-def one_ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yields `count` items, each of which is made while the one before it is used.
+
+def one_ahead(
+    items: Iterator[T], count: int | None = None, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[T]:
+    """Yields `count` items, or all, each of which is made while the one before it is used.
+
+    on_wait: is called each time that an item has not come for PATIENT_S.
 
     Raises:
         Exception: what `items` raises, in place of the item.
@@ -29,6 +36,10 @@ def one_ahead(items: Iterator[T], count: int) -> Iterator[T]:
         return in_thread(lambda: next(source, ended), "ahead")
 
     pending = make()
-    while (item := pending.result()) is not ended:
+    while True:
+        while not wait([pending], timeout=PATIENT_S).done:
+            on_wait()
+        if (item := pending.result()) is ended:
+            return
         pending = make()
         yield item  # type: ignore[misc]  # not `ended`

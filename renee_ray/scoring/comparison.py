@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from renee_ray.scoring.metrics import point_terms
+from renee_ray.parallel.batch import Ragged
+from renee_ray.scoring.metrics import KS, RECALL_KS, point_terms
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -42,30 +43,24 @@ class Terms:
     denominator: Floats
 
     @classmethod
-    def of(
-        cls, predicted: Ints, values: Ints, offsets: Ints, inverse_propensity: Floats, counts: Ints
-    ) -> Terms:
+    def of(cls, predicted: Ints, true: Ragged, inverse_propensity: Floats, counts: Ints) -> Terms:
         """Computes P and PSP at 1 and 5, nDCG@5, recall at 10 and 100, and recall@5 by frequency.
 
         Args:
             predicted: [n, K] label ids, best first, -1 for none.
-            values, offsets: true labels, in CSR form.
-            inverse_propensity: [m], of each true label.
-            counts: [m], training points of each true label.
+            inverse_propensity, counts: [m], of each true label; training points of it.
         """
-        ks, recall_ks = (1, 5), (10, 100)
-        terms = point_terms(predicted, values, offsets, None, inverse_propensity, ks, recall_ks)
+        terms = point_terms(predicted, true, inverse_propensity)
         n = len(predicted)
         one = np.ones(n)
         rows = {
             f"{name}@{k}": (terms.at_k[top, i], one if below is None else terms.at_k[below, i])
             for name, top, below in (("P", 0, None), ("nDCG", 1, None), ("PSP", 2, 3))
-            for i, k in enumerate(ks)
-            if (name, k) != ("nDCG", 1)  # it is P@1
+            for i, k in enumerate(KS)
+            if k != 3 and (name, k) != ("nDCG", 1)  # which is P@1
         }
-        rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(recall_ks)}
-        point = np.repeat(np.arange(n), np.diff(offsets))
-        found = np.zeros(len(values))
+        rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(RECALL_KS)}
+        point, found = true.pairs()[0], np.zeros(len(true.values))
         found[terms.place[:, :5][terms.hit[:, :5]]] = 1.0
         for name, (low, high) in CLASSES.items():
             member = (counts >= low) & (counts <= high)

@@ -29,8 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from renee_ray.config.score import ScoreConfig
-from renee_ray.config.serve import ServeConfig
+from renee_ray.config.score import Searched
 from renee_ray.data.storage import absolute, read_file
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
@@ -222,9 +221,7 @@ def index_of(model: str) -> str:
     return f"{path.rstrip('/') if '://' in path else os.path.realpath(path)}-index"
 
 
-def check_search(
-    settings: ScoreConfig | ServeConfig, run: str, model: str, tail: float
-) -> dict[str, Any]:
+def check_search(settings: Searched, run: str, model: str, tail: float) -> dict[str, Any]:
     """Returns `index.json` of the index to search by; nothing where search is exact.
 
     Args:
@@ -254,11 +251,8 @@ def check_search(
     return facts
 
 
-def open_search(
-    settings: ScoreConfig | ServeConfig, run: str, model: str, tail: float, classifier: Classifier
-) -> Search:
-    """Opens search as `settings` say; arguments and errors as in `check_search`."""
-    facts = check_search(settings, run, model, tail)
+def open_search(facts: dict[str, Any], classifier: Classifier) -> Search:
+    """Opens search by the index that `check_search` found, or exact search."""
     if not facts:
         return ExactSearch(classifier)
     parts = read_parts(facts["path"], facts["ranges"], classifier)

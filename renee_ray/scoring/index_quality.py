@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from renee_ray.parallel.batch import Ragged
 from renee_ray.scoring.index import ExactSearch, IndexSearch, Part, Search, load_faiss
-from renee_ray.scoring.metrics import KS
+from renee_ray.scoring.metrics import KS, find_hits
 from renee_ray.xfc.labels import NONE
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ ENOUGH = 0.999
 """Recall that ends the sweep."""
 ALONE = 200
 """Most queries that are asked one by one."""
-Truth = list[tuple[set[int], set[int]]]
+Truth = tuple[Ragged, Ragged]
 """The labels and the filter labels of each point."""
 
 
@@ -31,14 +32,14 @@ def swept(
     exact: ExactSearch,
     parts: Sequence[Part],
     embeddings: Tensor,
-    truth: Truth | None,
+    truth: Truth,
     factor: int,
     wanted: float,
 ) -> dict[str, Any]:
     """Compares search by an index with exact search, and chooses the least effort that suffices.
 
     Args:
-        embeddings: float32 [n, D]; truth: the labels and the filter labels of each, or None.
+        embeddings: float32 [n, D]; truth: the labels and the filter labels of each.
         factor: candidates of a range for each label; wanted: recall of the 10 best, in (0, 1].
 
     Returns:
@@ -93,18 +94,14 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
     return round(float(hits.sum() / max(1, there.sum())), 4)
 
 
-def precisions(labels: np.ndarray, truth: Truth | None) -> dict[str, float]:
-    """Returns P@1, P@3, P@5 in percent of labels [n, k] without filter labels; none without truth.
-
-    truth: the labels and the filter labels of each point.
-    """
-    if truth is None:
-        return {}
-    hits = np.zeros((len(truth), max(KS)))
-    for i, (row, (true, filtered)) in enumerate(zip(labels.tolist(), truth, strict=True)):
-        kept = [label for label in row if label not in filtered][: max(KS)]
-        hits[i, : len(kept)] = [label in true for label in kept]
-    return {f"P@{k}": round(float(100 * hits[:, :k].mean()), 3) for k in KS}
+def precisions(labels: np.ndarray, truth: Truth) -> dict[str, float]:
+    """Returns P@1, P@3, P@5 in percent of labels [n, k] without filter labels."""
+    true, filtered = truth
+    banned = find_hits(labels, filtered)[0]
+    order = np.argsort(banned, axis=1, kind="stable")[:, : max(KS)]
+    kept = np.take_along_axis(np.where(banned, NONE, labels), order, axis=1)
+    hit = find_hits(kept, true)[0]
+    return {f"P@{k}": round(float(100 * hit[:, :k].sum() / (k * len(hit))), 3) for k in KS}
 
 
 def speeds(search: Search, embeddings: Tensor, k: int) -> dict[str, float]:

@@ -1,13 +1,11 @@
 """Ranking metrics of extreme classification, as sums that add up across batches and ranks.
 
-Ledger, n points, K predictions a point, m true labels altogether, in CSR form:
+Ledger, n points, K predictions a point:
 
-    name                          shape    dtype    meaning
-    predicted                     [n, K]   int64    label ids, best first, -1 = none (short row)
-    labels_values                 [m]      int64    true labels of all points, point after point
-    labels_offsets                [n + 1]  int64    point i has values[offsets[i] : offsets[i + 1]]
-    predicted_inverse_propensity  [n, K]   float64  1/p of each prediction, read only at hits
-    label_inverse_propensity      [m]      float64  1/p of each true label
+    name                shape    dtype    meaning
+    predicted           [n, K]   int64    label ids, best first, -1 = none (short row)
+    true                [n]      Ragged   true labels of each point, m altogether
+    inverse_propensity  [m]      float64  1/p of each true label
 
 With y the true labels of a point, hit(r) = 1 if the prediction at rank r = 1, 2, ... is in y and
 0 otherwise, w the inverse propensity and d(r) = 1 / log2(r + 1):
@@ -31,14 +29,17 @@ import numpy as np
 import numpy.typing as npt
 
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.batch import Ragged
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 KS = (1, 3, 5)
 RECALL_KS = (10, 100)
+MOST = 100
+"""Predictions that the metrics need."""
 
-# Rows of MetricSums.at_k.
+# Rows of PointTerms.at_k.
 _HITS, _NDCG, _PS_HITS, _PS_BEST, _PSDCG_HITS, _PSDCG_BEST = range(6)
 
 
@@ -62,111 +63,58 @@ def inverse_propensity(train_count: npt.ArrayLike, num_points: int, a: float, b:
     return np.asarray(1.0 + c * (count + b) ** -a)
 
 
-@dataclass
 class MetricSums:
-    """Sums of one or more batches; adding those of all ranks gives the metrics of the whole."""
+    """Sums of one or more batches; the vectors of all ranks add up to that of the whole.
 
-    ks: tuple[int, ...]
-    """Cut-offs of P, nDCG, PSP and PSnDCG."""
-    recall_ks: tuple[int, ...]
-    """Cut-offs of recall."""
-    points: float
-    """Points counted, those without a true label included."""
-    at_k: Floats
-    """[6, len(ks)]: hits/k, nDCG, then hits and best attainable of PSP and of PSnDCG."""
-    recall: Floats
-    """[len(recall_ks)]"""
+    vector: float64 [1 + 6 len(KS) + len(RECALL_KS)]: the points, those without a true label
+    included, then the sums of `PointTerms.at_k` and `PointTerms.recall`.
+    """
 
-    @classmethod
-    def zeros(cls, ks: tuple[int, ...] = KS, recall_ks: tuple[int, ...] = RECALL_KS) -> MetricSums:
-        """The sums of no point. Raises ValueError if a cut-off is below 1."""
-        if min((*ks, *recall_ks), default=1) < 1:
-            raise ValueError(f"cut-offs must be at least 1: {ks}, {recall_ks}")
-        return cls(
-            tuple(ks), tuple(recall_ks), 0.0, np.zeros((6, len(ks))), np.zeros(len(recall_ks))
-        )
+    def __init__(self, vector: Floats | None = None) -> None:
+        end = 1 + 6 * len(KS)
+        self.vector = np.zeros(end + len(RECALL_KS)) if vector is None else vector
+        self._at_k, self._recall = self.vector[1:end].reshape(6, len(KS)), self.vector[end:]
 
-    @classmethod
-    def from_vector(
-        cls,
-        vector: npt.ArrayLike,
-        ks: tuple[int, ...] = KS,
-        recall_ks: tuple[int, ...] = RECALL_KS,
-    ) -> MetricSums:
-        """Reverses `vector`, also of a sum over ranks."""
-        flat = np.array(vector, dtype=np.float64)
-        split = 1 + 6 * len(ks)
-        if flat.shape != (split + len(recall_ks),):
-            raise ValueError(f"a vector of shape {flat.shape} does not fit {ks} and {recall_ks}")
-        at_k = flat[1:split].reshape(6, len(ks))
-        return cls(tuple(ks), tuple(recall_ks), float(flat[0]), at_k, flat[split:])
-
-    def vector(self) -> Floats:
-        """Flattens the sums for an all-reduce: float64 [1 + 6 len(ks) + len(recall_ks)]."""
-        return np.concatenate([[self.points], self.at_k.ravel(), self.recall])
-
-    def __add__(self, other: MetricSums) -> MetricSums:
-        if (self.ks, self.recall_ks) != (other.ks, other.recall_ks):
-            raise ValueError("sums of different cut-offs cannot be added")
-        return self.from_vector(self.vector() + other.vector(), self.ks, self.recall_ks)
-
-    def add(
-        self,
-        predicted: Ints,
-        labels_values: Ints,
-        labels_offsets: Ints,
-        predicted_inverse_propensity: Floats | None,
-        label_inverse_propensity: Floats,
-    ) -> None:
+    def add(self, predicted: Ints, true: Ragged, inverse_propensity: Floats) -> None:
         """Adds a batch (shapes in the module's ledger). K may be below a cut-off.
 
         The predictions of a row are distinct, and so are its true labels; filter labels are gone
-        from both. `predicted_inverse_propensity` may be None: a prediction counts only if it is a
-        true label, whose inverse propensity is known.
-
-        Raises:
-            ValueError: the arrays' shapes do not fit together.
+        from both.
         """
-        terms = point_terms(
-            predicted, labels_values, labels_offsets, predicted_inverse_propensity,
-            label_inverse_propensity, self.ks, self.recall_ks,
-        )  # fmt: skip
-        self.at_k += terms.at_k.sum(axis=2)
-        self.recall += terms.recall.sum(axis=1)
-        self.points += len(predicted)
+        terms = point_terms(predicted, true, inverse_propensity)
+        self._at_k += terms.at_k.sum(axis=2)
+        self._recall += terms.recall.sum(axis=1)
+        self.vector[0] += len(predicted)
 
     @property
     def any_label(self) -> bool:
         """Whether any point has a true label; without one every metric is a meaningless 0."""
-        return bool((self.at_k[_PS_BEST] > 0).any())  # an inverse propensity is at least 1
+        return bool((self._at_k[_PS_BEST] > 0).any())  # an inverse propensity is at least 1
 
     def metrics(self) -> dict[str, float]:
         """Returns percent by name and cut-off: "P@1", "nDCG@3", "PSP@5", "recall@10", ..."""
+        at_k, points = self._at_k, self.vector[0]
         families = {
-            "P": _ratio(self.at_k[_HITS], self.points),
-            "nDCG": _ratio(self.at_k[_NDCG], self.points),
-            "PSP": _ratio(self.at_k[_PS_HITS], self.at_k[_PS_BEST]),
-            "PSnDCG": _ratio(self.at_k[_PSDCG_HITS], self.at_k[_PSDCG_BEST]),
+            "P": (KS, at_k[_HITS], points),
+            "nDCG": (KS, at_k[_NDCG], points),
+            "PSP": (KS, at_k[_PS_HITS], at_k[_PS_BEST]),
+            "PSnDCG": (KS, at_k[_PSDCG_HITS], at_k[_PSDCG_BEST]),
+            "recall": (RECALL_KS, self._recall, points),
         }
-        found = {
+        return {
             f"{name}@{k}": 100.0 * float(value)
-            for name, values in families.items()
-            for k, value in zip(self.ks, values, strict=True)
+            for name, (ks, top, bottom) in families.items()
+            for k, value in zip(ks, _ratio(top, bottom), strict=True)
         }
-        recall = _ratio(self.recall, self.points)
-        found |= {
-            f"recall@{k}": 100.0 * float(value)
-            for k, value in zip(self.recall_ks, recall, strict=True)
-        }
-        return found
 
 
 @dataclass(frozen=True)
 class PointTerms:
     """What each of n points adds to the sums.
 
-    at_k [6, len(ks), n] and recall [len(recall_ks), n], float64; hit bool [n, K]: predictions that
-    are true labels; place int64 [n, K]: where in `labels_values`, at hits alone.
+    at_k float64 [6, len(KS), n]: hits/k, nDCG, then hits and best attainable of PSP and of PSnDCG;
+    recall float64 [len(RECALL_KS), n]; hit bool [n, K]: predictions that are true labels; place
+    int64 [n, K]: where in `true.values`, at hits alone.
     """
 
     at_k: Floats
@@ -175,36 +123,19 @@ class PointTerms:
     place: Ints
 
 
-def point_terms(
-    predicted: Ints,
-    labels_values: Ints,
-    labels_offsets: Ints,
-    predicted_inverse_propensity: Floats | None,
-    label_inverse_propensity: Floats,
-    ks: tuple[int, ...],
-    recall_ks: tuple[int, ...],
-) -> PointTerms:
-    """Computes what `MetricSums.add` sums, point by point; arguments and errors as there."""
-    _check_shapes(
-        predicted, labels_values, labels_offsets, predicted_inverse_propensity,
-        label_inverse_propensity,
-    )  # fmt: skip
-    n = len(predicted)
-    per_point = np.diff(labels_offsets)
-    hit, place = _hits(predicted, labels_values, per_point)
-    # A weight beside a miss is never read: it may be NaN or missing.
+def point_terms(predicted: Ints, true: Ragged, inverse_propensity: Floats) -> PointTerms:
+    """Computes what `MetricSums.add` sums, point by point."""
+    n, per_point, (point, _) = len(predicted), true.lengths, true.pairs()
+    hit, place = find_hits(predicted, true)
     weight = np.zeros(predicted.shape)
-    if predicted_inverse_propensity is None:
-        weight[hit] = label_inverse_propensity[place[hit]]
-    else:
-        weight[hit] = predicted_inverse_propensity[hit]
-    best, rank = _best_first(label_inverse_propensity, labels_offsets, per_point)
-    point = np.repeat(np.arange(n), per_point)
+    weight[hit] = inverse_propensity[place[hit]]
+    order = np.lexsort((-inverse_propensity, point))
+    best, rank = inverse_propensity[order], np.arange(len(order)) - true.offsets[point]
 
-    discount = 1.0 / np.log2(np.arange(max(ks, default=1)) + 2.0)
+    discount = 1.0 / np.log2(np.arange(max(KS)) + 2.0)
     ideal = np.concatenate([[0.0], np.cumsum(discount)])
-    at_k = np.empty((6, len(ks), n))
-    for column, k in enumerate(ks):
+    at_k = np.empty((6, len(KS), n))
+    for column, k in enumerate(KS):
         top, top_weight, fall = hit[:, :k], weight[:, :k], discount[: min(k, hit.shape[1])]
         among_best = rank < k
         of, best_k = point[among_best], best[among_best]
@@ -216,61 +147,31 @@ def point_terms(
             top_weight @ fall,
             np.bincount(of, best_k * discount[rank[among_best]], n),
         )
-    found = [_ratio(hit[:, :k].sum(axis=1), per_point) for k in recall_ks]
-    return PointTerms(at_k, np.reshape(found, (len(recall_ks), n)), hit, place)
+    recall = np.stack([_ratio(hit[:, :k].sum(axis=1), per_point) for k in RECALL_KS])
+    return PointTerms(at_k, recall, hit, place)
 
 
-def _hits(
-    predicted: Ints, labels_values: Ints, per_point: Ints
-) -> tuple[npt.NDArray[np.bool_], Ints]:
-    """Finds the predictions that are true labels: (bool [n, K], places in `labels_values` [n, K]).
+def find_hits(predicted: Ints, true: Ragged) -> tuple[npt.NDArray[np.bool_], Ints]:
+    """Finds the predictions that are true labels: (bool [n, K], places in `true.values` [n, K]).
 
     Ids are first numbered densely, so that (point, number) fits one int64 key whatever the ids are.
     """
-    n, width = predicted.shape
-    if not len(labels_values) or not predicted.size:
-        return np.zeros((n, width), dtype=bool), np.zeros((n, width), dtype=np.int64)
-    ids, number = np.unique(labels_values, return_inverse=True)
-    true_key = np.repeat(np.arange(n), per_point) * len(ids) + number
+    point, values = true.pairs()
+    if not len(values) or not predicted.size:
+        return np.zeros(predicted.shape, dtype=bool), np.zeros(predicted.shape, dtype=np.int64)
+    ids, number = np.unique(values, return_inverse=True)
+    true_key = point * len(ids) + number
     order = np.argsort(true_key)
     sorted_key = true_key[order]
 
     candidate = np.minimum(np.searchsorted(ids, predicted), len(ids) - 1)
-    key = np.arange(n)[:, None] * len(ids) + candidate
+    key = np.arange(len(predicted))[:, None] * len(ids) + candidate
     place = np.minimum(np.searchsorted(sorted_key, key), len(sorted_key) - 1)
     hit = (predicted >= 0) & (ids[candidate] == predicted) & (sorted_key[place] == key)
     return hit, order[place]
-
-
-def _best_first(weights: Floats, offsets: Ints, per_point: Ints) -> tuple[Floats, Ints]:
-    """Sorts each point's weights, largest first: (float64 [m], ranks from 0 int64 [m])."""
-    point = np.repeat(np.arange(len(per_point)), per_point)
-    order = np.lexsort((-weights, point))
-    return weights[order], np.arange(len(weights)) - offsets[point]
 
 
 def _ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Floats:
     """Divides, in float64, with 0 where the denominator is 0."""
     top, bottom = np.broadcast_arrays(np.asarray(numerator, dtype=np.float64), denominator)
     return np.divide(top, bottom, out=np.zeros(top.shape), where=bottom != 0)
-
-
-def _check_shapes(
-    predicted: Ints,
-    labels_values: Ints,
-    labels_offsets: Ints,
-    predicted_weight: Floats | None,
-    label_weight: Floats,
-) -> None:
-    if predicted.ndim != 2:
-        raise ValueError(f"predicted has shape {predicted.shape}, not [n, K]")
-    ends = (len(labels_offsets), *labels_offsets[[0, -1]]) if len(labels_offsets) else (0,)
-    if ends != (len(predicted) + 1, 0, len(labels_values)):
-        raise ValueError(
-            f"offsets (number, first, last) {tuple(map(int, ends))} do not divide "
-            f"{len(labels_values)} labels among {len(predicted)} points"
-        )
-    if label_weight.shape != labels_values.shape:
-        raise ValueError(f"{label_weight.shape} label weights for {labels_values.shape} labels")
-    if predicted_weight is not None and predicted_weight.shape != predicted.shape:
-        raise ValueError(f"{predicted_weight.shape} weights for {predicted.shape} predictions")

@@ -33,7 +33,7 @@ from renee_ray.parallel.collectives import (
     row_counts,
 )
 from renee_ray.scoring.index import Search
-from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
+from renee_ray.scoring.metrics import MOST, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
@@ -263,30 +263,21 @@ class Propensities:
 
 
 def evaluate(
-    scorer: Scorer,
-    batches: Iterable[Batch],
-    propensities: Propensities,
-    ks: tuple[int, ...] = KS,
-    recall_ks: tuple[int, ...] = RECALL_KS,
+    scorer: Scorer, batches: Iterable[Batch], propensities: Propensities
 ) -> dict[str, float]:
     """Returns the metrics of all ranks' rows together, in percent."""
-    answers = scorer.predict(batches, max(*ks, *recall_ks))
-    return metric_sums(scorer.ranks, answers, [propensities], ks, recall_ks)[0].metrics()
+    answers = scorer.predict(batches, MOST)
+    return metric_sums(scorer.ranks, answers, [propensities])[0].metrics()
 
 
 def metric_sums(
-    ranks: Ranks,
-    answers: Iterable[Answer],
-    propensities: Sequence[Propensities],
-    ks: tuple[int, ...] = KS,
-    recall_ks: tuple[int, ...] = RECALL_KS,
+    ranks: Ranks, answers: Iterable[Answer], propensities: Sequence[Propensities]
 ) -> list[MetricSums]:
     """Sums up the metrics of all ranks' rows together, for each of several propensities."""
-    sums = [MetricSums.zeros(ks, recall_ks) for _ in propensities]
+    sums = [MetricSums() for _ in propensities]
     for answer in answers:
         true = answer.batch.labels
         for total, each in zip(sums, propensities, strict=True):
-            total.add(answer.labels.numpy(), true.values, true.offsets, None, each.of(true.values))
-    vectors = torch.from_numpy(np.stack([total.vector() for total in sums]))
-    everyone = all_sum(ranks, vectors).numpy()
-    return [MetricSums.from_vector(vector, ks, recall_ks) for vector in everyone]
+            total.add(answer.labels.numpy(), true, each.of(true.values))
+    vectors = torch.from_numpy(np.stack([total.vector for total in sums]))
+    return [MetricSums(vector) for vector in all_sum(ranks, vectors).numpy()]

@@ -7,9 +7,12 @@ A `ray.util.queue` for each direction would be two actors. An idle one takes 1% 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
+
+FLUSH_SECONDS = 5
 
 
 class _ChannelActor:
@@ -44,11 +47,24 @@ class DriverChannel:
 
     def __init__(self) -> None:
         self._actor: Any = ray.remote(num_cpus=0)(_ChannelActor).remote()  # type: ignore[attr-defined]
+        self._last: ray.ObjectRef | None = None
 
-    def send(self, record: dict[str, Any]) -> ray.ObjectRef:
-        """Sends a record to the driver without waiting; the result is ready once it has arrived."""
-        sent: ray.ObjectRef = self._actor.send.remote(record)
-        return sent
+    def send(self, record: dict[str, Any]) -> None:
+        """Sends a record to the driver without waiting."""
+        self._last = self._actor.send.remote(record)
+
+    def say(self, text: str) -> None:
+        self.send({"text": text})
+
+    def flush(self) -> None:
+        """Waits until what was sent has arrived, FLUSH_SECONDS at most; before a process ends."""
+        # Logging flushes again when the interpreter exits, and Ray, asked then, would start anew.
+        if self._last is not None and ray.is_initialized():
+            ray.wait([self._last], timeout=FLUSH_SECONDS)
+
+    def forward_warnings(self) -> None:
+        """Sends the warnings of this package in this worker to the driver from now on."""
+        logging.getLogger("renee_ray").addHandler(_Forward(self))
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """Takes the oldest record; None if there is none within `timeout_s`."""
@@ -65,3 +81,15 @@ class DriverChannel:
 
     def close(self) -> None:
         ray.kill(self._actor)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, channel: DriverChannel) -> None:
+        super().__init__(logging.WARNING)
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.say(record.getMessage())
+
+    def flush(self) -> None:
+        self._channel.flush()

@@ -12,10 +12,9 @@ its consumer holds it back: half a core a worker, taken from training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +25,13 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, Window
 from renee_ray.data.targets import Targets
+from renee_ray.parallel.ahead import PATIENT_S, one_ahead
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.observe.metric import count_retries
 
 log = logging.getLogger(__name__)
 
-PATIENT_S = 15
-"""Seconds that a worker waits for data before it says so."""
 READ_CPUS = 0.25
 """CPUs of a reading task: several share the one that the workers leave free."""
 
@@ -126,33 +124,16 @@ def feed(
         for batch in range(start.batch if epoch == start.epoch else 0, orders[epoch].num_batches)
     )
     groups = iter(lambda: list(islice(windows, prefetch)), [])
-    tables = _read_ahead(lambda group: _tables(group, start, run, rank), groups)
+    read = (_tables(group, start, run, rank) for group in groups)
+    tables = chain.from_iterable(one_ahead(read, on_wait=_say_waiting))
     return cut_batches(tables, positions, dataset.manifest.pad_id, max_length, pad_multiple)
 
 
-def _read_ahead(
-    read: Callable[[Sequence[Window]], list[pa.Table]], groups: Iterable[Sequence[Window]]
-) -> Iterator[pa.Table]:
-    """Yields the tables of all groups in order; reads one group while the last is consumed."""
-    with ThreadPoolExecutor(1, "feed") as executor:
-        source = iter(groups)
-
-        def following() -> list[pa.Table] | None:
-            group = next(source, None)
-            return None if group is None else read(group)
-
-        pending = executor.submit(following)
-        while True:
-            if pending not in wait([pending], timeout=PATIENT_S).done:
-                log.warning(
-                    "no data for %d s: storage is slow or away, or no CPU of the cluster is free "
-                    "to read; waiting for it", PATIENT_S,
-                )  # fmt: skip
-            tables = pending.result()
-            if tables is None:
-                return
-            pending = executor.submit(following)
-            yield from tables
+def _say_waiting() -> None:
+    log.warning(
+        "no data for %d s: storage is slow or away, or no CPU of the cluster is free to read; "
+        "waiting for it", PATIENT_S,
+    )  # fmt: skip
 
 
 def reading(

@@ -29,9 +29,9 @@ from renee_ray.model.initialise import embed_texts
 from renee_ray.parallel.batch import ragged, truncate
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import ids_of, labels_of, named, vocabulary_of
+from renee_ray.service.run.labels import ids_of, labels_of, named, opened, vocabulary_of
 from renee_ray.service.run.lease import Lease
-from renee_ray.service.score.export import CPU, trained_encoder, trained_rows
+from renee_ray.service.score.trained import CPU, trained_encoder, trained_shard
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -52,9 +52,7 @@ def list_labels(run: str) -> Iterator[dict[str, Any]]:
     Raises:
         ReneeError: no run, no checkpoint, or its dataset is gone.
     """
-    directory = RunDirectory(absolute(run))
-    checkpoint = directory.checkpoint("best")
-    labels = labels_of(directory, directory.dataset(), checkpoint)
+    _, checkpoint, labels = opened(run, "best")
     retired, total = checkpoint.state.retired, labels.manifest.num_labels
     for start in range(0, total, BLOCK):
         stop = min(start + BLOCK, total)
@@ -78,8 +76,7 @@ def retire_labels(
     """
     directory = RunDirectory(absolute(run))
     with Lease(directory.path, say):
-        checkpoint = directory.checkpoint("best")
-        known = labels_of(directory, directory.dataset(), checkpoint)
+        _, checkpoint, known = opened(directory.path, "best")
         ids = ids_of(known, labels, file)
         change = np.setdiff1d if restore else np.union1d
         retired = change(checkpoint.state.retired, ids).tolist()
@@ -177,7 +174,7 @@ def _rows(
         table = dataset.read_rows("labels", owned.start, owned.stop, ["input_ids", "train_count"])
         known.append(embedded(table["input_ids"]) - encoder.constant)
         counts.append(table["train_count"].to_numpy())
-        rows.append(trained_rows(checkpoint, owned, encoder.dim))
+        rows.append(trained_shard(checkpoint, owned, CPU).weights.read(0, len(owned)))
     weights, numbers = torch.cat(rows), np.concatenate(counts)
     fitted = ColdStart.fit(torch.cat(known), weights, torch.from_numpy(numbers))
     split = "validation" if manifest.num_points("validation") >= LEAST_POINTS else "train"

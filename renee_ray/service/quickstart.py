@@ -246,10 +246,10 @@ def read_predictions(directory: Path, k: int) -> Predictions:
 
 def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
     """Returns all metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
-    sums = MetricSums.zeros()
+    sums = MetricSums()
     true = truth.labels
     weights = truth.inverse_propensity[true.values]
-    sums.add(predicted, true.values, true.offsets, None, weights)
+    sums.add(predicted, true, weights)
     return sums.metrics()
 
 
@@ -259,9 +259,7 @@ def _row(model: str, truth: Truth, predicted: Ints) -> dict[str, Any]:
 
 
 def _most_frequent(truth: Truth) -> Ints:
-    filters = truth.filters
-    n = len(truth.points)
-    return most_frequent(truth.train_count, filters.offsets, filters.values, n, K)
+    return most_frequent(truth.train_count, truth.filters, K)
 
 
 def _linear(raw: Path, dataset: Dataset, truth: Truth) -> Ints:
@@ -274,10 +272,10 @@ def _linear(raw: Path, dataset: Dataset, truth: Truth) -> Ints:
     shape, ones = (len(rows), len(truth.label_texts)), np.ones(len(rows.values), np.float32)
     true = sp.csr_matrix((ones, rows.values, rows.offsets), shape)
     labels = sp.vstack([true, sp.identity(shape[1], np.float32)])
-    trained, tests, filters = _lines(raw / "trn_X.txt"), _lines(raw / "tst_X.txt"), truth.filters
+    trained, tests = _lines(raw / "trn_X.txt"), _lines(raw / "tst_X.txt")
     texts = [trained[point] for point in table["point_id"].to_pylist()] + truth.label_texts
     points = [tests[point] for point in truth.points]
-    return tfidf_ridge(texts, labels, points, filters.offsets, filters.values, K)
+    return tfidf_ridge(texts, labels, points, truth.filters, K)
 
 
 def _lines(path: Path) -> list[str]:
@@ -298,7 +296,7 @@ def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
 
     with torch.inference_mode():
         points, labels = embed(truth.tokens), embed(truth.label_tokens)
-    return nearest_label_text(points, labels, truth.filters.offsets, truth.filters.values, K)
+    return nearest_label_text(points, labels, truth.filters, K)
 
 
 # ------------------------------------------------------------------------------------- report

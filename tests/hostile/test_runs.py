@@ -117,7 +117,7 @@ RUNS = [
     Case("run-not-an-object", evaluated("run.json", "[]"), "run.json"),
     Case("run-without-configuration", evaluated("run.json", "{}"), "run.json"),
     Case("run-configuration-of-another-kind", evaluated("run.json", {"config": 3}), "run.json"),
-    Case("run-unknown-key", evaluated("run.json", config(hook="os.system")), "the key 'hook'"),
+    Case("run-unknown-key", evaluated("run.json", config(hook="os.system")), "no key 'hook'"),
     Case(
         "run-dataset-of-another-kind", evaluated("run.json", lambda s: {**s, "dataset": 3}), "run"
     ),

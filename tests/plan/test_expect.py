@@ -9,7 +9,7 @@ from renee_ray.config.overrides import make_config, read_recipe
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.service.score.expect import as_scored, differences
+from renee_ray.service.score.evaluate import as_scored, differences
 
 from .conftest import LABELS
 

@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from renee_ray.parallel.batch import Ragged
 from renee_ray.service.score import baselines
 from renee_ray.service.score.baselines import most_frequent, nearest_label_text, tfidf_ridge
 
 NUM_LABELS, POINTS = 23, 40
 
 
-def random_filters(seed: int) -> tuple[list[set[int]], np.ndarray, np.ndarray]:
+def random_filters(seed: int) -> tuple[list[set[int]], Ragged]:
     """Filters of each point: none, some, and all labels but three."""
     rng = np.random.default_rng(seed)
     filters = [set(map(int, rng.permutation(NUM_LABELS)[: i % 5])) for i in range(POINTS - 1)]
     filters.append(set(range(NUM_LABELS)) - {2, 7, 20})
-    values = [label for labels in filters for label in sorted(labels)]
-    offsets = np.cumsum([0, *map(len, filters)], dtype=np.int64)
-    return filters, offsets, np.array(values, dtype=np.int64)
+    return filters, Ragged.of_lists([sorted(labels) for labels in filters])
 
 
 def best_first(scores: list[float], banned: set[int], k: int) -> list[int]:
@@ -41,9 +40,9 @@ def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("k", [1, 5, NUM_LABELS + 2])
 def test_most_frequent_equals_brute_force(k: int) -> None:
     count = np.random.default_rng(1).integers(0, 6, NUM_LABELS)
-    filters, offsets, values = random_filters(0)
+    filters, ragged = random_filters(0)
     expected = [best_first(count.tolist(), banned, k) for banned in filters]
-    found = most_frequent(count, offsets, values, POINTS, k)
+    found = most_frequent(count, ragged, k)
     assert found.dtype == np.int64
     np.testing.assert_array_equal(found, expected)
     # Filtering after the cut is the mistake that this must not make.
@@ -59,7 +58,7 @@ def test_nearest_label_text_equals_brute_force(k: int) -> None:
     labels = (rng.normal(size=(NUM_LABELS, 6)) * rng.uniform(0.1, 9, (NUM_LABELS, 1))).astype(
         np.float32
     )
-    filters, offsets, values = random_filters(3)
+    filters, ragged = random_filters(3)
     expected = []
     for point, banned in zip(points.tolist(), filters, strict=True):
         cosine = [
@@ -67,7 +66,7 @@ def test_nearest_label_text_equals_brute_force(k: int) -> None:
             for label in labels.tolist()
         ]
         expected.append(best_first(cosine, banned, k))
-    found = nearest_label_text(points, labels, offsets, values, k)
+    found = nearest_label_text(points, labels, ragged, k)
     np.testing.assert_array_equal(found, expected)
     product = points @ labels.T
     cosine_best = (product / np.linalg.norm(labels, axis=1)).argmax(axis=1)
@@ -75,12 +74,10 @@ def test_nearest_label_text_equals_brute_force(k: int) -> None:
 
 
 def test_zero_embedding_and_no_points() -> None:
-    offsets = np.zeros(2, dtype=np.int64)
-    none = np.zeros(0, dtype=np.int64)
     zero, units = np.zeros((1, 3), np.float32), np.eye(3, dtype=np.float32)
-    found = nearest_label_text(zero, units, offsets, none, 2)
+    found = nearest_label_text(zero, units, Ragged.of_lists([[]]), 2)
     np.testing.assert_array_equal(found, [[0, 1]])
-    assert most_frequent(np.ones(3, np.int64), offsets[:1], none, 0, 2).shape == (0, 2)
+    assert most_frequent(np.ones(3, np.int64), Ragged.of_lists([]), 2).shape == (0, 2)
 
 
 @pytest.mark.usefixtures("block_elements")
@@ -106,12 +103,7 @@ def test_tfidf_ridge_equals_its_primal_solution() -> None:
     weights = np.linalg.solve(x.T @ x + np.eye(len(known)), x.T @ true)
     scores = np.array([row(text) for text in points]) @ weights
     filters = [{2}, set(), {0}]
-    offsets, values = np.array([0, 1, 1, 2]), np.array([2, 0])
+    ragged = Ragged.of_lists([[2], [], [0]])
     expected = [best_first(s, f, 2) for s, f in zip(scores.tolist(), filters, strict=True)]
-    found = tfidf_ridge(texts, sp.csr_matrix(true), points, offsets, values, 2)
+    found = tfidf_ridge(texts, sp.csr_matrix(true), points, ragged, 2)
     np.testing.assert_array_equal(found, expected)
-
-
-def test_offsets_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="among 2 points"):
-        most_frequent(np.ones(3, np.int64), np.array([0, 1]), np.array([0]), 2, 1)

@@ -1,4 +1,4 @@
-"""An export is a directory of sentence_transformers, and has a model card."""
+"""An export is a directory of sentence_transformers, and has a model export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from renee_ray.data import tokenizer
 from renee_ray.data.storage import write_file
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import padded_tokens, ragged
-from renee_ray.service.score import card, export
+from renee_ray.service.score import export
 
 from ..data.tiny import write_tiny
 
@@ -47,7 +47,7 @@ def test_other_libraries_embed_as_the_transformer_here(
     encoder.constant += 1.5
     export._save_encoder(tmp_path, encoder, config, config.name)
     length = LENGTH if encoder.prompt is None else encoder.prompt.limit
-    for name, content in card.sentence_transformers_files(encoder, config, length).items():
+    for name, content in export.sentence_transformers_files(encoder, config, length).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_file(str(tmp_path / name), content)
         assert export.FILES.fullmatch(name)
@@ -84,7 +84,7 @@ def test_the_card_tells_of_the_run_and_of_no_machine(
         state = State(step=17)
         manifest = Manifest(state, {"P@1": 41.25}, {}, 0.0)
 
-    text = card.card(config, dataset, Found())  # type: ignore[arg-type]
+    text = export.model_card(config, dataset, Found())  # type: ignore[arg-type]
     front = yaml.safe_load(text.split("---")[1])
     assert front["pipeline_tag"] == "text-classification"
     assert front.get("base_model") == (None if "name" in settings else EncoderConfig().name)

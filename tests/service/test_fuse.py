@@ -16,7 +16,7 @@ import pytest
 
 from renee_ray.cli.main import main
 from renee_ray.service.score import fuse as module
-from renee_ray.service.score import predicted
+from renee_ray.service.score import predictions as predicted
 
 from ..data.tiny import write_tiny
 

@@ -35,6 +35,7 @@ from renee_ray.service.observe.exported import GPU_GIB, METRICS, RECORD, Exporte
 from renee_ray.service.train.train import train
 
 from .conftest import LABELS, LONGER, RECIPE, Run, descendants, end, finish, run_so_far, start
+from .test_dashboard import exported
 from .test_train import OTHER_ORDER, assert_same_course, newest_commit, wait_for_commit, workers
 
 pytestmark = pytest.mark.slow
@@ -208,7 +209,7 @@ def watched(
 
 
 def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
-    assert {name for name, _ in watched.series} >= {metric.exported for metric in METRICS}
+    assert {name for name, _ in watched.series} >= {exported(metric) for metric in METRICS}
     seconds = {
         (phase, rank): watched.value(
             "ray_renee_ray_phase_seconds_total", phase=phase, kind=kind, rank=rank
@@ -228,7 +229,7 @@ def test_metrics_are_at_the_endpoint(watched: Watched) -> None:
     assert 0.5 < tokens / watched.value("ray_renee_ray_token_cells_total", rank="0") <= 1
     assert watched.value("ray_renee_ray_checkpoint_bytes_total", rank="0") > 20e6
     assert watched.value("ray_renee_ray_loss", rank="0") > 0
-    gib = {tags: gib for (name, tags), gib in watched.series.items() if name == GPU_GIB.exported}
+    gib = {tags: gib for (name, tags), gib in watched.series.items() if name == exported(GPU_GIB)}
     kinds = {dict(tags)["kind"] for tags in gib}
     assert kinds == {"peak", "reserved", "total"} and set(gib.values()) == {3.5}, "of `other` alone"
     assert watched.value("ray_renee_ray_validation", rank="0", metric="P@1") > 0

@@ -9,7 +9,6 @@ import pytest
 import ray
 
 from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.observe.progress import WorkerChannel
 from renee_ray.service.preemption import Requests
 from renee_ray.training.loop import STOP
 
@@ -36,16 +35,15 @@ def test_the_request_to_stop_reaches_whoever_waits_before_and_after() -> None:
 def test_what_is_flushed_has_arrived_and_without_ray_none_is_started() -> None:
     sent, logger = DriverChannel(), logging.getLogger("renee_ray")
     before = list(logger.handlers)
-    channel = WorkerChannel(sent, 1)
     try:
-        channel.forward_warnings()
+        sent.forward_warnings()
         logger.warning("the last words")
-        channel.flush()
+        sent.flush()
         assert sent.receive(1) == {"text": "the last words"}
     finally:
         logger.handlers[:] = before
         ray.shutdown()
-    channel.flush()
+    sent.flush()
     assert not ray.is_initialized()
 
 

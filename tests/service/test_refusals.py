@@ -57,9 +57,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_sources_that_are_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone, file, out = run.parent / "gone", run.parent / "texts.txt", run.parent / "out"
     file.write_text("a text\n")
-    assert f"{gone} does not exist" in refused(capsys, "evaluate", run, gone)
+    assert f"{gone} is not a renee_ray dataset" in refused(capsys, "evaluate", run, gone)
     assert f"{gone} does not exist" in refused(capsys, "predict", run, gone, out)
-    assert f"{file} is a file" in refused(capsys, "evaluate", run, file)
+    assert f"{file} is not a renee_ray dataset" in refused(capsys, "evaluate", run, file)
     assert f"{run} is a run" in refused(capsys, "evaluate", run, run)
     assert f"{run} is a run" in refused(capsys, "predict", run, run, out)
     assert "is not a run" in refused(capsys, "evaluate", run.parent / "set", run)
@@ -100,7 +100,7 @@ def test_a_split_without_labels(run: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_texts_longer_than_the_encoder_can_read(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = hf.RobertaConfig(vocab_size=30, max_position_embeddings=9, **small)
@@ -114,11 +114,6 @@ def test_texts_longer_than_the_encoder_can_read(
     assert said in refused(capsys, "evaluate", run, data)
     assert said in refused(capsys, "predict", run, data, out)
     assert said in refused(capsys, "predict", run, run.parent / "texts.txt", out)
-    assert said in refused(capsys, "export", run, out)
-    pytest.importorskip("uvicorn")
-    monkeypatch.setenv("RENEE_RAY_SERVE_TOKEN", "t" * 32)
-    assert said in refused(capsys, "serve", run)
-
     vocabulary = tokenizer.load(str(encoder)).hash
     made = write_tiny(run.parent / "training")
     layout.write_manifest(made.path, replace(made.manifest, vocabulary_hash=vocabulary))

@@ -28,7 +28,6 @@ def record(step: int, loss: float) -> dict[str, float]:
 def written(made: RunConfig, first: int, losses: list[float]) -> None:
     """A run, or the rest of one, whose records are of steps first + 1, ..."""
     opened = Sinks(made, first)
-    opened.start()
     for step, loss in enumerate(losses, start=first + 1):
         opened.record(record(step, loss), {"classifier": 0.25})
     opened.validation(first + len(losses), {"P@1": 40.0})

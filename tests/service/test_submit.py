@@ -178,7 +178,7 @@ client = submit.connect(address)
 client.submit_job(entrypoint=f'python -c "import time; {numbers}"', submission_id=name)
 say = lambda text: print(text, file=sys.stderr, flush=True)
 write = lambda text: print(text, end="", flush=True)
-follower = submit.Follower(client, submit.Submission(address, name), write, say, patience)
+follower = submit.Follower(client, name, write, say, patience)
 try:
     say(follower.follow().status)
 except submit.ReneeError as error:

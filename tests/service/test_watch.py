@@ -107,7 +107,7 @@ def test_who_did_not_come_is_blamed_whether_the_others_raise_or_die(timeout_s: f
 def test_nobody_is_blamed_for_another_end() -> None:
     assert Watch(1).blamed() == ""
     killed = died(600, 120)  # long before the timeout
-    assert "rank 2" in killed._missing.sentence() and killed.blamed() == ""
+    assert "rank 2" in killed._sentence and killed.blamed() == ""
 
     came = died(60, 60)
     told(came, [replace(waiting(r, 1), entered=901) for r in range(3)], 130)

@@ -1,54 +1,50 @@
 """The series that a worker exports at its node's Prometheus endpoint, through Ray.
 
-A name here is `ray_NAME` there, a counter's `ray_NAME_total`. Every series has the tags `run`,
-the last part of the run's path, and `rank`. Only sums and last values are sent, every few seconds.
+A name is `ray_renee_ray_NAME` there, a counter's `ray_renee_ray_NAME_total`. Every
+series has the tags `run`, the last part of the run's path, and `rank`. Only sums and last values
+are sent, every few seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Pace, Totals
-from renee_ray.service.observe.metric import STORAGE_RETRIES, Metric, count_retries, series
+from ray.util.metrics import Counter, Gauge
 
-PHASE_SECONDS = Metric(
-    "renee_ray_phase_seconds",
-    "counter",
+from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Pace, Totals
+from renee_ray.service.observe.metric import STORAGE_RETRIES, Metric, count_retries
+
+counter, gauge = partial(Metric, Counter), partial(Metric, Gauge)
+PHASE_SECONDS = counter(
+    "phase_seconds",
     "Seconds by phase of a step and kind of phase (data, own, collective, pause)",
     ("phase", "kind"),
 )
 TOTALS = {
-    "steps": Metric("renee_ray_steps", "counter", "Steps made, skipped ones included"),
-    "skipped": Metric("renee_ray_skipped_steps", "counter", "Steps skipped: a value not finite"),
-    "rows": Metric("renee_ray_rows", "counter", "Points that this rank trained on"),
-    "label_rows": Metric(
-        "renee_ray_label_rows", "counter", "This rank's labels times points of global batches"
-    ),
-    "tokens": Metric("renee_ray_tokens", "counter", "Tokens of this rank's points"),
-    "cells": Metric("renee_ray_token_cells", "counter", "The same, padded"),
-    "checkpoints": Metric("renee_ray_checkpoints", "counter", "Checkpoints that have ended"),
-    "checkpoint_seconds": Metric(
-        "renee_ray_checkpoint_seconds", "counter", "Seconds from a checkpoint's begin to its end"
-    ),
-    "checkpoint_bytes": Metric(
-        "renee_ray_checkpoint_bytes", "counter", "Bytes of checkpoints that this rank wrote"
-    ),
+    "steps": counter("steps", "Steps made, skipped ones included"),
+    "skipped": counter("skipped_steps", "Steps skipped: a value not finite"),
+    "rows": counter("rows", "Points that this rank trained on"),
+    "label_rows": counter("label_rows", "This rank's labels times points of global batches"),
+    "tokens": counter("tokens", "Tokens of this rank's points"),
+    "cells": counter("token_cells", "The same, padded"),
+    "checkpoints": counter("checkpoints", "Checkpoints that have ended"),
+    "checkpoint_seconds": counter("checkpoint_seconds", "Seconds from their begin to their end"),
+    "checkpoint_bytes": counter("checkpoint_bytes", "Bytes of them that this rank wrote"),
 }
 PACE = {
-    "step": Metric("renee_ray_step_seconds", "gauge", "Seconds of a step, mean of a sample"),
-    "own": Metric("renee_ray_own_step_seconds", "gauge", "The same without waiting for ranks"),
+    "step": gauge("step_seconds", "Seconds of a step, mean of a sample"),
+    "own": gauge("own_step_seconds", "The same without waiting for ranks"),
 }
 RECORD = {
-    "step": Metric("renee_ray_step", "gauge", "Steps done; rank 0"),
-    "total_steps": Metric("renee_ray_total_steps", "gauge", "Steps of the whole run; rank 0"),
-    "epoch": Metric("renee_ray_epoch", "gauge", "Epochs done; rank 0"),
-    "loss": Metric("renee_ray_loss", "gauge", "Sampled loss of a point; rank 0"),
+    "step": gauge("step", "Steps done; rank 0"),
+    "total_steps": gauge("total_steps", "Steps of the whole run; rank 0"),
+    "epoch": gauge("epoch", "Epochs done; rank 0"),
+    "loss": gauge("loss", "Sampled loss of a point; rank 0"),
 }
-VALIDATION = Metric(
-    "renee_ray_validation", "gauge", "Last validation, percent; rank 0", ("metric",)
-)
-GPU_GIB = Metric("renee_ray_gpu_gib", "gauge", "Memory of a GPU by kind; rank 0", ("kind",))
+VALIDATION = gauge("validation", "Last validation, percent; rank 0", ("metric",))
+GPU_GIB = gauge("gpu_gib", "Memory of a GPU by kind; rank 0", ("kind",))
 METRICS = (
     PHASE_SECONDS, STORAGE_RETRIES, *TOTALS.values(), *PACE.values(), *RECORD.values(), VALIDATION,
     GPU_GIB,
@@ -60,7 +56,7 @@ class Exported:
 
     def __init__(self, run: str, rank: int) -> None:
         self._tags = {"run": run, "rank": str(rank)}
-        self._series = {m.name: series(m) for m in METRICS if m is not STORAGE_RETRIES}
+        self._series = {m.name: m.open() for m in METRICS if m is not STORAGE_RETRIES}
         self._before = Totals()
         count_retries(run, rank)
 
@@ -90,7 +86,7 @@ class Exported:
 
     def _add(self, metric: Metric, amount: float, /, **tags: str) -> None:
         if amount > 0:  # Ray refuses to add nothing: what never happened has no series
-            self._series[metric.name].inc(amount, self._tags | tags)  # type: ignore[union-attr]
+            self._series[metric.name].inc(amount, self._tags | tags)
 
     def _set(self, metric: Metric, value: float, /, **tags: str) -> None:
-        self._series[metric.name].set(value, self._tags | tags)  # type: ignore[union-attr]
+        self._series[metric.name].set(value, self._tags | tags)

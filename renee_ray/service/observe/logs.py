@@ -19,33 +19,21 @@ def log_lines(log_format: str, run: str, rank: int, recorder: Recorder) -> None:
         log_format: `text` or `json`.
         run: name of the run; rank: this worker's; recorder: knows the step.
     """
-    logger = logging.getLogger("renee_ray")
-    for old in [each for each in logger.handlers if isinstance(each, _Lines)]:
-        logger.removeHandler(old)
-    handler = _Lines(sys.stderr)
-    handler.addFilter(_Where(run, rank, recorder))
-    handler.setFormatter(JSONLines() if log_format == "json" else logging.Formatter(TEXT))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # Ray Train's handler of the root would write each line again
+    logger, handler = logging.getLogger("renee_ray"), logging.StreamHandler(sys.stderr)
 
-
-class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only
-    """A handler that `log_lines` recognises as its own."""
-
-
-class _Where(logging.Filter):
-    """Adds time, run, rank and step to every record."""
-
-    def __init__(self, run: str, rank: int, recorder: Recorder) -> None:
-        super().__init__()
-        self._run, self._rank, self._recorder = run, rank, recorder
-
-    def filter(self, record: logging.LogRecord) -> bool:
+    def where(record: logging.LogRecord) -> bool:
         moment = datetime.fromtimestamp(record.created, UTC)
         record.time = moment.isoformat(timespec="milliseconds")
-        record.run, record.rank, record.step = self._run, self._rank, self._recorder.place().step
+        record.run, record.rank, record.step = run, rank, recorder.place().step
         return True
+
+    handler.set_name(__name__)
+    handler.addFilter(where)
+    handler.setFormatter(JSONLines() if log_format == "json" else logging.Formatter(TEXT))
+    others = [each for each in logger.handlers if each.get_name() != __name__]
+    logger.handlers = [*others, handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # Ray Train's handler of the root would write each line again
 
 
 class JSONLines(logging.Formatter):

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -25,9 +26,10 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
 from renee_ray.parallel.recorder import KINDS, Recorder, Totals
 from renee_ray.report.status import STATUS_FILE, STATUS_VERSION
+from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
-from renee_ray.service.observe.progress import WorkerChannel, line
+from renee_ray.service.observe.progress import evaluation_line, line
 from renee_ray.service.observe.sinks import Sinks
 from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
@@ -65,7 +67,7 @@ class Observer:
         config: RunConfig,
         ranks: Ranks,
         device: torch.device,
-        channel: WorkerChannel,
+        channel: DriverChannel,
         state: State,
         launched_s: float,
         history: History | None,
@@ -76,7 +78,6 @@ class Observer:
         self._exported = Exported(run_name(config), ranks.rank)
         settings = config.observe
         self._stragglers = Stragglers(settings.straggler_factor, settings.straggler_window_s)
-        self._sinks = Sinks(config, state.step)
         self._status: Status | None = None
         if history is not None:
             self._status = Status(config, state, launched_s, history)
@@ -94,7 +95,6 @@ class Observer:
         self._group = int(all_sum(ranks, torch.tensor(began)))
         if self._status is not None:
             self._status.start(self._nodes)
-            self._sinks.start()
         self._thread.start()
         log.info("rank %d of %d on %s, after step %d", ranks.rank, ranks.num_ranks, self._node,
                  self._state.step)  # fmt: skip
@@ -117,7 +117,7 @@ class Observer:
         if self._status is None:
             return
         if error is None:
-            self._sinks.close()
+            self._status.sinks.close()
             self._status.ended(self.recorder, "stopped" if self.stopped else "finished")
         else:
             self._status.writer.close(FAILED_CLOSE_S)
@@ -132,9 +132,9 @@ class Observer:
                 "rank %d on %s is slow: %.1f times the median of all in its own part of a step",
                 rank, self._nodes[rank], times,
             )  # fmt: skip
-        self._channel.record(record)
+        self._channel.send(record)
         self._exported.record(record)
-        self._sinks.record(record, self._phases())
+        self._status.sinks.record(record, self._phases())
         self._status.sampled(record, self.recorder, self._stragglers.slow)
         if time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
@@ -142,15 +142,17 @@ class Observer:
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         if self._status is not None:
-            self._status.evaluated()
+            if self._state.evaluation is not None:
+                self._status.history.evals.append(self._state.evaluation)
             self._exported.validation(metrics)
-            self._sinks.validation(step, metrics)
+            self._status.sinks.validation(step, metrics)
             log.info("validation after step %d: %s", step, metrics)
+            self._channel.say(evaluation_line(step, metrics))
 
     def write_history(self) -> None:
         """Hands the curves to the thread that writes them."""
         if self._status is not None:
-            self._status.write_history()
+            self._status.writer.put(HISTORY_FILE, self._status.history.content())
 
     def flush_history(self) -> None:
         """Waits for the curves, FLUSH_S at most, so that no checkpoint is ahead of them."""
@@ -161,7 +163,8 @@ class Observer:
         """Notes that the checkpoint of `step` has ended; this rank wrote `written` bytes of it."""
         self.recorder.checkpointed(seconds, written)
         if self._status is not None:
-            self._status.checkpointed(step, seconds)
+            done = {"step": step, "time_s": time.time(), "seconds": seconds}
+            self._status.content["checkpoint"] = done
             log.info("checkpoint of step %d: %.1f s, %d bytes of rank 0", step, seconds, written)
 
     def _phases(self) -> dict[str, float]:
@@ -178,19 +181,19 @@ class Observer:
     def _run(self) -> None:
         while True:
             self._tell()
-            if self._status is not None:
-                self._status.write_when_due(self.recorder)
+            status = self._status
+            if status is not None and time.monotonic() - status.written >= STATUS_SECONDS:
+                status.write(self.recorder)
             if self._closed.wait(beat_seconds(self._config.timeout_s)):
                 return
 
     def _tell(self, *, ended: bool = False) -> None:
         place = self.recorder.place()
-        self._channel.beat(
-            Beat(
-                self._group, self._ranks.rank, self._node, os.getpid(),
-                place.step, place.phase, place.entered, place.seconds, ended,
-            )
+        beat = Beat(
+            self._group, self._ranks.rank, self._node, os.getpid(),
+            place.step, place.phase, place.entered, place.seconds, ended,
         )  # fmt: skip
+        self._channel.send({"beat": asdict(beat)})
         self._exported.totals(self.recorder.totals())
         if self.recorder.paces:
             self._exported.pace(self.recorder.paces[self._ranks.rank])
@@ -199,15 +202,17 @@ class Observer:
 class Status:
     """Writes RUN/status.json, which renee_ray/report/status.py reads, and RUN/history.json."""
 
+    sinks: Sinks
+
     def __init__(
         self, config: RunConfig, state: State, launched_s: float, history: History
     ) -> None:
         self._config, self._state, self._launched_s = config, state, launched_s
         self._directory = RunDirectory(config.output)
-        self._history, self.writer = history, BackgroundWriter(self._directory)
-        self._content: dict[str, Any] = {}
+        self.history, self.writer = history, BackgroundWriter(self._directory)
+        self.content: dict[str, Any] = {}
         self._nodes: list[str] = []
-        self._written = -STATUS_SECONDS
+        self.written = -STATUS_SECONDS
 
     def start(self, nodes: list[str]) -> None:
         """Begins a group of workers on these nodes, and the thread that writes."""
@@ -217,7 +222,7 @@ class Status:
         if again:
             step = self._state.step
             log.warning("the workers were started again; they go on after step %d", step)
-        self._content = before | {
+        self.content = before | {
             "format_version": STATUS_VERSION,
             "state": "running",
             "reason": "",
@@ -227,14 +232,15 @@ class Status:
             "num_workers": len(nodes),
             "epochs": self._config.epochs,
             "ranks": [],
-            "record": self._history.steps[-1] if self._history.steps else None,
+            "record": self.history.steps[-1] if self.history.steps else None,
         }
         self.writer.start()
+        self.sinks = Sinks(self._config, self._state.step)
 
     def sampled(self, record: dict[str, Any], recorder: Recorder, slow: list[int]) -> None:
-        self._history.add(record)
-        self._content["record"] = record
-        self._content["ranks"] = [
+        self.history.add(record)
+        self.content["record"] = record
+        self.content["ranks"] = [
             {
                 "rank": rank, "node": self._nodes[rank], "step_s": pace.step, "own_s": pace.own,
                 "data_s": pace.data, "slow": rank in slow,
@@ -242,28 +248,14 @@ class Status:
             for rank, pace in enumerate(recorder.paces)
         ]  # fmt: skip
 
-    def evaluated(self) -> None:
-        if self._state.evaluation is not None:
-            self._history.evals.append(self._state.evaluation)
-
-    def checkpointed(self, step: int, seconds: float) -> None:
-        self._content["checkpoint"] = {"step": step, "time_s": time.time(), "seconds": seconds}
-
     def ended(self, recorder: Recorder, state: str) -> None:
-        self._content |= {"state": state, "reason": ""}
-        self._write(recorder)
+        self.content |= {"state": state, "reason": ""}
+        self.write(recorder)
         self.writer.close(CLOSE_S)
 
-    def write_history(self) -> None:
-        self.writer.put(HISTORY_FILE, self._history.content())
-
-    def write_when_due(self, recorder: Recorder) -> None:
-        if time.monotonic() - self._written >= STATUS_SECONDS:
-            self._write(recorder)
-
-    def _write(self, recorder: Recorder) -> None:
-        self._written, place = time.monotonic(), recorder.place()
-        self._content |= {
+    def write(self, recorder: Recorder) -> None:
+        self.written, place = time.monotonic(), recorder.place()
+        self.content |= {
             "time_s": time.time(),
             "step": self._state.step,
             "phase": place.phase,
@@ -271,10 +263,10 @@ class Status:
             "doing": recorder.doing,
             "skipped": self._state.skipped,
             "evaluation": self._state.evaluation,
-            "best": self._history.best(self._config.evaluation.metric),
+            "best": self.history.best(self._config.evaluation.metric),
             "metric": self._config.evaluation.metric,
         }
-        self.writer.put(STATUS_FILE, dict(self._content))
+        self.writer.put(STATUS_FILE, dict(self.content))
 
 
 @contextlib.contextmanager

@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.observe.watch import Beat, Watch
 
 LINE_SECONDS = 30
 """Seconds between two lines of progress, where there is no terminal that could show a bar."""
-FLUSH_SECONDS = 5
 WATCH_SECONDS, LATE_SECONDS = 2.0, 0.5
 """Seconds between two looks at who is silent. Each calls an actor on the workers' cores."""
 SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
-FIELDS = ("epoch", "loss", "rows_per_second", "padding", "encoder_lr", "classifier_lr")
-Show = Callable[[dict[str, Any]], None]
-
-
-class WorkerChannel:
-    """A worker's end of the driver channel: rank 0 sends records, every rank its warnings."""
-
-    def __init__(self, channel: DriverChannel | None, rank: int) -> None:
-        self._channel, self._rank = channel, rank
-        self._last: ray.ObjectRef | None = None
-
-    def record(self, record: dict[str, Any]) -> None:
-        if self._rank == 0:
-            self._send(record)
-
-    def say(self, text: str) -> None:
-        self._send({"text": text})
-
-    def beat(self, beat: Beat) -> None:
-        self._send({"beat": beat.to_dict()})
-
-    def forward_warnings(self) -> None:
-        """Sends the warnings of this package in this worker to the driver from now on."""
-        logging.getLogger("renee_ray").addHandler(_Forward(self))
-
-    def _send(self, record: dict[str, Any]) -> None:
-        if self._channel is not None:
-            self._last = self._channel.send(record)
-
-    def flush(self) -> None:
-        """Waits until what was sent has arrived, FLUSH_SECONDS at most; before a process ends."""
-        # Logging flushes again when the interpreter exits, and Ray, asked then, would start anew.
-        if self._last is not None and ray.is_initialized():
-            ray.wait([self._last], timeout=FLUSH_SECONDS)
-
-
-class _Forward(logging.Handler):
-    def __init__(self, channel: WorkerChannel) -> None:
-        super().__init__(logging.WARNING)
-        self._channel = channel
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._channel.say(record.getMessage())
-
-    def flush(self) -> None:
-        self._channel.flush()
 
 
 class Display:
@@ -78,10 +28,9 @@ class Display:
 
     channel: DriverChannel
 
-    def __init__(self, console: Console | None = None, watch: Watch | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self.watch = watch
-        self._stop = threading.Event()
+    def __init__(self, watch: Watch | None = None) -> None:
+        self._console, self.watch = Console(stderr=True), watch
+        self._stop, self._shown_s = threading.Event(), -float(LINE_SECONDS)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Display:
@@ -96,8 +45,10 @@ class Display:
         self.channel.close()
 
     def _run(self) -> None:
-        show = _bar if self._console.is_terminal else _lines
-        with show(self._console) as shown:
+        with Progress(
+            BarColumn(), TextColumn("{task.description}"), console=self._console,
+            disable=not self._console.is_terminal,
+        ) as self._bar:  # fmt: skip
             while True:
                 # What workers sent last may come after what this process sent.
                 timeout = LATE_SECONDS if self._stop.is_set() else WATCH_SECONDS
@@ -108,7 +59,24 @@ class Display:
                 if record is None and self._stop.is_set():
                     return
                 for each in self._watched(record):
-                    shown(each)
+                    self._show(each)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        """Shows a sentence or a record: as a bar, or for logs as a line every LINE_SECONDS."""
+        text, now = record.get("text"), time.monotonic()
+        if text is None and self._console.is_terminal:
+            task = next(iter(self._bar.task_ids), None)
+            task = self._bar.add_task("") if task is None else task
+            self._bar.update(
+                task, total=record["total_steps"], completed=record["step"],
+                description=line(record),
+            )  # fmt: skip
+            return
+        if text is None:
+            if now - self._shown_s < LINE_SECONDS and record["step"] != record["total_steps"]:
+                return
+            self._shown_s, text = now, line(record)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _watched(self, record: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Yields the record, unless it is a heartbeat, and the watch's complaint, if any."""
@@ -121,50 +89,6 @@ class Display:
             self.watch.saw(Beat(**record["beat"]), now)
         if complaint := self.watch.complaint(now):
             yield {"text": complaint}
-
-
-@contextlib.contextmanager
-def _bar(console: Console) -> Iterator[Show]:
-    task: Any = None
-    with Progress(
-        TextColumn("epoch {task.fields[epoch]:.2f}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rows_per_second]:.0f} rows/s  "
-                   "{task.fields[padding]:.0%} padding  "
-                   "lr {task.fields[encoder_lr]:.1e}/{task.fields[classifier_lr]:.1e}"),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:  # fmt: skip
-
-        def show(record: dict[str, Any]) -> None:
-            nonlocal task
-            if "text" in record:
-                progress.console.print(record["text"], markup=False)
-                return
-            fields = {name: record[name] for name in FIELDS}
-            if task is None:
-                task = progress.add_task("", total=record["total_steps"], **fields)
-            progress.update(task, completed=record["step"], **fields)
-
-        yield show
-
-
-@contextlib.contextmanager
-def _lines(console: Console) -> Iterator[Show]:
-    """Shows a record as a line every LINE_SECONDS, for logs."""
-    last = -float(LINE_SECONDS)
-
-    def show(record: dict[str, Any]) -> None:
-        nonlocal last
-        text, now = record.get("text"), time.monotonic()
-        if text is None:
-            if now - last < LINE_SECONDS and record["step"] != record["total_steps"]:
-                return
-            last, text = now, line(record)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    yield show
 
 
 def line(record: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from renee_ray.config.overrides import dotted
 from renee_ray.config.schema import RunConfig
@@ -32,14 +32,6 @@ CURVES = (
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 CLOSE_S = 30.0
 EXPERIMENT, RUN_TAG = "renee_ray", "renee_ray.output"
-
-
-class Sink(Protocol):
-    """Where numbers of a step go."""
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def check_sinks(config: RunConfig) -> None:
@@ -64,7 +56,7 @@ def check_sinks(config: RunConfig) -> None:
 
 
 class Sinks:
-    """All sinks of a run, written to by a thread that `start` starts.
+    """All sinks of a run, which rank 0 makes and a thread writes to.
 
     Args:
         step: the run begins, or goes on, after it; later entries of a run cut off are replaced.
@@ -72,32 +64,24 @@ class Sinks:
 
     def __init__(self, config: RunConfig, step: int) -> None:
         self._config, self._step = config, step
-        self._open: dict[str, Sink] = {}
+        self._open: dict[str, TensorBoard | MLflow] = {}
         self._queue: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
-
-    def start(self) -> None:
-        """Begins to write, where there is anything to write to."""
-        if self._config.observe.log_to:
-            self._thread.start()
+        self._thread.start()
 
     def record(self, record: Mapping[str, Any], phases: Mapping[str, float]) -> None:
         """Takes a record of training/loop, and seconds a step by phase."""
         numbers = {f"train/{key}": float(record[key]) for key in CURVES if record[key] is not None}
-        self._put(record["step"], numbers | {f"seconds/{k}": v for k, v in phases.items()})
+        numbers |= {f"seconds/{phase}": seconds for phase, seconds in phases.items()}
+        self._queue.put((record["step"], numbers))
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._put(step, {f"validation/{name}": value for name, value in metrics.items()})
+        self._queue.put((step, {f"validation/{name}": value for name, value in metrics.items()}))
 
     def close(self) -> None:
         """Waits until everything is written, CLOSE_S at most."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join(CLOSE_S)
-
-    def _put(self, step: int, numbers: dict[str, float]) -> None:
-        if self._config.observe.log_to:
-            self._queue.put((step, numbers))
+        self._queue.put(None)
+        self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         for name in self._config.observe.log_to:
@@ -176,7 +160,10 @@ class MLflow:
         return run
 
 
-SINKS: dict[str, Callable[[RunConfig, int], Sink]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+SINKS: dict[str, Callable[[RunConfig, int], TensorBoard | MLflow]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+}
 
 
 def _tensorboard_dir(config: RunConfig) -> str:

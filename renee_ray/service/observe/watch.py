@@ -8,9 +8,8 @@ Everything here only decides, so all of it is tested without a cluster.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median_low
-from typing import Any
 
 from renee_ray.parallel.recorder import KINDS, Pace
 
@@ -44,33 +43,8 @@ class Beat:
     seconds: float
     ended: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def who(self) -> str:
         return f"rank {self.rank} on {self.node} (process {self.pid})"
-
-
-@dataclass(frozen=True)
-class Missing:
-    """The workers that are missing in a collective.
-
-    collective: its group, and the number of phases that who waits in it has entered.
-    ranks: what is known of each missing one; waiting: how many wait; place: where they wait.
-    """
-
-    collective: tuple[int, int]
-    ranks: dict[int, str]
-    waiting: int
-    place: str
-
-    def sentence(self) -> str:
-        others = "another worker waits" if self.waiting == 1 else f"{self.waiting} others wait"
-        whom = "it" if len(self.ranks) == 1 else "them"
-        return f"{'; '.join(self.ranks.values())}; {others} for {whom} {self.place}"
-
-
-NOBODY = Missing((-1, -1), {}, 0, "")
 
 
 @dataclass
@@ -84,7 +58,9 @@ class Watch:
     _group: int = -1
     _over: bool = False
     _beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
-    _missing: Missing = NOBODY
+    _collective: tuple[int, int] = (-1, -1)
+    _missing: set[int] = field(default_factory=set)
+    _sentence: str = ""
 
     @property
     def patience(self) -> float:
@@ -107,15 +83,16 @@ class Watch:
         """Returns a sentence on the workers that others wait for, once for each collective."""
         if self._over or (found := self._look(now)) is None:
             return None
-        before = self._missing
-        new = found.collective != before.collective
+        missing, sentence = found
+        collective = self._group, self._front()
+        new = collective != self._collective
         # Whoever dies of the wait is silent too, so later looks add nobody to the first.
-        if new or found.ranks.keys() <= before.ranks.keys():
-            self._missing = found
-        return f"{found.sentence()}, for at most {self.timeout_s:.0f} s" if new else None
+        if new or missing <= self._missing:
+            self._collective, self._missing, self._sentence = collective, missing, sentence
+        return f"{sentence}, for at most {self.timeout_s:.0f} s" if new else None
 
-    def _look(self, now: float) -> Missing | None:
-        """Finds who keeps the others waiting for longer than `patience`."""
+    def _look(self, now: float) -> tuple[set[int], str] | None:
+        """Finds the ranks that others wait for longer than `patience`, and a sentence on them."""
         silent: dict[int, str] = {}
         late: dict[int, str] = {}
         waiting: list[Beat] = []
@@ -133,8 +110,12 @@ class Watch:
                               f"for {still:.0f} s")  # fmt: skip
         if longest <= self.patience or not (silent or late):
             return None
-        place = f"in phase `{waiting[0].phase}` of step {waiting[0].step}"
-        return Missing((self._group, front), silent or late, len(waiting), place)
+        missing = silent or late
+        others = "another worker waits" if len(waiting) == 1 else f"{len(waiting)} others wait"
+        return set(missing), (
+            f"{'; '.join(missing.values())}; {others} for {'it' if len(missing) == 1 else 'them'} "
+            f"in phase `{waiting[0].phase}` of step {waiting[0].step}"
+        )
 
     def blamed(self) -> str:
         """Names who did not come to the collective in which the others waited until its timeout.
@@ -147,8 +128,8 @@ class Watch:
         waited = max((beat.seconds for beat in beats if beat.entered == front), default=0.0)
         to_the_end = waited >= self.timeout_s - 2 * beat_seconds(self.timeout_s)
         failed_itself = any(beat.ended and beat.entered < front for beat in beats)
-        same = self._missing.collective == (self._group, front)
-        return self._missing.sentence() if same and to_the_end and not failed_itself else ""
+        same = self._collective == (self._group, front)
+        return self._sentence if same and to_the_end and not failed_itself else ""
 
     def _front(self) -> int:
         return max((beat.entered for beat, _ in list(self._beats.values())), default=0)

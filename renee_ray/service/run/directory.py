@@ -13,9 +13,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.fs as pafs
-from pydantic import ValidationError
-
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import make_config
@@ -23,7 +20,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import filesystem_of, make_directory, read_file, replace_file
 from renee_ray.data.untrusted import refuse_links_out
-from renee_ray.errors import SHOWN, ReneeError
+from renee_ray.errors import ConfigError, ReneeError
 
 RUN_FILE, HISTORY_FILE = "run.json", "history.json"
 
@@ -33,9 +30,6 @@ class RunDirectory:
     """A run's directory, local or remote."""
 
     path: str
-
-    def _located(self) -> tuple[pafs.FileSystem, str]:
-        return filesystem_of(self.path)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the run; None where it is not there."""
@@ -58,7 +52,7 @@ class RunDirectory:
         Raises:
             ReneeError: there is no run here.
         """
-        refuse_links_out(*self._located(), self.path)
+        refuse_links_out(*filesystem_of(self.path), self.path)
         saved = self.read(RUN_FILE)
         if saved is None:
             raise ReneeError(
@@ -67,18 +61,10 @@ class RunDirectory:
             )
         self._part(saved, "dataset")
         config = self._part(saved, "config")
-        where = f"{self.path}/{RUN_FILE}"
         try:
-            return RunConfig.model_validate(config)
-        except ValidationError as error:
-            unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
-        if unknown:
-            key = ".".join(str(part) for part in unknown[0]["loc"])
-            raise ReneeError(
-                f"{where} has the key {key!r:.{SHOWN}}, which this version of renee_ray does not "
-                f"know; use the version that made the run"
-            )
-        return make_config(RunConfig, config, where=where)
+            return make_config(RunConfig, config, where=f"{self.path}/{RUN_FILE}")
+        except ConfigError as error:
+            raise ReneeError(f"{error}; this needs the renee_ray that made the run") from None
 
     def _part(self, saved: dict[str, Any], name: str) -> dict[str, Any]:
         part = saved.get(name)
@@ -103,11 +89,11 @@ class RunDirectory:
         return Dataset.open(path)
 
     def checkpoints(self) -> Checkpoints:
-        refuse_links_out(*self._located(), self.path)
+        refuse_links_out(*filesystem_of(self.path), self.path)
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:
-        """Finds the `best` whole checkpoint, by the run's `evaluation.metric`, or the `last`.
+        """Finds the `best` whole checkpoint, by `evaluation.metric`, the `last`, or one by name.
 
         Without a validation split, the best one is the last.
 
@@ -115,6 +101,8 @@ class RunDirectory:
             ReneeError: there is none.
         """
         found = self.checkpoints()
+        if which not in ("best", "last"):
+            return found.at(which)
         chosen = found.best(self.config().evaluation.metric) if which == "best" else found.newest()
         if chosen is None:
             raise ReneeError(

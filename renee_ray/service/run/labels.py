@@ -11,12 +11,19 @@ import pyarrow.compute as pc
 from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset, Extended, add_hashes, hash_labels
-from renee_ray.data.storage import read_file
+from renee_ray.data.storage import absolute, read_file
 from renee_ray.errors import ReneeError
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
 BLOCK = 1 << 16
 """Labels whose texts are compared together."""
+
+
+def opened(run: str, which: str) -> tuple[RunDirectory, Checkpoint, Dataset]:
+    """Opens a run, a checkpoint as `RunDirectory.checkpoint`, and the dataset of all its labels."""
+    directory = RunDirectory(absolute(run))
+    checkpoint = directory.checkpoint(which)
+    return directory, checkpoint, labels_of(directory, directory.dataset(), checkpoint)
 
 
 def labels_of(directory: RunDirectory, dataset: Dataset, checkpoint: Checkpoint) -> Dataset:
@@ -115,7 +122,7 @@ def check_labels(directory: RunDirectory, dataset: Dataset, added: Sequence[str]
                 f"{directory.path} was trained with {key}={trained.get(key)!r} and "
                 f"{dataset.path} has {have!r}; convert it with the run's tokenizer and labels"
             )
-    texts = manifest.has_label_texts and trained.get("has_label_texts", True)
+    texts = manifest.has_label_texts and trained.get("has_label_texts")
     if trained.get("manifest_hash") == manifest.hash or not texts:
         return
     known = str(trained.get("labels_hash"))

@@ -20,6 +20,7 @@ from torch import Tensor
 from renee_ray.config.schema import EvalConfig
 from renee_ray.parallel.collectives import Ranks, gather_rows, row_counts
 from renee_ray.scoring.calibration import BINS, TOP, Calibration, calibration_error
+from renee_ray.scoring.metrics import find_hits
 from renee_ray.scoring.scorer import Answer
 from renee_ray.service.run.directory import RunDirectory
 
@@ -27,14 +28,13 @@ log = logging.getLogger(__name__)
 
 CALIBRATION = "calibration.json"
 ROWS = 1 << 20
-"""Points of all ranks that are looked at, the first of each rank: rows come in a random order."""
+"""Points of all ranks that are looked at, about: the first of each, as rows come at random."""
 
 
 def facts(checkpoint: str, settings: EvalConfig) -> dict[str, Any]:
     """Returns what a calibration depends on."""
-    votes = {"neighbours": settings.neighbours, "neighbour_weight": settings.neighbour_weight}
-    used = votes if settings.neighbours else {"neighbours": 0}
-    return {"checkpoint": checkpoint, "tail": settings.tail, **used}
+    used = ("tail", "neighbours", "neighbour_weight")[: 3 if settings.neighbours else 2]
+    return {"checkpoint": checkpoint, **{key: getattr(settings, key) for key in used}}
 
 
 def calibration_of(
@@ -67,15 +67,13 @@ class Seen:
         """Yields the answers."""
         left = ROWS // self.ranks.num_ranks
         for answer in answers:
-            batch, labels = answer.batch, answer.labels[:left, :TOP].numpy()
-            assert batch.rows is not None
-            row, true = batch.labels.pairs()
-            width = 1 + max(labels.max(initial=0), true.max(initial=0))
-            hit = np.isin(np.arange(len(labels))[:, None] * width + labels, row * width + true)
-            odd = np.broadcast_to(batch.rows[: len(labels), None] % 2, labels.shape)
-            scores = answer.scores[:left, :TOP].numpy()
-            found = np.stack([scores, hit, odd], -1)[labels >= 0]
-            self.pairs.append(torch.from_numpy(found.astype(np.float32)))
+            batch, labels = answer.batch, answer.labels[:, :TOP].numpy()
+            if left > 0:
+                assert batch.rows is not None
+                hit = find_hits(labels, batch.labels)[0]
+                odd = np.broadcast_to(batch.rows[:, None] % 2, labels.shape)
+                found = np.stack([answer.scores[:, :TOP].numpy(), hit, odd], -1)[labels >= 0]
+                self.pairs.append(torch.from_numpy(found.astype(np.float32)))
             left -= len(labels)
             yield answer
 

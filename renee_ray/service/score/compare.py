@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from renee_ray.config.compare import CompareConfig
 from renee_ray.config.overrides import dotted
-from renee_ray.config.score import ScoreConfig
+from renee_ray.config.score import CompareConfig, ScoreConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
@@ -27,7 +26,7 @@ from renee_ray.scoring.comparison import Comparison, Terms, compare
 from renee_ray.scoring.scorer import Propensities, read_counts
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.score.predict import predict_run
-from renee_ray.service.score.predicted import Predicted, padded, together, true_labels
+from renee_ray.service.score.predictions import Predicted, padded, together, true_labels
 from renee_ray.xfc.labels import LabelRange
 
 K = 100
@@ -152,9 +151,7 @@ def _terms(
     inverse = Propensities.read(dataset, every, Ranks()).of(true.values)
     counts = read_counts(dataset, every)[true.values]
     best = [np.concatenate(own) for own in labels]
-    terms = [
-        Terms.of(each, true.values, true.offsets, inverse, np.asarray(counts)) for each in best
-    ]
+    terms = [Terms.of(each, true, inverse, np.asarray(counts)) for each in best]
     return terms, [each[:, :TOP] for each in best], true
 
 

@@ -2,7 +2,7 @@
 
     export.json                     what is here, and how a score comes about; written last
                                     (until then `_claim.json`, data/destination.py)
-    README.md                       a model card (service/score/card.py)
+    README.md                       a model card
     modules.json, 1_Pooling/ ...    for sentence_transformers: the transformer's part of embeddings
     encoder/                        a Hugging Face directory: AutoModel, AutoTokenizer
     adapter/                        where it was trained by LoRA, which `encoder` contains: for peft
@@ -19,41 +19,43 @@ wherever the export goes.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import tempfile
-from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.schema import EncoderConfig, LoraConfig
+from renee_ray.config.overrides import dotted
+from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, LoraConfig, RunConfig
 from renee_ray.config.score import ExportConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
-from renee_ray.model.encoder import Encoder, build_encoder, check_positions
-from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import labels_of
-from renee_ray.service.score import card
+from renee_ray.model.encoder import Encoder
+from renee_ray.service.run.labels import opened
 from renee_ray.service.score.calibrate import calibration_of
+from renee_ray.service.score.trained import CPU, TRAINED, trained_encoder, trained_shard
 from renee_ray.xfc.labels import LabelRange
-from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.weights.storages import Weights
 
 MANIFEST, FORMAT_VERSION = "export.json", 1
 HEAD, ENCODER, ADAPTER = "head.safetensors", "encoder", "adapter"
-FOLDERS = (ENCODER, ADAPTER, *card.FOLDERS)
+CARD, ROOT = "README.md", ("modules.json", "config_sentence_transformers.json")
+POOLED, UNIT = "1_Pooling", "2_Normalize"
+FOLDERS = (ENCODER, ADAPTER, POOLED, UNIT)
 FILES = re.compile(
     rf"(?:{'|'.join(FOLDERS)})/[\w.-]+\.(?:json|txt|model|safetensors|jinja|codes|bpe)|"
-    rf"{card.CARD}|{'|'.join(card.ROOT)}|"
+    rf"{CARD}|{'|'.join(ROOT)}|"
     r"head\.safetensors|classifier-\d+\.safetensors|labels-\d+\.parquet"
 )
 EXPORT = Kind(
@@ -62,15 +64,14 @@ EXPORT = Kind(
 )  # fmt: skip
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
-CPU = torch.device("cpu")
-TRAINED: dict[str, Any] = {"compile": False, "weights": ""}
-"""Settings of an encoder that has all its weights: what it began with is not looked at."""
 TOKENS = "tokens = tokenizer(text, truncation=True, max_length=max_length); "
 PROMPT = (
     "if there are more than {limit} tokens, keep the first {limit} - 1 and the last; "
     "tokens = tokens[:{first}] + {tokens} + tokens[{first}:]; "
 )
 POOLING = {"mean": "mean", "cls": "first", "last": "last"}
+THEIR_POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
+"""Words of sentence_transformers for ours."""
 TRANSFORMER = (
     "e = {pooling} of encoder(tokens).last_hidden_state over the tokens that are no padding; "
     "e = bottleneck @ e, where there is one; "
@@ -97,22 +98,22 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         ReneeError: no run, no checkpoint, its dataset is gone, or `destination` is taken.
     """
     quiet()
-    directory = RunDirectory(absolute(run))
-    settings, dataset = directory.config(), directory.dataset()
-    check_positions(settings.encoder, dataset.manifest.max_length)
-    checkpoint = directory.checkpoint(config.checkpoint)
-    dataset = labels_of(directory, dataset, checkpoint)
+    directory, checkpoint, dataset = opened(run, config.checkpoint)
+    settings = directory.config()
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
-    owned = list(_ranges(dataset.manifest.num_labels, encoder.dim))
+    number, size = dataset.manifest.num_labels, max(1, RANGE_BYTES // (4 * encoder.dim))
+    owned = [
+        LabelRange(start, min(start + size, number), number) for start in range(0, number, size)
+    ]
     only = encoder.prompt is not None and encoder.bag is None  # a bag reads what it displaces
     length = encoder.prompt.limit if encoder.prompt and only else settings.encoder.max_length
     length = min(length, dataset.manifest.max_length)
     no_votes = settings.evaluation.model_copy(update={"neighbours": 0})
     calibration = calibration_of(directory, checkpoint.name, no_votes)
-    written = card.sentence_transformers_files(encoder, settings.encoder, length)
-    written[card.CARD] = card.card(settings, dataset, checkpoint).encode()
+    written = sentence_transformers_files(encoder, settings.encoder, length)
+    written[CARD] = model_card(settings, dataset, checkpoint).encode()
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         _save_encoder(Path(local), encoder, settings.encoder, dataset.manifest.tokenizer)
         saved = sorted(f"{file.parent.name}/{file.name}" for file in Path(local).glob("*/*"))
@@ -126,14 +127,14 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         write_file(f"{output.path}/{file}", bytes_of)
     write_file(f"{output.path}/{HEAD}", save(_head(encoder)))
     ranges = [
-        _write_range(output.path, index, each, checkpoint, dataset, encoder.dim)
+        _write_range(output.path, index, each, checkpoint, dataset)
         for index, each in enumerate(owned)
     ]
     content = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
         "model": checkpoint.hash,
-        "num_labels": dataset.manifest.num_labels,
+        "num_labels": number,
         "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
         "max_length": length,
@@ -149,28 +150,6 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     }
     output.publish(content)
     return content
-
-
-def trained_encoder(
-    settings: EncoderConfig, checkpoint: Checkpoint, device: torch.device
-) -> Encoder:
-    """Builds the encoder of a run, with the weights of one of its checkpoints."""
-    encoder = build_encoder(settings.model_copy(update=TRAINED), device, 0)
-    checkpoint.load_encoder(encoder)
-    return encoder
-
-
-def trained_rows(checkpoint: Checkpoint, owned: LabelRange, dim: int) -> Tensor:
-    """Reads the rows of a range of labels, float32 [n, D]."""
-    weights = Weights(checkpoint.state.facts["precision"], len(owned), dim, False, CPU)
-    checkpoint.load_shard(Shard(owned, weights), momentum=False)
-    return weights.weight.read(0, len(owned))
-
-
-def _ranges(num_labels: int, dim: int) -> Iterator[LabelRange]:
-    size = max(1, RANGE_BYTES // (4 * dim))
-    for start in range(0, num_labels, size):
-        yield LabelRange(start, min(start + size, num_labels), num_labels)
 
 
 def _score(encoder: Encoder, settings: EncoderConfig) -> str:
@@ -230,15 +209,10 @@ def _range_names(index: int) -> tuple[str, str]:
 
 
 def _write_range(
-    destination: str,
-    index: int,
-    owned: LabelRange,
-    checkpoint: Checkpoint,
-    dataset: Dataset,
-    dim: int,
+    destination: str, index: int, owned: LabelRange, checkpoint: Checkpoint, dataset: Dataset
 ) -> dict[str, Any]:
     names = _range_names(index)
-    weight = trained_rows(checkpoint, owned, dim).contiguous()
+    weight = trained_shard(checkpoint, owned, CPU).weights.read(0, len(owned)).contiguous()
     write_file(f"{destination}/{names[0]}", save({"weight": weight}))
     table = dataset.read_rows(
         "labels", owned.start, owned.stop, ["label_id", "text", "train_count"]
@@ -247,3 +221,69 @@ def _write_range(
     pq.write_table(table, buffer, compression="zstd")
     write_file(f"{destination}/{names[1]}", buffer.getvalue())
     return {"start": owned.start, "stop": owned.stop, "classifier": names[0], "labels": names[1]}
+
+
+def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> str:
+    """Returns the model card in Markdown, with front matter as the Hugging Face hub reads it.
+
+    It leaves out paths, which tell of the machine that the run was trained on.
+    """
+    files, manifest, name = resources.files(__package__), dataset.manifest, config.encoder.name
+    alone, local = name == NO_TRANSFORMER, os.path.exists(name)
+    defaults = dict(dotted(RunConfig(data="-", output="-").model_dump()))
+    settings = [
+        f"    {key}: {json.dumps(value)}"
+        for key, value in dotted(config.model_dump())
+        if value != defaults[key] and not (isinstance(value, str) and os.path.isabs(value))
+    ]
+    metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
+    head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]
+    points = [
+        f"{manifest.num_points(each):,} {each} points" for each in ("train", "validation", "test")
+    ]
+    return Template(files.joinpath("card.md").read_text("utf-8")).substitute(
+        base="" if alone or local else f"base_model: {json.dumps(name)}\n",
+        labels=f"{manifest.num_labels:,}",
+        step=f"{checkpoint.state.step:,}",
+        transformer="\n" if alone else files.joinpath("card_transformer.md").read_text("utf-8"),
+        dataset=os.path.basename(dataset.path.rstrip("/")),
+        points=", ".join(points),
+        metrics="\n".join([*head, *metrics] if metrics else ["None were measured."]),
+        settings="\n".join(settings) or "None.",
+    )
+
+
+def sentence_transformers_files(
+    encoder: Encoder, settings: EncoderConfig, length: int
+) -> dict[str, bytes]:
+    """Returns the files that describe the transformer's part of embeddings; none without one.
+
+    With a bag or a bottleneck, that part has no norm of its own, and is not normalised.
+
+    length: most tokens of a text without its prompt.
+    """
+    if encoder.backbone is None:
+        return {}
+    prompted = 0 if encoder.prompt is None else len(encoder.prompt.tokens)
+    kinds = {"encoder": "Transformer", POOLED: "Pooling"}
+    contents: dict[str, Any] = {}
+    if settings.normalise and encoder.bag is None and encoder.bottleneck is None:
+        kinds[UNIT], contents[f"{UNIT}/config.json"] = "Normalize", {}
+    # The tokens of prompt and text are made apart here, and together by sentence_transformers.
+    prompts = {"prompt": f"{settings.prompt.rstrip()} "} if settings.prompt else {}
+    contents |= {
+        "encoder/sentence_bert_config.json": {
+            "max_seq_length": min(length + prompted, settings.max_length),
+            "do_lower_case": False,
+        },
+        f"{POOLED}/config.json": {
+            "word_embedding_dimension": encoder.backbone.config.hidden_size,
+            "pooling_mode": THEIR_POOLING[settings.pooling],
+        },
+        ROOT[0]: [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds.items())
+        ],
+        ROOT[1]: {"prompts": prompts, "default_prompt_name": next(iter(prompts), None)},
+    }
+    return {name: json.dumps(each, indent=1).encode() for name, each in contents.items()}

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from renee_ray.config.fuse import FuseConfig
+from renee_ray.config.score import FuseConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, write_file
@@ -17,10 +17,18 @@ from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Ragged
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.fusion import Pairs, tuned
-from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums
+from renee_ray.scoring.metrics import MOST, MetricSums
 from renee_ray.scoring.scorer import Propensities
-from renee_ray.service.score.predicted import COLUMNS, Predicted, padded, together, true_labels
-from renee_ray.service.score.predictions import PART_ROWS, PREDICTIONS, part_name
+from renee_ray.service.score.predictions import (
+    COLUMNS,
+    PART_ROWS,
+    PREDICTIONS,
+    Predicted,
+    padded,
+    part_name,
+    together,
+    true_labels,
+)
 from renee_ray.xfc.labels import LabelRange
 
 
@@ -99,12 +107,12 @@ def _tuned(num_models: int, config: FuseConfig) -> tuple[NDArray[np.float64], di
     inverse = every.of(true.values)
 
     def quality(weights: NDArray[np.float64]) -> float:
-        sums, most = MetricSums.zeros(), max(*KS, *RECALL_KS)
+        sums = MetricSums()
         for first, ids, pairs in blocks:
-            predicted = padded(pairs.best(weights, most)[0], most)
+            predicted = padded(pairs.best(weights, MOST)[0], MOST)
             here = true.take(np.arange(first, first + len(ids)))
             of_here = inverse[true.offsets[first] : true.offsets[first + len(ids)]]
-            sums.add(predicted, here.values, here.offsets, None, of_here)
+            sums.add(predicted, here, of_here)
         return sums.metrics()[config.metric]
 
     weights = tuned(num_models, quality)

@@ -17,14 +17,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from renee_ray.config.index import IndexConfig
+from renee_ray.config.score import IndexConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
 from renee_ray.data.storage import absolute, read_file, replace_file, write_file
@@ -36,6 +35,7 @@ from renee_ray.scoring.index import (
     FILES,
     FORMAT_VERSION,
     MANIFEST,
+    Classifier,
     ExactSearch,
     index_of,
     load_faiss,
@@ -50,15 +50,13 @@ from renee_ray.scoring.index_building import (
     width_of,
 )
 from renee_ray.scoring.index_quality import Truth, swept
-from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.labels import labels_of
-from renee_ray.service.score.loading import Model, load
+from renee_ray.service.run.labels import opened
+from renee_ray.service.score.loading import Model, exported_labels, files_of, load
+from renee_ray.service.score.trained import CPU, trained_classifier
 from renee_ray.service.tasks import Reporter, stream
 from renee_ray.xfc.labels import LabelRange, split_range
-from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.weights.storages import Weights
 
 INDEX = Kind(
     "an index", MANIFEST, "_claim.json", frozenset({"format_version", "model", "ranges"}),
@@ -69,7 +67,6 @@ MOST_LABELS = 20_000_000
 BLOCK_BYTES = 1 << 26
 PIECES = 8
 """Places of a split that points are taken from."""
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -91,27 +88,27 @@ class Plan:
         start, stop = split_range(self.num_labels, self.ranges, i)
         return f"labels-{start:012d}-{stop:012d}"
 
-    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Yields the rows [w_l, b_l] of labels [start, stop), float32 [m, D + 1]."""
+    def rows(self, start: int, stop: int) -> Callable[[], Iterator[Tensor]]:
+        """Opens the model: what is returned reads blocks of [w_l, b_l], float32 [m, D + 1]."""
+        part: Callable[[LabelRange], Classifier]
+        if self.checkpoint:
+            _, saved, labels = opened(self.model, self.checkpoint)
+            part = lambda owned: trained_classifier(saved, labels, owned, self.tail, None, CPU)  # noqa: E731
+        else:
+            with files_of(self.model) as local:
+                exported = exported_labels(local, CPU)[1]
+            part = lambda owned: exported  # noqa: E731
         size = max(1, BLOCK_BYTES // (4 * self.dim))
-        if not self.checkpoint:
-            mapped = load(self.model).classifier
-            for first in range(start, stop, size):
-                rows = mapped.rows(first, min(first + size, stop))
+
+        def read() -> Iterator[Tensor]:
+            for at in range(start, stop, size):
+                owned = LabelRange(at, min(at + size, stop), self.num_labels)
+                rows = part(owned).rows(owned.start, owned.stop)
                 # A retired label stays in the index; who searches leaves it out.
                 rows[:, -1].masked_fill_(rows[:, -1] == -torch.inf, 0)
                 yield rows
-            return
-        directory = RunDirectory(self.model)
-        saved = directory.checkpoints().at(self.checkpoint)
-        labels = labels_of(directory, directory.dataset(), saved)
-        for first in range(start, stop, size):
-            owned = LabelRange(first, min(first + size, stop), self.num_labels)
-            weights = Weights(saved.state.facts["precision"], len(owned), self.dim, False, CPU)
-            saved.load_shard(Shard(owned, weights), momentum=False)
-            offset = prior_offset(read_counts(labels, owned), self.tail, CPU)
-            last = torch.zeros(len(owned)) if offset is None else offset
-            yield torch.cat([weights.read(0, len(owned)), last[:, None]], dim=1)
+
+        return read
 
 
 def build_range(plan: Plan, i: int) -> dict[str, Any]:
@@ -119,7 +116,7 @@ def build_range(plan: Plan, i: int) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
     start, stop = split_range(plan.num_labels, plan.ranges, i)
     load_faiss().omp_set_num_threads(plan.threads)
-    index, rows = empty_index(plan.factory, plan.dim), partial(plan.blocks, start, stop)
+    index, rows = empty_index(plan.factory, plan.dim), plan.rows(start, stop)
     survey = Survey.of(rows, stop - start, training_rows(index))
     path, facts = (f"{plan.output}/{plan.name(i)}.{ending}" for ending in ("faiss", "json"))
     built_from = {"factory": plan.factory, "rows": survey.sha256, "start": start, "stop": stop}
@@ -206,6 +203,5 @@ def sample(model: Model, points: Dataset, number: int) -> tuple[Tensor, Truth]:
     each = min(number, rows) // pieces
     starts = (i * rows // pieces for i in range(pieces))
     table = pa.concat_tables(points.read_rows(split, at, at + each, columns) for at in starts)
-    lists = (table[name].to_pylist() for name in ("labels", "filter_labels"))
-    truth = [(set(true), set(filtered)) for true, filtered in zip(*lists, strict=True)]
+    truth = ragged(table["labels"]), ragged(table["filter_labels"])
     return model.embed_tokens(ragged(table["input_ids"])), truth

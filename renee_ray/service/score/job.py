@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import torch
 
-from renee_ray.config.schema import EvalConfig, RunConfig
-from renee_ray.config.score import ScoreConfig
+from renee_ray.config.schema import EvalConfig, Placed, RunConfig
+from renee_ray.config.score import ScoreConfig, Searched
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import absolute, filesystem_of, patiently
+from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.model.encoder import Encoder, check_positions
 from renee_ray.parallel.collectives import Ranks
@@ -80,7 +79,9 @@ class ScoringJob:
         found = directory.checkpoint(score.checkpoint)
         labels = labels_of(directory, labels, found)
         hidden = hidden_labels(labels, found, score.allow, score.deny)
-        config = scoring_config(config, score, score.num_workers or config.max_workers)
+        placed = {key: getattr(score, key) for key in Placed.model_fields}
+        workers = score.num_workers or config.max_workers
+        config = scoring_config(config, score, workers, **placed)
         voters = _voters(directory, labels, config.evaluation, score)
         if score.index:
             score = score.model_copy(update={"index": absolute(score.index)})
@@ -91,17 +92,9 @@ class ScoringJob:
             )
         large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
         return cls(
-            directory,
-            config,
-            score,
-            found.name,
-            found.state.step,
-            labels,
-            voters,
-            hidden,
-            index,
+            directory, config, score, found.name, found.state.step, labels, voters, hidden, index,
             large,
-        )
+        )  # fmt: skip
 
     def layout(self, points: Dataset, split: str, k: int) -> Layout:
         """Returns how the workers divide the k best labels of a split's rows."""
@@ -121,7 +114,7 @@ class ScoringJob:
             raise ReneeError(f"{points.path} has no points in split={split}; choose another")
         workers = self.config.max_workers
         ensure_ray(workers + 1)
-        use_gpu = decide_gpu(self.score.use_gpu, workers)
+        use_gpu = decide_gpu(self.config.use_gpu, workers)
         arguments = {"job": self, "points": points, "split": split, **more}
         # Only a large model has anything to say, and a channel is one more process.
         with Display() if self.large else nullcontext() as display:
@@ -140,7 +133,7 @@ def embed_voters(
     return Neighbours.embed(encoder, points, ranks, device, count, weight)
 
 
-def as_scored(config: RunConfig, score: ScoreConfig) -> RunConfig:
+def as_scored(config: RunConfig, score: Searched) -> RunConfig:
     """Returns a run's configuration with the settings of evaluation that `score` overrides."""
     keys = ("tail", "neighbours", "neighbour_weight")
     given = {key: value for key in keys if (value := getattr(score, key)) is not None}
@@ -148,17 +141,15 @@ def as_scored(config: RunConfig, score: ScoreConfig) -> RunConfig:
     return config.model_copy(update={"evaluation": evaluation})
 
 
-def scoring_config(config: RunConfig, score: ScoreConfig, workers: int) -> RunConfig:
+def scoring_config(config: RunConfig, score: Searched, workers: int, **changes: Any) -> RunConfig:
     """Returns the configuration of a run, changed to score with so many workers.
 
     The checkpoint has all weights: the file that training began with is not looked at.
     """
     encoder = config.encoder.model_copy(update={"weights": ""})
-    placed = ("placement_strategy", "accelerator_type", "cpus_per_worker")
     return as_scored(config, score).model_copy(
-        update={"num_workers": workers, "encoder": encoder}
+        update={"num_workers": workers, "encoder": encoder, **changes}
         | {"batch_size": workers * config.feed.streams}  # of training: it bounds num_workers
-        | {key: getattr(score, key) for key in placed}
     )
 
 
@@ -181,15 +172,7 @@ def _voters(
     return voters
 
 
-def check_source(path: str, wanted: str) -> None:
-    """Raises ReneeError where nothing is at `path`, or something that is no `wanted`."""
-    filesystem, root = filesystem_of(path)
-    kind = patiently(lambda: filesystem.get_file_info(root), f"reading {path}").type
-    if kind == pafs.FileType.NotFound and wanted == "dataset":
-        raise ReneeError(f"{path} does not exist; give a dataset that does")
-    if kind == pafs.FileType.File and wanted == "dataset":
-        raise ReneeError(
-            f"{path} is a file; give the directory of a dataset, made by `renee-ray convert`"
-        )
+def refuse_run(path: str, wanted: str) -> None:
+    """Raises ReneeError where a run is at `path`, and no `wanted`."""
     if not has_manifest(path) and RunDirectory(absolute(path)).read(RUN_FILE) is not None:
         raise ReneeError(f"{path} is a run; give a {wanted} after the run")

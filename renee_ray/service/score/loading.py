@@ -7,6 +7,7 @@ for label in model.predict(["libjson perl"], k=3)[0]:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -25,27 +26,25 @@ from torch import Tensor
 
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
-from renee_ray.config.score import ScoreConfig
+from renee_ray.config.score import Searched
 from renee_ray.data import tokenizer
 from renee_ray.data.models import quiet
 from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import Ragged, padded_tokens, ragged, truncate
+from renee_ray.model.initialise import embed_texts
+from renee_ray.parallel.batch import Ragged, ragged, truncate
 from renee_ray.scoring.calibration import Calibration
-from renee_ray.scoring.index import Classifier, ExactSearch, Search, open_search
-from renee_ray.scoring.scorer import prior_offset
-from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.labels import labels_of, vocabulary_of
+from renee_ray.scoring.index import Classifier, ExactSearch, Search, check_search, open_search
+from renee_ray.service.run.directory import RUN_FILE
+from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
 from renee_ray.service.score.calibrate import calibration_of
-from renee_ray.service.score.export import (
-    ENCODER,
-    FILES,
-    HEAD,
-    MANIFEST,
+from renee_ray.service.score.export import ENCODER, FILES, HEAD, MANIFEST, load_head
+from renee_ray.service.score.trained import (
     TRAINED,
-    load_head,
+    adjusted,
+    trained_classifier,
     trained_encoder,
 )
 from renee_ray.xfc.labels import NONE, LabelRange
@@ -56,8 +55,6 @@ log = logging.getLogger(__name__)
 
 BATCH = 256
 """Texts that are scored at once."""
-COLUMNS = ["text", "train_count"]
-"""What is read of the labels."""
 
 
 class Label(NamedTuple):
@@ -77,31 +74,30 @@ class Model:
     def __init__(
         self,
         encoder: Encoder,
-        shards: list[Shard],
-        labels: pa.Table,
+        classifier: Classifier,
+        texts: pa.ChunkedArray,
         vocabulary: str,
         facts: dict[str, Any],
     ) -> None:
-        self.num_labels, self.dim, self.step = len(labels), encoder.dim, int(facts["step"])
-        self._encoder, self._texts = encoder.eval(), labels["text"]
+        self.num_labels, self.dim, self.step = len(texts), encoder.dim, int(facts["step"])
+        self._encoder, self._texts = encoder.eval(), texts
         self._vocabulary, self.facts = vocabulary, facts
         knots = facts.get("calibration")
         self._calibration = Calibration.from_json(knots, "the export") if knots else None
-        counts = labels["train_count"].to_numpy()
-        hidden = np.zeros(len(counts), dtype=bool)
-        hidden[facts.get("retired", [])] = True
-        offset = prior_offset(counts, facts["tail"], shards[0].weights.device, hidden)
-        offsets = [
-            None if offset is None else offset[each.owned.start : each.owned.stop]
-            for each in shards
-        ]
-        self.classifier = Classifier(shards, offsets)
-        self.search: Search = ExactSearch(self.classifier)
+        self.classifier = classifier
+        self.search: Search = ExactSearch(classifier)
 
-    @torch.inference_mode()
     def embed(self, texts: list[str]) -> NDArray[np.float32]:
         """Returns the texts' embeddings, float32 [n, D]."""
-        return torch.cat([e.cpu() for e in self._embedded(texts)]).numpy()
+        tokens = tokenizer.encode(self._vocabulary, texts, self.facts["max_length"])
+        return self.embed_tokens(ragged(tokens)).cpu().numpy()
+
+    @torch.inference_mode()
+    def embed_tokens(self, tokens: Ragged) -> Tensor:
+        """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
+        kept = truncate(tokens, self.facts["max_length"])
+        device = self._encoder.constant.device
+        return embed_texts(self._encoder, kept, self.facts["pad_id"], device)
 
     @torch.inference_mode()
     def predict(
@@ -118,7 +114,9 @@ class Model:
                 "split=validation calibrate=true`, and export the run again"
             )
         answers = []
-        for embeddings in self._embedded(texts):
+        device = self._encoder.constant.device
+        for start in range(0, len(texts), BATCH):
+            embeddings = torch.from_numpy(self.embed(texts[start : start + BATCH])).to(device)
             scores, labels = self.search.search(embeddings, k)
             if calibrated and self._calibration is not None:
                 scores = torch.from_numpy(self._calibration(scores.cpu().numpy()))
@@ -133,23 +131,6 @@ class Model:
                 for ids, row, at in rows
             ]
         return answers
-
-    def _embedded(self, texts: list[str]) -> Iterator[Tensor]:
-        """Yields embeddings [at most BATCH, D] on the device."""
-        for start in range(0, len(texts), BATCH):
-            some = texts[start : start + BATCH]
-            tokens = tokenizer.encode(self._vocabulary, some, self.facts["max_length"])
-            yield self.embed_tokens(ragged(tokens))
-
-    @torch.inference_mode()
-    def embed_tokens(self, tokens: Ragged) -> Tensor:
-        """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
-        found, device = [], self._encoder.constant.device
-        for start in range(0, len(tokens), BATCH):
-            rows = np.arange(start, min(start + BATCH, len(tokens)))
-            ids = truncate(tokens.take(rows), self.facts["max_length"])
-            found.append(self._encoder(*padded_tokens(ids, self.facts["pad_id"], device)))
-        return torch.cat(found)
 
 
 def load(
@@ -170,68 +151,80 @@ def load(
         ReneeError: there is neither an export nor a run, one that is damaged, or no index of it.
     """
     quiet()
-    how = make_config(ScoreConfig, {"search": search}, where="load")
+    how = make_config(Searched, {"search": search}, where="load")
     model = _loaded(absolute(path), checkpoint, torch.device(device))
     known, tail = model.facts.get("model", ""), model.facts["tail"]
-    model.search = open_search(how, path, known, tail, model.classifier)
+    model.search = open_search(check_search(how, path, known, tail), model.classifier)
     return model
 
 
-def _loaded(path: str, checkpoint: str, place: torch.device) -> Model:
+def _loaded(path: str, checkpoint: str, device: torch.device) -> Model:
     filesystem, root = filesystem_of(path)
     files = filesystem.get_file_info([f"{root}/{MANIFEST}", f"{root}/{RUN_FILE}"])
     is_export, is_run = (info.type == pafs.FileType.File for info in files)
     if is_run:
-        return _of_run(path, checkpoint, place)
+        return _of_run(path, checkpoint, device)
     if not is_export:
         raise ReneeError(
             f"{path} is neither an export nor a run: it has no {MANIFEST} and no {RUN_FILE}; "
             f"give a directory that `renee-ray export` or `renee-ray train` made"
         )
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        return _of_export(Path(root), path, place)
-    with tempfile.TemporaryDirectory(prefix="renee-ray-load-") as local:  # mapped files outlive it
-        pafs.copy_files(root, local, source_filesystem=filesystem)
-        return _of_export(Path(local), path, place)
-
-
-def _of_export(local: Path, path: str, device: torch.device) -> Model:
-    """Loads the export in `local`; errors name it by `path`."""
-    try:
-        facts = parse_json((local / MANIFEST).read_text())
+    with files_of(path) as local:
+        facts, classifier, texts = exported_labels(local, device)
         settings = EncoderConfig.model_validate(facts["encoder"])
-        shards, tables = [], []
-        for each in facts["ranges"]:
-            if not all(FILES.fullmatch(each[name]) for name in ("classifier", "labels")):
-                raise ValueError("it names files that no export has")
-            owned = LabelRange(each["start"], each["stop"], facts["num_labels"])
-            shards.append(Shard(owned, _mapped(local / each["classifier"], device)))
-            tables.append(pq.read_table(local / each["labels"], columns=COLUMNS))
-            if not len(owned) == shards[-1].weights.rows == len(tables[-1]):
-                raise ValueError(f"its files of labels {owned.start} on do not fit together")
         name = NO_TRANSFORMER if settings.name == NO_TRANSFORMER else str(local / ENCODER)
         settings = settings.model_copy(update=TRAINED | {"name": name})
         encoder = build_encoder(settings, device, 0)
         load_head(encoder, load_file(local / HEAD))
         vocabulary = tokenizer.load(str(local / ENCODER), fetch=False)
-        return Model(encoder, shards, pa.concat_tables(tables), vocabulary.serialised, facts)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise ReneeError(
-            f"{path} is damaged, or an export of an earlier renee_ray ({reason(error):.200}); "
-            f"export the run again"
-        ) from None
+        return Model(encoder, classifier, texts, vocabulary.serialised, facts)
 
 
-def _mapped(path: Path, device: torch.device) -> Weights:
-    """Maps the rows of a range of labels, and copies them where they are to be on a GPU."""
-    with safe_open(path, "pt") as file:
-        return Weights.of(file.get_tensor("weight").to(device))
+def exported_labels(
+    local: Path, device: torch.device
+) -> tuple[dict[str, Any], Classifier, pa.ChunkedArray]:
+    """Reads an export without its encoder: `export.json`, the classifier and the label texts.
+
+    The rows are mapped into memory, and copied where they are to be on a GPU.
+    """
+    facts, shards, tables = parse_json((local / MANIFEST).read_text()), [], []
+    for each in facts["ranges"]:
+        if not all(FILES.fullmatch(each[name]) for name in ("classifier", "labels")):
+            raise ValueError("it names files that no export has")
+        owned = LabelRange(each["start"], each["stop"], facts["num_labels"])
+        with safe_open(local / each["classifier"], "pt") as file:
+            shards.append(Shard(owned, Weights.of(file.get_tensor("weight").to(device))))
+        tables.append(pq.read_table(local / each["labels"], columns=["text", "train_count"]))
+        if not len(owned) == shards[-1].weights.rows == len(tables[-1]):
+            raise ValueError(f"its files of labels {owned.start} on do not fit together")
+    labels = pa.concat_tables(tables)
+    hidden = np.zeros(len(labels), dtype=bool)
+    hidden[facts.get("retired", [])] = True
+    classifier = adjusted(shards, labels["train_count"].to_numpy(), facts["tail"], hidden)
+    return facts, classifier, labels["text"]
+
+
+@contextlib.contextmanager
+def files_of(path: str) -> Iterator[Path]:
+    """Yields the directory of an export, or of a copy if it is remote; errors name `path`."""
+    filesystem, root = filesystem_of(path)
+    with tempfile.TemporaryDirectory(prefix="renee-ray-load-") as copy:  # mapped files outlive it
+        try:
+            if isinstance(filesystem, pafs.LocalFileSystem):
+                yield Path(root)
+            else:
+                pafs.copy_files(root, copy, source_filesystem=filesystem)
+                yield Path(copy)
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            raise ReneeError(
+                f"{path} is damaged, or an export of an earlier renee_ray ({reason(error):.200}); "
+                f"export the run again"
+            ) from None
 
 
 def _of_run(path: str, which: str, device: torch.device) -> Model:
-    directory = RunDirectory(path)
-    config, found = directory.config(), directory.checkpoint(which)
-    dataset = labels_of(directory, directory.dataset(), found)
+    directory, found, dataset = opened(path, which)
+    config = directory.config()
     if config.evaluation.neighbours:
         log.warning(
             "%s has evaluation.neighbours=%d, and a loaded model leaves votes out: its scores are "
@@ -240,20 +233,20 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
     manifest = dataset.manifest
     encoder = trained_encoder(config.encoder, found, device)
     owned = LabelRange(0, manifest.num_labels, manifest.num_labels)
-    precision = found.state.facts["precision"]
-    shard = Shard(owned, Weights(precision, len(owned), encoder.dim, False, device))
-    found.load_shard(shard, momentum=False)
+    hidden = hidden_labels(dataset, found)
+    classifier = trained_classifier(
+        found, dataset, owned, config.evaluation.tail, hidden, device, config.classifier.chunk
+    )
     known = calibration_of(
         directory, found.name, config.evaluation.model_copy(update={"neighbours": 0})
     )
     facts = {
         "step": found.state.step,
         "calibration": known and known.to_json(),
-        "retired": found.state.retired,
         "model": found.hash,
         "tail": config.evaluation.tail,
         "max_length": min(config.encoder.max_length, manifest.max_length),
         "pad_id": manifest.pad_id,
     }
-    labels = dataset.read_rows("labels", 0, manifest.num_labels, COLUMNS)
-    return Model(encoder, [shard], labels, vocabulary_of(dataset), facts)
+    texts = dataset.read_rows("labels", 0, manifest.num_labels, ["text"])["text"]
+    return Model(encoder, classifier, texts, vocabulary_of(dataset), facts)

@@ -21,7 +21,7 @@ from renee_ray.scoring.calibration import Calibration
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import calibration_of
-from renee_ray.service.score.job import ScoringJob, check_source, refuse
+from renee_ray.service.score.job import ScoringJob, refuse, refuse_run
 from renee_ray.service.score.predictions import PREDICTIONS, Layout, Writer
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
 from renee_ray.service.score.worker import Worker
@@ -97,7 +97,7 @@ def _check_input(src: str, destination: str, score: ScoreConfig) -> bool:
     Raises:
         ReneeError: it is neither, or the destination is in it, or it in the destination.
     """
-    check_source(src, "dataset, or texts,")
+    refuse_run(src, "dataset, or texts,")
     raw = not has_manifest(src)
     if raw:
         check_texts(src)

@@ -18,26 +18,18 @@ from renee_ray.machine import available_bytes
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks, gather_numbers
-from renee_ray.scoring.index import Classifier, open_search
+from renee_ray.scoring.index import open_search
 from renee_ray.scoring.neighbours import RERANKED, Neighbours
 from renee_ray.scoring.passes import Blocks, in_passes
-from renee_ray.scoring.scorer import (
-    Answer,
-    Scorer,
-    prior_offset,
-    read_counts,
-    topk_bytes,
-    without_labels,
-)
+from renee_ray.scoring.scorer import Answer, Scorer, topk_bytes, without_labels
+from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import scoring_feed
 from renee_ray.service.launch import quiet, worker_device
-from renee_ray.service.observe.progress import WorkerChannel
 from renee_ray.service.score.job import ScoringJob, embed_voters
 from renee_ray.service.score.predictions import Layout
-from renee_ray.xfc.device import choose_precision
+from renee_ray.service.score.trained import trained_classifier
 from renee_ray.xfc.labels import LabelRange, split_range
-from renee_ray.xfc.shard import Shard
-from renee_ray.xfc.weights.storages import Weights, stored_bytes
+from renee_ray.xfc.weights.storages import stored_bytes
 
 GIB = 2**30
 MAX_PAIRS = 1 << 31
@@ -83,7 +75,9 @@ class Worker:
             ReneeError: it does not allow any number of passes, or more than one with an index.
         """
         limit = self.job.score.memory_gib_per_worker
-        bytes_each = stored_bytes(self._precision)[0] * self.encoder.dim + 4
+        bytes_each = (
+            stored_bytes(self.checkpoint.state.facts["precision"])[0] * self.encoder.dim + 4
+        )
         free = int(limit * GIB) if limit else int(SHARE_OF_MEMORY * _free_bytes(self.device))
         k = layout.k if self.neighbours is None else max(layout.k, RERANKED)
         passes = passes_needed(replace(layout, k=k), self.owned, self.ranks, bytes_each, free)
@@ -108,8 +102,8 @@ class Worker:
             place = directory or (local if passes > 1 else "")
             blocks = Blocks(layout.blocks, layout.part_batches, self.ranks, place)
             passes, done = blocks.resumed(passes)
-            channel = WorkerChannel(arguments["channel"], self.ranks.rank)
-            if passes > 1 and self.ranks.rank == 0:
+            channel: DriverChannel | None = arguments["channel"]
+            if passes > 1 and self.ranks.rank == 0 and channel is not None:
                 channel.say(
                     f"the memory of {self.ranks.num_ranks} workers holds a part of the labels: "
                     f"{passes} passes, from pass {min(done // blocks.count + 1, passes)} on"
@@ -130,24 +124,14 @@ class Worker:
         job, owned = self.job, self.owned
         first, stop = split_range(len(owned), passes, number)
         piece = LabelRange(owned.start + first, owned.start + stop, owned.num_labels)
-        weights = Weights(self._precision, len(piece), self.encoder.dim, False, self.device)
-        shard = Shard(piece, weights, job.config.classifier.chunk)
-        self.checkpoint.load_shard(shard, momentum=False)
-        hidden = None if job.hidden is None else job.hidden[piece.start : piece.stop]
-        tail = job.config.evaluation.tail
-        offset = prior_offset(read_counts(job.labels, piece), tail, self.device, hidden)
-        index = open_search(
-            job.score, job.directory.path, self.checkpoint.hash, tail, Classifier([shard], [offset])
+        tail, chunk = job.config.evaluation.tail, job.config.classifier.chunk
+        classifier = trained_classifier(
+            self.checkpoint, job.labels, piece, tail, job.hidden, self.device, chunk
         )
         return Scorer(
-            self.encoder, shard, self.ranks, self.device, offset, self.neighbours, passes,
-            job.score.explain, index,
+            self.encoder, classifier.shards[0], self.ranks, self.device, classifier.offsets[0],
+            self.neighbours, passes, job.score.explain, open_search(job.index, classifier),
         )  # fmt: skip
-
-    @property
-    def _precision(self) -> str:
-        wanted = self.job.config.classifier.precision
-        return self.checkpoint.state.facts.get("precision") or choose_precision(wanted, self.device)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -133,7 +133,7 @@ def check_room(served: ServedRun, free: dict[str, float]) -> None:
             )
 
 
-def deploy(name: str, served: ServedRun, facts: dict[str, Any]) -> Application:
+def deploy(name: str, served: ServedRun) -> Application:
     """Starts an application, and asks it a first question.
 
     Raises:
@@ -167,7 +167,7 @@ def deploy(name: str, served: ServedRun, facts: dict[str, Any]) -> Application:
     except Exception as error:
         serve.delete(name)
         raise ReneeError(_reason(error)) from error
-    return Application(name, facts, handle)
+    return Application(name, served.facts, handle)
 
 
 def _reason(error: Exception) -> str:

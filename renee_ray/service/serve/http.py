@@ -27,10 +27,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, create_model
-from starlette import authentication
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.middleware.authentication import AuthenticationMiddleware
-from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -44,6 +42,10 @@ SHORTEST = 32
 DEFAULT_K = 5
 OPEN = {"/", "/docs", "/openapi.json", "/health", "/ready"}
 CLOSE = {"Connection": "close"}
+UNKNOWN = (
+    "send the header 'Authorization: Bearer TOKEN' with the service's token",
+    {"WWW-Authenticate": "Bearer"},
+)
 LONGEST_MS = 24 * 3600 * 1000
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -77,7 +79,7 @@ class Model(Protocol):
         """Returns whether all of its processes are there; may take a while."""
 
 
-class Bearer(authentication.AuthenticationBackend):
+class Bearer:
     """The token that requests must bear, kept as a hash with a key of this process.
 
     Raises:
@@ -105,27 +107,15 @@ class Bearer(authentication.AuthenticationBackend):
         same = hmac.compare_digest(self._hash(token.strip().encode()), self._digest)
         return same and scheme.lower() == "bearer"
 
-    async def authenticate(
-        self, conn: HTTPConnection
-    ) -> tuple[authentication.AuthCredentials, authentication.BaseUser] | None:
-        """Raises AuthenticationError unless the request has the token or asks for no secret."""
-        if self.accepts(conn.headers.getlist("authorization")):
-            return authentication.AuthCredentials(["token"]), authentication.SimpleUser("token")
-        if conn.scope["path"] in OPEN and conn.scope["method"] in ("GET", "HEAD"):
-            return None
-        raise authentication.AuthenticationError(
-            "send the header 'Authorization: Bearer TOKEN' with the service's token"
-        )
-
     def _hash(self, token: bytes) -> bytes:
         return hmac.digest(self._key, token, "sha256")
 
 
 class Door:
-    """The requests that are in, how many may be, and what Prometheus is told of them."""
+    """The requests that are in, who and how many may be, and what Prometheus is told of them."""
 
-    def __init__(self, settings: ServeConfig) -> None:
-        self.settings, self.waiting = settings, 0
+    def __init__(self, settings: ServeConfig, bearer: Bearer) -> None:
+        self.settings, self.bearer, self.waiting = settings, bearer, 0
         self.registry = registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)
         self.requests = prometheus.Counter(
@@ -146,8 +136,10 @@ class Door:
     async def measure(self, request: Request, answer: Callable[..., Awaitable[Response]]) -> Any:
         """Answers a request, whatever happens; without the token, its connection then ends."""
         begin = time.monotonic()
+        known = self.bearer.accepts(request.headers.getlist("authorization"))
+        free = request.scope["path"] in OPEN and request.method in ("GET", "HEAD")
         try:
-            response = await answer(request)
+            response = await answer(request) if known or free else _error(401, *UNKNOWN)
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception:
@@ -156,7 +148,7 @@ class Door:
         path = getattr(request.scope.get("route"), "path", "other")
         self.requests.labels(path, response.status_code).inc()
         self.seconds.labels(path).observe(time.monotonic() - begin)
-        if "auth" not in request.scope or "token" not in request.auth.scopes:
+        if not known:
             response.headers.update(CLOSE)
         return response
 
@@ -215,7 +207,7 @@ def question_model(settings: ServeConfig) -> type[BaseModel]:
 
 def application(settings: ServeConfig, bearer: Bearer, current: Callable[[], Model]) -> FastAPI:
     """Makes the ASGI application. `current` returns what answers now, for each request anew."""
-    door = Door(settings)
+    door = Door(settings, bearer)
     app = FastAPI(
         title="renee_ray",
         version=renee_ray.__version__,
@@ -227,8 +219,6 @@ def application(settings: ServeConfig, bearer: Bearer, current: Callable[[], Mod
             RequestValidationError: _refuse_invalid,
         },
     )
-    refuse = lambda _, error: _error(401, str(error), {"WWW-Authenticate": "Bearer"})  # noqa: E731
-    app.add_middleware(AuthenticationMiddleware, backend=bearer, on_error=refuse)
     app.middleware("http")(door.measure)
     pages = resources.files(__package__).joinpath("pages")
     for path, name in ("/", "ask.html"), ("/docs", "docs.html"):

@@ -24,39 +24,36 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.data import tokenizer
-from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import padded_tokens, ragged
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.scoring.index import Classifier, open_search
+from renee_ray.scoring.index import check_search, open_search
 from renee_ray.scoring.neighbours import RERANKED
-from renee_ray.scoring.scorer import prior_offset, read_counts
 from renee_ray.service.launch import quiet
 from renee_ray.service.ray_compat import replica_on_loopback
-from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import hidden_labels, labels_of, vocabulary_of
+from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
 from renee_ray.service.score.job import embed_voters
+from renee_ray.service.score.trained import trained_classifier
 from renee_ray.xfc.labels import LabelRange, owners
-from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.topk.select import NONE, merge_topk
-from renee_ray.xfc.weights.storages import Weights
 
 
 @dataclass(frozen=True)
 class ServedRun:
     """The run that a service answers with, by name: Serve keeps a copy for every process.
 
-    config: the run's, changed to score with `num_workers` shards; checkpoint: its name.
+    config: the run's, changed to score with `num_workers` shards; checkpoint: its name; facts: the
+    answer of `GET /info`.
     """
 
     config: RunConfig
     settings: ServeConfig
     run: str
     checkpoint: str
+    facts: dict[str, Any]
 
     @property
     def num_shards(self) -> int:
@@ -66,12 +63,6 @@ class ServedRun:
     def num_processes(self) -> int:
         return self.num_shards + self.settings.num_encoders
 
-    def open(self) -> tuple[Checkpoint, Dataset]:
-        """Opens the checkpoint, and the dataset of its labels."""
-        directory = RunDirectory(self.run)
-        checkpoint = directory.checkpoints().at(self.checkpoint)
-        return checkpoint, labels_of(directory, directory.dataset(), checkpoint)
-
 
 class ShardReplica:
     """The classifier's rows of one range of labels, with their texts. One call at a time."""
@@ -79,20 +70,16 @@ class ShardReplica:
     def __init__(self, served: ServedRun, rank: int) -> None:
         replica_on_loopback()
         quiet()
-        (checkpoint, dataset), device = served.open(), _device()
+        (_, checkpoint, dataset), device = opened(served.run, served.checkpoint), _device()
         owned = LabelRange.of_rank(dataset.manifest.num_labels, served.num_shards, rank)
-        facts = checkpoint.state.facts
-        weights = Weights(facts["precision"], len(owned), facts["dim"], False, device)
-        self._shard = Shard(owned, weights, served.config.classifier.chunk)
-        checkpoint.load_shard(self._shard, momentum=False)
+        config, tail = served.config, served.config.evaluation.tail
         hidden = hidden_labels(dataset, checkpoint)
-        tail = served.config.evaluation.tail
-        offset = prior_offset(
-            read_counts(dataset, owned), tail, device,
-            None if hidden is None else hidden[owned.start : owned.stop],
-        )  # fmt: skip
-        classifier = Classifier([self._shard], [offset])
-        self._search = open_search(served.settings, served.run, checkpoint.hash, tail, classifier)
+        classifier = trained_classifier(
+            checkpoint, dataset, owned, tail, hidden, device, config.classifier.chunk
+        )
+        self._shard = classifier.shards[0]
+        facts = check_search(served.settings, served.run, checkpoint.hash, tail)
+        self._search = open_search(facts, classifier)
         table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
         self._texts: pa.ChunkedArray = table["text"]
 
@@ -135,7 +122,7 @@ class EncoderReplica:
         replica_on_loopback()
         quiet()
         self._shards, self._device = shards, _device()
-        checkpoint, self._dataset = served.open()
+        _, checkpoint, self._dataset = opened(served.run, served.checkpoint)
         self._vocabulary = vocabulary_of(self._dataset)
         self._max_length = min(served.config.encoder.max_length, self._dataset.manifest.max_length)
         self._encoder = build_encoder(served.config.encoder, self._device, served.config.seed)

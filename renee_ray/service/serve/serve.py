@@ -23,7 +23,6 @@ from typing import Any
 
 import ray
 
-from renee_ray.config.score import ScoreConfig
 from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import ReneeError, reason
 
@@ -39,11 +38,9 @@ except ImportError as error:
     ) from error
 
 from renee_ray.data.storage import absolute
-from renee_ray.model.encoder import check_positions
 from renee_ray.parallel.threads import in_thread
 from renee_ray.scoring.index import check_search
-from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.run.labels import labels_of, vocabulary_of
+from renee_ray.service.run.labels import opened, vocabulary_of
 from renee_ray.service.score.job import scoring_config
 from renee_ray.signals import at_signals
 
@@ -64,10 +61,10 @@ def serve_run(run: str, settings: ServeConfig, on_ready: OnReady) -> None:
         ReneeError: no token, no run, no checkpoint, a taken port, or replicas that do not start.
     """
     bearer = Bearer.take(os.environ)
-    served, facts = _served_run(run, settings)
+    served = _served_run(run, settings)
     name = f"renee_ray-{secrets.token_hex(4)}"
     with _bound(settings.host, settings.port) as listener, ray_serve(served, name):
-        serving = Serving(name, run, settings, deploy(f"{name}-0", served, facts))
+        serving = Serving(name, run, settings, deploy(f"{name}-0", served))
         _answer(serving, bearer, listener, on_ready)
 
 
@@ -88,34 +85,30 @@ class Serving:
         """
         before = self.current
         try:
-            served, facts = _served_run(self.run, self.settings)
+            served = _served_run(self.run, self.settings)
             check_room(served, ray.available_resources())
             self.changes += 1
-            self.current = deploy(f"{self.name}-{self.changes}", served, facts)
+            self.current = deploy(f"{self.name}-{self.changes}", served)
             on_ready()
             before.end()
         except Exception as error:
             log.warning("step %d answers: %.500s", self.current.facts["step"], reason(error))
 
 
-def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, Any]]:
-    """Returns the run to serve, checked before there is Ray, and the answer of `GET /info`."""
+def _served_run(run: str, settings: ServeConfig) -> ServedRun:
+    """Returns the run to serve, checked before there is Ray."""
     path = absolute(run)  # a link may lead elsewhere when a replica starts again
-    directory = RunDirectory(path if "://" in path else os.path.realpath(path))
+    path = path if "://" in path else os.path.realpath(path)
     if settings.index:  # replicas have another working directory
         settings = settings.model_copy(update={"index": absolute(settings.index)})
-    config, dataset = directory.config(), directory.dataset()
-    check_positions(config.encoder, dataset.manifest.max_length)
-    checkpoint = directory.checkpoint(settings.checkpoint)
-    dataset = labels_of(directory, dataset, checkpoint)
+    directory, checkpoint, dataset = opened(path, settings.checkpoint)
+    config = directory.config()
     vocabulary_of(dataset)  # what replicas would fail on is found before there is any
     num_labels = dataset.manifest.num_labels
     shards = settings.num_shards or min(config.max_workers, num_labels)
     if shards > num_labels:
         raise ReneeError(f"num_shards={shards} exceeds the {num_labels} labels; lower num_shards")
-    anew = ("tail", "neighbours", "neighbour_weight")
-    score = ScoreConfig.model_validate({name: getattr(settings, name) for name in anew})
-    config = scoring_config(config, score, shards).model_copy(update={"threads": settings.threads})
+    config = scoring_config(config, settings, shards, threads=settings.threads)
     check_search(settings, directory.path, checkpoint.hash, config.evaluation.tail)
     facts = {
         "run": directory.path,
@@ -124,7 +117,7 @@ def _served_run(run: str, settings: ServeConfig) -> tuple[ServedRun, dict[str, A
         "shards": shards,
         **{name: getattr(settings, name) for name in SHOWN},
     }
-    return ServedRun(config, settings, directory.path, checkpoint.name), facts
+    return ServedRun(config, settings, directory.path, checkpoint.name, facts)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as NoAnswer
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,14 +42,6 @@ SILENCE_TIMEOUT_S = 60.0
 MAX_BACKOFF_S = 10.0
 CONNECTION_LOST = re.compile(r"WebSocket|status code 50[0234]")
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 130}
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A job on a cluster."""
-
-    address: str
-    submission_id: str
 
 
 def choose_address(given: str | None) -> str:
@@ -85,12 +76,11 @@ def submit(
     client: JobSubmissionClient,
     job: str,
     arguments: Sequence[str],
-    *,
     environment: dict[str, str],
-    config: str | None = None,
-    submission_id: str | None = None,
-) -> Submission:
-    """Starts `python -m renee_ray JOB ARGUMENTS` on the cluster.
+    config: str | None,
+    submission_id: str | None,
+) -> str:
+    """Starts `python -m renee_ray JOB ARGUMENTS` on the cluster; returns the job's id.
 
     Args:
         config: the one of `arguments` that is a configuration file; it goes along too.
@@ -111,13 +101,9 @@ def submit(
                 entrypoint=shlex.join(["python", "-m", PACKAGE.name, job, *words]),
                 submission_id=name,
                 runtime_env={"working_dir": scratch, "env_vars": environment},
-                metadata={
-                    "command": job,
-                    "renee_ray": __version__,
-                    "user": _user(),
-                },
+                metadata={"command": job, "renee_ray": __version__, "user": _user()},
             )
-    return Submission(address, name)
+    return name
 
 
 class Follower:
@@ -126,12 +112,12 @@ class Follower:
     def __init__(
         self,
         client: JobSubmissionClient,
-        submission: Submission,
+        job: str,
         write: Callable[[str], None],
         on_progress: Callable[[str], None],
         patience_s: float,
     ) -> None:
-        self._client, self._submission = client, submission
+        self._client, self._job = client, job
         self._write, self._on_progress, self._patience_s = write, on_progress, patience_s
         self._written = 0
 
@@ -142,11 +128,10 @@ class Follower:
             ReneeError: the cluster no longer knows the job, refuses the token, or has not
                 answered for `patience_s`.
         """
-        name = self._submission.submission_id
         while True:
-            details: JobDetails = self._retry(lambda: self._client.get_job_info(name))
+            details: JobDetails = self._retry(lambda: self._client.get_job_info(self._job))
             if details.status.is_terminal():
-                log: str = self._retry(lambda: self._client.get_job_logs(name))
+                log: str = self._retry(lambda: self._client.get_job_logs(self._job))
                 self._emit(log[self._written :])
                 return details
             try:
@@ -158,11 +143,11 @@ class Follower:
 
     def stop(self) -> None:
         """Asks the cluster to stop the job; `follow` then waits for its end."""
-        self._retry(lambda: self._client.stop_job(self._submission.submission_id))
+        self._retry(lambda: self._client.stop_job(self._job))
 
     async def _tail(self) -> None:
         """Writes the new part of the log, until its end or SILENCE_TIMEOUT_S without a line."""
-        stream = self._client.tail_job_logs(self._submission.submission_id)
+        stream = self._client.tail_job_logs(self._job)
         ahead = self._written
         with contextlib.suppress(StopAsyncIteration, asyncio.TimeoutError):
             while True:
@@ -177,15 +162,15 @@ class Follower:
 
     def _retry(self, call: Callable[[], T]) -> T:
         """Repeats `call` until the cluster answers; reports the loss and the return once each."""
-        address = self._submission.address
+        address = self._client.get_address()
 
         def report_loss(state: tenacity.RetryCallState) -> None:
             if state.attempt_number == 1 and state.outcome is not None:
                 error = state.outcome.exception()
                 assert error is not None
                 self._on_progress(
-                    f"{address} does not answer ({_describe(error)}); the job may run on, trying "
-                    f"again for {self._patience_s:.0f} s"
+                    f"{address} does not answer ({type(error).__name__}); the job may run on, "
+                    f"trying again for {self._patience_s:.0f} s"
                 )
 
         retrying = tenacity.Retrying(
@@ -195,12 +180,12 @@ class Follower:
             before_sleep=report_loss,
         )
         try:
-            with _user_errors(address, self._submission):
+            with _user_errors(address, self._job):
                 found: T = retrying(_with_timeout, ANSWER_TIMEOUT_S, call)
         except tenacity.RetryError as error:
             raise ReneeError(
                 f"{address} has not answered for {self._patience_s:.0f} s; see with `ray job "
-                f"status --address {address} {self._submission.submission_id}` whether the job runs"
+                f"status --address {address} {self._job}` whether the job runs"
             ) from error
         if retrying.statistics.get("attempt_number", 1) > 1:
             self._on_progress(f"{address} answers again")
@@ -219,15 +204,9 @@ def _is_connection_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(CONNECTION_LOST.search(str(error)))
 
 
-def _describe(error: BaseException) -> str:
-    return (
-        "no answer in time" if isinstance(error, TimeoutError | NoAnswer) else type(error).__name__
-    )
-
-
 @contextlib.contextmanager
-def _user_errors(address: str, submission: Submission | None = None) -> Iterator[None]:
-    """Turns Ray's errors into ReneeErrors; `submission` is the job that is followed, if any."""
+def _user_errors(address: str, job: str = "") -> Iterator[None]:
+    """Turns Ray's errors into ReneeErrors; `job` is the one that is followed, if any."""
     try:
         yield
     except AuthenticationError as error:
@@ -235,7 +214,7 @@ def _user_errors(address: str, submission: Submission | None = None) -> Iterator
     except Exception as error:
         if isinstance(error, ReneeError | tenacity.RetryError):
             raise
-        raise ReneeError(_sentence(address, submission, error)) from error
+        raise ReneeError(_sentence(address, job, error)) from error
 
 
 def _token_sentence(address: str, text: str) -> str:
@@ -250,11 +229,11 @@ def _token_sentence(address: str, text: str) -> str:
     )
 
 
-def _sentence(address: str, submission: Submission | None, error: Exception) -> str:
+def _sentence(address: str, job: str, error: Exception) -> str:
     text = str(error)
-    if submission is not None and "status code 404" in text:
+    if job and "status code 404" in text:
         return (
-            f"{address} knows no job {submission.submission_id}: the head was started anew, and "
+            f"{address} knows no job {job}: the head was started anew, and "
             f"its jobs ended with it; give the same command again to go on from what they stored"
         )
     if "already" in text and "ubmission" in text:
@@ -291,14 +270,14 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def outcome(submission: Submission, details: JobDetails) -> dict[str, Any]:
+def outcome(address: str, job: str, details: JobDetails) -> dict[str, Any]:
     """Returns how a job ended."""
     status = JobStatus(details.status)
     message = (details.message or "").partition(", last available logs")[0]  # the log was written
     seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
     return {
-        "submission_id": submission.submission_id,
-        "address": submission.address,
+        "submission_id": job,
+        "address": address,
         "status": status.value,
         "message": message.strip(),
         "seconds": seconds,

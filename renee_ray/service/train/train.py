@@ -98,9 +98,10 @@ def _train(
             f"{dataset.path} has no label texts: feed.augment has no effect, and "
             f"classifier.init=label_text starts from the labels' training points alone"
         )
+    workers = " to ".join(map(str, sorted({config.min_workers, config.max_workers})))
     on_progress(
         f"training on {dataset.manifest.num_points('train'):,} points and "
-        f"{dataset.manifest.num_labels:,} labels with {_workers(config)} "
+        f"{dataset.manifest.num_labels:,} labels with {workers} "
         f"{'GPU' if use_gpu else 'CPU'} workers"
     )
     watch, launched_s = Watch(config.timeout_s), time.time()
@@ -160,9 +161,3 @@ def check(config: RunConfig, dataset: Dataset) -> None:
     check_sinks(config)
     if config.encoder.weights and not Path(config.encoder.weights).is_file():
         raise ReneeError(f"encoder.weights={config.encoder.weights!r} is not a file")
-
-
-def _workers(config: RunConfig) -> str:
-    if config.min_workers == config.max_workers:
-        return str(config.max_workers)
-    return f"{config.min_workers} to {config.max_workers}"

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ from renee_ray.scoring.scorer import (
     read_counts,
     without_labels,
 )
+from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
-from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
 from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.history import History
@@ -65,22 +65,20 @@ def outcome(state: State, config: RunConfig) -> dict[str, Any]:
     }
 
 
-class Prepared(NamedTuple):
-    """A trainer, the batches that remain for it, its observer and its checkpoint writer."""
-
-    trainer: Trainer
-    batches: Iterator[Batch]
-    observer: Observer
-    writer: CheckpointWriter
-
-
 @contextlib.contextmanager
-def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
-    """Yields what a worker trains with, which is observed until the end of the context."""
+def prepared(
+    arguments: dict[str, Any],
+) -> Iterator[tuple[Trainer, Iterator[Batch], Observer, CheckpointWriter]]:
+    """Yields what a worker trains with, which is observed until the end of the context.
+
+    That is a trainer, the batches that remain for it, its observer and its checkpoint writer.
+    """
     quiet()
     share = _Share.of(arguments)
     config, ranks, directory = share.config, share.ranks, RunDirectory(share.config.output)
-    start = share.start(arguments["start"])
+    start = None  # or the checkpoint of another run
+    if name := arguments["start"]:
+        start = RunDirectory(config.start).checkpoints().at(name)
     model, checkpoint, moments = resume(
         directory.checkpoints(), ranks, lambda found: share.model(found or start)
     )
@@ -89,9 +87,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
         start.load_shard(model.shard)
         moments = start.moments()
     state = checkpoint.state if checkpoint else State(facts=share.facts(model, start))
-    history = None
-    if ranks.rank == 0:
-        history = History.read(directory, state)
+    history = History.read(directory, state) if ranks.rank == 0 else None
     launched_s = arguments["launched_s"]
     with Observer(
         config, ranks, share.device, share.channel, state, launched_s, history
@@ -115,7 +111,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[Prepared]:
             prefetch=config.feed.prefetch, run=run_name(config),
             targets=Targets.of(config.feed.targets, share.dataset),
         )  # fmt: skip
-        yield Prepared(trainer, batches, observer, writer)
+        yield trainer, batches, observer, writer
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class _Share:
     dataset: Dataset
     ranks: Ranks
     device: torch.device
-    channel: WorkerChannel
+    channel: DriverChannel
     orders: Epochs
 
     @classmethod
@@ -134,7 +130,7 @@ class _Share:
         config = RunConfig.model_validate(arguments["config"])
         dataset = _same_dataset(config.data, arguments["manifest_hash"])
         ranks = Ranks.of_process_group(config.timeout_s)
-        channel = WorkerChannel(arguments["channel"], ranks.rank)
+        channel: DriverChannel = arguments["channel"]
         channel.forward_warnings()
         orders = training_orders(config, dataset)
         return cls(config, dataset, ranks, worker_device(), channel, orders)
@@ -146,10 +142,6 @@ class _Share:
             self.config, self.dataset.manifest.num_labels, self.ranks, self.device,
             precision=precision,
         )  # fmt: skip
-
-    def start(self, name: str) -> Checkpoint | None:
-        """Opens the checkpoint of another run that this one begins with; None for no name."""
-        return RunDirectory(self.config.start).checkpoints().at(name) if name else None
 
     def facts(self, model: Model, start: Checkpoint | None) -> dict[str, Any]:
         """Returns what every checkpoint of a new run says of the model."""
@@ -203,8 +195,6 @@ class _Share:
                 observer.evaluated(state.step, metrics)
             observer.write_history()  # which the checkpoint's commit waits for
             writer.save(state, model.encoder, trainer.optimizer, model.shard, metrics)
-            if metrics and self.ranks.rank == 0:
-                self.channel.say(evaluation_line(state.step, metrics))
 
         trainer = Trainer(
             self.config, model, self.ranks, self.device, schedule, validation,
