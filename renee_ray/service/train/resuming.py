@@ -90,7 +90,7 @@ def identity(dataset: Dataset) -> dict[str, Any]:
         "tokenizer": manifest.tokenizer,
         "vocabulary_hash": manifest.vocabulary_hash,
         "has_label_texts": manifest.has_label_texts,
-        "labels_hash": dataset.labels_hash(),
+        "labels_hash": manifest.labels_hash,
         "manifest_hash": manifest.hash,
     }
 
