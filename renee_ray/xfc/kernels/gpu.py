@@ -111,7 +111,7 @@ class FusedUpdate(Update):
         kinds = weight.kind, velocity.kind if velocity else "none"
         k = tiles.BYTES // inputs.element_size()
         weights, velocities = (
-            [t[start:stop] for t in buffer.tensors().values()]
+            [buffer.data[start:stop], buffer.rest[start:stop]]
             for buffer in (weight, velocity or weight)
         )
 

@@ -91,7 +91,7 @@ def _scanned(
     weights, rows = shard.weights, len(embeddings)
     dtype, relative, absolute = NARROW[weights.weight.kind]
     inputs = embeddings.to(dtype, memory_format=torch.contiguous_format)
-    stored = next(iter(weights.weight.tensors().values()))
+    stored = weights.weight.data
     if stored.dtype == torch.float8_e4m3fn and not native_e4m3(stored.device):
         stored = stored.view(torch.uint8)
     scores = embeddings.new_full((rows, width), -torch.inf)

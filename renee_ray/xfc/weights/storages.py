@@ -56,12 +56,9 @@ STORAGES: dict[str, Storage] = {
 
 def stored_bytes(precision: str) -> tuple[int, int]:
     """Returns the bytes of one weight and of its velocity."""
-    meta, storage = torch.device("meta"), STORAGES[precision]
-    weight, velocity = (
-        sum(t.element_size() for t in kind(1, 1, meta, Scratch(meta)).tensors().values())
-        for kind in (storage.weight, storage.velocity)
-    )
-    return weight, velocity
+    storage = STORAGES[precision]
+    weight, velocity = storage.weight.stored.values(), storage.velocity.stored.values()
+    return sum(each.itemsize for each in weight), sum(each.itemsize for each in velocity)
 
 
 class Weights:
@@ -104,8 +101,7 @@ class Weights:
     def of(cls, rows: Tensor) -> Weights:
         """Takes float32 [n, D] as the weights of `fp32`, without a copy."""
         made = cls("fp32", 0, rows.shape[1], False, rows.device)
-        assert isinstance(made.weight, Float32)
-        made.rows, made.weight.data = len(rows), rows
+        made.rows, made.weight.data, made.weight.rest = len(rows), rows, rows
         return made
 
     def read(self, start: int, stop: int) -> Tensor:
