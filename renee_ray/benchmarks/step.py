@@ -139,7 +139,7 @@ def chunk_parts(shard: Shard, problem: Problem) -> dict[str, Callable[[], object
     expand, wide = partial(weights.operand, start, stop), inputs.to(weights.compute_dtype)
     operand, total = expand(), torch.zeros_like(inputs)
     out = wide.new_zeros(len(operand), operations.padded(len(inputs)))[:, : len(inputs)]
-    ((rows, columns),) = problem.positives().by_chunk([chunk])
+    ((rows, columns, _),) = problem.positives().by_chunk([chunk])
     factors, scales = (operand, wide), list[Tensor]()
     if operations.scaled:
         narrow, *scales = scaled_e4m3(inputs)
@@ -252,7 +252,7 @@ def compiled(problem: Problem, chunk: int, dtype: torch.dtype) -> Callable[[], T
 
     def run() -> Tensor:
         back.zero_()
-        for (start, stop), (rows, columns) in zip(chunks, pairs, strict=True):
+        for (start, stop), (rows, columns, _) in zip(chunks, pairs, strict=True):
             part(weight[start:stop], columns, rows)
         return back
 

@@ -100,7 +100,7 @@ def _scanned(
     most, size = used.clone(), used.new_zeros(1)
     keys = None
     if excluded is not None:
-        ((pair_rows, pair_labels),) = excluded.by_chunk([(0, weights.rows)])
+        ((pair_rows, pair_labels, _),) = excluded.by_chunk([(0, weights.rows)])
         keys = pair_labels * rows + pair_rows  # ascending, as the pairs are
     tiles, tile_rows = triton.cdiv(weights.rows, LABELS), _tile_rows(rows, stored.device)
     depth, stride = min(64, 128 // stored.element_size()), _stride(tiles)

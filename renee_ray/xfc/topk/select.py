@@ -100,7 +100,7 @@ def _plain_topk(
             logits = scratch("scores", rows, stop - start)
             torch.mm(embeddings, shard.weights.read(start, stop).T, out=logits)
             if excluded is not None:
-                logits[banned[i]] = -torch.inf
+                logits[banned[i][:2]] = -torch.inf
             shift = None if offset is None else offset[start:stop]
             best.add(logits, shard.owned.start + start, shift)
         return best.result()
