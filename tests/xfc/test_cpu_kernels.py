@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,6 @@ from renee_ray.xfc.kernels.cpu_update import FusedUpdate, update_loop
 from renee_ray.xfc.kernels.plain import Update, residual
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.topk import cpu_loops
 from renee_ray.xfc.weights.rounding import PERIOD
 from renee_ray.xfc.weights.storages import SGD, Weights
 
@@ -129,16 +127,6 @@ def test_split_keeps_every_bit_of_an_update_in_fp32(momentum: float) -> None:
     assert momentum == 0 or torch.equal(found["velocity"], step)
 
 
-@pytest.mark.parametrize("case", CASES[1::2], ids=str)
-def test_threads_share_the_rows(
-    case: tuple[str, torch.dtype, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = updated(FusedUpdate, case)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for name, found in updated(FusedUpdate, case).items():
-        assert torch.equal(found, alone[name])
-
-
 def test_every_code_of_e4m3_is_written_as_it_was_read() -> None:
     weights = Weights("fp8_sr", 32, 8, False, CPU, torch.float32)
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(32, 8)
@@ -198,24 +186,3 @@ def test_nothing_is_compiled_in_the_first_step() -> None:
     left, right = factors(torch.float32)
     FusedUpdate(weights, SGD(0.1), 0)(0, LABELS, weights.operand(0, LABELS), left, right)
     assert len(loop.signatures) == before  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["random", "few values", "equal", "rising", "falling", "infinite", "zeros", "subnormal"],
-)
-def test_selection_is_that_of_a_sort(kind: str) -> None:
-    rng = np.random.default_rng(7)
-    for count in (1, 2, 3, 10, 257):
-        values = {
-            "random": rng.standard_normal(count),
-            "few values": rng.integers(0, 3, count),
-            "equal": np.ones(count),
-            "rising": np.arange(count),
-            "falling": -np.arange(count),
-            "infinite": rng.choice([-np.inf, 0, np.inf], count),
-            "zeros": rng.choice([-1.0, -0.0, 0.0, 1.0], count),
-            "subnormal": rng.standard_normal(count) * 1e-41,
-        }[kind].astype(np.float32)
-        for k in {1, 2, count // 2, count - 1, count} & set(range(1, count + 1)):
-            assert cpu_loops._kth_largest(values, k) == np.sort(values)[count - k]
