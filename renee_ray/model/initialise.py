@@ -252,23 +252,24 @@ def _embed_labels(
     for first in range(owned.start, owned.stop, TEXT_BLOCK):
         stop = min(first + TEXT_BLOCK, owned.stop)
         table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
-        tokens = truncate(ragged(table["input_ids"]), config.encoder.max_length)
-        pad_id, device = dataset.manifest.pad_id, encoder.constant.device
-        embedded = embed_texts(encoder, tokens, pad_id, device, rounds.add)
+        tokens, longest = ragged(table["input_ids"]), config.encoder.max_length
+        embedded = embed_texts(encoder, tokens, longest, dataset.manifest.pad_id, rounds.add)
         yield first, embedded, table["train_count"].to_numpy()
 
 
 def embed_texts(
     encoder: Encoder,
     tokens: Ragged,
+    longest: int,
     pad_id: int,
-    device: torch.device,
     on_batch: Callable[[int], object] = lambda rows: None,
 ) -> Tensor:
-    """Embeds tokenised texts in batches of similar length: float32 [n, D].
+    """Embeds tokenised texts in batches of similar length: float32 [n, D] on the encoder's device.
 
+    longest: tokens that a text is cut to.
     on_batch: is called with the number of texts of each embedded batch.
     """
+    tokens, device = truncate(tokens, longest), encoder.constant.device
     out = torch.empty(len(tokens), encoder.dim, device=device)
     order = np.argsort(tokens.lengths, kind="stable")
     for start in range(0, len(order), TEXT_BATCH):

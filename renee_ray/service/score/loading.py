@@ -32,7 +32,8 @@ from renee_ray.data.storage import absolute, filesystem_of
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import Ragged, padded_tokens, ragged, truncate
+from renee_ray.model.initialise import embed_texts
+from renee_ray.parallel.batch import Ragged, ragged
 from renee_ray.scoring.calibration import Calibration
 from renee_ray.scoring.index import Classifier, ExactSearch, Search, open_search
 from renee_ray.scoring.scorer import prior_offset
@@ -144,12 +145,8 @@ class Model:
     @torch.inference_mode()
     def embed_tokens(self, tokens: Ragged) -> Tensor:
         """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
-        found, device = [], self._encoder.constant.device
-        for start in range(0, len(tokens), BATCH):
-            rows = np.arange(start, min(start + BATCH, len(tokens)))
-            ids = truncate(tokens.take(rows), self.facts["max_length"])
-            found.append(self._encoder(*padded_tokens(ids, self.facts["pad_id"], device)))
-        return torch.cat(found)
+        facts = self.facts
+        return embed_texts(self._encoder, tokens, facts["max_length"], facts["pad_id"])
 
 
 def load(
