@@ -14,9 +14,6 @@ from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import Weights
 
 POSITIVES_PER_ROW = 5
-CHUNKS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (8192, 32768, 131072)}
-"""Chunk sizes among which, besides the shard's own, the bare matmuls take the fastest."""
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,6 @@ def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Pro
     rows = torch.arange(batch).repeat_interleave(POSITIVES_PER_ROW)
     pairs = torch.stack([rows, drawn.flatten()], 1).unique(dim=0)
     return Problem(labels, embeddings.to(device), pairs[:, 0], pairs[:, 1])
-
-
-def chunk_sizes(labels: int, own: int, device: torch.device = CPU) -> list[int]:
-    """Returns the chunk sizes to try; own: labels of a chunk of the shard."""
-    return sorted({min(size, labels) for size in (*CHUNKS[device.type], own)})
 
 
 def check_memory(labels: int, numbers: int, device: torch.device) -> None:

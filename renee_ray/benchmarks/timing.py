@@ -12,6 +12,9 @@ from statistics import median
 import psutil
 import torch
 
+CHUNKS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (8192, 32768, 131072)}
+"""Chunk sizes among which, besides the shard's own, the bare matmuls take the fastest."""
+
 
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
@@ -34,11 +37,16 @@ def interleaved(
 
 
 def fastest(
-    functions: Mapping[int, Callable[[], object]], device: torch.device, repeats: int = 2
-) -> int:
-    """Returns the key whose function takes the shortest time."""
-    taken = interleaved({str(key): f for key, f in functions.items()}, repeats, device)
-    return int(min(taken, key=lambda key: taken[key]))
+    matmuls: Callable[[int], Callable[[], object]], labels: int, own: int, device: torch.device
+) -> Callable[[], object]:
+    """Returns the matmuls over chunks of all labels, of the chunk size that is fastest here.
+
+    own: labels of a chunk of the shard, which is tried too.
+    """
+    sizes = {min(size, labels) for size in (*CHUNKS[device.type], own)}
+    functions = {str(size): matmuls(size) for size in sorted(sizes)}
+    taken = interleaved(functions, 2, device)
+    return functions[min(taken, key=taken.__getitem__)]
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
