@@ -1,10 +1,11 @@
-"""Calls in threads that the end of the process does not wait for."""
+"""Calls in threads that the end of the process does not wait for; items made one ahead in them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,3 +23,24 @@ def in_thread(call: Callable[[], T], name: str) -> Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def one_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """Yields `count` items, each of which is made while the one before it is used.
+
+    A step waits for the GPU in its middle, which must not be idle while the next batch is made.
+
+    Raises:
+        Exception: what `items` raises, in place of the item.
+    """
+    ended = object()
+    source = islice(items, count)
+
+    def make() -> Future[T | object]:
+        # In a daemon: the last item may never come, and the process ends all the same.
+        return in_thread(lambda: next(source, ended), "ahead")
+
+    pending = make()
+    while (item := pending.result()) is not ended:
+        pending = make()
+        yield item  # type: ignore[misc]  # not `ended`
