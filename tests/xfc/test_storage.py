@@ -94,14 +94,6 @@ def test_an_operand_is_the_weight_in_the_dtype_of_the_matmuls(
     assert torch.equal(operand, weights.read(7, 30).to(compute))
 
 
-def test_matmuls_in_a_dtype_that_is_not_the_storages_are_refused() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"torch\.float16: fp8_sr is multiplied in torch\.float32 or torch\.bfloat16",
-    ):
-        Weights("fp8_sr", 10, 4, False, CPU, torch.float16)
-
-
 BYTES = {"fp32": (4, 8), "bf16_split": (4, 8), "bf16_sr": (2, 4), "fp16": (6, 10), "fp8_sr": (1, 3)}
 
 

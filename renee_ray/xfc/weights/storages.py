@@ -70,9 +70,6 @@ class Weights:
         dim: D.
         momentum: whether a velocity buffer is kept.
         compute: dtype of the matmuls: the storage's own or fp32; None: what suits the device.
-
-    Raises:
-        ValueError: the storage cannot be multiplied in `compute`.
     """
 
     def __init__(
@@ -86,11 +83,6 @@ class Weights:
     ) -> None:
         self.precision = choose_precision(precision, device)
         storage = STORAGES[self.precision]
-        if compute not in (None, torch.float32, storage.compute):
-            raise ValueError(
-                f"compute {compute}: {self.precision} is multiplied in torch.float32 or "
-                f"{storage.compute}"
-            )
         self.compute_dtype = compute or choose_compute(storage.compute, self.precision, device)
         self.rows, self.dim, self.device = rows, dim, device
         self.scratch = Scratch(device)
