@@ -8,11 +8,8 @@ training points (mean mu, mean norm rho), for every label l of n_l among N point
     v_l  = unit(unit(e(text of l)) + init_centroid * unit(sum of unit(e_i) over its points))
     w_l  = s v_l + (log(n_l / N) + delta - s v_l . mu) u / (mu . u)        s = init_scale / rho
 
-There is no bias term, so the direction u stands in for one. The last term replaces a label's
-score on the average point by its prior. delta makes the median point expect as many labels as the
-average point has. Without this term every sigmoid is near 1/2, and the first steps, with L
-negatives a row, undo what the texts gave. Without the constant the prior would need weights so
-large that they drown the rest in dE = G W.
+The last term replaces a label's score on the average point by its prior. delta makes the median
+point expect as many labels as the average point has. docs/design.md has the reasons.
 
 Ledger, on rank r of R, which owns n of L labels, D dimensions:
 

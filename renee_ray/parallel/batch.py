@@ -87,12 +87,10 @@ class Position:
 class Batch:
     """This rank's rows of the global batch at `position`; possibly none.
 
-    points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
-    of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the positions of
-    the rows in their split, or None where they are in none; keys: int64 [b], what the dropout of
-    n-grams depends on, or None where there is none; predicted: labels that a teacher lists for
-    each row, with probabilities float64 [t], or None; values: float64 [m] of the positives, or
-    None where all are 1.
+    labels: all positives of each row; filtered: labels never to be predicted for it.
+    rows: positions in the split; None: they are in none. keys: what the dropout of n-grams depends
+    on, or None. predicted: labels that a teacher lists for each row, with probabilities float64
+    [t], or None. values: float64 [m] of the positives; None: all are 1.
     """
 
     position: Position

@@ -30,9 +30,8 @@ learns from a flag on the device (its `found_inf`). The host reads this flag at 
 next step, before it needs the loss scale, or when `settle` is called. So a step's `skipped` is
 right from then on, and a run that only skips ends one step late.
 
-dE is complete only when all but the last chunks of W have been updated. If E and W are finite, so
-is dE, short of an overflow of fp32. Otherwise W is lost already; the encoder's gradient then is
-not finite in this step nor in any later one, and `training/loop` ends the run.
+If E and W are finite, so is dE, short of an overflow of fp32. Otherwise W is lost already, and as
+the encoder's gradient then is never finite again, `training/loop` ends the run.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ the same for all, and a few labels each. Every step sees all of them. Each rank 
 and L / R labels, so the same bytes cross the ranks as in training.
 
 For a speed-up rank 0 also holds all labels, and steps on them alone while the others wait, in
-turns with the steps of all. Both meet the same machine and the same batch. Where Ray was started
-for this, the same is then measured in processes without it. On a machine whose cores all train,
-Ray's idle processes slow the steps of all more than those of one worker.
+turns with the steps of all. Where Ray was started for this, the same is then measured in processes
+without it, since Ray's idle processes slow the steps of all more than those of one worker.
 """
 
 from __future__ import annotations

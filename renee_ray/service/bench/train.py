@@ -8,11 +8,9 @@ Both begin with the same weights (N(0, init_std): the first weights do not matte
 step, and those from label texts cost a pass over all points) and train the same batches in the
 same order; `weights_apart` compares what they come to.
 
-They are timed in turns, bare full bare full, and Ray is stopped while bare runs. Blocks that
-alternate inside the Ray Train workers would meet more nearly the same machine. But Ray's own
-processes and reading tasks would slow the bare blocks too, and so be hidden. Ray Data reads
-`feed.prefetch` windows of `feed.window` batches in one go, so a block is a whole number of these
-groups: it holds as much of their reading as it uses up.
+They are timed in turns, bare full bare full, and Ray is stopped while bare runs, so that its
+processes and reading tasks do not slow both. Ray Data reads `feed.prefetch` windows of
+`feed.window` batches in one go, so a block is a whole number of these groups.
 """
 
 from __future__ import annotations
