@@ -21,7 +21,6 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from renee_ray.benchmarks.processes import run_processes
 from renee_ray.benchmarks.timing import interleaved, wait_for
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
@@ -90,15 +89,6 @@ class Clock(Iterator[Batch]):
         """Returns the seconds spent waiting for batches [first, stop)."""
         pairs = zip(self.asked[first:stop], self.came[first:stop], strict=True)
         return sum(came - asked for asked, came in pairs)
-
-
-def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, Any]:
-    """Runs `time_bare_steps` in processes of its own; returns what rank 0 returned."""
-    config = job.config
-    return run_processes(
-        time_bare_steps, {"job": job}, config.max_workers, use_gpu=job.use_gpu,
-        timeout_s=config.timeout_s, environment=environment, niceness=niceness,
-    )  # fmt: skip
 
 
 def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:

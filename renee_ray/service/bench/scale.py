@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,7 +21,6 @@ import ray
 import torch
 
 from renee_ray.benchmarks.problem import Problem, make_problem
-from renee_ray.benchmarks.processes import run_processes
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
@@ -33,15 +33,9 @@ from renee_ray.parallel.collectives import (
     scatter_rows,
 )
 from renee_ray.service.bench.memory import ResidentPeak
+from renee_ray.service.bench.processes import run_processes
 from renee_ray.service.cluster import ensure_ray, started_here
-from renee_ray.service.launch import (
-    NICENESS,
-    decide_gpu,
-    launch,
-    threads_of,
-    worker_device,
-    worker_environment,
-)
+from renee_ray.service.launch import decide_gpu, launch, worker_device
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import SGD, Weights
@@ -77,7 +71,7 @@ def bench_scale(
     """
     if speedup and workers == 1:
         raise ReneeError("--speedup compares with one worker; give more --workers")
-    arguments = {
+    arguments: dict[str, Any] = {
         "labels": labels, "dim": dim, "batch": batch, "precision": precision, "steps": steps,
         "speedup": speedup,
     }  # fmt: skip
@@ -95,17 +89,9 @@ def bench_scale(
     found |= {"peak_rss_gib": resident, "workers": workers}
     if speedup and started_here():
         ray.shutdown()
-        found |= _without_ray(config, arguments, use_gpu)
+        bare = run_processes(partial(time_steps, **arguments), config, use_gpu)
+        found |= {f"bare_{key}": bare[key] for key in ("step_s", "one_worker_step_s", "speedup")}
     return {**arguments, **found}
-
-
-def _without_ray(config: RunConfig, arguments: dict[str, Any], use_gpu: bool) -> dict[str, float]:
-    environment = worker_environment(threads_of(config, use_gpu, config.max_workers))
-    found = run_processes(
-        time_steps, arguments, config.max_workers, use_gpu=use_gpu, timeout_s=TIMEOUT_S,
-        environment=environment, niceness=NICENESS,
-    )  # fmt: skip
-    return {f"bare_{name}": found[name] for name in ("step_s", "one_worker_step_s", "speedup")}
 
 
 def scale_worker(arguments: dict[str, Any]) -> dict[str, Any]:

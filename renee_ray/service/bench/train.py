@@ -19,21 +19,23 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import ray
 import torch
 
-from renee_ray.benchmarks.bare import Clock, Job, run_bare, weight_norms
+from renee_ray.benchmarks.bare import Clock, Job, time_bare_steps, weight_norms
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.recorder import GPU_MEMORY, gpu_memory
+from renee_ray.service.bench.processes import run_processes
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import training_orders
-from renee_ray.service.launch import NICENESS, launch, threads_of, worker_environment
+from renee_ray.service.launch import launch
 from renee_ray.service.observe.progress import Display
 from renee_ray.service.train.train import check
 from renee_ray.service.train.worker import prepared
@@ -72,9 +74,7 @@ def bench_train(
     full, bare = [], []
     for number in range(1, repeats + 1):
         on_progress(f"round {number} of {repeats}: {job.total} steps without Ray, then with it")
-        threads = threads_of(job.config, job.use_gpu, job.config.max_workers)
-        environment = worker_environment(threads)
-        bare.append(run_bare(job, environment, NICENESS))
+        bare.append(run_processes(partial(time_bare_steps, job=job), job.config, job.use_gpu))
         full.append(_run_full(job))
     return _figures(job, full, bare)
 
