@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -227,24 +227,11 @@ class Trainer:
             tokens = TokenGradient(encoder, self.ranks, mean=mean)
         if encoder.bag is not None:
             bag = BagOptimizer(encoder.bag, self.ranks, mean=mean)
+        on_last = partial(self.recorder.enter, "reduce")
+        wrapped = data_parallel(encoder, self.ranks, settings.gradient, tokens, on_last, bag)
         return Step(
-            data_parallel(
-                encoder, self.ranks, settings.gradient, tokens,
-                lambda: self.recorder.enter("reduce"), bag,
-            ),
-            self.model.shard,
-            self.optimizer,
-            self.ranks,
-            self.device,
-            settings.dropout,
-            self.config.seed,
-            settings.clip_norm,
-            self.state.loss_scale,
-            settings.micro_batch,
-            tokens,
-            self.recorder,
-            bag,
-            self.config.classifier.objective,
+            self.config, wrapped, self.model.shard, self.optimizer, self.ranks, self.device,
+            self.state.loss_scale, tokens, self.recorder, bag,
         )  # fmt: skip
 
     @cached_property
