@@ -65,16 +65,16 @@ def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> 
     return torch.float32
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Returns `precision`, or for `auto` what suits the device: bf16_sr, else fp16, else fp32.
+def native_narrow(device: torch.device) -> tuple[bool, bool]:
+    """Returns whether the device multiplies bf16, and fp16, in hardware."""
+    return native_bf16(device), native(torch.float16, device)
+
+
+def choose_precision(precision: str, bf16: bool, fp16: bool) -> str:
+    """Returns `precision`, or for `auto` what suits a device that multiplies these or does not.
 
     Without narrow products a narrower storage saves memory but not time, so fp32 stands.
     """
-    return precision_for(precision, native_bf16(device), native(torch.float16, device))
-
-
-def precision_for(precision: str, bf16: bool, fp16: bool) -> str:
-    """Returns what `choose_precision` does, for a device that multiplies these or does not."""
     if precision != "auto":
         return precision
     return "bf16_sr" if bf16 else "fp16" if fp16 else "fp32"

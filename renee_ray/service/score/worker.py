@@ -34,7 +34,7 @@ from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.progress import WorkerChannel
 from renee_ray.service.score.job import ScoringJob, embed_voters
 from renee_ray.service.score.predictions import Layout
-from renee_ray.xfc.device import choose_precision
+from renee_ray.xfc.device import choose_precision, native_narrow
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights, stored_bytes
@@ -147,7 +147,8 @@ class Worker:
     @property
     def _precision(self) -> str:
         wanted = self.job.config.classifier.precision
-        return self.checkpoint.state.facts.get("precision") or choose_precision(wanted, self.device)
+        recorded = self.checkpoint.state.facts.get("precision")
+        return recorded or choose_precision(wanted, *native_narrow(self.device))
 
 
 def _free_bytes(device: torch.device) -> int:
