@@ -30,9 +30,13 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
-            taken = _timed(function, device, calls, clock) / calls
+            wait_for(device)
+            start = clock()
+            for _ in range(calls):
+                function()
+            wait_for(device)
             if round_number:
-                seconds[name].append(taken)
+                seconds[name].append((clock() - start) / calls)
     return {name: median(all_taken) for name, all_taken in seconds.items()}
 
 
@@ -74,17 +78,6 @@ def _resident_peak() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _timed(
-    function: Callable[[], object], device: torch.device, calls: int, clock: Callable[[], float]
-) -> float:
-    wait_for(device)
-    start = clock()
-    for _ in range(calls):
-        function()
-    wait_for(device)
-    return clock() - start
 
 
 def wait_for(device: torch.device) -> None:

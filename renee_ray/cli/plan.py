@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def plan(
         make_plan, made, workload, find_transformer(made.encoder, shape), found,
         made.max_workers, measure,
     )  # fmt: skip
-    print_facts(result.facts(), as_json, lambda _: plan_text(result, about))
+    print_facts(asdict(result), as_json, lambda _: plan_text(result, about))
 
 
 @click.command(cls=ConfiguredCommand, keys=ScoreConfig)

@@ -212,7 +212,13 @@ class Trainer:
         torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
         sampled = bool(config.loss_every) and state.step % config.loss_every == 0
         result = self._step(batch, state.step, sgd, with_loss=sampled, wish=self.wish())
-        self._advance(batch.position, result)
+        self._follow()
+        self._last, done = result, batch.position
+        state.step += 1
+        last = done.batch + 1 == self.schedule.batches[done.epoch]
+        state.position = (
+            Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
+        )
         return result, sampled
 
     @cached_property
@@ -240,15 +246,6 @@ class Trainer:
         done, state = self.state.step, self.state
         most = min(MOST_SKIPPED, self.schedule.total)
         return SkippedSteps(most, done if state.skipped == done else 0)
-
-    def _advance(self, done: Position, result: StepResult) -> None:
-        self._follow()
-        self._last, state = result, self.state
-        state.step += 1
-        last = done.batch + 1 == self.schedule.batches[done.epoch]
-        state.position = (
-            Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
-        )
 
     def settle(self) -> None:
         """Makes `state` that of all steps; before, it may lack whether the last was skipped."""

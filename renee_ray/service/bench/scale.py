@@ -11,12 +11,15 @@ without it, since Ray's idle processes slow the steps of all more than those of 
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -32,7 +35,6 @@ from renee_ray.parallel.collectives import (
     route,
     scatter_rows,
 )
-from renee_ray.service.bench.memory import ResidentPeak
 from renee_ray.service.bench.processes import run_processes
 from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.launch import decide_gpu, launch, worker_device
@@ -43,6 +45,37 @@ from renee_ray.xfc.weights.storages import SGD, Weights
 LR = 0.01
 TIMEOUT_S = 1800
 """A step of 10^8 labels takes minutes on a CPU, and ranks need not end theirs together."""
+SAMPLE_S = 0.5
+"""Seconds between two samples, each of which looks at every process of the machine."""
+
+
+class ResidentPeak:
+    """The highest resident memory while it is entered, sampled: `bytes` of all processes together.
+
+    Pages that several processes share count once for each: the result is an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> ResidentPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._over.wait(SAMPLE_S):
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    total += process.memory_info().rss
+            self.bytes = max(self.bytes, total)
 
 
 def bench_scale(
