@@ -33,11 +33,13 @@ class Problem:
     def dim(self) -> int:
         return self.embeddings.shape[1]
 
-    def shard(self, precision: str, momentum: float, chunk: int = 0) -> Shard:
-        """Makes a shard of all labels, with weights N(0, 0.02) that are drawn on the device."""
-        device = self.embeddings.device
-        weights = Weights(precision, self.num_labels, self.dim, momentum > 0, device)
-        shard = Shard(self.owned, weights, chunk)
+    def shard(
+        self, precision: str, momentum: float, chunk: int = 0, owned: LabelRange | None = None
+    ) -> Shard:
+        """Makes a shard with weights N(0, 0.02), drawn on the device; owned: None: all labels."""
+        owned, device = self.owned if owned is None else owned, self.embeddings.device
+        weights = Weights(precision, len(owned), self.dim, momentum > 0, device)
+        shard = Shard(owned, weights, chunk)
         shard.initialise_normal(0.02, seed=0)
         return shard
 

@@ -40,7 +40,7 @@ from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.launch import decide_gpu, launch, worker_device
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.weights.storages import SGD, Weights
+from renee_ray.xfc.weights.storages import SGD
 
 LR = 0.01
 TIMEOUT_S = 1800
@@ -146,10 +146,11 @@ def time_steps(
     problem = make_problem(labels, dim, batch, device)
     problem.embeddings.mul_(dim**-0.5)[:, 0] = 1
     start = time.perf_counter()
-    shard = _shard(ranks, problem, precision, device)
+    owned = LabelRange.of_rank(labels, ranks.num_ranks, ranks.rank)
+    shard = problem.shard(precision, 0, owned=owned)
     initialise_s = time.perf_counter() - start
     alone = Ranks()
-    whole = _shard(alone, problem, precision, device) if speedup and ranks.rank == 0 else None
+    whole = problem.shard(precision, 0) if speedup and ranks.rank == 0 else None
 
     first = _step(ranks, shard, problem, 0, with_loss=True)
     if whole is not None:
@@ -178,14 +179,6 @@ def time_steps(
         found["one_worker_step_s"] = median(seconds_alone)
         found["speedup"] = median(seconds_alone) / taken
     return found
-
-
-def _shard(ranks: Ranks, problem: Problem, precision: str, device: torch.device) -> Shard:
-    owned = LabelRange.of_rank(problem.num_labels, ranks.num_ranks, ranks.rank)
-    dim = problem.embeddings.shape[1]
-    shard = Shard(owned, Weights(precision, len(owned), dim, False, device))
-    shard.initialise_normal(0.02, seed=0)
-    return shard
 
 
 def _timed_step(ranks: Ranks, shard: Shard, problem: Problem, step: int) -> float:
