@@ -83,42 +83,6 @@ class Validation:
 
 
 @dataclass
-class SkippedSteps:
-    """How many steps in a row were skipped, and what is said about it.
-
-    most: so many end the run.
-    """
-
-    most: int
-    in_a_row: int = 0
-
-    def follow(self, step: int, result: StepResult, *, speaks: bool) -> None:
-        """Counts the step, numbered from 1.
-
-        Raises:
-            ReneeError: it was the last of `most` in a row.
-        """
-        before = self.in_a_row
-        self.in_a_row = before + 1 if result.skipped else 0
-        if speaks and result.skipped and not before:
-            what = (
-                "the encoder's gradient is not finite, and only the classifier is updated"
-                if result.classifier_updated
-                else "an embedding is not finite, and nothing is updated"
-            )
-            log.warning("step %d: skipped by all workers: %s", step, what)
-        if speaks and not result.skipped and before > 1:
-            log.warning("steps %d to %d were skipped", step - before, step - 1)
-        if self.in_a_row >= self.most:
-            raise ReneeError(
-                f"all of the last {self.in_a_row} steps, up to step {step}, were skipped: "
-                f"the embeddings or the encoder's gradient are not finite; lower "
-                f"encoder.learning_rate and classifier.learning_rate or set encoder.autocast=off "
-                f"and classifier.precision=fp32, and give another output"
-            )
-
-
-@dataclass
 class Trainer:
     """A rank's model with its optimizers, at some state of a run.
 
@@ -149,6 +113,9 @@ class Trainer:
         self.optimizer = adamw(self.model.encoder, self.config.encoder)
         if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
             self.state.loss_scale = LossScale.start()
+        # A resumed run goes on counting if all of its steps were skipped.
+        done = self.state.step
+        self._in_a_row = done if self.state.skipped == done else 0
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Trains on the remaining batches, which begin at `state.position`, until the end or STOP.
@@ -240,13 +207,6 @@ class Trainer:
             self.state.loss_scale, tokens, self.recorder, bag,
         )  # fmt: skip
 
-    @cached_property
-    def _skipped(self) -> SkippedSteps:
-        """A resumed run goes on counting if all of its steps were skipped."""
-        done, state = self.state.step, self.state
-        most = min(MOST_SKIPPED, self.schedule.total)
-        return SkippedSteps(most, done if state.skipped == done else 0)
-
     def settle(self) -> None:
         """Makes `state` that of all steps; before, it may lack whether the last was skipped."""
         self.recorder.enter("reduce")  # where others may keep it waiting
@@ -254,12 +214,35 @@ class Trainer:
         self._follow()
 
     def _follow(self) -> None:
-        """Counts the step before, once it is known whether it was skipped."""
-        skipped, result, self._last = self._skipped, self._last, None
-        if result is not None:
-            self.state.skipped += result.skipped
-            self.recorder.count(skipped=int(result.skipped))
-            skipped.follow(self.state.step, result, speaks=self.ranks.rank == 0)
+        """Counts the step before, once it is known whether it was skipped.
+
+        Raises:
+            ReneeError: it was the last of too many in a row.
+        """
+        result, before, step = self._last, self._in_a_row, self.state.step
+        if result is None:
+            return
+        self._last = None
+        self.state.skipped += result.skipped
+        self.recorder.count(skipped=int(result.skipped))
+        self._in_a_row = before + 1 if result.skipped else 0
+        speaks = self.ranks.rank == 0
+        if speaks and result.skipped and not before:
+            what = (
+                "the encoder's gradient is not finite, and only the classifier is updated"
+                if result.classifier_updated
+                else "an embedding is not finite, and nothing is updated"
+            )
+            log.warning("step %d: skipped by all workers: %s", step, what)
+        if speaks and not result.skipped and before > 1:
+            log.warning("steps %d to %d were skipped", step - before, step - 1)
+        if self._in_a_row >= min(MOST_SKIPPED, self.schedule.total):
+            raise ReneeError(
+                f"all of the last {self._in_a_row} steps, up to step {step}, were skipped: "
+                f"the embeddings or the encoder's gradient are not finite; lower "
+                f"encoder.learning_rate and classifier.learning_rate or set encoder.autocast=off "
+                f"and classifier.precision=fp32, and give another output"
+            )
 
     def _count(self, batch: Batch, result: StepResult, meter: Meter) -> None:
         settings = self.config.encoder
