@@ -108,22 +108,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.points)
 
-    def pairs(self, first: int) -> tuple[Tensor, Tensor]:
-        """Returns (row of the global batch, label) of every positive.
+    def pairs(self, first: int, of: Ragged | None = None) -> tuple[Tensor, Tensor]:
+        """Returns (row of the global batch, label) of every positive, or of other labels.
 
-        first: row of the global batch that this rank's rows begin with.
+        first: row of the global batch that this rank's rows begin with; of: labels of each row.
         """
-        rows, labels = self.labels.pairs()
+        rows, labels = (self.labels if of is None else of).pairs()
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
     def value_bits(self) -> list[Tensor]:
         """Returns the values of `pairs` as int64 of the same bits, in a list; none if all are 1."""
         return [] if self.values is None else [torch.from_numpy(self.values).view(torch.int64)]
-
-    def filter_pairs(self, first: int) -> tuple[Tensor, Tensor]:
-        """Returns (row of the global batch, label) of every filter label, as `pairs`."""
-        rows, labels = self.filtered.pairs()
-        return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
     def for_training(
         self,

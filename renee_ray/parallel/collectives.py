@@ -100,12 +100,8 @@ def announce(ranks: Ranks, rows: int, request: int) -> tuple[list[int], int]:
     Returns:
         (rows that each rank holds of the coming global batch, the requests of all ranks or-ed)
     """
-    if ranks.num_ranks == 1:
-        return [rows], request
-    everyone = torch.empty(2 * ranks.num_ranks, dtype=torch.int64)
-    all_gather_single(everyone, torch.tensor([rows, request]), ranks.host)
-    counts, requests = everyone.view(-1, 2).T.tolist()
-    return counts, reduce(or_, requests)
+    counts, requests = zip(*gather_numbers(ranks, [rows, request]), strict=True)
+    return [int(count) for count in counts], reduce(or_, map(int, requests))
 
 
 def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
