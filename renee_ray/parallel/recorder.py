@@ -157,8 +157,12 @@ class Recorder:
         step, phase, entered, since = self._place
         return Place(step, phase, entered, time.monotonic() - since)
 
-    def sample(self, ranks: Ranks) -> None:
-        """Exchanges the pace since the last sample with all ranks, which all call this."""
+    def sample(self, ranks: Ranks) -> dict[str, float]:
+        """Exchanges the pace since the last sample with all ranks, which all call this.
+
+        Returns:
+            this rank's counts since then, by name.
+        """
         totals, before = self.totals(), self._sampled
         self._sampled = totals
         steps = max(1, totals.steps - before.steps)
@@ -168,6 +172,7 @@ class Recorder:
 
         own = [mean("data", "own", "collective"), mean("data", "own"), mean("data")]
         self.paces = [Pace(*each) for each in gather_numbers(ranks, own)]
+        return {name: getattr(totals, name) - getattr(before, name) for name in COUNTS}
 
 
 def gpu_memory(device: torch.device) -> dict[str, float | None]:

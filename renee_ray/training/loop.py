@@ -47,17 +47,10 @@ MOST_SKIPPED = 100
 
 @dataclass
 class Meter:
-    """Sums since the last sample of the loss; `started` moves on by the pauses."""
+    """Points of global batches since the last sample of the loss; pauses move `started` on."""
 
     rows: int = 0
-    steps: int = 0
-    tokens: int = 0
-    cells: int = 0
     started: float = field(default_factory=time.perf_counter)
-
-    def count(self, rows: int, tokens: int, cells: int) -> None:
-        self.rows, self.steps = self.rows + rows, self.steps + 1
-        self.tokens, self.cells = self.tokens + tokens, self.cells + cells
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -136,7 +129,7 @@ class Trainer:
             self.recorder.enter("data", state.step + 1)
             batch = next(ready)
             result, sampled = self.train_on(batch)
-            self._count(batch, result, meter)
+            meter.rows += result.rows
             evaluates = state.step in evaluations
             saves = evaluates or result.wishes or (every and state.step % every == 0)
             if sampled or saves:
@@ -179,6 +172,12 @@ class Trainer:
         torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
         sampled = bool(config.loss_every) and state.step % config.loss_every == 0
         result = self._step(batch, state.step, sgd, with_loss=sampled, wish=self.wish())
+        trained = result.rows * len(self.model.shard.owned) if result.classifier_updated else 0
+        grouped = works_in_groups(config.encoder, self.device)
+        tokens, cells = batch.padding(config.encoder.micro_batch, grouped=grouped)
+        self.recorder.count(
+            steps=1, rows=len(batch), label_rows=trained, tokens=tokens, cells=cells
+        )
         self._follow()
         self._last, done = result, batch.position
         state.step += 1
@@ -244,25 +243,11 @@ class Trainer:
                 f"and classifier.precision=fp32, and give another output"
             )
 
-    def _count(self, batch: Batch, result: StepResult, meter: Meter) -> None:
-        settings = self.config.encoder
-        grouped = works_in_groups(settings, self.device)
-        tokens, cells = batch.padding(settings.micro_batch, grouped=grouped)
-        meter.count(result.rows, tokens, cells)
-        trained = result.rows * len(self.model.shard.owned)
-        self.recorder.count(
-            steps=1,
-            rows=len(batch),
-            label_rows=trained if result.classifier_updated else 0,
-            tokens=tokens,
-            cells=cells,
-        )
-
     def _sample(self, result: StepResult, meter: Meter) -> None:
         """Exchanges the loss with all ranks, and tells how the run is doing."""
         seconds = meter.seconds()
         self.recorder.enter("loss")
-        self.recorder.sample(self.ranks)
+        since = self.recorder.sample(self.ranks)
         loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
         step, total = self.state.step, self.schedule.total
         factor = warmup_cosine(step - 1, total, self.config.warmup)
@@ -272,7 +257,7 @@ class Trainer:
             "epoch": self.schedule.epochs_done(step),
             "loss": loss,
             "rows_per_second": meter.rows / seconds,
-            "padding": 1 - meter.tokens / meter.cells if meter.cells else 0.0,
+            "padding": 1 - since["tokens"] / since["cells"] if since["cells"] else 0.0,
             "encoder_lr": self.config.encoder.learning_rate * factor,
             "classifier_lr": self.config.classifier.learning_rate * factor,
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -280,7 +265,7 @@ class Trainer:
             "thread_s": time.thread_time(),
             "skipped": self.state.skipped,
             "loss_scale": self.state.loss_scale.value,
-            "seconds_left": (total - step) * seconds / meter.steps,
+            "seconds_left": (total - step) * seconds / since["steps"],
             "time_s": time.time(),
         }
         self.on_progress(record)
