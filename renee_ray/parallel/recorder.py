@@ -146,10 +146,6 @@ class Recorder:
         for name, amount in added.items():
             self._counts[name] += amount
 
-    def checkpointed(self, seconds: float, written: int) -> None:
-        """Counts a checkpoint of which this rank wrote `written` bytes."""
-        self.count(checkpoints=1, checkpoint_seconds=seconds, checkpoint_bytes=written)
-
     def totals(self) -> Totals:
         return Totals(dict(self._clock.seconds), **self._counts)
 

@@ -82,7 +82,7 @@ def test_counts_add_up() -> None:
     recorder = Recorder()
     recorder.count(steps=1, rows=3)
     recorder.count(steps=1, rows=4)
-    recorder.checkpointed(1.5, 100)
+    recorder.count(checkpoints=1, checkpoint_seconds=1.5, checkpoint_bytes=100)
     totals = recorder.totals()
     assert (totals.steps, totals.rows, totals.skipped) == (2, 7, 0)
     assert (totals.checkpoints, totals.checkpoint_seconds, totals.checkpoint_bytes) == (1, 1.5, 100)

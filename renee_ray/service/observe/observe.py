@@ -159,7 +159,7 @@ class Observer:
 
     def checkpointed(self, step: int, seconds: float, written: int) -> None:
         """Notes that the checkpoint of `step` has ended; this rank wrote `written` bytes of it."""
-        self.recorder.checkpointed(seconds, written)
+        self.recorder.count(checkpoints=1, checkpoint_seconds=seconds, checkpoint_bytes=written)
         if self._status is not None:
             self._status.checkpointed(step, seconds)
             log.info("checkpoint of step %d: %.1f s, %d bytes of rank 0", step, seconds, written)
