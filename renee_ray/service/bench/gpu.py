@@ -1,13 +1,7 @@
 """`renee-ray bench gpu`: measures one GPU, by other commands in processes of their own.
 
-    oracle    a step of every storage against float64
-    step      at the published sizes, kernel by kernel, beside bare matmuls and references
-    train     a run through Ray beside the bare loop, and the share of a step that the GPU idles
-    topk      the 100 best labels
-    memory    a step of every storage on the largest classifier
-    resume    a run whose driver is killed, and which is started again
-
-The lines of JSON that a command prints are kept however it ends.
+docs/performance.md lists its parts. The lines of JSON that a command prints are kept however it
+ends.
 """
 
 from __future__ import annotations
