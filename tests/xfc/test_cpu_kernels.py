@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from renee_ray.xfc.kernels.cpu_update import FusedUpdate, update_loop
 from renee_ray.xfc.kernels.plain import Update, residual
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.topk import cpu_loops
 from renee_ray.xfc.weights.rounding import PERIOD
 from renee_ray.xfc.weights.storages import SGD, Weights
 
@@ -186,3 +188,24 @@ def test_nothing_is_compiled_in_the_first_step() -> None:
     left, right = factors(torch.float32)
     FusedUpdate(weights, SGD(0.1), 0)(0, LABELS, weights.operand(0, LABELS), left, right)
     assert len(loop.signatures) == before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["random", "few values", "equal", "rising", "falling", "infinite", "zeros", "subnormal"],
+)
+def test_selection_is_that_of_a_sort(kind: str) -> None:
+    rng = np.random.default_rng(7)
+    for count in (1, 2, 3, 10, 257):
+        values = {
+            "random": rng.standard_normal(count),
+            "few values": rng.integers(0, 3, count),
+            "equal": np.ones(count),
+            "rising": np.arange(count),
+            "falling": -np.arange(count),
+            "infinite": rng.choice([-np.inf, 0, np.inf], count),
+            "zeros": rng.choice([-1.0, -0.0, 0.0, 1.0], count),
+            "subnormal": rng.standard_normal(count) * 1e-41,
+        }[kind].astype(np.float32)
+        for k in {1, 2, count // 2, count - 1, count} & set(range(1, count + 1)):
+            assert cpu_loops._kth_largest(values, k) == np.sort(values)[count - k]

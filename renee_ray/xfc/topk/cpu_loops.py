@@ -12,8 +12,10 @@ import numba
 import numpy as np
 
 from renee_ray.xfc.labels import NONE
+from renee_ray.xfc.weights.cpu_rows import bits_of, float_of
 
-# Numba keeps these loops only where the user names a directory for them.
+# Only where the user says so does numba keep these loops: it would not notice that a function of
+# another file, which went into one, has changed since.
 compiled = numba.njit(
     nogil=True, error_model="numpy", cache=bool(os.environ.get("NUMBA_CACHE_DIR"))
 )
@@ -59,7 +61,7 @@ def _cut(scores, labels, k, count):
     Returns:
         (how many are left, the score of the k-th)
     """
-    least = np.partition(scores[:count], count - k)[count - k]
+    least = _kth_largest(scores[:count], k)
     above = np.int64(0)
     for j in range(count):
         above += np.int64(scores[j] > least)
@@ -73,3 +75,36 @@ def _cut(scores, labels, k, count):
     for j in range(place, count):
         scores[j], labels[j] = -np.inf, NONE
     return place, least
+
+
+@compiled
+def _kth_largest(values, k):
+    """Returns the k-th largest of fp32 values, none of which is NaN.
+
+    The bits of fp32, read as an integer, order as the numbers do, once those of a negative number
+    have all but their sign flipped: `keys`. The k-th largest key is the largest integer x such
+    that k keys are >= x. A bisection of [low, high] finds it, with the invariant
+
+        #(keys >= low) >= k > #(keys >= high + 1)
+
+    Each of at most 32 rounds costs one vectorised count. A selection by exchanges would branch at
+    every value, and no predictor knows which way.
+    """
+    keys = np.empty(len(values), np.int32)
+    low, high = np.int64(2**31 - 1), np.int64(-(2**31))
+    for j in range(len(values)):
+        bits = np.int32(bits_of(values[j]))
+        keys[j] = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    for j in range(len(values)):
+        low, high = min(low, np.int64(keys[j])), max(high, np.int64(keys[j]))
+    while low < high:
+        middle = np.int32((low + high + 1) >> 1)
+        reached = np.int32(0)
+        for j in range(len(keys)):
+            reached += np.int32(keys[j] >= middle)
+        if reached >= k:
+            low = np.int64(middle)
+        else:
+            high = np.int64(middle) - 1
+    key = np.int32(low)
+    return float_of(np.uint32(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF))))
