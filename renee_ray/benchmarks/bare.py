@@ -21,13 +21,12 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from renee_ray.benchmarks.processes import run_processes
 from renee_ray.benchmarks.timing import interleaved, wait_for
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order
 from renee_ray.data.rows import read_window
-from renee_ray.model.encoder import Encoder, works_in_groups
+from renee_ray.model.encoder import Encoder
 from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks, all_sum
@@ -92,15 +91,6 @@ class Clock(Iterator[Batch]):
         return sum(came - asked for asked, came in pairs)
 
 
-def run_bare(job: Job, environment: dict[str, str], niceness: int) -> dict[str, Any]:
-    """Runs `time_bare_steps` in processes of its own; returns what rank 0 returned."""
-    config = job.config
-    return run_processes(
-        time_bare_steps, {"job": job}, config.max_workers, use_gpu=job.use_gpu,
-        timeout_s=config.timeout_s, environment=environment, niceness=niceness,
-    )  # fmt: skip
-
-
 def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, Any]:
     """Times the job's steps, on every rank.
 
@@ -135,13 +125,8 @@ def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, A
     wait_for(device)
     seen.stop()
 
-    settings, grouped = config.encoder, works_in_groups(config.encoder, device)
-    sums = torch.tensor(
-        [
-            (len(batch), *batch.padding(settings.micro_batch, grouped=grouped))
-            for batch in batches[timed]
-        ]
-    ).sum(0)
+    counted = [getattr(ended, key) - getattr(begun, key) for key in ("rows", "tokens", "cells")]
+    sums = torch.tensor(counted, dtype=torch.int64)
     matmuls = linear_seconds(model.encoder, int(sums[1]) // job.steps, device)
     rows, tokens, cells = all_sum(ranks, sums).tolist()
     return {

@@ -14,9 +14,6 @@ from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import Weights
 
 POSITIVES_PER_ROW = 5
-CHUNKS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (8192, 32768, 131072)}
-"""Chunk sizes among which, besides the shard's own, the bare matmuls take the fastest."""
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,13 @@ class Problem:
     def dim(self) -> int:
         return self.embeddings.shape[1]
 
-    def shard(self, precision: str, momentum: float, chunk: int = 0) -> Shard:
-        """Makes a shard of all labels, with weights N(0, 0.02) that are drawn on the device."""
-        device = self.embeddings.device
-        weights = Weights(precision, self.num_labels, self.dim, momentum > 0, device)
-        shard = Shard(self.owned, weights, chunk)
+    def shard(
+        self, precision: str, momentum: float, chunk: int = 0, owned: LabelRange | None = None
+    ) -> Shard:
+        """Makes a shard with weights N(0, 0.02), drawn on the device; owned: None: all labels."""
+        owned, device = self.owned if owned is None else owned, self.embeddings.device
+        weights = Weights(precision, len(owned), self.dim, momentum > 0, device)
+        shard = Shard(owned, weights, chunk)
         shard.initialise_normal(0.02, seed=0)
         return shard
 
@@ -56,11 +55,6 @@ def make_problem(labels: int, dim: int, batch: int, device: torch.device) -> Pro
     rows = torch.arange(batch).repeat_interleave(POSITIVES_PER_ROW)
     pairs = torch.stack([rows, drawn.flatten()], 1).unique(dim=0)
     return Problem(labels, embeddings.to(device), pairs[:, 0], pairs[:, 1])
-
-
-def chunk_sizes(labels: int, own: int, device: torch.device = CPU) -> list[int]:
-    """Returns the chunk sizes to try; own: labels of a chunk of the shard."""
-    return sorted({min(size, labels) for size in (*CHUNKS[device.type], own)})
 
 
 def check_memory(labels: int, numbers: int, device: torch.device) -> None:

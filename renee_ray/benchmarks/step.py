@@ -28,13 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from renee_ray.benchmarks.problem import (
-    Problem,
-    check_memory,
-    chunk_sizes,
-    default_device,
-    make_problem,
-)
+from renee_ray.benchmarks.problem import Problem, check_memory, default_device, make_problem
 from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
 from renee_ray.parallel.recorder import gpu_memory
 from renee_ray.xfc.kernels.plain import add_product, subtract_positives
@@ -55,10 +49,9 @@ def bench_step(
     precision: str,
     momentum: float,
     repeats: int,
-    device: torch.device | None = None,
-    chunk: int = 0,
-    references: Sequence[str] = ("published", "autograd"),
-    check: bool = False,
+    chunk: int,
+    references: Sequence[str],
+    check: bool,
 ) -> dict[str, Any]:
     """Times `repeats` interleaved rounds: medians in seconds, and the memory of the step.
 
@@ -72,7 +65,7 @@ def bench_step(
     Raises:
         ReneeError: it does not fit in memory.
     """
-    device = device or default_device()
+    device = default_device()
     one = Weights(precision, 1, dim, momentum > 0, device)
     check_memory(labels, labels * bytes_a_label(one, batch, references) // 4, device)
     problem = make_problem(labels, dim, batch, device)
@@ -83,8 +76,9 @@ def bench_step(
     extra = max(peak_extra_bytes(step, device), weights.scratch.nbytes())
     memory = gpu_memory(device)
     errors = errors_of_step(shard, problem, momentum) if check else {}
+    bare = problem.embeddings.new_empty(labels, dim, dtype=weights.compute_dtype).normal_(std=0.02)
     functions: dict[str, Callable[[], object]] = {"step": step}
-    functions["gemm"] = fastest_matmuls(problem, chunk, weights.compute_dtype)
+    functions["gemm"] = fastest(partial(bare_matmuls, problem, bare), labels, chunk, device)
     compared = {name: reference(name, problem, shard, momentum) for name in references}
     taken = interleaved(functions | compared, repeats, device)
     times = {f"{name}_s": seconds for name, seconds in taken.items()}
@@ -139,7 +133,7 @@ def chunk_parts(shard: Shard, problem: Problem) -> dict[str, Callable[[], object
     expand, wide = partial(weights.operand, start, stop), inputs.to(weights.compute_dtype)
     operand, total = expand(), torch.zeros_like(inputs)
     out = wide.new_zeros(len(operand), operations.padded(len(inputs)))[:, : len(inputs)]
-    ((rows, columns),) = problem.positives().by_chunk([chunk])
+    ((rows, columns, _),) = problem.positives().by_chunk([chunk])
     factors, scales = (operand, wide), list[Tensor]()
     if operations.scaled:
         narrow, *scales = scaled_e4m3(inputs)
@@ -182,16 +176,6 @@ def errors_of_step(shard: Shard, problem: Problem, momentum: float) -> dict[str,
         "weight_error": (weights.read(0, labels) - weight.detach(), -0.01 * change),
     }
     return {key: float((a - b).norm() / b.norm()) for key, (a, b) in pairs.items()}
-
-
-def fastest_matmuls(problem: Problem, chunk: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Returns the bare matmuls of the chunk size that is fastest on this machine."""
-    device = problem.embeddings.device
-    sizes = chunk_sizes(problem.num_labels, chunk, device)
-    weight = problem.embeddings.new_zeros(problem.num_labels, problem.dim, dtype=dtype)
-    weight.normal_(std=0.02)
-    functions = {size: bare_matmuls(problem, weight, size) for size in sizes}
-    return functions[fastest(functions, device)]
 
 
 def bare_matmuls(problem: Problem, weight: Tensor, chunk: int) -> Callable[[], None]:
@@ -252,7 +236,7 @@ def compiled(problem: Problem, chunk: int, dtype: torch.dtype) -> Callable[[], T
 
     def run() -> Tensor:
         back.zero_()
-        for (start, stop), (rows, columns) in zip(chunks, pairs, strict=True):
+        for (start, stop), (rows, columns, _) in zip(chunks, pairs, strict=True):
             part(weight[start:stop], columns, rows)
         return back
 

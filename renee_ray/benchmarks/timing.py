@@ -12,6 +12,9 @@ from statistics import median
 import psutil
 import torch
 
+CHUNKS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (8192, 32768, 131072)}
+"""Chunk sizes among which, besides the shard's own, the bare matmuls take the fastest."""
+
 
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
@@ -27,18 +30,27 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
-            taken = _timed(function, device, calls, clock) / calls
+            wait_for(device)
+            start = clock()
+            for _ in range(calls):
+                function()
+            wait_for(device)
             if round_number:
-                seconds[name].append(taken)
+                seconds[name].append((clock() - start) / calls)
     return {name: median(all_taken) for name, all_taken in seconds.items()}
 
 
 def fastest(
-    functions: Mapping[int, Callable[[], object]], device: torch.device, repeats: int = 2
-) -> int:
-    """Returns the key whose function takes the shortest time."""
-    taken = interleaved({str(key): f for key, f in functions.items()}, repeats, device)
-    return int(min(taken, key=lambda key: taken[key]))
+    matmuls: Callable[[int], Callable[[], object]], labels: int, own: int, device: torch.device
+) -> Callable[[], object]:
+    """Returns the matmuls over chunks of all labels, of the chunk size that is fastest here.
+
+    own: labels of a chunk of the shard, which is tried too.
+    """
+    sizes = {min(size, labels) for size in (*CHUNKS[device.type], own)}
+    functions = {str(size): matmuls(size) for size in sorted(sizes)}
+    taken = interleaved(functions, 2, device)
+    return functions[min(taken, key=taken.__getitem__)]
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
@@ -66,17 +78,6 @@ def _resident_peak() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _timed(
-    function: Callable[[], object], device: torch.device, calls: int, clock: Callable[[], float]
-) -> float:
-    wait_for(device)
-    start = clock()
-    for _ in range(calls):
-        function()
-    wait_for(device)
-    return clock() - start
 
 
 def wait_for(device: torch.device) -> None:

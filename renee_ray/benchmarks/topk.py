@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from renee_ray.benchmarks.problem import (
-    check_memory,
-    chunk_sizes,
-    default_device,
-    make_problem,
-)
+from renee_ray.benchmarks.problem import check_memory, default_device, make_problem
 from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
 from renee_ray.xfc.topk.select import NONE, shard_topk
 from renee_ray.xfc.weights.storages import Weights
@@ -29,9 +25,8 @@ def bench_topk(
     batch: int,
     k: int,
     repeats: int,
-    precision: str = "fp32",
-    references: str = "all",
-    device: torch.device | None = None,
+    precision: str,
+    references: str,
 ) -> dict[str, Any]:
     """Times `repeats` interleaved rounds: medians, in seconds.
 
@@ -44,7 +39,7 @@ def bench_topk(
     Raises:
         ReneeError: it does not fit in memory.
     """
-    device, compared = device or default_device(), references == "all"
+    device, compared = default_device(), references == "all"
     stored = Weights(precision, 4, dim, False, device).nbytes() // 16  # of a label, as fp32
     # References take the weights again, and logits with 8-byte places.
     check_memory(labels, labels * (stored + (dim + 5 * batch) * compared), device)
@@ -52,12 +47,11 @@ def bench_topk(
     shard, inputs = problem.shard(precision, 0), problem.embeddings
     chunk, weights = shard.chunks(batch)[0][1], shard.weights
 
-    def product(dtype: torch.dtype, read: Callable[[int, int], Tensor]) -> Callable[[], None]:
-        narrow, sizes = inputs.to(dtype), chunk_sizes(labels, chunk, device)
-        matmuls = {size: bare_matmul(narrow, read, labels, size) for size in sizes}
-        return matmuls[fastest(matmuls, device)]
+    def product(dtype: torch.dtype, read: Callable[[int, int], Tensor]) -> Callable[[], object]:
+        matmuls = partial(bare_matmul, inputs.to(dtype), read, labels)
+        return fastest(matmuls, labels, chunk, device)
 
-    timed = {
+    timed: dict[str, Callable[[], object]] = {
         "topk": lambda: shard_topk(shard, inputs, k),
         "product": product(weights.compute_dtype, weights.operand),
     }

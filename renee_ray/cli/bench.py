@@ -153,16 +153,11 @@ def bench_load(**settings: Any) -> None:
 @flag("--minutes", click.FloatRange(min=0), 8.0, "For all parts.")
 @click.option("--small", is_flag=True, help="Small sizes; the default where there is no GPU.")
 @click.option("--only", type=PART, multiple=True, help="A part to run; without, all are.")
-@click.option("--page", type=click.File(), multiple=True, help="Print the tables of such a file.")
-def bench_gpu(page: tuple[Any, ...], **settings: Any) -> None:
+def bench_gpu(**settings: Any) -> None:
     """All that one GPU is to tell, in one JSON file: correctness, times, memory, runs.
 
     Every part runs in processes of its own, so that one that fails does not end the others.
     """
     from renee_ray.service.bench.gpu import bench_gpu as run
-    from renee_ray.service.bench.gpu import page_of
 
-    for file in page:
-        click.echo("\n".join(page_of(json.load(file))))
-    if not page:
-        click.echo(json.dumps(call(lambda: run(say=say, **settings))))
+    click.echo(json.dumps(call(lambda: run(say=say, **settings))))

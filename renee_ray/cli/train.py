@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def plan(
         make_plan, made, workload, find_transformer(made.encoder, shape), found,
         made.max_workers, measure,
     )  # fmt: skip
-    print_facts(result.facts(), as_json, lambda _: plan_text(result, about))
+    print_facts(asdict(result), as_json, lambda _: plan_text(result, about))
 
 
 @click.command(cls=ConfiguredCommand, keys=ScoreConfig)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.errors import ReneeError
+from renee_ray.model.initialise import steady_direction, unit
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Of which one is chosen, relative to the mean square of the columns of X."""
@@ -59,7 +60,7 @@ class ColdStart:
             ReneeError: fewer than 2 `LEAST` labels have a point.
         """
         trained = counts > 0
-        texts, rows, counts = _unit(texts[trained]), rows[trained], counts[trained]
+        texts, rows, counts = unit(texts[trained]), rows[trained], counts[trained]
         if len(counts) < 2 * LEAST:
             raise ReneeError(
                 f"only {len(counts)} labels of the run have points, and {2 * LEAST} are needed to "
@@ -79,7 +80,7 @@ class ColdStart:
         gain = GAIN * float(
             y[tested].norm(dim=1).mean() / found.norm(dim=1).mean().clamp(min=1e-12)
         )
-        near = (_unit(found) @ _unit(y[tested]).T).topk(min(10, len(found)), dim=1).indices
+        near = (unit(found) @ unit(y[tested]).T).topk(min(10, len(found)), dim=1).indices
         own = torch.arange(len(found))[:, None]
         figures["recall@10"] = 100 * float((near == own).any(dim=1).float().mean())
         figures |= {"fitted": int((~held).sum()), "points": 2**few}
@@ -95,15 +96,14 @@ class ColdStart:
         margin = best - (points @ self.rows(self.held).T).amax(dim=1)
         share = SHARE * len(self.held) / (len(self.held) + self.figures["fitted"])
         b = float(margin.quantile(share))
-        square = points.T.double() @ points.double() / len(points)
-        ridge = 1e-4 * square.trace() / len(square) * torch.eye(len(square), dtype=torch.float64)
-        v = torch.linalg.solve(square + ridge, points.double().mean(dim=0)).float()
+        wide = points.double()
+        v = steady_direction(wide.mean(dim=0), wide.T @ wide / len(points)).float()
         v = v / (points.mean(dim=0) @ v)
         return replace(self, row=self.row + b * v, figures={**self.figures, "raised": b})
 
     def rows(self, texts: Tensor) -> Tensor:
         """Returns the rows [n, D] of labels whose texts have these embeddings [n, D]."""
-        return self.row + (_unit(texts) - self.text) @ self.slope
+        return self.row + (unit(texts) - self.text) @ self.slope
 
 
 def _best_slope(
@@ -111,11 +111,11 @@ def _best_slope(
 ) -> tuple[Tensor, dict[str, float]]:
     """Returns the A of the lambda that regresses held-out labels best, and its figures."""
     square, mixed = (x.T @ x).double(), (x.T @ y).double()
-    unit = torch.eye(len(square), dtype=torch.float64) * float(square.trace()) / len(square)
+    ridge = torch.eye(len(square), dtype=torch.float64) * float(square.trace()) / len(square)
     tried = []
     for value in LAMBDAS:
-        slope = torch.linalg.solve(square + value * unit, mixed).float()
-        cosine = float((_unit(held_x @ slope) * _unit(held_y)).sum(dim=1).mean())
+        slope = torch.linalg.solve(square + value * ridge, mixed).float()
+        cosine = float((unit(held_x @ slope) * unit(held_y)).sum(dim=1).mean())
         tried.append((cosine, value, slope))
     cosine, value, slope = max(tried, key=lambda each: each[0])
     return slope, {"lambda": value, "cosine": cosine}
@@ -124,7 +124,3 @@ def _best_slope(
 def _means(rows: Tensor, classes: Tensor, count: int) -> Tensor:
     sums = torch.zeros(count, rows.shape[1]).index_add_(0, classes, rows)
     return sums / torch.bincount(classes, minlength=count).clamp(min=1)[:, None]
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

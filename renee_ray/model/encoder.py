@@ -28,7 +28,7 @@ from renee_ray.model.remembered import Remembered
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.batch import length_groups
 from renee_ray.parallel.collectives import Ranks, own_buffers, sum_gradients
-from renee_ray.xfc.device import native, native_bf16
+from renee_ray.xfc.device import native_narrow
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         self.pooling, self.normalise, self.scale = config.pooling, config.normalise, config.scale
         self.constant: Tensor
         self.register_buffer("constant", torch.zeros(self.dim))
-        self.autocast = autocast_dtype(config.autocast, device)
+        self.autocast = autocast_dtype(config.autocast, *native_narrow(device))
         self.compiled, self.grouped = config.compile, works_in_groups(config, device)
         if config.weights:
             load_initial_weights(self, config.weights)
@@ -239,16 +239,11 @@ def training_attention(device: torch.device) -> Iterator[None]:
         yield
 
 
-def autocast_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(choice: str, bf16: bool, fp16: bool) -> torch.dtype | None:
     """Returns the dtype of autocast, or None for none: of `off`, `bf16`, `fp16` or `auto`.
 
-    `auto`: bfloat16 where it is native, else float16 on a GPU and none on a CPU.
+    bf16, fp16: whether the device multiplies these, of which `auto` takes the first.
     """
-    return autocast_of(choice, native_bf16(device), native(torch.float16, device))
-
-
-def autocast_of(choice: str, bf16: bool, fp16: bool) -> torch.dtype | None:
-    """Returns what `autocast_dtype` does, for a device that multiplies these or does not."""
     if choice == "auto":
         return torch.bfloat16 if bf16 else torch.float16 if fp16 else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]

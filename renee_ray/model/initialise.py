@@ -8,11 +8,8 @@ training points (mean mu, mean norm rho), for every label l of n_l among N point
     v_l  = unit(unit(e(text of l)) + init_centroid * unit(sum of unit(e_i) over its points))
     w_l  = s v_l + (log(n_l / N) + delta - s v_l . mu) u / (mu . u)        s = init_scale / rho
 
-There is no bias term, so the direction u stands in for one. The last term replaces a label's
-score on the average point by its prior. delta makes the median point expect as many labels as the
-average point has. Without this term every sigmoid is near 1/2, and the first steps, with L
-negatives a row, undo what the texts gave. Without the constant the prior would need weights so
-large that they drown the rest in dE = G W.
+The last term replaces a label's score on the average point by its prior. delta makes the median
+point expect as many labels as the average point has. docs/design.md has the reasons.
 
 Ledger, on rank r of R, which owns n of L labels, D dimensions:
 
@@ -25,7 +22,7 @@ Ledger, on rank r of R, which owns n of L labels, D dimensions:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -102,7 +99,7 @@ def initialise_classifier(
         bias = _add_constant(model.encoder, survey, settings.init_constant)
         over_labels = Rounds(ranks, "first weights: label texts", num_labels, recorder, say)
         _write_rows(model, config, dataset, survey, bias, over_labels)
-        _add_to_rows(model.shard, _calibrated(model.shard, survey, bias, ranks) * bias)
+        _calibrate(model.shard, survey, bias, ranks)
     model.encoder.train(training)
 
 
@@ -122,13 +119,14 @@ class Survey:
     sample: Tensor
     centroids: Tensor | None
 
-    def bias_direction(self) -> Tensor:
-        """Returns u [D] float32 of norm 1, for which e . u varies little over the points."""
-        dim = len(self.mean)
-        ridge = 1e-4 * float(self.second.trace()) / dim
-        regular = self.second + ridge * torch.eye(dim, dtype=torch.float64)
-        solution = torch.linalg.solve(regular, self.mean)
-        return (solution / solution.norm()).float()
+
+def steady_direction(mean: Tensor, second: Tensor) -> Tensor:
+    """Returns v [D] float64 for which e . v is about 1 and varies little over points e.
+
+    mean: of the points, float64 [D]; second: E'E/N, float64 [D, D].
+    """
+    ridge = 1e-4 * second.trace() / len(mean) * torch.eye(len(mean), dtype=torch.float64)
+    return torch.linalg.solve(second + ridge, mean)
 
 
 def _over_points(
@@ -174,7 +172,7 @@ def _add_to_centroids(
     counts = row_counts(ranks, len(batch))
     pairs = batch.pairs(sum(counts[: ranks.rank]))
     rows, labels = route(ranks, *pairs, owned.num_labels)
-    everyone = gather_rows(ranks, _unit(own), counts)
+    everyone = gather_rows(ranks, unit(own), counts)
     # A GPU adds repeated indices in any order: without segments no two runs would begin alike.
     order = torch.argsort(labels, stable=True)
     labels, lengths = labels[order].unique_consecutive(return_counts=True)
@@ -185,11 +183,12 @@ def _add_to_centroids(
 
 def _add_constant(encoder: Encoder, survey: Survey, norm: float) -> Tensor:
     """Sets the encoder's constant; returns the direction [D] whose mean score is 1."""
-    unit = survey.bias_direction()
-    encoder.constant.copy_(norm * unit)
-    survey.mean = survey.mean + norm * unit.double()
-    survey.sample = survey.sample + norm * unit.to(survey.sample)
-    return (unit / float(survey.mean.float() @ unit)).to(survey.sample)
+    solution = steady_direction(survey.mean, survey.second)
+    u = (solution / solution.norm()).float()
+    encoder.constant.copy_(norm * u)
+    survey.mean = survey.mean + norm * u.double()
+    survey.sample = survey.sample + norm * u.to(survey.sample)
+    return (u / float(survey.mean.float() @ u)).to(survey.sample)
 
 
 def _write_rows(
@@ -200,26 +199,31 @@ def _write_rows(
     bias: Tensor,
     rounds: Rounds,
 ) -> None:
-    settings, shard, device = config.classifier, model.shard, bias.device
-    manifest = dataset.manifest
+    settings, owned, device = config.classifier, model.shard.owned, bias.device
+    manifest, longest = dataset.manifest, config.encoder.max_length
     points = manifest.num_points("train") + manifest.num_points("validation")
     mean = survey.mean.float().to(device)
     scale = settings.init_scale / survey.norm
-    for first, texts, counts in _embed_labels(model.encoder, config, dataset, shard.owned, rounds):
+    for first in range(owned.start, owned.stop, TEXT_BLOCK):
+        stop = min(first + TEXT_BLOCK, owned.stop)
+        table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
+        tokens, counts = ragged(table["input_ids"]), table["train_count"].to_numpy()
+        texts = embed_texts(model.encoder, tokens, longest, manifest.pad_id, rounds.add)
         # Without texts every label has the same empty text, which says nothing about it.
-        rows = _unit(texts - model.encoder.constant) * manifest.has_label_texts
+        rows = unit(texts - model.encoder.constant) * manifest.has_label_texts
         if survey.centroids is not None:
-            start = first - shard.owned.start
-            near = _unit(survey.centroids[start : start + len(rows)])
-            rows = _unit(rows + settings.init_centroid * near)
+            near = unit(survey.centroids[first - owned.start : stop - owned.start])
+            rows = unit(rows + settings.init_centroid * near)
         prior = torch.from_numpy(np.log(np.maximum(counts, 0.5) / points)).float().to(device)
         shift = prior - scale * (rows @ mean)
-        shard.write(first, scale * rows + shift[:, None] * bias)
+        model.shard.write(first, scale * rows + shift[:, None] * bias)
     rounds.finish()
 
 
-def _calibrated(shard: Shard, survey: Survey, bias: Tensor, ranks: Ranks) -> float:
-    """Finds, by bisection, delta: the median point then expects as many labels as the mean has."""
+def _calibrate(shard: Shard, survey: Survey, bias: Tensor, ranks: Ranks) -> None:
+    """Adds delta * bias to all rows, found by bisection, so that the median point expects as many
+    labels as the mean has.
+    """
     share = (survey.sample @ bias)[:, None]
     low, high = -20.0, 20.0
     for _ in range(16):
@@ -232,43 +236,24 @@ def _calibrated(shard: Shard, survey: Survey, bias: Tensor, ranks: Ranks) -> flo
             high = middle
         else:
             low = middle
-    return (low + high) / 2
-
-
-def _add_to_rows(shard: Shard, row: Tensor) -> None:
-    for start in range(0, len(shard.owned), TEXT_BLOCK):
-        stop = min(start + TEXT_BLOCK, len(shard.owned))
-        shard.weights.weight.write(start, stop, shard.weights.weight.read(start, stop) + row)
-
-
-def _embed_labels(
-    encoder: Encoder,
-    config: RunConfig,
-    dataset: Dataset,
-    owned: LabelRange,
-    rounds: Rounds,
-) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-    """Yields (first label, embeddings [n, D], train counts int64 [n]) of blocks of own labels."""
-    for first in range(owned.start, owned.stop, TEXT_BLOCK):
-        stop = min(first + TEXT_BLOCK, owned.stop)
-        table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
-        tokens = truncate(ragged(table["input_ids"]), config.encoder.max_length)
-        pad_id, device = dataset.manifest.pad_id, encoder.constant.device
-        embedded = embed_texts(encoder, tokens, pad_id, device, rounds.add)
-        yield first, embedded, table["train_count"].to_numpy()
+    for start, stop in shard.chunks(1):
+        rows = shard.weights.weight.read(start, stop) + (low + high) / 2 * bias
+        shard.weights.weight.write(start, stop, rows)
 
 
 def embed_texts(
     encoder: Encoder,
     tokens: Ragged,
+    longest: int,
     pad_id: int,
-    device: torch.device,
     on_batch: Callable[[int], object] = lambda rows: None,
 ) -> Tensor:
-    """Embeds tokenised texts in batches of similar length: float32 [n, D].
+    """Embeds tokenised texts in batches of similar length: float32 [n, D] on the encoder's device.
 
+    longest: tokens that a text is cut to.
     on_batch: is called with the number of texts of each embedded batch.
     """
+    tokens, device = truncate(tokens, longest), encoder.constant.device
     out = torch.empty(len(tokens), encoder.dim, device=device)
     order = np.argsort(tokens.lengths, kind="stable")
     for start in range(0, len(order), TEXT_BATCH):
@@ -279,5 +264,6 @@ def embed_texts(
     return out
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit(rows: Tensor) -> Tensor:
+    """Scales rows [n, D] to norm 1."""
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -10,7 +10,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.remembered import Remembered
 from renee_ray.parallel.collectives import Ranks, broadcast_bytes
-from renee_ray.xfc.device import choose_precision
+from renee_ray.xfc.device import choose_precision, native_narrow
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -42,7 +42,7 @@ def build_model(
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)
     momentum = config.classifier.momentum > 0
     # All ranks use rank 0's choice, whatever devices they have: a checkpoint has one precision.
-    chosen = precision or choose_precision(config.classifier.precision, device)
+    chosen = precision or choose_precision(config.classifier.precision, *native_narrow(device))
     precision = broadcast_bytes(ranks, chosen.encode()).decode()
     weights = Weights(precision, len(owned), encoder.dim, momentum, device)
     return Model(encoder, Shard(owned, weights, config.classifier.chunk))

@@ -11,9 +11,8 @@ Ledger, for V tokens of width H, of which the rows of rank r contain v_r differe
 The host knows the ids from the batch, if these are what the vectors are looked up by. For an
 encoder whose largest embedding is another, it asks the device, and waits.
 
-A batch contains some hundred of V = 30,522 tokens. A dense gradient would be filled with zeros,
-copied and summed over the ranks in each step, and would be most of what DDP sends. `dense` is
-allocated once, and only the rows that were written are cleared again.
+A batch contains some hundred of V = 30,522 tokens; a dense gradient would be most of what DDP
+sends. `dense` is allocated once, and only the rows that were written are cleared again.
 """
 
 from __future__ import annotations

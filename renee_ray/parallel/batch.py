@@ -87,12 +87,10 @@ class Position:
 class Batch:
     """This rank's rows of the global batch at `position`; possibly none.
 
-    points: int64 [b] ids; input_ids: token ids of each row, unpadded; labels: all positives
-    of each row; filtered: labels never to be predicted for a row; rows: int64 [b], the positions of
-    the rows in their split, or None where they are in none; keys: int64 [b], what the dropout of
-    n-grams depends on, or None where there is none; predicted: labels that a teacher lists for
-    each row, with probabilities float64 [t], or None; values: float64 [m] of the positives, or
-    None where all are 1.
+    labels: all positives of each row; filtered: labels never to be predicted for it.
+    rows: positions in the split; None: they are in none. keys: what the dropout of n-grams depends
+    on, or None. predicted: labels that a teacher lists for each row, with probabilities float64
+    [t], or None. values: float64 [m] of the positives; None: all are 1.
     """
 
     position: Position
@@ -110,22 +108,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.points)
 
-    def pairs(self, first: int) -> tuple[Tensor, Tensor]:
-        """Returns (row of the global batch, label) of every positive.
+    def pairs(self, first: int, of: Ragged | None = None) -> tuple[Tensor, Tensor]:
+        """Returns (row of the global batch, label) of every positive, or of other labels.
 
-        first: row of the global batch that this rank's rows begin with.
+        first: row of the global batch that this rank's rows begin with; of: labels of each row.
         """
-        rows, labels = self.labels.pairs()
+        rows, labels = (self.labels if of is None else of).pairs()
         return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
     def value_bits(self) -> list[Tensor]:
         """Returns the values of `pairs` as int64 of the same bits, in a list; none if all are 1."""
         return [] if self.values is None else [torch.from_numpy(self.values).view(torch.int64)]
-
-    def filter_pairs(self, first: int) -> tuple[Tensor, Tensor]:
-        """Returns (row of the global batch, label) of every filter label, as `pairs`."""
-        rows, labels = self.filtered.pairs()
-        return torch.from_numpy(rows + first), torch.from_numpy(labels)
 
     def for_training(
         self,

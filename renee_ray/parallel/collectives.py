@@ -100,12 +100,8 @@ def announce(ranks: Ranks, rows: int, request: int) -> tuple[list[int], int]:
     Returns:
         (rows that each rank holds of the coming global batch, the requests of all ranks or-ed)
     """
-    if ranks.num_ranks == 1:
-        return [rows], request
-    everyone = torch.empty(2 * ranks.num_ranks, dtype=torch.int64)
-    all_gather_single(everyone, torch.tensor([rows, request]), ranks.host)
-    counts, requests = everyone.view(-1, 2).T.tolist()
-    return counts, reduce(or_, requests)
+    counts, requests = zip(*gather_numbers(ranks, [rows, request]), strict=True)
+    return [int(count) for count in counts], reduce(or_, map(int, requests))
 
 
 def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
@@ -165,9 +161,10 @@ def route(
     """
     if ranks.num_ranks == 1:
         return rows, labels, *more
-    pairs, sizes, _ = _to_owners(ranks, torch.stack([rows, labels, *more], 1), labels, num_labels)
-    received = _all_to_all(ranks, pairs, *_exchange_sizes(ranks, sizes))
-    return received.unbind(1)
+    order, sent, received = _exchange_sizes(ranks, owners(labels, num_labels, ranks.num_ranks))
+    return _all_to_all(ranks, torch.stack([rows, labels, *more], 1)[order], sent, received).unbind(
+        1
+    )
 
 
 def look_up(
@@ -184,9 +181,8 @@ def look_up(
     """
     if ranks.num_ranks == 1:
         return own_values[labels - first]
-    questions, sizes, order = _to_owners(ranks, labels, labels, num_labels)
-    sent, received = _exchange_sizes(ranks, sizes)
-    asked = _all_to_all(ranks, questions, sent, received)
+    order, sent, received = _exchange_sizes(ranks, owners(labels, num_labels, ranks.num_ranks))
+    asked = _all_to_all(ranks, labels[order], sent, received)
     answers = _all_to_all(ranks, own_values[asked - first], received, sent)
     values = torch.empty_like(answers)
     values[order] = answers
@@ -217,10 +213,7 @@ def return_pairs(
     if ranks.num_ranks == 1:
         return rows, labels, values
     ends = torch.tensor(counts).cumsum(0)
-    holder = torch.bucketize(rows, ends, right=True)
-    order = torch.argsort(holder, stable=True)
-    sizes = torch.bincount(holder, minlength=ranks.num_ranks).tolist()
-    sent, received = _exchange_sizes(ranks, sizes)
+    order, sent, received = _exchange_sizes(ranks, torch.bucketize(rows, ends, right=True))
     pairs = _all_to_all(ranks, torch.stack([rows, labels], 1)[order], sent, received)
     found = _all_to_all(ranks, values[order], sent, received)
     return pairs[:, 0] - sum(counts[: ranks.rank]), pairs[:, 1], found
@@ -285,18 +278,16 @@ def sum_gradients(
     encoder.register_comm_hook(None, hook)
 
 
-def _to_owners(
-    ranks: Ranks, items: Tensor, labels: Tensor, num_labels: int
-) -> tuple[Tensor, list[int], Tensor]:
-    owner = owners(labels, num_labels, ranks.num_ranks)
-    order = torch.argsort(owner, stable=True)
-    return items[order], torch.bincount(owner, minlength=ranks.num_ranks).tolist(), order
+def _exchange_sizes(ranks: Ranks, holders: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Prepares to send items to their `holders`, int64 [m], ranks.
 
-
-def _exchange_sizes(ranks: Ranks, sizes: list[int]) -> tuple[list[int], list[int]]:
-    sent, received = torch.tensor(sizes), torch.empty(ranks.num_ranks, dtype=torch.int64)
+    Returns:
+        (the order that sorts items by holder; how many are sent to each rank, and received)
+    """
+    sent = torch.bincount(holders, minlength=ranks.num_ranks)
+    received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=ranks.host)
-    return sizes, received.tolist()
+    return torch.argsort(holders, stable=True), sent.tolist(), received.tolist()
 
 
 def _all_to_all(

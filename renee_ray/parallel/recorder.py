@@ -146,19 +146,19 @@ class Recorder:
         for name, amount in added.items():
             self._counts[name] += amount
 
-    def checkpointed(self, seconds: float, written: int) -> None:
-        """Counts a checkpoint of which this rank wrote `written` bytes."""
-        self.count(checkpoints=1, checkpoint_seconds=seconds, checkpoint_bytes=written)
-
     def totals(self) -> Totals:
-        return Totals(self._clock.seconds(), **self._counts)
+        return Totals(dict(self._clock.seconds), **self._counts)
 
     def place(self) -> Place:
         step, phase, entered, since = self._place
         return Place(step, phase, entered, time.monotonic() - since)
 
-    def sample(self, ranks: Ranks) -> None:
-        """Exchanges the pace since the last sample with all ranks, which all call this."""
+    def sample(self, ranks: Ranks) -> dict[str, float]:
+        """Exchanges the pace since the last sample with all ranks, which all call this.
+
+        Returns:
+            this rank's counts since then, by name.
+        """
         totals, before = self.totals(), self._sampled
         self._sampled = totals
         steps = max(1, totals.steps - before.steps)
@@ -168,6 +168,7 @@ class Recorder:
 
         own = [mean("data", "own", "collective"), mean("data", "own"), mean("data")]
         self.paces = [Pace(*each) for each in gather_numbers(ranks, own)]
+        return {name: getattr(totals, name) - getattr(before, name) for name in COUNTS}
 
 
 def gpu_memory(device: torch.device) -> dict[str, float | None]:
@@ -187,23 +188,20 @@ def gpu_memory(device: torch.device) -> dict[str, float | None]:
 
 class _HostClock:
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self.seconds = dict.fromkeys(KINDS, 0.0)
         self._phase, self._since = "start", time.perf_counter()
 
     def enter(self, phase: str) -> None:
         now = time.perf_counter()
-        self._seconds[self._phase] += now - self._since
+        self.seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
-
-    def seconds(self) -> dict[str, float]:
-        return dict(self._seconds)
 
 
 class _DeviceClock:
     """Sums the times between events on the device's timeline, once it has passed them."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self.seconds = dict.fromkeys(KINDS, 0.0)
         self._marks: deque[tuple[str, torch.cuda.Event]] = deque()
         self._unused: list[torch.cuda.Event] = []
         self.enter("start")
@@ -214,8 +212,5 @@ class _DeviceClock:
         self._marks.append((phase, event))
         while len(self._marks) > 1 and self._marks[1][1].query():
             ended, begun = self._marks.popleft()
-            self._seconds[ended] += begun.elapsed_time(self._marks[0][1]) / 1000
+            self.seconds[ended] += begun.elapsed_time(self._marks[0][1]) / 1000
             self._unused.append(begun)
-
-    def seconds(self) -> dict[str, float]:
-        return dict(self._seconds)

@@ -30,11 +30,11 @@ import torch
 
 from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.data.dataset import Manifest
-from renee_ray.model.encoder import attention_of, autocast_of
+from renee_ray.model.encoder import attention_of, autocast_dtype
 from renee_ray.model.prompt import Prompt
 from renee_ray.plan.devices import Device, cores
 from renee_ray.plan.encoder import Transformer
-from renee_ray.xfc.device import precision_for
+from renee_ray.xfc.device import choose_precision
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.lanes import lane_count
 from renee_ray.xfc.shard import GRADIENT_BYTES, default_chunk, label_bytes
@@ -100,7 +100,7 @@ class Worker:
     @property
     def precision(self) -> str:
         device = self.device
-        return precision_for(self.config.classifier.precision, device.bf16, device.fp16)
+        return choose_precision(self.config.classifier.precision, device.bf16, device.fp16)
 
     @property
     def compute(self) -> torch.dtype:
@@ -116,7 +116,7 @@ class Worker:
     @property
     def autocast(self) -> torch.dtype | None:
         """Dtype of the encoder's products."""
-        return autocast_of(self.config.encoder.autocast, self.device.bf16, self.device.fp16)
+        return autocast_dtype(self.config.encoder.autocast, self.device.bf16, self.device.fp16)
 
     @property
     def dim(self) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from renee_ray.config.about import About
 from renee_ray.config.overrides import make_config, parse_overrides
@@ -63,10 +62,6 @@ class Plan:
     checkpoint_bytes: int
     checkpoint_s: float
     changes: list[tuple[str, int, float]]
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the plan for JSON."""
-        return asdict(self)
 
 
 def find_workload(

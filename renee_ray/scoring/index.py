@@ -192,7 +192,7 @@ class IndexSearch:
         start, stop, number = self.classifier.start, self.classifier.stop, self.factor * k
         banned = torch.empty(0, dtype=torch.int64)
         if excluded is not None:
-            rows, local = (each.cpu() for each in excluded.by_chunk([(0, stop - start)])[0])
+            rows, local = (each.cpu() for each in excluded.by_chunk([(0, stop - start)])[0][:2])
             banned = rows * stop + local + start
             number += int(rows.bincount().max()) if len(rows) else 0
         ones = np.ones((len(embeddings), 1), np.float32)

@@ -104,7 +104,7 @@ class Scorer:
         owned = self.shard.owned
         counts = row_counts(self.ranks, len(batch))
         first = sum(counts[: self.ranks.rank])
-        rows, banned = route(self.ranks, *batch.filter_pairs(first), owned.num_labels)
+        rows, banned = route(self.ranks, *batch.pairs(first, batch.filtered), owned.num_labels)
         here = (banned >= owned.start) & (banned < owned.stop)
         if own is None:
             own = self.encoder(*batch.tokens(self.device))[: len(batch)]

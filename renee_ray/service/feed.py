@@ -25,9 +25,9 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, Window
 from renee_ray.data.targets import Targets
-from renee_ray.parallel.ahead import PATIENT_S, one_ahead
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.parallel.threads import PATIENT_S, one_ahead
 from renee_ray.service.observe.metric import count_retries
 
 log = logging.getLogger(__name__)

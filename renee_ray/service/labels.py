@@ -26,7 +26,7 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.model.cold_start import ColdStart
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import ragged, truncate
+from renee_ray.parallel.batch import ragged
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import ids_of, labels_of, named, opened, vocabulary_of
@@ -162,7 +162,7 @@ def _rows(
     length = min(config.encoder.max_length, manifest.max_length)
 
     def embedded(tokens: pa.Array | pa.ChunkedArray) -> Tensor:
-        return embed_texts(encoder, truncate(ragged(tokens), length), manifest.pad_id, CPU)
+        return embed_texts(encoder, ragged(tokens), length, manifest.pad_id)
 
     starts = np.arange(0, manifest.num_labels, BLOCK)
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), FITTED // BLOCK)).astype(int)]

@@ -35,7 +35,7 @@ from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.errors import ConfigError, ReneeError, reason
 from renee_ray.model.encoder import build_encoder
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import Ragged, ragged, truncate
+from renee_ray.parallel.batch import Ragged, ragged
 from renee_ray.report.run import write_report
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.service.cluster import ensure_ray
@@ -287,12 +287,11 @@ def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
     quiet()
     plain = {"name": _model(config), "bottleneck": 0, "compile": False, "bag": BagConfig()}
     settings = config.encoder.model_copy(update=plain)
-    device = torch.device("cpu")
-    encoder = build_encoder(settings, device, config.seed).eval()
+    encoder = build_encoder(settings, torch.device("cpu"), config.seed).eval()
 
     def embed(tokens: Ragged) -> Floats:
-        cut = truncate(tokens, settings.max_length)
-        return embed_texts(encoder, cut, dataset.manifest.pad_id, device).numpy()
+        pad_id = dataset.manifest.pad_id
+        return embed_texts(encoder, tokens, settings.max_length, pad_id).numpy()
 
     with torch.inference_mode():
         points, labels = embed(truth.tokens), embed(truth.label_tokens)

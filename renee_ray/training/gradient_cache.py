@@ -4,10 +4,8 @@
     dE   from the classifier, on the embeddings of the whole global batch
     last m: backward(dE_m), its graph freed;   every other m: forward again, backward(dE_m)
 
-The gradient is that of the whole batch, while the activations of one micro-batch exist at a
-time. The second forward of a micro-batch draws the random numbers of its first, so dropout
-inside the encoder has the same masks in both. DDP reduces once a step, in each rank's last
-backward, however many micro-batches a rank has; every rank has one at least.
+The activations of one micro-batch exist at a time. Its second forward draws the random numbers of
+its first. DDP reduces once a step, in each rank's last backward, however many a rank has.
 """
 
 from __future__ import annotations

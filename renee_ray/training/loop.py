@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,10 @@ from renee_ray.model.encoder import adamw, data_parallel, works_in_groups
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.model import Model
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.ahead import one_ahead
 from renee_ray.parallel.batch import Batch, Position
 from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.parallel.recorder import Recorder, gpu_memory
+from renee_ray.parallel.threads import one_ahead
 from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
 from renee_ray.training.schedule import Schedule, warmup_cosine
 from renee_ray.training.step import Step, StepResult
@@ -47,17 +47,10 @@ MOST_SKIPPED = 100
 
 @dataclass
 class Meter:
-    """Sums since the last sample of the loss; `started` moves on by the pauses."""
+    """Points of global batches since the last sample of the loss; pauses move `started` on."""
 
     rows: int = 0
-    steps: int = 0
-    tokens: int = 0
-    cells: int = 0
     started: float = field(default_factory=time.perf_counter)
-
-    def count(self, rows: int, tokens: int, cells: int) -> None:
-        self.rows, self.steps = self.rows + rows, self.steps + 1
-        self.tokens, self.cells = self.tokens + tokens, self.cells + cells
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -80,42 +73,6 @@ class Validation:
     batches: Callable[[], Iterable[Batch]]
     propensities: Propensities
     offset: Tensor | None
-
-
-@dataclass
-class SkippedSteps:
-    """How many steps in a row were skipped, and what is said about it.
-
-    most: so many end the run.
-    """
-
-    most: int
-    in_a_row: int = 0
-
-    def follow(self, step: int, result: StepResult, *, speaks: bool) -> None:
-        """Counts the step, numbered from 1.
-
-        Raises:
-            ReneeError: it was the last of `most` in a row.
-        """
-        before = self.in_a_row
-        self.in_a_row = before + 1 if result.skipped else 0
-        if speaks and result.skipped and not before:
-            what = (
-                "the encoder's gradient is not finite, and only the classifier is updated"
-                if result.classifier_updated
-                else "an embedding is not finite, and nothing is updated"
-            )
-            log.warning("step %d: skipped by all workers: %s", step, what)
-        if speaks and not result.skipped and before > 1:
-            log.warning("steps %d to %d were skipped", step - before, step - 1)
-        if self.in_a_row >= self.most:
-            raise ReneeError(
-                f"all of the last {self.in_a_row} steps, up to step {step}, were skipped: "
-                f"the embeddings or the encoder's gradient are not finite; lower "
-                f"encoder.learning_rate and classifier.learning_rate or set encoder.autocast=off "
-                f"and classifier.precision=fp32, and give another output"
-            )
 
 
 @dataclass
@@ -149,6 +106,9 @@ class Trainer:
         self.optimizer = adamw(self.model.encoder, self.config.encoder)
         if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
             self.state.loss_scale = LossScale.start()
+        # A resumed run goes on counting if all of its steps were skipped.
+        done = self.state.step
+        self._in_a_row = done if self.state.skipped == done else 0
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Trains on the remaining batches, which begin at `state.position`, until the end or STOP.
@@ -169,7 +129,7 @@ class Trainer:
             self.recorder.enter("data", state.step + 1)
             batch = next(ready)
             result, sampled = self.train_on(batch)
-            self._count(batch, result, meter)
+            meter.rows += result.rows
             evaluates = state.step in evaluations
             saves = evaluates or result.wishes or (every and state.step % every == 0)
             if sampled or saves:
@@ -212,7 +172,19 @@ class Trainer:
         torch.manual_seed(_mixed(config.seed, state.step, self.ranks.rank))
         sampled = bool(config.loss_every) and state.step % config.loss_every == 0
         result = self._step(batch, state.step, sgd, with_loss=sampled, wish=self.wish())
-        self._advance(batch.position, result)
+        trained = result.rows * len(self.model.shard.owned) if result.classifier_updated else 0
+        grouped = works_in_groups(config.encoder, self.device)
+        tokens, cells = batch.padding(config.encoder.micro_batch, grouped=grouped)
+        self.recorder.count(
+            steps=1, rows=len(batch), label_rows=trained, tokens=tokens, cells=cells
+        )
+        self._follow()
+        self._last, done = result, batch.position
+        state.step += 1
+        last = done.batch + 1 == self.schedule.batches[done.epoch]
+        state.position = (
+            Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
+        )
         return result, sampled
 
     @cached_property
@@ -227,41 +199,12 @@ class Trainer:
             tokens = TokenGradient(encoder, self.ranks, mean=mean)
         if encoder.bag is not None:
             bag = BagOptimizer(encoder.bag, self.ranks, mean=mean)
+        on_last = partial(self.recorder.enter, "reduce")
+        wrapped = data_parallel(encoder, self.ranks, settings.gradient, tokens, on_last, bag)
         return Step(
-            data_parallel(
-                encoder, self.ranks, settings.gradient, tokens,
-                lambda: self.recorder.enter("reduce"), bag,
-            ),
-            self.model.shard,
-            self.optimizer,
-            self.ranks,
-            self.device,
-            settings.dropout,
-            self.config.seed,
-            settings.clip_norm,
-            self.state.loss_scale,
-            settings.micro_batch,
-            tokens,
-            self.recorder,
-            bag,
-            self.config.classifier.objective,
+            self.config, wrapped, self.model.shard, self.optimizer, self.ranks, self.device,
+            self.state.loss_scale, tokens, self.recorder, bag,
         )  # fmt: skip
-
-    @cached_property
-    def _skipped(self) -> SkippedSteps:
-        """A resumed run goes on counting if all of its steps were skipped."""
-        done, state = self.state.step, self.state
-        most = min(MOST_SKIPPED, self.schedule.total)
-        return SkippedSteps(most, done if state.skipped == done else 0)
-
-    def _advance(self, done: Position, result: StepResult) -> None:
-        self._follow()
-        self._last, state = result, self.state
-        state.step += 1
-        last = done.batch + 1 == self.schedule.batches[done.epoch]
-        state.position = (
-            Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
-        )
 
     def settle(self) -> None:
         """Makes `state` that of all steps; before, it may lack whether the last was skipped."""
@@ -270,32 +213,41 @@ class Trainer:
         self._follow()
 
     def _follow(self) -> None:
-        """Counts the step before, once it is known whether it was skipped."""
-        skipped, result, self._last = self._skipped, self._last, None
-        if result is not None:
-            self.state.skipped += result.skipped
-            self.recorder.count(skipped=int(result.skipped))
-            skipped.follow(self.state.step, result, speaks=self.ranks.rank == 0)
+        """Counts the step before, once it is known whether it was skipped.
 
-    def _count(self, batch: Batch, result: StepResult, meter: Meter) -> None:
-        settings = self.config.encoder
-        grouped = works_in_groups(settings, self.device)
-        tokens, cells = batch.padding(settings.micro_batch, grouped=grouped)
-        meter.count(result.rows, tokens, cells)
-        trained = result.rows * len(self.model.shard.owned)
-        self.recorder.count(
-            steps=1,
-            rows=len(batch),
-            label_rows=trained if result.classifier_updated else 0,
-            tokens=tokens,
-            cells=cells,
-        )
+        Raises:
+            ReneeError: it was the last of too many in a row.
+        """
+        result, before, step = self._last, self._in_a_row, self.state.step
+        if result is None:
+            return
+        self._last = None
+        self.state.skipped += result.skipped
+        self.recorder.count(skipped=int(result.skipped))
+        self._in_a_row = before + 1 if result.skipped else 0
+        speaks = self.ranks.rank == 0
+        if speaks and result.skipped and not before:
+            what = (
+                "the encoder's gradient is not finite, and only the classifier is updated"
+                if result.classifier_updated
+                else "an embedding is not finite, and nothing is updated"
+            )
+            log.warning("step %d: skipped by all workers: %s", step, what)
+        if speaks and not result.skipped and before > 1:
+            log.warning("steps %d to %d were skipped", step - before, step - 1)
+        if self._in_a_row >= min(MOST_SKIPPED, self.schedule.total):
+            raise ReneeError(
+                f"all of the last {self._in_a_row} steps, up to step {step}, were skipped: "
+                f"the embeddings or the encoder's gradient are not finite; lower "
+                f"encoder.learning_rate and classifier.learning_rate or set encoder.autocast=off "
+                f"and classifier.precision=fp32, and give another output"
+            )
 
     def _sample(self, result: StepResult, meter: Meter) -> None:
         """Exchanges the loss with all ranks, and tells how the run is doing."""
         seconds = meter.seconds()
         self.recorder.enter("loss")
-        self.recorder.sample(self.ranks)
+        since = self.recorder.sample(self.ranks)
         loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
         step, total = self.state.step, self.schedule.total
         factor = warmup_cosine(step - 1, total, self.config.warmup)
@@ -305,7 +257,7 @@ class Trainer:
             "epoch": self.schedule.epochs_done(step),
             "loss": loss,
             "rows_per_second": meter.rows / seconds,
-            "padding": 1 - meter.tokens / meter.cells if meter.cells else 0.0,
+            "padding": 1 - since["tokens"] / since["cells"] if since["cells"] else 0.0,
             "encoder_lr": self.config.encoder.learning_rate * factor,
             "classifier_lr": self.config.classifier.learning_rate * factor,
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -313,7 +265,7 @@ class Trainer:
             "thread_s": time.thread_time(),
             "skipped": self.state.skipped,
             "loss_scale": self.state.loss_scale.value,
-            "seconds_left": (total - step) * seconds / meter.steps,
+            "seconds_left": (total - step) * seconds / since["steps"],
             "time_s": time.time(),
         }
         self.on_progress(record)

@@ -30,9 +30,8 @@ learns from a flag on the device (its `found_inf`). The host reads this flag at 
 next step, before it needs the loss scale, or when `settle` is called. So a step's `skipped` is
 right from then on, and a run that only skips ends one step late.
 
-dE is complete only when all but the last chunks of W have been updated. If E and W are finite, so
-is dE, short of an overflow of fp32. Otherwise W is lost already; the encoder's gradient then is
-not finite in this step nor in any later one, and `training/loop` ends the run.
+If E and W are finite, so is dE, short of an overflow of fp32. Otherwise W is lost already, and as
+the encoder's gradient then is never finite again, `training/loop` ends the run.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from renee_ray.config.schema import RunConfig
 from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import training_attention
@@ -94,30 +93,22 @@ class Step:
 
     encoder: [b, T] tokens -> [b, D] float32, wrapped in DDP when there are several ranks.
     optimizer: a fused one, which leaves out a step where `found_inf` is 1.
-    dropout: probability on the embedding; seed: of its masks.
-    clip_norm: largest norm of the encoder's gradient; 0: none.
     loss_scale: scale of the encoder's gradient; is updated after each step, as `skipped`.
-    micro_batch: rows of this rank that the encoder works on at once; 0: all.
     tokens: reduces the gradient of the token vectors where DDP does not, or None.
     recorder: is told which phase of the step begins.
     bag: reduces the gradient of the encoder's bag and trains it, or None.
-    objective: as `classifier.objective`.
     """
 
+    config: RunConfig
     encoder: nn.Module
     shard: Shard
     optimizer: torch.optim.Optimizer
     ranks: Ranks
     device: torch.device
-    dropout: float = 0.0
-    seed: int = 0
-    clip_norm: float = 0.0
     loss_scale: LossScale = field(default_factory=LossScale)
-    micro_batch: int = 0
     tokens: TokenGradient | None = None
     recorder: Recorder = field(default_factory=Recorder)
     bag: BagOptimizer | None = None
-    objective: Literal["bce", "softmax"] = "bce"
     _unsettled: tuple[StepResult, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +126,8 @@ class Step:
         counts, wishes = announce(self.ranks, len(batch), wish)
         with training_attention(self.device):
             self.recorder.enter("encoder_forward")
-            own = GradientCache(self.encoder, batch, self.micro_batch, self.device)
+            micro_batch = self.config.encoder.micro_batch
+            own = GradientCache(self.encoder, batch, micro_batch, self.device)
             # A GPU embeds meanwhile: what needs no embeddings belongs here.
             positives, update = self._route(batch, counts), self.shard.prepared(sgd)
             mask, everyone = self._gather(own, counts, step)
@@ -169,7 +161,8 @@ class Step:
         """Returns the dropout mask of own rows, and E [B, D]."""
         self.recorder.enter("encoder_forward")
         first = sum(counts[: self.ranks.rank])
-        mask = dropout_mask(own.embeddings, self.dropout, self.seed, step, first)
+        dropout, seed = self.config.encoder.dropout, self.config.seed
+        mask = dropout_mask(own.embeddings, dropout, seed, step, first)
         dropped = own.embeddings * mask
         self.recorder.enter("gather")
         return mask, gather_rows(self.ranks, dropped, counts)
@@ -200,13 +193,14 @@ class Step:
         """Updates the shard; returns its loss, and dE on its way to the owners of its rows."""
         self.recorder.enter("classifier")
         started: list[PendingRows] = []
+        softmax = self.config.classifier.objective == "softmax"
         loss = self.shard.step(
             everyone,
             positives,
             update,
             with_loss=with_loss,
             on_gradient=lambda dE: started.append(scatter_rows(self.ranks, dE, counts)),
-            softmax=self._reductions() if self.objective == "softmax" else None,
+            softmax=self._reductions() if softmax else None,
         )
         return loss, started[0]
 
@@ -252,10 +246,10 @@ class Step:
         self.recorder.enter("reduce")
         overflow = all_sum(self.ranks, (~torch.isfinite(norm)).float()).clamp_(max=1)
         self.recorder.enter("optimizer")
-        if self.clip_norm:
+        if clip_norm := self.config.encoder.clip_norm:
             # Times a factor that is not finite, `tokens` would not be zero where it counts on it.
             finite = norm.nan_to_num(0, 0)
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, finite)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, finite)
         self.optimizer.found_inf = overflow  # type: ignore[attr-defined]  # as a GradScaler does
         self.optimizer.step()
         if self.bag is not None:

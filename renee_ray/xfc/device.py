@@ -27,11 +27,8 @@ log = logging.getLogger(__name__)
 GPU_CHUNK_BYTES = 256 << 20
 """Memory of a GPU that the buffers of one chunk may take.
 
-Chunks that fit L2 would spare up to half of the bytes, but be bound by launches. With D and B
-columns of 2 bytes, c labels take 2 c (D + B) bytes and 6 c D B operations. In half of an H100's L2,
-25 MB, and with D = 768 and B = 256, these are 12,000 labels and 14 GFLOP: 30 us of the GPU, while
-the host takes some 100 us for five launches. Larger D or B leave a step bound by its matmuls, whose
-last wave of tiles then is a larger part of a chunk. L2 pays once a CUDA graph launches a step.
+Chunks that fit L2 would spare up to half of the bytes, but be bound by launches: half of an H100's
+L2 holds a chunk of 30 us (D = 768, B = 256), and the host takes some 100 us for its five launches.
 """
 CPU_CHUNK_BYTES = 24 << 20
 """The most on a CPU: larger chunks are no faster, and a cloud host may report all of its L3."""
@@ -68,16 +65,16 @@ def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> 
     return torch.float32
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Returns `precision`, or for `auto` what suits the device: bf16_sr, else fp16, else fp32.
+def native_narrow(device: torch.device) -> tuple[bool, bool]:
+    """Returns whether the device multiplies bf16, and fp16, in hardware."""
+    return native_bf16(device), native(torch.float16, device)
+
+
+def choose_precision(precision: str, bf16: bool, fp16: bool) -> str:
+    """Returns `precision`, or for `auto` what suits a device that multiplies these or does not.
 
     Without narrow products a narrower storage saves memory but not time, so fp32 stands.
     """
-    return precision_for(precision, native_bf16(device), native(torch.float16, device))
-
-
-def precision_for(precision: str, bf16: bool, fp16: bool) -> str:
-    """Returns what `choose_precision` does, for a device that multiplies these or does not."""
     if precision != "auto":
         return precision
     return "bf16_sr" if bf16 else "fp16" if fp16 else "fp32"

@@ -1,10 +1,8 @@
 """Threads that each take a part of a shard's labels, on a CPU.
 
-BLAS divides every product among its threads and waits for the last of them, and so does every
-other operation on a chunk. Waking a sleeping thread takes some 50 us on a virtual machine, and a
-chunk needs it ten times. Labels have nothing in common but dE and the k best. So each thread,
-called a lane, takes its own labels through all operations, BLAS computes on that thread alone,
-and what the lanes found is put together at the end.
+If BLAS divided every product, a chunk would wake threads ten times, some 50 us each on a virtual
+machine. Labels have nothing in common but dE and the k best. So each thread, called a lane, takes
+its own labels through all operations, and what the lanes found is put together at the end.
 """
 
 from __future__ import annotations

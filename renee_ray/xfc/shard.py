@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,36 +91,17 @@ class Pairs:
         found._host_labels = self._host_labels[inside.to(HOST)]
         return found
 
-    def by_chunk(self, chunks: Chunks) -> list[tuple[Tensor, Tensor]]:
-        """Returns (rows, columns inside the chunk) of each chunk of local labels [start, stop).
+    def by_chunk(self, chunks: Chunks) -> list[Positives]:
+        """Returns the pairs of each chunk of local labels [start, stop).
 
         chunks: ascending ranges without a gap.
         """
-        return [
-            (self._rows[lo:hi], self._labels[lo:hi] - start)
-            for (start, _), (lo, hi) in zip(chunks, self._bounds(chunks), strict=True)
-        ]
-
-    def values_by_chunk(self, chunks: Chunks) -> list[Tensor]:
-        """Returns the values float32 of the pairs of each chunk."""
-        return [self._values[lo:hi] for lo, hi in self._bounds(chunks)]
-
-    def _bounds(self, chunks: Chunks) -> list[tuple[int, int]]:
         ends = [start for start, _ in chunks] + [stop for _, stop in chunks[-1:]]
         bounds = torch.searchsorted(self._host_labels, torch.tensor(ends)).tolist()
-        return list(itertools.pairwise(bounds))
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The embeddings of a global batch, as they are multiplied.
-
-    wide: [B, D] in the compute dtype.
-    scaled: what `rounding.scaled_e4m3` gives, for the logits alone; None: these take `wide`.
-    """
-
-    wide: Tensor
-    scaled: tuple[Tensor, Tensor] | None
+        return [
+            (self._rows[lo:hi], self._labels[lo:hi] - start, self._values[lo:hi])
+            for (start, _), (lo, hi) in zip(chunks, itertools.pairwise(bounds), strict=True)
+        ]
 
 
 class Shard:
@@ -193,11 +174,11 @@ class Shard:
         """
         narrow = self.operations.scaled and softmax is None
         scaled = scaled_e4m3(embeddings) if narrow else None
-        inputs = Inputs(embeddings.to(self.weights.compute_dtype), scaled)
+        inputs = embeddings.to(self.weights.compute_dtype)
         update = self.prepared(update) if isinstance(update, SGD) else update
         each = buffer_bytes(len(embeddings), self.weights, self.operations, softmax is not None)
         lanes = [
-            _Lane(self, inputs, positives, chunks, update, with_loss)
+            _Lane(self, inputs, scaled, chunks, positives.by_chunk(chunks), update, with_loss)
             for chunks in self.lanes(len(embeddings), each)
         ]
         if softmax is not None:
@@ -229,75 +210,62 @@ class Shard:
         self.weights.weight.write(start, start + len(rows), rows.to(self.weights.device))
 
 
+@dataclass
 class _Lane:
-    """A step's work on the chunks of one lane.
+    """A step's work on the chunks of one lane, each with its positives.
 
-    gradient: dE [B, D] float32; loss: float64 scalar; both of these chunks alone.
+    inputs: E [B, D] in the compute dtype.
+    scaled: what `rounding.scaled_e4m3` gives, for the logits alone; None: these take `inputs`.
     normalised: what the first pass of a softmax has found, or None.
+    gradient: dE [B, D] float32; loss: float64 scalar; both of these chunks alone.
     """
 
+    shard: Shard
+    inputs: Tensor
+    scaled: tuple[Tensor, Tensor] | None
+    chunks: Chunks
+    positives: list[Positives]
+    update: Update
+    with_loss: bool
     normalised: Normalised | None = None
+    finish: Callable[[], None] = lambda: None
 
-    def __init__(
-        self,
-        shard: Shard,
-        inputs: Inputs,
-        positives: Pairs,
-        chunks: Chunks,
-        update: Update,
-        with_loss: bool,
-    ) -> None:
-        self._weights, self._operations = shard.weights, shard.operations
-        self._inputs, self._positives = inputs, positives
-        self._chunks, self._update, self._with_loss = chunks, update, with_loss
-        self.gradient = torch.zeros_like(inputs.wide, dtype=torch.float32)
-        self.loss = torch.zeros((), dtype=torch.float64, device=inputs.wide.device)
-        self.finish: Callable[[], None] = lambda: None
+    def __post_init__(self) -> None:
+        self.gradient = torch.zeros_like(self.inputs, dtype=torch.float32)
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
 
     def row_sums(self) -> RowSums:
         """Makes the first pass of a softmax."""
-        sums = RowSums(len(self._inputs.wide), self._inputs.wide.device)
-        for chunk, positives in self._by_chunk():
-            operand = self._weights.operand(*chunk)
-            sums.add(operand, self._inputs.wide, positives, self._weights.scratch)
+        sums, weights = RowSums(len(self.inputs), self.inputs.device), self.shard.weights
+        for chunk, positives in zip(self.chunks, self.positives, strict=True):
+            sums.add(weights.operand(*chunk), self.inputs, positives, weights.scratch)
         return sums
 
     def forward(self) -> None:
         """Does all but the last chunk's update, which `finish` then makes."""
-        for chunk, positives in self._by_chunk():
+        weights = self.shard.weights
+        for chunk, positives in zip(self.chunks, self.positives, strict=True):
             self.finish()
-            self.finish = self._forward(chunk, positives)
-
-    def _by_chunk(self) -> Iterator[tuple[tuple[int, int], Positives]]:
-        pairs = self._positives.by_chunk(self._chunks)
-        values = self._positives.values_by_chunk(self._chunks)
-        for chunk, (rows, columns), own in zip(self._chunks, pairs, values, strict=True):
-            yield chunk, (rows, columns, own)
-
-    def _forward(self, chunk: tuple[int, int], positives: Positives) -> Callable[[], None]:
-        """Adds a chunk's part of dE and of the loss; returns its update, to be called later."""
-        start, stop = chunk
-        operand, inputs = self._weights.operand(start, stop), self._inputs.wide
-        residual = self._residual(operand, chunk, positives)
-        add_product(self.gradient, residual.T, operand, 1, 1, self._weights.scratch)
-        return functools.partial(self._update, start, stop, operand, residual, inputs)
+            operand = weights.operand(*chunk)
+            residual = self._residual(operand, chunk, positives)
+            add_product(self.gradient, residual.T, operand, 1, 1, weights.scratch)
+            self.finish = functools.partial(self.update, *chunk, operand, residual, self.inputs)
 
     def _residual(self, operand: Tensor, chunk: tuple[int, int], positives: Positives) -> Tensor:
         """Returns G [stop - start, B] of a chunk, valid until the next call."""
-        inputs, loss = self._inputs.wide, self.loss if self._with_loss else None
-        shape = len(operand), self._operations.padded(len(inputs))
+        inputs, loss = self.inputs, self.loss if self.with_loss else None
+        weights, operations = self.shard.weights, self.shard.operations
+        shape = len(operand), operations.padded(len(inputs))
         # Labels first: BLAS then reads every operand of the three products as it lies.
-        padded = self._weights.scratch("logits", *shape, dtype=inputs.dtype)
+        padded = weights.scratch("logits", *shape, dtype=inputs.dtype)
         if self.normalised is not None:
-            return self.normalised.residual(
-                operand, inputs, positives, padded, self._weights.scratch
-            )
+            return self.normalised.residual(operand, inputs, positives, padded, weights.scratch)
         out, scales = padded[:, : len(inputs)], list[Tensor]()
-        if self._inputs.scaled is not None:
-            operand = self._weights.operand(*chunk, torch.float8_e4m3fn)
-            inputs, *scales = self._inputs.scaled
+        if self.scaled is not None:
+            operand = weights.operand(*chunk, torch.float8_e4m3fn)
+            inputs, *scales = self.scaled
         rows, columns, values = positives
-        return self._operations.residual(
+        return operations.residual(
             operand, inputs, columns, rows, out, loss, *scales, values=values
         )
 

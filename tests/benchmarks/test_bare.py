@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from renee_ray.benchmarks import bare, processes
+from renee_ray.benchmarks import bare
 from renee_ray.benchmarks.bare import (
     PROFILED,
     Clock,
@@ -25,6 +25,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.model.model import Model
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.service.bench import processes
 from renee_ray.training.loop import Trainer
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard

@@ -14,8 +14,7 @@ import torch
 
 from renee_ray.cli import main as cli
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.service.bench.memory import ResidentPeak
-from renee_ray.service.bench.scale import time_steps
+from renee_ray.service.bench.scale import ResidentPeak, time_steps
 from tests.training.gloo import on_ranks
 
 SIZES: dict[str, Any] = {"labels": 3001, "dim": 8, "batch": 10, "steps": 2}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -51,33 +50,6 @@ def test_parts_for_which_there_is_no_time_are_named(
     assert found["versions"]["torch"] and found["device"] and "commit" in found
     assert cli.main(["bench", "gpu", "--out", out, "--only", "all"]) == 2
     assert "'oracle'" in capsys.readouterr().err
-
-
-FOUND: dict[str, Any] = {
-    "device": "A Card", "date": "2026-11-28", "driver": "550.1", "small": False,
-    "versions": {"torch": "2.13"}, "commit": "abc",
-    "parts": {
-        "step": {"seconds": 10.0, "error": "", "records": [
-            {"labels": 1305265, "step_s": 0.0123456, "parts": {"residual": 0.5}},
-            {"labels": 2812281, "step_s": None, "error": "out of memory"},
-        ]},
-        "topk": {"seconds": 0.0, "error": "it took too long", "records": []},
-    },
-}  # fmt: skip
-
-
-def test_the_page_shows_figures_and_what_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "gpu.json"
-    file.write_text(json.dumps(FOUND))
-    assert cli.main(["bench", "gpu", "--page", str(file)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "| labels | step_s | residual | error |" in lines
-    assert "| 1305265 | 0.01235 | 0.5 |  |" in lines
-    assert "| 2812281 |  |  | out of memory |" in lines
-    assert any("A Card" in line for line in lines) and any("commit abc" in line for line in lines)
-    assert any("`topk`, not complete: it took too long" in line for line in lines)
 
 
 @pytest.mark.slow

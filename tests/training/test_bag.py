@@ -93,17 +93,18 @@ def trained(
     name: str = "none",
     decay: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    settings = config_of(name=name, autocast="off", learning_rate=1e-3, decay=decay).encoder
-    encoder = weighed(build_encoder(settings, CPU, SEED), ranks)
+    config = config_of(
+        name=name, autocast="off", learning_rate=1e-3, decay=decay, micro_batch=micro_batch
+    )
+    encoder = weighed(build_encoder(config.encoder, CPU, SEED), ranks)
     shard = shard_of(ranks, encoder.dim)
     tokens = None if name == "none" else TokenGradient(encoder, ranks, mean=gradient == "mean")
     assert encoder.bag is not None
     bag = BagOptimizer(encoder.bag, ranks, mean=gradient == "mean")
     bag.rate = RATE
     step = Step(
-        data_parallel(encoder, ranks, gradient, tokens, bag=bag), shard,
-        adamw(encoder, settings), ranks, CPU, settings.dropout, SEED, CLIP,
-        micro_batch=micro_batch, tokens=tokens, bag=bag,
+        config, data_parallel(encoder, ranks, gradient, tokens, bag=bag), shard,
+        adamw(encoder, config.encoder), ranks, CPU, tokens=tokens, bag=bag,
     )  # fmt: skip
     for number in range(STEPS):
         batch = batch_of(ranks, number).for_training(

@@ -99,7 +99,7 @@ def test_a_batch() -> None:
     ids, mask = made.tokens(CPU)
     assert ids.dtype == mask.dtype == torch.int64
     assert ids.shape == (5, 8)
-    assert made.filter_pairs(10)[0].shape == (0,)
+    assert made.pairs(10, made.filtered)[0].shape == (0,)
 
 
 def test_an_empty_batch_gives_one_blank_row_of_tokens() -> None:

@@ -32,7 +32,7 @@ from renee_ray.model.encoder import (
     training_attention,
 )
 from renee_ray.parallel.batch import Ragged, padded_tokens
-from renee_ray.xfc.device import native_bf16
+from renee_ray.xfc.device import native_bf16, native_narrow
 
 CPU = torch.device("cpu")
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -331,11 +331,11 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
 
 
 def test_autocast_dtype() -> None:
-    assert autocast_dtype("off", CPU) is None
-    assert autocast_dtype("bf16", CPU) == torch.bfloat16
-    assert autocast_dtype("fp16", CPU) == torch.float16
+    assert autocast_dtype("off", *native_narrow(CPU)) is None
+    assert autocast_dtype("bf16", *native_narrow(CPU)) == torch.bfloat16
+    assert autocast_dtype("fp16", *native_narrow(CPU)) == torch.float16
     native = torch.bfloat16 if native_bf16(CPU) else None
-    assert autocast_dtype("auto", CPU) == native
+    assert autocast_dtype("auto", *native_narrow(CPU)) == native
 
 
 @pytest.mark.slow

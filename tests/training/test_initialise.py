@@ -225,7 +225,7 @@ def test_a_batch_without_any_label_adds_nothing(dataset: Dataset) -> None:
 def test_texts_are_embedded_in_their_own_order() -> None:
     encoder = Bag().eval()
     rows = [[3, 4, 5, 6], [7], [8, 9], [1, 2, 3]]
-    found = embed_texts(encoder, Ragged.of_lists(rows), PAD, CPU)  # type: ignore[arg-type]
+    found = embed_texts(encoder, Ragged.of_lists(rows), 4, PAD)  # type: ignore[arg-type]
     wanted = torch.stack([encoder.tokens.weight[row].mean(0) for row in rows])
     torch.testing.assert_close(found, wanted)
 

@@ -25,7 +25,7 @@ from renee_ray.xfc.weights.storages import SGD, STORAGES, Weights
 from tests.pairwise import pairwise
 from tests.training.gloo import on_ranks
 from tests.training.test_checkpoint_writer import writer_of
-from tests.training.test_step import DIM, VOCABULARY, Bag, dense_optimizers
+from tests.training.test_step import DIM, VOCABULARY, Bag, dense_optimizers, run_config
 from tests.xfc.test_softmax import SPACING, UNIT, dense_loss, error
 
 ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1)
@@ -98,7 +98,8 @@ class Worker:
         self.encoder = Bag()
         self.optimizer = adamw(self.encoder, ENCODER)  # type: ignore[arg-type]
         encoder: Any = data_parallel(self.encoder, ranks, "sum")  # type: ignore[arg-type]
-        self.step = Step(encoder, self.shard, self.optimizer, ranks, CPU, objective=objective)
+        config = run_config(ENCODER, classifier={"objective": objective})
+        self.step = Step(config, encoder, self.shard, self.optimizer, ranks, CPU)
 
     def train(self, first: int, stop: int, taught: bool) -> dict[str, Tensor]:
         """Makes these steps; of the last, `gradient` is this rank's part of a matrix's gradient."""

@@ -16,7 +16,7 @@ from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
 from tests.training.gloo import on_ranks
-from tests.training.test_step import DIM, ENCODER, LABELS, RULE, Bag, batch_of
+from tests.training.test_step import DIM, ENCODER, LABELS, RULE, Bag, batch_of, run_config
 
 SLEEP = 0.4
 
@@ -82,7 +82,7 @@ def test_counts_add_up() -> None:
     recorder = Recorder()
     recorder.count(steps=1, rows=3)
     recorder.count(steps=1, rows=4)
-    recorder.checkpointed(1.5, 100)
+    recorder.count(checkpoints=1, checkpoint_seconds=1.5, checkpoint_bytes=100)
     totals = recorder.totals()
     assert (totals.steps, totals.rows, totals.skipped) == (2, 7, 0)
     assert (totals.checkpoints, totals.checkpoint_seconds, totals.checkpoint_bytes) == (1, 1.5, 100)
@@ -95,6 +95,7 @@ def slow_steps(ranks: Ranks, where: str) -> dict[str, object]:
     shard = Shard(owned, Weights("fp32", len(owned), DIM, True, torch.device("cpu")), chunk=3)
     shard.initialise_normal(0.1, 0)
     step = Step(
+        run_config(ENCODER),
         data_parallel(
             encoder, ranks, "sum", None, lambda: recorder.enter("reduce")
         ),

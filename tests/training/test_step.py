@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from renee_ray.config.schema import EncoderConfig
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import adamw, data_parallel
 from renee_ray.model.loss_scale import LossScale
@@ -26,7 +28,7 @@ WORLD_SIZES = (1, 2, 3)
 LABELS, DIM, VOCABULARY, STEPS, BATCH, SEED = 11, 6, 20, 20, 7, 4
 CLIP = 18.0  # between the norms that occur: some steps are clipped, some are not
 RULE = SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
-ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1, dropout=0.2)
+ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1, dropout=0.2, clip_norm=CLIP)
 
 
 class Bag(nn.Module):
@@ -81,6 +83,11 @@ def batch_of(ranks: Ranks, number: int) -> Batch:
     )
 
 
+def run_config(encoder: EncoderConfig, **rest: Any) -> RunConfig:
+    config = make_config(RunConfig, {"data": "d", "output": "o"}, rest)
+    return config.model_copy(update={"encoder": encoder})
+
+
 def distributed(
     ranks: Ranks,
     precision: str,
@@ -105,16 +112,13 @@ def distributed(
     encoder = Bag()
     tokens = TokenGradient(encoder, ranks, mean=gradient == "mean") if sparse else None
     step = Step(
+        run_config(ENCODER.model_copy(update={"micro_batch": micro_batch}), seed=SEED),
         data_parallel(encoder, ranks, gradient, tokens),  # type: ignore[arg-type]
         shard,
         adamw(encoder, ENCODER),  # type: ignore[arg-type]
         ranks,
         torch.device("cpu"),
-        ENCODER.dropout,
-        seed=SEED,
-        clip_norm=CLIP,
         loss_scale=loss_scale or LossScale(),
-        micro_batch=micro_batch,
         tokens=tokens,
     )
     results = []

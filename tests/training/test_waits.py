@@ -36,6 +36,7 @@ from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import SGD, Weights
 from tests.training.gloo import on_ranks
+from tests.training.test_step import run_config
 
 CPU = torch.device("cpu")
 LABELS, DIM, VOCABULARY = 40, 8, 30
@@ -156,17 +157,18 @@ def step_of(
     sparse: bool, objective: Any, operations: Operations | None,
 ) -> Step:  # fmt: skip
     settings = EncoderConfig(
-        name=bert, attention=attention, autocast="bf16", dropout=0.2, micro_batch=micro_batch
-    )
+        name=bert, attention=attention, autocast="bf16", dropout=0.2, micro_batch=micro_batch,
+        clip_norm=1.0,
+    )  # fmt: skip
     encoder = build_encoder(settings, device, 0).train()
     encoder.grouped = False  # as on a GPU
     owned = LabelRange.of_rank(LABELS, ranks.num_ranks, ranks.rank)
     weights = Weights("bf16_sr", len(owned), DIM, True, device)
     tokens = TokenGradient(encoder, ranks) if sparse else None
     return Step(
+        run_config(settings, seed=1, classifier={"objective": objective}),
         data_parallel(encoder, ranks, "sum", tokens), Shard(owned, weights, chunk, operations),
-        adamw(encoder, settings), ranks, device, 0.2, 1, 1.0, LossScale(8.0, dynamic=True),
-        micro_batch, tokens, objective=objective,
+        adamw(encoder, settings), ranks, device, LossScale(8.0, dynamic=True), tokens,
     )  # fmt: skip
 
 

@@ -129,16 +129,6 @@ def test_split_keeps_every_bit_of_an_update_in_fp32(momentum: float) -> None:
     assert momentum == 0 or torch.equal(found["velocity"], step)
 
 
-@pytest.mark.parametrize("case", CASES[1::2], ids=str)
-def test_threads_share_the_rows(
-    case: tuple[str, torch.dtype, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = updated(FusedUpdate, case)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for name, found in updated(FusedUpdate, case).items():
-        assert torch.equal(found, alone[name])
-
-
 def test_every_code_of_e4m3_is_written_as_it_was_read() -> None:
     weights = Weights("fp8_sr", 32, 8, False, CPU, torch.float32)
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(32, 8)

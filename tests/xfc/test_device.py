@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from renee_ray.xfc import device as module
-from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes
+from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes, native_narrow
 from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.xfc.interpreter import DEVICE, load_kernels
@@ -29,8 +29,8 @@ def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_auto_is_bf16_where_the_device_multiplies_it(has_bf16: bool) -> None:
-    assert choose_precision("auto", CPU) == ("bf16_sr" if has_bf16 else "fp32")
-    assert choose_precision("fp8_sr", CPU) == "fp8_sr"
+    assert choose_precision("auto", *native_narrow(CPU)) == ("bf16_sr" if has_bf16 else "fp32")
+    assert choose_precision("fp8_sr", *native_narrow(CPU)) == "fp8_sr"
     assert Weights("auto", 3, 4, True, CPU).nbytes() == 3 * 4 * (4 if has_bf16 else 8)
 
 

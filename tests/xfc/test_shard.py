@@ -197,12 +197,12 @@ def test_pairs_by_chunk(chunks: list[tuple[int, int]]) -> None:
     found = pairs_of(POSITIVES["repeated"] + POSITIVES["some"], owned).by_chunk(chunks)
     listed = {
         (int(row), int(column) + start + START)
-        for (start, _), (rows, columns) in zip(chunks, found, strict=True)
+        for (start, _), (rows, columns, _) in zip(chunks, found, strict=True)
         for row, column in zip(rows, columns, strict=True)
     }
-    assert sum(len(rows) for rows, _ in found) == len(listed)
+    assert sum(len(rows) for rows, *_ in found) == len(listed)
     assert listed == set(POSITIVES["repeated"] + POSITIVES["some"])
-    for (start, stop), (_, columns) in zip(chunks, found, strict=True):
+    for (start, stop), (_, columns, _) in zip(chunks, found, strict=True):
         assert ((columns >= 0) & (columns < stop - start)).all()
 
 
@@ -210,7 +210,7 @@ def test_pairs_of_large_ids() -> None:
     first = 2**40
     owned = LabelRange(first, first + 10, 2**41)
     pairs = pairs_of([(5, first + 9), (0, first), (2**20, first + 9)], owned)
-    ((rows, columns),) = pairs.by_chunk([(0, 10)])
+    ((rows, columns, _),) = pairs.by_chunk([(0, 10)])
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [
         (0, 0), (5, 9), (2**20, 9),
     ]  # fmt: skip

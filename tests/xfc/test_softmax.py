@@ -159,10 +159,9 @@ def test_a_repeated_pair_has_its_largest_value() -> None:
     owned = LabelRange(0, 9, 9)
     rows, labels = torch.tensor([1, 0, 1, 1]), torch.tensor([4, 4, 4, 7])
     pairs = Pairs(rows, labels, owned, values=torch.tensor([0.25, 0.5, 0.75, 1.0]))
-    ((rows, labels),) = pairs.by_chunk([(0, 9)])
-    (values,) = pairs.values_by_chunk([(0, 9)])
+    ((rows, labels, values),) = pairs.by_chunk([(0, 9)])
     assert [*zip(rows.tolist(), labels.tolist(), values.tolist(), strict=True)] == [
         (0, 4, 0.5), (1, 4, 0.75), (1, 7, 1.0),
     ]  # fmt: skip
-    (kept,) = pairs.of_rows(torch.tensor([1])).values_by_chunk([(0, 9)])
+    ((*_, kept),) = pairs.of_rows(torch.tensor([1])).by_chunk([(0, 9)])
     assert kept.tolist() == [0.75, 1.0]

@@ -321,5 +321,5 @@ def test_pairs_of_some_rows() -> None:
     owned = LabelRange(10, 40, 50)
     pairs = Pairs(torch.tensor([0, 3, 3, 5, 8]), torch.tensor([12, 39, 11, 12, 30]), owned)
     found = pairs.of_rows(torch.tensor([3, 5, 7])).by_chunk([(0, 5), (5, 30)])
-    assert [(r.tolist(), c.tolist()) for r, c in found] == [([0, 1], [1, 2]), ([0], [24])]
+    assert [(r.tolist(), c.tolist()) for r, c, _ in found] == [([0, 1], [1, 2]), ([0], [24])]
     assert pairs.of_rows(torch.tensor([7])).by_chunk([(0, 30)])[0][0].tolist() == []

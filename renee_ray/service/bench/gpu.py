@@ -1,13 +1,7 @@
 """`renee-ray bench gpu`: measures one GPU, by other commands in processes of their own.
 
-    oracle    a step of every storage against float64
-    step      at the published sizes, kernel by kernel, beside bare matmuls and references
-    train     a run through Ray beside the bare loop, and the share of a step that the GPU idles
-    topk      the 100 best labels
-    memory    a step of every storage on the largest classifier
-    resume    a run whose driver is killed, and which is started again
-
-The lines of JSON that a command prints are kept however it ends.
+docs/performance.md lists its parts. The lines of JSON that a command prints are kept however it
+ends.
 """
 
 from __future__ import annotations
@@ -64,19 +58,6 @@ RECIPE = {
     "num_workers": 1, "epochs": 2, "evaluation": {"every": 0},
     "classifier": {"init": "normal", "momentum": 0.0}, "feed": {"prefetch": 2},
 }  # fmt: skip
-STEP = "labels dim batch precision momentum step_s gemm_s ratio_to_gemm"
-COLUMNS = {
-    "oracle": "labels dim batch precision momentum gradient_error loss_error weight_error error",
-    "step": f"{STEP} speedup_vs_fp16 speedup_vs_published speedup_vs_compiled residual "
-    "gradient update expansion error",
-    "train": "labels batch_size precision rows_per_second ratio_to_bare idle_share encoder_s "
-    "classifier_s gpu_peak_gib",
-    "topk": "labels dim batch precision topk_s product_s ratio_to_product same_but_ties "
-    "peak_extra_bytes",
-    "memory": f"{STEP} bytes_per_weight peak_extra_bytes planned_extra_bytes gpu_peak_gib error",
-    "resume": "killed_after resumed_from steps gpu_peak_gib",
-}
-"""Figures of each part on the page."""
 
 
 def bench_gpu(
@@ -227,21 +208,3 @@ def _output(command: str) -> str | None:
         done = subprocess.run(command.split(), capture_output=True, text=True)
         return done.stdout.strip() or None
     return None
-
-
-def page_of(found: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of a file of `bench_gpu` as tables, in Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    yield f"**{found['device']}**, {found['date']}{', small sizes' * found['small']}:"
-    yield f"driver {found['driver']}, {versions}, commit {found['commit']}.\n"
-    for name, part in found["parts"].items():
-        rows = [each | each.get("parts", {}) for each in part["records"]]
-        keys = [key for key in COLUMNS[name].split() if any(key in row for row in rows)]
-        yield f"`{name}`{', not complete: ' * bool(part['error'])}{part['error']}\n"
-        if keys:
-            yield f"| {' | '.join(keys)} |\n|{'---:|' * len(keys)}"
-            for row in rows:
-                figures = ("" if row.get(key) is None else row[key] for key in keys)
-                shown = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in figures)
-                yield f"| {' | '.join(shown)} |"
-            yield ""

@@ -5,23 +5,25 @@ the same for all, and a few labels each. Every step sees all of them. Each rank 
 and L / R labels, so the same bytes cross the ranks as in training.
 
 For a speed-up rank 0 also holds all labels, and steps on them alone while the others wait, in
-turns with the steps of all. Both meet the same machine and the same batch. Where Ray was started
-for this, the same is then measured in processes without it. On a machine whose cores all train,
-Ray's idle processes slow the steps of all more than those of one worker.
+turns with the steps of all. Where Ray was started for this, the same is then measured in processes
+without it, since Ray's idle processes slow the steps of all more than those of one worker.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
+import psutil
 import ray
 import torch
 
 from renee_ray.benchmarks.problem import Problem, make_problem
-from renee_ray.benchmarks.processes import run_processes
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
@@ -33,23 +35,47 @@ from renee_ray.parallel.collectives import (
     route,
     scatter_rows,
 )
-from renee_ray.service.bench.memory import ResidentPeak
+from renee_ray.service.bench.processes import run_processes
 from renee_ray.service.cluster import ensure_ray, started_here
-from renee_ray.service.launch import (
-    NICENESS,
-    decide_gpu,
-    launch,
-    threads_of,
-    worker_device,
-    worker_environment,
-)
+from renee_ray.service.launch import decide_gpu, launch, worker_device
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.weights.storages import SGD, Weights
+from renee_ray.xfc.weights.storages import SGD
 
 LR = 0.01
 TIMEOUT_S = 1800
 """A step of 10^8 labels takes minutes on a CPU, and ranks need not end theirs together."""
+SAMPLE_S = 0.5
+"""Seconds between two samples, each of which looks at every process of the machine."""
+
+
+class ResidentPeak:
+    """The highest resident memory while it is entered, sampled: `bytes` of all processes together.
+
+    Pages that several processes share count once for each: the result is an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> ResidentPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._over.wait(SAMPLE_S):
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    total += process.memory_info().rss
+            self.bytes = max(self.bytes, total)
 
 
 def bench_scale(
@@ -78,7 +104,7 @@ def bench_scale(
     """
     if speedup and workers == 1:
         raise ReneeError("--speedup compares with one worker; give more --workers")
-    arguments = {
+    arguments: dict[str, Any] = {
         "labels": labels, "dim": dim, "batch": batch, "precision": precision, "steps": steps,
         "speedup": speedup,
     }  # fmt: skip
@@ -96,17 +122,9 @@ def bench_scale(
     found |= {"peak_rss_gib": resident, "workers": workers}
     if speedup and started_here():
         ray.shutdown()
-        found |= _without_ray(config, arguments, use_gpu)
+        bare = run_processes(partial(time_steps, **arguments), config, use_gpu)
+        found |= {f"bare_{key}": bare[key] for key in ("step_s", "one_worker_step_s", "speedup")}
     return {**arguments, **found}
-
-
-def _without_ray(config: RunConfig, arguments: dict[str, Any], use_gpu: bool) -> dict[str, float]:
-    environment = worker_environment(threads_of(config, use_gpu, config.max_workers))
-    found = run_processes(
-        time_steps, arguments, config.max_workers, use_gpu=use_gpu, timeout_s=TIMEOUT_S,
-        environment=environment, niceness=NICENESS,
-    )  # fmt: skip
-    return {f"bare_{name}": found[name] for name in ("step_s", "one_worker_step_s", "speedup")}
 
 
 def scale_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -128,10 +146,11 @@ def time_steps(
     problem = make_problem(labels, dim, batch, device)
     problem.embeddings.mul_(dim**-0.5)[:, 0] = 1
     start = time.perf_counter()
-    shard = _shard(ranks, problem, precision, device)
+    owned = LabelRange.of_rank(labels, ranks.num_ranks, ranks.rank)
+    shard = problem.shard(precision, 0, owned=owned)
     initialise_s = time.perf_counter() - start
     alone = Ranks()
-    whole = _shard(alone, problem, precision, device) if speedup and ranks.rank == 0 else None
+    whole = problem.shard(precision, 0) if speedup and ranks.rank == 0 else None
 
     first = _step(ranks, shard, problem, 0, with_loss=True)
     if whole is not None:
@@ -160,14 +179,6 @@ def time_steps(
         found["one_worker_step_s"] = median(seconds_alone)
         found["speedup"] = median(seconds_alone) / taken
     return found
-
-
-def _shard(ranks: Ranks, problem: Problem, precision: str, device: torch.device) -> Shard:
-    owned = LabelRange.of_rank(problem.num_labels, ranks.num_ranks, ranks.rank)
-    dim = problem.embeddings.shape[1]
-    shard = Shard(owned, Weights(precision, len(owned), dim, False, device))
-    shard.initialise_normal(0.02, seed=0)
-    return shard
 
 
 def _timed_step(ranks: Ranks, shard: Shard, problem: Problem, step: int) -> float:

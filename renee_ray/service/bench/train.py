@@ -8,11 +8,9 @@ Both begin with the same weights (N(0, init_std): the first weights do not matte
 step, and those from label texts cost a pass over all points) and train the same batches in the
 same order; `weights_apart` compares what they come to.
 
-They are timed in turns, bare full bare full, and Ray is stopped while bare runs. Blocks that
-alternate inside the Ray Train workers would meet more nearly the same machine. But Ray's own
-processes and reading tasks would slow the bare blocks too, and so be hidden. Ray Data reads
-`feed.prefetch` windows of `feed.window` batches in one go, so a block is a whole number of these
-groups: it holds as much of their reading as it uses up.
+They are timed in turns, bare full bare full, and Ray is stopped while bare runs, so that its
+processes and reading tasks do not slow both. Ray Data reads `feed.prefetch` windows of
+`feed.window` batches in one go, so a block is a whole number of these groups.
 """
 
 from __future__ import annotations
@@ -21,21 +19,23 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import ray
 import torch
 
-from renee_ray.benchmarks.bare import Clock, Job, run_bare, weight_norms
+from renee_ray.benchmarks.bare import Clock, Job, time_bare_steps, weight_norms
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.recorder import GPU_MEMORY, gpu_memory
+from renee_ray.service.bench.processes import run_processes
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import training_orders
-from renee_ray.service.launch import NICENESS, launch, threads_of, worker_environment
+from renee_ray.service.launch import launch
 from renee_ray.service.observe.progress import Display
 from renee_ray.service.train.train import check
 from renee_ray.service.train.worker import prepared
@@ -74,9 +74,7 @@ def bench_train(
     full, bare = [], []
     for number in range(1, repeats + 1):
         on_progress(f"round {number} of {repeats}: {job.total} steps without Ray, then with it")
-        threads = threads_of(job.config, job.use_gpu, job.config.max_workers)
-        environment = worker_environment(threads)
-        bare.append(run_bare(job, environment, NICENESS))
+        bare.append(run_processes(partial(time_bare_steps, job=job), job.config, job.use_gpu))
         full.append(_run_full(job))
     return _figures(job, full, bare)
 

@@ -161,7 +161,7 @@ class Observer:
 
     def checkpointed(self, step: int, seconds: float, written: int) -> None:
         """Notes that the checkpoint of `step` has ended; this rank wrote `written` bytes of it."""
-        self.recorder.checkpointed(seconds, written)
+        self.recorder.count(checkpoints=1, checkpoint_seconds=seconds, checkpoint_bytes=written)
         if self._status is not None:
             done = {"step": step, "time_s": time.time(), "seconds": seconds}
             self._status.content["checkpoint"] = done

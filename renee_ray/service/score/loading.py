@@ -34,7 +34,7 @@ from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import Ragged, ragged, truncate
+from renee_ray.parallel.batch import Ragged, ragged
 from renee_ray.scoring.calibration import Calibration
 from renee_ray.scoring.index import Classifier, ExactSearch, Search, check_search, open_search
 from renee_ray.service.run.directory import RUN_FILE
@@ -95,9 +95,8 @@ class Model:
     @torch.inference_mode()
     def embed_tokens(self, tokens: Ragged) -> Tensor:
         """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
-        kept = truncate(tokens, self.facts["max_length"])
-        device = self._encoder.constant.device
-        return embed_texts(self._encoder, kept, self.facts["pad_id"], device)
+        facts = self.facts
+        return embed_texts(self._encoder, tokens, facts["max_length"], facts["pad_id"])
 
     @torch.inference_mode()
     def predict(

@@ -66,9 +66,7 @@ def compile_for(weights: Weights) -> None:
 
 
 def _stored(buffer: Buffer, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Returns the one or two tensors of a buffer; a lone one twice."""
-    found = [t[start:stop] for t in buffer.tensors().values()]
-    return found[0], found[-1]
+    return buffer.data[start:stop], buffer.rest[start:stop]
 
 
 def _drawn(noise: Noise | None) -> tuple[Any, Any]:

@@ -18,9 +18,8 @@ descriptors (TMA), and programs stay for tile after tile. Other GPUs, and rows t
 of 16 bytes, take pointers. `Tiles` has the choice, which is made by measured speed.
 
 W, E and G are of one dtype, bf16 or fp16 (fp32 works, but cuBLAS is faster); for Z alone W and E
-may be e4m3, which a GPU multiplies twice as fast. The sums then have the digits that its tensor
-cores keep: 14 binary ones on Hopper, more than numbers of four digits are worth. The other products
-would need e4m3 copies of W and E that lie the other way, and a G of four digits, so they stay bf16.
+may be e4m3, which a GPU multiplies twice as fast (docs/performance.md). The sums then have the
+digits that its tensor cores keep: 14 binary ones on Hopper, more than four digits are worth.
 The residual of a positive is computed anew from its logit, since sigmoid(z) - 1 would lose all
 digits in bf16. A kernel of its own does so, with one program for each pair: tiles then search for
 nothing, and a label may be positive in every row.
@@ -111,7 +110,7 @@ class FusedUpdate(Update):
         kinds = weight.kind, velocity.kind if velocity else "none"
         k = tiles.BYTES // inputs.element_size()
         weights, velocities = (
-            [t[start:stop] for t in buffer.tensors().values()]
+            [buffer.data[start:stop], buffer.rest[start:stop]]
             for buffer in (weight, velocity or weight)
         )
 

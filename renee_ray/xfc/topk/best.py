@@ -10,6 +10,7 @@ Of equal scores the smaller label comes first, at the cut too. Labels must come 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,9 +46,11 @@ class Best:
             offset: float32 [c], added to each row, as fp32.
         """
         from renee_ray.xfc.topk.cpu_loops import collect  # numba takes a second to import
+        from renee_ray.xfc.weights.cpu_rows import over_rows
 
         places = self.threshold, self.used, self.scores, self.labels
-        collect(logits, *places, self.k, first, offset, BLOCK)
+        shift = np.empty(0, np.float32) if offset is None else offset.numpy()
+        over_rows(collect, (logits, *places), self.k, first, shift, BLOCK)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Returns (scores [B, k] descending, labels [B, k])."""

@@ -10,10 +10,9 @@ import os
 
 import numba
 import numpy as np
-from torch import Tensor
 
 from renee_ray.xfc.labels import NONE
-from renee_ray.xfc.weights.cpu_rows import bits_of, float_of, over_rows
+from renee_ray.xfc.weights.cpu_rows import bits_of, float_of
 
 # Only where the user says so does numba keep these loops: it would not notice that a function of
 # another file, which went into one, has changed since.
@@ -22,25 +21,17 @@ compiled = numba.njit(
 )
 
 
-def collect(
-    logits: Tensor, threshold: Tensor, used: Tensor, scores: Tensor, labels: Tensor, k: int,
-    first: int, offset: Tensor | None, block: int,
-) -> None:  # fmt: skip
+@compiled
+def collect(logits, threshold, used, scores, labels, k, first, offset, block):
     """Puts what beats `threshold` [B, 1] into the places from `used` [B] on of scores and labels.
 
     A row without room is cut to its k best, in their order, and its threshold raised.
 
     Args:
         logits: float32 [B, c], of labels from `first` on.
-        offset: float32 [c], added to the logits, or None.
+        offset: float32 [c], added to the logits, or of no length.
         block: labels that are compared with the threshold together, before each single one.
     """
-    shift = np.empty(0, np.float32) if offset is None else offset.numpy()
-    over_rows(_collect, (logits, threshold, used, scores, labels), 0, k, first, shift, block)
-
-
-@compiled
-def _collect(logits, threshold, used, scores, labels, _, k, first, offset, block):
     columns = logits.shape[1]
     for i in range(len(logits)):
         least, count = threshold[i, 0], used[i]

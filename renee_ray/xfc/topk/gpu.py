@@ -10,8 +10,9 @@ their row. After each round of tiles a row is cut to its `kept` best, more than 
     size    [1]         int32    the largest |w'|^2 so far, fp32 bits: integers that order alike
 
 The threshold is the score in place `kept` - 1, so a label that is not kept has no greater product
-than the last that is. `settle` then finds the k best of the others by fp32 products. By Cauchy and
-Schwarz (twice), and the rounding of the sums of either product, in any order:
+a* than the last that is. The k best of the others are found by fp32 products. A row is certain if
+a* + bound < k-th best score: then no label left out can be among the k best. By Cauchy and Schwarz
+(twice), and the rounding of the sums of either product, in any order:
 
     |e.w - a|  <=  |e| |w - w'|  +  |e - e'| |w'|  +  D 2^-22 |e| |w'|
 
@@ -29,7 +30,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from torch import Tensor
 from renee_ray.xfc.device import GPU_CHUNK_BYTES, native_e4m3
 from renee_ray.xfc.labels import NONE
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.topk.settle import candidate_scores, settle
+from renee_ray.xfc.weights.storages import Weights
 
 LABELS, ROWS = 128, 128
 """Labels and rows of a tile."""
@@ -61,7 +61,7 @@ NARROW = {
 """By `Buffer.kind`: the dtype of the products, which holds every number of e4m3; and the error of
 a weight rounded to it, relative to what it becomes, and absolute."""
 FP32_ULP = 2.0**-23
-"""Twice the error of a sum in fp32: an offset is added here and in `candidate_scores`."""
+"""Twice the error of a sum in fp32: an offset is added to either product."""
 SCORED, PICKED_BYTES = 32, 24
 """Rows whose candidates' scores are one matmul, and the memory of one number of their weights, with
 all that `Buffer.pick` takes in between."""
@@ -91,7 +91,7 @@ def _scanned(
     weights, rows = shard.weights, len(embeddings)
     dtype, relative, absolute = NARROW[weights.weight.kind]
     inputs = embeddings.to(dtype, memory_format=torch.contiguous_format)
-    stored = next(iter(weights.weight.tensors().values()))
+    stored = weights.weight.data
     if stored.dtype == torch.float8_e4m3fn and not native_e4m3(stored.device):
         stored = stored.view(torch.uint8)
     scores = embeddings.new_full((rows, width), -torch.inf)
@@ -100,7 +100,7 @@ def _scanned(
     most, size = used.clone(), used.new_zeros(1)
     keys = None
     if excluded is not None:
-        ((pair_rows, pair_labels),) = excluded.by_chunk([(0, weights.rows)])
+        ((pair_rows, pair_labels, _),) = excluded.by_chunk([(0, weights.rows)])
         keys = pair_labels * rows + pair_rows  # ascending, as the pairs are
     tiles, tile_rows = triton.cdiv(weights.rows, LABELS), _tile_rows(rows, stored.device)
     depth, stride = min(64, 128 // stored.element_size()), _stride(tiles)
@@ -124,10 +124,35 @@ def _scanned(
     bound.masked_fill_(most > width, torch.inf)  # such a row lost products of any size
     left_out, candidates = scores[:, kept - 1], labels[:, : kept - 1]
     candidates = candidates.masked_fill(scores[:, : kept - 1] == -torch.inf, NONE)
-    together = min(SCORED, rows, GPU_CHUNK_BYTES // (PICKED_BYTES * kept * dim))
-    score = partial(candidate_scores, weights, embeddings, offset, max(1, together))
-    rounding = FP32_ULP * (left_out.abs() + bound)
-    return settle(shard, k, candidates, left_out, bound, rounding, score)
+    # In the order of ids: of equal scores the smaller one then comes first.
+    candidates = candidates.sort(dim=1).values
+    exact = _exact_scores(weights, embeddings, offset, candidates)
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    exact, found = exact[:, :k].contiguous(), candidates.gather(1, order)[:, :k]
+    # NaN, of numbers that are not finite, is never certain; a row that lost no label always is.
+    certain = left_out + bound + FP32_ULP * (left_out.abs() + bound) < exact[:, k - 1]
+    certain |= (left_out == -torch.inf) & bound.isfinite()
+    return exact, torch.where(found == NONE, NONE, found + shard.owned.start), certain
+
+
+def _exact_scores(
+    weights: Weights, embeddings: Tensor, offset: Tensor | None, labels: Tensor
+) -> Tensor:
+    """Computes fp32 scores [B, m] of each row's local labels int64 [B, m]; `NONE` gives -inf."""
+    batch, m = labels.shape
+    # Rows whose scores are one matmul, of which 1 / size is used.
+    size = max(1, min(SCORED, batch, GPU_CHUNK_BYTES // (PICKED_BYTES * m * weights.dim)))
+    scores = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+    own = torch.arange(size, device=labels.device)
+    for start in range(0, batch, size):
+        first = min(start, batch - size)
+        rows = slice(first, first + size)
+        picked = labels[rows].clamp(min=0)
+        products = embeddings[rows] @ weights.weight.pick(picked.flatten()).T
+        found = products.view(size, *picked.shape)[own, own]
+        found = found if offset is None else found + offset[picked]
+        scores[start : start + size] = found[start - first :]  # those before are here already
+    return scores.masked_fill_(labels == NONE, -torch.inf)
 
 
 def rounds(tiles: int, kept: int, width: int) -> Iterator[int]:

@@ -9,10 +9,9 @@ by the dozen. Of labels with equal scores the one with the smaller id comes firs
 So the order of (score, label) is total, and ranks that merge what shards found agree: each pair
 of a row and a label has one score, its owner's.
 
-How a score is rounded is not promised. BLAS adds up products in an order that depends on the
-device and on the shape: a CPU with AMX multiplies 8 rows otherwise than 256, and cuBLAS has a
-kernel for each shape. With another batch, chunk or number of shards a score e.w may thus differ,
-by at most 2 r, where (any order of D sums; rounding error 2^-24 of fp32)
+BLAS adds up products in an order that depends on the device and on the shape. With another batch,
+chunk or number of shards a score e.w may thus differ, by at most 2 r, where (any order of D sums;
+rounding error 2^-24 of fp32)
 
     |score - e.w|  <=  r  =  1.01 D 2^-24 |e| |w|
 
@@ -100,7 +99,7 @@ def _plain_topk(
             logits = scratch("scores", rows, stop - start)
             torch.mm(embeddings, shard.weights.read(start, stop).T, out=logits)
             if excluded is not None:
-                logits[banned[i]] = -torch.inf
+                logits[banned[i][:2]] = -torch.inf
             shift = None if offset is None else offset[start:stop]
             best.add(logits, shard.owned.start + start, shift)
         return best.result()

@@ -11,10 +11,7 @@ Import this module only to use it: numba takes a second.
 from __future__ import annotations
 
 import functools
-import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -44,36 +41,14 @@ _E4M3_NAN = np.uint32(0x7FF00000)
 compiled = numba.njit(nogil=True, error_model="numpy")
 
 
-def over_rows(
-    loop: Callable[..., None], tensors: tuple[Tensor, ...], first: int, *rest: Any
-) -> None:
-    """Runs loop(*arrays, first, *rest); each of torch's threads takes a part of the rows."""
-    arrays = [t.view(INTEGERS.get(t.dtype, t.dtype)).numpy() for t in tensors]
-    threads = torch.get_num_threads()
-    if threads == 1:
-        loop(*arrays, first, *rest)
-        return
-    bounds = [len(arrays[0]) * i // threads for i in range(threads + 1)]
-    pool = _pool(threads)
-    parts = [
-        pool.submit(loop, *(each[lo:hi] for each in arrays), first + lo, *rest)
-        for lo, hi in itertools.pairwise(bounds)
-    ]
-    for part in parts:
-        part.result()
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "classifier rows")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of these threads
+def over_rows(loop: Callable[..., None], tensors: tuple[Tensor, ...], *rest: Any) -> None:
+    """Runs loop(*arrays, *rest) on the memory of tensors; lanes, not loops, divide the rows."""
+    loop(*(t.view(INTEGERS.get(t.dtype, t.dtype)).numpy() for t in tensors), *rest)
 
 
 def expand_e4m3(codes: Tensor, out: Tensor) -> None:
     """Writes the numbers of float8_e4m3fn `codes` [c, D] to `out`, bf16 or fp32, exactly."""
-    over_rows(_expansion(DTYPES[out.dtype]), (codes, out), 0)
+    over_rows(_expansion(DTYPES[out.dtype]), (codes, out))
 
 
 @functools.cache
@@ -82,7 +57,7 @@ def _expansion(dtype: str) -> Callable[..., None]:
     write = WRITE[dtype]
 
     @compiled
-    def expand(codes, out, first):
+    def expand(codes, out):
         c, dim = codes.shape
         row, noise = np.empty(dim, np.float32), np.zeros(dim, np.int32)
         for i in range(c):

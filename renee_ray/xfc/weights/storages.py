@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.device import choose_compute, choose_precision
+from renee_ray.xfc.device import choose_compute, choose_precision, native_narrow
 from renee_ray.xfc.weights.buffers import E4M3, BFloat16, Buffer, Float32, Half, Split
 from renee_ray.xfc.weights.scratch import Scratch
 
@@ -56,12 +56,9 @@ STORAGES: dict[str, Storage] = {
 
 def stored_bytes(precision: str) -> tuple[int, int]:
     """Returns the bytes of one weight and of its velocity."""
-    meta, storage = torch.device("meta"), STORAGES[precision]
-    weight, velocity = (
-        sum(t.element_size() for t in kind(1, 1, meta, Scratch(meta)).tensors().values())
-        for kind in (storage.weight, storage.velocity)
-    )
-    return weight, velocity
+    storage = STORAGES[precision]
+    weight, velocity = storage.weight.stored.values(), storage.velocity.stored.values()
+    return sum(each.itemsize for each in weight), sum(each.itemsize for each in velocity)
 
 
 class Weights:
@@ -73,9 +70,6 @@ class Weights:
         dim: D.
         momentum: whether a velocity buffer is kept.
         compute: dtype of the matmuls: the storage's own or fp32; None: what suits the device.
-
-    Raises:
-        ValueError: the storage cannot be multiplied in `compute`.
     """
 
     def __init__(
@@ -87,13 +81,8 @@ class Weights:
         device: torch.device,
         compute: torch.dtype | None = None,
     ) -> None:
-        self.precision = choose_precision(precision, device)
+        self.precision = choose_precision(precision, *native_narrow(device))
         storage = STORAGES[self.precision]
-        if compute not in (None, torch.float32, storage.compute):
-            raise ValueError(
-                f"compute {compute}: {self.precision} is multiplied in torch.float32 or "
-                f"{storage.compute}"
-            )
         self.compute_dtype = compute or choose_compute(storage.compute, self.precision, device)
         self.rows, self.dim, self.device = rows, dim, device
         self.scratch = Scratch(device)
@@ -104,8 +93,7 @@ class Weights:
     def of(cls, rows: Tensor) -> Weights:
         """Takes float32 [n, D] as the weights of `fp32`, without a copy."""
         made = cls("fp32", 0, rows.shape[1], False, rows.device)
-        assert isinstance(made.weight, Float32)
-        made.rows, made.weight.data = len(rows), rows
+        made.rows, made.weight.data, made.weight.rest = len(rows), rows, rows
         return made
 
     def read(self, start: int, stop: int) -> Tensor:

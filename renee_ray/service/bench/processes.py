@@ -15,32 +15,31 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from renee_ray.config.schema import RunConfig
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.service.launch import NICENESS, threads_of, worker_environment
 
 
 def run_processes(
-    function: Callable[..., dict[str, Any]],
-    arguments: dict[str, Any],
-    num_ranks: int,
-    *,
-    use_gpu: bool,
-    timeout_s: float,
-    environment: dict[str, str],
-    niceness: int,
+    function: Callable[[Ranks, torch.device], dict[str, Any]], config: RunConfig, use_gpu: bool
 ) -> dict[str, Any]:
-    """Calls function(ranks, device, **arguments) in `num_ranks` processes; returns rank 0's result.
+    """Calls function(ranks, device) in as many processes as a run has workers, with their threads.
 
     Args:
-        function: a module's own; it returns what JSON can hold.
+        function: can be pickled; it returns what JSON can hold.
         use_gpu: rank r takes GPU r.
-        timeout_s: timeout of a collective.
-        environment: variables that the processes start with, such as their threads.
-        niceness: added to this process's.
+
+    Returns:
+        what rank 0 returned.
     """
+    num_ranks = config.max_workers
+    environment = worker_environment(threads_of(config, use_gpu, num_ranks))
     with tempfile.TemporaryDirectory(prefix="renee-ray-bare-") as directory:
-        how = (num_ranks, use_gpu, timeout_s, niceness)
         with _environment(environment):
-            mp.spawn(_process, (directory, how, function, arguments), nprocs=num_ranks)
+            mp.spawn(
+                _process, (directory, function, num_ranks, use_gpu, config.timeout_s),
+                nprocs=num_ranks,
+            )  # fmt: skip
         found: dict[str, Any] = json.loads(Path(directory, "found.json").read_text())
         return found
 
@@ -48,12 +47,12 @@ def run_processes(
 def _process(
     rank: int,
     directory: str,
-    how: tuple[int, bool, float, int],
-    function: Callable[..., dict[str, Any]],
-    arguments: dict[str, Any],
+    function: Callable[[Ranks, torch.device], dict[str, Any]],
+    num_ranks: int,
+    use_gpu: bool,
+    timeout_s: float,
 ) -> None:
-    num_ranks, use_gpu, timeout_s, niceness = how
-    os.nice(niceness)
+    os.nice(NICENESS)
     device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
@@ -63,7 +62,7 @@ def _process(
             rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
     try:
-        found = function(Ranks.of_process_group(timeout_s), device, **arguments)
+        found = function(Ranks.of_process_group(timeout_s), device)
         if rank == 0:
             Path(directory, "found.json").write_text(json.dumps(found))
     finally:
