@@ -23,8 +23,8 @@ def cli() -> None:
 
 for command in (
     train.quickstart, data.convert, data.inspect, from_renee.from_renee, plan.recipes, plan.plan,
-    train.train, train.status, train.checkpoints, score.evaluate, plan.expect, score.predict,
-    labels.labels, score.fuse, score.compare, score.export, score.index, score.serve,
+    train.train, train.status, train.report, train.checkpoints, score.evaluate, plan.expect,
+    score.predict, labels.labels, score.fuse, score.compare, score.export, score.index, score.serve,
     submit.submit, bench.bench,
 ):  # fmt: skip
     cli.add_command(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from renee_ray.errors import printable
-from renee_ray.report.run import Chart, Line, chart, finite, in_order, write_page
+from renee_ray.report.charts import Chart, chart, in_order, lines_of
+from renee_ray.report.page import write_page
 
 
 def write_comparison(
@@ -76,18 +78,20 @@ def comparison_text(facts: Mapping[str, Any]) -> RenderableType:
 
 
 def _curves(histories: Mapping[str, Mapping[str, Any]]) -> list[Chart | None]:
-    def lines(kind: str, key: str) -> list[Line]:
-        found = []
-        for name, history in histories.items():
-            entries = [{**e, **e.get("metrics", {})} for e in in_order(history.get(kind, ()))]
-            x, y = finite(entries, key)
-            if len(x):
-                found.append(Line(name, x, y))
-        return found
+    def drawn(title: str, unit: str, kind: str, key: str, **how: bool) -> Chart | None:
+        lines = [
+            replace(line, label=name)
+            for name, history in histories.items()
+            for line in lines_of(
+                [{**e, **e.get("metrics", {})} for e in in_order(history.get(kind, ()))],
+                key, over="epoch",
+            )
+        ]  # fmt: skip
+        return chart(title, unit, lines, over="epoch", **how)
 
     return [
-        chart("P@1 on validation", "%", lines("evals", "P@1"), mark=True),
-        chart("PSP@5 on validation", "%", lines("evals", "PSP@5"), mark=True),
-        chart("Training loss", "loss", lines("steps", "loss")),
-        chart("Throughput", "rows/s", lines("steps", "rows_per_second"), zero=True),
+        drawn("P@1 on validation", "%", "evals", "P@1", dots=True),
+        drawn("PSP@5 on validation", "%", "evals", "PSP@5", dots=True),
+        drawn("Training loss", "loss", "steps", "loss"),
+        drawn("Throughput", "rows/s", "steps", "rows_per_second", zero=True),
     ]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from renee_ray.scoring.metrics import point_terms
+from renee_ray.scoring.metrics import CLASS_K, CLASSES, point_terms
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -29,8 +29,6 @@ SAMPLES = 2000
 BLOCK = 1 << 22
 """Most weights of samples in memory at once."""
 LEVEL = 0.05
-CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">100": (101, 2**62)}
-"""Labels by their number of training points."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,11 @@ class Terms:
         rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(recall_ks)}
         point = np.repeat(np.arange(n), np.diff(offsets))
         found = np.zeros(len(values))
-        found[terms.place[:, :5][terms.hit[:, :5]]] = 1.0
+        found[terms.place[:, :CLASS_K][terms.hit[:, :CLASS_K]]] = 1.0
         for name, (low, high) in CLASSES.items():
             member = (counts >= low) & (counts <= high)
             if member.any():
-                rows[f"recall@5, labels of {name}"] = (
+                rows[f"recall@{CLASS_K}, labels of {name}"] = (
                     np.bincount(point[member], found[member], n),
                     np.bincount(point[member], minlength=n).astype(float),
                 )

@@ -38,6 +38,11 @@ Floats = npt.NDArray[np.float64]
 KS = (1, 3, 5)
 RECALL_KS = (10, 100)
 
+CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">100": (101, 2**62)}
+"""Labels by their number of training points."""
+CLASS_K = 5
+"""Cut-off of the recall by class."""
+
 # Rows of MetricSums.at_k.
 _HITS, _NDCG, _PS_HITS, _PS_BEST, _PSDCG_HITS, _PSDCG_BEST = range(6)
 
@@ -76,6 +81,8 @@ class MetricSums:
     """[6, len(ks)]: hits/k, nDCG, then hits and best attainable of PSP and of PSnDCG."""
     recall: Floats
     """[len(recall_ks)]"""
+    classes: Floats
+    """[2, len(CLASSES)]: of each class, true labels among the CLASS_K best, and all true ones."""
 
     @classmethod
     def zeros(cls, ks: tuple[int, ...] = KS, recall_ks: tuple[int, ...] = RECALL_KS) -> MetricSums:
@@ -83,8 +90,9 @@ class MetricSums:
         if min((*ks, *recall_ks), default=1) < 1:
             raise ValueError(f"cut-offs must be at least 1: {ks}, {recall_ks}")
         return cls(
-            tuple(ks), tuple(recall_ks), 0.0, np.zeros((6, len(ks))), np.zeros(len(recall_ks))
-        )
+            tuple(ks), tuple(recall_ks), 0.0, np.zeros((6, len(ks))), np.zeros(len(recall_ks)),
+            np.zeros((2, len(CLASSES))),
+        )  # fmt: skip
 
     @classmethod
     def from_vector(
@@ -95,15 +103,18 @@ class MetricSums:
     ) -> MetricSums:
         """Reverses `vector`, also of a sum over ranks."""
         flat = np.array(vector, dtype=np.float64)
-        split = 1 + 6 * len(ks)
-        if flat.shape != (split + len(recall_ks),):
+        ends = np.cumsum([1, 6 * len(ks), len(recall_ks), 2 * len(CLASSES)])
+        if flat.shape != (ends[-1],):
             raise ValueError(f"a vector of shape {flat.shape} does not fit {ks} and {recall_ks}")
-        at_k = flat[1:split].reshape(6, len(ks))
-        return cls(tuple(ks), tuple(recall_ks), float(flat[0]), at_k, flat[split:])
+        points, at_k, recall, classes = np.split(flat, ends[:-1])
+        return cls(
+            tuple(ks), tuple(recall_ks), float(points[0]), at_k.reshape(6, len(ks)), recall,
+            classes.reshape(2, -1),
+        )  # fmt: skip
 
     def vector(self) -> Floats:
-        """Flattens the sums for an all-reduce: float64 [1 + 6 len(ks) + len(recall_ks)]."""
-        return np.concatenate([[self.points], self.at_k.ravel(), self.recall])
+        """Flattens the sums for an all-reduce: float64 [n], where `from_vector` reads them."""
+        return np.concatenate([[self.points], self.at_k.ravel(), self.recall, self.classes.ravel()])
 
     def __add__(self, other: MetricSums) -> MetricSums:
         if (self.ks, self.recall_ks) != (other.ks, other.recall_ks):
@@ -117,12 +128,14 @@ class MetricSums:
         labels_offsets: Ints,
         predicted_inverse_propensity: Floats | None,
         label_inverse_propensity: Floats,
+        label_class: Ints | None = None,
     ) -> None:
         """Adds a batch (shapes in the module's ledger). K may be below a cut-off.
 
         The predictions of a row are distinct, and so are its true labels; filter labels are gone
         from both. `predicted_inverse_propensity` may be None: a prediction counts only if it is a
-        true label, whose inverse propensity is known.
+        true label, whose inverse propensity is known. `label_class` [m] is the place of each true
+        label in CLASSES, -1 for none.
 
         Raises:
             ValueError: the arrays' shapes do not fit together.
@@ -134,6 +147,21 @@ class MetricSums:
         self.at_k += terms.at_k.sum(axis=2)
         self.recall += terms.recall.sum(axis=1)
         self.points += len(predicted)
+        if label_class is not None:
+            found = terms.place[:, :CLASS_K][terms.hit[:, :CLASS_K]]
+            for sums, members in zip(self.classes, (label_class[found], label_class), strict=True):
+                sums += np.bincount(members + 1, minlength=len(CLASSES) + 1)[1:]
+
+    def by_frequency(self) -> dict[str, dict[str, float]]:
+        """Returns "labels", the true ones, and "recall@5" in percent for each class that has any.
+
+        This recall is over labels and not a mean over points: a point counts by its labels.
+        """
+        return {
+            name: {"labels": number, f"recall@{CLASS_K}": 100 * found / number}
+            for name, found, number in zip(CLASSES, *self.classes.tolist(), strict=True)
+            if number
+        }
 
     @property
     def any_label(self) -> bool:

@@ -33,7 +33,7 @@ from renee_ray.parallel.collectives import (
     row_counts,
 )
 from renee_ray.scoring.index import Search
-from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
+from renee_ray.scoring.metrics import CLASSES, KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
@@ -233,11 +233,15 @@ def without_labels(batches: Iterable[Batch], hidden: np.ndarray | None) -> Itera
 
 @dataclass(frozen=True)
 class Propensities:
-    """Inverse propensities of a rank's own labels, float64 [n], which other ranks look up."""
+    """Inverse propensities of a rank's own labels, float64 [n], which other ranks look up.
+
+    bounds: those between two of CLASSES, falling; empty: classes are not told apart.
+    """
 
     own: Tensor
     owned: LabelRange
     ranks: Ranks
+    bounds: tuple[float, ...] = ()
 
     @classmethod
     def read(
@@ -249,17 +253,31 @@ class Propensities:
         """
         manifest = dataset.manifest
         points = manifest.num_points("train") + manifest.num_points("validation")
-        own = inverse_propensity(
-            read_counts(dataset, owned) + augmented, points + augmented * manifest.num_labels,
-            manifest.propensity_a, manifest.propensity_b,
+        between = np.array([low for low, _ in CLASSES.values()]) - 0.5
+        own, bounds = (
+            inverse_propensity(
+                counts + augmented, points + augmented * manifest.num_labels,
+                manifest.propensity_a, manifest.propensity_b,
+            )
+            for counts in (read_counts(dataset, owned), between)
         )  # fmt: skip
-        return cls(torch.from_numpy(own), owned, ranks)
+        return cls(torch.from_numpy(own), owned, ranks, tuple(bounds.tolist()))
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """Looks up labels int64 [m]; float64 [m]. Every rank must ask at the same time."""
         asked = torch.from_numpy(labels)
         answer = look_up(self.ranks, asked, self.own, self.owned.start, self.owned.num_labels)
         return answer.numpy()
+
+    def classes(self, inverse: np.ndarray) -> np.ndarray | None:
+        """Returns the place in CLASSES of labels with these inverse propensities; -1: in none.
+
+        The more training points a label has, the lower its inverse propensity. Where
+        `propensity_a` is 0 all have the same, and are in no class.
+        """
+        if not self.bounds:
+            return None
+        return np.searchsorted(-np.array(self.bounds), -inverse) - 1
 
 
 def evaluate(
@@ -268,10 +286,10 @@ def evaluate(
     propensities: Propensities,
     ks: tuple[int, ...] = KS,
     recall_ks: tuple[int, ...] = RECALL_KS,
-) -> dict[str, float]:
-    """Returns the metrics of all ranks' rows together, in percent."""
+) -> MetricSums:
+    """Returns the sums of the metrics of all ranks' rows together."""
     answers = scorer.predict(batches, max(*ks, *recall_ks))
-    return metric_sums(scorer.ranks, answers, [propensities], ks, recall_ks)[0].metrics()
+    return metric_sums(scorer.ranks, answers, [propensities], ks, recall_ks)[0]
 
 
 def metric_sums(
@@ -286,7 +304,11 @@ def metric_sums(
     for answer in answers:
         true = answer.batch.labels
         for total, each in zip(sums, propensities, strict=True):
-            total.add(answer.labels.numpy(), true.values, true.offsets, None, each.of(true.values))
+            inverse = each.of(true.values)
+            total.add(
+                answer.labels.numpy(), true.values, true.offsets, None, inverse,
+                each.classes(inverse),
+            )  # fmt: skip
     vectors = torch.from_numpy(np.stack([total.vector() for total in sums]))
     everyone = all_sum(ranks, vectors).numpy()
     return [MetricSums.from_vector(vector, ks, recall_ks) for vector in everyone]

@@ -106,7 +106,8 @@ def score(ranks: Ranks, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     scorer = scorer_of(encoder, ranks, device)
     owned = scorer.shard.owned
     own = torch.from_numpy(inverse()[owned.start : owned.stop])
-    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
+    sums = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
+    metrics = sums.metrics()
     assert encoder.training, "the mode is put back"
     found = {
         f"labels {i}": labels for i, (_, _, labels, _) in enumerate(scorer.predict(batches, 30))
@@ -163,7 +164,8 @@ def score_without(ranks: Ranks) -> dict[str, torch.Tensor]:
     scorer = replace(scorer, offset=prior_offset(count, 0.0, CPU, hidden))
     own = torch.from_numpy(inverse()[owned.start : owned.stop])
     batches = without_labels(batches_of(ranks), HIDDEN)
-    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
+    sums = evaluate(scorer, batches, Propensities(own, owned, ranks), KS, RECALL_KS)
+    metrics = sums.metrics()
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
 

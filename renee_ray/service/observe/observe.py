@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,10 +23,11 @@ import torch
 
 from renee_ray.checkpoint.state import State
 from renee_ray.config.schema import RunConfig
-from renee_ray.errors import ReneeError, reason
+from renee_ray.errors import ReneeError, reason, redacted
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
 from renee_ray.parallel.recorder import KINDS, Recorder, Totals
-from renee_ray.report.status import STATUS_FILE, STATUS_VERSION
+from renee_ray.report.status import MOST_STARTS, STATUS_FILE, STATUS_VERSION
+from renee_ray.service.environment import environment
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
 from renee_ray.service.observe.progress import WorkerChannel, line
@@ -225,6 +228,11 @@ class Status:
             "groups": before.get("groups", 0) + 1 if again else 1,
             "restarts": before.get("restarts", 0) + again,
             "num_workers": len(nodes),
+            "starts": [
+                *before.get("starts", [])[1 - MOST_STARTS :],
+                {"step": self._state.step, "time_s": time.time(), "workers": len(nodes)},
+            ],
+            "environment": environment(),
             "epochs": self._config.epochs,
             "ranks": [],
             "record": self._history.steps[-1] if self._history.steps else None,
@@ -244,7 +252,7 @@ class Status:
 
     def evaluated(self) -> None:
         if self._state.evaluation is not None:
-            self._history.evals.append(self._state.evaluation)
+            self._history.evals.append(self._state.evaluation | {"time_s": time.time()})
 
     def checkpointed(self, step: int, seconds: float) -> None:
         self._content["checkpoint"] = {"step": step, "time_s": time.time(), "seconds": seconds}
@@ -314,7 +322,8 @@ def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) 
         "format_version": STATUS_VERSION, "state": state, "reason": cause, "time_s": time.time(),
     }  # fmt: skip
     if before.get("launched_s") != launched_s:
-        content |= {"launched_s": launched_s, "groups": 0}
+        command = redacted(shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+        content |= {"launched_s": launched_s, "groups": 0, "command": command}
     try:
         directory.write(STATUS_FILE, content, STATUS_SECONDS)
     except (OSError, ReneeError) as error:

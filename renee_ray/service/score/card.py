@@ -9,7 +9,7 @@ from string import Template
 from typing import Any
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.overrides import dotted
+from renee_ray.config.overrides import changed
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import Encoder
@@ -28,11 +28,10 @@ def card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> str:
     """
     files, manifest, name = resources.files(__package__), dataset.manifest, config.encoder.name
     alone, local = name == NO_TRANSFORMER, os.path.exists(name)
-    defaults = dict(dotted(RunConfig(data="-", output="-").model_dump()))
     settings = [
         f"    {key}: {json.dumps(value)}"
-        for key, value in dotted(config.model_dump())
-        if value != defaults[key] and not (isinstance(value, str) and os.path.isabs(value))
+        for key, value, _ in changed(config.model_dump(mode="json"))
+        if not (isinstance(value, str) and os.path.isabs(value))
     ]
     metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
     head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]

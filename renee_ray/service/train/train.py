@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
-from renee_ray.errors import ReneeError
+from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import check_positions
-from renee_ray.plan.devices import cluster_device, local_device
-from renee_ray.plan.plan import refuse_too_large
+from renee_ray.plan.devices import Device, cluster_device, local_device
+from renee_ray.plan.encoder import find_transformer
+from renee_ray.plan.memory import Workload
+from renee_ray.plan.plan import make_plan, refuse_too_large
+from renee_ray.report.run import write_report
 from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import decide_gpu, launch
@@ -31,6 +36,8 @@ from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease, LeaseLost
 from renee_ray.service.train.resuming import identity, is_finished, resumed, start_of
 from renee_ray.service.train.worker import outcome, train_worker
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(ReneeError):
@@ -74,27 +81,58 @@ def train(
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
         return outcome(newest.state, config)
     start = start_of(config, dataset, newest)
-    if not force:
-        _check_memory(config, dataset, on_progress)
+    device, whose = _device(config)
+    if device is not None and not force:
+        refuse_too_large(config, dataset, device, whose, on_progress)
     with Lease(directory.path, on_progress) as lease:
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
         try:
-            return _train(config, dataset, start, lease, on_progress)
+            with reporting(directory.path):
+                return _train(config, dataset, device, start, lease, on_progress)
         except LeaseLost:
             ray.shutdown()  # and with it the workers
             raise
 
 
+@contextlib.contextmanager
+def reporting(run: str) -> Iterator[None]:
+    """Leaves a report in the run's directory, however training ends; without one it only warns."""
+    try:
+        yield
+    except LeaseLost:  # the directory is another driver's
+        raise
+    except BaseException:
+        _report(run)
+        raise
+    _report(run)
+
+
+def _report(run: str) -> None:
+    try:
+        write_report(run)
+    except (OSError, ReneeError) as error:
+        log.warning("no report is written: %s", reason(error))
+
+
 def _train(
-    config: RunConfig, dataset: Dataset, start: str, lease: Lease,
+    config: RunConfig, dataset: Dataset, device: Device | None, start: str, lease: Lease,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
+    """Trains as the holder of the run's lease, a new run from the checkpoint `start`.
+
+    device: of a worker, which the report's plan is for; None: it is not known.
+    """
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     known = identity(dataset)
-    RunDirectory(config.output).write(RUN_FILE, {"config": config.model_dump(), "dataset": known})
+    content: dict[str, Any] = {"config": config.model_dump(), "dataset": known}
+    if device is not None:
+        transformer = find_transformer(config.encoder, None)
+        workload = Workload.of_manifest(dataset.manifest, config.encoder)
+        plan = make_plan(config, workload, transformer, device, config.max_workers)
+        content["plan"] = plan.facts()
+    RunDirectory(config.output).write(RUN_FILE, content)
     if not dataset.manifest.has_label_texts:
         on_progress(
             f"{dataset.path} has no label texts: feed.augment has no effect, and "
@@ -130,19 +168,19 @@ def _train(
     return found
 
 
-def _check_memory(config: RunConfig, dataset: Dataset, on_progress: Callable[[str], None]) -> None:
-    """Refuses what cannot fit this machine, before Ray starts, or the nodes of its cluster."""
+def _device(config: RunConfig) -> tuple[Device | None, str]:
+    """Returns a worker's device and whose memory it has: this machine's or a cluster's, if given.
+
+    None: the plan does not know it.
+    """
     if os.environ.get("RAY_ADDRESS") or (ray.is_initialized() and not started_here()):
         ensure_ray(config.min_workers + 1)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         on_gpu = decide_gpu(config.use_gpu, config.min_workers)
-        device = cluster_device(nodes, on_gpu)
         whose = "the largest GPU of the cluster" if on_gpu else "the whole cluster"
-    else:
-        on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
-        device, whose = local_device(on_gpu), "the GPU" if on_gpu else "this machine"
-    if device is not None:
-        refuse_too_large(config, dataset, device, whose, on_progress)
+        return cluster_device(nodes, on_gpu), whose
+    on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
+    return local_device(on_gpu), "the GPU" if on_gpu else "this machine"
 
 
 def check(config: RunConfig, dataset: Dataset) -> None:
