@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from renee_ray.errors import ReneeError
-from renee_ray.scoring.metrics import MetricSums, inverse_propensity
+from renee_ray.scoring.metrics import CLASSES, MetricSums, inverse_propensity
 
 KS, RECALL_KS = (1, 3, 5), (2, 10)
 TOLERANCE = 1e-9
@@ -135,6 +135,32 @@ def test_shards_sum_to_the_whole() -> None:
     for s in (slice(0, 30), slice(30, 60)):
         batches.add(*arrays(predicted[s], true[s], weight))
     np.testing.assert_allclose(batches.vector(), whole.vector(), rtol=1e-12)
+
+
+def test_recall_by_class_of_labels() -> None:
+    predicted, true, weight = random_case(7)
+    row, values, offsets, none, weights = arrays(predicted, true, weight)
+    class_of = {label: label % 6 - 1 for label in weight}  # -1: in no class
+    members = np.array([class_of[int(label)] for label in values])
+    sums, parts = MetricSums.zeros(KS, RECALL_KS), []
+    sums.add(row, values, offsets, none, weights, members)
+    for cut in (slice(0, 23), slice(23, 60)):
+        start, stop = offsets[cut.start], offsets[cut.stop]
+        part = MetricSums.zeros(KS, RECALL_KS)
+        of = offsets[cut.start : cut.stop + 1] - start
+        part.add(row[cut], values[start:stop], of, None, weights[start:stop], members[start:stop])
+        parts.append(part.vector())
+    expected = {}
+    for place, name in enumerate(CLASSES):
+        pairs = [
+            (label, i) for i, labels in enumerate(true) for label in labels
+            if class_of[label] == place
+        ]  # fmt: skip
+        hits = sum(label in predicted[i][:5] for label, i in pairs)
+        expected[name] = {"labels": len(pairs), "recall@5": 100 * hits / len(pairs)}
+    assert sums.by_frequency() == expected
+    assert MetricSums.from_vector(sum(parts), KS, RECALL_KS).by_frequency() == expected
+    assert MetricSums.zeros().by_frequency() == {}
 
 
 def test_hand_computed() -> None:

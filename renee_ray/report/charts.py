@@ -19,7 +19,7 @@ from renee_ray.report.status import duration
 Floats = npt.NDArray[np.float64]
 
 WIDTH, HEIGHT = 360, 215
-LEFT, RIGHT, TOP, BOTTOM = 44, 352, 20, 188
+LEFT, RIGHT, TOP, BOTTOM = 44, 348, 20, 188
 """The lines' rectangle in the SVG."""
 MAX_LINES = 6
 """Most lines of a chart: the page has so many colours."""
@@ -193,12 +193,13 @@ def _drawn(line: Line, across: Axis, up: Axis, unit: str, over: str) -> Drawn:
 
 
 def _note(lines: Sequence[Line], unit: str, peak: bool) -> str:
-    values = [
-        f"{line.label if len(lines) > 1 else ''} {_value(y, unit)}".strip()
-        for line in lines
-        for y in (line.y.max() if peak else line.y[-1],)
-    ]
-    return f"{'Highest' if peak else 'Last'}: {', '.join(values)}"
+    ends = [line.y.max() if peak else line.y[-1] for line in lines]
+    word = "Highest" if peak else "Last"
+    if len(lines) > 3:
+        return f"{word}: {_value(min(ends), unit)} to {_value(max(ends), unit)}"
+    names = [f"{line.label} " if len(lines) > 1 else "" for line in lines]
+    values = [f"{name}{_value(end, unit)}" for name, end in zip(names, ends, strict=True)]
+    return f"{word}: {', '.join(values)}"
 
 
 def _value(value: float, unit: str) -> str:

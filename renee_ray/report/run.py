@@ -16,6 +16,7 @@ quickstart adds to the page, and has on the terminal:
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -213,7 +214,7 @@ def _by_step(steps: Entries, evals: Entries) -> list[Chart]:
         chart("Training loss", "loss", lines_of(steps, "loss")),
         chart("Precision on validation", "%", lines_of(evals, "P@1", "P@3", "P@5"), dots=True),
         chart("Propensity-scored precision", "%", lines_of(evals, "PSP@1", "PSP@5"), dots=True),
-        chart("Recall@5 by training points of a label", "%", lines_of(evals, *CLASSES), dots=True),
+        chart("Recall@5 by frequency of the label", "%", lines_of(evals, *CLASSES), dots=True),
         chart("Throughput", "rows/s", lines_of(steps, "rows_per_second"), zero=True),
         chart("Padding, share of tokens", "%", padding, zero=True),
         chart("Peak memory of a worker", "GiB", memory, zero=True),
@@ -262,12 +263,12 @@ def _planned(
 
 
 def _statistics(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the counts of the dataset's splits; none where it is gone or another one now."""
-    try:
+    """Returns the counts of the dataset's splits; where it is gone or another one now, a few."""
+    with contextlib.suppress(ReneeError, OSError):
         manifest = Dataset.without_check(data["path"]).manifest
-    except (ReneeError, OSError):
-        return {}
-    return manifest.statistics if manifest.hash == data["manifest_hash"] else {}
+        if manifest.hash == data["manifest_hash"]:
+            return manifest.statistics
+    return {"train": {"points": data["num_points"]}, "labels": {"points": data["num_labels"]}}
 
 
 def _environment(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
