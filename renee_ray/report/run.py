@@ -214,7 +214,7 @@ def _by_step(steps: Entries, evals: Entries) -> list[Chart]:
         chart("Training loss", "loss", lines_of(steps, "loss")),
         chart("Precision on validation", "%", lines_of(evals, "P@1", "P@3", "P@5"), dots=True),
         chart("Propensity-scored precision", "%", lines_of(evals, "PSP@1", "PSP@5"), dots=True),
-        chart("Recall@5 by frequency of the label", "%", lines_of(evals, *CLASSES), dots=True),
+        chart("Recall@5 by label frequency", "%", lines_of(evals, *CLASSES), dots=True),
         chart("Throughput", "rows/s", lines_of(steps, "rows_per_second"), zero=True),
         chart("Padding, share of tokens", "%", padding, zero=True),
         chart("Peak memory of a worker", "GiB", memory, zero=True),

@@ -173,7 +173,7 @@ def test_it_leaves_a_report(
     assert evaluation["points"] == len(of_data)
     for text in (
         f"after step {evaluation['step']:,}", f"{evaluation['metrics']['P@1']:.1f}", "finished",
-        "By frequency", "Over time", "Plan and measurement", "encoder.max_length", "torch",
+        "By label frequency", "Over time", "Plan and measurement", "encoder.max_length", "torch",
         "renee_ray train ", "labels_max".replace("_", " "),
     ):  # fmt: skip
         assert text in page, text
