@@ -171,7 +171,7 @@ def test_ticks_are_round_numbers_where_they_belong() -> None:
                     scale, low, high = map(math.log10, (number, low, high))
                 expected = LEFT + (scale - low) / (high - low) * (RIGHT - LEFT)
                 assert place == pytest.approx(expected, abs=0.06)
-            assert axis.at(values[0]) < axis.at(values[1]) or values[0] == values[1]
+            assert axis.at(values)[0] < axis.at(values)[1] or values[0] == values[1]
 
 
 @pytest.mark.parametrize(("percent", "points"), [(0.0, 10), (48.9361702, 47), (100.0, 900)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -80,7 +79,7 @@ def comparison_text(facts: Mapping[str, Any]) -> RenderableType:
 def _curves(histories: Mapping[str, Mapping[str, Any]]) -> list[Chart | None]:
     def drawn(title: str, unit: str, kind: str, key: str, **how: bool) -> Chart | None:
         lines = [
-            replace(line, label=name)
+            line._replace(label=name)
             for name, history in histories.items()
             for line in lines_of(
                 [{**e, **e.get("metrics", {})} for e in in_order(history.get(kind, ()))],

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from renee_ray.report.charts import chart, lines_of
-from renee_ray.report.page import Cells, write_page
+from renee_ray.report.page import write_page
 
 SPEED = "queries/s one core"
 
@@ -20,14 +20,14 @@ def write_sweep(path: str, facts: dict[str, Any]) -> None:
     recall = [key for key in keys if key.startswith("recall")]
     drawn = chart(
         "Recall of the exact k best", "share", lines_of(sweep, *recall, over=over), over=over,
-        dots=True, log="x",
+        dots=True, log=True,
     )  # fmt: skip
     rows = [
         (name, *(f"{row[key]:g}" if key in row else "" for key in keys))
         for name, row in [("exact", facts["exact"]), *((str(row["effort"]), row) for row in sweep)]
     ]
     write_page(
-        path, "index.html.j2", charts=[drawn], rows=Cells.of((facts["effort_name"], *keys), rows),
+        path, "index.html.j2", charts=[drawn], header=[facts["effort_name"], *keys], rows=rows,
         title=f"{facts['factory']}, {facts['num_labels']:,} labels", facts=facts,
     )  # fmt: skip
 

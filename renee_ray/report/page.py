@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from renee_ray.data.storage import absolute, read_file, replace_file
 from renee_ray.errors import ReneeError
@@ -15,46 +14,28 @@ GENERATOR = "renee_ray report"
 NOT_KNOWN = "n/a"
 
 
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    best: bool = False
+class Table(NamedTuple):
+    """A table as text, whose first column names the rows; best: (row, column) of figures."""
+
+    header: list[str]
+    rows: list[list[str]]
+    best: set[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Cells:
-    """A table as text, whose first column names the rows."""
-
-    header: Sequence[str]
-    rows: list[list[Cell]]
-
-    @classmethod
-    def of(cls, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Cells:
-        return cls(header, [[Cell(text) for text in row] for row in rows])
-
-    @classmethod
-    def percent(cls, rows: Sequence[Mapping[str, Any]]) -> Cells:
-        """Formats rows whose first key names them; columns in order of first appearance."""
-        header = list(dict.fromkeys(key for row in rows for key in row))
-        if not header:
-            return cls([], [])
+def percentages(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Formats rows whose first key names them; columns in order of first appearance."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    texts = [
+        [f"{row[key]:.1f}" if row.get(key) is not None else NOT_KNOWN for key in header[1:]]
+        for row in rows
+    ]
+    best = set()
+    for column, found in enumerate(zip(*texts, strict=True), start=1):
         # Rounded first: figures that read the same are equally good.
-        texts = {
-            name: [f"{row[name]:.1f}" if row.get(name) is not None else NOT_KNOWN for row in rows]
-            for name in header[1:]
-        }
-        best = {
-            name: max((text for text in column if text != NOT_KNOWN), key=float, default="")
-            for name, column in texts.items()
-        }
-        return cls(
-            header,
-            [
-                [Cell(str(row[header[0]]))]
-                + [Cell(texts[name][i], texts[name][i] == best[name]) for name in header[1:]]
-                for i, row in enumerate(rows)
-            ],
-        )
+        top = max((text for text in found if text != NOT_KNOWN), key=float, default=None)
+        best |= {(i, column) for i, text in enumerate(found) if text == top}
+    names = [[str(row[header[0]])] for row in rows]
+    return Table(header, [[*a, *b] for a, b in zip(names, texts, strict=True)], best)
 
 
 def write_page(path: str, template: str, **values: Any) -> None:

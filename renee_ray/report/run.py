@@ -31,17 +31,15 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError, printable
 from renee_ray.plan.devices import GIB
-from renee_ray.report.charts import Chart, Line, Mark, chart, in_order, lines_of
+from renee_ray.report.charts import Chart, Entries, Mark, chart, in_order, lines_of
 from renee_ray.report.conversion import SHOWN
-from renee_ray.report.page import NOT_KNOWN, Cells, write_page
+from renee_ray.report.page import percentages, write_page
 from renee_ray.report.status import damaged, duration, read_json, read_status
 from renee_ray.scoring.metrics import CLASSES
 
 REPORT_FILE = "report.html"
 HEADLINE = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5", "recall@100")
 NORMAL_95 = 1.96
-
-Entries = Sequence[Mapping[str, Any]]
 
 
 def write_report(
@@ -73,19 +71,20 @@ def write_report(
         raise damaged(run, "history.json or run.json") from None
     write_page(
         path, "report.html.j2", title=title or run.rpartition("/")[2], facts=facts or {},
-        comparison=Cells.percent(comparison), examples=examples, **found,
+        comparison=percentages(comparison), examples=examples, **found,
     )  # fmt: skip
     return path
 
 
 def comparison_table(rows: Entries) -> Table:
     """Shows the comparison for a terminal; the best figure of each column is bold."""
-    cells = Cells.percent(rows)
+    header, texts, best = percentages(rows)
     table = Table(title="Test set, percent", title_justify="left")
-    for i, name in enumerate(cells.header):
+    for i, name in enumerate(header):
         table.add_column(Text(name), justify="right" if i else "left", no_wrap=bool(i))
-    for row in cells.rows:
-        table.add_row(*(Text(cell.text, style="bold green" if cell.best else "") for cell in row))
+    for i, row in enumerate(texts):
+        styles = ("bold green" if (i, j) in best else "" for j in range(len(row)))
+        table.add_row(*map(Text, row, styles))
     return table
 
 
@@ -111,40 +110,35 @@ def _contents(
     saved: Mapping[str, Any], status: Mapping[str, Any], history: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the values of the template, from run.json, `read_status` and history.json."""
-    config, data = saved["config"], saved["dataset"]
+    config, data, plan = saved["config"], saved["dataset"], saved.get("plan")
     steps, evals = (in_order(history.get(name, ())) for name in ("steps", "evals"))
     began = min((each["time_s"] for each in (*status["starts"], *steps[:1])), default=0.0)
     steps = [{**each, "after_s": each["time_s"] - began} for each in steps]
     evals = [_evaluation(each, steps, began) for each in evals]
     seconds = max((each["after_s"] for each in (*steps, *evals)), default=0.0)
-    marks = [*_restarts(status["starts"], began), *_skips(steps)]
     metric = config["evaluation"]["metric"]
     best = max(evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None)
+    peaks = [each.get("gpu_peak_gib") or each.get("peak_rss_gib") or 0.0 for each in steps]
+    paces = [config["batch_size"] / each["rows_per_second"] for each in steps]
     return {
-        "state": "; ".join(_state(status, seconds)),
-        "best": best and _best(best, metric, len(evals)),
-        "frequency": best and best.get("by_frequency"),
+        "status": status,
+        "data": data,
+        "plan": plan and {**plan, "gib": plan["total_bytes"] / GIB},
+        "measured": {"gib": max(peaks), "step_s": np.median(paces)} if steps else None,
+        "seconds": seconds,
+        "metric": metric,
+        "best": best,
+        "headline": dict.fromkeys((metric, *HEADLINE)),
         "by_step": _by_step(steps, evals),
-        "by_time": _by_time(steps, evals, marks),
-        "evaluations": Cells.percent(
+        "by_time": _by_time(steps, evals, [*_restarts(status["starts"], began), *_skips(steps)]),
+        "evaluations": percentages(
             [{"step": f"{each['step']:,}", **each["metrics"]} for each in evals]
         ),
-        "plan": Cells.of(
-            ("", "plan", "measured"), _planned(saved.get("plan"), config, status, steps, seconds)
-        ),
-        "dataset": Cells.of(
-            ("", *(name.replace("_", " ") for name in SHOWN)),
-            [
-                (split, *(f"{counts[key]:,}" if key in counts else "" for key in SHOWN))
-                for split, counts in _statistics(data).items()
-            ],
-        ),
-        "dataset_caption": f"{data['num_labels']:,} labels, {data['path']}",
-        "settings": Cells.of(
-            ("key", "value", "default"),
-            [(key, str(value), str(usual)) for key, value, usual in changed(config)],
-        ),
-        "environment": dict(_environment(status)),
+        "statistics": _statistics(data),
+        "counted": SHOWN,
+        "settings": list(changed(config)),
+        "interval": interval,
+        "duration": duration,
     }
 
 
@@ -157,7 +151,8 @@ def _evaluation(found: Mapping[str, Any], steps: Entries, began: float) -> dict[
     if "time_s" not in found and steps:
         known = ([each[key] for each in steps] for key in ("step", "after_s"))
         after = float(np.interp(found["step"], *known))
-    classes = {name: row["recall@5"] for name, row in found.get("by_frequency", {}).items()}
+    found = {"points": None, "by_frequency": {}, **found}
+    classes = {name: row["recall@5"] for name, row in found["by_frequency"].items()}
     return {**found, **found["metrics"], **classes, "after_s": after}
 
 
@@ -174,37 +169,12 @@ def _skips(steps: Entries) -> Iterator[Mark]:
             yield Mark("skipped", each["after_s"], f"{new:,} skipped by step {each['step']:,}")
 
 
-def _state(status: Mapping[str, Any], seconds: float) -> Iterator[str]:
-    yield f"{status['state']}, {status['reason']}" if status["reason"] else status["state"]
-    if status["step"] is not None and status["total_steps"]:
-        yield f"step {status['step']:,} of {status['total_steps']:,}"
-    if seconds:
-        yield f"{duration(seconds)} from the start on"
-    counts = {"restart": len(status["starts"][1:]), "skipped step": status["skipped"]}
-    for name, count in counts.items():
-        yield f"{count:,} {name}{'s' * (count != 1)}"
-
-
-def _best(best: Mapping[str, Any], metric: str, evaluations: int) -> dict[str, Any]:
-    """Returns the head of the page: the metrics of the best evaluation."""
-    points, shown = best.get("points"), dict.fromkeys((metric, *HEADLINE))
-    caption = f"The best of {evaluations} by {metric}: after step {best['step']:,}"
-    if points:
-        caption += f", {points:,.0f} points; in brackets the 95% interval"
-    figures = [
-        (name, f"{value:.1f}", interval(value, points) if points and name == "P@1" else "")
-        for name in shown
-        if (value := best["metrics"].get(name)) is not None
-    ]
-    return {"caption": f"{caption}.", "figures": figures}
-
-
 def interval(percent: float, points: float) -> str:
     """Returns the 95% confidence interval of P@1, of which each point has 0 or 1 (Wilson, 1927)."""
     share, square = percent / 100, NORMAL_95**2 / points
     middle = (share + square / 2) / (1 + square)
     half = np.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
-    return f"({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
+    return f"{100 * (middle - half):.1f} to {100 * (middle + half):.1f}"
 
 
 def _by_step(steps: Entries, evals: Entries) -> list[Chart]:
@@ -218,48 +188,19 @@ def _by_step(steps: Entries, evals: Entries) -> list[Chart]:
         chart("Throughput", "rows/s", lines_of(steps, "rows_per_second"), zero=True),
         chart("Padding, share of tokens", "%", padding, zero=True),
         chart("Peak memory of a worker", "GiB", memory, zero=True),
-        chart("Learning rates", "", lines_of(steps, "encoder_lr", "classifier_lr"), log="y"),
     )
     return [each for each in drawn if each]
 
 
 def _by_time(steps: Entries, evals: Entries, marks: Sequence[Mark]) -> list[Chart]:
-    def lines(entries: Entries, *keys: str) -> list[Line]:
-        return lines_of(entries, *keys, over="after_s")
-
+    precision = lines_of(evals, "P@1", "P@5", over="after_s")
+    loss, done = (lines_of(steps, key, over="after_s") for key in ("loss", "step"))
     drawn = (
-        chart("Training loss", "loss", lines(steps, "loss"), over="s", marks=marks),
-        chart("Precision on validation", "%", lines(evals, "P@1", "P@5"), over="s", dots=True,
-              marks=marks),
-        chart("Steps", "steps", lines(steps, "step"), over="s", zero=True, marks=marks),
-    )  # fmt: skip
+        chart("Training loss", "loss", loss, over="s", marks=marks),
+        chart("Precision on validation", "%", precision, over="s", dots=True, marks=marks),
+        chart("Steps", "steps", done, over="s", zero=True, marks=marks),
+    )
     return [each for each in drawn if each]
-
-
-def _planned(
-    plan: Mapping[str, Any] | None, config: Mapping[str, Any], status: Mapping[str, Any],
-    steps: Entries, seconds: float,
-) -> Iterator[tuple[str, str, str]]:  # fmt: skip
-    """Yields rows (what, as planned, as measured); none where there is no plan."""
-    if plan is None:
-        return
-    peaks = [each.get("gpu_peak_gib") or each.get("peak_rss_gib") or 0.0 for each in steps]
-    paces = [config["batch_size"] / each["rows_per_second"] for each in steps]
-    yield (
-        "memory of a worker", f"{plan['total_bytes'] / GIB:.2f} GiB",
-        f"{max(peaks):.2f} GiB" if steps else NOT_KNOWN,
-    )  # fmt: skip
-    yield (
-        "a step", f"{1e3 * plan['step_s']:,.1f} ms",
-        f"{1e3 * np.median(paces):,.1f} ms" if steps else NOT_KNOWN,
-    )  # fmt: skip
-    hours = plan["run_hours"]
-    measured = duration(seconds)
-    if status["state"] != "finished":
-        left = status["seconds_left"]
-        measured += f" so far, {duration(left)} left" if left is not None else " so far"
-    yield "the run", NOT_KNOWN if hours is None else duration(3600 * hours), measured
-    yield "workers", f"{plan['num_workers']} x {plan['device']}", str(status["num_workers"] or "")
 
 
 def _statistics(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,14 +210,3 @@ def _statistics(data: Mapping[str, Any]) -> dict[str, Any]:
         if manifest.hash == data["manifest_hash"]:
             return manifest.statistics
     return {"train": {"points": data["num_points"]}, "labels": {"points": data["num_labels"]}}
-
-
-def _environment(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found = status["environment"] or {}
-    nodes = dict.fromkeys(each["node"] for each in status["ranks"])
-    facts = {
-        "workers": status["num_workers"], "nodes": ", ".join(nodes),
-        **{name: found.get(name) for name in ("device", "driver")}, **found.get("versions", {}),
-        "commit": found.get("commit"), "command": status["command"],
-    }  # fmt: skip
-    yield from ((name, str(value)) for name, value in facts.items() if value)

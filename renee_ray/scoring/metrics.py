@@ -83,15 +83,20 @@ class MetricSums:
     """[len(recall_ks)]"""
     classes: Floats
     """[2, len(CLASSES)]: of each class, true labels among the CLASS_K best, and all true ones."""
+    bounds: Floats | None = None
+    """Inverse propensities at which each class begins, falling; None: no class is counted."""
 
     @classmethod
-    def zeros(cls, ks: tuple[int, ...] = KS, recall_ks: tuple[int, ...] = RECALL_KS) -> MetricSums:
+    def zeros(
+        cls, ks: tuple[int, ...] = KS, recall_ks: tuple[int, ...] = RECALL_KS,
+        bounds: Floats | None = None,
+    ) -> MetricSums:  # fmt: skip
         """The sums of no point. Raises ValueError if a cut-off is below 1."""
         if min((*ks, *recall_ks), default=1) < 1:
             raise ValueError(f"cut-offs must be at least 1: {ks}, {recall_ks}")
         return cls(
             tuple(ks), tuple(recall_ks), 0.0, np.zeros((6, len(ks))), np.zeros(len(recall_ks)),
-            np.zeros((2, len(CLASSES))),
+            np.zeros((2, len(CLASSES))), bounds,
         )  # fmt: skip
 
     @classmethod
@@ -128,14 +133,12 @@ class MetricSums:
         labels_offsets: Ints,
         predicted_inverse_propensity: Floats | None,
         label_inverse_propensity: Floats,
-        label_class: Ints | None = None,
     ) -> None:
         """Adds a batch (shapes in the module's ledger). K may be below a cut-off.
 
         The predictions of a row are distinct, and so are its true labels; filter labels are gone
         from both. `predicted_inverse_propensity` may be None: a prediction counts only if it is a
-        true label, whose inverse propensity is known. `label_class` [m] is the place of each true
-        label in CLASSES, -1 for none.
+        true label, whose inverse propensity is known.
 
         Raises:
             ValueError: the arrays' shapes do not fit together.
@@ -147,10 +150,11 @@ class MetricSums:
         self.at_k += terms.at_k.sum(axis=2)
         self.recall += terms.recall.sum(axis=1)
         self.points += len(predicted)
-        if label_class is not None:
+        if self.bounds is not None:  # the more training points, the lower is the label's 1/p
             found = terms.place[:, :CLASS_K][terms.hit[:, :CLASS_K]]
+            label_class = np.searchsorted(-self.bounds, -label_inverse_propensity)
             for sums, members in zip(self.classes, (label_class[found], label_class), strict=True):
-                sums += np.bincount(members + 1, minlength=len(CLASSES) + 1)[1:]
+                sums += np.bincount(members, minlength=len(CLASSES) + 1)[1:]
 
     def by_frequency(self) -> dict[str, dict[str, float]]:
         """Returns "labels", the true ones, and "recall@5" in percent for each class that has any.

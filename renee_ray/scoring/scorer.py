@@ -235,13 +235,13 @@ def without_labels(batches: Iterable[Batch], hidden: np.ndarray | None) -> Itera
 class Propensities:
     """Inverse propensities of a rank's own labels, float64 [n], which other ranks look up.
 
-    bounds: those between two of CLASSES, falling; empty: classes are not told apart.
+    bounds: falling, float64 [len(CLASSES)], where each of CLASSES begins; None: not told apart.
     """
 
     own: Tensor
     owned: LabelRange
     ranks: Ranks
-    bounds: tuple[float, ...] = ()
+    bounds: np.ndarray | None = None
 
     @classmethod
     def read(
@@ -261,23 +261,13 @@ class Propensities:
             )
             for counts in (read_counts(dataset, owned), between)
         )  # fmt: skip
-        return cls(torch.from_numpy(own), owned, ranks, tuple(bounds.tolist()))
+        return cls(torch.from_numpy(own), owned, ranks, bounds)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """Looks up labels int64 [m]; float64 [m]. Every rank must ask at the same time."""
         asked = torch.from_numpy(labels)
         answer = look_up(self.ranks, asked, self.own, self.owned.start, self.owned.num_labels)
         return answer.numpy()
-
-    def classes(self, inverse: np.ndarray) -> np.ndarray | None:
-        """Returns the place in CLASSES of labels with these inverse propensities; -1: in none.
-
-        The more training points a label has, the lower its inverse propensity. Where
-        `propensity_a` is 0 all have the same, and are in no class.
-        """
-        if not self.bounds:
-            return None
-        return np.searchsorted(-np.array(self.bounds), -inverse) - 1
 
 
 def evaluate(
@@ -300,15 +290,11 @@ def metric_sums(
     recall_ks: tuple[int, ...] = RECALL_KS,
 ) -> list[MetricSums]:
     """Sums up the metrics of all ranks' rows together, for each of several propensities."""
-    sums = [MetricSums.zeros(ks, recall_ks) for _ in propensities]
+    sums = [MetricSums.zeros(ks, recall_ks, each.bounds) for each in propensities]
     for answer in answers:
         true = answer.batch.labels
         for total, each in zip(sums, propensities, strict=True):
-            inverse = each.of(true.values)
-            total.add(
-                answer.labels.numpy(), true.values, true.offsets, None, inverse,
-                each.classes(inverse),
-            )  # fmt: skip
+            total.add(answer.labels.numpy(), true.values, true.offsets, None, each.of(true.values))
     vectors = torch.from_numpy(np.stack([total.vector() for total in sums]))
     everyone = all_sum(ranks, vectors).numpy()
     return [MetricSums.from_vector(vector, ks, recall_ks) for vector in everyone]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,15 @@ import pytest
 from rich.console import Console
 
 from renee_ray.cli.main import main
+from renee_ray.config.schema import RunConfig
 from renee_ray.errors import printable
 from renee_ray.report.inspection import inspection_text
-from renee_ray.report.page import Cells, write_page
-from renee_ray.report.run import examples_text
+from renee_ray.report.run import examples_text, write_report
 
 from .parts import column, first_part, parquet, replaced, tiny
 from .place import Place
 
 ESCAPES = "a\x1b]0;owned\x07\x1b[2J\u202egnp.exe\r\nb"
-
-NONE = Cells.of([], [])
-EMPTY: dict[str, Any] = {
-    "state": "", "best": None, "frequency": None, "by_step": [], "by_time": [],
-    "evaluations": NONE, "plan": NONE, "dataset": NONE,
-}  # fmt: skip
 
 
 def shown(renderable: Any) -> str:
@@ -58,13 +53,17 @@ def test_report_shows_texts_and_does_not_obey_them(tmp_path: Path) -> None:
     out = shown(examples_text(examples))
     assert out.count("<script>alert(1)</script>[red]a\\x1b]0;owned") == 3
     assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", out)
-    write_page(
-        str(tmp_path / "report.html"), "report.html.j2", title=script, facts={script: script},
-        comparison=Cells.percent([{"model": script, "P@1": 1.0}]), examples=examples,
-        settings=Cells.of([script], [[script]]), environment={}, **EMPTY,
+    run = tmp_path / script.replace("/", "")
+    run.mkdir()
+    config = RunConfig(data=script, output=script, recipe=script).model_dump()
+    data = {"path": script, "num_points": 1, "num_labels": 1}
+    (run / "run.json").write_text(json.dumps({"config": config, "dataset": data}))
+    path = write_report(
+        str(run), str(tmp_path / "report.html"), facts={script: script}, examples=examples,
+        comparison=[{"model": script, "P@1": 1.0}],
     )  # fmt: skip
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<script") == 1 and page.count("&lt;script&gt;alert(1)") >= 8
+    page = Path(path).read_text()
+    assert page.count("<script") == 1 and page.count("&lt;script&gt;alert(1)") >= 9
 
 
 def test_printable() -> None:

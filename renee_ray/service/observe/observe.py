@@ -26,6 +26,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError, reason, redacted
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
 from renee_ray.parallel.recorder import KINDS, Recorder, Totals
+from renee_ray.report.run import write_report
 from renee_ray.report.status import MOST_STARTS, STATUS_FILE, STATUS_VERSION
 from renee_ray.service.environment import environment
 from renee_ray.service.observe.exported import Exported
@@ -287,7 +288,9 @@ class Status:
 
 @contextlib.contextmanager
 def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[None]:
-    """Writes the driver's part of status.json: before the workers start, and when the run fails.
+    """Writes the driver's part of status.json, and the report however the run ends.
+
+    status.json is written before the workers start, and when the run fails.
 
     Raises:
         ReneeError: a collective timed out, with the worker that did not come; other errors
@@ -297,7 +300,7 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
     _change(directory, "waiting", "for the workers to start", launched_s)
     try:
         yield
-    except LeaseLost:  # status.json is another driver's
+    except LeaseLost:  # both files are another driver's
         raise
     except BaseException as error:
         blamed = watch.blamed() if getattr(error, "worker_failures", None) else ""
@@ -311,9 +314,18 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
         )
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
         _change(directory, "failed", ended, launched_s)
+        _report(config.output)
         if found is error:
             raise
         raise found from error
+    _report(config.output)
+
+
+def _report(run: str) -> None:
+    try:
+        write_report(run)
+    except (OSError, ReneeError) as error:
+        log.warning("no report is written: %s", reason(error))
 
 
 def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,12 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
-from renee_ray.errors import ReneeError, reason
+from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import check_positions
 from renee_ray.plan.devices import Device, cluster_device, local_device
 from renee_ray.plan.encoder import find_transformer
 from renee_ray.plan.memory import Workload
 from renee_ray.plan.plan import make_plan, refuse_too_large
-from renee_ray.report.run import write_report
 from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import decide_gpu, launch
@@ -36,8 +33,6 @@ from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease, LeaseLost
 from renee_ray.service.train.resuming import identity, is_finished, resumed, start_of
 from renee_ray.service.train.worker import outcome, train_worker
-
-log = logging.getLogger(__name__)
 
 
 class Stopped(ReneeError):
@@ -88,31 +83,10 @@ def train(
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
         try:
-            with reporting(directory.path):
-                return _train(config, dataset, device, start, lease, on_progress)
+            return _train(config, dataset, device, start, lease, on_progress)
         except LeaseLost:
             ray.shutdown()  # and with it the workers
             raise
-
-
-@contextlib.contextmanager
-def reporting(run: str) -> Iterator[None]:
-    """Leaves a report in the run's directory, however training ends; without one it only warns."""
-    try:
-        yield
-    except LeaseLost:  # the directory is another driver's
-        raise
-    except BaseException:
-        _report(run)
-        raise
-    _report(run)
-
-
-def _report(run: str) -> None:
-    try:
-        write_report(run)
-    except (OSError, ReneeError) as error:
-        log.warning("no report is written: %s", reason(error))
 
 
 def _train(
