@@ -114,8 +114,8 @@ def _contents(
     steps, evals = (in_order(history.get(name, ())) for name in ("steps", "evals"))
     began = min((each["time_s"] for each in (*status["starts"], *steps[:1])), default=0.0)
     steps = [{**each, "after_s": each["time_s"] - began} for each in steps]
-    evals = [_evaluation(each, steps, began) for each in evals]
-    seconds = max((each["after_s"] for each in (*steps, *evals)), default=0.0)
+    evals = [_evaluation(each, began) for each in evals]
+    seconds = float(np.nanmax([0.0, *(each["after_s"] for each in (*evals, *steps))]))
     metric = config["evaluation"]["metric"]
     best = max(evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None)
     peaks = [each.get("gpu_peak_gib") or each.get("peak_rss_gib") or 0.0 for each in steps]
@@ -142,15 +142,9 @@ def _contents(
     }
 
 
-def _evaluation(found: Mapping[str, Any], steps: Entries, began: float) -> dict[str, Any]:
-    """Puts all figures of an evaluation side by side, with `after_s`, seconds since `began`.
-
-    An earlier version did not write the time of an evaluation: it lies between those of steps.
-    """
-    after = found["time_s"] - began if "time_s" in found else 0.0
-    if "time_s" not in found and steps:
-        known = ([each[key] for each in steps] for key in ("step", "after_s"))
-        after = float(np.interp(found["step"], *known))
+def _evaluation(found: Mapping[str, Any], began: float) -> dict[str, Any]:
+    """Puts all figures of an evaluation side by side, with `after_s`, seconds since `began`."""
+    after = found.get("time_s", np.nan) - began  # that of a checkpoint has no time
     found = {"points": None, "by_frequency": {}, **found}
     classes = {name: row["recall@5"] for name, row in found["by_frequency"].items()}
     return {**found, **found["metrics"], **classes, "after_s": after}

@@ -18,10 +18,8 @@ from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import check_positions
-from renee_ray.plan.devices import Device, cluster_device, local_device
-from renee_ray.plan.encoder import find_transformer
-from renee_ray.plan.memory import Workload
-from renee_ray.plan.plan import make_plan, refuse_too_large
+from renee_ray.plan.devices import cluster_device, local_device
+from renee_ray.plan.plan import Plan, plan_or_refuse
 from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import decide_gpu, launch
@@ -76,36 +74,26 @@ def train(
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
         return outcome(newest.state, config)
     start = start_of(config, dataset, newest)
-    device, whose = _device(config)
-    if device is not None and not force:
-        refuse_too_large(config, dataset, device, whose, on_progress)
+    plan = _plan(config, dataset, force, on_progress)
     with Lease(directory.path, on_progress) as lease:
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
         try:
-            return _train(config, dataset, device, start, lease, on_progress)
+            return _train(config, dataset, plan, start, lease, on_progress)
         except LeaseLost:
             ray.shutdown()  # and with it the workers
             raise
 
 
 def _train(
-    config: RunConfig, dataset: Dataset, device: Device | None, start: str, lease: Lease,
+    config: RunConfig, dataset: Dataset, plan: Plan | None, start: str, lease: Lease,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains as the holder of the run's lease, a new run from the checkpoint `start`.
-
-    device: of a worker, which the report's plan is for; None: it is not known.
-    """
+    """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     known = identity(dataset)
-    content: dict[str, Any] = {"config": config.model_dump(), "dataset": known}
-    if device is not None:
-        transformer = find_transformer(config.encoder, None)
-        workload = Workload.of_manifest(dataset.manifest, config.encoder)
-        plan = make_plan(config, workload, transformer, device, config.max_workers)
-        content["plan"] = plan.facts()
+    content = {"config": config.model_dump(), "dataset": known, "plan": plan and plan.facts()}
     RunDirectory(config.output).write(RUN_FILE, content)
     if not dataset.manifest.has_label_texts:
         on_progress(
@@ -142,19 +130,25 @@ def _train(
     return found
 
 
-def _device(config: RunConfig) -> tuple[Device | None, str]:
-    """Returns a worker's device and whose memory it has: this machine's or a cluster's, if given.
+def _plan(
+    config: RunConfig, dataset: Dataset, force: bool, on_progress: Callable[[str], None]
+) -> Plan | None:
+    """Plans for this machine, before Ray starts, or for a cluster; refuses what cannot fit it.
 
-    None: the plan does not know it.
+    None: the plan does not know the cluster's GPUs.
     """
     if os.environ.get("RAY_ADDRESS") or (ray.is_initialized() and not started_here()):
         ensure_ray(config.min_workers + 1)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         on_gpu = decide_gpu(config.use_gpu, config.min_workers)
+        device = cluster_device(nodes, on_gpu)
         whose = "the largest GPU of the cluster" if on_gpu else "the whole cluster"
-        return cluster_device(nodes, on_gpu), whose
-    on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
-    return local_device(on_gpu), "the GPU" if on_gpu else "this machine"
+    else:
+        on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
+        device, whose = local_device(on_gpu), "the GPU" if on_gpu else "this machine"
+    if device is None:
+        return None
+    return plan_or_refuse(config, dataset, device, whose, on_progress, force=force)
 
 
 def check(config: RunConfig, dataset: Dataset) -> None:
