@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from renee_ray.errors import ReneeError
+from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.metrics import CLASSES, MetricSums, inverse_propensity
+from renee_ray.scoring.scorer import Propensities
+from renee_ray.xfc.labels import LabelRange
+
+from .data.tiny import write_tiny
 
 KS, RECALL_KS = (1, 3, 5), (2, 10)
 TOLERANCE = 1e-9
@@ -162,6 +168,22 @@ def test_recall_by_class_of_labels() -> None:
     assert sums.by_frequency() == expected
     assert MetricSums.from_vector(sum(parts), KS, RECALL_KS).by_frequency() == expected
     assert MetricSums.zeros().by_frequency() == {}
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_an_inverse_propensity_tells_the_class_of_a_label(tmp_path: Path, augmented: bool) -> None:
+    dataset = write_tiny(tmp_path)
+    whole, points = LabelRange(0, 11, 11), 24 + 11 * augmented
+    bounds = Propensities.read(dataset, whole, Ranks(), augmented=augmented).bounds
+    manifest, counts = dataset.manifest, np.arange(300)
+    a, b = manifest.propensity_a, manifest.propensity_b
+    inverse = inverse_propensity(counts + augmented, points, a, b)
+    expected = [
+        next((i for i, (low, high) in enumerate(CLASSES.values()) if low <= n <= high), -1)
+        for n in counts
+    ]
+    assert bounds is not None and {*expected} == {*range(-1, 5)}
+    assert [int((each < bounds).sum()) - 1 for each in inverse] == expected
 
 
 def test_hand_computed() -> None:

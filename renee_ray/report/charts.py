@@ -18,6 +18,10 @@ from renee_ray.report.status import duration
 
 Floats = npt.NDArray[np.float64]
 Entries = Sequence[Mapping[str, Any]]
+Chart = dict[str, Any]
+"""What the template draws; points and marks are (x, y or kind, words)."""
+Mark = tuple[str, float, str]
+"""(kind, x, words) of something that happened, such as a restart."""
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 348, 20, 188
 """The lines' rectangle in the SVG."""
@@ -41,14 +45,6 @@ class Line(NamedTuple):
     y: Floats
 
 
-class Mark(NamedTuple):
-    """Something that happened at x: `kind` names it in the legend, `text` says all of it."""
-
-    kind: str
-    x: float
-    text: str
-
-
 @dataclass(frozen=True)
 class Axis:
     """An axis that shows [low, high] in [start, stop], units of the SVG."""
@@ -57,74 +53,43 @@ class Axis:
     high: float
     start: float
     stop: float
-    log: bool = False
 
     @classmethod
-    def of(cls, values: Floats, start: float, stop: float, *, zero: bool, log: bool) -> Axis:
+    def of(cls, values: Floats, start: float, stop: float, *, zero: bool) -> Axis:
         """Fits an axis to values, with a margin; from 0 on where `zero` is set."""
         low, high = (0.0 if zero else float(values.min())), float(values.max())
-        if log:
-            return cls(low / 1.2, high * 1.2, start, stop, log)
         margin = 0.05 * (high - low) or abs(high) / 2 or 0.5
         return cls(low if zero else low - margin, high + margin, start, stop)
 
     def at(self, values: Any) -> list[float]:
         """Returns where values are drawn."""
-        scale = np.log10 if self.log else np.asarray
-        places, low, high = map(scale, (values, self.low, self.high))
-        share = (places - low) / (high - low)
+        share = (np.asarray(values) - self.low) / (self.high - self.low)
         return list(np.round(self.start + share * (self.stop - self.start), 1).tolist())
 
     def ticks(self, unit: float = 1.0) -> list[tuple[float, str]]:
         """Returns places and texts of round numbers of `unit`."""
         low, high = self.low / unit, self.high / unit
-        if self.log:
-            powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))
-            steps = (1, 2, 5) if len(powers) < 3 else (1,)
-            numbers = [float(f"{step}e{power:.0f}") for power in powers for step in steps]
-        else:
-            power = 10.0 ** np.floor(np.log10((high - low) / TICKS))
-            step = next(m * power for m in (1, 2, 5, 10) if m * power * TICKS >= high - low)
-            numbers = [i * step for i in range(int(np.ceil(low / step)), int(high / step) + 1)]
-        inside = [each for each in numbers if low <= each <= high]
-        places = self.at([each * unit for each in inside])
-        return list(zip(places, map(_short, inside), strict=True))
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart for the template, in units of the SVG.
-
-    note: the last value of each line, in words, for screen readers too; lines: (label, points),
-    points: (x, y, values in words); marks: (x, kind, text).
-    """
-
-    title: str
-    note: str
-    unit: str
-    over: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    lines: list[tuple[str, list[tuple[float, float, str]]]]
-    dots: bool
-    marks: list[tuple[float, str, str]]
+        power = 10.0 ** np.floor(np.log10((high - low) / TICKS))
+        step = next(m * power for m in (1, 2, 5, 10) if m * power * TICKS >= high - low)
+        numbers = step * np.arange(np.ceil(low / step), np.floor(high / step) + 1)
+        return list(zip(self.at(numbers * unit), map(_short, numbers.tolist()), strict=True))
 
 
 def chart(
     title: str, unit: str, lines: Iterable[Line], *, over: str = "step", dots: bool = False,
-    zero: bool = False, log: bool = False, marks: Sequence[Mark] = (),
+    zero: bool = False, marks: Sequence[Mark] = (),
 ) -> Chart | None:  # fmt: skip
     """Draws lines over steps, epochs, seconds ("s") or something else; None if there are none.
 
-    dots: whether points show; zero: whether the y axis starts at 0; log: whether x is logarithmic.
+    dots: whether points show; zero: whether the y axis starts at 0.
     """
     if not (lines := list(lines)):
         return None
     binned = [Line(each.label, _binned(each.x), _binned(each.y)) for each in lines]
     x, y = (np.concatenate(each) for each in list(zip(*binned, strict=True))[1:])
-    events = [mark.x for mark in marks]
-    across = Axis.of(np.append(x, events), LEFT, RIGHT, zero=not log, log=log)
-    up = Axis.of(y, BOTTOM, TOP, zero=zero, log=False)
+    events = [x for _, x, _ in marks]
+    across = Axis.of(np.append(x, events), LEFT, RIGHT, zero=True)
+    up = Axis.of(y, BOTTOM, TOP, zero=zero)
     size, name = 1.0, over
     if over == "s":
         size, name = next(each[1:] for each in CLOCKS if across.high < each[0])
@@ -135,11 +100,12 @@ def chart(
             for at, value in zip(own_x.tolist(), own_y.tolist(), strict=True)
         )
         drawn.append((label, list(zip(across.at(own_x), up.at(own_y), texts, strict=True))))
-    return Chart(
-        title, _note(lines, unit), unit, name, across.ticks(size), up.ticks(), drawn,
-        dots or len(x) == len(lines),
-        [(at, kind, text) for at, (kind, _, text) in zip(across.at(events), marks, strict=True)],
-    )  # fmt: skip
+    places = across.at(events)
+    return {
+        "title": title, "note": _note(lines, unit), "unit": unit, "over": name, "lines": drawn,
+        "x_ticks": across.ticks(size), "y_ticks": up.ticks(), "dots": dots or len(x) == len(lines),
+        "marks": [(at, kind, words) for at, (kind, _, words) in zip(places, marks, strict=True)],
+    }  # fmt: skip
 
 
 def in_order(entries: Entries) -> list[Mapping[str, Any]]:

@@ -130,7 +130,7 @@ def _contents(
         "best": best,
         "headline": dict.fromkeys((metric, *HEADLINE)),
         "by_step": _by_step(steps, evals),
-        "by_time": _by_time(steps, evals, [*_restarts(status["starts"], began), *_skips(steps)]),
+        "by_time": _by_time(steps, evals, list(_marks(status["starts"], steps, began))),
         "evaluations": percentages(
             [{"step": f"{each['step']:,}", **each["metrics"]} for each in evals]
         ),
@@ -150,17 +150,14 @@ def _evaluation(found: Mapping[str, Any], began: float) -> dict[str, Any]:
     return {**found, **found["metrics"], **classes, "after_s": after}
 
 
-def _restarts(starts: Entries, began: float) -> Iterator[Mark]:
+def _marks(starts: Entries, steps: Entries, began: float) -> Iterator[Mark]:
     for each in starts[1:]:
         after, workers = each["time_s"] - began, each["workers"]
         what = f"{workers} worker{'s' * (workers > 1)} started after step {each['step']:,}"
-        yield Mark("restart", after, f"after {duration(after)}: {what}")
-
-
-def _skips(steps: Entries) -> Iterator[Mark]:
+        yield "restart", after, f"after {duration(after)}: {what}"
     for before, each in zip(({"skipped": 0}, *steps), steps, strict=False):
-        if (new := each.get("skipped", 0) - before.get("skipped", 0)) > 0:
-            yield Mark("skipped", each["after_s"], f"{new:,} skipped by step {each['step']:,}")
+        if (new := each["skipped"] - before["skipped"]) > 0:
+            yield "skipped", each["after_s"], f"{new:,} skipped by step {each['step']:,}"
 
 
 def interval(percent: float, points: float) -> str:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -35,7 +34,6 @@ from renee_ray.plan.encoder import Transformer, find_transformer
 from renee_ray.plan.memory import COPY, STATES, Worker, Workload
 from renee_ray.plan.plan import find_workload, helpful, make_plan, needed
 from renee_ray.plan.time import network_bytes, step_seconds, steps_of_epoch
-from renee_ray.scoring.metrics import CLASSES, inverse_propensity
 from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.train import train as train_module
 from renee_ray.xfc.labels import LabelRange
@@ -428,21 +426,6 @@ def test_augmented_propensities_count_label_texts_as_points(sample: str) -> None
     expected = 1 + (math.log(points) - 1) * (b + 1) ** a * (count + b) ** -a
     torch.testing.assert_close(found, torch.full((10,), expected, dtype=torch.float64))
     assert (Propensities.read(dataset, own, Ranks()).own - found).abs().min() > 0.1
-
-
-@pytest.mark.parametrize("augmented", [False, True])
-def test_an_inverse_propensity_tells_the_class_of_a_label(sample: str, augmented: bool) -> None:
-    found = Propensities.read(
-        Dataset.open(f"{sample}/data"), LabelRange(0, 9, LABELS), Ranks(), augmented=augmented
-    )
-    counts, points = np.arange(300), 4000 + augmented * LABELS
-    expected = [
-        next((i for i, (low, high) in enumerate(CLASSES.values()) if low <= n <= high), -1)
-        for n in counts
-    ]
-    inverse = inverse_propensity(counts + augmented, points, 0.55, 1.5)
-    assert found.bounds is not None and {*expected} == {*range(-1, 5)}
-    assert [int((each < found.bounds).sum()) - 1 for each in inverse] == expected
 
 
 def test_no_transformer_has_no_states() -> None:
