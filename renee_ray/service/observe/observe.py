@@ -313,8 +313,8 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
             else error
         )
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
-        _change(directory, "failed", ended, launched_s)
-        _report(config.output)
+        if _change(directory, "failed", ended, launched_s):  # else storage is away
+            _report(config.output)
         if found is error:
             raise
         raise found from error
@@ -328,7 +328,8 @@ def _report(run: str) -> None:
         log.warning("no report is written: %s", reason(error))
 
 
-def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) -> None:
+def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) -> bool:
+    """Changes status.json, and returns whether it is written."""
     before = quietly_read(directory)
     content = before | {
         "format_version": STATUS_VERSION, "state": state, "reason": cause, "time_s": time.time(),
@@ -338,8 +339,10 @@ def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) 
         content |= {"launched_s": launched_s, "groups": 0, "command": command}
     try:
         directory.write(STATUS_FILE, content, STATUS_SECONDS)
+        return True
     except (OSError, ReneeError) as error:
         log.warning("%s is not written: %s", STATUS_FILE, reason(error))
+        return False
 
 
 def quietly_read(directory: RunDirectory) -> dict[str, Any]:
