@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType, group
 from rich.table import Table
 from rich.text import Text
 
@@ -48,7 +48,8 @@ def cell(entry: Mapping[str, float], first: bool) -> str:
     return f"{entry['value']:.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def comparison_text(facts: Mapping[str, Any]) -> RenderableType:
+@group()
+def comparison_text(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows a comparison for a terminal; what differs is bold."""
     names = facts["models"]
     table = Table(
@@ -65,19 +66,19 @@ def comparison_text(facts: Mapping[str, Any]) -> RenderableType:
             for i, entry in enumerate(entries)
         ]
         table.add_row(metric, *cells)
+    yield table
     settings = Table(title="Settings that differ", title_justify="left")
     for name in ("", *names):
         settings.add_column(Text(printable(name)))
     for key, values in facts["settings"].items():
         settings.add_row(key, *(Text(printable(str(value))) for value in values))
-    parts: list[RenderableType] = [table]
     if facts["settings"]:
-        parts.append(settings)
-    return Group(*parts, *(Text(printable(sentence)) for sentence in verdicts(facts)))
+        yield settings
+    yield from (Text(printable(sentence)) for sentence in verdicts(facts))
 
 
 def _curves(histories: Mapping[str, Mapping[str, Any]]) -> list[Chart | None]:
-    def drawn(title: str, unit: str, kind: str, key: str, **how: bool) -> Chart | None:
+    def drawn(title: str, unit: str, kind: str, key: str, **how: Any) -> Chart | None:
         lines = [
             line._replace(label=name)
             for name, history in histories.items()

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import RenderableType, group
 from rich.table import Table
 from rich.text import Text
 
@@ -88,9 +88,9 @@ def comparison_table(rows: Entries) -> Table:
     return table
 
 
-def examples_text(examples: Entries) -> RenderableType:
+@group()
+def examples_text(examples: Entries) -> Iterator[RenderableType]:
     """Shows the examples for a terminal: a title, then its predictions, the right ones ticked."""
-    blocks: list[RenderableType] = []
     for example in examples:
         predictions = Table.grid(padding=(0, 1), pad_edge=True)
         for prediction in example["predicted"]:
@@ -102,8 +102,7 @@ def examples_text(examples: Entries) -> RenderableType:
             )
         true = printable("; ".join(example["true"])) or "none"
         predictions.add_row("", Text("true", style="dim"), Text(true, style="dim"))
-        blocks += [Text(printable(example["text"]), style="bold"), predictions, Text()]
-    return Group(*blocks)
+        yield from (Text(printable(example["text"]), style="bold"), predictions, Text())
 
 
 def _contents(

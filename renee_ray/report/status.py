@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType, group
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -119,11 +119,6 @@ def state_of(content: Mapping[str, Any], age: float) -> tuple[str, str]:
     return "running", content.get("doing") or f"phase `{phase}`"
 
 
-def status_text(status: Mapping[str, Any]) -> RenderableType:
-    """Shows the status for a terminal."""
-    return Group(*_blocks(status))
-
-
 def duration(seconds: float) -> str:
     """Formats seconds as `0:42` or `3:07:00`."""
     hours, rest = divmod(int(seconds), 3600)
@@ -131,7 +126,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _blocks(status: Mapping[str, Any]) -> Iterator[RenderableType]:
+@group()
+def status_text(status: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Shows the status for a terminal."""
     title = Text(f"{status['run']}: ")
     title.append(status["state"], style=f"bold {COLOURS.get(status['state'], 'yellow')}")
     if status["reason"]:
