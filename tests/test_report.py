@@ -132,7 +132,7 @@ def test_figures_are_shown(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     for figure in (
         "9.5", "3.1", "76.0", "n/a", "2,379", "0.88", "-12.50", "200 rows/s",
-        "peak rss 1.50 GiB, gpu peak 6.25 GiB", "stopped; step 900 of 1,800; 15:10 from",
+        "peak rss 1.50 GiB, gpu peak 6.25 GiB", "stopped; step 900 of 1,800; 15:10 since",
         "1 restart; 3 skipped steps", "1,234", "64.2", "3.00 GiB", "6.25 GiB", "250.0 ms",
         "2:00:00", "15:10 so far, 1:00 left", "2 x h200", "4,321 labels", "98,765",
         "a device", "9.8.7", "<td>7</td>", ">epochs<", "command",
