@@ -108,12 +108,6 @@ def chart(
     }  # fmt: skip
 
 
-def in_order(entries: Entries) -> list[Mapping[str, Any]]:
-    """Sorts by step and keeps the last of each: a resumed run has repeated some steps."""
-    by_step = {entry["step"]: entry for entry in entries}
-    return [by_step[step] for step in sorted(by_step)]
-
-
 def lines_of(entries: Entries, *keys: str, over: str = "step", scale: float = 1) -> Iterator[Line]:
     """Yields a line for each key that has a finite value somewhere."""
     for key in keys:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from renee_ray.errors import printable
-from renee_ray.report.charts import Chart, chart, in_order, lines_of
+from renee_ray.report.charts import Chart, chart, lines_of
 from renee_ray.report.page import write_page
 
 
@@ -83,10 +83,9 @@ def _curves(histories: Mapping[str, Mapping[str, Any]]) -> list[Chart | None]:
             line._replace(label=name)
             for name, history in histories.items()
             for line in lines_of(
-                [{**e, **e.get("metrics", {})} for e in in_order(history.get(kind, ()))],
-                key, over="epoch",
+                [{**e, **e.get("metrics", {})} for e in history.get(kind, ())], key, over="epoch"
             )
-        ]  # fmt: skip
+        ]
         return chart(title, unit, lines, over="epoch", **how)
 
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from renee_ray.data.storage import absolute, read_file, replace_file
 from renee_ray.errors import ReneeError
@@ -14,16 +14,12 @@ GENERATOR = "renee_ray report"
 NOT_KNOWN = "n/a"
 
 
-class Table(NamedTuple):
-    """A table as text, whose first column names the rows; best: (row, column) of figures."""
+def percentages(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Formats rows whose first key names them; columns in order of first appearance.
 
-    header: list[str]
-    rows: list[list[str]]
-    best: set[tuple[int, int]]
-
-
-def percentages(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Formats rows whose first key names them; columns in order of first appearance."""
+    Returns:
+        "header" and "rows", lists of texts, and "best", the (row, column) of each best figure.
+    """
     header = list(dict.fromkeys(key for row in rows for key in row))
     texts = [
         [f"{row[key]:.1f}" if row.get(key) is not None else NOT_KNOWN for key in header[1:]]
@@ -35,7 +31,8 @@ def percentages(rows: Sequence[Mapping[str, Any]]) -> Table:
         top = max((text for text in found if text != NOT_KNOWN), key=float, default=None)
         best |= {(i, column) for i, text in enumerate(found) if text == top}
     names = [[str(row[header[0]])] for row in rows]
-    return Table(header, [[*a, *b] for a, b in zip(names, texts, strict=True)], best)
+    found = [[*a, *b] for a, b in zip(names, texts, strict=True)]
+    return {"header": header, "rows": found, "best": best}
 
 
 def write_page(path: str, template: str, **values: Any) -> None:

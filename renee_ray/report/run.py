@@ -2,12 +2,10 @@
 
     run.json       the configuration, the dataset, and the plan made before the start
     status.json    the state, every start of the workers, their environment (report/status.py)
-    history.json   {"steps": [{"step", "time_s", "loss", "rows_per_second", "padding", ...}],
-                   "evals": [{"step", "epoch", "time_s", "metrics": {"P@1": percent, ...},
-                   "points", "by_frequency": {"2-5": {"labels", "recall@5"}, ...}}]}
+    history.json   the curves (service/run/history.py)
 
-What an earlier version did not write is left out, as is the dataset where it is gone. The
-quickstart adds to the page, and has on the terminal:
+What an earlier version did not write is left out. The quickstart adds to the page, and has on the
+terminal:
 
     comparison     [{"model": "renee_ray", "P@1": percent, ...}]; a metric may be missing from a row
     examples       [{"text": str, "true": [str], "predicted": [{"label": str, "score": float,
@@ -31,7 +29,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError, printable
 from renee_ray.plan.devices import GIB
-from renee_ray.report.charts import Chart, Entries, Mark, chart, in_order, lines_of
+from renee_ray.report.charts import Chart, Entries, Mark, chart, lines_of
 from renee_ray.report.conversion import SHOWN
 from renee_ray.report.page import percentages, write_page
 from renee_ray.report.status import damaged, duration, read_json, read_status
@@ -78,7 +76,7 @@ def write_report(
 
 def comparison_table(rows: Entries) -> Table:
     """Shows the comparison for a terminal; the best figure of each column is bold."""
-    header, texts, best = percentages(rows)
+    header, texts, best = percentages(rows).values()
     table = Table(title="Test set, percent", title_justify="left")
     for i, name in enumerate(header):
         table.add_column(Text(name), justify="right" if i else "left", no_wrap=bool(i))
@@ -110,10 +108,10 @@ def _contents(
 ) -> dict[str, Any]:
     """Returns the values of the template, from run.json, `read_status` and history.json."""
     config, data, plan = saved["config"], saved["dataset"], saved.get("plan")
-    steps, evals = (in_order(history.get(name, ())) for name in ("steps", "evals"))
-    began = min((each["time_s"] for each in (*status["starts"], *steps[:1])), default=0.0)
+    starts, steps = status["starts"], history.get("steps", [])
+    began = min((each["time_s"] for each in (*starts, *steps[:1])), default=0.0)
     steps = [{**each, "after_s": each["time_s"] - began} for each in steps]
-    evals = [_evaluation(each, began) for each in evals]
+    evals = [_evaluation(each, began) for each in history.get("evals", [])]
     seconds = float(np.nanmax([0.0, *(each["after_s"] for each in (*evals, *steps))]))
     metric = config["evaluation"]["metric"]
     best = max(evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None)
@@ -129,7 +127,7 @@ def _contents(
         "best": best,
         "headline": dict.fromkeys((metric, *HEADLINE)),
         "by_step": _by_step(steps, evals),
-        "by_time": _by_time(steps, evals, list(_marks(status["starts"], steps, began))),
+        "by_time": _by_time(steps, evals, list(_marks(starts, steps, began))),
         "evaluations": percentages(
             [{"step": f"{each['step']:,}", **each["metrics"]} for each in evals]
         ),
