@@ -174,7 +174,7 @@ def test_it_leaves_a_report(
     for text in (
         f"after step {evaluation['step']:,}", f"{evaluation['metrics']['P@1']:.1f}", "finished",
         "By label frequency", "Over time", "Plan and measurement", "encoder.max_length", "torch",
-        "renee_ray train ", "labels_max".replace("_", " "),
+        "renee-ray train ", "labels_max".replace("_", " "),
     ):  # fmt: skip
         assert text in page, text
     assert main(["report", trained.path, f"{tmp_path}/again.html"]) == 0

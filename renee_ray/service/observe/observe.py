@@ -335,7 +335,8 @@ def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) 
         "format_version": STATUS_VERSION, "state": state, "reason": cause, "time_s": time.time(),
     }  # fmt: skip
     if before.get("launched_s") != launched_s:
-        command = redacted(shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+        name = os.path.basename(sys.argv[0]).replace("__main__.py", "renee-ray")
+        command = redacted(shlex.join([name, *sys.argv[1:]]))
         content |= {"launched_s": launched_s, "groups": 0, "command": command}
     try:
         directory.write(STATUS_FILE, content, STATUS_SECONDS)
