@@ -31,8 +31,8 @@ def percentages(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         top = max((text for text in found if text != NOT_KNOWN), key=float, default=None)
         best |= {(i, column) for i, text in enumerate(found) if text == top}
     names = [[str(row[header[0]])] for row in rows]
-    found = [[*a, *b] for a, b in zip(names, texts, strict=True)]
-    return {"header": header, "rows": found, "best": best}
+    named = [[*a, *b] for a, b in zip(names, texts, strict=True)]
+    return {"header": header, "rows": named, "best": best}
 
 
 def write_page(path: str, template: str, **values: Any) -> None:
