@@ -162,9 +162,7 @@ def test_output_is_for_machines_and_progress_for_people(trained: Run) -> None:
 
 
 @slow
-def test_it_leaves_a_report(
-    trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_it_leaves_a_report(trained: Run, tmp_path: Path) -> None:
     page = Path(trained.path, "report.html").read_text()
     evaluation = max(trained.history["evals"], key=lambda each: float(each["metrics"]["P@1"]))
     pairs = sum(each["labels"] for each in evaluation["by_frequency"].values())
