@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,12 @@ import pytest
 
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Ragged
-from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.metrics import CLASSES, KS, RECALL_KS, MetricSums, inverse_propensity
+from renee_ray.scoring.scorer import Propensities
+from renee_ray.xfc.labels import LabelRange
+
+from .data.tiny import write_tiny
 
 TOLERANCE = 1e-9
 
@@ -126,6 +132,49 @@ def test_shards_sum_to_the_whole() -> None:
     for s in (slice(0, 30), slice(30, 60)):
         batches.add(*arrays(predicted[s], true[s], weight))
     np.testing.assert_allclose(batches.vector, whole.vector, rtol=1e-12)
+
+
+def test_recall_by_class_of_labels() -> None:
+    predicted, true, weight = random_case(7)
+    batch = arrays(predicted, true, weight)
+    place_of = {7.0: None, 2.25: 0, 1.5: 2, 1.0: 4}
+    class_of = {label: place_of[value] for label, value in weight.items()}
+    bounds = np.array([3.0, 2.0, 1.75, 1.25, 1.2])
+    sums, parts = MetricSums(bounds=bounds), []
+    sums.add(*batch)
+    for cut in (slice(0, 23), slice(23, 60)):
+        part = MetricSums(bounds=bounds)
+        part.add(*arrays(predicted[cut], true[cut], weight))
+        parts.append(part.vector)
+    expected = {}
+    for place, name in enumerate(CLASSES):
+        pairs = [
+            (label, i) for i, labels in enumerate(true) for label in labels
+            if class_of[label] == place
+        ]  # fmt: skip
+        hits = sum(label in predicted[i][:5] for label, i in pairs)
+        if pairs:
+            expected[name] = {"labels": len(pairs), "recall@5": 100 * hits / len(pairs)}
+    assert len(expected) == 3
+    assert sums.by_frequency() == expected
+    assert MetricSums(np.sum(parts, axis=0)).by_frequency() == expected
+    assert MetricSums().by_frequency() == {}
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_an_inverse_propensity_tells_the_class_of_a_label(tmp_path: Path, augmented: bool) -> None:
+    dataset = write_tiny(tmp_path)
+    whole, points = LabelRange(0, 11, 11), 24 + 11 * augmented
+    bounds = Propensities.read(dataset, whole, Ranks(), augmented=augmented).bounds
+    manifest, counts = dataset.manifest, np.arange(300)
+    a, b = manifest.propensity_a, manifest.propensity_b
+    inverse = inverse_propensity(counts + augmented, points, a, b)
+    expected = [
+        next((i for i, (low, high) in enumerate(CLASSES.values()) if low <= n <= high), -1)
+        for n in counts
+    ]
+    assert bounds is not None and {*expected} == {*range(-1, 5)}
+    assert [int((each < bounds).sum()) - 1 for each in inverse] == expected
 
 
 def test_hand_computed() -> None:

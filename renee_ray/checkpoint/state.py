@@ -131,9 +131,12 @@ class State:
         """Ids of retired labels, int64 [m] ascending."""
         return np.array(self.facts.get("retired", []), dtype=np.int64)
 
-    def evaluated(self, epoch: float, metrics: dict[str, float]) -> None:
-        """Takes the metrics of an evaluation after `step` steps."""
+    def evaluated(
+        self, epoch: float, metrics: dict[str, float], others: dict[str, Any] | None = None
+    ) -> None:
+        """Takes the metrics of an evaluation after `step` steps, and other figures of it."""
         self.evaluation = {"step": self.step, "epoch": epoch, "metrics": metrics}
+        self.evaluation |= others or {}
         self.best = {
             name: max(value, self.best.get(name, value)) for name, value in metrics.items()
         }

@@ -23,8 +23,8 @@ def cli() -> None:
 
 for command in (
     train.quickstart, data.convert, data.inspect, data.from_renee, train.recipes, train.plan,
-    train.train, train.status, train.checkpoints, score.evaluate, train.expect, score.predict,
-    score.labels, score.fuse, score.compare, score.export, score.index, score.serve,
+    train.train, train.status, train.report, train.checkpoints, score.evaluate, train.expect,
+    score.predict, score.labels, score.fuse, score.compare, score.export, score.index, score.serve,
     submit.submit, bench.bench,
 ):  # fmt: skip
     cli.add_command(command)

@@ -111,6 +111,22 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run", type=PATH)
+@click.argument("dst", type=PATH, required=False)
+@json_option
+def report(run: str, dst: str | None, as_json: bool) -> None:
+    """Write the page of the run at RUN to DST, by default RUN/report.html.
+
+    `train` does so at its end; this does it again, or for a run that still trains. Reads the files
+    of the run's directory alone, as `status` does.
+    """
+    from renee_ray.report.run import write_report
+
+    found = {"report": write_report(run.rstrip("/"), dst or "")}
+    click.echo(json.dumps(found) if as_json else f"report: {found['report']}")
+
+
+@click.command()
+@click.argument("run", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 @json_option
 def checkpoints(run: str, verify: bool, as_json: bool) -> None:

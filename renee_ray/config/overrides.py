@@ -63,6 +63,15 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
+def changed(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (key, value, default) of the settings of a run, as JSON has them, that are not so."""
+    defaults = RunConfig(data="-", output="-").model_dump(mode="json")
+    usual = dict(dotted(defaults))
+    for key, value in dotted(config):
+        if key not in ("data", "output") and value != usual.get(key):
+            yield key, value, usual.get(key)
+
+
 def make_config(model: type[C], *layers: Mapping[str, Any], where: str = "the configuration") -> C:
     """Returns a `model` made of mappings; for each key the last mapping that has it wins.
 

@@ -182,16 +182,17 @@ def helpful(
     yield from sorted(found, key=lambda each: -each[1])[:3]
 
 
-def refuse_too_large(
+def plan_or_refuse(
     config: RunConfig, dataset: Dataset, device: Device, whose: str,
-    on_progress: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Refuses a run whose weights, momentum and encoder alone exceed the memory of `device`.
+    on_progress: Callable[[str], None], *, force: bool = False,
+) -> Plan:  # fmt: skip
+    """Plans a run, or refuses one whose weights, momentum and encoder alone exceed `device`.
 
     Activations and buffers, which are known less well, are in the table but refuse nothing.
 
     Args:
         whose: of whom the memory is, for people.
+        force: refuses nothing.
 
     Raises:
         ReneeError: it does; `on_progress` is told the table.
@@ -199,10 +200,10 @@ def refuse_too_large(
     workload = Workload.of_manifest(dataset.manifest, config.encoder)
     transformer = find_transformer(config.encoder, None)
     worker = Worker(config, device, transformer, workload, config.min_workers)
-    states = needed(worker, STATES)
-    if states <= device.memory:
-        return
     plan = make_plan(config, workload, transformer, device, config.min_workers)
+    states = needed(worker, STATES)
+    if force or states <= device.memory:
+        return plan
     for name, size in (plan.memory | {"all of a worker": plan.total_bytes}).items():
         on_progress(f"{name:20} {size / GIB:9.2f} GiB")
     # More workers on CPUs save nothing, as `needed` counts all of them.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType, group
 from rich.table import Table
 from rich.text import Text
 
 from renee_ray.errors import printable
-from renee_ray.report.run import Chart, Line, chart, finite, in_order, write_page
+from renee_ray.report.charts import Chart, chart, lines_of
+from renee_ray.report.page import write_page
 
 
 def write_comparison(
@@ -47,7 +48,8 @@ def cell(entry: Mapping[str, float], first: bool) -> str:
     return f"{entry['value']:.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def comparison_text(facts: Mapping[str, Any]) -> RenderableType:
+@group()
+def comparison_text(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows a comparison for a terminal; what differs is bold."""
     names = facts["models"]
     table = Table(
@@ -64,30 +66,31 @@ def comparison_text(facts: Mapping[str, Any]) -> RenderableType:
             for i, entry in enumerate(entries)
         ]
         table.add_row(metric, *cells)
+    yield table
     settings = Table(title="Settings that differ", title_justify="left")
     for name in ("", *names):
         settings.add_column(Text(printable(name)))
     for key, values in facts["settings"].items():
         settings.add_row(key, *(Text(printable(str(value))) for value in values))
-    parts: list[RenderableType] = [table]
     if facts["settings"]:
-        parts.append(settings)
-    return Group(*parts, *(Text(printable(sentence)) for sentence in verdicts(facts)))
+        yield settings
+    yield from (Text(printable(sentence)) for sentence in verdicts(facts))
 
 
 def _curves(histories: Mapping[str, Mapping[str, Any]]) -> list[Chart | None]:
-    def lines(kind: str, key: str) -> list[Line]:
-        found = []
-        for name, history in histories.items():
-            entries = [{**e, **e.get("metrics", {})} for e in in_order(history.get(kind, ()))]
-            x, y = finite(entries, key)
-            if len(x):
-                found.append(Line(name, x, y))
-        return found
+    def drawn(title: str, unit: str, kind: str, key: str, **how: Any) -> Chart | None:
+        lines = [
+            line._replace(label=name)
+            for name, history in histories.items()
+            for line in lines_of(
+                [{**e, **e.get("metrics", {})} for e in history.get(kind, ())], key, over="epoch"
+            )
+        ]
+        return chart(title, unit, lines, over="epoch", **how)
 
     return [
-        chart("P@1 on validation", "%", lines("evals", "P@1"), mark=True),
-        chart("PSP@5 on validation", "%", lines("evals", "PSP@5"), mark=True),
-        chart("Training loss", "loss", lines("steps", "loss")),
-        chart("Throughput", "rows/s", lines("steps", "rows_per_second"), zero=True),
+        drawn("P@1 on validation", "%", "evals", "P@1", dots=True),
+        drawn("PSP@5 on validation", "%", "evals", "PSP@5", dots=True),
+        drawn("Training loss", "loss", "steps", "loss"),
+        drawn("Throughput", "rows/s", "steps", "rows_per_second", zero=True),
     ]

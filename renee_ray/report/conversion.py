@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType, group
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -16,15 +16,12 @@ EXPECTED = {*SHOWN, "label_pairs", "filter_pairs", "least_id", "greatest_id"}
 """Ordinary counts; any other one is a repair, or something to look at."""
 
 
-def conversion_text(facts: Mapping[str, Any]) -> RenderableType:
+@group()
+def conversion_text(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows a table of the splits, oddities of the source, and hints.
 
     facts: `dataset`, `labels`, `statistics` by split as in dataset.json, `hints`.
     """
-    return Group(*_blocks(facts))
-
-
-def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     names = ("points", "tokens:\nmean", "\nmost", "\nat limit", "labels:\nmean", "\nmost")
     title = Text(printable(f"{facts['dataset']}: {facts['labels']:,} labels"))
     table = Table("", *(Column(name, justify="right") for name in names), title=title)

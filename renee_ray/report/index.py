@@ -1,55 +1,35 @@
-"""The report of an index: the sweep of its search effort as a plot and as a table."""
+"""The report of an index: the sweep of its search effort as a page and as a table."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from rich.table import Table
 
-from renee_ray.errors import ReneeError, reason
+from renee_ray.report.charts import chart, lines_of
+from renee_ray.report.page import write_page
 
 SPEED = "queries/s one core"
 
 
-def draw_sweep(facts: dict[str, Any]) -> bytes:
-    """Draws recall over queries a second, for `sweep` and `exact` of index.json; a PNG file.
-
-    Raises:
-        ReneeError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ReneeError(
-            f"the plot of an index needs matplotlib ({reason(error):.80}); "
-            f"pip install 'renee_ray[index]'"
-        ) from error
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    sweep = facts["sweep"]
-    speeds = [row[SPEED] for row in sweep]
-    for key in (key for key in sweep[0] if key.startswith("recall")):
-        axes.plot(speeds, [row[key] for row in sweep], marker="o", ms=4, label=key)
-    axes.axhline(facts["recall"], color="grey", lw=0.8, ls=":", label="asked for, at 10")
-    axes.axvline(facts["exact"][SPEED], color="black", lw=0.8, ls="--", label="exact search")
-    for row in sweep:
-        at = row[SPEED], min(value for key, value in row.items() if key.startswith("recall"))
-        weight = "bold" if row["effort"] == facts["effort"] else "normal"
-        axes.annotate(
-            str(row["effort"]), at, (0, -14), textcoords="offset points", ha="center",
-            fontsize=8, weight=weight,
-        )  # fmt: skip
-    axes.margins(y=0.12)
-    axes.set_xscale("log")
-    axes.set_xlabel("queries a second, one core")
-    axes.set_ylabel("recall of the exact k best")
-    axes.set_title(f"{facts['factory']}, {facts['num_labels']:,} labels, by {facts['effort_name']}")
-    axes.grid(lw=0.4)
-    axes.legend(frameon=False, fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    return out.getvalue()
+def write_sweep(path: str, facts: dict[str, Any]) -> None:
+    """Writes the `sweep` of index.json, recall over the time of a query, as a page."""
+    over = "ms a query, one core"
+    sweep = [{**row, over: 1000 / row[SPEED]} for row in facts["sweep"]]
+    keys = [key for key in sweep[0] if key not in ("effort", over)]
+    recall = [key for key in keys if key.startswith("recall")]
+    drawn = chart(
+        "Recall of the exact k best", "share", lines_of(sweep, *recall, over=over), over=over,
+        dots=True,
+    )  # fmt: skip
+    rows = [
+        (name, *(f"{row[key]:g}" if key in row else "" for key in keys))
+        for name, row in [("exact", facts["exact"]), *((str(row["effort"]), row) for row in sweep)]
+    ]
+    write_page(
+        path, "index.html.j2", charts=[drawn], header=[facts["effort_name"], *keys], rows=rows,
+        title=f"{facts['factory']}, {facts['num_labels']:,} labels", facts=facts,
+    )  # fmt: skip
 
 
 def sweep_table(facts: dict[str, Any]) -> Table:

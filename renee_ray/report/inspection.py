@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType, group
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -15,12 +15,9 @@ BAR = 40
 """Characters of the longest bar of a histogram."""
 
 
-def inspection_text(facts: Mapping[str, Any]) -> RenderableType:
+@group()
+def inspection_text(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows the facts of `data.inspection.inspect`."""
-    return Group(*_blocks(facts))
-
-
-def _blocks(facts: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(
         printable(
             f"{facts['path']}: {facts['labels']:,} labels, {facts['bytes'] / 2**20:,.1f} MiB, "

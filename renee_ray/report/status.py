@@ -9,6 +9,8 @@ the workers are there and when the run has failed:
     step, phase, phase_s        steps done, that worker's phase, and for how long
     doing                       progress of a long phase before the first step
     ranks                       for every worker: node, seconds of a step, its own part of it
+    starts                      each start of workers: step, time_s, workers; the newest MOST_STARTS
+    environment, command        of rank 0: device, versions, ...; what was typed
     checkpoint, evaluation, best, skipped
 """
 
@@ -18,7 +20,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType, group
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -33,6 +35,7 @@ STARTING_S = 600.0
 WAITING_S = 15.0
 """Seconds in a waiting phase after which a run counts as waiting."""
 SHOWN_RANKS = 16
+MOST_STARTS = 500
 GPU_MEMORY = ("gpu_peak_gib", "gpu_reserved_gib", "gpu_total_gib")
 """As in parallel/recorder.py, which needs torch, and this does not."""
 WAITS_FOR = {
@@ -53,14 +56,15 @@ def read_status(run: str, now: float) -> dict[str, Any]:
     Returns:
         `state` (running, finished, stopped, waiting, failed or unknown), `reason`, `age_s` of the
         last word, and what is known of: step, total_steps, epoch, epochs, loss, rows_per_second,
-        seconds_left, GPU_MEMORY, skipped, restarts, evaluation, best, checkpoint, ranks.
+        seconds_left, GPU_MEMORY, skipped, restarts, evaluation, best, checkpoint, ranks,
+        num_workers, starts, environment, command.
 
     Raises:
         ReneeError: there is no run.
     """
     if read_file(f"{run}/run.json") is None:
         raise ReneeError(f"{run} is not a run of renee_ray: no run.json; give a run's directory")
-    found = _json(run, STATUS_FILE)
+    found = read_json(run, STATUS_FILE)
     if found is not None and found.get("format_version") != STATUS_VERSION:
         raise ReneeError(
             f"{run}/{STATUS_FILE} has format version {found.get('format_version')!r} and this "
@@ -70,7 +74,7 @@ def read_status(run: str, now: float) -> dict[str, Any]:
         return described(found if found is not None else _of_history(run), now) | {"run": run}
     except (LookupError, TypeError, AttributeError):
         name = "history.json" if found is None else STATUS_FILE
-        raise _damaged(run, name) from None
+        raise damaged(run, name) from None
 
 
 def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -94,6 +98,8 @@ def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
         "metric": content.get("metric"),
         "checkpoint": checkpoint and checkpoint | {"age_s": max(0.0, now - checkpoint["time_s"])},
         "ranks": content.get("ranks", []),
+        "starts": content.get("starts", []),
+        **{key: content.get(key) for key in ("num_workers", "environment", "command")},
     }
 
 
@@ -113,11 +119,6 @@ def state_of(content: Mapping[str, Any], age: float) -> tuple[str, str]:
     return "running", content.get("doing") or f"phase `{phase}`"
 
 
-def status_text(status: Mapping[str, Any]) -> RenderableType:
-    """Shows the status for a terminal."""
-    return Group(*_blocks(status))
-
-
 def duration(seconds: float) -> str:
     """Formats seconds as `0:42` or `3:07:00`."""
     hours, rest = divmod(int(seconds), 3600)
@@ -125,7 +126,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _blocks(status: Mapping[str, Any]) -> Iterator[RenderableType]:
+@group()
+def status_text(status: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Shows the status for a terminal."""
     title = Text(f"{status['run']}: ")
     title.append(status["state"], style=f"bold {COLOURS.get(status['state'], 'yellow')}")
     if status["reason"]:
@@ -187,7 +190,8 @@ def _ranks(ranks: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _json(run: str, name: str) -> dict[str, Any] | None:
+def read_json(run: str, name: str) -> dict[str, Any] | None:
+    """Reads a JSON file of a run; None where it is not there."""
     content = read_file(f"{run}/{name}")
     if content is None:
         return None
@@ -196,17 +200,18 @@ def _json(run: str, name: str) -> dict[str, Any] | None:
         if not isinstance(found, dict):
             raise ValueError
     except ValueError:
-        raise _damaged(run, name) from None
+        raise damaged(run, name) from None
     return found
 
 
-def _damaged(run: str, name: str) -> ReneeError:
+def damaged(run: str, name: str) -> ReneeError:
+    """Makes the error of a file of a run that cannot be read."""
     return ReneeError(f"{run}/{name} is damaged; wait for the run to write it again")
 
 
 def _of_history(run: str) -> dict[str, Any]:
     """Makes the content of status.json for a run of a version that did not write it."""
-    history = _json(run, "history.json") or {"steps": [], "evals": []}
+    history = read_json(run, "history.json") or {"steps": [], "evals": []}
     steps, evals = history["steps"], history["evals"]
     done = bool(steps) and evals and evals[-1]["step"] == steps[-1]["total_steps"]
     return {

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from renee_ray.parallel.batch import Ragged
-from renee_ray.scoring.metrics import KS, RECALL_KS, point_terms
+from renee_ray.scoring.metrics import CLASS_K, CLASSES, KS, RECALL_KS, point_terms
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -30,8 +30,6 @@ SAMPLES = 2000
 BLOCK = 1 << 22
 """Most weights of samples in memory at once."""
 LEVEL = 0.05
-CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">100": (101, 2**62)}
-"""Labels by their number of training points."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,11 @@ class Terms:
         }
         rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(RECALL_KS)}
         point, found = true.pairs()[0], np.zeros(len(true.values))
-        found[terms.place[:, :5][terms.hit[:, :5]]] = 1.0
+        found[terms.place[:, :CLASS_K][terms.hit[:, :CLASS_K]]] = 1.0
         for name, (low, high) in CLASSES.items():
             member = (counts >= low) & (counts <= high)
             if member.any():
-                rows[f"recall@5, labels of {name}"] = (
+                rows[f"recall@{CLASS_K}, labels of {name}"] = (
                     np.bincount(point[member], found[member], n),
                     np.bincount(point[member], minlength=n).astype(float),
                 )

@@ -39,6 +39,11 @@ RECALL_KS = (10, 100)
 MOST = 100
 """Predictions that the metrics need."""
 
+CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">100": (101, 2**62)}
+"""Labels by their number of training points."""
+CLASS_K = 5
+"""Cut-off of the recall by class."""
+
 # Rows of PointTerms.at_k.
 _HITS, _NDCG, _PS_HITS, _PS_BEST, _PSDCG_HITS, _PSDCG_BEST = range(6)
 
@@ -66,14 +71,18 @@ def inverse_propensity(train_count: npt.ArrayLike, num_points: int, a: float, b:
 class MetricSums:
     """Sums of one or more batches; the vectors of all ranks add up to that of the whole.
 
-    vector: float64 [1 + 6 len(KS) + len(RECALL_KS)]: the points, those without a true label
-    included, then the sums of `PointTerms.at_k` and `PointTerms.recall`.
+    vector: float64 [1 + 6 len(KS) + len(RECALL_KS) + 2 len(CLASSES)]: the points, those without a
+    true label included, then the sums of `PointTerms.at_k` and `PointTerms.recall`, then of each
+    class the true labels among the CLASS_K best and all true ones.
+    bounds: inverse propensities at which each class begins, falling; None: no class is counted.
     """
 
-    def __init__(self, vector: Floats | None = None) -> None:
-        end = 1 + 6 * len(KS)
-        self.vector = np.zeros(end + len(RECALL_KS)) if vector is None else vector
-        self._at_k, self._recall = self.vector[1:end].reshape(6, len(KS)), self.vector[end:]
+    def __init__(self, vector: Floats | None = None, bounds: Floats | None = None) -> None:
+        ends = np.cumsum([1, 6 * len(KS), len(RECALL_KS), 2 * len(CLASSES)])
+        self.vector = np.zeros(ends[-1]) if vector is None else vector
+        _, at_k, self._recall, classes = np.split(self.vector, ends[:-1])
+        self._at_k, self._classes = at_k.reshape(6, len(KS)), classes.reshape(2, len(CLASSES))
+        self._bounds = bounds
 
     def add(self, predicted: Ints, true: Ragged, inverse_propensity: Floats) -> None:
         """Adds a batch (shapes in the module's ledger). K may be below a cut-off.
@@ -85,6 +94,26 @@ class MetricSums:
         self._at_k += terms.at_k.sum(axis=2)
         self._recall += terms.recall.sum(axis=1)
         self.vector[0] += len(predicted)
+        if self._bounds is not None:  # the more training points, the lower is the label's 1/p
+            found = terms.place[:, :CLASS_K][terms.hit[:, :CLASS_K]]
+            label_class = np.searchsorted(-self._bounds, -inverse_propensity)
+            for sums, members in zip(self._classes, (label_class[found], label_class), strict=True):
+                sums += np.bincount(members, minlength=len(CLASSES) + 1)[1:]
+
+    def by_frequency(self) -> dict[str, dict[str, float]]:
+        """Returns "labels", the true ones, and "recall@5" in percent for each class that has any.
+
+        This recall is over labels and not a mean over points: a point counts by its labels.
+        """
+        return {
+            name: {"labels": number, f"recall@{CLASS_K}": 100 * found / number}
+            for name, found, number in zip(CLASSES, *self._classes.tolist(), strict=True)
+            if number
+        }
+
+    @property
+    def points(self) -> float:
+        return float(self.vector[0])
 
     @property
     def any_label(self) -> bool:
@@ -93,7 +122,7 @@ class MetricSums:
 
     def metrics(self) -> dict[str, float]:
         """Returns percent by name and cut-off: "P@1", "nDCG@3", "PSP@5", "recall@10", ..."""
-        at_k, points = self._at_k, self.vector[0]
+        at_k, points = self._at_k, self.points
         families = {
             "P": (KS, at_k[_HITS], points),
             "nDCG": (KS, at_k[_NDCG], points),

@@ -33,7 +33,7 @@ from renee_ray.parallel.collectives import (
     row_counts,
 )
 from renee_ray.scoring.index import Search
-from renee_ray.scoring.metrics import MOST, MetricSums, inverse_propensity
+from renee_ray.scoring.metrics import CLASSES, MOST, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
@@ -233,11 +233,15 @@ def without_labels(batches: Iterable[Batch], hidden: np.ndarray | None) -> Itera
 
 @dataclass(frozen=True)
 class Propensities:
-    """Inverse propensities of a rank's own labels, float64 [n], which other ranks look up."""
+    """Inverse propensities of a rank's own labels, float64 [n], which other ranks look up.
+
+    bounds: falling, float64 [len(CLASSES)], where each of CLASSES begins; None: not told apart.
+    """
 
     own: Tensor
     owned: LabelRange
     ranks: Ranks
+    bounds: np.ndarray | None = None
 
     @classmethod
     def read(
@@ -249,11 +253,15 @@ class Propensities:
         """
         manifest = dataset.manifest
         points = manifest.num_points("train") + manifest.num_points("validation")
-        own = inverse_propensity(
-            read_counts(dataset, owned) + augmented, points + augmented * manifest.num_labels,
-            manifest.propensity_a, manifest.propensity_b,
+        between = np.array([low for low, _ in CLASSES.values()]) - 0.5
+        own, bounds = (
+            inverse_propensity(
+                counts + augmented, points + augmented * manifest.num_labels,
+                manifest.propensity_a, manifest.propensity_b,
+            )
+            for counts in (read_counts(dataset, owned), between)
         )  # fmt: skip
-        return cls(torch.from_numpy(own), owned, ranks)
+        return cls(torch.from_numpy(own), owned, ranks, bounds)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """Looks up labels int64 [m]; float64 [m]. Every rank must ask at the same time."""
@@ -262,19 +270,17 @@ class Propensities:
         return answer.numpy()
 
 
-def evaluate(
-    scorer: Scorer, batches: Iterable[Batch], propensities: Propensities
-) -> dict[str, float]:
-    """Returns the metrics of all ranks' rows together, in percent."""
+def evaluate(scorer: Scorer, batches: Iterable[Batch], propensities: Propensities) -> MetricSums:
+    """Returns the sums of the metrics of all ranks' rows together."""
     answers = scorer.predict(batches, MOST)
-    return metric_sums(scorer.ranks, answers, [propensities])[0].metrics()
+    return metric_sums(scorer.ranks, answers, [propensities])[0]
 
 
 def metric_sums(
     ranks: Ranks, answers: Iterable[Answer], propensities: Sequence[Propensities]
 ) -> list[MetricSums]:
     """Sums up the metrics of all ranks' rows together, for each of several propensities."""
-    sums = [MetricSums() for _ in propensities]
+    sums = [MetricSums(bounds=each.bounds) for each in propensities]
     for answer in answers:
         true = answer.batch.labels
         for total, each in zip(sums, propensities, strict=True):

@@ -41,7 +41,6 @@ from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propens
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert.convert import convert
 from renee_ray.service.launch import quiet
-from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 from renee_ray.service.score.baselines import most_frequent, nearest_label_text, tfidf_ridge
 from renee_ray.service.score.predict import predict_run
 from renee_ray.service.train.train import train
@@ -55,6 +54,7 @@ ARCHIVE = Path(__file__).resolve().parents[1] / "examples" / f"{NAME}.tar.gz"
 VALIDATION = 0.02
 K = max(*KS, *RECALL_KS)
 COMPARED = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5", "recall@100")
+TIMED = ("convert", "train", "predict")
 EXAMPLES, EXAMPLE_LABELS = 10, 5
 
 
@@ -103,13 +103,10 @@ def quickstart(
     examples = pick_examples(raw, truth, predicted)
     report = output / "report.html"
     write_report(
-        str(report),
-        title=f"renee_ray on {NAME}",
-        facts=_facts(dataset, config, clock.seconds),
-        history=RunDirectory(config.output).read(HISTORY_FILE) or {},
-        comparison=comparison,
+        config.output, str(report), title=f"renee_ray on {NAME}", comparison=comparison,
+        facts={f"time to {stage}": f"{clock.seconds[stage]:.0f} s" for stage in TIMED},
         examples=examples,
-    )
+    )  # fmt: skip
     return {
         "output": str(output),
         "report": str(report),
@@ -330,23 +327,6 @@ def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[
             }
         )
     return found
-
-
-def _facts(dataset: Dataset, config: RunConfig, seconds: Mapping[str, float]) -> dict[str, str]:
-    manifest = dataset.manifest
-    return {
-        **{
-            f"{split} points": f"{manifest.num_points(split):,}"
-            for split in ("train", "validation", "test")
-        },
-        "labels": f"{manifest.num_labels:,}",
-        "encoder": config.encoder.name.rpartition("/")[2],
-        "workers": str(config.max_workers),
-        "epochs": str(config.epochs),
-        "batch": f"{config.batch_size:,} points",
-        **{f"time to {stage}": f"{value:.0f} s" for stage, value in seconds.items()
-           if stage in ("convert", "train", "predict")},
-    }  # fmt: skip
 
 
 class _Clock:

@@ -277,8 +277,10 @@ class Trainer:
         encoder, shard, given = self.model.encoder, self.model.shard, self.validation
         scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset)
         batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
-        metrics = evaluate(scorer, batches, given.propensities)
-        self.state.evaluated(self.schedule.epochs_done(self.state.step), metrics)
+        sums = evaluate(scorer, batches, given.propensities)
+        metrics = sums.metrics()
+        others = {"points": sums.points, "by_frequency": sums.by_frequency()}
+        self.state.evaluated(self.schedule.epochs_done(self.state.step), metrics, others)
         return metrics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from renee_ray.cli.main import main
+from renee_ray.config.schema import RunConfig
 from renee_ray.errors import printable
 from renee_ray.report.inspection import inspection_text
 from renee_ray.report.run import examples_text, write_report
@@ -51,12 +53,17 @@ def test_report_shows_texts_and_does_not_obey_them(tmp_path: Path) -> None:
     out = shown(examples_text(examples))
     assert out.count("<script>alert(1)</script>[red]a\\x1b]0;owned") == 3
     assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", out)
-    write_report(
-        str(tmp_path / "report.html"), title=script, facts={script: script}, history={},
-        comparison=[{"model": script, "P@1": 1.0}], examples=examples,
+    run = tmp_path / script.replace("/", "")
+    run.mkdir()
+    config = RunConfig(data=script, output=script, recipe=script).model_dump()
+    data = {"path": script, "num_points": 1, "num_labels": 1}
+    (run / "run.json").write_text(json.dumps({"config": config, "dataset": data}))
+    path = write_report(
+        str(run), str(tmp_path / "report.html"), facts={script: script}, examples=examples,
+        comparison=[{"model": script, "P@1": 1.0}],
     )  # fmt: skip
-    page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;alert(1)") >= 6
+    page = Path(path).read_text()
+    assert page.count("<script") == 1 and page.count("&lt;script&gt;alert(1)") >= 9
 
 
 def test_printable() -> None:

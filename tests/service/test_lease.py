@@ -325,6 +325,7 @@ def told_to_end(command: list[str], path: str) -> Run:
     assert f"stopped after step {newest_commit(path)}" in stopped.stderr
     assert len(run.history["steps"]) == newest_commit(path)
     assert status_of(path)["state"] == "stopped"
+    assert '<p class="state">stopped;' in Path(path, "report.html").read_text()
     return run
 
 

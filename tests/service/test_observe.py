@@ -362,4 +362,7 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     status = read_status(path, time.time())
     assert (status["state"], status["restarts"]) == ("failed", 1)
     assert f"(process {victims[1]})" in status["reason"]
+    page = Path(path, "report.html").read_text()
+    assert "failed, the workers gave up" in page and "; 1 restart;" in page
+    assert page.count(f"3 workers started after step {status['starts'][1]['step']}<") == 3
     assert_same_course(run_so_far(path, done), trained_longer, OTHER_ORDER)

@@ -162,6 +162,25 @@ def test_output_is_for_machines_and_progress_for_people(trained: Run) -> None:
 
 
 @slow
+def test_it_leaves_a_report(trained: Run, tmp_path: Path) -> None:
+    page = Path(trained.path, "report.html").read_text()
+    evaluation = max(trained.history["evals"], key=lambda each: float(each["metrics"]["P@1"]))
+    pairs = sum(each["labels"] for each in evaluation["by_frequency"].values())
+    dataset = RunDirectory(trained.path).dataset()
+    rows = dataset.read_rows("validation", 0, dataset.manifest.num_points("validation"))
+    assert pairs == sum(map(len, rows["labels"].to_pylist()))
+    assert evaluation["points"] == len(rows)
+    for text in (
+        f"after step {evaluation['step']:,}", f"{evaluation['metrics']['P@1']:.1f}", "finished",
+        "By label frequency", "Over time", "Plan and measurement", "batch_size", "torch",
+        "renee-ray train ", "labels_max".replace("_", " "),
+    ):  # fmt: skip
+        assert text in page, text
+    assert main(["report", trained.path, f"{tmp_path}/again.html"]) == 0
+    assert (tmp_path / "again.html").read_text() == page
+
+
+@slow
 def test_a_finished_run_stays_as_it_is(
     trained: Run, dataset: str, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,7 +106,7 @@ def score(ranks: Ranks, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     scorer = scorer_of(encoder, ranks, device)
     owned = scorer.shard.owned
     own = torch.from_numpy(inverse()[owned.start : owned.stop])
-    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks))
+    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks)).metrics()
     assert encoder.training, "the mode is put back"
     found = {
         f"labels {i}": labels for i, (_, _, labels, _) in enumerate(scorer.predict(batches, 30))
@@ -163,7 +163,7 @@ def score_without(ranks: Ranks) -> dict[str, torch.Tensor]:
     scorer = replace(scorer, offset=prior_offset(count, 0.0, CPU, hidden))
     own = torch.from_numpy(inverse()[owned.start : owned.stop])
     batches = without_labels(batches_of(ranks), HIDDEN)
-    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks))
+    metrics = evaluate(scorer, batches, Propensities(own, owned, ranks)).metrics()
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
 

@@ -7,10 +7,8 @@ ends.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ import torch
 from renee_ray.benchmarks.sample import write_sample
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.errors import reason
+from renee_ray.service.environment import environment
 from renee_ray.xfc.weights.storages import STORAGES
 
 Records = list[dict[str, Any]]
@@ -71,7 +70,7 @@ def bench_gpu(
     if not small and not torch.cuda.is_available():
         say("there is no GPU here: sizes are small, as with --small")
         small = True
-    found: dict[str, Any] = {**facts(), "small": small, "parts": {}}
+    found: dict[str, Any] = {**environment(), "small": small, "parts": {}}
     ends, file = time.monotonic() + 60 * minutes, Path(out)
     for name in only or LIMITS:
         file.write_text(json.dumps(found, indent=1))
@@ -183,28 +182,3 @@ def resume(command: str, directory: str, ends: float) -> tuple[Records, str]:
     found = {"killed_after": step, "resumed_from": max(kept, default=0)}
     memory = {key: value for key, value in steps[-1].items() if key.startswith("gpu_")}
     return [found | {"steps": records[-1]["step"]} | memory], ""
-
-
-def facts() -> dict[str, Any]:
-    """Returns date, device, driver, versions and commit; None for what is unknown."""
-    device, driver = f"{platform.machine()} CPU", None
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-        driver = _output("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "triton", "ray", "transformers", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    commit = _output(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40")
-    commit = os.environ.get("RENEE_RAY_COMMIT", commit)
-    return {
-        "date": time.strftime("%Y-%m-%d"), "device": device, "driver": driver,
-        "versions": versions, "commit": commit,
-    }  # fmt: skip
-
-
-def _output(command: str) -> str | None:
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command.split(), capture_output=True, text=True)
-        return done.stdout.strip() or None
-    return None

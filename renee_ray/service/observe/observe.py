@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,11 +24,13 @@ import torch
 
 from renee_ray.checkpoint.state import State
 from renee_ray.config.schema import RunConfig
-from renee_ray.errors import ReneeError, reason
+from renee_ray.errors import ReneeError, reason, redacted
 from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
 from renee_ray.parallel.recorder import KINDS, Recorder, Totals
-from renee_ray.report.status import STATUS_FILE, STATUS_VERSION
+from renee_ray.report.run import write_report
+from renee_ray.report.status import MOST_STARTS, STATUS_FILE, STATUS_VERSION
 from renee_ray.service.driver_channel import DriverChannel
+from renee_ray.service.environment import environment
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
 from renee_ray.service.observe.progress import evaluation_line, line
@@ -143,7 +147,7 @@ class Observer:
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         if self._status is not None:
             if self._state.evaluation is not None:
-                self._status.history.evals.append(self._state.evaluation)
+                self._status.history.evals.append(self._state.evaluation | {"time_s": time.time()})
             self._exported.validation(metrics)
             self._status.sinks.validation(step, metrics)
             log.info("validation after step %d: %s", step, metrics)
@@ -230,6 +234,11 @@ class Status:
             "groups": before.get("groups", 0) + 1 if again else 1,
             "restarts": before.get("restarts", 0) + again,
             "num_workers": len(nodes),
+            "starts": [
+                *before.get("starts", [])[1 - MOST_STARTS :],
+                {"step": self._state.step, "time_s": time.time(), "workers": len(nodes)},
+            ],
+            "environment": environment(),
             "epochs": self._config.epochs,
             "ranks": [],
             "record": self.history.steps[-1] if self.history.steps else None,
@@ -271,7 +280,9 @@ class Status:
 
 @contextlib.contextmanager
 def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[None]:
-    """Writes the driver's part of status.json: before the workers start, and when the run fails.
+    """Writes the driver's part of status.json, and the report however the run ends.
+
+    status.json is written before the workers start, and when the run fails.
 
     Raises:
         ReneeError: a collective timed out, with the worker that did not come; other errors
@@ -281,7 +292,7 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
     _change(directory, "waiting", "for the workers to start", launched_s)
     try:
         yield
-    except LeaseLost:  # status.json is another driver's
+    except LeaseLost:  # both files are another driver's
         raise
     except BaseException as error:
         blamed = watch.blamed() if getattr(error, "worker_failures", None) else ""
@@ -294,23 +305,37 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
             else error
         )
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
-        _change(directory, "failed", ended, launched_s)
+        if _change(directory, "failed", ended, launched_s):  # else storage is away
+            _report(config.output)
         if found is error:
             raise
         raise found from error
+    _report(config.output)
 
 
-def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) -> None:
+def _report(run: str) -> None:
+    try:
+        write_report(run)
+    except (OSError, ReneeError) as error:
+        log.warning("no report is written: %s", reason(error))
+
+
+def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) -> bool:
+    """Changes status.json, and returns whether it is written."""
     before = quietly_read(directory)
     content = before | {
         "format_version": STATUS_VERSION, "state": state, "reason": cause, "time_s": time.time(),
     }  # fmt: skip
     if before.get("launched_s") != launched_s:
-        content |= {"launched_s": launched_s, "groups": 0}
+        name = os.path.basename(sys.argv[0]).replace("__main__.py", "renee-ray")
+        command = redacted(shlex.join([name, *sys.argv[1:]]))
+        content |= {"launched_s": launched_s, "groups": 0, "command": command}
     try:
         directory.write(STATUS_FILE, content, STATUS_SECONDS)
+        return True
     except (OSError, ReneeError) as error:
         log.warning("%s is not written: %s", STATUS_FILE, reason(error))
+        return False
 
 
 def quietly_read(directory: RunDirectory) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The directory of a run: its configuration, its dataset and its checkpoints.
 
-run.json            configuration and dataset of the last start
+run.json            configuration, dataset and plan of the last start
 history.json        losses and evaluations (service/run/history.py)
-status.json         its state (renee_ray/report/status.py)
+status.json         its state (renee_ray/report/status.py); report.html: it as a page
 lease-TOKEN.json    the driver that trains it now (service/run/lease.py)
 checkpoints/        checkpoint/state.py
 """

@@ -1,7 +1,8 @@
 """RUN/history.json, the curves of a run, and the thread that writes a run's small files.
 
     steps    records of training/loop at sampled losses, ascending; older ones are thinned out
-    evals    evaluations of the validation split: {"step", "epoch", "metrics"}, ascending
+    evals    evaluations of the validation split, ascending: {"step", "epoch", "time_s", "metrics",
+             "points", "by_frequency": {"2-5": {"labels", "recall@5"}, ...}}
 
 A checkpoint does not hold the curves: a run that resumes reads them up to its own step. If the
 file is lost or damaged, the run goes on without its earlier curves.

@@ -20,8 +20,8 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Ragged
 from renee_ray.parallel.collectives import Ranks
+from renee_ray.report.charts import MAX_LINES
 from renee_ray.report.compare import write_comparison
-from renee_ray.report.run import SERIES, check_libraries
 from renee_ray.scoring.comparison import Comparison, Terms, compare
 from renee_ray.scoring.scorer import Propensities, read_counts
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
@@ -62,11 +62,10 @@ def compare_runs(
 
     Raises:
         ReneeError: fewer than two models or more than a chart has lines for, a path that holds
-            neither a run nor predictions, predictions of other points, or a library is missing.
+            neither a run nor predictions, or predictions of other points.
     """
-    check_libraries()
-    if not 2 <= len(paths) <= len(SERIES):
-        raise ReneeError(f"compare takes 2 to {len(SERIES)} runs or predictions, not {len(paths)}")
+    if not 2 <= len(paths) <= MAX_LINES:
+        raise ReneeError(f"compare takes 2 to {MAX_LINES} runs or predictions, not {len(paths)}")
     if "://" in config.output:
         raise ReneeError(f"output={config.output!r} is a URL; give a local directory")
     paths = [absolute(path) for path in paths]

@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from renee_ray.checkpoint.state import Checkpoint
-from renee_ray.config.overrides import dotted
+from renee_ray.config.overrides import changed
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, LoraConfig, RunConfig
 from renee_ray.config.score import ExportConfig
 from renee_ray.data.dataset import Dataset
@@ -230,11 +230,10 @@ def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> s
     """
     files, manifest, name = resources.files(__package__), dataset.manifest, config.encoder.name
     alone, local = name == NO_TRANSFORMER, os.path.exists(name)
-    defaults = dict(dotted(RunConfig(data="-", output="-").model_dump()))
     settings = [
         f"    {key}: {json.dumps(value)}"
-        for key, value in dotted(config.model_dump())
-        if value != defaults[key] and not (isinstance(value, str) and os.path.isabs(value))
+        for key, value, _ in changed(config.model_dump(mode="json"))
+        if not (isinstance(value, str) and os.path.isabs(value))
     ]
     metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
     head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]

@@ -3,7 +3,7 @@
     index.json                  factory string, ranges with SHA-256, the sweep; written last
     labels-START-STOP.faiss     the index of a range of labels (scoring/index.py)
     labels-START-STOP.json      what that was built from, so that it is not built again
-    recall.png                  the sweep of search effort as a plot
+    recall.html                 the sweep of search effort as a page
 
 A Ray task builds each range in bounded memory. The driver loads the model and measures; it maps an
 export into memory, and holds the weights of a run.
@@ -26,11 +26,11 @@ from torch import Tensor
 from renee_ray.config.score import IndexConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind, listed_files
-from renee_ray.data.storage import absolute, read_file, replace_file, write_file
+from renee_ray.data.storage import absolute, read_file, replace_file
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import ragged
-from renee_ray.report.index import draw_sweep
+from renee_ray.report.index import write_sweep
 from renee_ray.scoring.index import (
     FILES,
     FORMAT_VERSION,
@@ -172,7 +172,7 @@ def index_model(
     plan = Plan(model, name, number, dim, tail, output.path, factory, ranges, threads)
     output.claim()
     files = [f"{plan.name(i)}.{ending}" for i in range(ranges) for ending in ("faiss", "json")]
-    output.declare([*files, "recall.png"], keep=True)
+    output.declare([*files, "recall.html"], keep=True)
     reporter, built = Reporter("ranges", ranges, on_progress), []
     for each in stream(build_range, plan, ranges):
         built.append(each)
@@ -187,7 +187,7 @@ def index_model(
                 config.recall),
         "ranges": built,
     }  # fmt: skip
-    write_file(f"{output.path}/recall.png", draw_sweep(facts))
+    write_sweep(f"{output.path}/recall.html", facts)
     output.publish(facts)
     return facts
 

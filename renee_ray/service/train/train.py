@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import check_positions
 from renee_ray.plan.devices import cluster_device, local_device
-from renee_ray.plan.plan import refuse_too_large
+from renee_ray.plan.plan import Plan, plan_or_refuse
 from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.feed import training_orders
 from renee_ray.service.launch import decide_gpu, launch
@@ -72,27 +73,27 @@ def train(
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
         return outcome(newest.state, config)
     start = start_of(config, dataset, newest)
-    if not force:
-        _check_memory(config, dataset, on_progress)
+    plan = _plan(config, dataset, force, on_progress)
     with Lease(directory.path, on_progress) as lease:
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
         try:
-            return _train(config, dataset, start, lease, on_progress)
+            return _train(config, dataset, plan, start, lease, on_progress)
         except LeaseLost:
             ray.shutdown()  # and with it the workers
             raise
 
 
 def _train(
-    config: RunConfig, dataset: Dataset, start: str, lease: Lease,
+    config: RunConfig, dataset: Dataset, plan: Plan | None, start: str, lease: Lease,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     known = identity(dataset)
-    RunDirectory(config.output).write(RUN_FILE, {"config": config.model_dump(), "dataset": known})
+    content = {"config": config.model_dump(), "dataset": known, "plan": plan and asdict(plan)}
+    RunDirectory(config.output).write(RUN_FILE, content)
     if not dataset.manifest.has_label_texts:
         on_progress(
             f"{dataset.path} has no label texts: feed.augment has no effect, and "
@@ -129,8 +130,13 @@ def _train(
     return found
 
 
-def _check_memory(config: RunConfig, dataset: Dataset, on_progress: Callable[[str], None]) -> None:
-    """Refuses what cannot fit this machine, before Ray starts, or the nodes of its cluster."""
+def _plan(
+    config: RunConfig, dataset: Dataset, force: bool, on_progress: Callable[[str], None]
+) -> Plan | None:
+    """Plans for this machine, before Ray starts, or for a cluster; refuses what cannot fit it.
+
+    None: the plan does not know the cluster's GPUs.
+    """
     if os.environ.get("RAY_ADDRESS") or (ray.is_initialized() and not started_here()):
         ensure_ray(config.min_workers + 1)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -140,8 +146,9 @@ def _check_memory(config: RunConfig, dataset: Dataset, on_progress: Callable[[st
     else:
         on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
         device, whose = local_device(on_gpu), "the GPU" if on_gpu else "this machine"
-    if device is not None:
-        refuse_too_large(config, dataset, device, whose, on_progress)
+    if device is None:
+        return None
+    return plan_or_refuse(config, dataset, device, whose, on_progress, force=force)
 
 
 def check(config: RunConfig, dataset: Dataset) -> None:
