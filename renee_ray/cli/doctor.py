@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Group
 from rich.table import Column, Table
+from rich.text import Text
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
 from renee_ray.cli.output import print_facts, say
@@ -15,6 +16,7 @@ from renee_ray.config.doctor import DoctorConfig
 from renee_ray.errors import ConfigError, printable
 
 NODES = ("node", "CPUs", "GPUs", "free GiB", "shm GiB", "disk GiB", "files", "clock s")
+SIZES = ("memory_free", "shm", "disk_free")
 
 
 @click.command(cls=ConfiguredCommand, keys=DoctorConfig)
@@ -51,22 +53,16 @@ def doctor_text(facts: dict[str, Any]) -> Group:
     """Returns tables of the nodes, of the pairs, and of what is wrong."""
     nodes = Table(*NODES)
     for each in facts["nodes"]:
-        sizes = [
-            each.get(f"{name}_bytes", 0) / 2**30 for name in ("memory_free", "shm", "disk_free")
-        ]
+        sizes = [each.get(f"{name}_bytes", 0) / 2**30 for name in SIZES]
         cells = [f"{each['ray_cpus']:g}", f"{each['ray_gpus']:g}", *(f"{n:.1f}" for n in sizes)]
-        nodes.add_row(
-            each["node"], *cells, str(each.get("open_files", "")),
-            f"{each.get('clock_offset_s', 0):.3f}",
-        )  # fmt: skip
+        cells += [str(each.get("open_files", "")), f"{each.get('clock_offset_s', 0):.3f}"]
+        nodes.add_row(each["node"], *cells)
     measured = Table("measured", "where", "ms", "MB/s")
     for each in facts["nodes"]:
         for url, found in each["storage"].items():
             for step in ("write", "read"):
                 if (seconds := found.get(f"{step}_s")) is not None:
-                    measured.add_row(
-                        printable(f"{step} {url}"), each["node"], f"{seconds * 1e3:.1f}"
-                    )
+                    measured.add_row(_text(f"{step} {url}"), each["node"], f"{seconds * 1e3:.1f}")
     for pair in facts["pairs"]:
         if (found := pair["answers"][0]).get("latency_s"):
             where = " and ".join(dict.fromkeys(pair["nodes"]))
@@ -74,7 +70,11 @@ def doctor_text(facts: dict[str, Any]) -> Group:
             measured.add_row(pair["backend"], where, *times)
     wrong = Table("", "nodes", Column("what is wrong", ratio=3), Column("what to do", ratio=2))
     for each in facts["findings"]:
-        cells = [each["level"], "\n".join(each["nodes"]), each["problem"], each["remedy"]]
-        wrong.add_row(*map(printable, cells))
+        where = ", ".join(each["nodes"])
+        wrong.add_row(each["level"], where, _text(each["problem"]), _text(each["remedy"]))
     tables = [table for table in (nodes, measured, wrong) if table.row_count]
     return Group(*tables, *([] if facts["findings"] else ["nothing is wrong"]))
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))

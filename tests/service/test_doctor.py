@@ -32,7 +32,14 @@ int clock_gettime(clockid_t clock, struct timespec *at) {
 """A library that puts the clock of a process forward: hosts on one machine share its clock."""
 EPHEMERAL = "20000-60999"
 """Ports that a rendezvous gets. A connection between two of them is blocked, and Ray's is not."""
-BUCKET = "s3://no-bucket"
+BUCKET, SILENT_PORT, LIMIT_S = "s3://no-bucket", 9000, 45
+SILENT = f"""
+import socket, time
+server = socket.create_server(("127.0.0.1", {SILENT_PORT}))
+print("listening", flush=True)
+time.sleep(3600)
+"""
+"""A store that takes requests and answers none."""
 
 
 @pytest.fixture
@@ -46,7 +53,8 @@ def store(tmp_path: Path) -> Path:
 @pytest.fixture
 def faulty(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
     """A head with the only CPU; a host with another torch, a wrong clock and few open files, whose
-    connections are blocked; a host with a small /dev/shm, where `store` is read-only."""
+    connections are blocked; a host with a small /dev/shm, where `store` is read-only. Nobody
+    answers for BUCKET; on the last host, requests hang."""
     other, shim = tmp_path / "other", tmp_path / "clock.so"
     metadata = other / "torch-2.0.1.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
@@ -73,12 +81,16 @@ def faulty(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         try:
             made.start(0)
             made.add(0, ("sh", "-c", 'ulimit -n 1024; exec "$@"', "sh"), one)
-            made.add(0, ("sh", "-c", mounts, "sh"))
+            silent = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{SILENT_PORT}"}
+            made.add(0, ("sh", "-c", mounts, "sh"), silent)
             ip(
                 "-n", made.hosts[1].name, "rule", "add", "to", made.hosts[2].address, "ipproto",
                 "tcp", "sport", EPHEMERAL, "dport", EPHEMERAL, "blackhole",
             )  # fmt: skip
+            listener = made.hosts[2].run(sys.executable, "-c", SILENT, env={})
+            assert listener.stdout is not None and listener.stdout.readline()
             yield made
+            end(listener)
         finally:
             made.stop()
 
@@ -89,7 +101,7 @@ def test_each_planted_fault_is_named(
 ) -> None:
     process = faulty.head.run(
         sys.executable, "-m", "renee_ray", "doctor", f"--address={faulty.address}",
-        f"storage=[{store},{BUCKET}]", "--json", env={},
+        f"storage=[{store},{BUCKET}]", f"timeout_s={LIMIT_S}", "--json", env={},
     )  # fmt: skip
     try:
         done = finish(process)
@@ -97,8 +109,7 @@ def test_each_planted_fault_is_named(
         end(process)
     assert done.status == 1, done.stderr
     facts = json.loads(done.stdout)
-    _, one, two = (host.address for host in faulty.hosts)
-    everywhere = {host.address for host in faulty.hosts}
+    head, one, two = (host.address for host in faulty.hosts)
     said = [
         (each["check"], set(each["nodes"]), each["problem"])
         for each in facts["findings"]
@@ -106,7 +117,8 @@ def test_each_planted_fault_is_named(
     ]
     planted = [
         ("versions", {one}, "torch is 2.0.1"),
-        ("storage", everywhere, f"{BUCKET} cannot be written"),
+        ("storage", {head, one}, f"{BUCKET} cannot be written: AWS Error"),
+        ("storage", {two}, f"{BUCKET} cannot be written: no answer within {LIMIT_S} s"),
         ("storage", {two}, f"{store} cannot be written: [Errno 30]"),
         ("clock", {one}, f"its clock is {SKEW_S} s ahead"),
         ("shm_bytes", {two}, "/dev/shm has 64 MiB"),

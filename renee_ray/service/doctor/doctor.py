@@ -52,11 +52,8 @@ def examine(config: DoctorConfig, on_progress: Callable[[str], None]) -> dict[st
     finally:
         cloudpickle.unregister_pickle_by_value(renee_ray)
     cluster = {"cpus": total.get("CPU", 0), "free_cpus": free.get("CPU", 0)}
-    cluster |= {
-        "gpus": gpus,
-        "free_gpus": free_gpus,
-        **config.model_dump(exclude={"storage", "timeout_s"}),
-    }
+    cluster |= {"gpus": gpus, "free_gpus": free_gpus}
+    cluster |= config.model_dump(include={"num_workers", "cpus_per_worker"})
     facts = {"nodes": list(nodes.facts.values()), "pairs": pairs, "cluster": cluster}
     return facts | {"findings": find(facts)}
 

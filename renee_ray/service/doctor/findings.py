@@ -136,7 +136,7 @@ def _pair(pair: dict[str, Any]) -> Iterator[Found]:
                f"{pair['nodes'][1 - i]}: {answers[i]['blocked']}",
                "open all TCP ports between the nodes in firewall and security group")  # fmt: skip
     errors = [answer["error"] for answer in answers if "error" in answer]
-    where = " and ".join(pair["nodes"])
+    where = " and ".join(dict.fromkeys(pair["nodes"]))
     if errors and not blocked:
         yield ("collectives", "error", where, f"{backend} fails: {errors[0]}",
                f"set {backend.upper()}_SOCKET_IFNAME to the network interface between them, and "
