@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 import click
-from rich.console import Group
-from rich.table import Column, Table
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
@@ -62,19 +63,14 @@ def doctor_text(facts: dict[str, Any]) -> Group:
         for url, found in each["storage"].items():
             for step in ("write", "read"):
                 if (seconds := found.get(f"{step}_s")) is not None:
-                    measured.add_row(_text(f"{step} {url}"), each["node"], f"{seconds * 1e3:.1f}")
+                    measured.add_row(Text(f"{step} {url}"), each["node"], f"{seconds * 1e3:.1f}")
     for pair in facts["pairs"]:
         if (found := pair["answers"][0]).get("latency_s"):
             where = " and ".join(dict.fromkeys(pair["nodes"]))
             times = f"{found['latency_s'] * 1e3:.2f}", f"{found['bytes_per_s'] / 1e6:.0f}"
             measured.add_row(pair["backend"], where, *times)
-    wrong = Table("", "nodes", Column("what is wrong", ratio=3), Column("what to do", ratio=2))
+    parts: list[RenderableType] = [table for table in (nodes, measured) if table.row_count]
     for each in facts["findings"]:
-        where = ", ".join(each["nodes"])
-        wrong.add_row(each["level"], where, _text(each["problem"]), _text(each["remedy"]))
-    tables = [table for table in (nodes, measured, wrong) if table.row_count]
-    return Group(*tables, *([] if facts["findings"] else ["nothing is wrong"]))
-
-
-def _text(text: str) -> Text:
-    return Text(printable(text))
+        problem = f"{each['level']}: {', '.join(each['nodes'])}: {each['problem']}"
+        parts += [Text(printable(problem)), Padding(Text(each["remedy"]), (0, 0, 1, 4))]
+    return Group(*parts, *([] if facts["findings"] else ["nothing is wrong"]))

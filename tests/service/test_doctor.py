@@ -31,7 +31,7 @@ int clock_gettime(clockid_t clock, struct timespec *at) {
 """
 """A library that puts the clock of a process forward: hosts on one machine share its clock."""
 EPHEMERAL = "20000-60999"
-"""Ports that a rendezvous gets. A connection between two of them is blocked, and Ray's is not."""
+"""Ports that a rendezvous gets. What goes from one of them to another is dropped, Ray's is not."""
 BUCKET, SILENT_PORT, LIMIT_S = "s3://no-bucket", 9000, 45
 SILENT = f"""
 import socket, time
@@ -52,9 +52,11 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def faulty(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """A head with the only CPU; a host with another torch, a wrong clock and few open files, whose
-    connections are blocked; a host with a small /dev/shm, where `store` is read-only. Nobody
-    answers for BUCKET; on the last host, requests hang."""
+    """A head with the only CPU, and two hosts that do not reach each other.
+
+    The first has another torch and few open files. The other has a wrong clock and a small
+    /dev/shm; `store` is read-only there. Nobody answers for BUCKET; on the last host it hangs.
+    """
     other, shim = tmp_path / "other", tmp_path / "clock.so"
     metadata = other / "torch-2.0.1.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
@@ -63,10 +65,12 @@ def faulty(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     source.write_text(CLOCK)
     compile = ["cc", "-shared", "-fPIC", f"-DSKEW_S={SKEW_S}", "-o", str(shim), str(source)]
     subprocess.run(compile, check=True)
-    one = {
+    one = {"PYTHONPATH": f"{other}:{Path(__file__).parents[2]}"}
+    # With its clock, timed waits of the S3 client never end: so it is where they would not anyway.
+    two = {
         "LD_PRELOAD": str(shim),
         "RAY_LD_PRELOAD_ON_WORKERS": "1",
-        "PYTHONPATH": f"{other}:{Path(__file__).parents[2]}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{SILENT_PORT}",
     }
     mounts = (
         f"mount -t tmpfs -o size=64m tmpfs /dev/shm && mount --bind {store} {store} && "
@@ -81,8 +85,7 @@ def faulty(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         try:
             made.start(0)
             made.add(0, ("sh", "-c", 'ulimit -n 1024; exec "$@"', "sh"), one)
-            silent = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{SILENT_PORT}"}
-            made.add(0, ("sh", "-c", mounts, "sh"), silent)
+            made.add(0, ("sh", "-c", mounts, "sh"), two)
             ip(
                 "-n", made.hosts[1].name, "rule", "add", "to", made.hosts[2].address, "ipproto",
                 "tcp", "sport", EPHEMERAL, "dport", EPHEMERAL, "blackhole",
@@ -120,9 +123,10 @@ def test_each_planted_fault_is_named(
         ("storage", {head, one}, f"{BUCKET} cannot be written: AWS Error"),
         ("storage", {two}, f"{BUCKET} cannot be written: no answer within {LIMIT_S} s"),
         ("storage", {two}, f"{store} cannot be written: [Errno 30]"),
-        ("clock", {one}, f"its clock is {SKEW_S} s ahead"),
+        ("clock", {two}, f"its clock is {SKEW_S} s ahead"),
         ("shm_bytes", {two}, "/dev/shm has 64 MiB"),
         ("ports", {one}, f"it cannot connect to a port that listens on {two}"),
+        ("ports", {two}, f"it cannot connect to a port that listens on {one}: timed out"),
         ("open_files", {one}, "a process may open 1024 files"),
         ("cpus", {"cluster"}, "2 CPUs of 2 workers leave none of the cluster's 1"),
     ]

@@ -102,19 +102,19 @@ def examine_storage(url: str, marker: str) -> dict[str, Any]:
 
     Returns:
         seconds of what succeeded, and `error` of what did not; `sees_marker`, whether the file is
-        there that another node wrote, where that is known.
+        there that the first node wrote.
     """
     name, content = f"{PROBE_FILE}{uuid.uuid4().hex}", os.urandom(PROBE_BYTES)
     path, found = f"{url}/{name}", dict[str, Any]()
     try:
-        found["sees_marker"] = read_file(f"{url}/{marker}") is not None
         found["write_s"] = _seconds(lambda: write_file(path, content))
         try:
             found["read_s"] = _seconds(lambda: read_file(path))
         finally:
             remove(path)
+        found["sees_marker"] = read_file(f"{url}/{marker}") is not None
     except Exception as error:  # each filesystem has its own
-        found["error"] = reason(error).replace(f"/{name}", "")
+        found["error"] = reason(error).replace(name, f"{PROBE_FILE}*")
     return found
 
 
