@@ -72,5 +72,8 @@ def doctor_text(facts: dict[str, Any]) -> Group:
     parts: list[RenderableType] = [table for table in (nodes, measured) if table.row_count]
     for each in facts["findings"]:
         problem = f"{each['level']}: {', '.join(each['nodes'])}: {each['problem']}"
-        parts += [Text(printable(problem)), Padding(Text(each["remedy"]), (0, 0, 1, 4))]
+        parts += [
+            Text(printable(problem)),
+            Padding(Text(each["remedy"]), (0, 0, 1, 4), expand=False),
+        ]
     return Group(*parts, *([] if facts["findings"] else ["nothing is wrong"]))

@@ -63,7 +63,7 @@ def faulty(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0.1\n")
     source = tmp_path / "clock.c"
     source.write_text(CLOCK)
-    compile = ["cc", "-shared", "-fPIC", f"-DSKEW_S={SKEW_S}", "-o", str(shim), str(source)]
+    compile = ["cc", "-shared", "-fPIC", f"-DSKEW_S={SKEW_S}", "-o", str(shim), str(source), "-ldl"]
     subprocess.run(compile, check=True)
     one = {"PYTHONPATH": f"{other}:{Path(__file__).parents[2]}"}
     # With its clock, timed waits of the S3 client never end: so it is where they would not anyway.
