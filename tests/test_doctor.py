@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import io
 import itertools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from renee_ray.cli.doctor import doctor_text
@@ -18,6 +22,7 @@ from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.errors import ConfigError
 from renee_ray.service.doctor.doctor import rounds
 from renee_ray.service.doctor.findings import find
+from renee_ray.service.doctor.probes import examine_node
 
 URL = "s3://bucket/runs"
 VERSIONS = {"python": "3.11.9", "renee_ray": "0.1.0 (12345678)", "torch": "2.13.0"}
@@ -195,6 +200,22 @@ def text(facts: Facts, width: int) -> str:
     with Console(file=io.StringIO(), width=width) as console, console.capture() as captured:
         console.print(doctor_text(facts), highlight=False)
     return captured.get()
+
+
+def test_a_node_tells_its_gpus_and_what_torch_can_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf 'NVIDIA L4, 23034 MiB, 550.54.15\\n%.0s' 1 2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = examine_node()
+    assert found["gpus"] == [["NVIDIA L4", "23034 MiB"]] * 2
+    assert found["versions"]["driver"] == "550.54.15"
+    assert found["versions"]["CUDA"] == str(torch.version.cuda)
+    assert found["cuda_devices"] == torch.cuda.device_count()
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    assert found["shm_bytes"] == os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
 
 
 def test_storage_is_one_place_or_several() -> None:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import distributions
@@ -33,11 +32,12 @@ from renee_ray.machine import available_bytes, limit_bytes
 
 LIBRARIES = ("ray", "torch", "transformers", "pyarrow", "numpy")
 GPUS = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-CUDA = [sys.executable, "-c", "import torch; print(torch.version.cuda, torch.cuda.device_count())"]
+CUDA = "import torch; print(torch.version.cuda, torch.cuda.device_count())"
 PROBE_FILE = ".renee-ray-doctor-"
 PROBE_BYTES, LARGE_BYTES = 1 << 10, 16 << 20
 """Bytes of a file, and of the tensor that two ranks add up to measure their bandwidth."""
 REPEATS = 5
+DEVICES = {"gloo": "cpu", "nccl": "cuda"}
 CONNECT_S = 10.0
 """Seconds that a connection may take."""
 
@@ -55,7 +55,8 @@ def examine_node() -> dict[str, Any]:
     gpus, devices = [line.split(", ") for line in _output(GPUS)], "0"
     if gpus:
         versions["driver"] = gpus[0][2]
-        versions["CUDA"], devices = (_output(CUDA) or ["None 0"])[-1].split()
+        last = (_output([sys.executable, "-c", CUDA]) or ["None 0"])[-1]
+        versions["CUDA"], devices = last.split()
     disk = shutil.disk_usage(tempfile.gettempdir())
     return {
         "versions": versions,
@@ -74,9 +75,8 @@ def _output(command: list[str]) -> list[str]:
     """Returns the lines that a command prints that sees all GPUs; none if it fails."""
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     with suppress(OSError):
-        return subprocess.run(
-            command, capture_output=True, text=True, env=environment
-        ).stdout.splitlines()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return done.stdout.splitlines()
     return []
 
 
@@ -107,21 +107,20 @@ def examine_storage(url: str, marker: str) -> dict[str, Any]:
     name, content = f"{PROBE_FILE}{uuid.uuid4().hex}", os.urandom(PROBE_BYTES)
     path, found = f"{url}/{name}", dict[str, Any]()
     try:
-        found["write_s"] = _seconds(lambda: write_file(path, content))
+        start = time.perf_counter()
+        write_file(path, content)
+        found["write_s"] = time.perf_counter() - start
         try:
-            found["read_s"] = _seconds(lambda: read_file(path))
+            start = time.perf_counter()
+            if read_file(path) != content:
+                raise OSError("what is read is not what was written")
+            found["read_s"] = time.perf_counter() - start
         finally:
             remove(path)
         found["sees_marker"] = read_file(f"{url}/{marker}") is not None
     except Exception as error:  # each filesystem has its own
         found["error"] = reason(error).replace(name, f"{PROBE_FILE}*")
     return found
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def free_port() -> dict[str, Any]:
@@ -170,15 +169,15 @@ def exchange(
         timeout=timedelta(seconds=limit_s),
     )  # fmt: skip
     try:
-        times = []
+        best = []
         for elements in (1, LARGE_BYTES // 4):
-            tensor = torch.zeros(elements, device="cuda" if backend == "nccl" else "cpu")
-
-            def add(tensor: Any = tensor) -> None:
+            tensor, times = torch.zeros(elements, device=DEVICES[backend]), []
+            for _ in range(REPEATS):
+                start = time.perf_counter()
                 dist.all_reduce(tensor)
                 float(tensor[0])  # waits for a GPU
-
-            times.append(min(_seconds(add) for _ in range(REPEATS)))
+                times.append(time.perf_counter() - start)
+            best.append(min(times))
     finally:
         dist.destroy_process_group()
-    return {"latency_s": times[0], "bytes_per_s": LARGE_BYTES / times[1]}
+    return {"latency_s": best[0], "bytes_per_s": LARGE_BYTES / best[1]}
