@@ -126,7 +126,7 @@ class _Nodes:
         for pairs in rounds(self._able):
             on_progress("exchanging: " + ", ".join(f"{one} with {other}" for one, other in pairs))
             for backend in backends:
-                calls = {}
+                calls: dict[tuple[tuple[str, str], int], Any] = {}
                 for pair in pairs:
                     gpus = [self.facts[name]["ray_gpus"] for name in pair]
                     if backend == "nccl" and min(gpus) <= (pair[0] == pair[1]):
@@ -160,7 +160,8 @@ class _Nodes:
 
     def _answers(self, calls: dict[K, ObjectRef], limit_s: float) -> dict[K, dict[str, Any]]:
         """Returns what the calls return, {"error": reason} of one that fails or is late."""
-        end, found = time.monotonic() + limit_s, {}
+        found: dict[K, dict[str, Any]] = {}
+        end = time.monotonic() + limit_s
         for key, call in calls.items():
             try:
                 found[key] = ray.get(call, timeout=max(0.0, end - time.monotonic())) or {}

@@ -171,7 +171,8 @@ def exchange(
     try:
         best = []
         for elements in (1, LARGE_BYTES // 4):
-            tensor, times = torch.zeros(elements, device=DEVICES[backend]), []
+            tensor = torch.zeros(elements, device=DEVICES[backend])
+            times = []
             for _ in range(REPEATS):
                 start = time.perf_counter()
                 dist.all_reduce(tensor)
