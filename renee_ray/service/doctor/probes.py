@@ -119,7 +119,8 @@ def examine_storage(url: str, marker: str) -> dict[str, Any]:
             remove(path)
         found["sees_marker"] = read_file(f"{url}/{marker}") is not None
     except Exception as error:  # each filesystem has its own
-        found["error"] = reason(error).replace(name, f"{PROBE_FILE}*")
+        said, _, _ = reason(error).partition("; Details:")  # these differ between nodes
+        found["error"] = said.replace(name, f"{PROBE_FILE}*")
     return found
 
 
