@@ -12,15 +12,17 @@ import click
 
 from renee_ray.cli.common import PATH, ConfiguredCommand, count, json_option
 from renee_ray.cli.data import convert
+from renee_ray.cli.doctor import doctor
 from renee_ray.cli.output import progress, say
 from renee_ray.cli.score import evaluate, export, predict
 from renee_ray.cli.train import train
+from renee_ray.config.doctor import DoctorConfig
 from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
 from renee_ray.config.recipes import find_recipe
 from renee_ray.config.schema import RunConfig
 from renee_ray.signals import INTERRUPTED, at_signals
 
-JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, export)}
+JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, export, doctor)}
 """The commands that can run as jobs."""
 
 
@@ -105,6 +107,8 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
     }
     if isinstance(made, RunConfig):
         places = {"data": made.data, "output": made.output}
+    if isinstance(made, DoctorConfig):
+        places = {f"storage[{i}]": path for i, path in enumerate(made.storage)}
     check_shared(places)
     return None if path is None or find_recipe(path) else path
 

@@ -105,8 +105,10 @@ class Hosts:
         for _ in range(workers + 1):
             self.add()
 
-    def add(self) -> Host:
-        """One more host; the first is the head."""
+    def add(
+        self, cpus: int = 2, within: tuple[str, ...] = (), env: dict[str, str] | None = None
+    ) -> Host:
+        """One more host; the first is the head. `within` is a command that runs its raylet."""
         index = len(self.hosts)
         name, address = f"rr{self.number}h{index}", f"{NET.format(self.number)}.{index + 1}"
         veth = f"rr{self.number}v{index}"
@@ -120,13 +122,13 @@ class Hosts:
         ip("-n", name, "link", "set", "lo", "up")
         role = ["--head", f"--port={HEAD_PORT}", "--num-cpus=1", "--include-dashboard=false"]
         if index:
-            role = [f"--address={self.address}", "--num-cpus=2"]
+            role = [f"--address={self.address}", f"--num-cpus={cpus}"]
         out = self.directory / f"host{index}.out"
         host.raylet = host.run(
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role,
+            *within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role,
             f"--node-ip-address={address}", f"--object-store-memory={100 * 2**20}",
             f"--temp-dir={self.directory}", "--disable-usage-stats",
-            env=HEALTH, out=out,
+            env=HEALTH | (env or {}), out=out,
         )  # fmt: skip
         # One after the other: they choose the names of their sockets in one directory.
         limit = time.monotonic() + START_S

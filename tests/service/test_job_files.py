@@ -110,6 +110,7 @@ def test_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
         (("predict", "s3://b/r", "s3://b/d"), 2, "Missing argument 'DST'"),
         (("evaluate", "s3://b/r", "s3://k:s@b/d"), 1, "a URL with a password"),
         (("convert", "s3://b/r", "s3://b/d", "--josn"), 2, "No such option"),
+        (("doctor", "storage=[s3://b/r,data]"), 1, "storage[1]='data' is relative"),
         (("serve", "s3://b/r"), 2, "is not one of"),
         (("--env", "HF_TOKEN", "export", "s3://b/r", "s3://b/e"), 1, "looks like a secret"),
         (("--address", "head:6379", "export", "s3://b/r", "s3://b/e"), 1, "is no URL"),
