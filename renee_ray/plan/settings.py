@@ -10,7 +10,7 @@ follows from the manifest and the machine (`choose`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ SMALL, LARGE = 10_000, 1_000_000
 """Training points from which on a dataset is no longer small, and is large."""
 LONGEST = 128
 """Tokens of a text beyond which none is read."""
+ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
+"""Validation points from which on `evaluation.tail` is chosen by them, and among which values."""
 
 
-def choose(manifest: Manifest, gpus: int, cores: int) -> tuple[Layer, list[str]]:
+def choose(
+    manifest: Manifest, gpus: int, cores: int, given: Collection[str] = ()
+) -> tuple[Layer, list[str]]:
     """Chooses settings for a dataset.
 
     Args:
-        gpus: GPUs to train on; cores: CPU cores of this machine.
+        gpus: GPUs to train on; cores: CPU cores of this machine; given: keys that the user sets.
 
     Returns:
         (the settings, with the name of their recipe; a line for each choice, for people)
@@ -51,6 +55,8 @@ def choose(manifest: Manifest, gpus: int, cores: int) -> tuple[Layer, list[str]]
     )
     settings = read_yaml(name)
     for key, value, why in _fitted(manifest, points, gpus, cores, embeds):
+        if key in given or (key == "evaluation.tails" and "evaluation.tail" in given):
+            continue
         settings.add(key, value, f"the settings chosen for {points} points")
         lines.append(f"{key}={value}: {why}")
     return settings, lines
@@ -73,6 +79,8 @@ def _fitted(
         yield "classifier.precision", "auto", "a large classifier"
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
+    if (held_out := manifest.num_points("validation")) >= ENOUGH:
+        yield "evaluation.tails", TAILS, f"to be chosen by {held_out:,} validation points"
 
 
 def _has_transformer(name: str) -> bool:

@@ -74,12 +74,12 @@ class Validation:
     """The validation split, and what its scores are computed with.
 
     batches(): this rank's rows of it, once.
-    offset: added to the scores of own labels, float32 [n], or None.
+    offset(tail): added to the scores of own labels, float32 [n], or None.
     """
 
     batches: Callable[[], Iterable[Batch]]
     propensities: Propensities
-    offset: Tensor | None
+    offset: Callable[[float], Tensor | None]
 
 
 @dataclass
@@ -323,7 +323,8 @@ class Trainer:
         if self.validation is None:
             return {}
         encoder, shard, given = self.model.encoder, self.model.shard, self.validation
-        scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset)
+        tail = self.config.evaluation.tail
+        scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset(tail))
         batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
         metrics = evaluate(scorer, batches, given.propensities)
         self.state.evaluated(self.schedule.epochs_done(self.state.step), metrics)

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
 from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.history import History
+from renee_ray.service.train.tail import choose_tail
 from renee_ray.training.loop import Trainer, Validation
 from renee_ray.training.schedule import Schedule
 
@@ -52,6 +54,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         trainer.run(batches)
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
+        if not trainer.stopped:
+            choose_tail(trainer, WorkerChannel(arguments["channel"], trainer.ranks.rank))
     return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
 
 
@@ -195,7 +199,7 @@ class _Share:
             validation = Validation(
                 lambda: without_labels(self.scoring("validation"), hidden),
                 Propensities.read(self.dataset, owned, self.ranks),
-                prior_offset(counts, settings.tail, self.device, own),
+                partial(prior_offset, counts, device=self.device, hidden=own),
             )
 
         def on_checkpoint(metrics: dict[str, float]) -> None:
