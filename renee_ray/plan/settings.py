@@ -54,16 +54,14 @@ def choose(
         f"{'' if embeds else f' and no model in {manifest.tokenizer}'}"
     )
     settings = read_yaml(name)
-    for key, value, why in _fitted(manifest, points, gpus, cores, embeds):
-        if key in given or (key == "evaluation.tails" and "evaluation.tail" in given):
-            continue
+    for key, value, why in _fitted(manifest, points, gpus, cores, embeds, given):
         settings.add(key, value, f"the settings chosen for {points} points")
         lines.append(f"{key}={value}: {why}")
     return settings, lines
 
 
 def _fitted(
-    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool
+    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool, given: Collection[str]
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, reason) of what a recipe does not say of another dataset."""
     if embeds:
@@ -79,8 +77,8 @@ def _fitted(
         yield "classifier.precision", "auto", "a large classifier"
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
-    if (held_out := manifest.num_points("validation")) >= ENOUGH:
-        yield "evaluation.tails", TAILS, f"to be chosen by {held_out:,} validation points"
+    if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
+        yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
 
 
 def _has_transformer(name: str) -> bool:

@@ -25,6 +25,7 @@ and adds zero everywhere (0/0 := 0). Comparison with other evaluators: docs/metr
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,9 +38,16 @@ Floats = npt.NDArray[np.float64]
 
 KS = (1, 3, 5)
 RECALL_KS = (10, 100)
+BY_TAIL = ("P@1", "PSP@5", "recall@100")
+"""Their sum chooses the logit adjustment: the first place, rare labels, and the whole list."""
 
 # Rows of MetricSums.at_k.
 _HITS, _NDCG, _PS_HITS, _PS_BEST, _PSDCG_HITS, _PSDCG_BEST = range(6)
+
+
+def best_tail(table: Iterable[Mapping[str, float]]) -> float:
+    """Returns the "tail" of the row with the largest sum of BY_TAIL; of equal ones the least."""
+    return max(table, key=lambda row: (sum(row[name] for name in BY_TAIL), -row["tail"]))["tail"]
 
 
 def inverse_propensity(train_count: npt.ArrayLike, num_points: int, a: float, b: float) -> Floats:

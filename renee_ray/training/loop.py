@@ -31,6 +31,7 @@ from renee_ray.parallel.ahead import one_ahead
 from renee_ray.parallel.batch import Batch, Position
 from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.parallel.recorder import Recorder, gpu_memory
+from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
 from renee_ray.training.schedule import Schedule, warmup_cosine
 from renee_ray.training.step import Step, StepResult
@@ -322,13 +323,18 @@ class Trainer:
         """Scores the validation split; empty if there is none."""
         if self.validation is None:
             return {}
-        encoder, shard, given = self.model.encoder, self.model.shard, self.validation
-        tail = self.config.evaluation.tail
-        scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset(tail))
-        batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
-        metrics = evaluate(scorer, batches, given.propensities)
+        metrics = self.scored(self.validation, self.config.evaluation.tail)
         self.state.evaluated(self.schedule.epochs_done(self.state.step), metrics)
         return metrics
+
+    def scored(
+        self, given: Validation, tail: float, neighbours: Neighbours | None = None
+    ) -> dict[str, float]:
+        """Returns the metrics of the validation split under an adjustment, of all ranks' rows."""
+        encoder, shard, offset = self.model.encoder, self.model.shard, given.offset(tail)
+        scorer = Scorer(encoder, shard, self.ranks, self.device, offset, neighbours)
+        batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
+        return evaluate(scorer, batches, given.propensities)
 
 
 def _mixed(*numbers: int) -> int:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from renee_ray.cli.main import main
 from renee_ray.data.dataset import Dataset
-from renee_ray.scoring.tail import best_tail
+from renee_ray.scoring.metrics import best_tail
 
 from .conftest import RECIPE, TESTS
 
@@ -119,13 +119,13 @@ def test_a_run_is_taught_by_the_predictions_of_another(
     assert len(json.loads((Path(student) / "status.json").read_text())["ranks"]) == 2
 
     saved = json.loads((Path(student) / "run.json").read_text())
-    chosen = best_tail(saved["chosen_tail"]["table"])
-    row = {row["tail"]: row for row in saved["chosen_tail"]["table"]}[chosen]
+    rows = {row["tail"]: row for row in saved["tails"]["table"]}
+    chosen = best_tail(rows.values())
     assert saved["config"]["evaluation"]["tail"] == chosen != 2
     capsys.readouterr()
     assert main(["evaluate", student, dataset, "split=validation", "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
-    assert {name: row[name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
+    assert {name: rows[chosen][name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
 
     capsys.readouterr()
     assert main(["predict", student, dataset, str(tmp_path / "p"), "scores=probabilities"]) == 1

@@ -24,6 +24,8 @@ from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.rounds import Rounds
+from renee_ray.scoring.metrics import best_tail
+from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import (
     Propensities,
     prior_offset,
@@ -35,9 +37,8 @@ from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
 from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
 from renee_ray.service.preemption import requests
-from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.history import History
-from renee_ray.service.train.tail import choose_tail
 from renee_ray.training.loop import Trainer, Validation
 from renee_ray.training.schedule import Schedule
 
@@ -54,8 +55,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         trainer.run(batches)
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
-        if not trainer.stopped:
-            choose_tail(trainer, WorkerChannel(arguments["channel"], trainer.ranks.rank))
+        if trainer.config.evaluation.tails and not trainer.stopped:
+            _choose_tail(trainer, trainer.config)
     return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
 
 
@@ -237,6 +238,28 @@ def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
             f"the last checkpoint of {trainer.config.output}, of step {state.step}, cannot be "
             f"written; see the warnings, then give the same command again"
         )
+
+
+def _choose_tail(trainer: Trainer, config: RunConfig) -> None:
+    """Chooses the best of `evaluation.tails` by the best checkpoint, and writes it to run.json."""
+    model, ranks, settings = trainer.model, trainer.ranks, config.evaluation
+    directory, voters = RunDirectory(config.output), None
+    best = directory.checkpoint("best")
+    if best.state.step != trainer.state.step:
+        best.load_encoder(model.encoder)
+        best.load_shard(model.shard, momentum=False)
+    if settings.neighbours:
+        rows, length = settings.batch_size, config.encoder.max_length
+        points = scoring_feed(Dataset.without_check(config.data), "train", rows, length, ranks)
+        count, weight = settings.neighbours, settings.neighbour_weight
+        voters = Neighbours.embed(model.encoder, points, ranks, trainer.device, count, weight)
+    assert trainer.validation is not None, "checked before the run began"
+    given = trainer.validation
+    table = [{"tail": tail, **trainer.scored(given, tail, voters)} for tail in settings.tails]
+    if ranks.rank == 0:
+        saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table)
+        saved["config"]["evaluation"]["tail"] = chosen
+        directory.write(RUN_FILE, saved | {"tails": {"checkpoint": best.name, "table": table}})
 
 
 def _same_dataset(path: str, manifest_hash: str) -> Dataset:
