@@ -323,16 +323,15 @@ class Trainer:
         """Scores the validation split; empty if there is none."""
         if self.validation is None:
             return {}
-        metrics = self.scored(self.validation, self.config.evaluation.tail)
+        metrics = self.scored(self.config.evaluation.tail)
         self.state.evaluated(self.schedule.epochs_done(self.state.step), metrics)
         return metrics
 
-    def scored(
-        self, given: Validation, tail: float, neighbours: Neighbours | None = None
-    ) -> dict[str, float]:
-        """Returns the metrics of the validation split under an adjustment, of all ranks' rows."""
-        encoder, shard, offset = self.model.encoder, self.model.shard, given.offset(tail)
-        scorer = Scorer(encoder, shard, self.ranks, self.device, offset, neighbours)
+    def scored(self, tail: float, neighbours: Neighbours | None = None) -> dict[str, float]:
+        """Returns the metrics of the validation split, which there must be, under an adjustment."""
+        encoder, shard, given = self.model.encoder, self.model.shard, self.validation
+        assert given is not None
+        scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset(tail), neighbours)
         batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
         return evaluate(scorer, batches, given.propensities)
 

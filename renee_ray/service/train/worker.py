@@ -26,12 +26,7 @@ from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.rounds import Rounds
 from renee_ray.scoring.metrics import best_tail
 from renee_ray.scoring.neighbours import Neighbours
-from renee_ray.scoring.scorer import (
-    Propensities,
-    prior_offset,
-    read_counts,
-    without_labels,
-)
+from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts, without_labels
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
@@ -245,17 +240,15 @@ def _choose_tail(trainer: Trainer, config: RunConfig) -> None:
     model, ranks, settings = trainer.model, trainer.ranks, config.evaluation
     directory, voters = RunDirectory(config.output), None
     best = directory.checkpoint("best")
-    if best.state.step != trainer.state.step:
-        best.load_encoder(model.encoder)
-        best.load_shard(model.shard, momentum=False)
+    best.load_encoder(model.encoder)
+    best.load_shard(model.shard, momentum=False)
     if settings.neighbours:
         rows, length = settings.batch_size, config.encoder.max_length
         points = scoring_feed(Dataset.without_check(config.data), "train", rows, length, ranks)
+        points = trainer.recorder.each(points, "evaluation_data", "evaluation")
         count, weight = settings.neighbours, settings.neighbour_weight
         voters = Neighbours.embed(model.encoder, points, ranks, trainer.device, count, weight)
-    assert trainer.validation is not None, "checked before the run began"
-    given = trainer.validation
-    table = [{"tail": tail, **trainer.scored(given, tail, voters)} for tail in settings.tails]
+    table = [{"tail": tail, **trainer.scored(tail, voters)} for tail in settings.tails]
     if ranks.rank == 0:
         saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table)
         saved["config"]["evaluation"]["tail"] = chosen
