@@ -119,6 +119,7 @@ def test_a_run_is_taught_by_the_predictions_of_another(
     assert len(json.loads((Path(student) / "status.json").read_text())["ranks"]) == 2
 
     saved = json.loads((Path(student) / "run.json").read_text())
+    assert "the best for the validation points" in capsys.readouterr().err
     rows = {row["tail"]: row for row in saved["tails"]["table"]}
     chosen = best_tail(rows.values())
     assert saved["config"]["evaluation"]["tail"] == chosen != 2

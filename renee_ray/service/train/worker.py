@@ -51,7 +51,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
         if trainer.config.evaluation.tails and not trainer.stopped:
-            _choose_tail(trainer, trainer.config)
+            channel = WorkerChannel(arguments["channel"], trainer.ranks.rank)
+            _choose_tail(trainer, trainer.config, channel)
     return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
 
 
@@ -235,7 +236,7 @@ def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
         )
 
 
-def _choose_tail(trainer: Trainer, config: RunConfig) -> None:
+def _choose_tail(trainer: Trainer, config: RunConfig, channel: WorkerChannel) -> None:
     """Chooses the best of `evaluation.tails` by the best checkpoint, and writes it to run.json."""
     model, ranks, settings = trainer.model, trainer.ranks, config.evaluation
     directory, voters = RunDirectory(config.output), None
@@ -253,6 +254,7 @@ def _choose_tail(trainer: Trainer, config: RunConfig) -> None:
         saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table)
         saved["config"]["evaluation"]["tail"] = chosen
         directory.write(RUN_FILE, saved | {"tails": {"checkpoint": best.name, "table": table}})
+        channel.say(f"evaluation.tail={chosen}, the best for the validation points")
 
 
 def _same_dataset(path: str, manifest_hash: str) -> Dataset:
