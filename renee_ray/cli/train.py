@@ -78,13 +78,14 @@ def automatic(given: Layer) -> RunConfig:
     from renee_ray.plan.settings import choose
     from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
-    if RunDirectory(absolute(wanted.output)).read(RUN_FILE) is not None:
-        return wanted  # it goes on with the settings that it has
+    directory = RunDirectory(absolute(wanted.output))
+    if directory.read(RUN_FILE) is not None:  # it goes on with the settings that it has
+        return make_config(RunConfig, directory.config().model_dump(), given)
     import torch
 
     gpus = 0 if wanted.use_gpu == "no" else torch.cuda.device_count()
     cores = len(os.sched_getaffinity(0))
-    settings, lines = choose(Dataset.open(wanted.data).manifest, gpus, cores)
+    settings, lines = choose(Dataset.open(wanted.data).manifest, gpus, cores, given.places)
     for line in lines:
         say(line)
     return make_config(RunConfig, settings, given)

@@ -10,7 +10,7 @@ follows from the manifest and the machine (`choose`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ SMALL, LARGE = 10_000, 1_000_000
 """Training points from which on a dataset is no longer small, and is large."""
 LONGEST = 128
 """Tokens of a text beyond which none is read."""
+ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
+"""Validation points from which on `evaluation.tail` is chosen by them, and among which values."""
 
 
-def choose(manifest: Manifest, gpus: int, cores: int) -> tuple[Layer, list[str]]:
+def choose(
+    manifest: Manifest, gpus: int, cores: int, given: Collection[str] = ()
+) -> tuple[Layer, list[str]]:
     """Chooses settings for a dataset.
 
     Args:
-        gpus: GPUs to train on; cores: CPU cores of this machine.
+        gpus: GPUs to train on; cores: CPU cores of this machine; given: keys that the user sets.
 
     Returns:
         (the settings, with the name of their recipe; a line for each choice, for people)
@@ -50,14 +54,14 @@ def choose(manifest: Manifest, gpus: int, cores: int) -> tuple[Layer, list[str]]
         f"{'' if embeds else f' and no model in {manifest.tokenizer}'}"
     )
     settings = read_yaml(name)
-    for key, value, why in _fitted(manifest, points, gpus, cores, embeds):
+    for key, value, why in _fitted(manifest, points, gpus, cores, embeds, given):
         settings.add(key, value, f"the settings chosen for {points} points")
         lines.append(f"{key}={value}: {why}")
     return settings, lines
 
 
 def _fitted(
-    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool
+    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool, given: Collection[str]
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, reason) of what a recipe does not say of another dataset."""
     if embeds:
@@ -73,6 +77,8 @@ def _fitted(
         yield "classifier.precision", "auto", "a large classifier"
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
+    if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
+        yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
 
 
 def _has_transformer(name: str) -> bool:

@@ -23,6 +23,7 @@ and adds zero everywhere (0/0 := 0). Comparison with other evaluators: docs/metr
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,8 @@ KS = (1, 3, 5)
 RECALL_KS = (10, 100)
 MOST = 100
 """Predictions that the metrics need."""
+BY_TAIL = ("P@1", "PSP@5", "recall@100")
+"""Their sum chooses the logit adjustment: the first place, rare labels, and the whole list."""
 
 CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">100": (101, 2**62)}
 """Labels by their number of training points."""
@@ -46,6 +49,11 @@ CLASS_K = 5
 
 # Rows of PointTerms.at_k.
 _HITS, _NDCG, _PS_HITS, _PS_BEST, _PSDCG_HITS, _PSDCG_BEST = range(6)
+
+
+def best_tail(table: Iterable[Mapping[str, float]]) -> float:
+    """Returns the "tail" of the row with the largest sum of BY_TAIL; of equal ones the least."""
+    return max(table, key=lambda row: (sum(row[name] for name in BY_TAIL), -row["tail"]))["tail"]
 
 
 def inverse_propensity(train_count: npt.ArrayLike, num_points: int, a: float, b: float) -> Floats:

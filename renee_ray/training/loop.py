@@ -31,6 +31,8 @@ from renee_ray.parallel.batch import Batch, Position
 from renee_ray.parallel.collectives import Ranks, all_sum
 from renee_ray.parallel.recorder import Recorder, gpu_memory
 from renee_ray.parallel.threads import one_ahead
+from renee_ray.scoring.metrics import MetricSums
+from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
 from renee_ray.training.schedule import Schedule, warmup_cosine
 from renee_ray.training.step import Step, StepResult
@@ -67,12 +69,12 @@ class Validation:
     """The validation split, and what its scores are computed with.
 
     batches(): this rank's rows of it, once.
-    offset: added to the scores of own labels, float32 [n], or None.
+    offset(tail): added to the scores of own labels, float32 [n], or None.
     """
 
     batches: Callable[[], Iterable[Batch]]
     propensities: Propensities
-    offset: Tensor | None
+    offset: Callable[[float], Tensor | None]
 
 
 @dataclass
@@ -274,14 +276,19 @@ class Trainer:
         """Scores the validation split; empty if there is none."""
         if self.validation is None:
             return {}
-        encoder, shard, given = self.model.encoder, self.model.shard, self.validation
-        scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset)
-        batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
-        sums = evaluate(scorer, batches, given.propensities)
+        sums = self.scored(self.config.evaluation.tail)
         metrics = sums.metrics()
         others = {"points": sums.points, "by_frequency": sums.by_frequency()}
         self.state.evaluated(self.schedule.epochs_done(self.state.step), metrics, others)
         return metrics
+
+    def scored(self, tail: float, neighbours: Neighbours | None = None) -> MetricSums:
+        """Returns the sums of metrics of the validation split, which there must be, for a tail."""
+        encoder, shard, given = self.model.encoder, self.model.shard, self.validation
+        assert given is not None
+        scorer = Scorer(encoder, shard, self.ranks, self.device, given.offset(tail), neighbours)
+        batches = self.recorder.each(given.batches(), "evaluation_data", "evaluation")
+        return evaluate(scorer, batches, given.propensities)
 
 
 def _mixed(*numbers: int) -> int:

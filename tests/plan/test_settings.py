@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from renee_ray.cli.main import main
-from renee_ray.config.overrides import make_config
+from renee_ray.cli.train import automatic
+from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, Part
-from renee_ray.plan.settings import LARGE, SMALL, choose
+from renee_ray.plan.settings import ENOUGH, LARGE, SMALL, TAILS, choose
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
 from ..data.tiny import write_tiny
 
@@ -52,6 +54,7 @@ def test_the_recipe_follows_from_points_gpus_and_model(
     assert config.batch_size == (1024 if points == LARGE else read(recipe, "batch_size"))
     assert bool(config.evaluation.neighbours) == (points < LARGE and bool(tokenizer))
     assert config.feed.augment > 0
+    assert not config.evaluation.tails, "the tiny dataset has a few validation points"
     bare, _ = choose(replace(manifest, has_label_texts=False), gpus, 1)
     config = make_config(RunConfig, bare, {"data": "d", "output": "o"})
     assert config.feed.augment == 0 and config.num_workers == (gpus or 1)
@@ -67,3 +70,22 @@ def test_a_run_needs_data_and_output(capsys: pytest.CaptureFixture[str]) -> None
     for given, missing in (["data=d"], "output"), (["output=o"], "data"), ([], "data"):
         assert main(["train", *given]) == 1
         assert f"lacks '{missing}'" in capsys.readouterr().err
+
+
+def test_the_adjustment_is_chosen_where_validation_points_are_enough(dataset: Dataset) -> None:
+    def chosen(points: int, *given: str) -> object:
+        part = Part("validation/part-00000.parquet", points, 0, points, "0" * 64)
+        splits: dict[str, Any] = {**dataset.manifest.splits, "validation": (part,)}
+        settings, _ = choose(replace(dataset.manifest, splits=splits), 0, 2, given)
+        return settings["evaluation"].get("tails")
+
+    assert chosen(ENOUGH) == TAILS and chosen(ENOUGH - 1) is None
+    assert chosen(ENOUGH, "evaluation.tail") is None
+
+
+def test_a_run_that_began_by_itself_goes_on_with_the_settings_it_has(dataset: Dataset) -> None:
+    given = parse_overrides([f"data={dataset.path}", f"output={dataset.path}-run", "seed=3"])
+    first = automatic(given)
+    RunDirectory(first.output).write(RUN_FILE, {"config": first.model_dump(), "dataset": {}})
+    again = automatic(parse_overrides([f"data={dataset.path}", f"output={first.output}"]))
+    assert again == first and again.evaluation.every == 4 and again.seed == 3

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from renee_ray.cli.main import main
 from renee_ray.data.dataset import Dataset
+from renee_ray.scoring.metrics import best_tail
 
 from .conftest import RECIPE, TESTS
 
@@ -109,12 +110,23 @@ def test_a_run_is_taught_by_the_predictions_of_another(
 
     feed = {"streams": 1, "targets": taught, "targets_weight": 0.5, "augment": 0.5}
     classifier = {**RECIPE["classifier"], "objective": "softmax", "init": "normal"}
-    settings = {"epochs": 1, "feed": feed, "classifier": classifier}
+    evaluation = {"tails": [0, 0.4, 2], "neighbours": 5, "every": 0.5}
+    settings = {"epochs": 1, "feed": feed, "classifier": classifier, "evaluation": evaluation}
     student, command = trained_bag(tmp_path, dataset, **settings)
     steps = json.loads((Path(student) / "history.json").read_text())["steps"]
     losses = [step["loss"] for step in steps]
     assert len(losses) > 5 and min(losses[1:]) < losses[0] and np.isfinite(losses).all()
     assert len(json.loads((Path(student) / "status.json").read_text())["ranks"]) == 2
+
+    saved = json.loads((Path(student) / "run.json").read_text())
+    assert "the best for the validation points" in capsys.readouterr().err
+    rows = {row["tail"]: row for row in saved["tails"]["table"]}
+    chosen = best_tail(rows.values())
+    assert saved["config"]["evaluation"]["tail"] == chosen != 2
+    capsys.readouterr()
+    assert main(["evaluate", student, dataset, "split=validation", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert {name: rows[chosen][name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
 
     capsys.readouterr()
     assert main(["predict", student, dataset, str(tmp_path / "p"), "scores=probabilities"]) == 1

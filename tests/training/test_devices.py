@@ -72,7 +72,7 @@ class Run:
         owned = LabelRange(0, LABELS, LABELS)
         validation = Validation(
             lambda: [batch_of(100)], Propensities(torch.ones(LABELS).double(), owned, Ranks()),
-            torch.zeros(LABELS, device=self.device),
+            lambda tail: torch.zeros(LABELS, device=self.device),
         )  # fmt: skip
         self.trainer = Trainer(
             self.config, self.model, Ranks(), self.device, Schedule((STEPS,), 1.0, SAVED),

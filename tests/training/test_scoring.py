@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.model.model import Model
 from renee_ray.parallel.batch import Batch, Position, Ragged
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.scoring.metrics import inverse_propensity
+from renee_ray.scoring.metrics import best_tail, inverse_propensity
 from renee_ray.scoring.scorer import (
     Propensities,
     Scorer,
@@ -20,6 +25,8 @@ from renee_ray.scoring.scorer import (
     prior_offset,
     without_labels,
 )
+from renee_ray.training.loop import Trainer, Validation
+from renee_ray.training.schedule import Schedule
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -34,7 +41,7 @@ SIZES = (7, 1, 2, 6)  # of the global batches; some leave a rank without rows
 
 
 class Sum(nn.Module):
-    dim = DIM
+    dim, autocast = DIM, None
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,6 +186,59 @@ def test_hidden_labels_count_as_if_there_were_none(num_ranks: int) -> None:
         found = {name: float(v) for name, v in result.items()}
         assert found == pytest.approx(wanted, abs=1e-9)
         assert found != pytest.approx(expected(dense()), abs=1e-3)
+
+
+TAILS = (0.0, 0.2, 0.5, 1.5)
+COUNTS = np.random.default_rng(8).integers(0, 400, LABELS)
+
+
+def score_by_tail(ranks: Ranks) -> dict[str, torch.Tensor]:
+    encoder = Sum()
+    shard = scorer_of(encoder, ranks).shard
+    own, owned = slice(shard.owned.start, shard.owned.stop), shard.owned
+    given = Validation(
+        lambda: iter(batches_of(ranks)),
+        Propensities(torch.from_numpy(inverse()[own]), owned, ranks),
+        partial(prior_offset, COUNTS[own], device=CPU),
+    )
+    trainer = Trainer(
+        make_config(RunConfig, {"data": "d", "output": "o"}), Model(encoder, shard), ranks, CPU,
+        Schedule((1,), 1.0, 0), given, lambda record: None, lambda metrics: None,
+    )  # fmt: skip
+    return {
+        f"{tail} {name}": torch.tensor(value, dtype=torch.float64)
+        for tail in TAILS
+        for name, value in trainer.scored(tail).items()
+    }
+
+
+def ranked(tail: float) -> list[list[int]]:
+    """All labels of each point by adjusted scores in float64, as `dense` has them without."""
+    vectors, rows = Sum().tokens.weight.detach().double(), []
+    for tokens, _, gone in [point for batch in points() for point in batch]:
+        logits = (weight().double() @ vectors[tokens].sum(0)).tolist()
+        adjusted = [z - tail * math.log(max(n, 1)) for z, n in zip(logits, COUNTS, strict=True)]
+        best = [i for i in sorted(range(LABELS), key=lambda i: -adjusted[i]) if i not in gone]
+        rows.append(best + [-1] * (LABELS - len(best)))
+    return rows
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_metrics_of_each_adjustment_equal_brute_force(num_ranks: int) -> None:
+    results = [score_by_tail(Ranks())] if num_ranks == 1 else on_ranks(num_ranks, score_by_tail)
+    wanted = {f"{t} {n}": v for t in TAILS for n, v in expected(ranked(t)).items()}
+    for result in results:
+        found = {name: float(value) for name, value in result.items() if name in wanted}
+        assert len(found) == len(TAILS) * 13, "brute_force has recall@10 alone of both"
+        assert found == pytest.approx({name: wanted[name] for name in found}, abs=1e-9)
+    assert len({wanted[f"{tail} PSP@5"] for tail in TAILS}) == len(TAILS)
+
+
+def test_the_chosen_tail_is_the_least_of_those_with_the_largest_sum() -> None:
+    names = ("P@1", "PSP@5", "recall@100")
+    values = {0.0: (40, 30, 80), 0.3: (42, 33, 81), 0.1: (41, 34, 81), 0.6: (43, 39, 73)}
+    table = [{"tail": t, **dict(zip(names, row, strict=True))} for t, row in values.items()]
+    assert best_tail(table) == 0.1
 
 
 @pytest.mark.parametrize("device", DEVICES)

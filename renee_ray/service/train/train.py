@@ -156,6 +156,11 @@ def check(config: RunConfig, dataset: Dataset) -> None:
     manifest = dataset.manifest
     if not manifest.num_points("train"):
         raise ReneeError(f"{dataset.path} has no training points; convert one that has")
+    if config.evaluation.tails and not manifest.num_points("validation"):
+        raise ReneeError(
+            f"evaluation.tails are compared on validation points, and {dataset.path} has none; "
+            f"leave evaluation.tails out, or convert it with validation=0.1"
+        )
     name = config.encoder.name
     if name != NO_TRANSFORMER and load_tokenizer(name).hash != manifest.vocabulary_hash:
         raise ReneeError(

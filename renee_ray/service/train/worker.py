@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,15 @@ from renee_ray.model.model import Model, build_model
 from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.rounds import Rounds
-from renee_ray.scoring.scorer import (
-    Propensities,
-    prior_offset,
-    read_counts,
-    without_labels,
-)
+from renee_ray.scoring.metrics import best_tail
+from renee_ray.scoring.neighbours import Neighbours
+from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts, without_labels
 from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
 from renee_ray.service.preemption import requests
-from renee_ray.service.run.directory import RunDirectory
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.history import History
 from renee_ray.training.loop import Trainer, Validation
 from renee_ray.training.schedule import Schedule
@@ -52,6 +50,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         trainer.run(batches)
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
+        if trainer.config.evaluation.tails and not trainer.stopped:
+            _choose_tail(trainer, trainer.config, arguments["channel"])
     return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
 
 
@@ -186,7 +186,7 @@ class _Share:
             validation = Validation(
                 lambda: without_labels(self.scoring("validation"), hidden),
                 Propensities.read(self.dataset, owned, self.ranks),
-                prior_offset(counts, settings.tail, self.device, own),
+                partial(prior_offset, counts, device=self.device, hidden=own),
             )
 
         def on_checkpoint(metrics: dict[str, float]) -> None:
@@ -222,6 +222,27 @@ def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
             f"the last checkpoint of {trainer.config.output}, of step {state.step}, cannot be "
             f"written; see the warnings, then give the same command again"
         )
+
+
+def _choose_tail(trainer: Trainer, config: RunConfig, channel: DriverChannel) -> None:
+    """Chooses the best of `evaluation.tails` by the best checkpoint, and writes it to run.json."""
+    model, ranks, settings = trainer.model, trainer.ranks, config.evaluation
+    directory, voters = RunDirectory(config.output), None
+    best = directory.checkpoint("best")
+    best.load_encoder(model.encoder)
+    best.load_shard(model.shard, momentum=False)
+    if settings.neighbours:
+        rows, length = settings.batch_size, config.encoder.max_length
+        points = scoring_feed(Dataset.without_check(config.data), "train", rows, length, ranks)
+        points = trainer.recorder.each(points, "evaluation_data", "evaluation")
+        count, weight = settings.neighbours, settings.neighbour_weight
+        voters = Neighbours.embed(model.encoder, points, ranks, trainer.device, count, weight)
+    table = [{"tail": tail, **trainer.scored(tail, voters).metrics()} for tail in settings.tails]
+    if ranks.rank == 0:
+        saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table)
+        saved["config"]["evaluation"]["tail"] = chosen
+        directory.write(RUN_FILE, saved | {"tails": {"checkpoint": best.name, "table": table}})
+        channel.say(f"evaluation.tail={chosen}, the best for the validation points")
 
 
 def _same_dataset(path: str, manifest_hash: str) -> Dataset:
