@@ -162,7 +162,7 @@ def _tables(windows: Sequence[Window], start: Position, run: str, rank: int) -> 
     context.enable_progress_bars = False
     # Ray Data's own error would not carry what was raised out of another process.
     context.raise_original_map_exception = True
-    rows = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
-        reading(windows, start, run, rank), batch_size=None, num_cpus=READ_CPUS
-    )
+    # `ray.data.range` would need a task more for each window, which waits for a whole CPU.
+    ids = ray.data.from_arrow([pa.table({"id": [index]}) for index in range(len(windows))])
+    rows = ids.map_batches(reading(windows, start, run, rank), batch_size=None, num_cpus=READ_CPUS)
     return list(rows.iter_batches(batch_size=None, batch_format="pyarrow"))

@@ -23,13 +23,18 @@ import pytest
 import ray
 import yaml
 
+from renee_ray.cli.main import main
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.service.cluster import ensure_ray
 
 SOURCE = Path(__file__).parents[2] / "renee_ray" / "examples" / "LF-DebianPerl-2K.tar.gz"
 POINTS, TESTS, LABELS = 320, 120, 800
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # by default a job's end is seen 2 s late
+}
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -130,9 +135,9 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: st
     return found
 
 
-def stop(process: subprocess.Popen[str], path: str) -> Run:
+def stop(process: subprocess.Popen[str], path: str, number: int = signal.SIGINT) -> Run:
     """Tells a run to end, as one of LONGER must be; what it has come to, without a result."""
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     command = finish(process)
     assert command.status == 130, command.stderr
     return run_so_far(path, command)
@@ -366,24 +371,31 @@ LONGER = ["epochs=1000", "warmup=0", "evaluation.every=8"]
 """Of a run that does not end before its test has seen what it waits for, however fast steps are."""
 ENOUGH = 192
 """Steps of the run of LONGER that others are compared with."""
+PROCESSES = "processes.txt"
 
 
 @pytest.fixture(scope="session")
 def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An undisturbed run of RECIPE with LONGER, of ENOUGH steps, by one worker."""
+    """An undisturbed run of RECIPE with LONGER, of ENOUGH steps, by one worker.
+
+    It is told to end by SIGTERM. PROCESSES has the command lines of what ran below it.
+    """
 
     def make(folder: Path) -> None:
         path = str(folder / "longer")
         settings = f"data={dataset}", f"output={path}", "checkpoint.every_steps=0", "num_workers=1"
-        process = start("train", recipe, *settings, *LONGER)
+        process = start("train", recipe, *settings, *LONGER, "checkpoint.grace_s=120", "--json")
         try:
             until(lambda: (status_of(path).get("step") or 0) >= ENOUGH, process, "enough steps")
-            stop(process, path)
+            (folder / PROCESSES).write_text("\n".join(descendants(process.pid).values()))
+            stopped = stop(process, path, signal.SIGTERM).command
         finally:
             end(process)
+        (folder / "command.json").write_text(json.dumps(asdict(stopped)))
 
-    path = once(tmp_path_factory, "longer", make) / "longer"
-    return run_so_far(str(path), Command(130, "", ""))
+    folder = once(tmp_path_factory, "longer", make)
+    command = Command(**json.loads((folder / "command.json").read_text()))
+    return run_so_far(str(folder / "longer"), command)
 
 
 RAW_K = 121
@@ -402,7 +414,9 @@ def raw_predictions(trained: Run, source: Path, tmp_path_factory: pytest.TempPat
         pq.write_table(table.slice(0, 40), folder / "texts" / "a.parquet", row_group_size=16)
         pq.write_table(table.slice(40), folder / "texts" / "b.parquet")
         arguments = str(folder / "texts"), str(folder / "predictions"), f"k={RAW_K}", "texts=true"
-        done = renee_ray("predict", trained.path, *arguments, "num_workers=1")
-        assert done.status == 0, done.stderr
+        running = ray.is_initialized()
+        assert main(["predict", trained.path, *arguments, "num_workers=1"]) == 0
+        if not running:
+            ray.shutdown()
 
     return once(tmp_path_factory, "raw", make) / "predictions"

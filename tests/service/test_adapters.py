@@ -74,6 +74,7 @@ def test_a_decoder_with_adapters_trains_resumes_and_is_exported(
         "lora": {"rank": 4, "dropout": 0.1},
     }  # fmt: skip
     recipe = {**RECIPE, "encoder": encoder, "data": dataset, "output": run, "epochs": 1}
+    recipe["num_workers"] = 1  # of others: tests/training/test_adapters.py
     config.write_text(yaml.safe_dump(recipe))
     assert main(["train", str(config)]) == 0
     newest = Checkpoints(run).newest()

@@ -11,7 +11,7 @@ import pytest
 from renee_ray.cli.main import main
 
 from ..data.tiny import write_tiny
-from .conftest import Run, renee_ray
+from .conftest import Run
 from .test_fuse import Rows, write
 
 
@@ -70,15 +70,14 @@ def test_what_cannot_be_compared(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_runs_are_predicted_and_their_settings_told(
-    trained: Run, trained_longer: Run, tmp_path: Path
+    trained: Run, trained_longer: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    done = renee_ray(
-        "compare", trained.path, trained_longer.path, f"output={out}", "num_workers=1", "--json"
-    )
-    assert done.status == 0, done.stderr
-    found = json.loads(done.stdout)
+    arguments = trained.path, trained_longer.path, f"output={out}", "num_workers=1"
+    assert main(["compare", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["settings"]["epochs"][0] != found["settings"]["epochs"][1]
     assert len(found["metrics"]["P@1"]) == 2
     names = sorted(each.name for each in (out / "predictions").iterdir())

@@ -33,7 +33,7 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
 
         config = RunConfig.model_validate(arguments["config"])
         dataset: Dataset = arguments["dataset"]
-        ranks = Ranks.of_process_group()
+        ranks = Ranks() if config.num_workers == 1 else Ranks.of_process_group()
         committed = Path(folder, "committed")
         done = int(committed.read_text()) if committed.exists() else 0
         epochs = training_orders(config, dataset)
@@ -81,7 +81,9 @@ def test_each_row_once_after_a_kill_and_with_other_numbers_of_workers(
             "config": config.model_dump(), "dataset": opened, "run": run, "kill": kill,
             "stop": total if share == 1 else int(total * share),
         }  # fmt: skip
-        assert launch(reader(str(notes)), arguments, config, use_gpu=False) == arguments["stop"]
+        read = reader(str(notes))
+        done = read(arguments) if workers == 1 else launch(read, arguments, config, use_gpu=False)
+        assert done == arguments["stop"]
     assert {path.name for path in notes.glob("killed-*")} == {"killed-1"}
 
     seen: list[Counter[int]] = [Counter() for _ in range(EPOCHS)]

@@ -8,15 +8,17 @@ import json
 import pytest
 from rich.console import Console
 
+from renee_ray.cli.main import main
 from renee_ray.report.plan import expectation_text
-from tests.service.conftest import LABELS, Run, renee_ray
+from tests.service.conftest import LABELS, Run
 
 
 @pytest.mark.slow
-def test_a_run_is_compared_with_a_recipe(trained: Run) -> None:
-    command = renee_ray("expect", trained.path, "num_workers=1", "--recipe", "debian-bag", "--json")
-    assert command.status == 0, command.stderr
-    found = json.loads(command.stdout)
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_is_compared_with_a_recipe(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "num_workers=1", "--recipe", "debian-bag", "--json"
+    assert main(["expect", trained.path, *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["split"] == "test" and set(found["expected"]) <= set(found["metrics"])
     unlike = {what: (own, theirs) for what, own, theirs in found["differences"]}
     assert unlike["labels"] == (LABELS, 40398)

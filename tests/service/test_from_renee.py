@@ -168,11 +168,10 @@ def dense_precisions(dense: dict[str, Any], dataset: Dataset) -> dict[str, float
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
 def test_an_imported_checkpoint_evaluates_as_the_dense_model(
-    dataset: Dataset, tiny_encoder: str, tmp_path: Path, local_ray: None, ranks: int
+    dataset: Dataset, tiny_encoder: str, tmp_path: Path, local_ray: None
 ) -> None:
-    released = tmp_path / "released"
+    released, ranks = tmp_path / "released", 2
     dense = write_checkpoint(released, tiny_encoder, dataset.manifest.num_labels, ranks)
     command, run = f"{FLAGS}{tiny_encoder} --data-dir LF-Tiny", str(tmp_path / "run")
     arguments = ["from-renee", command, "--checkpoint", str(released), f"output={run}"]

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from renee_ray.data.storage import replace_file
-from renee_ray.service.observe.watch import BEFORE_STEPS
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import (
     CLAIM,
@@ -32,6 +31,7 @@ from renee_ray.service.run.lease import (
 
 from .conftest import (
     LONGER,
+    PROCESSES,
     Run,
     descendants,
     end,
@@ -42,7 +42,6 @@ from .conftest import (
     start,
     status_of,
 )
-from .conftest import until as until_process
 from .gateway import BUCKET, Gateway
 from .test_train import (
     OTHER_ORDER,
@@ -298,88 +297,66 @@ def assert_gone(processes: dict[int, str]) -> None:
     until(lambda: not any(line in alive(pid) for pid, line in processes.items()))
 
 
-def told_to_end(command: list[str], path: str) -> Run:
-    """Goes on with a run, and is told to end by SIGTERM during training."""
-    began = time.time()
-    process = start(*command, "checkpoint.grace_s=120", "--json")
-
-    def heard() -> bool:
-        """Whether the driver was sent a heartbeat from a step, which precedes this file."""
-        status = status_of(path)
-        mine = status.get("launched_s", 0) > began and status["state"] == "running"
-        return mine and status["phase"] not in BEFORE_STEPS
-
-    try:
-        until_process(heard, process, "a step")
-        time.sleep(1)
-        below = " ".join(descendants(process.pid).values())
-        process.send_signal(signal.SIGTERM)
-        stopped = finish(process)
-    finally:
-        end(process)
+@pytest.mark.slow
+def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(trained_longer: Run) -> None:
+    """By SIGTERM, during training."""
+    path, stopped = trained_longer.path, trained_longer.command
+    below = Path(path).with_name(PROCESSES).read_text()
     assert "ray::TrainController" in below and "ray::_ChannelActor" in below
     assert not re.search("PlacementGroupCleaner|DatasetManager|_QueueActor", below), below
-    assert stopped.status == 130, stopped.stderr
     assert stopped.stdout == "" and "Traceback" not in stopped.stderr
-    run = run_so_far(path, stopped)
     assert f"stopped after step {newest_commit(path)}" in stopped.stderr
-    assert len(run.history["steps"]) == newest_commit(path)
-    assert status_of(path)["state"] == "stopped"
+    assert len(trained_longer.history["steps"]) == newest_commit(path)
+    assert status_of(path)["state"] == "stopped" and claims(path) == []
     assert '<p class="state">stopped;' in Path(path, "report.html").read_text()
-    return run
 
 
 @pytest.mark.slow
 def test_two_drivers_on_one_run(
     trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
-    """The second is refused while the first lives, until its claim is deleted or it is killed.
+    """One takes over from another that was killed, with other workers.
 
-    Each has another number of workers than the one before. The last is told to end, by SIGTERM.
+    A third is refused while it lives, until its claim is deleted.
     """
     path = str(tmp_path / "run")
     command = ["train", recipe, f"data={dataset}", f"output={path}", *LONGER]
-    first = start(*command, "num_workers=1")
+    killed = start(*command)
     try:
-        wait_for_commit(first, path, 5)
-        with paused(first.pid):
+        wait_for_commit(killed, path, 5)
+        orphans = descendants(killed.pid)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        assert len(claims(path)) == 1
+        until(lambda: not any("RayTrainWorker" in alive(pid) for pid in orphans))
+        step, killed_s = newest_commit(path), time.time()
+    finally:
+        end(killed)
+
+    second = start(*command, "num_workers=1")
+    try:
+        wait_for_commit(second, path, step + 5)
+        with paused(second.pid):
             refused = renee_ray(*command)
             assert refused.status == 1 and refused.stdout == ""
             sentence = refused.stderr.splitlines()[-1]
             assert f"is being trained by the driver on {socket.gethostname()}" in sentence
             (claim,) = claims(path)
-            assert f"(process {first.pid})" in sentence and f"delete {claim}" in sentence
+            assert f"(process {second.pid})" in sentence and f"delete {claim}" in sentence
             assert "Traceback" not in refused.stderr
-            assert first.poll() is None, first.communicate()
+            assert second.poll() is None, second.communicate()
 
-            family = descendants(first.pid)
+            family = descendants(second.pid)
             assert any("RayTrainWorker" in line for line in family.values())
             claim.unlink()
-            ended = finish(first)
+            ended = finish(second)
         assert ended.status == 1 and "was taken over by" in ended.stderr.splitlines()[-1]
         assert "Traceback" not in ended.stderr
-        assert_gone(family)
+        assert_gone(family | orphans)
         assert status_of(path)["state"] == "running", "not its own"
     finally:
-        end(first)
-
-    stops = [(newest_commit(path), time.time())]
-    killed = start(*command)
-    try:
-        wait_for_commit(killed, path, stops[0][0] + 5)
-        family = descendants(killed.pid)
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-        assert len(claims(path)) == 1
-        stops.append((newest_commit(path), time.time()))
-    finally:
-        end(killed)
-
-    run = told_to_end([*command, "num_workers=1"], path)
-    assert_gone(family)
-    assert claims(path) == []
-    times = [record["time_s"] for record in run.history["steps"]]
-    for step, ended_s in stops:
-        assert times[step - 1] < ended_s, f"step {step} was done again"
+        end(second)
+    run = run_so_far(path, ended)
+    assert run.history["steps"][step - 1]["time_s"] < killed_s, f"step {step} was done again"
     assert_same_course(run, trained_longer, OTHER_ORDER)
     assert RunDirectory(path).config().num_workers == 1

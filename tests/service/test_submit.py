@@ -298,27 +298,8 @@ def at_a_terminal(
         os.close(mine)
 
 
-def test_an_interrupt_at_a_terminal_asks_and_stops_the_job(
-    head: Head, dataset_on_s3: str, recipe: str, client_env: dict[str, str]
-) -> None:
-    output = f"s3://{BUCKET}/runs/asked"
-    long = [
-        "submit", "--address", head.address, "--submission-id", "asked", "--stop-wait-s", "30",
-        "train", recipe, f"data={dataset_on_s3}", f"output={output}", "epochs=500", "num_workers=1",
-        "evaluation.every=0", "checkpoint.every_steps=0",
-    ]  # fmt: skip
-    with at_a_terminal(long, client_env) as (terminal, process):
-        _read_until(terminal, "epoch 0")  # the workers are at it
-        process.send_signal(signal.SIGINT)
-        _read_until(terminal, QUESTION)
-        os.write(terminal, b"y\n")
-        assert "stopping" in _read_until(terminal, "job asked stopped")
-        assert process.wait(120) == 130
-    assert head.job("asked")["status"] == "STOPPED"
-
-
-@pytest.mark.parametrize("answer", ["n", "interrupt"])
-def test_an_interrupt_at_a_terminal_leaves_the_job_if_told_so(
+@pytest.mark.parametrize("answer", ["y", "n", "interrupt"])
+def test_an_interrupt_at_a_terminal_asks_whether_to_stop_the_job(
     head: Head, client_env: dict[str, str], answer: str
 ) -> None:
     name = f"told-{answer}"
@@ -326,13 +307,17 @@ def test_an_interrupt_at_a_terminal_leaves_the_job_if_told_so(
         _read_until(terminal, "trying again")
         process.send_signal(signal.SIGINT)
         _read_until(terminal, QUESTION)
-        if answer == "n":
+        if answer == "y":
+            os.write(terminal, b"y\n")
+            _read_until(terminal, f"job {name} stopped")
+            assert "renee-ray: interrupted" in head.log(name)
+        elif answer == "n":
             os.write(terminal, b"n\n")
             _read_until(terminal, "left running; ")
         else:
             _interrupt_until(terminal, process, "left running; ")
         assert process.wait(120) == 130
-    assert head.job(name)["status"] == "RUNNING"
+    assert head.job(name)["status"] == ("STOPPED" if answer == "y" else "RUNNING")
     head.stop_job(name)
 
 
