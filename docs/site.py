@@ -66,7 +66,10 @@ def _first(model: type[Config]) -> tuple[bool, str]:
 def _model(model: type[Config]) -> Iterator[str]:
     yield f"## {model.__name__}\n\n{_paragraphs(model.__doc__ or '')}"
     sections: dict[str, list[tuple[str, ...]]] = {}
+    of_a_run = {key for key, *_ in keys_of(RunConfig)} if model is not RunConfig else set()
     for key, kind, default, meaning in keys_of(model):
+        if issubclass(model, RunConfig) and key in of_a_run:
+            continue  # a run's keys stand under RunConfig
         shown = "" if default == "required" else f" = `{default}`"
         row = (f"`{key}`<br>{_kind(kind)}{shown}", _literal(meaning))
         sections.setdefault(key.rpartition(".")[0], []).append(row)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from renee_ray import __version__
-from renee_ray.cli import bench, data, from_renee, labels, plan, score, submit, train
+from renee_ray.cli import bench, data, from_renee, labels, plan, score, submit, train, tune
 from renee_ray.cli.output import say
 from renee_ray.errors import ReneeError, redacted
 from renee_ray.signals import INTERRUPTED, interrupted
@@ -23,8 +23,8 @@ def cli() -> None:
 
 for command in (
     train.quickstart, data.convert, data.inspect, from_renee.from_renee, plan.recipes, plan.plan,
-    train.train, train.status, train.checkpoints, score.evaluate, plan.expect, score.predict,
-    labels.labels, score.fuse, score.compare, score.export, score.index, score.serve,
+    train.train, tune.tune, train.status, train.checkpoints, score.evaluate, plan.expect,
+    score.predict, labels.labels, score.fuse, score.compare, score.export, score.index, score.serve,
     submit.submit, bench.bench,
 ):  # fmt: skip
     cli.add_command(command)

@@ -32,6 +32,7 @@ from renee_ray.scoring.scorer import (
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
+from renee_ray.service.observe.profile import profiled
 from renee_ray.service.observe.progress import WorkerChannel, evaluation_line
 from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RunDirectory
@@ -48,8 +49,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     with prepared(arguments) as (trainer, batches, observer, writer):
         if trainer.ranks.rank == 0:
             requests.follow(arguments["channel"])
-        trainer.wish = lambda: requests.take(trainer.state.step)
-        trainer.run(batches)
+        with profiled(trainer.config, trainer.ranks.rank) as stepped:
+
+            def wish() -> int:
+                stepped()
+                return requests.take(trainer.state.step)
+
+            trainer.wish = wish
+            trainer.run(batches)
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
     return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}

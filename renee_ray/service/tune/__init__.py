@@ -1,0 +1,1 @@
+"""`tune`: its driver, its trials, and the search that chooses their settings."""
