@@ -25,6 +25,6 @@ def tune(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     given = parse_overrides(overrides, TuneConfig)
     made = make_config(TuneConfig, read_yaml(config, TuneConfig), given, where=config)
     from renee_ray.report.tuning import tuning_text
-    from renee_ray.service.tune.tune import tune as run
+    from renee_ray.service.tune import search
 
-    print_facts(call(run, made, set(given.places), say), as_json, tuning_text)
+    print_facts(call(search, made, set(given.places), say), as_json, tuning_text)

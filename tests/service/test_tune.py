@@ -69,4 +69,4 @@ def test_a_search_that_is_killed_goes_on(dataset: str, recipe: str, tmp_path: Pa
     assert "Trial" in (output / "tuning.html").read_text()
 
     refused = finish(start(*command, "space.epochs=2..3"))
-    assert refused.status == 1 and "is a search with another space (epochs)" in refused.stderr
+    assert refused.status == 1 and "is a search with space=" in refused.stderr

@@ -1,1 +1,0 @@
-"""`tune`: its driver, its trials, and the search that chooses their settings."""
