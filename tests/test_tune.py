@@ -131,7 +131,7 @@ def begin(journal: Journal, settings: dict[str, Any]) -> Begun:
 
 def tell(journal: Journal, trial: Begun, value: float, **more: Any) -> None:
     trial.last_result = {"value": value, "epoch": 1.0, "progress": 50.0, **more}
-    journal.on_trial_result(0, [], trial, trial.last_result)
+    journal.on_trial_result(trial, trial.last_result)
 
 
 def test_a_search_that_goes_on_begins_with_what_was_cut_off(tmp_path: Path) -> None:
@@ -144,11 +144,11 @@ def test_a_search_that_goes_on_begins_with_what_was_cut_off(tmp_path: Path) -> N
     assert [str(trial) for trial in trials] == [f"trial-00{i}" for i in range(4)]
     tell(journal, trials[0], 30.0)
     tell(journal, trials[0], 41.0, final=True)
-    journal.on_trial_complete(0, [], trials[0])
+    journal.on_trial_complete(trials[0])
     tell(journal, trials[1], 20.0)
-    journal.on_trial_complete(0, [], trials[1])
+    journal.on_trial_complete(trials[1])
     trials[2].get_error = lambda: ReneeError("too large")
-    journal.on_trial_error(0, [], trials[2])
+    journal.on_trial_error(trials[2])
     tell(journal, trials[3], 10.0)
 
     again = Journal(directory, IDENTITY, said.append)

@@ -21,12 +21,7 @@ from typing import Any
 import optuna
 import ray
 import yaml
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna import distributions
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -83,29 +78,27 @@ class TrialRun(tune.Trainable):
         self._trained = in_thread(lambda: train(self._run, stopping=self._ends.is_set), "train")
 
     def step(self) -> dict[str, Any]:
-        while not (told := self._told_more()) and not self._trained.done():
+        while True:
+            ended = self._trained.done()  # asked first: nothing is written after it
+            history = RunDirectory(self._run.output).read(HISTORY_FILE) or {"evals": []}
+            for each in [each for each in history["evals"] if each["step"]][self._told :]:
+                self._told += 1
+                value = each["metrics"].get(self._run.evaluation.metric, 0.0)
+                progress = 100 * each["epoch"] / self._run.epochs
+                self._last = {"value": value, "epoch": each["epoch"], "progress": progress}
+                return self._last
+            if ended:
+                self._trained.result()  # or what it raises
+                return self._last | {"value": self._final(), "final": True, "done": True}
             wait([self._trained], timeout=POLL_S)
-        if told or self._told_more():
-            return self._last
-        self._trained.result()
-        if self._run.evaluation.neighbours:
-            score = ScoreConfig(split="validation", checkpoint="last")
-            found = evaluate_run(self._run.output, self._run.data, score)["metrics"]
-            self._last["value"] = found[self._run.evaluation.metric]
-        return self._last | {"final": True, "done": True}
 
-    def _told_more(self) -> bool:
-        """Takes the next evaluation that the run has written, if there is one."""
-        history = RunDirectory(self._run.output).read(HISTORY_FILE) or {"evals": []}
-        for each in [each for each in history["evals"] if each["step"]][self._told :]:
-            self._told += 1
-            self._last = {
-                "value": each["metrics"].get(self._run.evaluation.metric, 0.0),
-                "epoch": each["epoch"],
-                "progress": 100 * each["epoch"] / self._run.epochs,
-            }
-            return True
-        return False
+    def _final(self) -> float:
+        """Returns the value of the last checkpoint, with the votes of neighbours."""
+        if not self._run.evaluation.neighbours:
+            return float(self._last["value"])
+        score = ScoreConfig(split="validation", checkpoint="last")
+        found = evaluate_run(self._run.output, self._run.data, score)["metrics"]
+        return float(found[self._run.evaluation.metric])
 
     def cleanup(self) -> None:
         """Ends the run, with a checkpoint where it trains; Tune calls it at the trial's end."""
@@ -116,11 +109,7 @@ class TrialRun(tune.Trainable):
 class Journal(tune.Callback):
     """Writes down what Tune tells of trials, so that a later call goes on with them.
 
-    Args:
-        identity: what another call must have, too.
-
-    Raises:
-        ReneeError: the directory holds another search.
+    identity: what another call must have, too, or ReneeError is raised.
     """
 
     def __init__(
@@ -128,54 +117,49 @@ class Journal(tune.Callback):
         check: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._directory, self._identity, self._say, self._check = directory, identity, say, check
-        before = directory.read(JOURNAL) or {}
-        for key in identity if before else ():
-            if before.get(key) != identity[key]:
+        before = directory.read(JOURNAL) or identity | {"seconds": 0.0, "trials": []}
+        for key, value in identity.items():
+            if before.get(key) != value:
                 raise ReneeError(
-                    f"{directory.path} is a search with {key}={before.get(key)} and not "
-                    f"{identity[key]}; give the same command to go on, or another output"
+                    f"{directory.path} is a search with {key}={before.get(key)} and not {value}; "
+                    f"give the same command to go on, or another output"
                 )
-        self.trials: list[Trial] = before.get("trials", [])
-        self.seconds, self._began = before.get("seconds", 0.0), time.time()
-        self._cut_off = [each for each in self.trials if each["state"] == "running"]
-
-    def again(self) -> list[dict[str, Any]]:
-        """Returns the settings of the trials that were cut off."""
-        return [each["settings"] for each in self._cut_off]
+        self.trials: list[Trial] = before["trials"]
+        self.seconds, self._began = before["seconds"], time.time()
+        self.cut_off = [each for each in self.trials if each["state"] == "running"]
 
     def name(self, trial: Any) -> str:
-        """Returns the name of a trial that Tune begins: of one that was cut off, or a new one."""
-        if self._cut_off:
-            known = self._cut_off.pop(0)
+        """Names a trial that Tune begins: one that was cut off, or a new one."""
+        if self.cut_off:
+            known = self.cut_off.pop(0)
             known["results"].clear()
         else:
             known = {"settings": dict(trial.config), "state": "running", "value": None}
-            self.trials.append(known | {"reason": "", "results": []})
-            known = self.trials[-1]
+            known |= {"reason": "", "results": []}
+            self.trials.append(known)
         return f"trial-{next(i for i, each in enumerate(self.trials) if each is known):03d}"
+
+    def on_trial_result(self, trial: Any, result: dict[str, Any], **_: Any) -> None:  # type: ignore[override]
+        results = self._of(trial)["results"]
+        results.append({key: result[key] for key in ("value", "epoch", "progress")})
+        said = f"epoch {result['epoch']:.1f}, {result['value']:.2f}"
+        self._note(trial, said, value=result["value"])
+
+    def on_trial_complete(self, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        state = "finished" if trial.last_result.get("final") else "stopped"
+        self._note(trial, state, state=state)
+
+    def on_trial_error(self, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        error = trial.get_error() or ReneeError("see Ray's logs")
+        told = reason(user_error(error) or error)
+        self._note(trial, f"failed: {told}", state="failed", reason=told)
 
     def _of(self, trial: Any) -> Trial:
         return self.trials[int(str(trial).rpartition("-")[2])]
 
-    def on_trial_result(
-        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
-    ) -> None:
-        known = self._of(trial)
-        known["results"].append({key: result[key] for key in ("value", "epoch", "progress")})
-        known["value"] = result["value"]
-        self._say(f"{trial}: epoch {result['epoch']:.1f}, {result['value']:.2f}")
-        self.write()
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        known = self._of(trial)
-        known["state"] = "finished" if trial.last_result.get("final") else "stopped"
-        self._say(f"{trial} is {known['state']}")
-        self.write()
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        error = trial.get_error() or ReneeError("see Ray's logs")
-        self._of(trial).update(state="failed", reason=reason(user_error(error) or error))
-        self._say(f"{trial} failed: {self._of(trial)['reason']}")
+    def _note(self, trial: Any, said: str, **known: Any) -> None:
+        self._of(trial).update(known)
+        self._say(f"{trial}: {said}")
         self.write()
 
     def write(self) -> None:
@@ -303,7 +287,9 @@ def sampler(space: Mapping[str, Values], base: RunConfig, journal: Journal) -> O
         {key: _distribution(values) for key, values in space.items()},
         metric="value",
         mode="max",
-        points_to_evaluate=journal.again() if journal.trials else [first],
+        points_to_evaluate=[each["settings"] for each in journal.cut_off]
+        if journal.trials
+        else [first],
         # A sampler that begins again with the same seed would repeat what it drew.
         sampler=optuna.samplers.TPESampler(
             seed=base.seed + len(journal.trials), n_startup_trials=RANDOM_TRIALS
@@ -315,14 +301,14 @@ def sampler(space: Mapping[str, Values], base: RunConfig, journal: Journal) -> O
     return found
 
 
-def _distribution(values: Values) -> BaseDistribution:
+def _distribution(values: Values) -> distributions.BaseDistribution:
     if isinstance(values, list):
-        return CategoricalDistribution(values)
+        return distributions.CategoricalDistribution(values)
     low, high = values
     log = low > 0 and high >= LOG_FROM * low
     if isinstance(low, int):
-        return IntDistribution(low, int(high), log=log)
-    return FloatDistribution(low, high, log=log)
+        return distributions.IntDistribution(low, int(high), log=log)
+    return distributions.FloatDistribution(low, high, log=log)
 
 
 def shown_values(values: Values) -> str:
