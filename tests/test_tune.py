@@ -147,8 +147,8 @@ def test_a_search_that_goes_on_begins_with_what_was_cut_off(tmp_path: Path) -> N
     journal.on_trial_complete(trials[0])
     tell(journal, trials[1], 20.0)
     journal.on_trial_complete(trials[1])
-    trials[2].get_error = lambda: ReneeError("too large")
-    journal.on_trial_error(trials[2])
+    tell(journal, trials[2], 0.0, failed="too large")
+    journal.on_trial_complete(trials[2])
     tell(journal, trials[3], 10.0)
 
     again = Journal(directory, IDENTITY, said.append)

@@ -45,12 +45,14 @@ from renee_ray.service.score.evaluate import evaluate_run
 from renee_ray.service.train.resuming import MAY_CHANGE
 from renee_ray.service.train.train import check, train
 
+log = logging.getLogger(__name__)
+
 FEW_POINTS = 200
 """Validation points below which differences between trials are mostly chance."""
 RANDOM_TRIALS = 6
 """Trials whose settings are drawn at random, before those of the best say where to look."""
-RUNGS, REDUCTION = (25, 99), 2
-"""ASHA compares trials after 25 and 50 percent of their own epochs, below 99; half go on."""
+RUNGS, REDUCTION = (50, 99), 2
+"""ASHA compares trials once, after 50 percent of their own epochs (below 99); half go on."""
 LOG_FROM = 4
 """Ratio of a range's ends from which on its values are drawn on a log scale."""
 POLL_S, STOP_S = 0.5, 60.0
@@ -66,7 +68,7 @@ class TrialRun(tune.Trainable):
 
     A result has "value", the metric in percent, "epoch" and "progress", the percentage of the run's
     own epochs. The last one has "final": its value is what `evaluate` says of the last checkpoint,
-    with the votes of neighbours.
+    with the votes of neighbours. Or it has "failed", the reason.
     """
 
     def setup(self, config: dict[str, Any], base: Any = None) -> None:
@@ -88,17 +90,21 @@ class TrialRun(tune.Trainable):
                 self._last = {"value": value, "epoch": each["epoch"], "progress": progress}
                 return self._last
             if ended:
-                self._trained.result()  # or what it raises
-                return self._last | {"value": self._final(), "final": True, "done": True}
+                return self._last | self._ended() | {"done": True}
             wait([self._trained], timeout=POLL_S)
 
-    def _final(self) -> float:
-        """Returns the value of the last checkpoint, with the votes of neighbours."""
-        if not self._run.evaluation.neighbours:
-            return float(self._last["value"])
-        score = ScoreConfig(split="validation", checkpoint="last")
-        found = evaluate_run(self._run.output, self._run.data, score)["metrics"]
-        return float(found[self._run.evaluation.metric])
+    def _ended(self) -> dict[str, Any]:
+        """Returns the value of the last checkpoint, with the votes of neighbours, or a failure."""
+        try:
+            self._trained.result()
+            if not self._run.evaluation.neighbours:
+                return {"final": True}
+            score = ScoreConfig(split="validation", checkpoint="last")
+            found = evaluate_run(self._run.output, self._run.data, score)["metrics"]
+            return {"value": found[self._run.evaluation.metric], "final": True}
+        except Exception as error:  # Tune would keep it in a file for itself
+            log.exception("%s failed", self.trial_name)
+            return {"failed": reason(user_error(error) or error)}
 
     def cleanup(self) -> None:
         """Ends the run, with a checkpoint where it trains; Tune calls it at the trial's end."""
@@ -140,19 +146,22 @@ class Journal(tune.Callback):
         return f"trial-{next(i for i, each in enumerate(self.trials) if each is known):03d}"
 
     def on_trial_result(self, trial: Any, result: dict[str, Any], **_: Any) -> None:  # type: ignore[override]
+        if "failed" in result:
+            return
         results = self._of(trial)["results"]
         results.append({key: result[key] for key in ("value", "epoch", "progress")})
         said = f"epoch {result['epoch']:.1f}, {result['value']:.2f}"
         self._note(trial, said, value=result["value"])
 
     def on_trial_complete(self, trial: Any, **_: Any) -> None:  # type: ignore[override]
-        state = "finished" if trial.last_result.get("final") else "stopped"
-        self._note(trial, state, state=state)
+        if told := trial.last_result.get("failed"):
+            self._note(trial, f"failed: {told}", state="failed", reason=told)
+        else:
+            state = "finished" if trial.last_result.get("final") else "stopped"
+            self._note(trial, state, state=state)
 
     def on_trial_error(self, trial: Any, **_: Any) -> None:  # type: ignore[override]
-        error = trial.get_error() or ReneeError("see Ray's logs")
-        told = reason(user_error(error) or error)
-        self._note(trial, f"failed: {told}", state="failed", reason=told)
+        self._note(trial, "failed", state="failed", reason="its process ended; see Ray's logs")
 
     def _of(self, trial: Any) -> Trial:
         return self.trials[int(str(trial).rpartition("-")[2])]
@@ -258,7 +267,7 @@ def _run(
                 num_samples=left,
                 max_concurrent_trials=config.parallel or max(1, room),
                 time_budget_s=seconds,
-                trial_name_creator=journal.name,
+                trial_name_creator=lambda trial: journal.name(trial),  # a method would be copied
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
