@@ -27,7 +27,7 @@ def test_a_search_that_is_killed_goes_on(dataset: str, recipe: str, tmp_path: Pa
     command = [
         "tune", recipe, f"data={dataset}", f"output={output}", "trials=3", "num_workers=1",
         "table=false", "space.classifier.learning_rate=1e-4..1e-2",
-        "epochs=4", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
+        "epochs=8", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
     ]  # fmt: skip
     process = start(*command)
     try:
@@ -64,7 +64,9 @@ def test_a_search_that_is_killed_goes_on(dataset: str, recipe: str, tmp_path: Pa
         steps = [record["step"] for record in history["steps"]]
         assert steps == list(range(1, len(steps) + 1)), "a batch was left out or trained twice"
         values = [each["metrics"]["nDCG@5"] for each in history["evals"] if each["step"]]
-        assert [each["value"] for each in trial["results"][: len(values)]] == values
+        told = [each["value"] for each in trial["results"]]
+        known = min(len(told), len(values))  # a run that is stopped may evaluate once more
+        assert known and told[:known] == values[:known]
         assert read_status(run, 0.0)["state"] == trial["state"]
     assert "Trial" in (output / "tuning.html").read_text()
 
