@@ -66,7 +66,12 @@ def _first(model: type[Config]) -> tuple[bool, str]:
 def _model(model: type[Config]) -> Iterator[str]:
     yield f"## {model.__name__}\n\n{_paragraphs(model.__doc__ or '')}"
     sections: dict[str, list[tuple[str, ...]]] = {}
+    # A run's keys stand under RunConfig alone.
+    inherits = issubclass(model, RunConfig) and model is not RunConfig
+    known = {key for key, *_ in keys_of(RunConfig)} if inherits else set()
     for key, kind, default, meaning in keys_of(model):
+        if key in known:
+            continue
         shown = "" if default == "required" else f" = `{default}`"
         row = (f"`{key}`<br>{_kind(kind)}{shown}", _literal(meaning))
         sections.setdefault(key.rpartition(".")[0], []).append(row)

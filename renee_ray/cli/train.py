@@ -53,13 +53,18 @@ def quickstart(overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("config", type=PATH, required=False)
 @click.argument("overrides", nargs=-1)
 @click.option("--force", is_flag=True, help="Train even if the plan says that it cannot fit.")
+@click.option("--profile", is_flag=True, help="Trace ten steps of each rank: observe.profile=true.")
 @json_option
-def train(config: str | None, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
+def train(
+    config: str | None, overrides: tuple[str, ...], force: bool, profile: bool, as_json: bool
+) -> None:
     """Train as CONFIG and the overrides say; resumes a run that is at `output`.
 
     CONFIG is a YAML file, or the name of a recipe that comes with the package: see `recipes`.
     Without it, settings are chosen that fit the dataset, and said (docs/training.md).
     """
+    if profile:
+        overrides += ("observe.profile=true",)
     if config is None or re.match(r"[\w.]+=", config):
         given = parse_overrides([*([config] if config else []), *overrides])
         made = call(automatic, given)

@@ -305,11 +305,13 @@ class ObserveConfig(Config):
 
     log_format: Literal["text", "json"] = "text"
     """Lines in the workers' logs: text, or a JSON object each; both with rank and step."""
-    log_to: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    log_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Where curves go besides history.json: tensorboard, to `tensorboard_dir`; mlflow, to where
-    MLFLOW_TRACKING_URI in the environment of the nodes says."""
+    MLFLOW_TRACKING_URI in the environment of the nodes says; wandb, with its WANDB_API_KEY."""
     tensorboard_dir: str = ""
     """Directory of TensorBoard's files; empty: OUTPUT/tensorboard."""
+    profile: bool = False
+    """Writes a trace of ten early steps of each rank, by torch's profiler, to OUTPUT/profile."""
     straggler_factor: float = Field(1.5, gt=1)
     """A worker is reported when its own time a step exceeds the median of all by this factor."""
     straggler_window_s: float = Field(60.0, gt=0)

@@ -56,6 +56,7 @@ def launch(
     *,
     on_stop: Callable[[], bool] | None = None,
     check: Callable[[], None] = lambda: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Runs a worker function as a TorchTrainer; returns what rank 0 returned.
 
@@ -63,6 +64,7 @@ def launch(
         on_stop: asks the workers to end, at the first SIGTERM or SIGINT, and returns whether they
             have anything to save. None: they are ended at once.
         check: is called several times a second; what it raises is raised.
+        stopping: is asked as often whether the run shall end, as at a signal.
 
     Raises:
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
@@ -90,7 +92,7 @@ def launch(
             ),
         )
         try:
-            return interruptible(trainer.fit, on_stop, grace_s, check).return_value
+            return interruptible(trainer.fit, on_stop, grace_s, check, stopping).return_value
         except LeaseLost:  # raised by `check`, in this process
             raise
         except Exception as error:
@@ -201,6 +203,7 @@ def interruptible(
     on_stop: Callable[[], bool] | None,
     grace_s: float,
     check: Callable[[], None] = lambda: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
 
@@ -219,13 +222,14 @@ def interruptible(
         found = in_thread(fit, "fit")
         while not wait([found], timeout=0.2).done:
             check()
-            if signals and on_stop is not None and limit == math.inf:
+            if (signals or stopping()) and on_stop is not None and limit == math.inf:
                 limit = time.monotonic() + (grace_s if on_stop() else 0)
             if len(signals) > 1 or time.monotonic() > limit:
                 break
         else:
             return found.result()
-    signal.raise_signal(signal.SIGINT)  # now as if it came first: signals.py sees to the end
+    if signals:
+        signal.raise_signal(signal.SIGINT)  # now as if it came first: signals.py sees to the end
     raise KeyboardInterrupt
 
 

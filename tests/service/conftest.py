@@ -364,7 +364,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, name: str, arguments:
 @pytest.fixture(scope="session")
 def trained(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An undisturbed run of RECIPE with two workers."""
-    return trained_once(tmp_path_factory, "undisturbed", [recipe, f"data={dataset}"])
+    return trained_once(tmp_path_factory, "undisturbed", [recipe, f"data={dataset}", "--profile"])
 
 
 LONGER = ["epochs=1000", "warmup=0", "evaluation.every=8"]

@@ -1,8 +1,11 @@
-"""TensorBoard and MLflow, really written and read again."""
+"""TensorBoard, MLflow and Weights & Biases, really written and read again."""
 
 from __future__ import annotations
 
+import json
 import logging
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,52 @@ def test_mlflow_of_a_run_that_was_resumed(tmp_path: Path, monkeypatch: pytest.Mo
     assert run.data.metrics["validation/P_at_1"] == 40.0
 
 
+def records(log: bytes) -> Iterator[bytes]:
+    """The records of a log as LevelDB writes it, after the 7 bytes of wandb's own header."""
+    at, whole = 7, b""
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:  # the rest of a block has no room for a header
+            at += 32768 - at % 32768
+        length, kind = struct.unpack_from("<HB", log, at + 4)
+        whole += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole record, or its last piece
+            yield whole
+            whole = b""
+
+
+def test_wandb_offline_of_a_run_that_was_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    secret = "0123456789abcdef" * 4
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    made = config(str(tmp_path / "run"), "wandb")
+    (tmp_path / "run").mkdir()
+    written(made, 0, [5.0, 4.0])
+    written(made, 1, [3.0])
+    rows, ids = [], set()
+    for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
+        for data in records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append(
+                    {each.key or each.nested_key[0]: json.loads(each.value_json) for each in items}
+                )
+    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert losses == [(1, 5.0), (2, 4.0), (2, 3.0)]
+    assert [row["validation/P@1"] for row in rows if "validation/P@1" in row] == [40.0, 40.0]
+    assert len(ids) == 1
+    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) > 2 and not any(secret.encode() in content for content in kept)
+
+
 def test_a_sink_that_fails_is_said_once_and_dropped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -88,6 +137,12 @@ def test_what_cannot_be_had_is_one_sentence(
     monkeypatch.setitem(sinks.PACKAGES, "mlflow", "json")  # whether it is installed or not
     with pytest.raises(ReneeError, match="needs MLFLOW_TRACKING_URI"):
         check_sinks(config(str(tmp_path), "mlflow"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ReneeError, match="needs WANDB_API_KEY"):
+        check_sinks(config(str(tmp_path), "wandb"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_sinks(config(str(tmp_path), "wandb"))
     monkeypatch.setitem(sinks.PACKAGES, "mlflow", "no_such_package")
     with pytest.raises(ReneeError, match=r"pip install 'renee_ray\[mlflow\]'"):
         check_sinks(config(str(tmp_path), "mlflow"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -132,6 +133,17 @@ def test_undisturbed(trained: Run, dataset: str) -> None:
     assert record["epoch"] == RECIPE["epochs"]
     assert 0 <= record["padding"] < 1
     assert record["rows_per_second"] > 0
+
+
+@slow
+def test_a_profile_is_a_trace_of_ten_steps_of_each_rank(trained: Run) -> None:
+    directory = Path(trained.path, "profile")
+    assert sorted(path.name for path in directory.iterdir()) == ["rank-0.json.gz", "rank-1.json.gz"]
+    for path in directory.iterdir():
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        names = {event["name"] for event in events if str(event["name"]).startswith("ProfilerStep")}
+        assert names == {f"ProfilerStep#{step}" for step in range(6, 16)}
+        assert any(event["name"] == "aten::addmm" for event in events)
 
 
 @slow

@@ -1,10 +1,11 @@
-"""Curves of a run in TensorBoard or MLflow, which rank 0 writes where `observe.log_to` asks.
+"""Curves of a run in TensorBoard, MLflow or Weights & Biases, as `observe.log_to` asks.
 
-A sink that fails is reported once and dropped; training goes on.
+Rank 0 writes them. A sink that fails is reported once and dropped; training goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -29,7 +30,7 @@ CURVES = (
     "loss_scale", "epoch", *GPU_MEMORY,
 )  # fmt: skip
 """Keys of a record of training/loop that are drawn over steps, beside seconds by phase."""
-PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 CLOSE_S = 30.0
 EXPERIMENT, RUN_TAG = "renee_ray", "renee_ray.output"
 
@@ -53,6 +54,12 @@ def check_sinks(config: RunConfig) -> None:
             "observe.log_to=mlflow needs MLFLOW_TRACKING_URI in the environment of every node; "
             "set it to the address of an MLflow server"
         )
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    if "wandb" in config.observe.log_to and not (offline or os.environ.get("WANDB_API_KEY")):
+        raise ReneeError(
+            "observe.log_to=wandb needs WANDB_API_KEY in the environment of every node; set it, or "
+            "WANDB_MODE=offline to write files for `wandb sync`"
+        )
 
 
 class Sinks:
@@ -64,7 +71,7 @@ class Sinks:
 
     def __init__(self, config: RunConfig, step: int) -> None:
         self._config, self._step = config, step
-        self._open: dict[str, TensorBoard | MLflow] = {}
+        self._open: dict[str, TensorBoard | MLflow | WandB] = {}
         self._queue: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
         self._thread.start()
@@ -160,9 +167,36 @@ class MLflow:
         return run
 
 
-SINKS: dict[str, Callable[[RunConfig, int], TensorBoard | MLflow]] = {
+class WandB:
+    """A run of the project `renee_ray`; the same one when training is resumed."""
+
+    def __init__(self, config: RunConfig, step: int) -> None:
+        import wandb
+
+        local = None if "://" in config.output else config.output
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", EXPERIMENT),
+            id=hashlib.sha256(config.output.encode()).hexdigest()[:16],
+            resume="allow",
+            name=os.path.basename(config.output),
+            config=dict(dotted(config.model_dump(mode="json"))),
+            dir=os.environ.get("WANDB_DIR", local),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        )
+        # A resumed run repeats steps, which wandb's own counter does not allow.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+SINKS: dict[str, Callable[[RunConfig, int], TensorBoard | MLflow | WandB]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
+    "wandb": WandB,
 }
 
 

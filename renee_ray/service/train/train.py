@@ -45,10 +45,12 @@ def train(
     on_progress: Callable[[str], None] = lambda text: None,
     *,
     force: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Trains, or resumes what is at `config.output`; of a finished run it only tells.
 
     force: trains even if the plan says that this machine lacks the memory.
+    stopping: is asked several times a second whether the run shall end, as at a signal.
 
     Returns:
         the metrics of the last evaluation, with "step", "skipped" and "best".
@@ -78,7 +80,7 @@ def train(
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
         try:
-            return _train(config, dataset, plan, start, lease, on_progress)
+            return _train(config, dataset, plan, start, lease, on_progress, stopping)
         except LeaseLost:
             ray.shutdown()  # and with it the workers
             raise
@@ -86,7 +88,7 @@ def train(
 
 def _train(
     config: RunConfig, dataset: Dataset, plan: Plan | None, start: str, lease: Lease,
-    on_progress: Callable[[str], None],
+    on_progress: Callable[[str], None], stopping: Callable[[], bool],
 ) -> dict[str, Any]:  # fmt: skip
     """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
     ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
@@ -121,7 +123,10 @@ def _train(
             "launched_s": launched_s,
             "start": start,
         }
-        found = launch(train_worker, arguments, config, use_gpu, on_stop=stop, check=lease.check)
+        found = launch(
+            train_worker, arguments, config, use_gpu, on_stop=stop, check=lease.check,
+            stopping=stopping,
+        )  # fmt: skip
     if found.pop("stopped"):
         raise Stopped(
             f"stopped after step {found['step']}, with a checkpoint; give the same command again "

@@ -31,6 +31,7 @@ from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
+from renee_ray.service.observe.profile import profiled
 from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.history import History
@@ -46,8 +47,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     with prepared(arguments) as (trainer, batches, observer, writer):
         if trainer.ranks.rank == 0:
             requests.follow(arguments["channel"])
-        trainer.wish = lambda: requests.take(trainer.state.step)
-        trainer.run(batches)
+        with profiled(trainer.config, trainer.ranks.rank) as stepped:
+
+            def wish() -> int:
+                stepped()
+                return requests.take(trainer.state.step)
+
+            trainer.wish = wish
+            trainer.run(batches)
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
         if trainer.config.evaluation.tails and not trainer.stopped:

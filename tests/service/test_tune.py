@@ -1,0 +1,74 @@
+"""Tuning through the real command: a search that is killed, and goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from renee_ray.config.overrides import make_config, read_yaml
+from renee_ray.config.schema import RunConfig
+from renee_ray.report.status import read_status
+from renee_ray.service.run.directory import RunDirectory
+
+from .conftest import end, finish, start, until
+
+
+def journal(output: Path) -> list[dict[str, Any]]:
+    path = output / "tuning.json"
+    return list(json.loads(path.read_text())["trials"]) if path.exists() else []
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on(dataset: str, recipe: str, tmp_path: Path) -> None:
+    output = tmp_path / "tuned"
+    command = [
+        "tune", recipe, f"data={dataset}", f"output={output}", "trials=3", "num_workers=1",
+        "table=false", "space.classifier.learning_rate=1e-4..1e-2",
+        "epochs=8", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
+    ]  # fmt: skip
+    process = start(*command)
+    try:
+        until(lambda: any(each["results"] for each in journal(output)), process, "a result")
+    finally:
+        end(process)
+    before = journal(output)
+    assert len(before) == 1 and before[0]["state"] == "running"
+
+    done = finish(start(*command, "--json"))
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    trials = found["trials"]
+    assert trials == journal(output) and len(trials) == 3
+    assert trials[0]["settings"] == before[0]["settings"]
+    assert trials[0]["results"][0] == before[0]["results"][0], "it began anew"
+    assert trials[0]["state"] == "finished"
+    assert {each["state"] for each in trials} <= {"finished", "stopped"}
+    finished = [each["value"] for each in trials if each["state"] == "finished"]
+    best = trials[found["best"]]
+    assert best["value"] == max(finished)
+
+    places = {"data": dataset, "output": "x"}
+    chosen = make_config(RunConfig, places, read_yaml(str(output / "best.yaml")))
+    rate = best["settings"]["classifier.learning_rate"]
+    given = make_config(RunConfig, places, read_yaml(recipe)).classifier.learning_rate
+    assert chosen.classifier.learning_rate == rate and trials[0]["settings"] == {
+        "classifier.learning_rate": given
+    }
+    for i, trial in enumerate(trials):
+        run = str(output / f"trial-{i:03d}")
+        assert RunDirectory(run).config().num_workers == 1
+        history = RunDirectory(run).read("history.json") or {}
+        steps = [record["step"] for record in history["steps"]]
+        assert steps == list(range(1, len(steps) + 1)), "a batch was left out or trained twice"
+        values = [each["metrics"]["nDCG@5"] for each in history["evals"] if each["step"]]
+        told = [each["value"] for each in trial["results"]]
+        known = min(len(told), len(values))  # a run that is stopped may evaluate once more
+        assert known and told[:known] == values[:known]
+        assert read_status(run, 0.0)["state"] == trial["state"]
+    assert "Trial" in (output / "tuning.html").read_text()
+
+    refused = finish(start(*command, "space.epochs=2..3"))
+    assert refused.status == 1 and "is a search with space=" in refused.stderr
