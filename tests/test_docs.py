@@ -63,7 +63,7 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     needle = re.search(r'grep -F -- "(.*)" README', script)
     assert needle
     lines = [line for line in README.splitlines() if needle[1] in line]
-    assert len(lines) == 1 and lines[0].endswith(""" && .venv/bin/pytest -n 3 -m \"\"""")
+    assert len(lines) == 1 and lines[0].endswith(""" && .venv/bin/pytest -n 2 -m \"\"""")
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
 
 

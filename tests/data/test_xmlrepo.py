@@ -316,10 +316,10 @@ def test_no_test_split(tmp_path: Path) -> None:
         ({"trn_X_Y": "2 4\n0:1\n1:1\n2:1\n"}, r"/trn_X_Y\.txt:1: the header says 2 rows and 3"),
         (
             {"trn_X": "a\nb\n"},
-            r"/trn_X\.txt has 2 lines and .*/trn_X_Y\.txt has labels for 3 rows; make one line",
+            r"/trn_X\.txt has 2 texts and .*/trn_X_Y\.txt has labels for 3 rows; make one line",
         ),
-        ({"tst_X": "d\ne\n"}, r"/tst_X\.txt has 2 lines and .*/tst_X_Y\.txt has labels for 1"),
-        ({"trn_X_Y": "0:1\n1:1\n"}, r"/trn_X\.txt has 3 lines and .*/trn_X_Y\.txt has .* 2 rows"),
+        ({"tst_X": "d\ne\n"}, r"/tst_X\.txt has 2 texts and .*/tst_X_Y\.txt has labels for 1"),
+        ({"trn_X_Y": "0:1\n1:1\n"}, r"/trn_X\.txt has 3 texts and .*/trn_X_Y\.txt has .* 2 rows"),
         ({"Y": "w\nx\ny\n"}, r"/Y\.txt has 3 rows and a header says 4 labels; correct"),
         ({"tst_X_Y": "1 5\n1:1\n"}, r"/tst_X_Y\.txt:1: the header says 5 labels and .* says 4"),
         (
@@ -347,7 +347,7 @@ def test_carriage_returns_are_no_line_ends(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"trn_X_Y\.txt:3: a carriage return within the line"):
         read(source(tmp_path, trn_X_Y="3 4\n0:1\n1:1\r3:1\n2:1\n"))
     with pytest.raises(
-        SourceError, match=r"3 lines and .* 4 rows.* 1 carriage returns end no line"
+        SourceError, match=r"3 texts and .* 4 rows.* 1 carriage returns end no line"
     ):
         read(source(tmp_path, trn_X="a\rb\nc\nd\n", trn_X_Y="0\n1\n2\n3\n"))
     for ending in ("\r", "\n", ""):

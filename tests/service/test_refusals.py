@@ -22,7 +22,7 @@ from renee_ray.service.train.train import train
 
 from ..data.tiny import write_tiny
 from .test_changing_labels import bag_config, save_checkpoint
-from .test_labels import dataset_of, reordered, run_on
+from .test_labels import reordered, run_on
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -30,7 +30,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """As much of a run as is read before it is refused, trained on the dataset beside it."""
-    made = dataset_of(tmp_path / "set")
+    made = write_tiny(tmp_path / "set")
     path = tmp_path / "run"
     run_on(made, path)
     configure(path, MINILM)

@@ -208,7 +208,7 @@ def score_by_tail(ranks: Ranks) -> dict[str, torch.Tensor]:
     return {
         f"{tail} {name}": torch.tensor(value, dtype=torch.float64)
         for tail in TAILS
-        for name, value in trainer.scored(tail).items()
+        for name, value in trainer.scored(tail).metrics().items()
     }
 
 

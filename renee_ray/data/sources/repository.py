@@ -259,7 +259,7 @@ def _pairs(files: SplitFiles, limit: int) -> Iterator[Piece]:
         path, lines_there, filled, returns = given.path, given.number, given.solid, given.returns
     if max(filled, solid) > rows:
         raise SourceError(
-            f"{path} has {lines_there} lines and {labels.path} has labels for {number} rows; "
+            f"{path} has {lines_there} texts and {labels.path} has labels for {number} rows; "
             f"make one line of labels for each text"
             + (f" (its {returns} carriage returns end no line)" if returns else "")
         )
