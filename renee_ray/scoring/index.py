@@ -38,7 +38,7 @@ from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.topk.select import merge_topk, shard_topk
 
 MANIFEST, FORMAT_VERSION = "index.json", 1
-FILES = re.compile(r"labels-\d{12}-\d{12}\.(?:faiss|json)|recall\.png")
+FILES = re.compile(r"labels-\d{12}-\d{12}\.(?:faiss|json)|recall\.html")
 RESCORED_BYTES = 1 << 26
 """Bytes of true weights that are gathered at once."""
 

@@ -8,7 +8,6 @@ its own labels through all operations, and what the lanes found is put together 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,7 +15,6 @@ from typing import TypeVar
 
 import torch
 
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -27,18 +25,15 @@ MOST_BYTES = 512 << 20
 
 
 def lane_count(labels: int, each: int, device: torch.device, threads: int = 0) -> int:
-    """Returns the number of lanes for so many labels: torch's threads or 1.
+    """Returns the number of lanes for so many labels: torch's threads, or fewer to save memory.
 
-    With one lane the threads share every operation instead.
+    With one lane the threads share every matmul instead.
     each: bytes that every lane has for itself, beside its chunk; threads: 0: torch's.
     """
     threads = threads or torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or labels < threads * LEAST_LABELS:
         return 1
-    if threads * each > MOST_BYTES:
-        _log_shared(each >> 20, threads)
-        return 1
-    return threads
+    return max(1, min(threads, MOST_BYTES // each))
 
 
 def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
@@ -82,11 +77,3 @@ os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of 
 def _compute_alone() -> None:
     torch.get_num_threads()  # at its first use in a thread torch would undo the next line
     torch.set_num_threads(1)
-
-
-@functools.cache
-def _log_shared(mib: int, threads: int) -> None:
-    log.info(
-        "%d threads with %d MiB of gradients each take too much memory: "
-        "they share every matmul of the classifier, which is slower", threads, mib,
-    )  # fmt: skip

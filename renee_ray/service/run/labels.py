@@ -122,7 +122,7 @@ def check_labels(directory: RunDirectory, dataset: Dataset, added: Sequence[str]
                 f"{directory.path} was trained with {key}={trained.get(key)!r} and "
                 f"{dataset.path} has {have!r}; convert it with the run's tokenizer and labels"
             )
-    texts = manifest.has_label_texts and trained.get("has_label_texts")
+    texts = manifest.has_label_texts and trained.get("has_label_texts", True)
     if trained.get("manifest_hash") == manifest.hash or not texts:
         return
     known = str(trained.get("labels_hash"))

@@ -89,8 +89,12 @@ class Model:
 
     def embed(self, texts: list[str]) -> NDArray[np.float32]:
         """Returns the texts' embeddings, float32 [n, D]."""
-        tokens = tokenizer.encode(self._vocabulary, texts, self.facts["max_length"])
-        return self.embed_tokens(ragged(tokens)).cpu().numpy()
+        found = [np.empty((0, self.dim), np.float32)]
+        for start in range(0, len(texts), BATCH):  # a device need not hold all of them
+            some = texts[start : start + BATCH]
+            tokens = tokenizer.encode(self._vocabulary, some, self.facts["max_length"])
+            found.append(self.embed_tokens(ragged(tokens)).cpu().numpy())
+        return np.concatenate(found)
 
     @torch.inference_mode()
     def embed_tokens(self, tokens: Ragged) -> Tensor:
@@ -207,13 +211,14 @@ def exported_labels(
 def files_of(path: str) -> Iterator[Path]:
     """Yields the directory of an export, or of a copy if it is remote; errors name `path`."""
     filesystem, root = filesystem_of(path)
-    with tempfile.TemporaryDirectory(prefix="renee-ray-load-") as copy:  # mapped files outlive it
+    with contextlib.ExitStack() as stack:
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            # Mapped files outlive it.
+            copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="renee-ray-load-"))
+            pafs.copy_files(root, copy, source_filesystem=filesystem)
+            root = copy
         try:
-            if isinstance(filesystem, pafs.LocalFileSystem):
-                yield Path(root)
-            else:
-                pafs.copy_files(root, copy, source_filesystem=filesystem)
-                yield Path(copy)
+            yield Path(root)
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ReneeError(
                 f"{path} is damaged, or an export of an earlier renee_ray ({reason(error):.200}); "
