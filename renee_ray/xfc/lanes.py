@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import torch
 
-
 T = TypeVar("T")
 
 LEAST_LABELS = 64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 import threading
@@ -188,19 +187,14 @@ def test_an_error_waits_for_the_other_lanes() -> None:
     assert ended == [True]
 
 
-def test_threads_share_the_matmuls_of_few_labels_and_of_large_gradients(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_lanes_are_few_for_few_labels_and_for_large_gradients(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    lanes._log_shared.cache_clear()
-    with caplog.at_level(logging.INFO):
-        assert lane_count(64, 100, CPU) == 4
-        assert lane_count(63, 100, CPU) == 1
-        assert lane_count(10**6, 100, torch.device("meta")) == 1
-        assert not caplog.messages
-        assert [lane_count(10**6, 200 << 20, CPU) for _ in range(2)] == [1, 1]
-    (message,) = caplog.messages
-    assert "4 threads with 200 MiB" in message
+    assert [lane_count(labels, 100, CPU) for labels in (64, 63)] == [4, 1]
+    assert lane_count(10**6, 100, torch.device("meta")) == 1
+    large = [lane_count(10**6, mib << 20, CPU) for mib in (128, 200, 600)]
+    assert large == [4, 2, 1]
 
 
 def test_a_process_that_was_forked_starts_lanes_of_its_own() -> None:
