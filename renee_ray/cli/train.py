@@ -85,6 +85,8 @@ def automatic(given: Layer) -> RunConfig:
 
     directory = RunDirectory(absolute(wanted.output))
     if directory.read(RUN_FILE) is not None:  # it goes on with the settings that it has
+        if "evaluation.tail" in given.places and "evaluation.tails" not in given.places:
+            given.add("evaluation.tails", [], given.places["evaluation.tail"])
         return make_config(RunConfig, directory.config().model_dump(), given)
     import torch
 

@@ -10,7 +10,7 @@ from typing import Any
 from renee_ray.data.storage import absolute, read_file, replace_file
 from renee_ray.errors import ReneeError
 
-GENERATOR = "renee_ray report"
+GENERATOR = '<meta name="generator" content="renee_ray report">'
 NOT_KNOWN = "n/a"
 
 
@@ -54,7 +54,7 @@ def write_page(path: str, template: str, **values: Any) -> None:
     script = environment.get_template("hover.js.j2").render()
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template(template).render(
-        script=Markup(script), script_hash=script_hash, generator=GENERATOR, **values
+        script=Markup(script), script_hash=script_hash, generator=Markup(GENERATOR), **values
     )
     path = absolute(path)
     try:

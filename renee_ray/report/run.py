@@ -59,18 +59,20 @@ def write_report(
     Raises:
         ReneeError: there is no run, a file of it is damaged, or the page cannot be written.
     """
+    from jinja2 import TemplateError
+
     run = absolute(run)
     path = path or f"{run}/{REPORT_FILE}"
     status, saved = read_status(run, time.time()), read_json(run, "run.json") or {}
     history = read_json(run, "history.json") or {}
     try:
-        found = _contents(saved, status, history)
-    except (LookupError, TypeError, AttributeError, ValueError):
+        write_page(
+            path, "report.html.j2", title=title or run.rpartition("/")[2], facts=facts or {},
+            comparison=percentages(comparison), examples=examples,
+            **_contents(saved, status, history),
+        )  # fmt: skip
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, TemplateError):
         raise damaged(run, "history.json or run.json") from None
-    write_page(
-        path, "report.html.j2", title=title or run.rpartition("/")[2], facts=facts or {},
-        comparison=percentages(comparison), examples=examples, **found,
-    )  # fmt: skip
     return path
 
 

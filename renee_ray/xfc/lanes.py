@@ -32,7 +32,7 @@ def lane_count(labels: int, each: int, device: torch.device, threads: int = 0) -
     threads = threads or torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or labels < threads * LEAST_LABELS:
         return 1
-    return max(1, min(threads, MOST_BYTES // each))
+    return max(1, min(threads, MOST_BYTES // max(1, each)))
 
 
 def run(tasks: Sequence[Callable[[], T]]) -> list[T]:

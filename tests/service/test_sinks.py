@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import struct
@@ -14,7 +15,6 @@ import pytest
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
-from renee_ray.service.observe import sinks
 from renee_ray.service.observe.sinks import CURVES, Sinks, check_sinks
 
 
@@ -134,7 +134,6 @@ def test_what_cannot_be_had_is_one_sentence(
         check_sinks(config("s3://bucket/run", "tensorboard"))
     check_sinks(config("s3://bucket/run", "tensorboard", tensorboard_dir=str(tmp_path)))
     check_sinks(config("s3://bucket/run"))
-    monkeypatch.setitem(sinks.PACKAGES, "mlflow", "json")  # whether it is installed or not
     with pytest.raises(ReneeError, match="needs MLFLOW_TRACKING_URI"):
         check_sinks(config(str(tmp_path), "mlflow"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -143,6 +142,8 @@ def test_what_cannot_be_had_is_one_sentence(
         check_sinks(config(str(tmp_path), "wandb"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_sinks(config(str(tmp_path), "wandb"))
-    monkeypatch.setitem(sinks.PACKAGES, "mlflow", "no_such_package")
+    with pytest.raises(ReneeError, match="set WANDB_DIR"):
+        check_sinks(config("s3://bucket/run", "wandb"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ReneeError, match=r"pip install 'renee_ray\[mlflow\]'"):
         check_sinks(config(str(tmp_path), "mlflow"))

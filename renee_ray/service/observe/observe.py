@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -316,7 +317,7 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
 def _report(run: str) -> None:
     try:
         write_report(run)
-    except (OSError, ReneeError) as error:
+    except Exception as error:  # the run itself has ended well
         log.warning("no report is written: %s", reason(error))
 
 
@@ -327,15 +328,20 @@ def _change(directory: RunDirectory, state: str, cause: str, launched_s: float) 
         "format_version": STATUS_VERSION, "state": state, "reason": cause, "time_s": time.time(),
     }  # fmt: skip
     if before.get("launched_s") != launched_s:
-        name = os.path.basename(sys.argv[0]).replace("__main__.py", "renee-ray")
-        command = redacted(shlex.join([name, *sys.argv[1:]]))
-        content |= {"launched_s": launched_s, "groups": 0, "command": command}
+        content |= {"launched_s": launched_s, "groups": 0, "command": _command()}
     try:
         directory.write(STATUS_FILE, content, STATUS_SECONDS)
         return True
     except (OSError, ReneeError) as error:
         log.warning("%s is not written: %s", STATUS_FILE, reason(error))
         return False
+
+
+def _command() -> str:
+    """Returns this program's command line; none of a program of others, which may hold secrets."""
+    path = Path(sys.argv[0])
+    own = path.name == "renee-ray" or path.parts[-2:] == ("renee_ray", "__main__.py")
+    return redacted(shlex.join(["renee-ray", *sys.argv[1:]])) if own else ""
 
 
 def quietly_read(directory: RunDirectory) -> dict[str, Any]:

@@ -30,7 +30,6 @@ CURVES = (
     "loss_scale", "epoch", *GPU_MEMORY,
 )  # fmt: skip
 """Keys of a record of training/loop that are drawn over steps, beside seconds by phase."""
-PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 CLOSE_S = 30.0
 EXPERIMENT, RUN_TAG = "renee_ray", "renee_ray.output"
 
@@ -38,9 +37,9 @@ EXPERIMENT, RUN_TAG = "renee_ray", "renee_ray.output"
 def check_sinks(config: RunConfig) -> None:
     """Raises ReneeError where a sink that is asked for is not available."""
     for name in config.observe.log_to:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise ReneeError(
-                f"observe.log_to={name} needs the package {PACKAGES[name]}, which is not "
+                f"observe.log_to={name} needs the package {name}, which is not "
                 f"installed; pip install 'renee_ray[{name}]' on every node"
             )
     where = _tensorboard_dir(config)
@@ -59,6 +58,12 @@ def check_sinks(config: RunConfig) -> None:
         raise ReneeError(
             "observe.log_to=wandb needs WANDB_API_KEY in the environment of every node; set it, or "
             "WANDB_MODE=offline to write files for `wandb sync`"
+        )
+    homeless = offline and "://" in config.output and not os.environ.get("WANDB_DIR")
+    if "wandb" in config.observe.log_to and homeless:
+        raise ReneeError(
+            f"WANDB_MODE=offline cannot write its files to {config.output}; set WANDB_DIR in the "
+            f"environment of every node to a directory there"
         )
 
 
@@ -181,7 +186,9 @@ class WandB:
             name=os.path.basename(config.output),
             config=dict(dotted(config.model_dump(mode="json"))),
             dir=os.environ.get("WANDB_DIR", local),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, x_disable_meta=True
+            ),
         )
         # A resumed run repeats steps, which wandb's own counter does not allow.
         self._run.define_metric("*", step_metric="step")
