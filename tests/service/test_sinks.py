@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def test_wandb_offline_of_a_run_that_was_resumed(
     made = config(str(tmp_path / "run"), "wandb")
     (tmp_path / "run").mkdir()
     written(made, 0, [5.0, 4.0])
+    time.sleep(1)  # a directory of wandb's is named by the second
     written(made, 1, [3.0])
     rows, ids = [], set()
     for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
