@@ -211,7 +211,7 @@ def search(
     make_directory(base.output)
     shown = {key: shown_values(values) for key, values in space.items()}
     settings = base.model_dump(exclude=MAY_CHANGE - {"evaluation"}, mode="json")
-    identity = dict(dotted(settings)) | {"space": shown}
+    identity = dict(dotted(settings)) | {"space": shown, "dataset": dataset.manifest.hash}
     with Lease(base.output, say) as lease:
         journal = Journal(directory, identity, say, lease.check)
         left = config.trials - sum(each["state"] != "running" for each in journal.trials)
