@@ -15,7 +15,14 @@ from renee_ray.config.tune import TABLE, TuneConfig, Values, search_space, with_
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.report.tuning import write_tuning
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.tune import Journal, Trial, best_of, sampler, shown_values
+from renee_ray.service.tune import (
+    Journal,
+    Trial,
+    best_of,
+    parallel_trials,
+    sampler,
+    shown_values,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = {"data": "d", "output": "o"}
@@ -86,6 +93,28 @@ def test_a_space_of_ones_own() -> None:
 def test_what_cannot_be_searched_is_one_sentence(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         searched("perl-bag", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "have", "room"),
+    [
+        ("num_workers=2", False, {"CPU": 7}, 2),  # two workers and a reader each
+        ("num_workers=2 cpus_per_worker=3", False, {"CPU": 15}, 2),
+        ("num_workers=[1,4]", False, {"CPU": 3}, 1),
+        ("num_workers=2", True, {"CPU": 16, "GPU": 8}, 4),
+        ("num_workers=2 cpus_per_worker=4", True, {"CPU": 16, "GPU": 8}, 1),
+    ],
+)
+def test_trials_are_as_many_as_have_room(
+    overrides: str, gpu: bool, have: dict[str, float], room: int
+) -> None:
+    def counted(parallel: int) -> int:
+        given = parse_overrides([*overrides.split(), f"parallel={parallel}"], TuneConfig)
+        return parallel_trials(make_config(TuneConfig, PLACES, given), gpu, have)
+
+    assert counted(0) == counted(room) == room and counted(1) == 1
+    with pytest.raises(ReneeError, match=f"parallel={room + 1}.*room for {room};"):
+        counted(room + 1)
 
 
 def test_docs_show_the_table() -> None:

@@ -35,8 +35,8 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.parallel.threads import in_thread
 from renee_ray.report.tuning import write_tuning
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.launch import decide_gpu
-from renee_ray.service.policies import user_error
+from renee_ray.service.launch import decide_gpu, placement
+from renee_ray.service.policies import READING_CPUS, user_error
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease
 from renee_ray.service.score.evaluate import evaluate_run
@@ -243,8 +243,7 @@ def _run(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     gpu = decide_gpu(base.use_gpu, base.min_workers)
-    have = ray.cluster_resources().get("GPU" if gpu else "CPU", 0)
-    room = int(have // (base.max_workers + (0 if gpu else 1)))  # a CPU reads
+    parallel = parallel_trials(config, gpu, ray.cluster_resources())
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             # A trial itself takes no CPU: its workers reserve their own.
@@ -260,7 +259,7 @@ def _run(
                     stop_last_trials=False,
                 ),
                 num_samples=left,
-                max_concurrent_trials=config.parallel or max(1, room),
+                max_concurrent_trials=parallel,
                 time_budget_s=seconds,
                 trial_name_creator=lambda trial: journal.name(trial),  # a method would be copied
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -276,6 +275,27 @@ def _run(
         )  # fmt: skip
         # In a thread, where Ray Tune leaves the signals alone.
         in_thread(tuner.fit, "tune").result()
+
+
+def parallel_trials(config: TuneConfig, gpu: bool, have: Mapping[str, float]) -> int:
+    """Returns how many trials run at a time: each has workers, and a CPU that reads for them.
+
+    Args:
+        have: resources of the cluster, as Ray names them.
+
+    Raises:
+        ReneeError: `parallel` trials have no room, for which Ray would wait silently.
+    """
+    each = placement(config, gpu)["resources_per_worker"]
+    needs = {name: config.max_workers * count for name, count in each.items()}
+    needs["CPU"] += READING_CPUS
+    room = int(min(have.get(name, 0) // need for name, need in needs.items() if need)) or 1
+    if config.parallel > room:
+        raise ReneeError(
+            f"parallel={config.parallel} trials do not fit the cluster, which has room for {room}; "
+            f"lower parallel, num_workers or cpus_per_worker, or add nodes"
+        )
+    return config.parallel or room
 
 
 def sampler(space: Mapping[str, Values], base: RunConfig, journal: Journal) -> OptunaSearch:
