@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,6 +117,12 @@ def test_trials_are_as_many_as_have_room(
     assert counted(0) == counted(room) == room and counted(1) == 1
     with pytest.raises(ReneeError, match=f"parallel={room + 1}.*room for {room};"):
         counted(room + 1)
+
+
+def test_without_optuna_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['optuna'] = None; import renee_ray.service.tune"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'renee_ray[tune]'" in done.stderr.splitlines()[-1]
 
 
 def test_docs_show_the_table() -> None:

@@ -17,13 +17,8 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import wait
 from typing import Any
 
-import optuna
 import ray
 import yaml
-from optuna import distributions
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from renee_ray.config.overrides import dotted
 from renee_ray.config.schema import RunConfig
@@ -32,6 +27,18 @@ from renee_ray.config.tune import TuneConfig, Values, search_space, with_setting
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import absolute, make_directory, replace_file
 from renee_ray.errors import ReneeError, reason
+
+try:
+    import optuna
+    from optuna import distributions
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+except ImportError as error:
+    raise ReneeError(
+        f"tuning needs Optuna ({reason(error):.200}); pip install 'renee_ray[tune]'"
+    ) from error
+
 from renee_ray.parallel.threads import in_thread
 from renee_ray.report.tuning import write_tuning
 from renee_ray.service.cluster import ensure_ray
