@@ -25,7 +25,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.config.tune import TuneConfig, Values, search_space, with_settings
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.storage import absolute, make_directory, replace_file
+from renee_ray.data.storage import absolute, make_directory, read_file, replace_file
 from renee_ray.errors import ReneeError, reason
 
 try:
@@ -62,7 +62,7 @@ LOG_FROM = 4
 """Ratio of a range's ends from which on its values are drawn on a log scale."""
 POLL_S, STOP_S = 0.5, 60.0
 """Between two looks at a trial's history; for its end, beyond checkpoint.grace_s."""
-JOURNAL = "tuning.json"
+JOURNAL, BEST, PAGE = "tuning.json", "best.yaml", "tuning.html"
 Trial = dict[str, Any]
 """settings; state: running (or cut off), finished, stopped (by ASHA) or failed; value, the last one
 in percent or None; reason of a failure; results, each with value, epoch and progress."""
@@ -215,6 +215,11 @@ def search(
     directory = RunDirectory(base.output)
     if directory.read(RUN_FILE) is not None:
         raise ReneeError(f"{base.output} is a run; give another output for the search")
+    for name in (BEST, PAGE) if directory.read(JOURNAL) is None else ():
+        if read_file(f"{base.output}/{name}") is not None:
+            raise ReneeError(
+                f"{base.output}/{name} is not of a search; give another output, or move the file"
+            )
     make_directory(base.output)
     shown = {key: shown_values(values) for key, values in space.items()}
     settings = base.model_dump(exclude=MAY_CHANGE - {"evaluation"}, mode="json")
@@ -229,7 +234,7 @@ def search(
     facts: dict[str, Any] = {
         "best": best_of(journal.trials), "metric": base.evaluation.metric, "points": points,
         "space": shown, "trials": journal.trials,
-        "yaml": f"{base.output}/best.yaml", "report": f"{base.output}/tuning.html",
+        "yaml": f"{base.output}/{BEST}", "report": f"{base.output}/{PAGE}",
     }  # fmt: skip
     best = journal.trials[facts["best"]]
     chosen = with_settings(base, best["settings"], "tune")
