@@ -87,6 +87,8 @@ def test_a_space_of_ones_own() -> None:
         ("space.encoder.droput=0..0.1", "did you mean 'encoder.dropout'"),
         ("space.data=[a, b]", "data cannot be searched"),
         ("space.evaluation.metric=[P@1, P@5]", "cannot be searched"),
+        ("space.evaluation.tails=[0.1, 0.2]", "tails cannot be searched"),
+        ("evaluation.tails=[0.1, 0.2]", "leave it out"),
         ("table=false", "nothing is searched"),
         ("trials=0", "trials=0"),
         ("trails=3", "did you mean 'trials'"),
