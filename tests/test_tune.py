@@ -240,6 +240,22 @@ def test_the_page_is_self_contained_and_survives_trials_without_results(tmp_path
     assert page.count("<circle") == len(SPACE) + 1, "and one of the curve"
 
 
+def test_the_page_shows_settings_that_have_no_order(tmp_path: Path) -> None:
+    results = [{"value": 30.0, "epoch": 1.0, "progress": 50.0}]
+    values = [None, [64, 128], 5, 0.25, "auto", True]
+    trials = [
+        ended("finished", 30.0) | {"settings": {"any": value}, "results": results}
+        for value in values
+    ]
+    facts = {
+        "best": 0, "metric": "P@1", "points": 300, "trials": trials, "space": {"any": "[...]"},
+    }  # fmt: skip
+    write_tuning(str(tmp_path / "page.html"), facts)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    axis = re.findall(r'y="142"[^>]*>([^<]*)<', page)
+    assert axis == ["0.25", "[64, 128]"], "numbers first, the others by their text"
+
+
 def test_a_configuration_of_a_run_is_what_is_left_without_the_keys_of_the_search() -> None:
     layer = parse_overrides(["space.encoder.bag.dim=[256, 512]", "trials=4"], TuneConfig)
     made = make_config(TuneConfig, PLACES, layer)
