@@ -77,12 +77,15 @@ class TrialRun(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], base: Any = None) -> None:
-        made = RunConfig.model_validate(base)
-        output = {"output": f"{made.output}/{self.trial_name}"}
-        self._run = with_settings(made, config | output, self.trial_name)
+        self._run = RunConfig.model_validate(base)  # the trial's own from `_train` on
         self._told, self._last = 0, {"value": 0.0, "epoch": 0.0, "progress": 0.0}
         self._ends = threading.Event()
-        self._trained = in_thread(lambda: train(self._run, stopping=self._ends.is_set), "train")
+        self._trained = in_thread(lambda: self._train(config), "train")
+
+    def _train(self, settings: dict[str, Any]) -> None:
+        output = {"output": f"{self._run.output}/{self.trial_name}"}
+        self._run = with_settings(self._run, settings | output, self.trial_name)
+        train(self._run, stopping=self._ends.is_set)
 
     def step(self) -> dict[str, Any]:
         while True:
