@@ -60,7 +60,7 @@ RUNGS, REDUCTION = (50, 99), 2
 """ASHA compares trials once, after 50 percent of their own epochs (below 99); half go on."""
 LOG_FROM = 4
 """Ratio of a range's ends from which on its values are drawn on a log scale."""
-POLL_S, STOP_S = 0.5, 60.0
+POLL_S, STOP_S = 5.0, 60.0
 """Between two looks at a trial's history; for its end, beyond checkpoint.grace_s."""
 JOURNAL, BEST, PAGE = "tuning.json", "best.yaml", "tuning.html"
 Trial = dict[str, Any]
@@ -90,8 +90,13 @@ class TrialRun(tune.Trainable):
     def step(self) -> dict[str, Any]:
         while True:
             ended = self._trained.done()  # asked first: nothing is written after it
-            history = RunDirectory(self._run.output).read(HISTORY_FILE) or {"evals": []}
-            for each in [each for each in history["evals"] if each["step"]][self._told :]:
+            try:
+                history = RunDirectory(self._run.output).read(HISTORY_FILE) or {}
+            except (OSError, ReneeError) as error:  # read again at the next look
+                if ended:
+                    return self._last | {"failed": reason(error), "done": True}
+                history = {}
+            for each in [each for each in history.get("evals", ()) if each["step"]][self._told :]:
                 self._told += 1
                 value = each["metrics"].get(self._run.evaluation.metric, 0.0)
                 progress = 100 * each["epoch"] / self._run.epochs
