@@ -182,6 +182,7 @@ def test_a_search_that_goes_on_begins_with_what_was_cut_off(tmp_path: Path) -> N
     trials = [begin(journal, settings) for settings in suggested]
     assert [str(trial) for trial in trials] == [f"trial-00{i}" for i in range(4)]
     tell(journal, trials[0], 30.0)
+    tell(journal, trials[0], 40.0)
     tell(journal, trials[0], 41.0, final=True)
     journal.on_trial_complete(trials[0])
     tell(journal, trials[1], 20.0)

@@ -162,6 +162,8 @@ class Journal(tune.Callback):
         if "failed" in result:
             return
         results = self._of(trial)["results"]
+        if result.get("final"):  # of the last evaluation, which was told before
+            del results[-1:]
         results.append({key: result[key] for key in ("value", "epoch", "progress")})
         said = f"epoch {result['epoch']:.1f}, {result['value']:.2f}"
         self._note(trial, said, value=result["value"])
