@@ -20,6 +20,7 @@ from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.tune import (
     Journal,
     Trial,
+    TrialRun,
     best_of,
     parallel_trials,
     sampler,
@@ -88,7 +89,7 @@ def test_a_space_of_ones_own() -> None:
         ("space.data=[a, b]", "data cannot be searched"),
         ("space.evaluation.metric=[P@1, P@5]", "cannot be searched"),
         ("space.evaluation.tails=[0.1, 0.2]", "tails cannot be searched"),
-        ("evaluation.tails=[0.1, 0.2]", "leave it out"),
+        ("evaluation.tails=[0.1, 0.2]", r"evaluation\.tails out"),
         ("table=false", "nothing is searched"),
         ("trials=0", "trials=0"),
         ("trails=3", "did you mean 'trials'"),
@@ -255,6 +256,15 @@ def test_the_page_shows_settings_that_have_no_order(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     axis = re.findall(r'y="142"[^>]*>([^<]*)<', page)
     assert axis == ["0.25", "[64, 128]"], "numbers first, the others by their text"
+
+
+def test_a_trial_that_cannot_be_configured_says_why() -> None:
+    class Alone(TrialRun):
+        def setup(self, config: dict[str, Any], base: Any = None) -> None:
+            super().setup(config, BASE.model_dump(exclude_unset=True))
+
+    result = Alone({"epochs": -1}).step()
+    assert result["done"] and "epochs=-1" in result["failed"]
 
 
 def test_a_configuration_of_a_run_is_what_is_left_without_the_keys_of_the_search() -> None:

@@ -71,8 +71,8 @@ def search_space(
     """
     if tails := config.evaluation.tails:
         raise ConfigError(
-            f"evaluation.tails={list(tails)} would replace the evaluation.tail of each trial; leave "
-            f"it out, and tune searches evaluation.tail"
+            f"evaluation.tails={list(tails)} would replace each trial's evaluation.tail; leave "
+            f"evaluation.tails out"
         )
     run, bag, found = config.run, config.encoder.bag.dim > 0, dict[str, Values]()
     matters = {

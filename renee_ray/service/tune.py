@@ -94,7 +94,7 @@ class TrialRun(tune.Trainable):
                 history = RunDirectory(self._run.output).read(HISTORY_FILE) or {}
             except (OSError, ReneeError) as error:  # read again at the next look
                 if ended:
-                    return self._last | {"failed": reason(error), "done": True}
+                    return self._last | {"failed": reason(error), "done": True} | self._ended()
                 history = {}
             for each in [each for each in history.get("evals", ()) if each["step"]][self._told :]:
                 self._told += 1
