@@ -1,7 +1,9 @@
-"""The machine, or the container, that a process runs in: free memory, threads that wait."""
+"""The machine, or container, that a process runs in: free memory, threads, its commands."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +17,30 @@ V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
 V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
 """Of each version of cgroups: where it is mounted, its limit, its use, and what of that are pages
 of files that nobody has used for a while, which the kernel takes back before it refuses any."""
+
+
+COMMAND_S = 10.0
+"""Seconds that a command may take: a driver that is broken may hang."""
+
+
+def output(command: list[str], timeout_s: float = COMMAND_S) -> list[str]:
+    """Returns the lines that a command prints, which sees all GPUs.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+        OSError: it fails or takes too long, with the reason as one sentence.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{command[0]} takes longer than {timeout_s:g} s") from None
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()[0]
+        raise OSError(f"{command[0]} ends with status {done.returncode}: {said:.200}")
+    return done.stdout.splitlines()
 
 
 def available_bytes(root: Path = Path("/")) -> int:

@@ -20,9 +20,11 @@ from renee_ray.cli.main import main
 from renee_ray.config.doctor import DoctorConfig
 from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.errors import ConfigError
+from renee_ray.machine import output
 from renee_ray.service.doctor.doctor import rounds
 from renee_ray.service.doctor.findings import find
 from renee_ray.service.doctor.probes import examine_node
+from renee_ray.service.environment import environment
 
 URL = "s3://bucket/runs"
 VERSIONS = {"python": "3.11.9", "renee_ray": "0.1.0 (12345678)", "torch": "2.13.0"}
@@ -34,7 +36,8 @@ def healthy() -> Facts:
     nodes: list[Facts] = [
         {
             "node": f"10.0.0.{i}", "ray_cpus": 4.0, "ray_gpus": 0, "versions": dict(VERSIONS),
-            "gpus": [], "cuda_devices": 0, "shm_bytes": 8 << 30, "disk_bytes": 100 << 30,
+            "gpus": [], "cuda_devices": 0, "gpu_failure": "", "shm_bytes": 8 << 30,
+            "disk_bytes": 100 << 30,
             "disk_free_bytes": 50 << 30, "memory_bytes": 32 << 30, "memory_free_bytes": 20 << 30,
             "open_files": 65536, "clock_offset_s": 0.01, "clock_error_s": 0.001,
             "storage": {URL: {"sees_marker": True, "write_s": 0.02, "read_s": 0.01}},
@@ -118,6 +121,8 @@ PLANTED = {
     "a silent node": (node(error="no answer within 30 s"), "node", SECOND, "no answer"),
     "an unusable GPU": (lambda f: f["nodes"][2].update(cuda_devices=0), "gpus", ["10.0.0.3"],
                         "torch uses 0 of 1 GPUs"),
+    "a broken driver": (node(gpu_failure="nvidia-smi ends with status 9: no driver"), "gpus",
+                        SECOND, "does not answer: nvidia-smi ends with status 9: no driver"),
 }  # fmt: skip
 """Fault -> how it is planted, its check, its nodes, what is said."""
 WARNED = {
@@ -216,6 +221,21 @@ def test_a_node_tells_its_gpus_and_what_torch_can_use(
     assert found["cuda_devices"] == torch.cuda.device_count()
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert found["shm_bytes"] == os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
+
+
+def test_a_node_with_a_broken_driver_is_examined_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed.\nexit 9\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = examine_node()
+    assert found["gpu_failure"] == "nvidia-smi ends with status 9: NVIDIA-SMI has failed."
+    assert found["gpus"] == [] and found["cuda_devices"] == 0
+    assert "driver" not in found["versions"] and environment()["driver"] is None
+    with pytest.raises(TimeoutError, match="sleep takes longer"):
+        output(["sleep", "9"], timeout_s=0.1)
 
 
 def test_storage_is_one_place_or_several() -> None:

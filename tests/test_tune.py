@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,15 @@ from renee_ray.config.tune import TABLE, TuneConfig, Values, search_space, with_
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.report.tuning import write_tuning
 from renee_ray.service.run.directory import RunDirectory
-from renee_ray.service.tune import Journal, Trial, best_of, sampler, shown_values
+from renee_ray.service.tune import (
+    Journal,
+    Trial,
+    TrialRun,
+    best_of,
+    parallel_trials,
+    sampler,
+    shown_values,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = {"data": "d", "output": "o"}
@@ -78,6 +88,8 @@ def test_a_space_of_ones_own() -> None:
         ("space.encoder.droput=0..0.1", "did you mean 'encoder.dropout'"),
         ("space.data=[a, b]", "data cannot be searched"),
         ("space.evaluation.metric=[P@1, P@5]", "cannot be searched"),
+        ("space.evaluation.tails=[0.1, 0.2]", "tails cannot be searched"),
+        ("evaluation.tails=[0.1, 0.2]", r"evaluation\.tails out"),
         ("table=false", "nothing is searched"),
         ("trials=0", "trials=0"),
         ("trails=3", "did you mean 'trials'"),
@@ -86,6 +98,34 @@ def test_a_space_of_ones_own() -> None:
 def test_what_cannot_be_searched_is_one_sentence(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         searched("perl-bag", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "have", "room"),
+    [
+        ("num_workers=2", False, {"CPU": 7}, 2),  # two workers and a reader each
+        ("num_workers=2 cpus_per_worker=3", False, {"CPU": 15}, 2),
+        ("num_workers=[1,4]", False, {"CPU": 3}, 1),
+        ("num_workers=2", True, {"CPU": 16, "GPU": 8}, 4),
+        ("num_workers=2 cpus_per_worker=4", True, {"CPU": 16, "GPU": 8}, 1),
+    ],
+)
+def test_trials_are_as_many_as_have_room(
+    overrides: str, gpu: bool, have: dict[str, float], room: int
+) -> None:
+    def counted(parallel: int) -> int:
+        given = parse_overrides([*overrides.split(), f"parallel={parallel}"], TuneConfig)
+        return parallel_trials(make_config(TuneConfig, PLACES, given), gpu, have)
+
+    assert counted(0) == counted(room) == room and counted(1) == 1
+    with pytest.raises(ReneeError, match=f"parallel={room + 1}.*room for {room};"):
+        counted(room + 1)
+
+
+def test_without_optuna_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['optuna'] = None; import renee_ray.service.tune"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'renee_ray[tune]'" in done.stderr.splitlines()[-1]
 
 
 def test_docs_show_the_table() -> None:
@@ -143,6 +183,7 @@ def test_a_search_that_goes_on_begins_with_what_was_cut_off(tmp_path: Path) -> N
     trials = [begin(journal, settings) for settings in suggested]
     assert [str(trial) for trial in trials] == [f"trial-00{i}" for i in range(4)]
     tell(journal, trials[0], 30.0)
+    tell(journal, trials[0], 40.0)
     tell(journal, trials[0], 41.0, final=True)
     journal.on_trial_complete(trials[0])
     tell(journal, trials[1], 20.0)
@@ -199,6 +240,31 @@ def test_the_page_is_self_contained_and_survives_trials_without_results(tmp_path
     assert "<b>no</b>" not in page and page.count("<script") == 1
     assert not re.search(r"(src|href)=\"http", page)
     assert page.count("<circle") == len(SPACE) + 1, "and one of the curve"
+
+
+def test_the_page_shows_settings_that_have_no_order(tmp_path: Path) -> None:
+    results = [{"value": 30.0, "epoch": 1.0, "progress": 50.0}]
+    values = [None, [64, 128], 5, 0.25, "auto", True]
+    trials = [
+        ended("finished", 30.0) | {"settings": {"any": value}, "results": results}
+        for value in values
+    ]
+    facts = {
+        "best": 0, "metric": "P@1", "points": 300, "trials": trials, "space": {"any": "[...]"},
+    }  # fmt: skip
+    write_tuning(str(tmp_path / "page.html"), facts)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    axis = re.findall(r'y="142"[^>]*>([^<]*)<', page)
+    assert axis == ["0.25", "[64, 128]"], "numbers first, the others by their text"
+
+
+def test_a_trial_that_cannot_be_configured_says_why() -> None:
+    class Alone(TrialRun):
+        def setup(self, config: dict[str, Any], base: Any = None) -> None:
+            super().setup(config, BASE.model_dump(exclude_unset=True))
+
+    result = Alone({"epochs": -1}).step()
+    assert result["done"] and "epochs=-1" in result["failed"]
 
 
 def test_a_configuration_of_a_run_is_what_is_left_without_the_keys_of_the_search() -> None:

@@ -13,7 +13,10 @@ from renee_ray.config.overrides import dotted, keys_of, make_config
 from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.errors import SHOWN, ConfigError
 
-NOT_SEARCHED = ("data", "output", "recipe", "start", "evaluation.metric", "evaluation.every")
+NOT_SEARCHED = (
+    "data", "output", "recipe", "start", "evaluation.metric", "evaluation.every",
+    "evaluation.tails",
+)  # fmt: skip
 TABLE = {
     "encoder.learning_rate": (0.25, 4, True),
     "encoder.dropout": (0, 0.3, False),
@@ -66,6 +69,11 @@ def search_space(
     Raises:
         ConfigError: a key or value of `space` is wrong, or nothing is left to search.
     """
+    if tails := config.evaluation.tails:
+        raise ConfigError(
+            f"evaluation.tails={list(tails)} would replace each trial's evaluation.tail; leave "
+            f"evaluation.tails out"
+        )
     run, bag, found = config.run, config.encoder.bag.dim > 0, dict[str, Values]()
     matters = {
         "encoder.learning_rate": run.encoder.trains_transformer or run.encoder.lora.rank > 0,

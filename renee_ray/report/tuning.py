@@ -43,6 +43,7 @@ def _shown(value: Any) -> str:
 
 
 def _ranks(values: list[Any]) -> list[float]:
-    """Returns the place of each value among all in order, in [0, 1]: a scale for any setting."""
-    order = sorted(set(values), key=lambda v: (isinstance(v, str), v))
-    return [(order.index(each) + 0.5) / len(order) for each in values]
+    """Returns the place of each value among all in order, in [0, 1]: numbers first, then others."""
+    keys = [(0, v, "") if isinstance(v, int | float) else (1, 0, repr(v)) for v in values]
+    order = sorted(set(keys))
+    return [(order.index(each) + 0.5) / len(order) for each in keys]

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from renee_ray import __version__
+from renee_ray.machine import output
 from renee_ray.plan.devices import cores
 
 
@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
     device, driver, commit = f"{platform.machine()} CPU, {cores()} cores", None, None
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-        driver = _output("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+        driver = _first_line("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
     versions = {
         "renee_ray": __version__, "python": platform.python_version(), "cuda": torch.version.cuda,
     }  # fmt: skip
@@ -31,15 +31,14 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     root = Path(__file__).parents[2]
     if (root / ".git").exists():  # an installed package may lie in a repository of something else
-        commit = _output(f"git -C {root} describe --always --dirty --abbrev=40")
+        commit = _first_line(f"git -C {root} describe --always --dirty --abbrev=40")
     return {
         "date": time.strftime("%Y-%m-%d"), "device": device, "driver": driver,
         "versions": versions, "commit": os.environ.get("RENEE_RAY_COMMIT", commit),
     }  # fmt: skip
 
 
-def _output(command: str) -> str | None:
+def _first_line(command: str) -> str | None:
     with contextlib.suppress(OSError):
-        done = subprocess.run(command.split(), capture_output=True, text=True)
-        return done.stdout.strip() or None
+        return next(iter(output(command.split())), None)
     return None

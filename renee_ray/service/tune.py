@@ -17,26 +17,33 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import wait
 from typing import Any
 
-import optuna
 import ray
 import yaml
-from optuna import distributions
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from renee_ray.config.overrides import dotted
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.config.tune import TuneConfig, Values, search_space, with_settings
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.storage import absolute, make_directory, replace_file
+from renee_ray.data.storage import absolute, make_directory, read_file, replace_file
 from renee_ray.errors import ReneeError, reason
+
+try:
+    import optuna
+    from optuna import distributions
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+except ImportError as error:
+    raise ReneeError(
+        f"tuning needs Optuna ({reason(error):.200}); pip install 'renee_ray[tune]'"
+    ) from error
+
 from renee_ray.parallel.threads import in_thread
 from renee_ray.report.tuning import write_tuning
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.launch import decide_gpu
-from renee_ray.service.policies import user_error
+from renee_ray.service.launch import decide_gpu, placement
+from renee_ray.service.policies import READING_CPUS, user_error
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease
 from renee_ray.service.score.evaluate import evaluate_run
@@ -53,9 +60,9 @@ RUNGS, REDUCTION = (50, 99), 2
 """ASHA compares trials once, after 50 percent of their own epochs (below 99); half go on."""
 LOG_FROM = 4
 """Ratio of a range's ends from which on its values are drawn on a log scale."""
-POLL_S, STOP_S = 0.5, 60.0
+POLL_S, STOP_S = 5.0, 60.0
 """Between two looks at a trial's history; for its end, beyond checkpoint.grace_s."""
-JOURNAL = "tuning.json"
+JOURNAL, BEST, PAGE = "tuning.json", "best.yaml", "tuning.html"
 Trial = dict[str, Any]
 """settings; state: running (or cut off), finished, stopped (by ASHA) or failed; value, the last one
 in percent or None; reason of a failure; results, each with value, epoch and progress."""
@@ -70,18 +77,26 @@ class TrialRun(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], base: Any = None) -> None:
-        made = RunConfig.model_validate(base)
-        output = {"output": f"{made.output}/{self.trial_name}"}
-        self._run = with_settings(made, config | output, self.trial_name)
+        self._run = RunConfig.model_validate(base)  # the trial's own from `_train` on
         self._told, self._last = 0, {"value": 0.0, "epoch": 0.0, "progress": 0.0}
         self._ends = threading.Event()
-        self._trained = in_thread(lambda: train(self._run, stopping=self._ends.is_set), "train")
+        self._trained = in_thread(lambda: self._train(config), "train")
+
+    def _train(self, settings: dict[str, Any]) -> None:
+        output = {"output": f"{self._run.output}/{self.trial_name}"}
+        self._run = with_settings(self._run, settings | output, self.trial_name)
+        train(self._run, stopping=self._ends.is_set)
 
     def step(self) -> dict[str, Any]:
         while True:
             ended = self._trained.done()  # asked first: nothing is written after it
-            history = RunDirectory(self._run.output).read(HISTORY_FILE) or {"evals": []}
-            for each in [each for each in history["evals"] if each["step"]][self._told :]:
+            try:
+                history = RunDirectory(self._run.output).read(HISTORY_FILE) or {}
+            except (OSError, ReneeError) as error:  # read again at the next look
+                if ended:
+                    return self._last | {"failed": reason(error), "done": True} | self._ended()
+                history = {}
+            for each in [each for each in history.get("evals", ()) if each["step"]][self._told :]:
                 self._told += 1
                 value = each["metrics"].get(self._run.evaluation.metric, 0.0)
                 progress = 100 * each["epoch"] / self._run.epochs
@@ -147,6 +162,8 @@ class Journal(tune.Callback):
         if "failed" in result:
             return
         results = self._of(trial)["results"]
+        if result.get("final"):  # of the last evaluation, which was told before
+            del results[-1:]
         results.append({key: result[key] for key in ("value", "epoch", "progress")})
         said = f"epoch {result['epoch']:.1f}, {result['value']:.2f}"
         self._note(trial, said, value=result["value"])
@@ -208,10 +225,15 @@ def search(
     directory = RunDirectory(base.output)
     if directory.read(RUN_FILE) is not None:
         raise ReneeError(f"{base.output} is a run; give another output for the search")
+    for name in (BEST, PAGE) if directory.read(JOURNAL) is None else ():
+        if read_file(f"{base.output}/{name}") is not None:
+            raise ReneeError(
+                f"{base.output}/{name} is not of a search; give another output, or move the file"
+            )
     make_directory(base.output)
     shown = {key: shown_values(values) for key, values in space.items()}
     settings = base.model_dump(exclude=MAY_CHANGE - {"evaluation"}, mode="json")
-    identity = dict(dotted(settings)) | {"space": shown}
+    identity = dict(dotted(settings)) | {"space": shown, "dataset": dataset.manifest.hash}
     with Lease(base.output, say) as lease:
         journal = Journal(directory, identity, say, lease.check)
         left = config.trials - sum(each["state"] != "running" for each in journal.trials)
@@ -222,7 +244,7 @@ def search(
     facts: dict[str, Any] = {
         "best": best_of(journal.trials), "metric": base.evaluation.metric, "points": points,
         "space": shown, "trials": journal.trials,
-        "yaml": f"{base.output}/best.yaml", "report": f"{base.output}/tuning.html",
+        "yaml": f"{base.output}/{BEST}", "report": f"{base.output}/{PAGE}",
     }  # fmt: skip
     best = journal.trials[facts["best"]]
     chosen = with_settings(base, best["settings"], "tune")
@@ -243,8 +265,7 @@ def _run(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     gpu = decide_gpu(base.use_gpu, base.min_workers)
-    have = ray.cluster_resources().get("GPU" if gpu else "CPU", 0)
-    room = int(have // (base.max_workers + (0 if gpu else 1)))  # a CPU reads
+    parallel = parallel_trials(config, gpu, ray.cluster_resources())
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             # A trial itself takes no CPU: its workers reserve their own.
@@ -260,7 +281,7 @@ def _run(
                     stop_last_trials=False,
                 ),
                 num_samples=left,
-                max_concurrent_trials=config.parallel or max(1, room),
+                max_concurrent_trials=parallel,
                 time_budget_s=seconds,
                 trial_name_creator=lambda trial: journal.name(trial),  # a method would be copied
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -276,6 +297,27 @@ def _run(
         )  # fmt: skip
         # In a thread, where Ray Tune leaves the signals alone.
         in_thread(tuner.fit, "tune").result()
+
+
+def parallel_trials(config: TuneConfig, gpu: bool, have: Mapping[str, float]) -> int:
+    """Returns how many trials run at a time: each has workers, and a CPU that reads for them.
+
+    Args:
+        have: resources of the cluster, as Ray names them.
+
+    Raises:
+        ReneeError: `parallel` trials have no room, for which Ray would wait silently.
+    """
+    each = placement(config, gpu)["resources_per_worker"]
+    needs = {name: config.max_workers * count for name, count in each.items()}
+    needs["CPU"] += READING_CPUS
+    room = int(min(have.get(name, 0) // need for name, need in needs.items() if need)) or 1
+    if config.parallel > room:
+        raise ReneeError(
+            f"parallel={config.parallel} trials do not fit the cluster, which has room for {room}; "
+            f"lower parallel, num_workers or cpus_per_worker, or add nodes"
+        )
+    return config.parallel or room
 
 
 def sampler(space: Mapping[str, Values], base: RunConfig, journal: Journal) -> OptunaSearch:

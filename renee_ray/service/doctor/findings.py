@@ -93,6 +93,9 @@ def _least(node: dict[str, Any]) -> Iterator[Found]:
 
 def _gpus(node: dict[str, Any]) -> Iterator[Found]:
     have = len(node["gpus"])
+    if failure := node["gpu_failure"]:
+        yield ("gpus", "error", node["node"], f"the driver of its GPUs does not answer: {failure}",
+               "mend or reload the driver, or remove nvidia-smi where there is no GPU")  # fmt: skip
     if node["cuda_devices"] < have:
         yield ("gpus", "error", node["node"], f"torch uses {node['cuda_devices']} of {have} GPUs",
                "install a build of torch that fits the driver")  # fmt: skip

@@ -13,7 +13,6 @@ import platform
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,11 +27,13 @@ import tenacity
 
 from renee_ray.data.storage import read_file, remove, write_file
 from renee_ray.errors import reason
-from renee_ray.machine import available_bytes, limit_bytes
+from renee_ray.machine import available_bytes, limit_bytes, output
 
 LIBRARIES = ("ray", "torch", "transformers", "pyarrow", "numpy")
 GPUS = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
 CUDA = "import torch; print(torch.version.cuda, torch.cuda.device_count())"
+TORCH_S = 60.0
+"""Seconds for that: to load torch from a network's disk takes long."""
 PROBE_FILE = ".renee-ray-doctor-"
 PROBE_BYTES, LARGE_BYTES = 1 << 10, 16 << 20
 """Bytes of a file, and of the tensor that two ranks add up to measure their bandwidth."""
@@ -46,22 +47,31 @@ def examine_node() -> dict[str, Any]:
     """Returns versions, GPUs, memory and limits of a process of Ray's on this node.
 
     Sizes are in bytes, and memory is the container's, where it has less than the machine. `gpus`
-    has (name, memory) of each; `cuda_devices` is the number of those that torch can use.
+    has (name, memory) of each; `cuda_devices` is the number of those that torch can use, and
+    `gpu_failure` says why the driver does not answer.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions["renee_ray"] = _own_version()
     for name in LIBRARIES:
         versions[name] = next((each.version for each in distributions(name=name)), None)
-    gpus, devices = [line.split(", ") for line in _output(GPUS)], "0"
+    gpus, devices, failure = list[list[str]](), "0", ""
+    try:
+        rows = [line.split(", ") for line in output(GPUS)]
+        gpus = [row for row in rows if len(row) == 3]  # and not "No devices were found"
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        failure = reason(error)
     if gpus:
-        versions["driver"] = gpus[0][2]
-        last = (_output([sys.executable, "-c", CUDA]) or ["None 0"])[-1]
-        versions["CUDA"], devices = last.split()
+        versions["driver"], versions["CUDA"] = gpus[0][2], "None"
+        with suppress(OSError):  # what is wrong with torch, its version and devices tell
+            versions["CUDA"], devices = output([sys.executable, "-c", CUDA], TORCH_S)[-1].split()
     disk = shutil.disk_usage(tempfile.gettempdir())
     return {
         "versions": versions,
         "gpus": [gpu[:2] for gpu in gpus],
         "cuda_devices": int(devices),
+        "gpu_failure": failure,
         "shm_bytes": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         "disk_bytes": disk.total,
         "disk_free_bytes": disk.free,
@@ -69,15 +79,6 @@ def examine_node() -> dict[str, Any]:
         "memory_free_bytes": available_bytes(),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
-
-
-def _output(command: list[str]) -> list[str]:
-    """Returns the lines that a command prints that sees all GPUs; none if it fails."""
-    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    with suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        return done.stdout.splitlines()
-    return []
 
 
 def _own_version() -> str | None:
