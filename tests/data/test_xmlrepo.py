@@ -270,6 +270,13 @@ def test_a_good_folder(tmp_path: Path) -> None:
     assert where.endswith("trn_X_Y.txt:2") and found_at(path).num_labels == 4
 
 
+@pytest.mark.parametrize("lines", ["", " \n\n"])
+def test_a_filter_file_without_pairs(tmp_path: Path, lines: str) -> None:
+    path = source(tmp_path)
+    (tmp_path / "trn_filter_labels.txt").write_text(lines)
+    assert [row["filter_labels"] for row in read(path)["train"]] == [[], [], []]
+
+
 def test_a_filter_row_that_is_no_point(tmp_path: Path) -> None:
     path = source(tmp_path)
     for row in ("3", "9" * 25):

@@ -84,7 +84,7 @@ class Repository:
                 piece = replace(piece, table=piece.table.append_column("filter_labels", lists))
             yield piece
             rows += len(piece.table)
-        if filters is not None and filters["row"][-1:] >= rows:
+        if filters is not None and len(filters["row"]) and filters["row"][-1] >= rows:
             line, row = (
                 filters[name][np.searchsorted(filters["row"], rows)] for name in ("line", "row")
             )
