@@ -37,7 +37,7 @@ from renee_ray.service.convert.partition import partition
 from renee_ray.service.convert.parts import write_parts
 from renee_ray.service.tasks import Interrupted
 
-SCRATCH_FORMAT = "batches"
+SCRATCH_FORMAT = "pieces"
 """Names the format of scratch files and results: nothing goes on from those of another."""
 
 
