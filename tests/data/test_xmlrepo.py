@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from renee_ray.data.sources import lines as lines_module
 from renee_ray.data.sources import xmlrepo
 from renee_ray.data.sources.lines import Lines
 from renee_ray.data.sources.records import SourceError
@@ -268,6 +269,18 @@ def test_a_good_folder(tmp_path: Path) -> None:
     (piece,) = found_at(path).pieces("train", [])
     where = f"{piece.path}{piece.between}{piece.number}"
     assert where.endswith("trn_X_Y.txt:2") and found_at(path).num_labels == 4
+
+
+def test_pieces_hold_few_bytes_of_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_module, "PIECE_BYTES", 50)
+    ids = [[4 * row, *range(5)] for row in range(40)]
+    labels = "".join(" ".join(f"{i}:1" for i in row) + "\n" for row in ids)
+    path = source(tmp_path, trn_X="a\n" * 40, trn_X_Y=f"40 200\n{labels}", tst_X=None, tst_X_Y=None)
+    pieces = list(found_at(path).pieces("train", []))
+    assert [row for piece in pieces for row in piece.table["labels"].to_pylist()] == ids
+    assert max(len(piece.table) for piece in pieces) == 3
+    rows = np.cumsum([0, *(len(piece.table) for piece in pieces)])
+    assert [piece.number for piece in pieces] == (rows[:-1] + 2).tolist()
 
 
 @pytest.mark.parametrize("lines", ["", " \n\n"])

@@ -240,11 +240,15 @@ def _pairs(files: SplitFiles, limit: int) -> Iterator[Piece]:
     given = None if isinstance(texts, Memmap) else Lines(texts)
     tables = texts.pieces() if isinstance(texts, Memmap) else _texts(given or ())
     for table in tables:
-        lines, first = list(islice(wanted, len(table))), rows + begin
-        lists, zeros = parse_pairs(lines, _numbered(labels.path, first), limit)
-        table = table.slice(0, len(lines)).append_column("labels", lists)
-        yield Piece(table, labels.path, first, ":", {"zero_values": zeros})
-        rows += len(lines)
+        start = rows
+        for lines in chunked(islice(wanted, len(table))):  # labels may be longer than texts
+            if not lines and rows:
+                continue
+            first = rows + begin
+            lists, zeros = parse_pairs(lines, _numbered(labels.path, first), limit)
+            here = table.slice(rows - start, len(lines)).append_column("labels", lists)
+            yield Piece(here, labels.path, first, ":", {"zero_values": zeros})
+            rows += len(lines)
     labels.drain()
     number, solid = labels.number + 1 - begin, labels.solid + 1 - begin
     if files.header is not None and not solid <= files.header[0] <= number:
