@@ -195,7 +195,7 @@ def tables_of(path: str, columns: list[str] | None = None) -> Iterator[pa.Table]
     kind = kinds.get(name[name.rfind(".") :], _json_lines)
     try:
         yield from kind(path, columns)
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
         if is_transient(error):
             raise
         raise SourceError(f"{path} cannot be read ({reason(error):.300}); correct it") from None
