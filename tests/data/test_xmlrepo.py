@@ -82,6 +82,19 @@ def test_gzip_is_unpacked(tmp_path: Path) -> None:
     assert list(Lines(str(path))) == [b"a", b"bc"]
 
 
+def test_file_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_module, "REQUEST_BYTES", 2)
+    path = tmp_path / "trn_X.txt"
+    path.write_bytes(b"a\nb\nc\n")
+    with lines_module.opened(str(path)) as file:
+        assert file.read() == b"a\nb\nc\n"
+    lines = iter(Lines(str(path)))
+    assert next(lines) == b"a"
+    path.write_bytes(b"a\nb")
+    with pytest.raises(SourceError, match=r"trn_X\.txt became shorter .*no byte 3; convert again"):
+        list(lines)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "not gzip", "flipped"])
 def test_damaged_gzip(tmp_path: Path, damage: str) -> None:
     packed = gzip.compress(np.random.default_rng(0).bytes(5000))
