@@ -37,7 +37,7 @@ def written(
         odd[result["split"]].update(result["odd"])
         origins |= {path: tuple(origin) for path, *origin in result["pieces"]}
     for _, split, files in tasks:
-        if not rows[split]:
+        if not rows[split] and not (split == "test" and isinstance(found, Repository)):
             raise SourceError(f"{files[0]} has no row; give it rows, or leave it out")
     source = index_parquet(scratch, labels_are, origins)
     if found.num_labels is not None:
