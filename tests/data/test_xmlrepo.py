@@ -294,6 +294,9 @@ def test_pieces_hold_few_bytes_of_labels(tmp_path: Path, monkeypatch: pytest.Mon
     assert max(len(piece.table) for piece in pieces) == 3
     rows = np.cumsum([0, *(len(piece.table) for piece in pieces)])
     assert [piece.number for piece in pieces] == (rows[:-1] + 2).tolist()
+    monkeypatch.setattr(lines_module, "PIECE_ROWS", 3)
+    numbers = [piece.number for piece in found_at(source(tmp_path)).pieces("labels", [])]
+    assert numbers == [1, 4]
 
 
 @pytest.mark.parametrize("lines", ["", " \n\n"])

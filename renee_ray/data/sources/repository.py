@@ -97,14 +97,14 @@ class Repository:
         texts, expected = self.label_texts, self.num_labels
         assert texts is not None
         if isinstance(texts, Memmap):
-            yield from (Piece(table, texts.path, 0) for table in texts.pieces())
+            yield from _numbered_pieces(texts.pieces(), texts.path, 0, ": row ")
             path, rows, ends = texts.path, texts.rows, texts.rows
         elif self.splits["train"].labels is None:
             yield from _objects(texts, None)
             return
         else:
             lines = Lines(texts)
-            yield from (Piece(table, texts, 1, ":") for table in _texts(islice(lines, expected)))
+            yield from _numbered_pieces(_texts(islice(lines, expected)), texts, 1, ":")
             lines.drain()
             path, rows, ends = texts, lines.number, lines.solid
         if expected is not None and not ends <= expected <= rows:
@@ -229,6 +229,14 @@ def _numbered(path: str, first: int) -> Where:
 
 def _texts(lines: Iterable[bytes]) -> Iterator[pa.Table]:
     return (pa.table({"text": pa.array(each, pa.large_binary())}) for each in chunked(lines))
+
+
+def _numbered_pieces(
+    tables: Iterable[pa.Table], path: str, first: int, between: str
+) -> Iterator[Piece]:
+    for table in tables:
+        yield Piece(table, path, first, between)
+        first += len(table)
 
 
 def _pairs(files: SplitFiles, limit: int) -> Iterator[Piece]:
