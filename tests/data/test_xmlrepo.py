@@ -334,8 +334,13 @@ def test_blank_ends_and_missing_headers(tmp_path: Path, files: dict[str, str | N
 
 
 def test_no_header_and_no_label_texts(tmp_path: Path) -> None:
-    files = {"trn_X_Y": "0:1\n1:1 3:1\n2:1\n", "tst_X_Y": "1:1\n", "Y": None}
-    assert found_at(source(tmp_path, **files)).num_labels is None
+    files = {"trn_X_Y": "0:1\n1:1 3:1\n2:1\n", "tst_X_Y": "100000000:1\n", "Y": None}
+    path = source(tmp_path, **files)
+    assert found_at(path).num_labels is None
+    with pytest.raises(
+        SourceError, match=r"tst_X_Y\.txt:1: label id 100000000 is implausibly .*'rows columns'"
+    ):
+        read(path)
 
 
 def test_no_test_split(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ import pyarrow.fs as pafs
 from renee_ray.data.dataset.schema import MAX_LABELS
 from renee_ray.data.sources.lines import Lines, chunked
 from renee_ray.data.sources.memmaps import Memmap, find_memmaps
-from renee_ray.data.sources.records import Int64s, Piece, SourceError, lists_of
+from renee_ray.data.sources.records import (
+    MAX_INFERRED_LABELS,
+    Int64s,
+    Piece,
+    SourceError,
+    lists_of,
+)
 from renee_ray.data.sources.xmlrepo import Where, parse_filters, parse_objects, parse_pairs
 from renee_ray.data.storage import filesystem_of
 
@@ -74,7 +80,8 @@ class Repository:
             yield from self._labels()
             return
         files = self.splits[split]
-        limit = MAX_LABELS if self.num_labels is None else self.num_labels
+        unknown = MAX_INFERRED_LABELS if self.label_texts is None else MAX_LABELS
+        limit = unknown if self.num_labels is None else self.num_labels
         filters = _filters(files.filters, limit) if files.filters else None
         made = _pairs(files, limit) if files.labels else _objects(files.labelled, limit)
         rows = 0
