@@ -356,7 +356,7 @@ def read_block(block: Block, columns: list[str], origins: Origins | None = None)
     """Reads all rows of the block.
 
     Raises:
-        SourceError: the file is damaged; the one in `origins` is named in place of its own.
+        SourceError: the file is damaged; the one in `origins` is named before it.
     """
 
     def read() -> pa.Table:
@@ -369,10 +369,13 @@ def read_block(block: Block, columns: list[str], origins: Origins | None = None)
     except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
         if is_transient(error):
             raise
-        named, where = block.path, f" in row group {block.group}"
         if origins and block.path in origins:
             path, between, first = origins[block.path]
-            named, where = f"{path}{between}{first} and below", ""
+            raise SourceError(
+                f"{path}{between}{first} and below cannot be read ({reason(error):.200}) from the "
+                f"copy {block.path}; correct it, or convert again if it is right"
+            ) from None
         raise SourceError(
-            f"{named} cannot be read ({reason(error):.200}){where}; replace it"
+            f"{block.path} cannot be read ({reason(error):.200}) in row group {block.group}; "
+            f"replace it"
         ) from None
