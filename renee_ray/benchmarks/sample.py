@@ -30,7 +30,8 @@ def write_sample(
     _write_encoder(encoder, dim, layers)
     rows = _points(points, labels, longest)
     splits: dict[str, tuple[layout.Part, ...]] = dict.fromkeys(layout.SPLITS, ())
-    for split, table in ("train", rows), ("labels", _labels(labels)):
+    names = _labels(labels)
+    for split, table in ("train", rows), ("labels", names):
         make_directory(f"{data}/{split}")
         splits[split] = tuple(
             layout.write_part(data, layout.part_path(split, i), at, table.slice(at, PART_ROWS))
@@ -42,7 +43,7 @@ def write_sample(
     hashed = load(encoder).hash
     manifest = layout.Manifest(
         layout.FORMAT_VERSION, encoder, hashed, max(32, longest), 0, labels, False, 0.55, 1.5,
-        splits, others, statistics,
+        splits, others, statistics, layout.hash_labels(0, names["text"]),
     )  # fmt: skip
     layout.write_manifest(data, manifest)
 

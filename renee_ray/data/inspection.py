@@ -243,7 +243,7 @@ def _between_parts(dataset: Dataset, counts: dict[str, _Counts]) -> Iterator[str
             f"{dataset.path}: train_count of some label is not its number of points in train and "
             f"validation"
         )
-    if dataset.manifest.labels_hash not in ("", counts["labels"].labels_hash):
+    if dataset.manifest.labels_hash != counts["labels"].labels_hash:
         yield f"{dataset.where(MANIFEST)} has a labels_hash that is not that of the label texts"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import struct
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +76,16 @@ def damaged() -> bytes:
     offsets = pa.array([0, 1 << 30, 2], pa.int32()).buffers()[1]
     texts = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"ab"))
     return arrow(pa.table({"text": texts, "labels": [[0], [1]]}), 1)[0]
+
+
+def immense() -> bytes:
+    """An Arrow stream with a batch that says that it has 2^46 bytes."""
+    content = arrow(rows(), 1)[0]
+    messages = pa.ipc.MessageReader.open_stream(content)
+    sizes = [len(message.body or b"") for message in messages]
+    size = struct.pack("<q", sizes[-1])
+    assert content.count(size) == 1
+    return content.replace(size, struct.pack("<q", 1 << 46))
 
 
 def named(row: list[int]) -> list[str]:
@@ -347,6 +358,7 @@ OWN_REFUSED = {
         separator="|",
     ),
     "arrow-offsets": refused(files(**{"train__data-0.arrow": damaged()}), "data-0.arrow cannot be"),
+    "arrow-body": refused(files(**{"train__data-0.arrow": immense()}), "data-0.arrow cannot be"),
     "arrow-truncated": refused(
         files(**{"train__data-0.arrow": arrow(rows())[0][:-400]}), "data-0.arrow cannot be read"
     ),

@@ -37,6 +37,7 @@ def manifest(**splits: tuple[Part, ...]) -> Manifest:
         splits=all_splits,
         other_texts=tuple(part.rows for part in labels),
         statistics={"train": {"tokens_max": 3}},
+        labels_hash="0" * 64,
     )
 
 
@@ -140,6 +141,7 @@ def test_manifest_survives_its_json() -> None:
         ({"propensity_b": "1"}, "propensity_b='1': "),
         ({"has_label_texts": 1}, "has_label_texts=1: "),
         ({"labels_hash": "0"}, "labels_hash='0': "),
+        ({"labels_hash": ""}, "labels_hash='': .*; convert the source again"),
         ({"num_labels": 5}, "num_labels=5 but 0 rows in its labels parts"),
         ({"splits": []}, r"splits=\[\]"),
         ({"splits": {}}, r"splits\.train=None"),

@@ -43,12 +43,12 @@ def dataset(tmp_path: Path) -> Dataset:
             parts.append(layout.write_part(path, layout.part_path(split, index), first, table))
             first += len(table)
         splits[split] = tuple(parts)
+    texts = pa.concat_tables(write["labels"])["text"]
     manifest = layout.Manifest(
         layout.FORMAT_VERSION, "nowhere/none", "00", 4, 0, 5, True, 0.55, 1.5, splits, (3, 0),
         {"train": {"label_pairs": 6, "filter_pairs": 2, "without_labels": 0}},
+        layout.hash_labels(0, texts),
     )  # fmt: skip
-    texts = pa.concat_tables(write["labels"])["text"]
-    manifest = replace(manifest, labels_hash=layout.hash_labels(0, texts))
     layout.write_manifest(path, manifest)
     return Dataset.open(path)
 

@@ -53,6 +53,10 @@ def test_a_damaged_page_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[60:90] = bytes(30)
     path.write_bytes(data)
+    origins = {str(path): ("/src/a.csv", ": row ", 7)}
+    train = index_parquet(str(tmp_path), origins=origins).train
+    with pytest.raises(SourceError, match=r"^/src/a\.csv: row 7 and below cannot be read"):
+        next(train.read(train.blocks[0], ["text"]))
     train = index_parquet(str(tmp_path)).train
     with pytest.raises(SourceError, match=r"train\.parquet cannot be read .* in row group 0"):
         next(train.read(train.blocks[0], ["text"]))

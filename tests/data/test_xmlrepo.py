@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from renee_ray.data.sources import lines as lines_module
 from renee_ray.data.sources import xmlrepo
 from renee_ray.data.sources.lines import Lines
 from renee_ray.data.sources.records import SourceError
@@ -79,6 +80,19 @@ def test_gzip_is_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "trn_X.txt.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbfa\nb") + gzip.compress(b"c\n"))
     assert list(Lines(str(path))) == [b"a", b"bc"]
+
+
+def test_file_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_module, "REQUEST_BYTES", 2)
+    path = tmp_path / "trn_X.txt"
+    path.write_bytes(b"a\nb\nc\n")
+    with lines_module.opened(str(path)) as file:
+        assert file.read() == b"a\nb\nc\n"
+    lines = iter(Lines(str(path)))
+    assert next(lines) == b"a"
+    path.write_bytes(b"a\nb")
+    with pytest.raises(SourceError, match=r"trn_X\.txt became shorter .*no byte 3; convert again"):
+        list(lines)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not gzip", "flipped"])
@@ -270,6 +284,28 @@ def test_a_good_folder(tmp_path: Path) -> None:
     assert where.endswith("trn_X_Y.txt:2") and found_at(path).num_labels == 4
 
 
+def test_pieces_hold_few_bytes_of_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_module, "PIECE_BYTES", 50)
+    ids = [[4 * row, *range(5)] for row in range(40)]
+    labels = "".join(" ".join(f"{i}:1" for i in row) + "\n" for row in ids)
+    path = source(tmp_path, trn_X="a\n" * 40, trn_X_Y=f"40 200\n{labels}", tst_X=None, tst_X_Y=None)
+    pieces = list(found_at(path).pieces("train", []))
+    assert [row for piece in pieces for row in piece.table["labels"].to_pylist()] == ids
+    assert max(len(piece.table) for piece in pieces) == 3
+    rows = np.cumsum([0, *(len(piece.table) for piece in pieces)])
+    assert [piece.number for piece in pieces] == (rows[:-1] + 2).tolist()
+    monkeypatch.setattr(lines_module, "PIECE_ROWS", 3)
+    numbers = [piece.number for piece in found_at(source(tmp_path)).pieces("labels", [])]
+    assert numbers == [1, 4]
+
+
+@pytest.mark.parametrize("lines", ["", " \n\n"])
+def test_a_filter_file_without_pairs(tmp_path: Path, lines: str) -> None:
+    path = source(tmp_path)
+    (tmp_path / "trn_filter_labels.txt").write_text(lines)
+    assert [row["filter_labels"] for row in read(path)["train"]] == [[], [], []]
+
+
 def test_a_filter_row_that_is_no_point(tmp_path: Path) -> None:
     path = source(tmp_path)
     for row in ("3", "9" * 25):
@@ -298,8 +334,13 @@ def test_blank_ends_and_missing_headers(tmp_path: Path, files: dict[str, str | N
 
 
 def test_no_header_and_no_label_texts(tmp_path: Path) -> None:
-    files = {"trn_X_Y": "0:1\n1:1 3:1\n2:1\n", "tst_X_Y": "1:1\n", "Y": None}
-    assert found_at(source(tmp_path, **files)).num_labels is None
+    files = {"trn_X_Y": "0:1\n1:1 3:1\n2:1\n", "tst_X_Y": "100000000:1\n", "Y": None}
+    path = source(tmp_path, **files)
+    assert found_at(path).num_labels is None
+    with pytest.raises(
+        SourceError, match=r"tst_X_Y\.txt:1: label id 100000000 is implausibly .*'rows columns'"
+    ):
+        read(path)
 
 
 def test_no_test_split(tmp_path: Path) -> None:

@@ -114,6 +114,20 @@ def test_a_test_split_is_held_out_where_there_is_none(tmp_path: Path) -> None:
     assert any("test=0.1 of the points" in each for each in said)
 
 
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tst_X.txt": b"", "tst_X_Y.txt": b"0 4\n"},
+        {"tst_X.txt": b"", "tst_X_Y.txt": b"", "tst_filter_labels.txt": b""},
+    ],
+)
+def test_an_empty_test_split_of_text_files(tmp_path: Path, files: dict[str, bytes]) -> None:
+    made = convert(Kind(sources.files(**sources.TEXT | files)), tmp_path)
+    points = [made.manifest.num_points(split) for split in ("train", "validation", "test")]
+    assert points == [len(sources.TEXTS), 0, 0]
+
+
 @pytest.mark.parametrize("name", ["train.csv.gz", "train.jsonl.gz"])
 def test_own_data_unpacks_to_no_more_than_texts_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

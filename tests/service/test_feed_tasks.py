@@ -19,6 +19,7 @@ def test_a_task_carries_its_window_and_not_the_dataset() -> None:
     manifest = Manifest(
         FORMAT_VERSION, "t", "h", 32, 0, 2048 * len(labels), True, 0.5, 0.5,
         {"train": parts, "validation": (), "test": (), "labels": labels}, (1024,) * len(labels), {},
+        "0" * 64,
     )  # fmt: skip
     order = training_order(
         [part.rows for part in parts], list(manifest.other_texts), augment=0.5, texts=OTHER_TEXTS,

@@ -51,6 +51,7 @@ FOUND: dict[str, tuple[Write, list[str], list[int]]] = {
     "dictionary": (with_ids(pa.array([5, 4]).dictionary_encode()), TEXTS[:2], [5, 4]),
     "blank-lines": (lines(b"red lamp\n\nblue chair\n\n"), ["red lamp", "", "blue chair", ""],
                     [0, 1, 2, 3]),
+    "named-as-pecos": (files(**{"X.tst.txt": b"red lamp\n"}), ["red lamp"], [0]),
     "return-in-line": (lines(b"red\rlamp\r\nblue chair\r\n"), ["red\rlamp", "blue chair"], [0, 1]),
 }  # fmt: skip
 
@@ -59,7 +60,7 @@ FOUND: dict[str, tuple[Write, list[str], list[int]]] = {
 def test_texts_and_their_ids(tmp_path: Path, like: Dataset, name: str) -> None:
     write, texts, ids = FOUND[name]
     write(tmp_path / "src")
-    source = tmp_path / "src" / ("a.txt" if (tmp_path / "src" / "a.txt").exists() else "")
+    source = next((tmp_path / "src").glob("*.txt"), tmp_path / "src")
     made, replaced = service.tokenise_texts(str(source), str(tmp_path / "scratch"), like, 16)
     points = made.read_rows("test", 0, len(ids))
     vocabulary = tokenizer.load(like.manifest.tokenizer).serialised

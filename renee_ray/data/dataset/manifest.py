@@ -95,7 +95,7 @@ class Manifest:
     """For each part of labels, the number of its labels that are not `is_point`."""
     statistics: dict[str, Any]
     """Counts of the conversion, for people."""
-    labels_hash: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    labels_hash: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """`hash_labels` of all labels."""
 
     def num_points(self, split: str) -> int:

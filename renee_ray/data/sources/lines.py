@@ -33,7 +33,11 @@ MARK = b"\xef\xbb\xbf"
 
 
 class _Patient(io.RawIOBase):
-    """The bytes of a file, read patiently."""
+    """The bytes of a file, read patiently.
+
+    Raises:
+        SourceError: it has fewer bytes than when it was opened.
+    """
 
     def __init__(self, path: str) -> None:
         self.path, self.at = path, 0
@@ -53,7 +57,16 @@ class _Patient(io.RawIOBase):
         content = patiently(read, f"reading {self.path}")
         buffer[: len(content)] = content
         self.at += len(content)
+        if not content and self.at < self.size:
+            raise SourceError(
+                f"{self.path} became shorter while it was being read: no byte {self.at}; convert "
+                f"again when it is complete"
+            )
         return len(content)
+
+    def readall(self) -> bytes:
+        # Not in the pieces of 8 KiB of the base class: each is a request.
+        return b"".join(iter(lambda: self.read(REQUEST_BYTES) or b"", b""))
 
 
 class _Unpacked(gzip.GzipFile):

@@ -51,7 +51,7 @@ class Memmap:
     def pieces(self) -> Iterator[pa.Table]:
         """Reads all rows, in pieces with the column `input_ids`."""
         size = min(PIECE_ROWS, max(1, PIECE_BYTES // (8 * self.length)))
-        for first in range(0, self.rows, size):
+        for first in range(0, max(self.rows, 1), size):  # one of no rows at the least
             tokens = self.tokens(first, min(size, self.rows - first))
             yield pa.table({"input_ids": tokens})
 

@@ -78,7 +78,10 @@ class Own:
         for path in paths:
             first = 0
             wanted = [*fields.text, fields.labels] if fields and split != "labels" else None
-            for rows in tables_of(path, wanted):
+            matrix = ""
+            if fields is None and split in PECOS:
+                matrix = f"{path.rpartition('/')[0]}/Y.{PECOS[split]}.npz"
+            for rows in tables_of(path, wanted, matrix):
                 made = rows
                 if fields is not None:
                     is_points = split != "labels"
@@ -184,18 +187,24 @@ def _grouped(pairs: list[tuple[str, pa.Table]]) -> pa.Table:
     return pa.table({"text": codes.dictionary, "labels": lists}, metadata=whole.schema.metadata)
 
 
-def tables_of(path: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+def tables_of(path: str, columns: list[str] | None = None, matrix: str = "") -> Iterator[pa.Table]:
     """Reads a file in pieces: these of its columns (None: all), if not more.
+
+    Args:
+        matrix: of a file of texts, the file with their labels, as PECOS has it.
 
     Raises:
         SourceError: the file is not what its name says.
     """
     name = path.removesuffix(".gz")
-    kinds = {".csv": _csv, ".tsv": _csv, ".arrow": _arrow, ".parquet": _parquet, ".txt": _texts}
-    kind = kinds.get(name[name.rfind(".") :], _json_lines)
+    kinds = {".csv": _csv, ".tsv": _csv, ".arrow": _arrow, ".parquet": _parquet}
+    ending = name[name.rfind(".") :]
     try:
-        yield from kind(path, columns)
-    except (pa.ArrowException, ValueError, OSError) as error:
+        if ending == ".txt":
+            yield from _texts(path, matrix)
+        else:
+            yield from kinds.get(ending, _json_lines)(path, columns)
+    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
         if is_transient(error):
             raise
         raise SourceError(f"{path} cannot be read ({reason(error):.300}); correct it") from None
@@ -274,21 +283,19 @@ def _parquet(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
         yield parquet.read_block(Block(path, 0, 0, group), sorted(names) or schema.names)
 
 
-def _texts(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+def _texts(path: str, labels: str) -> Iterator[pa.Table]:
     """Texts a line; those of PECOS' points with their labels."""
-    folder, _, name = path.rpartition("/")
     matrix = None
-    if name.startswith("X."):
-        with opened(f"{folder}/Y{name[1:-4]}.npz") as file:
-            matrix = _matrix(f"{folder}/Y{name[1:-4]}.npz", file.read())
+    if labels:
+        with opened(labels) as file:
+            matrix = _matrix(labels, file.read())
     first = 0
     for texts in chunked(Lines(path)):
         yield _with_labels(path, texts, matrix, first)
         first += len(texts)
     if matrix is not None and first != matrix.shape[0]:
         raise SourceError(
-            f"{path} has {first} lines and Y{name[1:-4]}.npz {matrix.shape[0]} rows; make them "
-            f"agree"
+            f"{path} has {first} lines and {labels} {matrix.shape[0]} rows; make them agree"
         )
 
 

@@ -79,7 +79,7 @@ class ParquetTable:
 
     def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
         """Reads a row group and hands it on in slices of at most `SLICE_ROWS`."""
-        table = read_block(block, list(columns))
+        table = read_block(block, list(columns), self.origins)
         for start in range(0, len(table), SLICE_ROWS):
             piece, replaced = table.slice(start, SLICE_ROWS), np.zeros(0, np.int64)
             try:
@@ -248,7 +248,7 @@ def _class_names(
 def _width(table: ParquetTable) -> int:
     """Returns the number of values in a list of labels, from the first block that has any."""
     for block in table.blocks:
-        for chunk in read_block(block, ["labels"])["labels"].chunks:
+        for chunk in read_block(block, ["labels"], table.origins)["labels"].chunks:
             lists = plain(chunk)
             if not pa.types.is_null(lists.type) and len(lists.flatten()):
                 return int(pc.max(pc.list_value_length(lists)).as_py())
@@ -352,11 +352,11 @@ def footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
 # -------------------------------------------------------------------------------------- reading
 
 
-def read_block(block: Block, columns: list[str]) -> pa.Table:
+def read_block(block: Block, columns: list[str], origins: Origins | None = None) -> pa.Table:
     """Reads all rows of the block.
 
     Raises:
-        SourceError: the file is damaged.
+        SourceError: the file is damaged; the one in `origins` is named before it.
     """
 
     def read() -> pa.Table:
@@ -369,6 +369,12 @@ def read_block(block: Block, columns: list[str]) -> pa.Table:
     except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
         if is_transient(error):
             raise
+        if origins and block.path in origins:
+            path, between, first = origins[block.path]
+            raise SourceError(
+                f"{path}{between}{first} and below cannot be read ({reason(error):.200}) from the "
+                f"copy {block.path}; correct it, or convert again if it is right"
+            ) from None
         raise SourceError(
             f"{block.path} cannot be read ({reason(error):.200}) in row group {block.group}; "
             f"replace it"

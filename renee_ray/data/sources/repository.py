@@ -21,7 +21,13 @@ import pyarrow.fs as pafs
 from renee_ray.data.dataset.schema import MAX_LABELS
 from renee_ray.data.sources.lines import Lines, chunked
 from renee_ray.data.sources.memmaps import Memmap, find_memmaps
-from renee_ray.data.sources.records import Int64s, Piece, SourceError, lists_of
+from renee_ray.data.sources.records import (
+    MAX_INFERRED_LABELS,
+    Int64s,
+    Piece,
+    SourceError,
+    lists_of,
+)
 from renee_ray.data.sources.xmlrepo import Where, parse_filters, parse_objects, parse_pairs
 from renee_ray.data.storage import filesystem_of
 
@@ -74,7 +80,8 @@ class Repository:
             yield from self._labels()
             return
         files = self.splits[split]
-        limit = MAX_LABELS if self.num_labels is None else self.num_labels
+        unknown = MAX_INFERRED_LABELS if self.label_texts is None else MAX_LABELS
+        limit = unknown if self.num_labels is None else self.num_labels
         filters = _filters(files.filters, limit) if files.filters else None
         made = _pairs(files, limit) if files.labels else _objects(files.labelled, limit)
         rows = 0
@@ -84,7 +91,7 @@ class Repository:
                 piece = replace(piece, table=piece.table.append_column("filter_labels", lists))
             yield piece
             rows += len(piece.table)
-        if filters is not None and filters["row"][-1:] >= rows:
+        if filters is not None and len(filters["row"]) and filters["row"][-1] >= rows:
             line, row = (
                 filters[name][np.searchsorted(filters["row"], rows)] for name in ("line", "row")
             )
@@ -97,14 +104,14 @@ class Repository:
         texts, expected = self.label_texts, self.num_labels
         assert texts is not None
         if isinstance(texts, Memmap):
-            yield from (Piece(table, texts.path, 0) for table in texts.pieces())
+            yield from _numbered_pieces(texts.pieces(), texts.path, 0, ": row ")
             path, rows, ends = texts.path, texts.rows, texts.rows
         elif self.splits["train"].labels is None:
             yield from _objects(texts, None)
             return
         else:
             lines = Lines(texts)
-            yield from (Piece(table, texts, 1, ":") for table in _texts(islice(lines, expected)))
+            yield from _numbered_pieces(_texts(islice(lines, expected)), texts, 1, ":")
             lines.drain()
             path, rows, ends = texts, lines.number, lines.solid
         if expected is not None and not ends <= expected <= rows:
@@ -231,6 +238,14 @@ def _texts(lines: Iterable[bytes]) -> Iterator[pa.Table]:
     return (pa.table({"text": pa.array(each, pa.large_binary())}) for each in chunked(lines))
 
 
+def _numbered_pieces(
+    tables: Iterable[pa.Table], path: str, first: int, between: str
+) -> Iterator[Piece]:
+    for table in tables:
+        yield Piece(table, path, first, between)
+        first += len(table)
+
+
 def _pairs(files: SplitFiles, limit: int) -> Iterator[Piece]:
     """Reads texts, or tokens, and the lines of their labels; blank lines at the end may be more."""
     assert files.labels is not None
@@ -240,11 +255,15 @@ def _pairs(files: SplitFiles, limit: int) -> Iterator[Piece]:
     given = None if isinstance(texts, Memmap) else Lines(texts)
     tables = texts.pieces() if isinstance(texts, Memmap) else _texts(given or ())
     for table in tables:
-        lines, first = list(islice(wanted, len(table))), rows + begin
-        lists, zeros = parse_pairs(lines, _numbered(labels.path, first), limit)
-        table = table.slice(0, len(lines)).append_column("labels", lists)
-        yield Piece(table, labels.path, first, ":", {"zero_values": zeros})
-        rows += len(lines)
+        start = rows
+        for lines in chunked(islice(wanted, len(table))):  # labels may be longer than texts
+            if not lines and rows:
+                continue
+            first = rows + begin
+            lists, zeros = parse_pairs(lines, _numbered(labels.path, first), limit)
+            here = table.slice(rows - start, len(lines)).append_column("labels", lists)
+            yield Piece(here, labels.path, first, ":", {"zero_values": zeros})
+            rows += len(lines)
     labels.drain()
     number, solid = labels.number + 1 - begin, labels.solid + 1 - begin
     if files.header is not None and not solid <= files.header[0] <= number:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from renee_ray.data.sources.lines import lone_returns
 from renee_ray.data.sources.records import (
+    MAX_INFERRED_LABELS,
     Int64s,
     SourceError,
     decoded,
@@ -112,6 +113,12 @@ def _pair_error(where: str, token: str, limit: int) -> SourceError:
 
 
 def _out_of_range(where: str, label: str | int, limit: int) -> SourceError:
+    if limit == MAX_INFERRED_LABELS and not str(label).startswith("-"):
+        return SourceError(
+            f"{where}: label id {label} is implausibly large; correct it, or add a first line "
+            f"'rows columns' to the label file, or the label texts, so that the number of labels "
+            f"is known"
+        )
     return SourceError(
         f"{where}: label id {label} is out of range, ids are from 0 to {limit - 1}; correct the id "
         f"or the number of labels"

@@ -1,15 +1,19 @@
-"""From raw data to a dataset directory, as Ray Data tasks, with bounded memory everywhere.
+"""From raw data to a dataset directory, as Ray Data tasks, with bounded memory.
 
-    own data   tasks     all but Parquet to Parquet in scratch (own_data.py)
+    pieces     tasks     text files of the repository, and own data (CSV, JSON lines, Arrow, PECOS,
+                         Parquet with named columns), to Parquet in scratch (own_data.py)
     label ids  tasks     where labels are strings (label_ids.py)
     partition  tasks     records -> points in buckets: bad ones show before anything is written
     parts      tasks     buckets and ranges of labels -> parts (parts.py)
     publish    driver    dataset.json, last
 
 A source is tables of records (data/sources/records.py), and each stage is the same for all kinds;
-one that a source does not need has no tasks. A task holds a block, a bucket or a range, never all
-rows or all labels: it is given places in files and returns counts. Each row is read and tokenised
-once, and written once to scratch and once to its place. The driver holds some numbers a block.
+one that a source does not need has no tasks. A task holds a piece, a block, a bucket or a range,
+never all rows or all labels: it is given places in files and returns counts. Three exceptions are
+in the memory of one task: the filter pairs of a split of text files (24 bytes a pair), the pairs of
+a text and a label of own data, and a matrix of PECOS. Each row is tokenised once, and written once
+to scratch, or twice where it was in `pieces`, and once to its place. The driver holds some numbers
+a block.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from renee_ray.service.convert.partition import partition
 from renee_ray.service.convert.parts import write_parts
 from renee_ray.service.tasks import Interrupted
 
-SCRATCH_FORMAT = "batches"
+SCRATCH_FORMAT = "pieces"
 """Names the format of scratch files and results: nothing goes on from those of another."""
 
 

@@ -37,7 +37,7 @@ def written(
         odd[result["split"]].update(result["odd"])
         origins |= {path: tuple(origin) for path, *origin in result["pieces"]}
     for _, split, files in tasks:
-        if not rows[split]:
+        if not rows[split] and not (split == "test" and isinstance(found, Repository)):
             raise SourceError(f"{files[0]} has no row; give it rows, or leave it out")
     source = index_parquet(scratch, labels_are, origins)
     if found.num_labels is not None:
@@ -52,7 +52,7 @@ def write_pieces(shared: tuple[Own | Repository, str], task: Task) -> dict[str, 
     make_directory(f"{scratch}/{split}")
     for i, piece in enumerate(found.pieces(split, paths)):
         sink = pa.BufferOutputStream()
-        pq.write_table(piece.table, sink, row_group_size=SLICE_ROWS)
+        pq.write_table(piece.table, sink, row_group_size=SLICE_ROWS, use_dictionary=False)
         name = f"{scratch}/{split}/{number:06d}-{i:06d}.parquet"
         write_file(name, sink.getvalue())
         made.append((name, piece.path, piece.between, piece.number))
