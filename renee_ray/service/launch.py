@@ -208,7 +208,7 @@ def interruptible(
     """Calls `fit`, which waits for workers; a first signal asks them to end with a checkpoint.
 
     A second signal, or `grace_s` seconds without an end, interrupts at once. So does the first
-    where `on_stop` says that there is nothing to save.
+    without `on_stop`, or where it says that there is nothing to save.
 
     Raises:
         KeyboardInterrupt: interrupted at once.
@@ -217,13 +217,13 @@ def interruptible(
     signals: list[int] = []
     limit = math.inf
     take = at_signals(lambda number, frame: signals.append(number))
-    with take if in_main and on_stop is not None else contextlib.nullcontext():
+    with take if in_main else contextlib.nullcontext():
         # In a thread, where Ray Train leaves the signals alone.
         found = in_thread(fit, "fit")
         while not wait([found], timeout=0.2).done:
             check()
-            if (signals or stopping()) and on_stop is not None and limit == math.inf:
-                limit = time.monotonic() + (grace_s if on_stop() else 0)
+            if (signals or stopping()) and limit == math.inf:
+                limit = time.monotonic() + (grace_s if on_stop and on_stop() else 0)
             if len(signals) > 1 or time.monotonic() > limit:
                 break
         else:
