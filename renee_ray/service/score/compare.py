@@ -169,12 +169,13 @@ def _metrics(found: Comparison) -> dict[str, list[dict[str, float]]]:
 
 
 def _differing(models: Sequence[Compared]) -> dict[str, list[Any]]:
-    keys = dict.fromkeys(key for model in models for key in model.settings)
-    values = {key: [model.settings.get(key) for model in models] for key in keys}
+    """Returns the settings that differ among runs; None stands for predictions, without any."""
+    runs = [model.settings for model in models if model.settings]
+    keys = dict.fromkeys(key for settings in runs for key in settings)
     return {
-        key: row
-        for key, row in values.items()
-        if key not in NOT_SETTINGS and any(value != row[0] for value in row)
+        key: [model.settings.get(key) for model in models]
+        for key in keys
+        if key not in NOT_SETTINGS and any(each.get(key) != runs[0].get(key) for each in runs)
     }
 
 
