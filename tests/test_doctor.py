@@ -207,13 +207,18 @@ def text(facts: Facts, width: int) -> str:
     return captured.get()
 
 
+def install_nvidia_smi(path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(path), prepend=":")
+
+
 def test_a_node_tells_its_gpus_and_what_torch_can_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nprintf 'NVIDIA L4, 23034 MiB, 550.54.15\\n%.0s' 1 2\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    line = "printf 'NVIDIA L4, 23034 MiB, 550.54.15\\n%.0s' 1 2"
+    install_nvidia_smi(tmp_path, monkeypatch, line)
     found = examine_node()
     assert found["gpus"] == [["NVIDIA L4", "23034 MiB"]] * 2
     assert found["versions"]["driver"] == "550.54.15"
@@ -226,10 +231,7 @@ def test_a_node_tells_its_gpus_and_what_torch_can_use(
 def test_a_node_with_a_broken_driver_is_examined_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed.\nexit 9\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    install_nvidia_smi(tmp_path, monkeypatch, "echo NVIDIA-SMI has failed.\nexit 9")
     found = examine_node()
     assert found["gpu_failure"] == "nvidia-smi ends with status 9: NVIDIA-SMI has failed."
     assert found["gpus"] == [] and found["cuda_devices"] == 0

@@ -19,15 +19,18 @@ from itertools import chain, islice
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, Window
 from renee_ray.data.targets import Targets
+from renee_ray.model.encoder import Encoder
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.threads import PATIENT_S, one_ahead
+from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.service.observe.metric import count_retries
 
 log = logging.getLogger(__name__)
@@ -166,3 +169,21 @@ def _tables(windows: Sequence[Window], start: Position, run: str, rank: int) -> 
     ids = ray.data.from_arrow([pa.table({"id": [index]}) for index in range(len(windows))])
     rows = ids.map_batches(reading(windows, start, run, rank), batch_size=None, num_cpus=READ_CPUS)
     return list(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def embed_voters(
+    config: RunConfig,
+    voters: Dataset,
+    encoder: Encoder,
+    ranks: Ranks,
+    device: torch.device,
+    follow: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
+) -> Neighbours:
+    """Embeds the training points of `voters`; a collective of all ranks.
+
+    follow: passes the batches on, and notes what this rank is doing meanwhile.
+    """
+    settings, length = config.evaluation, config.encoder.max_length
+    points = follow(scoring_feed(voters, "train", settings.batch_size, length, ranks))
+    count, weight = settings.neighbours, settings.neighbour_weight
+    return Neighbours.embed(encoder, points, ranks, device, count, weight)

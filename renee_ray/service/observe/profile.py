@@ -32,16 +32,13 @@ def profiled(config: RunConfig, rank: int) -> Iterator[Callable[[], None]]:
 
     def write(profile: torch.profiler.profile) -> None:
         try:
-            save(profile)
+            with tempfile.TemporaryDirectory(prefix="renee-ray-") as scratch:
+                trace = Path(scratch) / "trace.json.gz"
+                profile.export_chrome_trace(str(trace))
+                make_directory(f"{config.output}/profile")
+                replace_file(f"{config.output}/profile/rank-{rank}.json.gz", trace.read_bytes())
         except Exception as error:  # the training goes on
             log.warning("no profile is written: %s", reason(error))
-
-    def save(profile: torch.profiler.profile) -> None:
-        with tempfile.TemporaryDirectory(prefix="renee-ray-") as scratch:
-            trace = Path(scratch) / "trace.json.gz"
-            profile.export_chrome_trace(str(trace))
-            make_directory(f"{config.output}/profile")
-            replace_file(f"{config.output}/profile/rank-{rank}.json.gz", trace.read_bytes())
 
     schedule = torch.profiler.schedule(wait=SKIPPED, warmup=1, active=STEPS, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:

@@ -12,19 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from renee_ray.config.schema import EvalConfig, Placed, RunConfig
 from renee_ray.config.score import ScoreConfig, Searched
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError
-from renee_ray.model.encoder import Encoder, check_positions
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.model.encoder import check_positions
 from renee_ray.scoring.index import check_search
-from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import scoring_feed
 from renee_ray.service.launch import decide_gpu, launch
 from renee_ray.service.observe.progress import Display
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
@@ -121,16 +117,6 @@ class ScoringJob:
             arguments["channel"] = display and display.channel
             found = launch(worker, arguments, self.config, use_gpu)
         return {"step": self.step, "points": rows, **found}
-
-
-def embed_voters(
-    config: RunConfig, voters: Dataset, encoder: Encoder, ranks: Ranks, device: torch.device
-) -> Neighbours:
-    """Embeds the training points of `voters`; a collective of all ranks."""
-    settings, length = config.evaluation, config.encoder.max_length
-    points = scoring_feed(voters, "train", settings.batch_size, length, ranks)
-    count, weight = settings.neighbours, settings.neighbour_weight
-    return Neighbours.embed(encoder, points, ranks, device, count, weight)
 
 
 def as_scored(config: RunConfig, score: Searched) -> RunConfig:

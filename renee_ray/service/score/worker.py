@@ -23,9 +23,9 @@ from renee_ray.scoring.neighbours import RERANKED, Neighbours
 from renee_ray.scoring.passes import Blocks, in_passes
 from renee_ray.scoring.scorer import Answer, Scorer, topk_bytes, without_labels
 from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.feed import scoring_feed
+from renee_ray.service.feed import embed_voters, scoring_feed
 from renee_ray.service.launch import quiet, worker_device
-from renee_ray.service.score.job import ScoringJob, embed_voters
+from renee_ray.service.score.job import ScoringJob
 from renee_ray.service.score.predictions import Layout
 from renee_ray.service.score.trained import trained_classifier
 from renee_ray.xfc.labels import LabelRange, split_range

@@ -32,10 +32,10 @@ from renee_ray.parallel.batch import padded_tokens, ragged
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.index import check_search, open_search
 from renee_ray.scoring.neighbours import RERANKED
+from renee_ray.service.feed import embed_voters
 from renee_ray.service.launch import quiet
 from renee_ray.service.ray_compat import replica_on_loopback
 from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
-from renee_ray.service.score.job import embed_voters
 from renee_ray.service.score.trained import trained_classifier
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.topk.select import NONE, merge_topk

@@ -25,10 +25,9 @@ from renee_ray.parallel.batch import Batch
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.rounds import Rounds
 from renee_ray.scoring.metrics import best_tail
-from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts, without_labels
 from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.feed import Epochs, feed, scoring_feed, training_orders
+from renee_ray.service.feed import Epochs, embed_voters, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
 from renee_ray.service.observe.observe import Observer, run_name
 from renee_ray.service.observe.profile import profiled
@@ -58,7 +57,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         _finish(trainer, writer)
         observer.stopped = trainer.stopped
         if trainer.config.evaluation.tails and not trainer.stopped:
-            _choose_tail(trainer, trainer.config, arguments["channel"])
+            _choose_tail(trainer, arguments["channel"])
     return outcome(trainer.state, trainer.config) | {"stopped": trainer.stopped}
 
 
@@ -231,20 +230,20 @@ def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
         )
 
 
-def _choose_tail(trainer: Trainer, config: RunConfig, channel: DriverChannel) -> None:
+def _choose_tail(trainer: Trainer, channel: DriverChannel) -> None:
     """Chooses the best of `evaluation.tails` by the best checkpoint, and writes it to run.json."""
-    model, ranks, settings = trainer.model, trainer.ranks, config.evaluation
+    config, model, ranks = trainer.config, trainer.model, trainer.ranks
     directory, voters = RunDirectory(config.output), None
     best = directory.checkpoint("best")
     best.load_encoder(model.encoder)
     best.load_shard(model.shard, momentum=False)
-    if settings.neighbours:
-        rows, length = settings.batch_size, config.encoder.max_length
-        points = scoring_feed(Dataset.without_check(config.data), "train", rows, length, ranks)
-        points = trainer.recorder.each(points, "evaluation_data", "evaluation")
-        count, weight = settings.neighbours, settings.neighbour_weight
-        voters = Neighbours.embed(model.encoder, points, ranks, trainer.device, count, weight)
-    table = [{"tail": tail, **trainer.scored(tail, voters).metrics()} for tail in settings.tails]
+    if config.evaluation.neighbours:
+        voters = embed_voters(
+            config, Dataset.without_check(config.data), model.encoder, ranks, trainer.device,
+            lambda batches: trainer.recorder.each(batches, "evaluation_data", "evaluation"),
+        )  # fmt: skip
+    tails = config.evaluation.tails
+    table = [{"tail": tail, **trainer.scored(tail, voters).metrics()} for tail in tails]
     if ranks.rank == 0:
         saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table)
         saved["config"]["evaluation"]["tail"] = chosen
