@@ -34,7 +34,18 @@ from renee_ray.service.launch import decide_gpu
 from renee_ray.service.observe.exported import GPU_GIB, METRICS, RECORD, Exported
 from renee_ray.service.train.train import train
 
-from .conftest import LABELS, LONGER, RECIPE, Run, descendants, end, finish, run_so_far, start
+from .conftest import (
+    LABELS,
+    LONGER,
+    RECIPE,
+    Run,
+    descendants,
+    end,
+    finish,
+    run_so_far,
+    start,
+    until,
+)
 from .test_dashboard import exported
 from .test_train import OTHER_ORDER, assert_same_course, newest_commit, wait_for_commit, workers
 
@@ -304,10 +315,7 @@ def hung_worker(
     wait_for_commit(process, path, step)
     victim = max(workers(process))
     os.kill(victim, signal.SIGSTOP)
-    deadline = time.monotonic() + 6 * TIMEOUT_S
-    while len(gave_up(watchdog)) < stopped + 2:
-        assert time.monotonic() < deadline, "no collective raised"
-        time.sleep(0.2)
+    until(lambda: len(gave_up(watchdog)) >= stopped + 2, process, "the others give up")
     os.kill(victim, signal.SIGKILL)
     return victim
 

@@ -90,13 +90,20 @@ def assert_continuous(run: Run, total: int) -> None:
 
 
 def assert_same_course(run: Run, reference: Run, rtol: float) -> None:
-    """A run that was told to end: each step once, with the reference's loss as far as both go."""
+    """A run that was told to end: each step once, with the reference's loss as far as both go.
+
+    Rounding grows with the steps, and the loss falls: hence a part of the tolerance is of the
+    first loss. Two batches differ by more.
+    """
     steps = [record["step"] for record in run.history["steps"]]
     assert steps == list(range(1, len(steps) + 1)), "a batch was left out or trained twice"
     last = RunDirectory(run.path).checkpoint("last").state
     assert last.skipped == 0 and last.step <= len(steps)
     shared = min(len(steps), len(reference.history["steps"]))
-    np.testing.assert_allclose(losses(run)[:shared], losses(reference)[:shared], rtol=rtol)
+    expected = losses(reference)[:shared]
+    np.testing.assert_allclose(
+        losses(run)[:shared], expected, rtol=rtol, atol=rtol * expected[0] / 3
+    )
 
 
 def losses(run: Run) -> np.ndarray:

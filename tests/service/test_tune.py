@@ -28,7 +28,7 @@ def test_a_search_that_is_killed_goes_on(dataset: str, recipe: str, tmp_path: Pa
     command = [
         "tune", recipe, f"data={dataset}", f"output={output}", "trials=2", "num_workers=1",
         "table=false", "space.classifier.learning_rate=1e-4..1e-2",
-        "epochs=4", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
+        "epochs=12", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
     ]  # fmt: skip
     process = start(*command)
     try:
