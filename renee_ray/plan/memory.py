@@ -15,6 +15,8 @@ labels of dimension D:
     chunk                buffers of a chunk of labels on each lane (xfc/shard.py, xfc/device.py)
     embeddings           [B, D]        E gathered, padded and cut, and dE of each lane
     checkpoint copy      in host memory, which on a CPU is the same
+    first weights        centroids, fp32 [n, D], beyond what comes when they are gone: gradients,
+                         moments, a step's memory and the copy (model/initialise.py)
 
 Gradients and activations are there at different times where no DDP keeps buckets: the backward
 frees the latter as it makes the former. So with one worker the greater of them counts. On a CPU
@@ -24,7 +26,7 @@ embeds all texts before the first checkpoint copies the bag, so there too the gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,8 +54,6 @@ COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
 """Components that the first worker saves; of the others, each saves weights and momentum alone."""
 STATES = (*COPIED, "encoder gradients", "frozen parameters")
 """Components that are there whatever a batch is like."""
-COPY = "checkpoint copy"
-"""The component that a run does without where memory is short."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,11 @@ class Worker:
         trained = own.parameters if encoder.trains_transformer else own.adapters
         return trained + encoder.bottleneck * own.hidden
 
+    def without_copy(self) -> Worker:
+        """Returns the worker as it is where memory is short."""
+        alone = self.config.checkpoint.model_copy(update={"background": False})
+        return replace(self, config=self.config.model_copy(update={"checkpoint": alone}))
+
     def memory(self) -> dict[str, int]:
         """Returns the bytes of each component. Some, such as momentum, may be 0."""
         weight, velocity = stored_bytes(self.precision)
@@ -178,15 +183,16 @@ class Worker:
         if encoder.frozen and kind == "cpu":
             before = passing["activations"] - background * states["bag"]
             passing["activations"] = max(0, before)
-        return (
-            states
-            | passing
-            | {
-                COPY: copied if kind == "cpu" else 0,
-                "allocator": int(ALLOCATOR_SHARE * sum(passing.values())),
-                "framework": self.device.framework,
-            }
-        )
+        later = {
+            "checkpoint copy": copied if kind == "cpu" else 0,
+            "allocator": int(ALLOCATOR_SHARE * sum(passing.values())),
+        }
+        settings = self.config.classifier
+        centroids = settings.init == "label_text" and settings.init_centroid > 0
+        replaced = states["encoder gradients"] + states["encoder moments"] + sum(passing.values())
+        first = max(0, 4 * numbers * centroids - replaced - sum(later.values()))
+        last = {"first weights": first, "framework": self.device.framework}
+        return states | passing | later | last
 
     def _activations(self) -> int:
         encoder = self.config.encoder

@@ -14,7 +14,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.plan.devices import GIB, Device
 from renee_ray.plan.encoder import Transformer, find_transformer
-from renee_ray.plan.memory import COPIED, COPY, STATES, Worker, Workload
+from renee_ray.plan.memory import COPIED, STATES, Worker, Workload
 from renee_ray.plan.time import (
     STORAGE_RATE,
     Rates,
@@ -140,8 +140,8 @@ def needed(worker: Worker, components: tuple[str, ...] = ()) -> int:
 
     components: those that count; none: all but the copy, which a run does without.
     """
-    memory = worker.memory()
-    own = sum(memory[name] for name in components or (memory.keys() - {COPY}))
+    memory = worker.without_copy().memory()
+    own = sum(memory[name] for name in components or memory)
     return own * (worker.num_workers if worker.device.kind == "cpu" else 1)
 
 
@@ -154,8 +154,8 @@ def fewest(worker: Worker) -> int | None:
     counts = range(1, 1 + min(MOST_DEVICES, worker.batch))
 
     def fit(count: int) -> bool:
-        memory = replace(worker, num_workers=count).memory()
-        return sum(memory.values()) - memory[COPY] <= worker.device.memory
+        memory = replace(worker.without_copy(), num_workers=count).memory()
+        return sum(memory.values()) <= worker.device.memory
 
     found = bisect_left(counts, True, key=fit)
     return counts[found] if found < len(counts) else None

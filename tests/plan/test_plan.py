@@ -31,7 +31,7 @@ from renee_ray.parallel.collectives import Ranks
 from renee_ray.plan import devices
 from renee_ray.plan.devices import GIB, GPUS, find_device
 from renee_ray.plan.encoder import Transformer, find_transformer
-from renee_ray.plan.memory import COPY, STATES, Worker, Workload
+from renee_ray.plan.memory import STATES, Worker, Workload
 from renee_ray.plan.plan import find_workload, helpful, make_plan, needed
 from renee_ray.plan.time import network_bytes, step_seconds, steps_of_epoch
 from renee_ray.scoring.scorer import Propensities
@@ -138,7 +138,9 @@ def test_of_a_frozen_transformer_the_parameters_alone_are_held(
     assert memory["frozen parameters"] == 4 * (everything - trained) > 0
     states = memory["weights"] + memory["momentum"] + 4 * (everything - trained) + 16 * trained
     assert needed(planned, STATES) == 2 * states
-    assert memory[COPY] == states - 4 * everything, "a checkpoint leaves out what is frozen"
+    assert memory["checkpoint copy"] == states - 4 * everything, (
+        "a checkpoint leaves out what is frozen"
+    )
     assert network_bytes(planned)["gradient of the encoder"] == 4 * trained
     full = worker(sample, 2)
     shares = {"encoder": 0 if "frozen" in own else 2 / 3, "AdamW": trained / everything}
@@ -191,12 +193,26 @@ def test_activations_are_those_that_a_forward_keeps(
     assert more > most * found, "the tolerance tells rows apart"
 
 
+def test_centroids_are_counted_beyond_what_comes_after_them(sample: str) -> None:
+    def memory(centroid: float) -> dict[str, int]:
+        settings = {"init": "label_text", "init_centroid": centroid, "momentum": 0}
+        found = worker(sample, 2, classifier=settings | {"precision": "bf16_sr"}, batch_size=16)
+        many = replace(found.workload, labels=10**8)
+        return replace(found.without_copy(), workload=many).memory()
+
+    assert memory(0)["first weights"] == 0
+    found = memory(1)
+    later = "encoder gradients", "encoder moments", "activations", "chunk of labels", "embeddings"
+    replaced = sum(found[name] for name in (*later, "rows of the bag", "allocator"))
+    assert found["first weights"] == 2 * found["weights"] - replaced > 0
+
+
 def test_fewest_devices_and_what_would_help(sample: str) -> None:
     base = worker(sample, 2, classifier={"precision": "fp32"}, batch_size=64)
 
     def one(count: int) -> int:
         memory = replace(base, num_workers=count).memory()
-        return sum(memory.values()) - memory[COPY]
+        return sum(memory.values()) - memory["checkpoint copy"]
 
     small = replace(base.device, memory=(one(4) + one(5)) // 2)
     workload, transformer = base.workload, base.transformer

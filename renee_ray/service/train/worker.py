@@ -111,6 +111,7 @@ def prepared(
                 model, config, share.dataset, lambda: share.scoring("train"), ranks,
                 observer.recorder, share.channel.say,
             )  # fmt: skip
+        writer.reserve(model.encoder, model.shard)  # in place of the centroids of first weights
         batches = feed(
             share.dataset, share.orders, ranks.rank, ranks.num_ranks, start=state.position,
             max_length=config.encoder.max_length, pad_multiple=8 if config.encoder.compile else 1,
@@ -171,12 +172,10 @@ class _Share:
             requests.written(written)
 
         settings, metric = self.config.checkpoint, self.config.evaluation.metric
-        writer = CheckpointWriter(
+        return CheckpointWriter(
             RunDirectory(self.config.output).checkpoints(), self.ranks, settings.keep, metric,
             settings.background, on_written, observer.flush_history,
         ).start()  # fmt: skip
-        writer.reserve(model.encoder, model.shard)
-        return writer
 
     def trainer(
         self, model: Model, state: State, writer: CheckpointWriter, observer: Observer
