@@ -43,7 +43,8 @@ def print_result(content: dict[str, Any], as_json: bool, title: str) -> None:
         Console().print(_metric_table(metrics, title))
     for key, value in flat.items():
         if key not in metrics:
-            click.echo(printable(f"{key:28} {value}"))
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            click.echo(printable(f"{key:28} {shown}"))
 
 
 def _metric_table(metrics: dict[str, float], title: str) -> Table:
