@@ -43,8 +43,10 @@ from renee_ray.xfc.shard import GRADIENT_BYTES, default_chunk, label_bytes
 from renee_ray.xfc.weights.storages import STORAGES, stored_bytes
 
 ALLOCATOR_SHARE = 0.1
-"""Share of what comes and goes that an allocator holds besides: on a GPU an assumption, on a CPU
-measured on all-MiniLM-L6-v2 alone (282 MiB resident for 257 that torch asked for)."""
+"""Share of what comes and goes that an allocator holds besides: an assumption."""
+HEAP_SHARE = 0.9
+"""Share of activations that the heap of a CPU holds besides that: their sizes differ from batch to
+batch, and oneDNN keeps kernels for some. 440 MiB for 241 of all-MiniLM-L6-v2 (docs/log.md)."""
 REMEMBERED_BYTES = 100
 """What a worker keeps of a text whose embedding it has in a file."""
 BAG_ROWS = 6
@@ -183,9 +185,10 @@ class Worker:
         if encoder.frozen and kind == "cpu":
             before = passing["activations"] - background * states["bag"]
             passing["activations"] = max(0, before)
+        heap = HEAP_SHARE * passing["activations"] * (kind == "cpu")
         later = {
             "checkpoint copy": copied if kind == "cpu" else 0,
-            "allocator": int(ALLOCATOR_SHARE * sum(passing.values())),
+            "allocator": int(ALLOCATOR_SHARE * sum(passing.values()) + heap),
         }
         settings = self.config.classifier
         centroids = settings.init == "label_text" and settings.init_centroid > 0

@@ -251,6 +251,8 @@ def worker_environment(threads: int = 1) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_ARENA_MAX": "1",  # glibc hardly reuses what threads other than the main one free
+        # Every batch has shapes of its own: oneDNN would keep a kernel for each of the last 1,024.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
 

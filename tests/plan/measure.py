@@ -73,7 +73,7 @@ def _measured(
     settings = {
         "data": data, "output": f"{directory}/run", "num_workers": workers, "threads": 1,
         "batch_size": batch, "epochs": 1, "loss_every": EVERY, "encoder.name": encoder,
-        "checkpoint.every_steps": STEPS // 2,
+        "checkpoint.every_steps": STEPS // 4,
         "classifier.init": "normal", "feed.augment": 0, "use_gpu": "no",
     } | own  # fmt: skip
     config = Path(directory, "config.yaml")
