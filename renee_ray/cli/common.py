@@ -61,7 +61,7 @@ def command(keys: type[Config], *paths: str) -> Callable[[Callable[..., None]], 
 
 def configured(model: type[C], overrides: Sequence[str], command: str) -> C:
     """Makes a command's configuration from its `key=value` arguments alone."""
-    return make_config(model, parse_overrides(overrides, model), where=command)
+    return make_config(model, parse_overrides(overrides), where=command)
 
 
 class PathType(click.ParamType):

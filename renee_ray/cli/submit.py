@@ -100,7 +100,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
         refuse_password(argument, f"an argument of {job}")
     path: str | None = parsed.get("config")
     layers = [read_yaml(path)] if path else []
-    overrides = parse_overrides(parsed["overrides"], command.keys)
+    overrides = parse_overrides(parsed["overrides"])
     made = make_config(command.keys, *layers, overrides, where=path or job)
     places = {
         name.upper(): parsed[name] for name in ("run", "dataset", "src", "dst") if name in parsed

@@ -177,7 +177,8 @@ def recipes(name: str, as_json: bool) -> None:
         config = make_config(RunConfig, UNSET, layer, where=each)
         facts = recipe_facts(each, config, about)
         if name:
-            facts["settings"] = {k: v for k, v in dotted(layer) if k != "recipe"}
+            known = dict(dotted(config.model_dump(mode="json")))
+            facts["settings"] = {k: known[k] for k, _ in dotted(layer) if k != "recipe"}
         found.append(facts)
     print_facts(found[0] if name else {"recipes": found}, as_json, recipe_text)
 
@@ -241,7 +242,7 @@ def expect(run: str, overrides: tuple[str, ...], recipe: str, as_json: bool) -> 
 
     Takes the last checkpoint, and says in which settings run and recipe differ.
     """
-    layer = parse_overrides(overrides, ScoreConfig)
+    layer = parse_overrides(overrides)
     score = make_config(ScoreConfig, {"checkpoint": "last"}, layer, where="expect")
     from renee_ray.report.plan import expectation_text
     from renee_ray.service.score.evaluate import expect_run

@@ -22,8 +22,8 @@ def tune(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     on with a search that was cut off, or that now has more trials or hours. docs/tuning.md says
     what is searched: a key that is given is not.
     """
-    given = parse_overrides(overrides, TuneConfig)
-    made = make_config(TuneConfig, read_yaml(config, TuneConfig), given, where=config)
+    given = parse_overrides(overrides)
+    made = make_config(TuneConfig, read_yaml(config), given, where=config)
     from renee_ray.report.tuning import tuning_text
     from renee_ray.service.tune import search
 

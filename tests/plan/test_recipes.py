@@ -152,7 +152,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("about: 3\n", "about=3 in .* is no mapping"),
+        ("about: 3\n", "about='3' in .* is no mapping"),
         ("about: {dataset: X}\n", "about in .* lacks 'source'"),
         ("about: {dataset: X, source: Y, labels: 3, hour: 2}\n", "has no key 'hour'"),
         ("about: {dataset: X, source: Y, labels: many}\n", "labels='many' in about in"),

@@ -144,7 +144,7 @@ def differences(
     yield from _unlike("points", points, about.points or points)
     held_out = manifest.num_points("validation")
     yield from _unlike("points held out for validation", held_out, about.held_out)
-    published = make_config(ConvertConfig, parse_overrides(about.convert.split(), ConvertConfig))
+    published = make_config(ConvertConfig, parse_overrides(about.convert.split()))
     if about.convert:
         for key in ("propensity_a", "propensity_b"):
             yield from _unlike(key, getattr(manifest, key), getattr(published, key))
