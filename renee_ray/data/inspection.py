@@ -266,14 +266,7 @@ def _wrapped(values: NDArray[np.uint64]) -> int:
 
 def _facts(dataset: Dataset, counts: dict[str, _Counts]) -> dict[str, Any]:
     manifest = dataset.manifest
-    labels = manifest.statistics.get("labels", {})
-    names = "share_of_labels_by_train_count", "share_of_pairs_by_train_count"
-    shares = [_shares(dataset, labels, name) for name in names]
-    if shares[0].keys() != shares[1].keys():
-        raise DatasetError(
-            f"{dataset.where(MANIFEST)} has other names in {names[0]} than in {names[1]}; "
-            f"convert the source again"
-        )
+    of_labels = manifest.statistics.get("labels", {})
     return {
         "path": dataset.path,
         "tokenizer": manifest.tokenizer,
@@ -284,21 +277,9 @@ def _facts(dataset: Dataset, counts: dict[str, _Counts]) -> dict[str, Any]:
         "bytes": sum(part.size for parts in manifest.splits.values() for part in parts),
         "tokens_a_row": {split: _distribution(counts[split].tokens) for split in counts},
         "labels_a_point": {s: _distribution(counts[s].labels) for s in POINT_SPLITS},
-        "share_of_labels_by_points": shares[0],
-        "share_of_pairs_by_points": shares[1],
+        "share_of_labels_by_points": of_labels.get("share_of_labels_by_train_count", {}),
+        "share_of_pairs_by_points": of_labels.get("share_of_pairs_by_train_count", {}),
     }
-
-
-def _shares(dataset: Dataset, statistics: object, name: str) -> dict[str, float]:
-    found = statistics.get(name, {}) if isinstance(statistics, dict) else None
-    if not isinstance(found, dict) or not all(
-        isinstance(share, int | float) and 0 <= share <= 1 for share in found.values()
-    ):
-        raise DatasetError(
-            f"{dataset.where(MANIFEST)} has statistics.labels.{name}={found!r:.80}; "
-            f"convert the source again"
-        )
-    return found
 
 
 def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:

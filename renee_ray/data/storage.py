@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import tenacity
 
-from renee_ray.data.untrusted import read_bounded
 from renee_ray.errors import ReneeError, reason
 
 T = TypeVar("T")
@@ -184,7 +183,6 @@ def patiently(operation: Callable[[], T], what: str, patience: float | None = No
 def write_file(path: str, content: bytes | pa.Buffer) -> None:
     """Writes a file whole, patiently."""
     filesystem, root = filesystem_of(path)
-    refuse_link(filesystem, root)
 
     def write() -> None:
         with filesystem.open_output_stream(root) as sink:
@@ -193,18 +191,9 @@ def write_file(path: str, content: bytes | pa.Buffer) -> None:
     patiently(write, f"writing {path}")
 
 
-def refuse_link(filesystem: pafs.FileSystem, name: str) -> None:
-    """Raises ReneeError where a local file to be written is a symbolic link to another one."""
-    if isinstance(filesystem, pafs.LocalFileSystem) and os.path.islink(name):
-        raise ReneeError(f"{name} is a symbolic link, and what it leads to is not ours; remove it")
-
-
 def replace_file(path: str, content: bytes, patience: float | None = None) -> None:
     """Writes a file patiently; readers see all of it or what was there before."""
     filesystem, root = filesystem_of(path)
-    for each in root, f"{root}.tmp":
-        refuse_link(filesystem, each)
-
     patiently(lambda: replace_on(filesystem, root, content), f"writing {path}", patience)
 
 
@@ -232,21 +221,16 @@ def to_disk(filesystem: pafs.FileSystem, name: str) -> None:
             os.close(descriptor)
 
 
-def read_file(path: str, limit: int | None = None) -> bytes | None:
-    """Reads a file patiently; None where there is none.
-
-    Raises:
-        ReneeError: it has more than `limit` bytes.
-    """
+def read_file(path: str) -> bytes | None:
+    """Reads a file patiently; None where there is none."""
     filesystem, root = filesystem_of(path)
 
     def read() -> bytes | None:
         if filesystem.get_file_info(root).type != pafs.FileType.File:
             return None
-        if limit is not None:
-            return read_bounded(filesystem, root, limit, path)
         with filesystem.open_input_file(root) as file:
-            return file.read()
+            content: bytes = file.read()
+        return content
 
     return patiently(read, f"reading {path}")
 
@@ -265,13 +249,8 @@ def make_directory(path: str, patience: float | None = None) -> None:
 
 
 def remove(path: str) -> None:
-    """Removes a file, or a directory with all that is in it, patiently; it may be missing.
-
-    Raises:
-        ReneeError: it is a symbolic link.
-    """
+    """Removes a file, or a directory with all that is in it, patiently; it may be missing."""
     filesystem, root = filesystem_of(path)
-    refuse_link(filesystem, root)
 
     def delete() -> None:
         kind = filesystem.get_file_info(root).type
