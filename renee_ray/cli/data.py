@@ -34,11 +34,11 @@ def convert(config: ConvertConfig, src: str, dst: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("dataset", type=PATH)
-@click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
+@click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 @count("--samples", 3, "Points shown.", minimum=0)
 @json_option
 def inspect(dataset: str, verify: bool, samples: int, as_json: bool) -> None:
-    """Show what is in DATASET; with --verify, every way in which it is not as it should be.
+    """Show what is in DATASET; with --verify, which of its files are not as they were written.
 
     Exit status 1 if --verify finds any.
     """

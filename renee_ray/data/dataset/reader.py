@@ -116,20 +116,15 @@ class Dataset:
                 digest.update(block)
         return digest.hexdigest()
 
-    def read_part(
-        self, part: Part, columns: Sequence[str] | None = None, *, check: bool = True
-    ) -> pa.Table:
+    def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
         """Reads all rows of `part`; `columns` None means every column.
-
-        Args:
-            check: refuse wrong columns and values; without, every column of the file is read.
 
         Raises:
             DatasetError: the file is missing, is no Parquet, has another number of rows or
                 other columns, decodes to far more than its rows may, or holds a null, a label
                 that there is not, or a negative number.
         """
-        return self.read_rows_of(part, 0, part.rows, columns, check=check)
+        return self.read_rows_of(part, 0, part.rows, columns)
 
     def read_rows(
         self, split: str, start: int, stop: int, columns: Sequence[str] | None = None
@@ -179,22 +174,16 @@ class Dataset:
         return table.take(pa.array(places - low))
 
     def read_rows_of(
-        self,
-        part: Part,
-        start: int,
-        stop: int,
-        columns: Sequence[str] | None = None,
-        *,
-        check: bool = True,
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None = None
     ) -> pa.Table:
         """Reads rows [start, stop) of `part`, as read_part does."""
         return patiently(
-            lambda: self._read_once(part, start, stop, columns, check),
+            lambda: self._read_once(part, start, stop, columns),
             f"reading {self.where(part.path)}",
         )
 
     def _read_once(
-        self, part: Part, start: int, stop: int, columns: Sequence[str] | None, check: bool
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None
     ) -> pa.Table:
         where, split = self.where(part.path), part.path.partition("/")[0]
         selected = list(schema_of(split).names if columns is None else columns)
@@ -206,10 +195,8 @@ class Dataset:
                         f"{where} has {file.metadata.num_rows} rows and {MANIFEST} says "
                         f"{part.rows}; convert the source again"
                     )
-                if check and (wrong := wrong_column(file.schema_arrow, split, selected)):
+                if wrong := wrong_column(file.schema_arrow, split, selected):
                     raise DatasetError(f"{where} {wrong}; convert the source again")
-                if not check and columns is None:
-                    selected = file.schema_arrow.names
                 groups, skip = overlapping_groups(file.metadata, start, stop)
                 table = read_row_groups(file, groups, selected)
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's are among them
@@ -220,7 +207,7 @@ class Dataset:
                 f"convert the source again"
             ) from error
         table = table.slice(skip, stop - start)
-        if check and (wrong := wrong_value(table, part.first + start, self.manifest.num_labels)):
+        if wrong := wrong_value(table, part.first + start, self.manifest.num_labels):
             raise DatasetError(f"{where} {wrong}; convert the source again")
         return table
 
