@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import tracemalloc
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 
 from renee_ray.data.dataset import MAX_LABELS
 from renee_ray.data.destination import Destination
 from renee_ray.data.sources import xmlrepo
-from renee_ray.data.sources.lines import MAX_LINE_BYTES, PACKED_LEAST, REQUEST_BYTES, Lines
-from renee_ray.data.sources.own import Own
+from renee_ray.data.sources.lines import MAX_LINE_BYTES, REQUEST_BYTES, Lines
 from renee_ray.data.sources.repository import find_repository, header_of
 
 from .parts import run_directory, tiny
@@ -30,59 +26,6 @@ def source_file(
         return lambda: read(str(place.given / name))
 
     return make
-
-
-def bomb(place: Place) -> Made:
-    """300 MB of lines in 300 KB; refused before they are all unpacked."""
-    path = place.given / "trn_X.txt.gz"
-    with gzip.open(path, "wb", 1) as file:
-        for _ in range(300):
-            file.write((b"x" * 1023 + b"\n") * 1024)
-
-    def index() -> None:
-        lines = Lines(str(path))
-        try:
-            lines.drain()
-        finally:
-            assert 1024 * lines.number <= PACKED_LEAST + REQUEST_BYTES
-
-    return index
-
-
-def npz(place: Place, **arrays: np.ndarray) -> Made:
-    """A PECOS folder whose labels are these arrays, packed; refused before they are made."""
-    (place.given / "X.trn.txt").write_bytes(b"a\nb\n")
-    np.savez_compressed(place.given / "Y.trn.npz", **arrays)
-
-    def read() -> None:
-        tracemalloc.start()
-        try:
-            texts = str(place.given / "X.trn.txt")
-            list(Own({"train": [texts]}, None, ()).pieces("train", [texts]))
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            assert peak < PACKED_LEAST // 8
-
-    return read
-
-
-def packed_labels(place: Place) -> Made:
-    """40 million labels of one row: 320 MB of zeros in 300 KB."""
-    zeros, shape = np.zeros(PACKED_LEAST // 8 + 8_000_000, np.int64), np.array([2, 4])
-    indptr = np.array([0, len(zeros), len(zeros)])
-    return npz(
-        place, format=np.array(b"csr"), shape=shape, indptr=indptr, indices=zeros,
-        data=np.ones(1),
-    )  # fmt: skip
-
-
-def rows_without_bytes(place: Place) -> Made:
-    """10^9 rows, whose offsets a matrix of columns does not have."""
-    return npz(
-        place, format=np.array(b"csc"), shape=np.array([10**9, 1]), indptr=np.array([0, 1]),
-        indices=np.array([0]), data=np.ones(1),
-    )  # fmt: skip
 
 
 def long_line(place: Place) -> Made:
@@ -113,9 +56,6 @@ def header(path: str) -> object:
 PAIR = partial(xmlrepo.parse_pairs, limit=MAX_LABELS)
 OBJECT = partial(xmlrepo.parse_objects, limit=3)
 SOURCES = [
-    Case("gzip-bomb", bomb, "unpacks to more than 100 times its size"),
-    Case("npz-bomb", packed_labels, "npz unpacks to more than 100 times its size"),
-    Case("npz-rows-huge", rows_without_bytes, "npz unpacks to more than 100 times its size"),
     Case("line-long", long_line, "trn_X.txt:2: the line is longer than"),
     Case(
         "label-id-huge",
