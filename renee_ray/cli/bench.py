@@ -136,18 +136,6 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
     click.echo(json.dumps(call(run, *layers, steps, repeats, say)))
 
 
-@bench.command("load")
-@click.argument("url")
-@flag("--seconds", COUNT, 60, "Of each of both phases.")
-@flag("--clients", COUNT, 16, "That ask one by one in the first, at most max_waiting.")
-@flag("--factor", click.FloatRange(min=0.1), 2.0, "Of the second, to the rate of the first.")
-def bench_load(**settings: Any) -> None:
-    """The service at URL, with the token in RENEE_RAY_SERVE_TOKEN, at its rate and beyond."""
-    from renee_ray.benchmarks.load import bench_load as run
-
-    click.echo(json.dumps(call(lambda: run(**settings))))
-
-
 @bench.command("gpu")
 @flag("--out", click.Path(dir_okay=False), "gpu.json", "The file to write.")
 @flag("--minutes", click.FloatRange(min=0), 8.0, "For all parts.")
