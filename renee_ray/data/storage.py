@@ -7,11 +7,12 @@ AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or other sources of the AWS SDK); none
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import posixpath
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -233,6 +234,22 @@ def read_file(path: str) -> bytes | None:
         return content
 
     return patiently(read, f"reading {path}")
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """Reads a JSON file patiently; None where there is none.
+
+    Raises:
+        ReneeError: it holds no object.
+    """
+    content = read_file(path)
+    try:
+        found = None if content is None else json.loads(content)
+    except (ValueError, RecursionError):
+        found = "no object"
+    if isinstance(found, dict | None):
+        return found
+    raise ReneeError(f"{path} is damaged: it is no JSON object; delete it")
 
 
 def listing(path: str, *, recursive: bool = False) -> list[pafs.FileInfo]:

@@ -17,13 +17,13 @@ import tarfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
@@ -43,6 +43,7 @@ from renee_ray.service.convert.convert import convert
 from renee_ray.service.launch import quiet
 from renee_ray.service.score.baselines import most_frequent, nearest_label_text, tfidf_ridge
 from renee_ray.service.score.predict import predict_run
+from renee_ray.service.score.predictions import Predicted, padded
 from renee_ray.service.train.train import train
 
 Ints = npt.NDArray[np.int64]
@@ -78,33 +79,36 @@ def quickstart(
         raise ReneeError(
             "quickstart needs scikit-learn for a baseline; pip install 'renee_ray[quickstart]'"
         )
-    clock = _Clock()
+    ends = [time.perf_counter()]
     raw = unpack(ARCHIVE, output / "raw")
     ensure_ray(config.max_workers + 1)
     dataset = _dataset(raw, config, on_progress)
-    clock.lap("convert")
+    ends.append(time.perf_counter())
     train(config, on_progress)
-    clock.lap("train")
+    ends.append(time.perf_counter())
     on_progress(f"predicting {dataset.manifest.num_points('test'):,} test points")
     # The last: so few validation points, each much like a training point, choose too early a one.
     score = ScoreConfig(k=K, checkpoint="last", overwrite=True)
     predict_run(config.output, dataset.path, str(output / "predictions"), score)
-    predicted = read_predictions(output / "predictions", K)
-    clock.lap("predict")
+    # So few points are one block of predictions.
+    ((_, labels, scores),) = Predicted(str(output / "predictions")).blocks()
+    ends.append(time.perf_counter())
     on_progress("computing the baselines")
     truth = Truth.read(dataset)
     comparison = [
-        _row("renee_ray", truth, predicted.labels),
+        _row("renee_ray", truth, padded(labels, K)),
         _row("linear, TF-IDF", truth, _linear(raw, dataset, truth)),
         _row("zero-shot label text", truth, _zero_shot(dataset, truth, config)),
         _row("most frequent labels", truth, _most_frequent(truth)),
     ]
-    clock.lap("baselines")
-    examples = pick_examples(raw, truth, predicted)
+    ends.append(time.perf_counter())
+    taken = [round(end - begin, 1) for begin, end in pairwise(ends)]
+    seconds = dict(zip((*TIMED, "baselines"), taken, strict=True))
+    examples = pick_examples(raw, truth, labels, scores)
     report = output / "report.html"
     write_report(
         config.output, str(report), title=f"renee_ray on {NAME}", comparison=comparison,
-        facts={f"time to {stage}": f"{clock.seconds[stage]:.0f} s" for stage in TIMED},
+        facts={f"time to {stage}": f"{seconds[stage]:.0f} s" for stage in TIMED},
         examples=examples,
     )  # fmt: skip
     return {
@@ -112,7 +116,7 @@ def quickstart(
         "report": str(report),
         "comparison": comparison,
         "examples": examples,
-        "seconds": clock.seconds,
+        "seconds": seconds,
     }
 
 
@@ -220,27 +224,6 @@ class Truth:
         )
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """points int64 [n], ascending; labels int64 [n, k], best first, -1 none; scores [n, k]."""
-
-    points: Ints
-    labels: Ints
-    scores: Floats
-
-
-def read_predictions(directory: Path, k: int) -> Predictions:
-    """Reads what `predict_run` wrote to a local directory; each row is cut or padded to k."""
-    table = pq.read_table(sorted(directory.glob("part-*.parquet"))).sort_by("point_id")
-    rows = table["label_ids"].to_pylist()
-    labels = np.full((len(rows), k), -1, dtype=np.int64)
-    scores = np.full((len(rows), k), -np.inf, dtype=np.float32)
-    for i, (ids, values) in enumerate(zip(rows, table["scores"].to_pylist(), strict=True)):
-        labels[i, : len(ids)] = ids[:k]
-        scores[i, : len(ids)] = values[:k]
-    return Predictions(table["point_id"].to_numpy(), labels, scores)
-
-
 def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
     """Returns all metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
     sums = MetricSums()
@@ -298,10 +281,13 @@ def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
 # ------------------------------------------------------------------------------------- report
 
 
-def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[str, Any]]:
+def pick_examples(
+    raw: Path, truth: Truth, predicted: Ragged, probabilities: npt.NDArray[np.float64]
+) -> list[dict[str, Any]]:
     """Returns test points that are evenly spaced in the file, so that none is hand-picked.
 
-    Scores are sigmoids of the logits: the model's probability of each label.
+    Args:
+        predicted: labels of each test point, best first, with probabilities [m].
     """
     lines = _lines(raw / "tst_X.txt")
     count = min(EXAMPLES, len(truth.points))
@@ -310,32 +296,20 @@ def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[
     for i in chosen:
         start, stop = truth.labels.offsets[i : i + 2]
         true = set(truth.labels.values[start:stop].tolist())
-        best = zip(predicted.labels[i], predicted.scores[i], strict=True)
+        first, end = predicted.offsets[i : i + 2]
+        best = range(first, min(first + EXAMPLE_LABELS, end))
         found.append(
             {
                 "text": lines[truth.points[i]].strip(),
                 "true": [truth.label_texts[label] for label in sorted(true)],
                 "predicted": [
                     {
-                        "label": truth.label_texts[label],
-                        "score": float(1 / (1 + np.exp(-np.float64(score)))),
-                        "right": int(label) in true,
+                        "label": truth.label_texts[predicted.values[at]],
+                        "score": float(probabilities[at]),
+                        "right": int(predicted.values[at]) in true,
                     }
-                    for label, score in list(best)[:EXAMPLE_LABELS]
-                    if label >= 0
+                    for at in best
                 ],
             }
         )
     return found
-
-
-class _Clock:
-    """Seconds between calls of `lap`, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = round(now - self._last, 1), now

@@ -18,7 +18,7 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import make_directory, read_file, replace_file
+from renee_ray.data.storage import make_directory, read_json, replace_file
 from renee_ray.errors import ConfigError, ReneeError
 
 RUN_FILE, HISTORY_FILE = "run.json", "history.json"
@@ -32,14 +32,7 @@ class RunDirectory:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the run; None where it is not there."""
-        found = read_file(f"{self.path}/{name}")
-        try:
-            content = None if found is None else json.loads(found)
-            if content is None or isinstance(content, dict):
-                return content
-        except (ValueError, RecursionError):
-            pass
-        raise ReneeError(f"{self.path}/{name} is damaged: it is no JSON object; delete it")
+        return read_json(f"{self.path}/{name}")
 
     def write(self, name: str, content: dict[str, Any], patience: float | None = None) -> None:
         make_directory(self.path, patience)
