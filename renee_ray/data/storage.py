@@ -42,11 +42,6 @@ TRANSIENT = (
 )
 """Words in the S3 client's messages on transient errors."""
 REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
-SCHEMES = {
-    "file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hdfs", "viewfs", "webhdfs",
-    "http", "https", "ftp", "sftp", "ssh", "smb", "oss", "oci", "memory",
-}  # fmt: skip
-"""Schemes of URLs. fsspec knows others, some of which read whatever file a file names."""
 PARAMETERS = {"region", "scheme", "endpoint_override"}
 """Parameters that may follow a `?` in a URL; any other could be a secret."""
 
@@ -99,11 +94,6 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), path
-    if scheme not in SCHEMES:
-        raise ReneeError(
-            f"no filesystem is installed for {path!r:.200}; use a local path, or a URL of one of "
-            f"{', '.join(sorted(SCHEMES))}"
-        )
     if scheme == "file":
         return pafs.LocalFileSystem(), absolute(rest)
     try:
@@ -115,13 +105,11 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
         pass
     import fsspec
 
-    if "::" in rest.partition("/")[2]:
-        raise ReneeError(f"{path!r:.200} chains filesystems; give the URL of one")
     try:
         remote, root = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise ReneeError(
-            f"no filesystem is installed for {path!r} ({reason(error)}); use a local path, or "
+            f"no filesystem is installed for {path!r:.200} ({reason(error)}); use a local path, or "
             f"install the fsspec package of {scheme}://"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")

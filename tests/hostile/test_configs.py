@@ -105,16 +105,6 @@ SECRETS = [
         lambda place: ["quickstart", f"output={KEYS}"],
         r"s3://\*\*\*@bucket",
     ),
-    Case(
-        "url-that-chains",
-        lambda place: ["inspect", "reference://x/::file:///etc/passwd"],
-        "no filesystem is installed|carries credentials",
-    ),
-    Case(
-        "url-of-a-wrapper",
-        lambda place: ["inspect", "simplecache://x"],
-        "no filesystem is installed",
-    ),
 ]
 
 

@@ -102,11 +102,6 @@ RUNS = [
         "run-dataset-of-another-kind", evaluated("run.json", lambda s: {**s, "dataset": 3}), "run"
     ),
     Case("run-names-a-file-outside", exported(rename_data), "not at .*secret.txt any more"),
-    Case(
-        "run-names-a-wrapper",
-        exported(point_to("reference://x/set")),
-        "no filesystem is installed",
-    ),
     Case("run-names-keys", exported(point_to("s3://a:b@bucket/set")), "carries credentials"),
 ]
 
