@@ -128,10 +128,6 @@ def _place(path: str) -> tuple[str, str]:
     return filesystem.type_name, f"{real.rstrip('/')}/"
 
 
-on_retry: list[Callable[[], None]] = []
-"""Functions that are called before each retry of `patiently`, to count retries."""
-
-
 def usual_patience() -> float:
     """Returns the seconds for which storage that does not answer is tried again."""
     return float(os.environ.get(PATIENCE, PATIENCE_S))
@@ -152,8 +148,6 @@ def patiently(operation: Callable[[], T], what: str, patience: float | None = No
         patience = usual_patience()
 
     def say(state: tenacity.RetryCallState) -> None:
-        for call in on_retry:
-            call()
         if state.attempt_number == 1 and state.outcome is not None:
             error = state.outcome.exception()
             assert error is not None
