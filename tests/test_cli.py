@@ -14,7 +14,7 @@ from rich.console import Console
 from renee_ray.cli import main as cli
 from renee_ray.cli import train
 from renee_ray.errors import ReneeError
-from renee_ray.report.conversion import conversion_text
+from renee_ray.report.inspection import conversion_text
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

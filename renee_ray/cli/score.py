@@ -17,8 +17,8 @@ from renee_ray.config.score import (
     FuseConfig,
     IndexConfig,
     ScoreConfig,
+    ServeConfig,
 )
-from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import ReneeError, printable
 
 

@@ -1,4 +1,4 @@
-"""Commands that plan, train and watch: recipes, plan, train, status, checkpoints, expect."""
+"""Commands that plan, train, tune and watch: recipes, plan, train, status, checkpoints, expect."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from renee_ray.config.overrides import dotted, make_config, parse_overrides, rea
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path
 from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
+from renee_ray.config.tune import TuneConfig
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.machine import OPENMP
@@ -248,3 +249,23 @@ def expect(run: str, overrides: tuple[str, ...], recipe: str, as_json: bool) -> 
     from renee_ray.service.score.evaluate import expect_run
 
     print_facts(call(expect_run, run, recipe, score), as_json, expectation_text)
+
+
+@click.command(cls=ConfiguredCommand, keys=TuneConfig)
+@click.argument("config", type=PATH)
+@click.argument("overrides", nargs=-1)
+@json_option
+def tune(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Search for settings that are better than CONFIG's, on the validation split alone.
+
+    CONFIG is a YAML file, or the name of a recipe. Each trial is a run in a directory below
+    `output`; the best configuration is written there too, as best.yaml. The same command again goes
+    on with a search that was cut off, or that now has more trials or hours. docs/tuning.md says
+    what is searched: a key that is given is not.
+    """
+    given = parse_overrides(overrides)
+    made = make_config(TuneConfig, read_yaml(config), given, where=config)
+    from renee_ray.report.tuning import tuning_text
+    from renee_ray.service.tune import search
+
+    print_facts(call(search, made, set(given.places), say), as_json, tuning_text)

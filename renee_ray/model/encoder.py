@@ -21,7 +21,6 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.model.adapters import add_adapters
 from renee_ray.model.bag import Bag, BagOptimizer
 from renee_ray.model.dropout import draw_fast
-from renee_ray.model.pooling import pool
 from renee_ray.model.prompt import Prompt
 from renee_ray.model.remembered import Remembered
 from renee_ray.model.token_gradient import TokenGradient
@@ -411,3 +410,20 @@ def _own_name(name: str, own: Collection[str]) -> str:
     parts = name.split(".")
     suffixes = (".".join(parts[i:]) for i in range(len(parts)))
     return next((suffix for suffix in suffixes if suffix in own), name)
+
+
+def pool(hidden: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """Returns the mean of each row's tokens, or the first (cls) or last of them: float32 [b, H].
+
+    hidden: [b, T, H], floating point; mask: int64 [b, T], 0 at padding, which may be on either
+    side. A row that is all padding has the mean 0.
+    """
+    if kind == "mean":
+        kept = mask.unsqueeze(-1).float()
+        return (hidden.float() * kept).sum(1) / kept.sum(1).clamp(min=1)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    if kind == "cls":
+        chosen = places.masked_fill(mask == 0, mask.shape[1] - 1).amin(1)
+    else:
+        chosen = (places * mask).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), chosen].float()

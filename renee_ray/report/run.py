@@ -30,7 +30,7 @@ from renee_ray.data.storage import absolute, read_json
 from renee_ray.errors import ReneeError, printable
 from renee_ray.plan.devices import GIB
 from renee_ray.report.charts import Chart, Entries, Mark, chart, lines_of
-from renee_ray.report.conversion import SHOWN
+from renee_ray.report.inspection import SHOWN
 from renee_ray.report.page import percentages, write_page
 from renee_ray.report.status import damaged, duration, read_status
 from renee_ray.scoring.metrics import CLASSES

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from renee_ray.config.serve import TOKEN
+from renee_ray.config.score import TOKEN
 
 WORDS = ["a", "small", "fast", "library", "for", "the", "web", "image", "sound", "network", "data"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.dataset as pads
 import pytest
 
-from renee_ray.config.serve import TOKEN
+from renee_ray.config.score import TOKEN
 
 from .conftest import Run, descendants, end, start, until
 from .load import bench_load
