@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, flag
-from renee_ray.cli.output import say
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, flag, say
 from renee_ray.config.overrides import parse_overrides, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import reason

@@ -7,8 +7,16 @@ from typing import Any
 import click
 from pyarrow.fs import FileType
 
-from renee_ray.cli.common import PATH, call, command, configured, count, json_option
-from renee_ray.cli.output import print_facts, say
+from renee_ray.cli.common import (
+    PATH,
+    call,
+    command,
+    configured,
+    count,
+    json_option,
+    print_facts,
+    say,
+)
 from renee_ray.config.from_renee import as_yaml, translate
 from renee_ray.config.schema import Config, ConvertConfig
 from renee_ray.data.storage import absolute, filesystem_of, replace_file

@@ -10,7 +10,7 @@ import click
 
 from renee_ray import __version__
 from renee_ray.cli import bench, data, doctor, score, submit, train
-from renee_ray.cli.output import say
+from renee_ray.cli.common import say
 from renee_ray.errors import ReneeError, redacted
 from renee_ray.signals import INTERRUPTED, interrupted
 

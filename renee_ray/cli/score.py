@@ -9,8 +9,17 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, command, configured, json_option
-from renee_ray.cli.output import print_facts, print_result, say
+from renee_ray.cli.common import (
+    PATH,
+    ConfiguredCommand,
+    call,
+    command,
+    configured,
+    json_option,
+    print_facts,
+    print_result,
+    say,
+)
 from renee_ray.config.score import (
     CompareConfig,
     ExportConfig,

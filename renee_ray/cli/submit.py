@@ -10,10 +10,9 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, count, json_option
+from renee_ray.cli.common import PATH, ConfiguredCommand, count, json_option, progress, say
 from renee_ray.cli.data import convert
 from renee_ray.cli.doctor import doctor
-from renee_ray.cli.output import progress, say
 from renee_ray.cli.score import evaluate, export, predict
 from renee_ray.cli.train import train
 from renee_ray.config.doctor import DoctorConfig

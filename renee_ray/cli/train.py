@@ -13,8 +13,16 @@ from typing import Any
 import click
 from rich.console import Console
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, json_option
-from renee_ray.cli.output import print_facts, print_result, say
+from renee_ray.cli.common import (
+    PATH,
+    ConfiguredCommand,
+    call,
+    count,
+    json_option,
+    print_facts,
+    print_result,
+    say,
+)
 from renee_ray.config.grammar import Layer
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe, read_yaml
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path

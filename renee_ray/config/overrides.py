@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from renee_ray.config.about import About
 from renee_ray.config.grammar import (
     COMMAND_LINE,
     Layer,
@@ -22,7 +21,7 @@ from renee_ray.config.grammar import (
     add_override,
     parse_file,
 )
-from renee_ray.config.recipes import find_recipe
+from renee_ray.config.recipes import About, find_recipe
 from renee_ray.config.schema import Config, RunConfig
 from renee_ray.errors import SHOWN, ConfigError
 

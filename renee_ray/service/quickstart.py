@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -41,13 +41,12 @@ from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propens
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert.convert import convert
 from renee_ray.service.launch import quiet
-from renee_ray.service.score.baselines import most_frequent, nearest_label_text, tfidf_ridge
 from renee_ray.service.score.predict import predict_run
 from renee_ray.service.score.predictions import Predicted, padded
 from renee_ray.service.train.train import train
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 
 NAME = "LF-DebianPerl-2K"
 ARCHIVE = Path(__file__).resolve().parents[1] / "examples" / f"{NAME}.tar.gz"
@@ -313,3 +312,71 @@ def pick_examples(
             }
         )
     return found
+
+
+# --------------------------------------------------------------------------------- baselines
+#
+# They take seconds. All remove the filter labels of the n points before the cut, so that k labels
+# remain wherever a point has k others. They return int64 [n, k], best first, -1 where none is
+# left; equal scores come in ascending order of the id.
+
+BLOCK_ELEMENTS = 2**22
+"""Elements of the largest temporary: scores of a block of points."""
+
+
+def most_frequent(train_count: Ints, filters: Ragged, k: int) -> Ints:
+    """Predicts the k labels with the most training points for all n points, but for filters.
+
+    train_count: int64 [L], training points of each label.
+    """
+    counts = train_count.astype(np.float64)[:, None]
+    return _largest_products(np.ones((len(filters), 1)), counts, filters, k)
+
+
+def nearest_label_text(points: Floats, labels: Floats, filters: Ragged, k: int) -> Ints:
+    """Predicts the k labels whose texts' embeddings have the largest cosine with the point's.
+
+    points: float32 [n, D]; labels: float32 [L, D]; neither need be normalised.
+    Points go in blocks, so that scores of all points and labels never exist together.
+    """
+    return _largest_products(_unit_rows(points), _unit_rows(labels), filters, k)
+
+
+def tfidf_ridge(
+    texts: Sequence[str], labels: sp.csr_matrix, points: Sequence[str], filters: Ragged, k: int
+) -> Ints:
+    """Predicts by a linear model: ridge regression, one-vs-rest, on TF-IDF of words and pairs.
+
+    It is solved in the kernel form, as there are fewer texts than features: 8 m (m + L) bytes.
+
+    Args:
+        texts: m texts to train on; labels: [m, L], 1 where a label is true; points: n texts.
+
+    scikit-learn must be installed.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.kernel_ridge import KernelRidge
+
+    features = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    trained = features.fit_transform(texts)
+    weights = KernelRidge(alpha=1.0).fit(trained, labels.toarray()).dual_coef_.T
+    kernel = (features.transform(points) @ trained.T).toarray()
+    return _largest_products(kernel, weights, filters, k)
+
+
+def _largest_products(points: Floats, labels: Floats, filters: Ragged, k: int) -> Ints:
+    found = np.full((len(points), k), -1, dtype=np.int64)
+    rows = max(1, BLOCK_ELEMENTS // max(len(labels), 1))
+    for start in range(0, len(points), rows):
+        scores = points[start : start + rows] @ labels.T
+        scores[filters.take(np.arange(start, start + len(scores))).pairs()] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        kept = np.isfinite(np.take_along_axis(scores, order, axis=1))
+        found[start : start + rows, : order.shape[1]] = np.where(kept, order, -1)
+    return found
+
+
+def _unit_rows(matrix: Floats) -> Floats:
+    """Divides rows by their length; a zero row stays zero."""
+    length = np.linalg.norm(matrix, axis=1, keepdims=True)
+    return matrix / np.maximum(length, np.finfo(np.float32).tiny)

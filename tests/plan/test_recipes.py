@@ -10,9 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from renee_ray.cli.main import cli, main
-from renee_ray.config.about import About
 from renee_ray.config.overrides import make_config, read_recipe
-from renee_ray.config.recipes import recipe_names
+from renee_ray.config.recipes import About, recipe_names
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ConfigError
 from renee_ray.plan.devices import GPUS

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from renee_ray.config.about import About
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe
+from renee_ray.config.recipes import About
 from renee_ray.config.schema import ConvertConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, Manifest
