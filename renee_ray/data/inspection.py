@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from renee_ray.data import tokenizer
@@ -127,24 +128,31 @@ def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:
 def _samples(dataset: Dataset, samples: int) -> list[dict[str, Any]]:
     """Returns the first training points, decoded where the tokenizer can be had."""
     rows = dataset.read_rows("train", 0, min(samples, dataset.manifest.num_points("train")))
-    try:
-        # The name comes from the dataset, not from the user, so nothing is fetched.
-        found = tokenizer.load(dataset.manifest.tokenizer, fetch=False)
-        decoded = tokenizer.decode(found.serialised, rows["input_ids"].to_pylist())
-    except ReneeError as error:
-        decoded = [f"(not decoded: {reason(error)})"] * len(rows)
     return [
         {
             "point_id": row["point_id"],
             "text": shortened(text, SHOWN_TEXT),
-            "labels": [_label_text(dataset, label) for label in row["labels"][:SHOWN_LABELS]],
+            "labels": [label_text(dataset, label) for label in row["labels"][:SHOWN_LABELS]],
             "more_labels": max(len(row["labels"]) - SHOWN_LABELS, 0),
         }
-        for row, text in zip(rows.to_pylist(), decoded, strict=True)
+        for row, text in zip(rows.to_pylist(), texts_of(dataset, rows), strict=True)
     ]
 
 
-def _label_text(dataset: Dataset, label: int) -> str:
+def texts_of(dataset: Dataset, points: pa.Table) -> list[str]:
+    """Decodes the texts of points, where the tokenizer can be had."""
+    try:
+        # The name comes from the dataset, not from the user, so nothing is fetched.
+        found = tokenizer.load(dataset.manifest.tokenizer, fetch=False)
+        return tokenizer.decode(found.serialised, points["input_ids"].to_pylist())
+    except ReneeError as error:
+        return [f"(not decoded: {reason(error)})"] * len(points)
+
+
+def label_text(dataset: Dataset, label: int) -> str:
+    """Returns what is shown of a label: its text, or its number."""
+    if label >= dataset.manifest.num_labels:  # it was added since
+        return f"label {label}"
     text = dataset.read_rows("labels", label, label + 1, ["text"])["text"][0].as_py()
     return shortened(text, SHOWN_LABEL_TEXT) or f"label {label}"
 
