@@ -89,7 +89,7 @@ def _kind(annotation: str) -> str:
 
 def http() -> str:
     """Describes the paths that a service answers, by its OpenAPI document."""
-    from renee_ray.config.serve import ServeConfig
+    from renee_ray.config.score import ServeConfig
     from renee_ray.service.serve.http import Bearer, application
 
     nobody = Bearer("-" * 32)  # nothing is served here

@@ -14,7 +14,7 @@ from rich.console import Console
 from renee_ray.cli import main as cli
 from renee_ray.cli import train
 from renee_ray.errors import ReneeError
-from renee_ray.report.conversion import conversion_text
+from renee_ray.report.inspection import conversion_text
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -42,7 +42,7 @@ def test_help_lists_every_command_and_key(capsys: pytest.CaptureFixture[str]) ->
         (("convert", "src", "dst", "max_length"), "not of the form key=value"),
         (("convert", "no-such-folder", "dst"), "no-such-folder"),
         (("quickstart", "epoch=3"), "did you mean 'epochs'?"),
-        (("quickstart", "epochs=0"), "epochs=0 on the command line is wrong"),
+        (("quickstart", "epochs=0"), "epochs='0' on the command line is wrong"),
         (("quickstart", "data=somewhere"), "use `renee-ray train"),
         (("quickstart", "output=s3://bucket/x"), "is no local directory"),
         (("quickstart", "num_workers=65"), "raise batch_size"),

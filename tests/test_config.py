@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from renee_ray.config.overrides import keys_of, make_config, parse_overrides, read_yaml
+from renee_ray.config.overrides import dotted, keys_of, make_config, parse_overrides, read_yaml
 from renee_ray.config.schema import ConvertConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.errors import ConfigError, ReneeError
@@ -22,42 +21,46 @@ REQUIRED: dict[str, Any] = {"data": "d", "output": "o"}
     ("arguments", "tree"),
     [
         ([], {}),
-        (["a=1"], {"a": 1}),
-        (["a.b=1", "a.c=x", "d=2.5"], {"a": {"b": 1, "c": "x"}, "d": 2.5}),
-        (["a=1", "a=2"], {"a": 2}),
+        (["a=1"], {"a": "1"}),
+        (["a.b=1", "a.c=x", "d=2.5"], {"a": {"b": "1", "c": "x"}, "d": "2.5"}),
+        (["a=1", "a=2"], {"a": "2"}),
         (["a="], {"a": ""}),
         (["a=null"], {"a": None}),
-        (["a=true"], {"a": True}),
         (["path=s3://bucket/x=y"], {"path": "s3://bucket/x=y"}),
         (["a='1'"], {"a": "1"}),
-        (["a=[1, 2]"], {"a": [1, 2]}),
-        (["a={b: 1, c: {d: 2}}", "a.b=3"], {"a": {"b": 3, "c": {"d": 2}}}),
-        (["a.b=3", "a={c: 1}"], {"a": {"b": 3, "c": 1}}),
+        (["a=[1, 2]"], {"a": ["1", "2"]}),
+        (["a={b: 1, c: {d: 2}}", "a.b=3"], {"a": {"b": "3", "c": {"d": "2"}}}),
+        (["a.b=3", "a={c: 1}"], {"a": {"b": "3", "c": "1"}}),
     ],
 )
 def test_overrides(arguments: list[str], tree: dict[str, Any]) -> None:
     assert parse_overrides(arguments) == tree
 
 
-SCALARS: list[tuple[str, Any]] = [
-    *((word, word) for word in ("no", "yes", "off", "on", "y", "No", "10:00", "1_000", "2026-11-28",
-                                "0b11", "1__0", "0o8", "0x", "e5", ".", "<<", "=", "nan", "inf")),
-    ("true", True), ("FALSE", False), ("null", None), ("~", None),
-    ("010", 10), ("0o10", 8), ("0x1F", 31), ("-7", -7), ("+7", 7),
-    ("1e-4", 1e-4), (".5", 0.5), ("5.", 5.0), ("-1.5E+3", -1500.0), ("-.inf", -math.inf),
-]  # fmt: skip
-"""Plain scalars as YAML 1.2's core schema reads them; YAML 1.1 reads the first ones otherwise."""
-
-
-@pytest.mark.parametrize(("text", "value"), SCALARS)
-def test_scalars_mean_the_same_in_files_and_overrides(
-    tmp_path: Path, text: str, value: Any
-) -> None:
+@pytest.mark.parametrize(
+    "text", ["no", "10:00", "2026-11-28", "1_000", "007", "0o8", "1e-4", "<<", "=", "true", "null"]
+)
+def test_scalars_mean_the_same_in_files_and_overrides(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"seed: {text}\nnum_workers: [{text}]\n")
     file, given = read_yaml(str(path)), parse_overrides([f"seed={text}", f"num_workers=[{text}]"])
+    value = None if text == "null" else text
     assert file == given == {"seed": value, "num_workers": [value]}
-    assert type(file["seed"]) is type(given["seed"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("encoder.learning_rate=1e-4", 1e-4), ("encoder.dropout=.5", 0.5), ("seed=010", 10),
+        ("seed=+7", 7), ("encoder.compile=true", True), ("encoder.internal_dropout=null", None),
+        ("evaluation.tails=[0, 0.1]", (0.0, 0.1)), ("num_workers=[1, 2]", (1, 2)),
+        ("encoder.internal_dropout=~", None), ("observe.log_to=[mlflow]", ("mlflow",)),
+    ],
+)  # fmt: skip
+def test_the_schema_reads_texts(text: str, value: Any) -> None:
+    made = make_config(RunConfig, REQUIRED, parse_overrides([text]))
+    found = dict(dotted(made.model_dump()))[text.partition("=")[0]]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("word", ["yes", "no", "auto"])
@@ -69,21 +72,20 @@ def test_use_gpu_is_a_word(tmp_path: Path, word: str) -> None:
     layers = parse_overrides([f"use_gpu={word}", "encoder.autocast=off"])
     made = make_config(RunConfig, REQUIRED, layers)
     assert (made.use_gpu, made.encoder.autocast) == (word, "off")
-    assert make_config(ScoreConfig, parse_overrides([f"use_gpu={word}"], ScoreConfig))
+    assert make_config(ScoreConfig, parse_overrides([f"use_gpu={word}"]))
 
 
-@pytest.mark.parametrize("text", ["yes", "on", "1", "'true'"])
-def test_only_true_and_false_are_booleans(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^encoder\.compile=.* should be true or false$"):
-        make_config(RunConfig, REQUIRED, parse_overrides([f"encoder.compile={text}"]))
+def test_what_is_no_boolean_is_told_the_words_of_yaml() -> None:
+    with pytest.raises(ConfigError, match=r"^encoder\.compile='maybe' .* should be true or false$"):
+        make_config(RunConfig, REQUIRED, parse_overrides(["encoder.compile=maybe"]))
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        *((text, text) for text in ("123", "007", "null", "2026-11-28", "runs/x #3", "a: b", "[x]",
-                                    "{x}", "*x", "!x y", "'x", "x=y", " x", "@x", "C:\\x")),
-        ("'a b'", "a b"), ('"a\\tb"', "a\tb"), ("''x''", "''x''"),
+        *((text, text) for text in ("123", "007", "2026-11-28", "runs/x #3", "a: b", "*x", "!x y",
+                                    "x=y", " x", "@x", "C:\\x")),
+        ("'a b'", "a b"), ('"a\\tb"', "a\tb"), ("'null'", "null"),
     ],
 )  # fmt: skip
 def test_a_text_stands_as_it_is_unless_it_is_quoted(text: str, value: str) -> None:
@@ -93,7 +95,7 @@ def test_a_text_stands_as_it_is_unless_it_is_quoted(text: str, value: str) -> No
 
 def test_a_text_in_a_file_may_look_like_something_else(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("data: 007\noutput: 2026-11-28  # tonight\nencoder: {name: null}\n")
+    path.write_text("data: 007\noutput: 2026-11-28  # tonight\nencoder: {name: 'null'}\n")
     made = make_config(RunConfig, read_yaml(str(path)))
     assert (made.data, made.output, made.encoder.name) == ("007", "2026-11-28", "null")
 
@@ -119,12 +121,6 @@ def test_a_path_is_not_empty(key: str, text: str) -> None:
 def test_wrong_overrides(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_overrides(arguments)
-
-
-def test_an_exponent_without_a_point_is_a_number() -> None:
-    """YAML 1.1 reads 1e-4 as a string; learning rates are written so."""
-    tree = parse_overrides(["encoder.learning_rate=1e-4"])
-    assert make_config(RunConfig, REQUIRED, tree).encoder.learning_rate == 1e-4
 
 
 def test_later_layers_win_key_by_key() -> None:
@@ -201,13 +197,13 @@ def test_keys_are_dotted_and_typed() -> None:
 def test_yaml_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("seed: 3\nencoder:\n  dropout: 0.25\n")
-    assert read_yaml(str(path)) == {"seed": 3, "encoder": {"dropout": 0.25}}
+    assert read_yaml(str(path)) == {"seed": "3", "encoder": {"dropout": "0.25"}}
 
 
 def test_a_file_may_have_dotted_keys(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("encoder.dropout: 0.25\nencoder:\n  name: x\n")
-    assert read_yaml(str(path)) == {"encoder": {"dropout": 0.25, "name": "x"}}
+    assert read_yaml(str(path)) == {"encoder": {"dropout": "0.25", "name": "x"}}
 
 
 def test_an_error_names_where_the_value_stands(tmp_path: Path) -> None:
@@ -215,11 +211,11 @@ def test_an_error_names_where_the_value_stands(tmp_path: Path) -> None:
     path.write_text("data: d\noutput: o\nbatch_size: 0\nencoder:\n  dropout: 2\n  droput: 1\n")
     good = ["batch_size=8", "encoder.dropout=0"]
     for overrides, sentence in (
-        ([], f"batch_size=0 in {path}, line 3 is wrong"),
-        (good[:1], f"encoder.dropout=2 in {path}, line 5 is wrong"),
+        ([], f"batch_size='0' in {path}, line 3 is wrong"),
+        (good[:1], f"encoder.dropout='2' in {path}, line 5 is wrong"),
         (good, f"{path}, line 6 has no key 'encoder.droput'"),
-        (["batch_size=-1"], "batch_size=-1 on the command line is wrong"),
-        (["encoder=3", *good[:1]], "encoder=3 on the command line is wrong"),
+        (["batch_size=-1"], "batch_size='-1' on the command line is wrong"),
+        (["encoder=3", *good[:1]], "encoder='3' on the command line is wrong"),
     ):
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             make_config(RunConfig, read_yaml(str(path)), parse_overrides(overrides), where="both")
@@ -236,7 +232,6 @@ def test_an_error_names_where_the_value_stands(tmp_path: Path) -> None:
         (b"encoder.name: y\nencoder:\n  name: x\n", "line 3 .* the key 'encoder.name' twice"),
         (b"encoder: {name: y}\nencoder: {dropout: 0}\n", "line 2 .* the key 'encoder' twice"),
         (b"? [a]\n: 1\n", "a key is no word"),
-        (b"data: !!python/name:os.system x\n", "line 1 is not valid YAML"),
         (None, "cannot read .*: No such file"),
         (b"- 1\n- 2\n", "holds no mapping"),
         (b"", "holds no mapping"),
@@ -256,9 +251,9 @@ def test_wrong_files(tmp_path: Path, content: bytes | None, message: str) -> Non
 def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()
-    assert read_yaml("quickstart")["encoder"]["max_length"] == 64, "a directory is in the way"
+    assert read_yaml("quickstart")["encoder"]["max_length"] == "64", "a directory is in the way"
     (tmp_path / "lf-debian-40k").write_text("seed: 3\n")
-    assert read_yaml("lf-debian-40k") == {"seed": 3}, "an existing file wins"
+    assert read_yaml("lf-debian-40k") == {"seed": "3"}, "an existing file wins"
     for path in ("quickstart.yaml", "./quickstart", "recipes/quickstart"):
         with pytest.raises(ConfigError, match=f"cannot read {path}"):
             read_yaml(path)

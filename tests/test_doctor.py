@@ -242,7 +242,7 @@ def test_a_node_with_a_broken_driver_is_examined_all_the_same(
 
 def test_storage_is_one_place_or_several() -> None:
     def parsed(argument: str) -> tuple[str, ...]:
-        return make_config(DoctorConfig, parse_overrides([argument], DoctorConfig)).storage
+        return make_config(DoctorConfig, parse_overrides([argument])).storage
 
     assert parsed(f"storage={URL}") == (URL,)
     assert parsed(f"storage=[/data,{URL}]") == ("/data", URL)

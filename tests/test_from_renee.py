@@ -10,7 +10,8 @@ import yaml
 
 from renee_ray.cli.main import main
 from renee_ray.config.from_renee import SIZES, translate
-from renee_ray.config.overrides import read_yaml
+from renee_ray.config.overrides import make_config, read_yaml
+from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ConfigError
 
 ROBERTA = "sentence-transformers/all-roberta-large-v1"
@@ -82,7 +83,7 @@ def test_the_released_commands(
     assert main(["from-renee", command_of(row), f"output={output}"]) == 1
     assert "is there already" in capsys.readouterr().err
     config = translate(command_of(row)).config
-    assert read_yaml(str(output)) == yaml.safe_load(output.read_text())
+    assert make_config(RunConfig, read_yaml(str(output))) == config
     flags = command_of(row)[command_of(row).index("--") :]
     assert main(["from-renee", flags]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)

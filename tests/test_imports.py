@@ -13,8 +13,7 @@ import pytest
     [
         ("renee_ray", {"torch", "ray"}),
         ("renee_ray.cli.main", {"torch"}),
-        ("renee_ray.data.rows", {"torch"}),  # with the next, what a task that reads unpickles
-        ("renee_ray.service.observe.metric", {"torch"}),
+        ("renee_ray.data.rows", {"torch"}),  # what a task that reads unpickles
         ("renee_ray.service.convert.convert", {"torch"}),
         ("renee_ray.service.submit.submit", {"torch"}),
         ("renee_ray.service.train.train", {"transformers", "numba"}),

@@ -135,7 +135,7 @@ def test_a_documented_command_exists_with_its_options_and_keys(arguments: list[s
         overrides = (config, *overrides)
     needed = {"data": "data", "output": "output"} if command.keys is RunConfig else {}
     recipe = read_yaml(config) if config in recipe_names() else {}
-    given = parse_overrides([word for word in overrides if "$" not in word], command.keys)
+    given = parse_overrides([word for word in overrides if "$" not in word])
     make_config(command.keys, needed, recipe, given)
 
 

@@ -116,16 +116,6 @@ def test_the_command_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [each["slow"] for each in found["ranks"]] == [False, True]
 
 
-def test_a_run_from_before_there_was_a_status_file(tmp_path: Path) -> None:
-    evals = [{"step": 500, "metrics": {"P@1": 40.0}}]
-    run = run_at(tmp_path, history={"steps": [RECORD], "evals": evals})
-    assert read_status(run, 996.0)["state"] == "running"
-    assert read_status(run, 9999.0)["state"] == "unknown"
-    done = RECORD | {"total_steps": 500}
-    run = run_at(tmp_path, history={"steps": [done], "evals": evals})
-    assert read_status(run, 9999.0)["state"] == "finished"
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -144,6 +134,8 @@ def test_a_status_file_that_is_of_no_use(tmp_path: Path, content: Any, words: st
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(ReneeError, match="is not a run of renee_ray"):
         read_status(str(tmp_path), 0.0)
+    with pytest.raises(ReneeError, match="has not been trained yet"):
+        read_status(run_at(tmp_path), 0.0)
 
 
 def test_durations() -> None:

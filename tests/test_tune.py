@@ -32,8 +32,8 @@ PLACES = {"data": "d", "output": "o"}
 
 
 def searched(config: str, *overrides: str, label_texts: bool = True) -> dict[str, Values]:
-    given = parse_overrides(overrides, TuneConfig)
-    made = make_config(TuneConfig, PLACES, read_yaml(config, TuneConfig), given)
+    given = parse_overrides(overrides)
+    made = make_config(TuneConfig, PLACES, read_yaml(config), given)
     return search_space(made, set(given.places), label_texts)
 
 
@@ -91,7 +91,7 @@ def test_a_space_of_ones_own() -> None:
         ("space.evaluation.tails=[0.1, 0.2]", "tails cannot be searched"),
         ("evaluation.tails=[0.1, 0.2]", r"evaluation\.tails out"),
         ("table=false", "nothing is searched"),
-        ("trials=0", "trials=0"),
+        ("trials=0", "trials='0'"),
         ("trails=3", "did you mean 'trials'"),
     ],
 )
@@ -114,7 +114,7 @@ def test_trials_are_as_many_as_have_room(
     overrides: str, gpu: bool, have: dict[str, float], room: int
 ) -> None:
     def counted(parallel: int) -> int:
-        given = parse_overrides([*overrides.split(), f"parallel={parallel}"], TuneConfig)
+        given = parse_overrides([*overrides.split(), f"parallel={parallel}"])
         return parallel_trials(make_config(TuneConfig, PLACES, given), gpu, have)
 
     assert counted(0) == counted(room) == room and counted(1) == 1
@@ -268,7 +268,7 @@ def test_a_trial_that_cannot_be_configured_says_why() -> None:
 
 
 def test_a_configuration_of_a_run_is_what_is_left_without_the_keys_of_the_search() -> None:
-    layer = parse_overrides(["space.encoder.bag.dim=[256, 512]", "trials=4"], TuneConfig)
+    layer = parse_overrides(["space.encoder.bag.dim=[256, 512]", "trials=4"])
     made = make_config(TuneConfig, PLACES, layer)
-    assert made.space == {"encoder": {"bag": {"dim": [256, 512]}}} and made.trials == 4
+    assert made.space == {"encoder": {"bag": {"dim": ["256", "512"]}}} and made.trials == 4
     assert made.run == make_config(RunConfig, PLACES)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from renee_ray.benchmarks.timing import interleaved, wait_for
+from renee_ray.benchmarks.problem import interleaved, wait_for
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import Order

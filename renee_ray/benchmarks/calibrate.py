@@ -11,8 +11,7 @@ from functools import partial
 
 import torch
 
-from renee_ray.benchmarks.problem import default_device, make_problem
-from renee_ray.benchmarks.timing import interleaved
+from renee_ray.benchmarks.problem import default_device, interleaved, make_problem
 from renee_ray.model.dropout import draw_fast
 from renee_ray.model.encoder import attention_of, training_attention
 from renee_ray.plan.encoder import build

@@ -28,8 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from renee_ray.benchmarks.problem import Problem, check_memory, default_device, make_problem
-from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
+from renee_ray.benchmarks.problem import (
+    Problem,
+    check_memory,
+    default_device,
+    fastest,
+    interleaved,
+    make_problem,
+    peak_extra_bytes,
+)
 from renee_ray.parallel.recorder import gpu_memory
 from renee_ray.xfc.kernels.plain import add_product, subtract_positives
 from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes

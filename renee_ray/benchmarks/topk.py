@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renee_ray.benchmarks.problem import check_memory, default_device, make_problem
-from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
+from renee_ray.benchmarks.problem import (
+    check_memory,
+    default_device,
+    fastest,
+    interleaved,
+    make_problem,
+    peak_extra_bytes,
+)
 from renee_ray.xfc.topk.select import NONE, shard_topk
 from renee_ray.xfc.weights.storages import Weights
 

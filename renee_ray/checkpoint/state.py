@@ -37,12 +37,12 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import numpy as np
 import pyarrow.fs as pafs
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from renee_ray.checkpoint.tensor_file import FileFacts, TensorFile
 from renee_ray.data.storage import is_transient, patiently
-from renee_ray.data.untrusted import FIRST_ENTRY, first_problem
+from renee_ray.data.untrusted import first_problem, parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.adapters import load_trained
 from renee_ray.model.encoder import Encoder
@@ -58,7 +58,6 @@ REVISED = re.compile(r"manifest(?:-(\d{4}))?\.json")
 ADDED = "added"
 """Tensor uint8: the names and texts of the labels of a file, as JSON [[name, text], ...]."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MANIFEST_LIMIT, MAX_STEPS, MAX_REVISION = 1 << 28, 1 << 53, 9999
 SHARD_NAME = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 
 
@@ -73,34 +72,6 @@ def _known_names(files: dict[str, FileFacts]) -> dict[str, FileFacts]:
     return files
 
 
-def _evaluation(raw: dict[str, Any]) -> dict[str, Any]:
-    if type(raw.get("step")) is not int or not isinstance(raw.get("metrics"), dict):
-        raise ValueError("it lacks a step or metrics")
-    if not all(isinstance(value, int | float) for value in raw["metrics"].values()):
-        raise ValueError("a metric is no number")
-    return raw
-
-
-def _facts(facts: dict[str, Any]) -> dict[str, Any]:
-    retired, revision = facts.get("retired", []), facts.get("revision", 0)
-    if type(revision) is not int or not 0 <= revision <= MAX_REVISION:
-        raise ValueError("its revision is no number of one")
-    if not isinstance(retired, list) or not all(type(each) is int for each in retired):
-        raise ValueError("a retired label is no number")
-    if retired and not 0 <= min(retired) <= max(retired) < facts.get("num_labels", 0):
-        raise ValueError("a retired label is none of its labels")
-    return facts
-
-
-def _position(position: Position) -> Position:
-    if not (0 <= position.epoch < MAX_STEPS and 0 <= position.batch < MAX_STEPS):
-        raise ValueError(f"it is not in [0, {MAX_STEPS})")
-    return position
-
-
-Count = Annotated[int, Field(ge=0, lt=MAX_STEPS)]
-
-
 @dataclass
 class State:
     """What a run is besides its tensors.
@@ -113,13 +84,13 @@ class State:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    position: Annotated[Position, AfterValidator(_position)] = field(default_factory=Position)
-    step: Count = 0
-    skipped: Count = 0
+    position: Position = field(default_factory=Position)
+    step: int = 0
+    skipped: int = 0
     loss_scale: LossScale = field(default_factory=LossScale)
-    best: Annotated[dict[str, float], FIRST_ENTRY] = field(default_factory=dict)
-    evaluation: Annotated[dict[str, Any], AfterValidator(_evaluation)] | None = None
-    facts: Annotated[dict[str, Any], AfterValidator(_facts)] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def revision(self) -> int:
@@ -150,8 +121,8 @@ class Manifest:
     """
 
     state: State
-    metrics: Annotated[dict[str, float], FIRST_ENTRY]
-    files: Annotated[dict[str, FileFacts], AfterValidator(_known_names), FIRST_ENTRY]
+    metrics: dict[str, float]
+    files: Annotated[dict[str, FileFacts], AfterValidator(_known_names)]
     time_s: float
 
     @property
@@ -176,7 +147,7 @@ class Manifest:
             CheckpointError: another format, or not what `to_json` writes.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             version = raw.pop("format_version")
             if version != FORMAT_VERSION:
                 raise CheckpointError(
@@ -185,10 +156,10 @@ class Manifest:
                 )
             if missing := {each.name for each in fields(State)} - raw["state"].keys():
                 raise ValueError(f"its state lacks {min(missing)}")
-            return _MANIFEST.validate_json(json.dumps(raw), strict=True)
+            return _MANIFEST.validate_python(raw)
         except ValidationError as error:
             problem = first_problem(error)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"cannot be parsed ({reason(error)})"
         raise CheckpointError(f"{where} is damaged: it {problem}; use another checkpoint")
 
@@ -209,7 +180,7 @@ class Checkpoint:
     def __init__(self, filesystem: pafs.FileSystem, path: str, revision: int = 0) -> None:
         self.filesystem, self.path, self.revision = filesystem, path.rstrip("/"), revision
         name = manifest_name(revision)
-        text = self._patiently(name, _whole_manifest)
+        text: bytes = self._patiently(name, lambda file: file.read())
         self.manifest = Manifest.from_json(text, f"{self.path}/{name}")
         self.hash = hashlib.sha256(text).hexdigest()
         """SHA-256 of the manifest, which has checksums of all files."""
@@ -311,7 +282,7 @@ class Checkpoint:
             try:
                 found = json.loads(raw.numpy().tobytes()) if raw is not None else []
                 pairs = [(str(name), str(text)) for name, text in found]
-            except (ValueError, TypeError, RecursionError):
+            except (ValueError, TypeError):
                 pairs = []
             if start != first + len(labels) or len(pairs) != stop - start:
                 raise CheckpointError(
@@ -343,13 +314,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{where} cannot be read ({reason(error)}); use another checkpoint"
             ) from error
-
-
-def _whole_manifest(file: pafs.NativeFile) -> bytes:
-    if file.size() > MANIFEST_LIMIT:
-        raise ValueError(f"it has {file.size()} bytes")
-    content: bytes = file.read()
-    return content
 
 
 class _DoesNotFit(Exception):

@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, flag
-from renee_ray.cli.output import say
+from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, flag, say
 from renee_ray.config.overrides import parse_overrides, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import reason
@@ -134,18 +133,6 @@ def bench_train(config: str, overrides: tuple[str, ...], steps: int, repeats: in
     from renee_ray.service.bench.train import bench_train as run
 
     click.echo(json.dumps(call(run, *layers, steps, repeats, say)))
-
-
-@bench.command("load")
-@click.argument("url")
-@flag("--seconds", COUNT, 60, "Of each of both phases.")
-@flag("--clients", COUNT, 16, "That ask one by one in the first, at most max_waiting.")
-@flag("--factor", click.FloatRange(min=0.1), 2.0, "Of the second, to the rate of the first.")
-def bench_load(**settings: Any) -> None:
-    """The service at URL, with the token in RENEE_RAY_SERVE_TOKEN, at its rate and beyond."""
-    from renee_ray.benchmarks.load import bench_load as run
-
-    click.echo(json.dumps(call(lambda: run(**settings))))
 
 
 @bench.command("gpu")

@@ -7,8 +7,16 @@ from typing import Any
 import click
 from pyarrow.fs import FileType
 
-from renee_ray.cli.common import PATH, call, command, configured, count, json_option
-from renee_ray.cli.output import print_facts, say
+from renee_ray.cli.common import (
+    PATH,
+    call,
+    command,
+    configured,
+    count,
+    json_option,
+    print_facts,
+    say,
+)
 from renee_ray.config.from_renee import as_yaml, translate
 from renee_ray.config.schema import Config, ConvertConfig
 from renee_ray.data.storage import absolute, filesystem_of, replace_file
@@ -18,7 +26,7 @@ from renee_ray.errors import ReneeError
 @command(ConvertConfig, "src", "dst")
 def convert(config: ConvertConfig, src: str, dst: str, as_json: bool) -> None:
     """Turn a folder SRC (CSV, JSON lines, Parquet, XML repository ...) into a dataset DST."""
-    from renee_ray.report.conversion import conversion_text
+    from renee_ray.report.inspection import conversion_text
     from renee_ray.service.convert import convert as service
 
     manifest = call(service.convert, src, dst, config, say)
@@ -34,11 +42,11 @@ def convert(config: ConvertConfig, src: str, dst: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("dataset", type=PATH)
-@click.option("--verify", is_flag=True, help="Read everything and check every invariant.")
+@click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 @count("--samples", 3, "Points shown.", minimum=0)
 @json_option
 def inspect(dataset: str, verify: bool, samples: int, as_json: bool) -> None:
-    """Show what is in DATASET; with --verify, every way in which it is not as it should be.
+    """Show what is in DATASET; with --verify, which of its files are not as they were written.
 
     Exit status 1 if --verify finds any.
     """

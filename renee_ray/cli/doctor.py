@@ -11,8 +11,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, configured, json_option
-from renee_ray.cli.output import print_facts, say
+from renee_ray.cli.common import (
+    PATH,
+    ConfiguredCommand,
+    call,
+    configured,
+    json_option,
+    print_facts,
+    say,
+)
 from renee_ray.config.doctor import DoctorConfig
 from renee_ray.errors import ConfigError, printable
 

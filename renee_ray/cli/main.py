@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import click
 
 from renee_ray import __version__
-from renee_ray.cli import bench, data, doctor, score, submit, train, tune
-from renee_ray.cli.output import say
+from renee_ray.cli import bench, data, doctor, score, submit, train
+from renee_ray.cli.common import say
 from renee_ray.errors import ReneeError, redacted
 from renee_ray.signals import INTERRUPTED, interrupted
 
@@ -23,7 +23,7 @@ def cli() -> None:
 
 for command in (
     train.quickstart, data.convert, data.inspect, data.from_renee, train.recipes, train.plan,
-    train.train, tune.tune, train.status, train.report, train.checkpoints, score.evaluate,
+    train.train, train.tune, train.status, train.report, train.checkpoints, score.evaluate,
     train.expect, score.predict, score.labels, score.fuse, score.compare, score.export, score.index,
     score.serve, submit.submit, doctor.doctor, bench.bench,
 ):  # fmt: skip

@@ -9,16 +9,25 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, command, configured, json_option
-from renee_ray.cli.output import print_facts, print_result, say
+from renee_ray.cli.common import (
+    PATH,
+    ConfiguredCommand,
+    call,
+    command,
+    configured,
+    json_option,
+    print_facts,
+    print_result,
+    say,
+)
 from renee_ray.config.score import (
     CompareConfig,
     ExportConfig,
     FuseConfig,
     IndexConfig,
     ScoreConfig,
+    ServeConfig,
 )
-from renee_ray.config.serve import ServeConfig
 from renee_ray.errors import ReneeError, printable
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import click
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, count, json_option
+from renee_ray.cli.common import PATH, ConfiguredCommand, count, json_option, progress, say
 from renee_ray.cli.data import convert
 from renee_ray.cli.doctor import doctor
-from renee_ray.cli.output import progress, say
 from renee_ray.cli.score import evaluate, export, predict
 from renee_ray.cli.train import train
 from renee_ray.config.doctor import DoctorConfig
@@ -100,7 +99,7 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
         refuse_password(argument, f"an argument of {job}")
     path: str | None = parsed.get("config")
     layers = [read_yaml(path)] if path else []
-    overrides = parse_overrides(parsed["overrides"], command.keys)
+    overrides = parse_overrides(parsed["overrides"])
     made = make_config(command.keys, *layers, overrides, where=path or job)
     places = {
         name.upper(): parsed[name] for name in ("run", "dataset", "src", "dst") if name in parsed

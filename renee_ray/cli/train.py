@@ -1,4 +1,4 @@
-"""Commands that plan, train and watch: recipes, plan, train, status, checkpoints, expect."""
+"""Commands that plan, train, tune and watch: recipes, plan, train, status, checkpoints, expect."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from typing import Any
 import click
 from rich.console import Console
 
-from renee_ray.cli.common import PATH, ConfiguredCommand, call, count, json_option
-from renee_ray.cli.output import print_facts, print_result, say
+from renee_ray.cli.common import (
+    PATH,
+    ConfiguredCommand,
+    call,
+    count,
+    json_option,
+    print_facts,
+    print_result,
+    say,
+)
 from renee_ray.config.grammar import Layer
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe, read_yaml
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path
 from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
+from renee_ray.config.tune import TuneConfig
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.machine import OPENMP
@@ -177,7 +186,8 @@ def recipes(name: str, as_json: bool) -> None:
         config = make_config(RunConfig, UNSET, layer, where=each)
         facts = recipe_facts(each, config, about)
         if name:
-            facts["settings"] = {k: v for k, v in dotted(layer) if k != "recipe"}
+            known = dict(dotted(config.model_dump(mode="json")))
+            facts["settings"] = {k: known[k] for k, _ in dotted(layer) if k != "recipe"}
         found.append(facts)
     print_facts(found[0] if name else {"recipes": found}, as_json, recipe_text)
 
@@ -241,9 +251,29 @@ def expect(run: str, overrides: tuple[str, ...], recipe: str, as_json: bool) -> 
 
     Takes the last checkpoint, and says in which settings run and recipe differ.
     """
-    layer = parse_overrides(overrides, ScoreConfig)
+    layer = parse_overrides(overrides)
     score = make_config(ScoreConfig, {"checkpoint": "last"}, layer, where="expect")
     from renee_ray.report.plan import expectation_text
     from renee_ray.service.score.evaluate import expect_run
 
     print_facts(call(expect_run, run, recipe, score), as_json, expectation_text)
+
+
+@click.command(cls=ConfiguredCommand, keys=TuneConfig)
+@click.argument("config", type=PATH)
+@click.argument("overrides", nargs=-1)
+@json_option
+def tune(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Search for settings that are better than CONFIG's, on the validation split alone.
+
+    CONFIG is a YAML file, or the name of a recipe. Each trial is a run in a directory below
+    `output`; the best configuration is written there too, as best.yaml. The same command again goes
+    on with a search that was cut off, or that now has more trials or hours. docs/tuning.md says
+    what is searched: a key that is given is not.
+    """
+    given = parse_overrides(overrides)
+    made = make_config(TuneConfig, read_yaml(config), given, where=config)
+    from renee_ray.report.tuning import tuning_text
+    from renee_ray.service.tune import search
+
+    print_facts(call(search, made, set(given.places), say), as_json, tuning_text)

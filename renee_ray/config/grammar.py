@@ -1,21 +1,19 @@
-"""The grammar of configurations: YAML 1.2's core schema, the same in files and overrides.
+"""The grammar of configurations: YAML in which every scalar is a text, in files and overrides.
 
-Text becomes a `Layer`: nested mappings, and where each key was set, for the sentence of an error.
-A key whose value is a text takes a plain scalar as it is written, whatever YAML would make of it.
+The schema makes numbers, booleans and words of the texts, so what YAML itself would make of `no`,
+`1e-4` or `007` does not matter; a `null` without quotes alone is nothing. Text becomes a `Layer`:
+nested mappings, and where each key was set, for the sentence of an error.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-KEY_DEPTH = 8
 COMMAND_LINE = "the command line"
-TREE = "tag:yaml.org,2002:"
-SCALARS = {f"{TREE}{name}" for name in ("str", "null", "bool", "int", "float")}
+NULLS = ("null", "~")
 
 
 class NotYaml(Exception):
@@ -45,11 +43,9 @@ class Layer(dict[str, Any]):
         """Sets a dotted key; an earlier value is replaced.
 
         Raises:
-            WrongKey: another key stands in the way, or this one has too many parts.
+            WrongKey: another key stands in the way.
         """
         *parents, leaf = key.split(".")
-        if len(parents) >= KEY_DEPTH:
-            raise WrongKey(f"{key!r:.80} is no key: no key has so many parts")
         node: dict[str, Any] = self
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -69,45 +65,19 @@ class Layer(dict[str, Any]):
         return self.places.get(above) or next(below, None)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's core schema without aliases, since their expansion has no bound."""
+class _Loader(yaml.BaseLoader):
+    """Makes texts of scalars."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise NotYaml(": a configuration may not use aliases (*name)")
-        return super().compose_node(parent, index)
-
-    def integer(self, node: yaml.ScalarNode) -> int:
-        base = {"0o": 8, "0x": 16}.get(node.value[:2])
-        return int(node.value[2:], base) if base else int(node.value)
-
-    def number(self, node: yaml.ScalarNode) -> float:
-        return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        is_null = node.style is None and node.value in NULLS
+        return None if is_null else super().construct_scalar(node)
 
 
-for _name, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(TREE + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
-_Loader.add_constructor(f"{TREE}int", _Loader.integer)
-_Loader.add_constructor(f"{TREE}float", _Loader.number)
-
-
-def parse_file(text: str, name: str, texts: Collection[str]) -> Layer:
+def parse_file(text: str, name: str) -> Layer:
     """Returns the layer of a file's text, in which a key may be dotted and may stand only once.
 
     Args:
         name: the file's name.
-        texts: the dotted keys whose value is a text.
 
     Raises:
         NotYaml: the text is not YAML, or it has a WrongKey.
@@ -118,32 +88,29 @@ def parse_file(text: str, name: str, texts: Collection[str]) -> Layer:
         raise WrongKey("it holds no mapping of keys to values")
     for key, node, line in _leaves(root, "", set()):
         try:
-            layer.add(key, _value(node, key in texts), f"{name}, line {line}")
+            layer.add(key, _value(node), f"{name}, line {line}")
         except NotYaml as error:
             error.line = line
             raise
     return layer
 
 
-def add_override(layer: Layer, key: str, text: str, texts: Collection[str]) -> None:
+def add_override(layer: Layer, key: str, text: str) -> None:
     """Adds a value of the command line: a list, a mapping, or else one scalar up to its end.
 
     Raises:
         NotYaml: a list, a mapping or a quoted text is not YAML, or there is a WrongKey.
     """
-    if key in texts:
-        layer.add(key, _unquoted(text), COMMAND_LINE)
-    elif text[:1] in ("[", "{", '"', "'"):
-        node = _composed(text)
-        assert node is not None
-        leaves = [(key, node)]
-        if isinstance(node, yaml.MappingNode) and node.value:
-            leaves = [(name, below) for name, below, _ in _leaves(node, f"{key}.", set())]
-        for name, below in leaves:
-            layer.add(name, _value(below, name in texts), COMMAND_LINE)
-    else:
-        tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False)) if text else f"{TREE}str"
-        layer.add(key, _value(yaml.ScalarNode(tag, text), False), COMMAND_LINE)
+    if text[:1] not in ("[", "{", '"', "'"):
+        layer.add(key, None if text in NULLS else text, COMMAND_LINE)
+        return
+    node = _composed(text)
+    assert node is not None
+    leaves = [(key, node)]
+    if isinstance(node, yaml.MappingNode) and node.value:
+        leaves = [(name, below) for name, below, _ in _leaves(node, f"{key}.", set())]
+    for name, below in leaves:
+        layer.add(name, _value(below), COMMAND_LINE)
 
 
 def _leaves(
@@ -163,24 +130,11 @@ def _leaves(
             yield name, value, line
 
 
-def _unquoted(text: str) -> str:
-    """Returns a text as it is written, without the YAML quotes around all of it."""
-    if text[:1] not in ('"', "'"):
-        return text
-    try:
-        node = _composed(text)
-    except NotYaml:
-        return text
-    return str(node.value) if isinstance(node, yaml.ScalarNode) else text
-
-
-def _value(node: yaml.Node, is_text: bool) -> Any:
+def _value(node: yaml.Node) -> Any:
     """Returns the value of a node."""
-    if is_text and isinstance(node, yaml.ScalarNode) and node.tag in SCALARS:
-        return node.value
     try:
         return _Loader("").construct_document(node)
-    except Exception as error:  # constructors raise what their conversion raises
+    except yaml.YAMLError as error:
         raise NotYaml from error
 
 
@@ -188,8 +142,6 @@ def _composed(text: str) -> yaml.Node | None:
     """Returns the only document in a text; None where the text is empty."""
     try:
         return _Loader(text).get_single_node()
-    except NotYaml:
-        raise
     except RecursionError:
         raise NotYaml(": it is nested too deeply") from None
     except yaml.YAMLError as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from renee_ray.config.about import About
 from renee_ray.config.grammar import (
     COMMAND_LINE,
     Layer,
@@ -21,30 +21,28 @@ from renee_ray.config.grammar import (
     add_override,
     parse_file,
 )
-from renee_ray.config.recipes import find_recipe
+from renee_ray.config.recipes import About, find_recipe
 from renee_ray.config.schema import Config, RunConfig
 from renee_ray.errors import SHOWN, ConfigError
 
-YAML_LIMIT = 1 << 20
-"""Bytes of a configuration file."""
 IN_YAML = {"a valid boolean": "true or false", "a valid tuple": "a list, as [a, b]"}
 
 C = TypeVar("C", bound=Config)
 
 
-def parse_overrides(arguments: Iterable[str], model: type[Config] = RunConfig) -> Layer:
-    """Returns `{"a": {"b": 1}, "c": "x"}` for `["a.b=1", "c=x"]`.
+def parse_overrides(arguments: Iterable[str]) -> Layer:
+    """Returns `{"a": {"b": "1"}, "c": "x"}` for `["a.b=1", "c=x"]`.
 
     Raises:
         ConfigError: an argument has no `=`, or its value is not YAML.
     """
-    layer, texts = Layer(), _texts(model)
+    layer = Layer()
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
             raise ConfigError(f"argument {argument!r} is not of the form key=value")
         try:
-            add_override(layer, key, text, texts)
+            add_override(layer, key, text)
         except WrongKey as error:
             raise ConfigError(str(error)) from None
         except NotYaml as error:
@@ -90,20 +88,20 @@ def make_config(model: type[C], *layers: Mapping[str, Any], where: str = "the co
         raise ConfigError(_sentence(model, error, layers, where)) from None
 
 
-def read_yaml(path: str, model: type[Config] = RunConfig) -> Layer:
+def read_yaml(path: str) -> Layer:
     """Returns the mapping in a YAML file, given by its path or as the name of a recipe.
 
     Raises:
         ConfigError: there is no such recipe, or the file cannot be read, is not YAML, or is not a
             mapping.
     """
-    return read_recipe(path, model)[0]
+    return read_recipe(path)[0]
 
 
-def read_recipe(path: str, model: type[Config] = RunConfig) -> tuple[Layer, About | None]:
+def read_recipe(path: str) -> tuple[Layer, About | None]:
     """Returns what `read_yaml` does, and what the file says of itself under the key `about`."""
     name, path = path, str(find_recipe(path) or path)
-    layer = _parsed(path, model)
+    layer = _parsed(path)
     about = layer.pop("about", None)
     if not isinstance(about, dict | None):
         raise ConfigError(f"about={about!r:.{SHOWN}} in {path} is no mapping; leave it out")
@@ -112,13 +110,9 @@ def read_recipe(path: str, model: type[Config] = RunConfig) -> tuple[Layer, Abou
     return layer, None if about is None else make_config(About, about, where=f"about in {path}")
 
 
-def _parsed(path: str, model: type[Config]) -> Layer:
+def _parsed(path: str) -> Layer:
     try:
-        with open(path, "rb") as file:
-            raw = file.read(YAML_LIMIT + 1)
-        if len(raw) > YAML_LIMIT:
-            raise ConfigError(f"{path} is longer than {YAML_LIMIT} bytes; give a configuration")
-        return parse_file(raw.decode("utf-8"), path, _texts(model) | _texts(About, "about."))
+        return parse_file(Path(path).read_text("utf-8"), path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -127,20 +121,6 @@ def _parsed(path: str, model: type[Config]) -> Layer:
         line = f", line {error.line}" if error.line else ""
         what = f": {error}" if isinstance(error, WrongKey) else f" is not valid YAML{error}"
         raise ConfigError(f"{path}{line}{what}") from error
-
-
-def _texts(model: type[Config], prefix: str = "") -> set[str]:
-    """Returns the dotted keys whose value is a text."""
-    found = set()
-    # Its own before what it shares with others.
-    for name in dict.fromkeys([*inspect.get_annotations(model), *model.model_fields]):
-        field = model.model_fields[name]
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Config):
-            found |= _texts(kind, f"{prefix}{name}.")
-        elif kind is str:
-            found.add(prefix + name)
-    return found
 
 
 def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -183,7 +163,7 @@ def _sentence(
         return f"{where} has no key {key!r:.{SHOWN}}; did you mean {near[0]!r}?"
     if first["type"] == "missing":
         return f"{where} lacks {key!r}; add {key}=VALUE"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
     for python, yaml in IN_YAML.items():
         message = message.replace(python, yaml)
     if not key:

@@ -6,14 +6,13 @@ where it stands and the remedy.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    field_validator,
     model_validator,
 )
 
@@ -31,20 +30,9 @@ Name = Annotated[str, AfterValidator(named)]
 class Config(BaseModel):
     """Base of every configuration: immutable, and unknown keys are refused."""
 
-    # Strict: otherwise pydantic makes a boolean of the word `yes`, and a number of `1_000`.
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, value: Any) -> Any:
-        """Makes a tuple of a list, since YAML and JSON know no tuples."""
-        return tuple(value) if isinstance(value, list) else value
 
 
 class ConvertConfig(Config):

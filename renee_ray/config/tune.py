@@ -128,6 +128,7 @@ def _parsed(config: RunConfig, key: str, value: Any) -> Values:
             f"space.{key}={value!s:.{SHOWN}} is neither a range nor a list; give it as "
             f"space.{key}=LOW..HIGH or space.{key}=[A, B]"
         )
-    for each in found:
-        with_settings(config, {key: each}, f"space.{key}")
-    return found
+    checked = [with_settings(config, {key: each}, f"space.{key}") for each in found]
+    if isinstance(found, tuple):
+        return found
+    return [dict(dotted(each.model_dump()))[key] for each in checked]

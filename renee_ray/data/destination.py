@@ -1,43 +1,30 @@
-"""The directory that a command writes to: which of its files are ours, and what becomes of them.
+"""The directory that a command writes to: whether it is ours, and what becomes of its files.
 
-Two files say which files below a directory are ours:
+Two files say that a directory is ours:
 
-    manifest    dataset.json, _predictions.json, export.json: the files of a complete result
-    claim       _converting.json, _claim.json: the files that are there or will be, while a command
-                is running or after it was killed
+    manifest    dataset.json, _predictions.json, export.json: it holds a complete result
+    claim       _converting.json, _claim.json: a command is running, or was killed
 
-Only what one of them names is ever removed or written over; all else is somebody's. The invariant
-is: a file of ours is named from before it is made until after it is gone.
-
-    claim      the claim is written, before anything else; then scratch files may be
-    declare    the claim names old and new files; the manifest, then the old files are removed;
-               the claim names the new files alone; then these may be written, then the manifest
-    release    scratch files are removed, then the claim
-
-A command that is killed anywhere in this leaves names of all that it left. While the claim does
-not say `writing`, a manifest is that of an earlier result, which overwrite=true alone replaces.
+There, files with the names of ours are removed and written over; all others are the user's. Where
+neither is there, a file with such a name is refused. A command that is killed anywhere leaves one
+of the two: the claim comes before all other files and goes last, the manifest goes before the
+files that it is of and comes after them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow.fs as pafs
-from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from renee_ray.data import storage
-from renee_ray.data.untrusted import parse_json, refuse_links_out
 from renee_ray.errors import ReneeError
 
-DECLARATION_LIMIT = 1 << 27
-"""Bytes of a manifest or a claim."""
 SCRATCH = "_scratch"
-FILE, DIRECTORY, LINK = "file", "directory", "link"
 
 
 @dataclass(frozen=True)
@@ -54,43 +41,13 @@ class Kind:
     """Paths below the directory that a file of ours may have."""
     folders: tuple[str, ...]
     """Directories that hold such files."""
-    named: Callable[[dict[str, Any]], list[Any]]
-    """Takes a manifest, returns the paths of the files that it names."""
     beside_others: bool = False
     """Whether overwrite=true writes into a directory that holds other files too."""
 
-    @property
-    def temporary(self) -> tuple[str, str]:
-        """Names that `storage.replace_file` uses on the way."""
-        return f"{self.manifest}.tmp", f"{self.claim}.tmp"
-
     def needs(self, path: str) -> bool:
         """Whether a command would write a file at `path`, or read it as its own."""
-        own = (self.manifest, self.claim, SCRATCH, *self.temporary, *self.folders)
+        own = (self.manifest, f"{self.manifest}.tmp", self.claim, SCRATCH, *self.folders)
         return path in own or self.files.fullmatch(path) is not None
-
-
-def listed_files(manifest: dict[str, Any]) -> list[Any]:
-    """The files of a manifest that lists them."""
-    files: list[Any] = manifest["files"]
-    return files
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a claim says."""
-
-    files: Annotated[tuple[str, ...], FailFast()] = ()
-    """Paths below the directory that are ours, whether they are there or not."""
-    signature: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
-    """Hexadecimal digest of what the result depends on; empty: nothing goes on from it."""
-    writing: Annotated[bool, Field(strict=True)] = False
-    """The files are those of this command alone, and so is a manifest that is there."""
-    stale: Annotated[bool, Field(strict=True)] = False
-    """Scratch files may be missing: nothing goes on from them."""
-
-
-_CLAIM = TypeAdapter(Claim)
 
 
 @dataclass(frozen=True)
@@ -111,22 +68,35 @@ class Destination:
         """Refuses a directory that must not be written to.
 
         Raises:
-            ReneeError: `path` is a file, holds a result that is not to be overwritten, a link out
-                of it, or a file that neither declaration names: any, or where `overwrite` allows
-                others beside the result, one whose place is needed.
+            ReneeError: `path` is a file, holds a result that is not to be overwritten, a file in a
+                place of ours that is none of ours or, unless `overwrite` allows it, any other file.
         """
         filesystem, root = storage.filesystem_of(self.path)
         there = storage.patiently(lambda: filesystem.get_file_info(root), f"reading {self.path}")
         if there.type == pafs.FileType.File:
             raise ReneeError(f"{self.path} is a file; give a directory for {self.kind.name}")
-        refuse_links_out(filesystem, root, self.path)
-        claim = self._read_claim()
-        if claim is None or not claim.writing:
+        claim = self._claimed()
+        if claim is None or not claim.get("writing"):
             self._refuse_complete()
-        self._refuse_others()
+        is_ours = claim is not None or self._is_complete()
+        for path in self._paths():
+            needed = self.kind.needs(path)
+            if needed and not is_ours:
+                raise ReneeError(
+                    f"{self.path}/{path} is in the way, and there is no {self.kind.manifest} of "
+                    f"renee_ray beside it; move it, or give another directory"
+                )
+            if not needed and not (self.overwrite and self.kind.beside_others):
+                hint = " or overwrite=true, which leaves them alone" * self.kind.beside_others
+                raise ReneeError(
+                    f"{self.path} holds other files ({path!r:.200}); give another directory{hint}"
+                )
 
     def claim(self, signature: str = "") -> bool:
         """Declares that a command is running. `check` has been called.
+
+        Args:
+            signature: hash of what the result depends on; empty: nothing goes on from it.
 
         Returns:
             whether it goes on with one of the same signature that was cut off.
@@ -134,195 +104,116 @@ class Destination:
         Raises:
             ReneeError: another command has published its result, and was cut off after that.
         """
-        found = self._read_claim()
-        if found is not None and signature and found.signature == signature and not found.stale:
+        found = self._claimed()
+        if found and signature and found.get("signature") == signature:
             return True
         self._refuse_complete()
         if found is not None:
-            self._remove_scratch(found)
-        self._write_claim(Claim(found.files if found else (), signature))
+            # Its scratch files are about to be incomplete: nothing may go on from them.
+            self._write_claim("")
+            storage.remove(f"{self.path}/{SCRATCH}")
+        self._write_claim(signature)
         return False
 
-    def scratch(self, signature: str = "") -> str:
+    def scratch(self) -> str:
         """The directory of scratch files, which every node that writes files can read."""
-        return f"{self._base}/{SCRATCH}/{signature[:16] or 'none'}"
+        return f"{self.path}/{SCRATCH}"
 
     def is_published(self, signature: str) -> bool:
         """Whether a command of this signature was cut off after it had written the manifest."""
-        claim = self._read_claim()
-        if claim is None or not claim.writing or claim.signature != signature:
-            return False
-        return self._published() is not None
+        claim = self._claimed()
+        return claim == {"signature": signature, "writing": True} and self._is_complete()
 
     def declare(self, files: Iterable[str], *, keep: bool = False) -> None:
         """Makes way for `files`: an earlier result is removed, unless they were declared before.
 
         keep: leaves those of its files that have the name of a new one.
-
-        Raises:
-            ReneeError: a file has come that is not ours, in the place of one of them.
         """
-        claim = self._read_claim() or Claim()
-        if claim.writing:
+        claim, new = self._claimed() or {}, {*files}
+        if claim.get("writing"):
             return
-        self._refuse_others()
-        old = {*claim.files, *(self._published() or ())}
-        new = {path for path in files if self.kind.files.fullmatch(path)}
-        self._write_claim(replace(claim, files=tuple(sorted(old | new))))
-        self._remove([self.kind.manifest, *sorted(old - new if keep else old)])
-        for folder in sorted({file.rpartition("/")[0] for file in new} & {*self.kind.folders}):
-            storage.make_directory(f"{self._base}/{folder}")
-        self._write_claim(replace(claim, files=tuple(sorted(new)), writing=True))
+        self._remove([self.kind.manifest, *(p for p in self._files() if not (keep and p in new))])
+        for folder in sorted({path.rpartition("/")[0] for path in new} - {""}):
+            storage.make_directory(f"{self.path}/{folder}")
+        self._write_claim(claim.get("signature", ""), writing=True)
 
     def publish(self, content: dict[str, Any]) -> None:
-        """Writes a manifest of `content` and of the files that were declared, and releases.
+        """Writes a manifest of `content` and of the files that are there, and releases.
 
         Raises:
             ReneeError: the claim is gone.
         """
-        claim = self._read_claim()
-        if claim is None:
+        if self._claimed() is None:
             raise ReneeError(
                 f"{self.path}/{self.kind.claim} is gone: another command has written to "
                 f"{self.path} meanwhile; give this one again, with another directory"
             )
-        text = json.dumps({**content, "files": claim.files}, indent=1)
-        storage.replace_file(f"{self._base}/{self.kind.manifest}", text.encode())
+        text = json.dumps({**content, "files": self._files()}, indent=1)
+        storage.replace_file(f"{self.path}/{self.kind.manifest}", text.encode())
         self.release()
 
     def release(self) -> None:
         """Removes what is needed only while a command is running."""
-        if (claim := self._read_claim()) is not None:
-            self._remove_scratch(claim)
-            self._remove([*self.kind.temporary, self.kind.claim])
+        if self._claimed() is not None:
+            self._remove([SCRATCH, f"{self.kind.manifest}.tmp", self.kind.claim])
 
     def abandon(self) -> None:
         """Removes all that the command has made, but not a result that it did not touch."""
-        if (claim := self._read_claim()) is not None:
-            self._remove_scratch(claim)
-            self._remove(sorted({*claim.files} - (self._published() or frozenset())))
-            self._remove([*self.kind.temporary, self.kind.claim])
-
-    @property
-    def _base(self) -> str:
-        return self.path.rstrip("/")
+        if (self._claimed() or {}).get("writing") and not self._is_complete():
+            self._remove(self._files())
+        self.release()
 
     def _remove(self, paths: Iterable[str]) -> None:
         for path in paths:
-            storage.remove(f"{self._base}/{path}")
+            storage.remove(f"{self.path}/{path}")
 
-    def _remove_scratch(self, claim: Claim) -> None:
-        self._write_claim(replace(claim, stale=True))
-        storage.remove(self.scratch(claim.signature))
-        if not storage.listing(f"{self._base}/{SCRATCH}"):
-            storage.remove(f"{self._base}/{SCRATCH}")
+    def _claimed(self) -> dict[str, Any] | None:
+        """What the claim says, `signature` and `writing` if it is whole; None: there is none."""
+        content = storage.read_file(f"{self.path}/{self.kind.claim}")
+        return None if content is None else _object(content)
 
-    # ------------------------------------------------------------------------- declarations
+    def _write_claim(self, signature: str, *, writing: bool = False) -> None:
+        storage.make_directory(self.path)
+        # What is cut off here is an empty file, which is a claim too.
+        content = json.dumps({"signature": signature, "writing": writing})
+        storage.write_file(f"{self.path}/{self.kind.claim}", content.encode())
 
-    def _write_claim(self, claim: Claim) -> None:
-        content = json.dumps(asdict(claim), indent=1).encode()
-        path = f"{self._base}/{self.kind.claim}"
-        if self._read_claim() is None:
-            storage.make_directory(self._base)
-            # Not by way of a temporary file, which nothing would declare yet. What is cut off
-            # here is an empty file, which `_read_claim` knows.
-            storage.write_file(path, content)
-        else:
-            storage.replace_file(path, content)
-
-    def _read_claim(self) -> Claim | None:
-        content = storage.read_file(f"{self._base}/{self.kind.claim}", DECLARATION_LIMIT)
-        if content == b"":
-            return Claim()
-        found = _object(content)
-        if found is None or "files" not in found:
-            return None
-        try:
-            claim = _CLAIM.validate_python(found)
-        except ValidationError:
-            return None
-        return claim if all(map(self.kind.files.fullmatch, claim.files)) else None
-
-    def _published(self) -> frozenset[str] | None:
-        """The files that a manifest of ours names, of whatever version; None: there is none."""
-        path = f"{self._base}/{self.kind.manifest}"
-        found = _object(storage.read_file(path, DECLARATION_LIMIT))
-        if found is None or not self.kind.keys <= found.keys():
-            return None
-        try:
-            files = frozenset(self.kind.named(found))
-            return files if all(map(self.kind.files.fullmatch, files)) else None
-        except (LookupError, TypeError, AttributeError):
-            return None
-
-    # ------------------------------------------------------------------------------ refusals
+    def _is_complete(self) -> bool:
+        """Whether there is a manifest of ours, of whatever version."""
+        content = storage.read_file(f"{self.path}/{self.kind.manifest}")
+        return content is not None and self.kind.keys <= _object(content).keys()
 
     def _refuse_complete(self) -> None:
-        if not self.overwrite and self._published() is not None:
+        if not self.overwrite and self._is_complete():
             raise ReneeError(
                 f"{self.path} already holds {self.kind.name}; give another directory or "
                 f"overwrite=true"
             )
 
-    def _refuse_others(self) -> None:
-        for path in self._others():
-            if self.kind.needs(path):
-                raise ReneeError(
-                    f"{self.path}/{path} is in the way: no manifest or claim of renee_ray names "
-                    f"it; move it, or give another directory"
-                )
-            if not (self.overwrite and self.kind.beside_others):
-                hint = " or overwrite=true, which leaves them alone" * self.kind.beside_others
-                raise ReneeError(
-                    f"{self.path} holds other files ({path!r:.200}); give another directory{hint}"
-                )
+    def _files(self) -> list[str]:
+        """Paths of the files that have names of ours."""
+        return [path for path in self._paths() if self.kind.files.fullmatch(path)]
 
-    def _others(self) -> Iterator[str]:
-        """Paths of what nothing of ours names, in the directory and in `kind.folders`."""
-        published, claim = self._published(), self._read_claim()
-        ours = {*(published or ())}
-        folders = {*self.kind.folders}
-        if published is not None:
-            ours.add(self.kind.manifest)
-        if claim is not None:
-            ours |= {self.kind.claim, *self.kind.temporary, *claim.files}
-            ours.add(self.scratch(claim.signature).removeprefix(f"{self._base}/"))
-            folders.add(SCRATCH)
-        for name, kind in self._entries(""):
-            if name in folders and kind == DIRECTORY:
-                expected = DIRECTORY if name == SCRATCH else FILE
-                for inside, kind in self._entries(name):
-                    if f"{name}/{inside}" not in ours or kind != expected:
-                        yield f"{name}/{inside}"
-            elif name not in ours or kind != FILE:
-                yield name
-
-    def _entries(self, name: str) -> list[tuple[str, str]]:
-        """(name, kind) of what is in the directory, or in one that is in it."""
-        filesystem, root = storage.filesystem_of(self.path)
-        path = f"{root}/{name}"
-        if not isinstance(filesystem, pafs.LocalFileSystem):
-            infos = storage.listing(f"{self._base}/{name}".rstrip("/"))
-            directory = pafs.FileType.Directory
-            return sorted((i.base_name, DIRECTORY if i.type == directory else FILE) for i in infos)
-        if not os.path.isdir(path):
-            return []
-        with os.scandir(path) as found:  # pyarrow does not list a link that leads nowhere
-            return sorted((entry.name, _kind(entry)) for entry in found)
+    def _paths(self) -> list[str]:
+        """Paths of what is in the directory and in `kind.folders`, without these."""
+        paths = []
+        for info in storage.listing(self.path):
+            name = info.base_name
+            if info.type == pafs.FileType.Directory and name in self.kind.folders:
+                inside = storage.listing(f"{self.path}/{name}")
+                paths += [f"{name}/{each.base_name}" for each in inside]
+            else:
+                paths.append(name)
+        return sorted(paths)
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
-    if entry.is_symlink():
-        return LINK
-    return DIRECTORY if entry.is_dir() else FILE
-
-
-def _object(content: bytes | None) -> dict[str, Any] | None:
+def _object(content: bytes) -> dict[str, Any]:
+    """Parses an object in JSON; empty where it is none."""
     try:
-        found = None if content is None else parse_json(content)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def refuse_overlap(src: str, dst: str) -> None:

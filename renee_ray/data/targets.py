@@ -34,7 +34,7 @@ from renee_ray.data.storage import (
     patiently,
     read_file,
 )
-from renee_ray.data.untrusted import parse_json, read_row_groups, refuse_links_out, rows_of
+from renee_ray.data.untrusted import parse_json, read_row_groups
 from renee_ray.errors import ReneeError, reason
 
 PREDICTED, PROBABILITIES = "predicted", "probabilities"
@@ -44,7 +44,6 @@ REMEDY = (
     "make them by `renee-ray predict RUN DATASET DST split=train scores=probabilities` for the "
     "dataset that is trained on"
 )
-_LIMIT = 1 << 27
 _PART = re.compile(r"part-(\d{12})\.parquet", re.ASCII)
 _COLUMNS = pa.schema(
     {
@@ -83,11 +82,10 @@ class Targets:
         if not path:
             return None
         path, rows = absolute(path), dataset.manifest.num_points("train")
-        refuse_links_out(*filesystem_of(path), path)
         names = [match[1] for each in listing(path) if (match := _PART.fullmatch(each.base_name))]
         parts = sorted(map(int, names))
         try:
-            found = dict(parse_json(read_file(f"{path}/{MANIFEST}", _LIMIT) or b"{}"))
+            found = dict(parse_json(read_file(f"{path}/{MANIFEST}") or b"{}"))
         except (ValueError, TypeError):
             found = {}
         told = found.get("split"), found.get("points")
@@ -137,12 +135,11 @@ class Targets:
         start, stop = max(start, 0), min(stop, rows)
         try:
             with filesystem.open_input_file(f"{root}/{part_name(begin)}") as source:
-                opened = partial(pq.ParquetFile, source, page_checksum_verification=True)
-                file = opened()
-                if rows_of(file.metadata) != rows:
+                file = pq.ParquetFile(source, page_checksum_verification=True)
+                if file.metadata.num_rows != rows:
                     raise ValueError(f"{file.metadata.num_rows} rows in place of {rows}")
                 groups, skip = overlapping_groups(file.metadata, start, stop)
-                table = read_row_groups(opened, groups, _COLUMNS.names)
+                table = read_row_groups(file, groups, _COLUMNS.names)
             return table.select(_COLUMNS.names).cast(_COLUMNS).slice(skip, stop - start)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             if is_transient(error):

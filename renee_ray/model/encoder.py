@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.model.adapters import add_adapters
 from renee_ray.model.bag import Bag, BagOptimizer
 from renee_ray.model.dropout import draw_fast
-from renee_ray.model.pooling import pool
 from renee_ray.model.prompt import Prompt
 from renee_ray.model.remembered import Remembered
 from renee_ray.model.token_gradient import TokenGradient
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_MODULES = 4096
-"""Limit for the layers, or experts, of an encoder."""
 POSITION_TABLES = {"position_embeddings", "embed_positions", "wpe"}
 """Names that models give their table of position vectors."""
 
@@ -377,29 +373,13 @@ def max_positions(name: str) -> int | None:
 
 
 def described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """Returns (a model's configuration, the model without weights).
-
-    Refuses a configuration of more weights than its files have bytes, before any is allocated.
-    """
+    """Returns (a model's configuration, the model without weights)."""
     from transformers import AutoConfig, AutoModel
 
     settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    stored = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-    for key, value in vars(settings).items():
-        if isinstance(value, int) and re.search("layer|expert|block", key) and value > MAX_MODULES:
-            raise ReneeError(
-                f"{directory}/config.json has {key:.80}={value:.3g}, above the limit of "
-                f"{MAX_MODULES}; give another encoder"
-            )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(
             settings, attn_implementation=attention, trust_remote_code=False
-        )
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    if stored and weights > stored:
-        raise ReneeError(
-            f"{directory}/config.json describes {weights} weights and its safetensors files have "
-            f"{stored} bytes; give an encoder whose files belong together"
         )
     return settings, model
 
@@ -430,3 +410,20 @@ def _own_name(name: str, own: Collection[str]) -> str:
     parts = name.split(".")
     suffixes = (".".join(parts[i:]) for i in range(len(parts)))
     return next((suffix for suffix in suffixes if suffix in own), name)
+
+
+def pool(hidden: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """Returns the mean of each row's tokens, or the first (cls) or last of them: float32 [b, H].
+
+    hidden: [b, T, H], floating point; mask: int64 [b, T], 0 at padding, which may be on either
+    side. A row that is all padding has the mean 0.
+    """
+    if kind == "mean":
+        kept = mask.unsqueeze(-1).float()
+        return (hidden.float() * kept).sum(1) / kept.sum(1).clamp(min=1)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    if kind == "cls":
+        chosen = places.masked_fill(mask == 0, mask.shape[1] - 1).amin(1)
+    else:
+        chosen = (places * mask).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), chosen].float()

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from renee_ray.config.about import EncoderShape
+from renee_ray.config.recipes import EncoderShape
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.errors import ReneeError

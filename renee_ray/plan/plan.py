@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from renee_ray.config.about import About
 from renee_ray.config.overrides import make_config, parse_overrides
+from renee_ray.config.recipes import About
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ConfigError, ReneeError

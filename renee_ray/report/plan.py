@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renee_ray.config.about import About, Cost
+from renee_ray.config.recipes import About, Cost
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import printable
 from renee_ray.plan.devices import GIB

@@ -26,13 +26,13 @@ from rich.text import Text
 
 from renee_ray.config.overrides import changed
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.storage import absolute
+from renee_ray.data.storage import absolute, read_json
 from renee_ray.errors import ReneeError, printable
 from renee_ray.plan.devices import GIB
 from renee_ray.report.charts import Chart, Entries, Mark, chart, lines_of
-from renee_ray.report.conversion import SHOWN
+from renee_ray.report.inspection import SHOWN
 from renee_ray.report.page import percentages, write_page
-from renee_ray.report.status import damaged, duration, read_json, read_status
+from renee_ray.report.status import damaged, duration, read_status
 from renee_ray.scoring.metrics import CLASSES
 
 REPORT_FILE = "report.html"
@@ -63,8 +63,8 @@ def write_report(
 
     run = absolute(run)
     path = path or f"{run}/{REPORT_FILE}"
-    status, saved = read_status(run, time.time()), read_json(run, "run.json") or {}
-    history = read_json(run, "history.json") or {}
+    status, saved = read_status(run, time.time()), read_json(f"{run}/run.json") or {}
+    history = read_json(f"{run}/history.json") or {}
     try:
         write_page(
             path, "report.html.j2", title=title or run.rpartition("/")[2], facts=facts or {},

@@ -16,7 +16,6 @@ the workers are there and when the run has failed:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from rich.console import RenderableType, group
 from rich.table import Column, Table
 from rich.text import Text
 
-from renee_ray.data.storage import read_file
+from renee_ray.data.storage import read_file, read_json
 from renee_ray.errors import ReneeError
 
 STATUS_FILE, STATUS_VERSION = "status.json", 1
@@ -64,17 +63,18 @@ def read_status(run: str, now: float) -> dict[str, Any]:
     """
     if read_file(f"{run}/run.json") is None:
         raise ReneeError(f"{run} is not a run of renee_ray: no run.json; give a run's directory")
-    found = read_json(run, STATUS_FILE)
-    if found is not None and found.get("format_version") != STATUS_VERSION:
+    found = read_json(f"{run}/{STATUS_FILE}")
+    if found is None:
+        raise ReneeError(f"{run} has no {STATUS_FILE}: it has not been trained yet")
+    if found.get("format_version") != STATUS_VERSION:
         raise ReneeError(
             f"{run}/{STATUS_FILE} has format version {found.get('format_version')!r} and this "
             f"renee_ray reads {STATUS_VERSION}; use the renee_ray that trains the run"
         )
     try:
-        return described(found if found is not None else _of_history(run), now) | {"run": run}
+        return described(found, now) | {"run": run}
     except (LookupError, TypeError, AttributeError):
-        name = "history.json" if found is None else STATUS_FILE
-        raise damaged(run, name) from None
+        raise damaged(run, STATUS_FILE) from None
 
 
 def described(content: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -190,34 +190,6 @@ def _ranks(ranks: list[dict[str, Any]]) -> Table:
     return table
 
 
-def read_json(run: str, name: str) -> dict[str, Any] | None:
-    """Reads a JSON file of a run; None where it is not there."""
-    content = read_file(f"{run}/{name}")
-    if content is None:
-        return None
-    try:
-        found = json.loads(content)
-        if not isinstance(found, dict):
-            raise ValueError
-    except ValueError:
-        raise damaged(run, name) from None
-    return found
-
-
 def damaged(run: str, name: str) -> ReneeError:
     """Makes the error of a file of a run that cannot be read."""
     return ReneeError(f"{run}/{name} is damaged; wait for the run to write it again")
-
-
-def _of_history(run: str) -> dict[str, Any]:
-    """Makes the content of status.json for a run of a version that did not write it."""
-    history = read_json(run, "history.json") or {"steps": [], "evals": []}
-    steps, evals = history["steps"], history["evals"]
-    done = bool(steps) and evals and evals[-1]["step"] == steps[-1]["total_steps"]
-    return {
-        "state": "finished" if done else "running",
-        "time_s": steps[-1]["time_s"] if steps else 0.0,
-        "record": steps[-1] if steps else None,
-        "evaluation": evals[-1] if evals else None,
-        "skipped": steps[-1]["skipped"] if steps else 0,
-    }

@@ -31,7 +31,6 @@ from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.threads import PATIENT_S, one_ahead
 from renee_ray.scoring.neighbours import Neighbours
-from renee_ray.service.observe.metric import count_retries
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +104,12 @@ def feed(
     max_length: int,
     pad_multiple: int = 1,
     prefetch: int = 2,
-    run: str = "",
     targets: Targets | None = None,
 ) -> Iterator[Batch]:
     """Returns this rank's rows of every batch from `start` to the end of the last epoch.
 
     Args:
         orders: one an epoch, such as `Epochs`; `start.epoch` indexes it.
-        run: name of the run that retries of storage are counted for; empty: they are not.
         targets: what a teacher predicts for the training points, which is read along with them.
     """
     windows = (
@@ -127,7 +124,7 @@ def feed(
         for batch in range(start.batch if epoch == start.epoch else 0, orders[epoch].num_batches)
     )
     groups = iter(lambda: list(islice(windows, prefetch)), [])
-    read = (_tables(group, start, run, rank) for group in groups)
+    read = (_tables(group, start) for group in groups)
     tables = chain.from_iterable(one_ahead(read, on_wait=_say_waiting))
     return cut_batches(tables, positions, dataset.manifest.pad_id, max_length, pad_multiple)
 
@@ -140,15 +137,13 @@ def _say_waiting() -> None:
 
 
 def reading(
-    windows: Sequence[Window], start: Position, run: str, rank: int
+    windows: Sequence[Window], start: Position
 ) -> Callable[[dict[str, np.ndarray]], Iterator[pa.Table]]:
     """Returns what a task runs on numbers of windows; the closure is all that a task carries."""
     # As numbers: a task that unpickled a Position would import torch for it, for two seconds.
     start_epoch, start_batch = start.epoch, start.batch
 
     def read(ids: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        if run:
-            count_retries(run, rank)
         for index in ids["id"]:
             table, epoch = windows[index].read(), windows[index].order.epoch
             if epoch == start_epoch:
@@ -159,7 +154,7 @@ def reading(
     return read
 
 
-def _tables(windows: Sequence[Window], start: Position, run: str, rank: int) -> list[pa.Table]:
+def _tables(windows: Sequence[Window], start: Position) -> list[pa.Table]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -167,7 +162,7 @@ def _tables(windows: Sequence[Window], start: Position, run: str, rank: int) -> 
     context.raise_original_map_exception = True
     # `ray.data.range` would need a task more for each window, which waits for a whole CPU.
     ids = ray.data.from_arrow([pa.table({"id": [index]}) for index in range(len(windows))])
-    rows = ids.map_batches(reading(windows, start, run, rank), batch_size=None, num_cpus=READ_CPUS)
+    rows = ids.map_batches(reading(windows, start), batch_size=None, num_cpus=READ_CPUS)
     return list(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 

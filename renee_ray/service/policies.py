@@ -1,9 +1,8 @@
 """Policies of the controller of a Ray Train job: restarts after failures, number of workers.
 
 a user's error                      ends the job: it would come again
-an exception of the code itself     at most CODE_RESTARTS more attempts: it may have been a race
-a lost worker, memory, a late       `checkpoint.max_failures` more attempts
-peer, storage that is away
+anything else: a lost worker, a     `checkpoint.max_failures` more attempts
+late peer, storage that is away
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.train.v2.api.config import FailureConfig
+from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from renee_ray.data.storage import REFUSED, storage_error
@@ -26,32 +24,15 @@ from renee_ray.service.ray_compat import (
     cpus_of_worker,
 )
 
-CODE_RESTARTS = 3
-"""Restarts after an exception of the code, however many lost workers a run survives."""
-CODE_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
-    NotImplementedError, TypeError, ValueError,
-)  # fmt: skip
-"""Errors of code alone: lost workers and memory raise RuntimeError in torch, storage OSError."""
 READING_CPUS = 1
 """CPUs of a cluster that workers leave to the tasks that read for them."""
 
 
 class Failures(DefaultFailurePolicy):
-    """Ray's own policy, except that failures that would come again end the job."""
-
-    def __init__(self, failure_config: FailureConfig) -> None:
-        super().__init__(failure_config)
-        self._code_failures = 0
+    """Ray's own policy, except that a user's error ends the job."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        failures = getattr(training_failed_error, "worker_failures", None) or {}
-        # When a worker is lost, what the others raise says nothing about the code.
-        lost = any(isinstance(each, RayActorError) for each in failures.values())
-        self._code_failures += not lost and any(
-            isinstance(each, CODE_ERRORS) for each in failures.values()
-        )
-        if is_final(training_failed_error) or self._code_failures > CODE_RESTARTS:
+        if is_final(training_failed_error):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 

@@ -15,15 +15,15 @@ from __future__ import annotations
 import importlib.util
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
@@ -41,12 +41,12 @@ from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propens
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.convert.convert import convert
 from renee_ray.service.launch import quiet
-from renee_ray.service.score.baselines import most_frequent, nearest_label_text, tfidf_ridge
 from renee_ray.service.score.predict import predict_run
+from renee_ray.service.score.predictions import Predicted, padded
 from renee_ray.service.train.train import train
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 
 NAME = "LF-DebianPerl-2K"
 ARCHIVE = Path(__file__).resolve().parents[1] / "examples" / f"{NAME}.tar.gz"
@@ -78,33 +78,36 @@ def quickstart(
         raise ReneeError(
             "quickstart needs scikit-learn for a baseline; pip install 'renee_ray[quickstart]'"
         )
-    clock = _Clock()
+    ends = [time.perf_counter()]
     raw = unpack(ARCHIVE, output / "raw")
     ensure_ray(config.max_workers + 1)
     dataset = _dataset(raw, config, on_progress)
-    clock.lap("convert")
+    ends.append(time.perf_counter())
     train(config, on_progress)
-    clock.lap("train")
+    ends.append(time.perf_counter())
     on_progress(f"predicting {dataset.manifest.num_points('test'):,} test points")
     # The last: so few validation points, each much like a training point, choose too early a one.
     score = ScoreConfig(k=K, checkpoint="last", overwrite=True)
     predict_run(config.output, dataset.path, str(output / "predictions"), score)
-    predicted = read_predictions(output / "predictions", K)
-    clock.lap("predict")
+    # So few points are one block of predictions.
+    ((_, labels, scores),) = Predicted(str(output / "predictions")).blocks()
+    ends.append(time.perf_counter())
     on_progress("computing the baselines")
     truth = Truth.read(dataset)
     comparison = [
-        _row("renee_ray", truth, predicted.labels),
+        _row("renee_ray", truth, padded(labels, K)),
         _row("linear, TF-IDF", truth, _linear(raw, dataset, truth)),
         _row("zero-shot label text", truth, _zero_shot(dataset, truth, config)),
         _row("most frequent labels", truth, _most_frequent(truth)),
     ]
-    clock.lap("baselines")
-    examples = pick_examples(raw, truth, predicted)
+    ends.append(time.perf_counter())
+    taken = [round(end - begin, 1) for begin, end in pairwise(ends)]
+    seconds = dict(zip((*TIMED, "baselines"), taken, strict=True))
+    examples = pick_examples(raw, truth, labels, scores)
     report = output / "report.html"
     write_report(
         config.output, str(report), title=f"renee_ray on {NAME}", comparison=comparison,
-        facts={f"time to {stage}": f"{clock.seconds[stage]:.0f} s" for stage in TIMED},
+        facts={f"time to {stage}": f"{seconds[stage]:.0f} s" for stage in TIMED},
         examples=examples,
     )  # fmt: skip
     return {
@@ -112,7 +115,7 @@ def quickstart(
         "report": str(report),
         "comparison": comparison,
         "examples": examples,
-        "seconds": clock.seconds,
+        "seconds": seconds,
     }
 
 
@@ -220,27 +223,6 @@ class Truth:
         )
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """points int64 [n], ascending; labels int64 [n, k], best first, -1 none; scores [n, k]."""
-
-    points: Ints
-    labels: Ints
-    scores: Floats
-
-
-def read_predictions(directory: Path, k: int) -> Predictions:
-    """Reads what `predict_run` wrote to a local directory; each row is cut or padded to k."""
-    table = pq.read_table(sorted(directory.glob("part-*.parquet"))).sort_by("point_id")
-    rows = table["label_ids"].to_pylist()
-    labels = np.full((len(rows), k), -1, dtype=np.int64)
-    scores = np.full((len(rows), k), -np.inf, dtype=np.float32)
-    for i, (ids, values) in enumerate(zip(rows, table["scores"].to_pylist(), strict=True)):
-        labels[i, : len(ids)] = ids[:k]
-        scores[i, : len(ids)] = values[:k]
-    return Predictions(table["point_id"].to_numpy(), labels, scores)
-
-
 def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
     """Returns all metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
     sums = MetricSums()
@@ -298,10 +280,13 @@ def _zero_shot(dataset: Dataset, truth: Truth, config: RunConfig) -> Ints:
 # ------------------------------------------------------------------------------------- report
 
 
-def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[str, Any]]:
+def pick_examples(
+    raw: Path, truth: Truth, predicted: Ragged, probabilities: npt.NDArray[np.float64]
+) -> list[dict[str, Any]]:
     """Returns test points that are evenly spaced in the file, so that none is hand-picked.
 
-    Scores are sigmoids of the logits: the model's probability of each label.
+    Args:
+        predicted: labels of each test point, best first, with probabilities [m].
     """
     lines = _lines(raw / "tst_X.txt")
     count = min(EXAMPLES, len(truth.points))
@@ -310,32 +295,88 @@ def pick_examples(raw: Path, truth: Truth, predicted: Predictions) -> list[dict[
     for i in chosen:
         start, stop = truth.labels.offsets[i : i + 2]
         true = set(truth.labels.values[start:stop].tolist())
-        best = zip(predicted.labels[i], predicted.scores[i], strict=True)
+        first, end = predicted.offsets[i : i + 2]
+        best = range(first, min(first + EXAMPLE_LABELS, end))
         found.append(
             {
                 "text": lines[truth.points[i]].strip(),
                 "true": [truth.label_texts[label] for label in sorted(true)],
                 "predicted": [
                     {
-                        "label": truth.label_texts[label],
-                        "score": float(1 / (1 + np.exp(-np.float64(score)))),
-                        "right": int(label) in true,
+                        "label": truth.label_texts[predicted.values[at]],
+                        "score": float(probabilities[at]),
+                        "right": int(predicted.values[at]) in true,
                     }
-                    for label, score in list(best)[:EXAMPLE_LABELS]
-                    if label >= 0
+                    for at in best
                 ],
             }
         )
     return found
 
 
-class _Clock:
-    """Seconds between calls of `lap`, by name."""
+# --------------------------------------------------------------------------------- baselines
+#
+# They take seconds. All remove the filter labels of the n points before the cut, so that k labels
+# remain wherever a point has k others. They return int64 [n, k], best first, -1 where none is
+# left; equal scores come in ascending order of the id.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+BLOCK_ELEMENTS = 2**22
+"""Elements of the largest temporary: scores of a block of points."""
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = round(now - self._last, 1), now
+
+def most_frequent(train_count: Ints, filters: Ragged, k: int) -> Ints:
+    """Predicts the k labels with the most training points for all n points, but for filters.
+
+    train_count: int64 [L], training points of each label.
+    """
+    counts = train_count.astype(np.float64)[:, None]
+    return _largest_products(np.ones((len(filters), 1)), counts, filters, k)
+
+
+def nearest_label_text(points: Floats, labels: Floats, filters: Ragged, k: int) -> Ints:
+    """Predicts the k labels whose texts' embeddings have the largest cosine with the point's.
+
+    points: float32 [n, D]; labels: float32 [L, D]; neither need be normalised.
+    Points go in blocks, so that scores of all points and labels never exist together.
+    """
+    return _largest_products(_unit_rows(points), _unit_rows(labels), filters, k)
+
+
+def tfidf_ridge(
+    texts: Sequence[str], labels: sp.csr_matrix, points: Sequence[str], filters: Ragged, k: int
+) -> Ints:
+    """Predicts by a linear model: ridge regression, one-vs-rest, on TF-IDF of words and pairs.
+
+    It is solved in the kernel form, as there are fewer texts than features: 8 m (m + L) bytes.
+
+    Args:
+        texts: m texts to train on; labels: [m, L], 1 where a label is true; points: n texts.
+
+    scikit-learn must be installed.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.kernel_ridge import KernelRidge
+
+    features = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    trained = features.fit_transform(texts)
+    weights = KernelRidge(alpha=1.0).fit(trained, labels.toarray()).dual_coef_.T
+    kernel = (features.transform(points) @ trained.T).toarray()
+    return _largest_products(kernel, weights, filters, k)
+
+
+def _largest_products(points: Floats, labels: Floats, filters: Ragged, k: int) -> Ints:
+    found = np.full((len(points), k), -1, dtype=np.int64)
+    rows = max(1, BLOCK_ELEMENTS // max(len(labels), 1))
+    for start in range(0, len(points), rows):
+        scores = points[start : start + rows] @ labels.T
+        scores[filters.take(np.arange(start, start + len(scores))).pairs()] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        kept = np.isfinite(np.take_along_axis(scores, order, axis=1))
+        found[start : start + rows, : order.shape[1]] = np.where(kept, order, -1)
+    return found
+
+
+def _unit_rows(matrix: Floats) -> Floats:
+    """Divides rows by their length; a zero row stays zero."""
+    length = np.linalg.norm(matrix, axis=1, keepdims=True)
+    return matrix / np.maximum(length, np.finfo(np.float32).tiny)

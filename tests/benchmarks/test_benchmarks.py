@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from renee_ray.benchmarks import problem as problem_module
-from renee_ray.benchmarks.problem import make_problem
+from renee_ray.benchmarks.problem import fastest, interleaved, make_problem, peak_extra_bytes
 from renee_ray.benchmarks.step import (
     LR,
     autograd,
@@ -21,7 +21,6 @@ from renee_ray.benchmarks.step import (
     errors_of_step,
     published,
 )
-from renee_ray.benchmarks.timing import fastest, interleaved, peak_extra_bytes
 from renee_ray.cli import main as cli
 from renee_ray.xfc import shard as shard_module
 from renee_ray.xfc.weights.storages import SGD

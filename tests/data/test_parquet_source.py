@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,24 +69,6 @@ def test_any_error_in_a_task_comes_out_as_a_sentence() -> None:
     result = json.loads(_attempt(work, None, 0, None))
     assert result["interrupted"] is False
     assert "UnicodeDecodeError" in result["error"] and "unexpected end" in result["error"]
-
-
-def test_null_lists_of_a_fixed_size_do_not_fill_memory(tmp_path: Path) -> None:
-    """Null lists are nothing in the file, and all their values in memory."""
-    size = 10**6
-    narrow = pa.array([None] * 1000, pa.list_(pa.int64()))
-    schema = pa.schema([("text", pa.string()), ("labels", pa.list_(pa.int64(), size))])
-    with pq.ParquetWriter(
-        tmp_path / "train.parquet",
-        pa.schema([("text", pa.string()), ("labels", narrow.type)]),
-        store_schema=False,
-    ) as writer:
-        encoded = base64.b64encode(schema.serialize().to_pybytes())
-        writer.add_key_value_metadata({"ARROW:schema": encoded})
-        writer.write_table(pa.table({"text": np.full(1000, "a"), "labels": narrow}))
-    train = index_parquet(str(tmp_path)).train
-    with pytest.raises(SourceError, match="would decode to"):
-        next(train.read(train.blocks[0], ["labels"]))
 
 
 def test_what_nobody_reads_refuses_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,7 +19,6 @@ from ..data.tiny import write_tiny
 from .place import Place
 
 Change = Callable[[pa.Table], pa.Table]
-WHOLE = {"store_schema": False, "dictionary_pagesize_limit": 1 << 30}
 
 
 def tiny(place: Place) -> Path:
@@ -61,12 +59,6 @@ def column(
         return table.set_column(index, name, made)
 
     return change
-
-
-def long_texts(rows: int, size: int = 100 << 20) -> pa.Array:
-    """`rows` times one text: some KB of Parquet, GBs of memory."""
-    indices = pa.array(np.zeros(rows, np.int32))
-    return pa.DictionaryArray.from_arrays(indices, pa.array(["x" * size]))
 
 
 def run_directory(place: Place, dataset: Path) -> Path:

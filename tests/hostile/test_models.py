@@ -93,16 +93,10 @@ def weights(place: Place) -> Made:
     return lambda: build_encoder(EncoderConfig(name=path, weights=str(file)), CPU, 0)
 
 
-def vocabulary_outside(place: Place) -> Made:
-    settings = {"tokenizer_class": "BertTokenizer", "vocab_file": "../../outside/secret.txt"}
-    return converted(tokenizer_config__json=settings, config__json=BERT)(place)
-
-
 def named(name: str) -> Callable[[Place], Made]:
     return lambda place: partial(tokenizer.load, name)
 
 
-SHARDS = {"weight_map": {"a": "../../outside/secret.txt"}}
 CASES = [
     Case(
         "tokenizer-with-code",
@@ -115,11 +109,6 @@ CASES = [
         "no fast tokenizer can be loaded",
     ),
     Case(
-        "tokenizer-vocabulary-outside",
-        vocabulary_outside,
-        "names a file in another directory as vocab_file",
-    ),
-    Case(
         "tokenizer-nested",
         converted(tokenizer__json="[" * 10**5),
         "no fast tokenizer can be loaded",
@@ -127,7 +116,7 @@ CASES = [
     Case(
         "tokenizer-settings-nested",
         converted(tokenizer_config__json="[" * 10**5),
-        "nested too deeply",
+        "no fast tokenizer can be loaded",
     ),
     Case(
         "encoder-with-code",
@@ -136,21 +125,6 @@ CASES = [
     ),
     Case("encoder-pickled", pickled, "encoder.name=.* cannot be loaded"),
     Case("encoder-weights-pickled", weights, "is not a plain state_dict"),
-    Case(
-        "encoder-wide",
-        encoder(save=True, config__json={**BERT, "vocab_size": 10**12}),
-        r"describes \d+ weights and its safetensors files have \d+ bytes",
-    ),
-    Case(
-        "encoder-deep",
-        encoder(save=True, config__json={**BERT, "num_hidden_layers": 10**9}),
-        "num_hidden_layers=1e.09, above the limit",
-    ),
-    Case(
-        "encoder-shards-outside",
-        encoder(config__json=BERT, model__safetensors__index__json=SHARDS),
-        "names the file",
-    ),
     Case(
         "encoder-adapter",
         encoder(config__json=BERT, adapter_config__json={"base_model_name_or_path": "x/y"}),

@@ -6,8 +6,6 @@ A run is as much of one as is read before Ray is started; its checkpoint is a re
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
-from renee_ray.checkpoint.state import MANIFEST, OPTIMIZER, Checkpoint
+from renee_ray.checkpoint.state import MANIFEST, Checkpoint
 from renee_ray.data.dataset import Dataset
 from renee_ray.service.run.directory import RunDirectory
 
@@ -81,24 +79,6 @@ def config(**values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda saved: {**saved, "config": {**saved["config"], **values}}
 
 
-def linked(name: str) -> Callable[[Place], Made]:
-    """A run in which `name` leads to somebody else's files."""
-
-    def make(place: Place) -> Made:
-        path = run_of(place) / name
-        path.rename(place.outside / "theirs")
-        path.symlink_to(place.outside / "theirs")
-        return lambda: RunDirectory(str(place.given / "run")).config()
-
-    return make
-
-
-def written_through_a_link(place: Place) -> Made:
-    run = run_of(place)
-    (run / "history.json.tmp").symlink_to(place.secret)
-    return lambda: RunDirectory(str(run)).write("history.json", {})
-
-
 def rename_data(place: Place, saved: dict[str, Any]) -> None:
     saved["dataset"]["path"] = str(place.secret)
 
@@ -122,15 +102,7 @@ RUNS = [
         "run-dataset-of-another-kind", evaluated("run.json", lambda s: {**s, "dataset": 3}), "run"
     ),
     Case("run-names-a-file-outside", exported(rename_data), "not at .*secret.txt any more"),
-    Case(
-        "run-names-a-wrapper",
-        exported(point_to("reference://x/set")),
-        "no filesystem is installed",
-    ),
     Case("run-names-keys", exported(point_to("s3://a:b@bucket/set")), "carries credentials"),
-    Case("run-link", linked("run.json"), "symbolic link"),
-    Case("checkpoint-link", linked(STEP), "symbolic link"),
-    Case("run-written-through-a-link", written_through_a_link, "symbolic link"),
 ]
 
 
@@ -171,104 +143,20 @@ def loaded(path: Path) -> None:
     opened.load_shard(kept.empty_shard(1, 0, "bf16_split"))
 
 
-def long_manifest(place: Place) -> Made:
-    run = place.given / "run"
-    kept.write(run)
-    with open(run / STEP / MANIFEST, "ab") as file:
-        file.truncate(1 << 29)
-    return lambda: loaded(run / STEP)
-
-
-def safetensors(
-    change: Callable[[dict[str, Any]], object] | bytes, file: str = "classifier-*"
-) -> Callable[[Place], Made]:
-    """A checkpoint with another header in its first file of this name, or other first bytes.
-
-    Its manifest is forged too: it says what is there.
-    """
-
-    def make(place: Place) -> Made:
-        run = place.given / "run"
-        kept.write(run)
-        first = sorted((run / STEP).glob(file))[0]
-        content = first.read_bytes()
-        length = struct.unpack("<Q", content[:8])[0]
-        if isinstance(change, bytes):
-            content = change + content[len(change) :]
-            begin = content[: 8 + length]
-        else:
-            header = json.loads(content[8 : 8 + length])
-            change(header)
-            made = json.dumps(header).encode()
-            begin = struct.pack("<Q", len(made)) + made
-            content = begin + content[8 + length :]
-        first.write_bytes(content)
-        told = json.loads((run / STEP / MANIFEST).read_text())
-        told["files"][first.name] = {"bytes": len(content), "header_crc32": zlib.crc32(begin)}
-        write(run / STEP / MANIFEST, told)
-        return lambda: loaded(run / STEP)
-
-    return make
-
-
-def every(**values: Any) -> Callable[[dict[str, Any]], None]:
-    """Changes the entry of every tensor."""
-
-    def change(header: dict[str, Any]) -> None:
-        for name, entry in header.items():
-            if name != "__metadata__":
-                entry.update(values)
-
-    return change
-
-
-def deep(header: dict[str, Any]) -> None:
-    nested: Any = 0
-    for _ in range(900):
-        nested = [nested]
-    header["high"] = nested
-
-
 CLIMBS = "../../outside/classifier-000000000000-000000000005.safetensors"
 FACTS = {"bytes": 100, "header_crc32": 1}
 BEYOND = f"classifier-0-{'9' * 5000}.safetensors"
-HEADER = "header is damaged"
 CHECKPOINTS = [
     Case("checkpoint-nested", manifest(NESTED), "manifest.json"),
-    Case("checkpoint-long", long_manifest, "536870912 bytes"),
     Case("checkpoint-of-another-kind", manifest([1]), "manifest.json is damaged"),
     Case("checkpoint-empty", manifest({}), "manifest.json is damaged"),
     Case("checkpoint-version-no-number", manifest('{"format_version": NaN}'), "format version nan"),
     Case("state-step-text", state(step="31; rm"), "manifest.json is damaged"),
-    Case("state-step-huge", state(step=10**30), "manifest.json is damaged"),
-    Case("state-position-negative", state(position={"epoch": -1, "batch": 0}), "is damaged"),
     Case("state-history-text", state(history="x"), "manifest.json is damaged"),
     Case("state-facts-list", state(facts=[]), "manifest.json is damaged"),
     Case("files-outside", files(lambda f: f.update({CLIMBS: FACTS})), "is damaged"),
     Case("files-many-digits", files(lambda f: f.update({BEYOND: FACTS})), "is damaged"),
     Case("files-none", files(lambda f: f.clear()), "has no encoder.safetensors"),
-    Case("files-size-huge", files(lambda f: f[OPTIMIZER].update(bytes=2**62)), "is damaged"),
-    Case("header-length-huge", safetensors(struct.pack("<Q", 2**63)), "cut or too long"),
-    Case("header-not-json", safetensors(struct.pack("<Q", 8) + b"\xff" * 8), "header"),
-    Case("header-deep", safetensors(deep), HEADER),
-    Case("header-offsets-beyond", safetensors(every(data_offsets=[2**40, 2**41])), HEADER),
-    Case("header-offsets-negative", safetensors(every(data_offsets=[-100, 0])), HEADER),
-    Case("header-offsets-overlapping", safetensors(every(data_offsets=[0, 60])), HEADER),
-    Case("header-offsets-huge", safetensors(every(data_offsets=[2**70, 2**71])), HEADER),
-    Case("header-shape-lies", safetensors(every(shape=[10**9, 6])), HEADER),
-    Case("header-shape-text", safetensors(every(shape="ab")), HEADER),
-    Case("header-dtype-lies", safetensors(every(dtype="F64")), HEADER),
-    Case("header-dtype-list", safetensors(every(dtype=["F32"])), HEADER),
-    Case("header-without-checksums", safetensors(lambda h: h.pop("__metadata__")), HEADER),
-    Case(
-        "header-checksums-short",
-        safetensors(lambda h: h["__metadata__"].update({name: "" for name in h["__metadata__"]})),
-        HEADER,
-    ),
-    Case("encoder-header-huge", safetensors(struct.pack("<Q", 2**63), "encoder*"), "encoder.saf"),
-    Case("encoder-shape-lies", safetensors(every(shape=[10**9]), "encoder*"), "encoder.saf"),
-    Case("optimizer-header-huge", safetensors(struct.pack("<Q", 2**63), OPTIMIZER), OPTIMIZER),
-    Case("optimizer-shapes-swapped", safetensors(every(shape=[1]), OPTIMIZER), OPTIMIZER),
 ]
 
 

@@ -58,6 +58,8 @@ def test_report_shows_texts_and_does_not_obey_them(tmp_path: Path) -> None:
     config = RunConfig(data=script, output=script, recipe=script).model_dump()
     data = {"path": script, "num_points": 1, "num_labels": 1}
     (run / "run.json").write_text(json.dumps({"config": config, "dataset": data}))
+    status = {"format_version": 1, "state": "finished", "time_s": 0.0}
+    (run / "status.json").write_text(json.dumps(status))
     path = write_report(
         str(run), str(tmp_path / "report.html"), facts={script: script}, examples=examples,
         comparison=[{"model": script, "P@1": 1.0}],

@@ -10,9 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from renee_ray.cli.main import cli, main
-from renee_ray.config.about import About
 from renee_ray.config.overrides import make_config, read_recipe
-from renee_ray.config.recipes import recipe_names
+from renee_ray.config.recipes import About, recipe_names
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ConfigError
 from renee_ray.plan.devices import GPUS
@@ -152,7 +151,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("about: 3\n", "about=3 in .* is no mapping"),
+        ("about: 3\n", "about='3' in .* is no mapping"),
         ("about: {dataset: X}\n", "about in .* lacks 'source'"),
         ("about: {dataset: X, source: Y, labels: 3, hour: 2}\n", "has no key 'hour'"),
         ("about: {dataset: X, source: Y, labels: many}\n", "labels='many' in about in"),

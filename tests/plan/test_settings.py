@@ -60,10 +60,10 @@ def test_the_recipe_follows_from_points_gpus_and_model(
     assert config.feed.augment == 0 and config.num_workers == (gpus or 1)
 
 
-def read(recipe: str, key: str) -> Any:
+def read(recipe: str, key: str) -> int:
     from renee_ray.config.overrides import read_yaml
 
-    return read_yaml(recipe)[key]
+    return int(read_yaml(recipe)[key])
 
 
 def test_a_run_needs_data_and_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ import pytest
 import scipy.sparse as sp
 
 from renee_ray.parallel.batch import Ragged
-from renee_ray.service.score import baselines
-from renee_ray.service.score.baselines import most_frequent, nearest_label_text, tfidf_ridge
+from renee_ray.service import quickstart as baselines
+from renee_ray.service.quickstart import most_frequent, nearest_label_text, tfidf_ridge
 
 NUM_LABELS, POINTS = 23, 40
 

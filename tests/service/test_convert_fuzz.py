@@ -200,13 +200,12 @@ def draw_destination(rng: Rng, place: Path, config: ConvertConfig) -> Path:
 def plant(rng: Rng, dst: Path) -> dict[str, bytes | None]:
     """Puts some files of a user's there, and returns them."""
     names = [*OTHERS * 4, "empty/", "train/", "deep/er/", f"{SCRATCH}/", "link", *NEEDED]
-    declared = set()
-    if (dst / DATASET.claim).exists():
-        declared = {*json.loads((dst / DATASET.claim).read_text())["files"], *DATASET.temporary}
+    ours = (dst / DATASET.claim).exists() or (dst / MANIFEST).exists()
     mine: dict[str, bytes | None] = {}
     for name in rng.permutation(np.array(names))[: rng.choice([0, 0, 1, 2, 3])]:
         path = dst / str(name)
-        if path.exists() or name in declared or any(each.is_file() for each in path.parents):
+        taken = ours and (name in NEEDED or str(name).startswith(SCRATCH))
+        if path.exists() or taken or any(each.is_file() for each in path.parents):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("/"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from renee_ray.config.schema import ConvertConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.inspection import inspect
-from renee_ray.data.sources import lines, own
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 
@@ -126,15 +124,3 @@ def test_an_empty_test_split_of_text_files(tmp_path: Path, files: dict[str, byte
     made = convert(Kind(sources.files(**sources.TEXT | files)), tmp_path)
     points = [made.manifest.num_points(split) for split in ("train", "validation", "test")]
     assert points == [len(sources.TEXTS), 0, 0]
-
-
-@pytest.mark.parametrize("name", ["train.csv.gz", "train.jsonl.gz"])
-def test_own_data_unpacks_to_no_more_than_texts_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(lines, "PACKED_LEAST", 1000)
-    row = b'{"text": "a", "labels": [1]}\n' if "jsonl" in name else b"text,tags\n"
-    (tmp_path / name).write_bytes(gzip.compress(row * 100_000))
-    with pytest.raises(ReneeError, match=rf"{name} unpacks to more than 100 times its size"):
-        for _ in own.tables_of(str(tmp_path / name)):
-            pass

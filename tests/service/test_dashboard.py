@@ -9,8 +9,7 @@ from typing import Any
 
 from ray.util.metrics import Counter
 
-from renee_ray.service.observe.exported import METRICS
-from renee_ray.service.observe.metric import TAGS, Metric
+from renee_ray.service.observe.exported import METRICS, TAGS, Metric
 
 DASHBOARD: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "grafana" / "renee_ray.json").read_text(encoding="utf-8")

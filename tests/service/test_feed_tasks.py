@@ -30,7 +30,7 @@ def test_a_task_carries_its_window_and_not_the_dataset() -> None:
         for number in (5, 6)
     ]
     assert sum(len(pieces) for window in windows for pieces in window.pieces.values()) > 20
-    assert len(cloudpickle.dumps(reading(windows, Position(1, 3), "run", 0))) < 30_000
+    assert len(cloudpickle.dumps(reading(windows, Position(1, 3)))) < 30_000
     assert len(cloudpickle.dumps(manifest)) > 5_000_000
 
 

@@ -182,7 +182,6 @@ def ray_with_metrics() -> Iterator[tuple[int, Path]]:
         yield port, session / "logs"
     finally:
         ray.shutdown()
-        storage.on_retry.clear()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -209,7 +208,6 @@ def watched(
     other = Exported("other", 0)
     other.totals(Totals(skipped=1))
     other.record(dict.fromkeys(RECORD, 0.0) | {name: 3.5 for name in GPU_MEMORY})
-    storage.on_retry[0]()
     limit = time.monotonic() + 30
     while time.monotonic() < limit and len({name for name, _ in scraped(port)}) < len(METRICS):
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""What predict and export may delete and overwrite: what a claim or a manifest of theirs names."""
+"""What predict and export may delete and overwrite."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def finish(path: Path) -> None:
 def test_what_was_interrupted_is_begun_anew(tmp_path: Path) -> None:
     made = output(tmp_path)
     made.claim()
-    write(tmp_path, f"{SCRATCH}/none/test/part-00000.parquet")
+    write(tmp_path, f"{SCRATCH}/test/part-00000.parquet")
     cloudpickle.loads(cloudpickle.dumps(made)).declare(FILES)  # as a worker does
     assert Path(made.scratch()).is_dir()
-    write(tmp_path, FILES[0], f"{MANIFEST}.tmp", f"{CLAIM}.tmp")  # as a killed process leaves it
+    write(tmp_path, FILES[0], f"{MANIFEST}.tmp")  # as a killed process leaves it
     made = output(tmp_path)
     made.claim()
     made.declare([FILES[1]])
@@ -80,17 +80,14 @@ def test_a_claim_of_the_version_before(tmp_path: Path) -> None:
     [
         ("empty", part_name(3)),
         ("empty", "_claim.json.mine"),
-        ("empty", f"{CLAIM}.tmp"),
+        ("empty", f"{MANIFEST}.tmp"),
         ("empty", "encoder/mine"),
         ("claimed", "notes.txt"),
-        ("claimed", part_name(3)),
-        ("claimed", f"{SCRATCH}/mine"),
-        ("complete", part_name(3)),
         ("complete", "part-00000-00000.parquet"),
         ("complete", "notes.txt"),
     ],
 )
-def test_a_file_that_nobody_names_is_refused_and_survives(
+def test_a_file_that_is_not_ours_is_refused_and_survives(
     tmp_path: Path, stage: str, name: str
 ) -> None:
     if stage == "complete":
@@ -112,7 +109,7 @@ def test_what_is_complete_is_kept_unless_asked(tmp_path: Path) -> None:
         output(tmp_path)
     made = output(tmp_path, overwrite=True)
     made.claim()
-    write(tmp_path, f"{SCRATCH}/none/x")
+    write(tmp_path, f"{SCRATCH}/x")
     made.abandon()
     assert names(tmp_path) == [f"out/{name}" for name in sorted([MANIFEST, *FILES])]
     made.claim()
@@ -135,33 +132,15 @@ def test_what_was_published_is_complete_though_it_is_claimed(tmp_path: Path) -> 
     assert names(tmp_path) == [f"out/{CLAIM}"]
 
 
-def test_an_export_deletes_what_its_claim_names(tmp_path: Path) -> None:
+def test_an_export_deletes_what_another_left(tmp_path: Path) -> None:
     made = export(tmp_path)
     made.claim()
     made.declare(["encoder/config.json", "head.safetensors"])
     write(tmp_path, "encoder/config.json")
     made = export(tmp_path)
-    write(tmp_path, "encoder/model.safetensors")
-    with pytest.raises(ReneeError, match=r"encoder/model\.safetensors is in the way"):
-        export(tmp_path, overwrite=True)
-    (tmp_path / "out/encoder/model.safetensors").unlink()
     made.claim()
     made.declare(["head.safetensors"])
     assert names(tmp_path) == [f"out/{CLAIM}", "out/encoder"]
-
-
-@pytest.mark.parametrize("foreign", ["../precious", "thesis.tex", "/precious", 7, f"{FILES[0]}\n"])
-@pytest.mark.parametrize("name", [CLAIM, MANIFEST])
-def test_what_names_a_file_that_is_not_ours_is_not_ours(
-    tmp_path: Path, name: str, foreign: object
-) -> None:
-    write(tmp_path, "thesis.tex", name)
-    (tmp_path / "precious").write_text("mine")
-    content = {**CONTENT, "files": [FILES[0], foreign]}
-    (tmp_path / "out" / name).write_text(json.dumps(content))
-    with pytest.raises(ReneeError, match=f"{name} is in the way.*give another directory"):
-        output(tmp_path, overwrite=True)
-    assert (tmp_path / "precious").exists() and (tmp_path / "out/thesis.tex").exists()
 
 
 def test_a_claim_that_was_cut_off_is_ours(tmp_path: Path) -> None:

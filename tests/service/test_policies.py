@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from renee_ray.data.dataset import DatasetError
 from renee_ray.errors import ReneeError
-from renee_ray.service.policies import CODE_RESTARTS, Failures, user_error, workers_beside_reading
+from renee_ray.service.policies import Failures, user_error, workers_beside_reading
 
 REFUSED = "When reading 'a/b': AWS Error ACCESS_DENIED during GetObject operation"
 AWAY = "When reading 'a/b': AWS Error NETWORK_CONNECTION during GetObject operation"
@@ -66,6 +66,7 @@ def test_a_users_error_ends_the_job_at_once(
         LOST,
         LATE,
         MemoryError(),
+        TypeError("unsupported operand"),
         torch.OutOfMemoryError("CUDA out of memory"),
         OSError(AWAY),
         OSError("When reading 'a/b': AWS Error UNKNOWN (HTTP status 429)"),
@@ -76,13 +77,6 @@ def test_what_passes_is_tried_again(error: Exception) -> None:
     assert attempts({0: error}, 0) == 1
     assert attempts({0: error}, 5) == 6
     assert attempts({0: error}, -1) == 20
-
-
-def test_an_exception_of_the_code_comes_to_an_end() -> None:
-    bug = {0: LATE, 1: TypeError("unsupported operand")}
-    assert attempts(bug, 1) == 2
-    assert attempts(bug, -1) == attempts(bug, 100) == CODE_RESTARTS + 1
-    assert user_error(WorkerGroupError("", bug)) is None
 
 
 def test_storage_that_is_away_has_a_sentence_at_the_end() -> None:

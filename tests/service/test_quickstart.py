@@ -7,8 +7,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.cli.main import main
@@ -52,24 +50,6 @@ def test_unpacking_twice_is_fine(tmp_path: Path) -> None:
     assert len((folder / "tst_X.txt").read_bytes().splitlines()) == 769
 
 
-def test_predictions_are_read_in_order_of_the_points(tmp_path: Path) -> None:
-    def write(name: str, points: list[int], ids: list[list[int]]) -> None:
-        scores = [[float(-i) for i in range(len(row))] for row in ids]
-        columns = {
-            "point_id": pa.array(points, pa.int64()),
-            "label_ids": pa.array(ids, pa.list_(pa.int64())),
-            "scores": pa.array(scores, pa.list_(pa.float32())),
-        }
-        pq.write_table(pa.table(columns), tmp_path / name)
-
-    write("part-00000-00000.parquet", [2, 0], [[5, 6, 7, 8], []])
-    write("part-00001-00000.parquet", [1], [[2**40, 1]])
-    found = quickstart.read_predictions(tmp_path, 3)
-    np.testing.assert_array_equal(found.points, [0, 1, 2])
-    np.testing.assert_array_equal(found.labels, [[-1] * 3, [2**40, 1, -1], [5, 6, 7]])
-    assert found.scores[1].tolist() == [0.0, -1.0, -np.inf]
-
-
 def test_examples_show_what_is_right(tmp_path: Path) -> None:
     (tmp_path / "tst_X.txt").write_text("first\nsecond\nthird\n")
     none = Ragged.of_lists([[], []])
@@ -83,11 +63,8 @@ def test_examples_show_what_is_right(tmp_path: Path) -> None:
         label_texts=["a", "b", "c"],
         label_tokens=none,
     )
-    labels = np.array([[2, 1], [0, -1]])
-    scores = np.array([[0.0, -2.0], [9.0, -np.inf]], dtype=np.float32)
-    found = quickstart.pick_examples(
-        tmp_path, truth, quickstart.Predictions(truth.points, labels, scores)
-    )
+    labels = Ragged.of_lists([[2, 1], [0]])
+    found = quickstart.pick_examples(tmp_path, truth, labels, np.array([0.5, 0.1, 0.9]))
     assert [(e["text"], e["true"]) for e in found] == [("first", ["b"]), ("third", [])]
     assert found[0]["predicted"][0] == {"label": "c", "score": 0.5, "right": False}
     assert found[0]["predicted"][1]["right"] and len(found[1]["predicted"]) == 1

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow.dataset as pads
 import pytest
 
-from renee_ray.benchmarks.load import bench_load
-from renee_ray.config.serve import TOKEN
+from renee_ray.config.score import TOKEN
 
 from .conftest import Run, descendants, end, start, until
+from .load import bench_load
 from .test_listening import LOOPBACK, listening
 from .test_serve_http import (
     AUTHORISED,

@@ -21,7 +21,7 @@ import uvicorn
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
-from renee_ray.config.serve import TOKEN, ServeConfig
+from renee_ray.config.score import TOKEN, ServeConfig
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.service.serve.deploy import check_room
 from renee_ray.service.serve.http import Bearer, application, protocol

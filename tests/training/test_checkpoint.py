@@ -345,15 +345,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         d, lambda m: m["files"].update({"../" + SECOND: m["files"].pop(SECOND)})
     ),
     "no mapping": lambda d: edit(d, lambda m: m.update(files=3)),
-    "a size that is none": lambda d: edit(d, lambda m: m["files"][SECOND].update(bytes="7")),
     "a negative size": lambda d: edit(d, lambda m: m["files"][SECOND].update(bytes=-7)),
     "unknown field": lambda d: edit(d, lambda m: m["state"].update(more=3)),
     "no position": lambda d: edit(d, lambda m: m["state"].pop("position")),
-    "a negative position": lambda d: edit(
-        d, lambda m: m["state"].update(position={"epoch": 0, "batch": -1})
-    ),
-    "a step that is no number": lambda d: edit(d, lambda m: m["state"].update(step="31")),
-    "a figure that is none": lambda d: edit(d, lambda m: m["state"].update(best={"P@1": "7"})),
     "manifest is no JSON": lambda d: file(d, MANIFEST).write_text("{"),
     "manifest is deep": lambda d: file(d, MANIFEST).write_text("[" * 100_000),
     "manifest is a list": lambda d: file(d, MANIFEST).write_text("[]"),

@@ -15,9 +15,8 @@ from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.errors import ConfigError, ReneeError
 from renee_ray.model.adapters import FROZEN, load_trained, trained_state
-from renee_ray.model.encoder import Encoder, build_encoder, check_positions
+from renee_ray.model.encoder import Encoder, build_encoder, check_positions, pool
 from renee_ray.model.model import Model, build_model
-from renee_ray.model.pooling import pool
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.parallel.batch import Batch, Position, Ragged, padded_tokens
 from renee_ray.parallel.collectives import Ranks

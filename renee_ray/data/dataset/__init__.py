@@ -23,5 +23,5 @@ from renee_ray.data.dataset.manifest import (
     part_path,
 )
 from renee_ray.data.dataset.reader import Dataset
-from renee_ray.data.dataset.schema import LABELS, MAX_LABELS, POINTS, SPLITS, schema_of
+from renee_ray.data.dataset.schema import LABELS, MAX_LABELS, POINTS, SPLITS
 from renee_ray.data.dataset.writer import write_manifest, write_part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +14,21 @@ import pyarrow.parquet as pq
 
 from renee_ray.data.dataset.manifest import (
     MANIFEST,
-    MANIFEST_LIMIT,
     PART_PATH,
     DatasetError,
     Manifest,
     Part,
 )
 from renee_ray.data.dataset.schema import empty, schema_of, wrong_column, wrong_value
-from renee_ray.data.storage import absolute, filesystem_of, is_transient, listing, patiently
-from renee_ray.data.untrusted import read_bounded, read_row_groups, refuse_links_out, rows_of
+from renee_ray.data.storage import (
+    absolute,
+    filesystem_of,
+    is_transient,
+    listing,
+    patiently,
+    read_file,
+)
+from renee_ray.data.untrusted import read_row_groups
 from renee_ray.errors import reason
 
 
@@ -44,29 +50,17 @@ class Dataset:
         dataset = cls.without_check(path)
         for problem in dataset.wrong_files():
             raise DatasetError(f"{problem}; restore it or convert the source again")
-        # A forged number of rows shows in the largest part: one footer of each split is enough.
-        for parts in dataset.manifest.splits.values():
-            if parts:
-                largest = max(parts, key=lambda part: part.rows)
-                dataset.read_rows_of(largest, 0, 0)
         return dataset
 
     @classmethod
     def without_check(cls, path: str) -> Dataset:
         """Opens the dataset without a look at its parts."""
-        filesystem, root = filesystem_of(path)
-        refuse_links_out(filesystem, root, path)
-        name = f"{root}/{MANIFEST}"
-        info = patiently(lambda: filesystem.get_file_info(name), f"reading {path}")
-        if info.type != pafs.FileType.File:
+        where = f"{path.rstrip('/')}/{MANIFEST}"
+        if (content := read_file(where)) is None:
             raise DatasetError(
                 f"{path} is not a renee_ray dataset: no {MANIFEST}; "
                 f"run `renee-ray convert SRC {path}` first"
             )
-        where = f"{path.rstrip('/')}/{MANIFEST}"
-        content = patiently(
-            lambda: read_bounded(filesystem, name, MANIFEST_LIMIT, where), f"reading {where}"
-        )
         return cls(path, Manifest.from_json(content.decode("utf-8", errors="replace"), where))
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[str, Manifest]]:
@@ -122,20 +116,15 @@ class Dataset:
                 digest.update(block)
         return digest.hexdigest()
 
-    def read_part(
-        self, part: Part, columns: Sequence[str] | None = None, *, check: bool = True
-    ) -> pa.Table:
+    def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
         """Reads all rows of `part`; `columns` None means every column.
-
-        Args:
-            check: refuse wrong columns and values; without, every column of the file is read.
 
         Raises:
             DatasetError: the file is missing, is no Parquet, has another number of rows or
                 other columns, decodes to far more than its rows may, or holds a null, a label
                 that there is not, or a negative number.
         """
-        return self.read_rows_of(part, 0, part.rows, columns, check=check)
+        return self.read_rows_of(part, 0, part.rows, columns)
 
     def read_rows(
         self, split: str, start: int, stop: int, columns: Sequence[str] | None = None
@@ -185,41 +174,31 @@ class Dataset:
         return table.take(pa.array(places - low))
 
     def read_rows_of(
-        self,
-        part: Part,
-        start: int,
-        stop: int,
-        columns: Sequence[str] | None = None,
-        *,
-        check: bool = True,
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None = None
     ) -> pa.Table:
         """Reads rows [start, stop) of `part`, as read_part does."""
         return patiently(
-            lambda: self._read_once(part, start, stop, columns, check),
+            lambda: self._read_once(part, start, stop, columns),
             f"reading {self.where(part.path)}",
         )
 
     def _read_once(
-        self, part: Part, start: int, stop: int, columns: Sequence[str] | None, check: bool
+        self, part: Part, start: int, stop: int, columns: Sequence[str] | None
     ) -> pa.Table:
         where, split = self.where(part.path), part.path.partition("/")[0]
         selected = list(schema_of(split).names if columns is None else columns)
         try:
             with self.filesystem.open_input_file(f"{self.root}/{part.path}") as source:
-                opened = partial(pq.ParquetFile, source, page_checksum_verification=True)
-                file = opened()
-                opened = partial(opened, metadata=file.metadata)
-                if rows_of(file.metadata) != part.rows:
+                file = pq.ParquetFile(source, page_checksum_verification=True)
+                if file.metadata.num_rows != part.rows:
                     raise DatasetError(
                         f"{where} has {file.metadata.num_rows} rows and {MANIFEST} says "
                         f"{part.rows}; convert the source again"
                     )
-                if check and (wrong := wrong_column(file.schema_arrow, split, selected)):
+                if wrong := wrong_column(file.schema_arrow, split, selected):
                     raise DatasetError(f"{where} {wrong}; convert the source again")
-                if not check and columns is None:
-                    selected = file.schema_arrow.names
                 groups, skip = overlapping_groups(file.metadata, start, stop)
-                table = read_row_groups(opened, groups, selected)
+                table = read_row_groups(file, groups, selected)
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's are among them
             if is_transient(error):
                 raise
@@ -228,7 +207,7 @@ class Dataset:
                 f"convert the source again"
             ) from error
         table = table.slice(skip, stop - start)
-        if check and (wrong := wrong_value(table, part.first + start, self.manifest.num_labels)):
+        if wrong := wrong_value(table, part.first + start, self.manifest.num_labels):
             raise DatasetError(f"{where} {wrong}; convert the source again")
         return table
 

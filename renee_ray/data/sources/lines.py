@@ -24,9 +24,6 @@ REQUEST_BYTES = 1 << 23
 """Bytes of one request: an object store takes tens of milliseconds to answer any."""
 MAX_LINE_BYTES = 1 << 26
 """A longer line is taken for damage: a text with all its labels is far shorter."""
-PACKED_LEAST, PACKED_RATIO = 1 << 28, 100
-"""The most that a packed file may unpack to: this many bytes, or this many times its own size.
-Texts shrink to about a tenth."""
 PIECE_BYTES, PIECE_ROWS = 1 << 24, 1 << 16
 """About the most bytes of a file, and the most of its lines, that are in memory together."""
 MARK = b"\xef\xbb\xbf"
@@ -70,43 +67,31 @@ class _Patient(io.RawIOBase):
 
 
 class _Unpacked(gzip.GzipFile):
-    """Reads a file in gzip of `packed` bytes. Only `read` and `readinto` may be used.
+    """Reads a file in gzip. Only `read` and `readinto` may be used.
 
     Raises:
-        SourceError: it is damaged or truncated, or has more than it may hold.
+        SourceError: it is damaged or truncated.
     """
 
-    def __init__(self, file: Any, path: str, packed: int) -> None:
+    def __init__(self, file: Any, path: str) -> None:
         super().__init__(fileobj=file, mode="rb")
-        self.path, self.packed = path, packed
+        self.path = path
 
     def read(self, size: int | None = -1) -> bytes:
         """Reads at most `size` bytes."""
         try:
-            data = super().read(size)
+            return super().read(size)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise SourceError(
                 f"{self.path} is not a complete gzip file ({reason(error)}); fetch it again"
             ) from error
-        check_unpacked(self.path, self.tell(), self.packed)
-        return data
-
-
-def check_unpacked(path: str, size: int, packed: int) -> None:
-    """Raises SourceError if `size` is more than a file of `packed` bytes may unpack to."""
-    if size > max(PACKED_LEAST, PACKED_RATIO * packed):
-        raise SourceError(
-            f"{path} unpacks to more than {PACKED_RATIO} times its size; no data does; unpack it "
-            f"yourself if it is right"
-        )
 
 
 def opened(path: str) -> io.BufferedReader:
     """Opens a file, unpacked. Raises SourceError where it is in UTF-16, or no gzip."""
-    raw = _Patient(path)
-    file: io.BufferedReader = io.BufferedReader(raw, REQUEST_BYTES)
+    file: io.BufferedReader = io.BufferedReader(_Patient(path), REQUEST_BYTES)
     if path.endswith(".gz"):
-        unpacked: Any = _Unpacked(file, path, raw.size)
+        unpacked: Any = _Unpacked(file, path)
         file = io.BufferedReader(unpacked, REQUEST_BYTES)
     if file.peek(2).startswith((b"\xff\xfe", b"\xfe\xff")):
         raise SourceError(f"{path}:1: the file is in UTF-16; save it as UTF-8")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from scipy import sparse
 from renee_ray.data.sources import parquet
 from renee_ray.data.sources.columns import kind_of
 from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
-from renee_ray.data.sources.lines import PIECE_BYTES, Lines, check_unpacked, chunked, opened
+from renee_ray.data.sources.lines import PIECE_BYTES, Lines, chunked, opened
 from renee_ray.data.sources.records import (
     Block,
     Piece,
@@ -301,14 +300,9 @@ def _texts(path: str, labels: str) -> Iterator[pa.Table]:
 
 def _matrix(path: str, content: bytes) -> Any:
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # never unpacks to more than it says
-            check_unpacked(path, sum(each.file_size for each in archive.infolist()), len(content))
         matrix = sparse.load_npz(io.BytesIO(content))
-        check_unpacked(path, 8 * matrix.shape[0], len(content))  # offsets that CSC does not have
         matrix.check_format(full_check=True)  # the conversion below trusts its indices
         matrix = sparse.csr_matrix(matrix)
-    except SourceError:
-        raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
         raise SourceError(
             f"{path} is no sparse matrix in CSR or CSC, as scipy saves it "

@@ -47,7 +47,7 @@ from renee_ray.data.sources.records import (
     num_rows,
 )
 from renee_ray.data.storage import filesystem_of, is_transient, listing, patiently
-from renee_ray.data.untrusted import read_row_groups, rows_of
+from renee_ray.data.untrusted import read_row_groups
 from renee_ray.errors import reason
 
 SLICE_ROWS = 1 << 16
@@ -341,7 +341,6 @@ def footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
     with filesystem.open_input_file(root) as file:
         try:
             footer = pq.ParquetFile(file)
-            rows_of(footer.metadata)
             return footer.schema_arrow, footer.metadata
         except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
             if is_transient(error):
@@ -362,7 +361,7 @@ def read_block(block: Block, columns: list[str], origins: Origins | None = None)
     def read() -> pa.Table:
         filesystem, root = filesystem_of(block.path)
         with filesystem.open_input_file(root) as file:
-            return read_row_groups(partial(pq.ParquetFile, file), [block.group], columns)
+            return read_row_groups(pq.ParquetFile(file), [block.group], columns)
 
     try:
         return patiently(read, f"reading {block.path}")

@@ -125,7 +125,7 @@ def _claimed(destination: Destination, signature: str, on_progress: Progress) ->
     """
     if destination.claim(signature):
         on_progress(f"going on with the conversion to {destination.path} that was cut off")
-    scratch = destination.scratch(signature)
+    scratch = destination.scratch()
     storage.make_directory(f"{scratch}/{JOURNAL}")
     try:
         yield scratch

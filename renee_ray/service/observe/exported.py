@@ -8,13 +8,30 @@ are sent, every few seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
 from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Pace, Totals
-from renee_ray.service.observe.metric import STORAGE_RETRIES, Metric, count_retries
+
+TAGS = ("run", "rank")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A series `renee_ray_NAME`. tags: those besides `run` and `rank`."""
+
+    kind: type[Counter | Gauge]
+    name: str
+    description: str
+    tags: tuple[str, ...] = ()
+
+    def open(self) -> Any:
+        """Makes Ray's own object of it, in this process."""
+        return self.kind(f"renee_ray_{self.name}", self.description, TAGS + self.tags)
+
 
 counter, gauge = partial(Metric, Counter), partial(Metric, Gauge)
 PHASE_SECONDS = counter(
@@ -46,7 +63,7 @@ RECORD = {
 VALIDATION = gauge("validation", "Last validation, percent; rank 0", ("metric",))
 GPU_GIB = gauge("gpu_gib", "Memory of a GPU by kind; rank 0", ("kind",))
 METRICS = (
-    PHASE_SECONDS, STORAGE_RETRIES, *TOTALS.values(), *PACE.values(), *RECORD.values(), VALIDATION,
+    PHASE_SECONDS, *TOTALS.values(), *PACE.values(), *RECORD.values(), VALIDATION,
     GPU_GIB,
 )  # fmt: skip
 
@@ -56,9 +73,8 @@ class Exported:
 
     def __init__(self, run: str, rank: int) -> None:
         self._tags = {"run": run, "rank": str(rank)}
-        self._series = {m.name: m.open() for m in METRICS if m is not STORAGE_RETRIES}
+        self._series = {m.name: m.open() for m in METRICS}
         self._before = Totals()
-        count_retries(run, rank)
 
     def totals(self, now: Totals) -> None:
         """Adds the difference to the last call's totals."""

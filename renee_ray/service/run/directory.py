@@ -3,7 +3,7 @@
 run.json            configuration, dataset and plan of the last start
 history.json        losses and evaluations (service/run/history.py)
 status.json         its state (renee_ray/report/status.py); report.html: it as a page
-lease-TOKEN.json    the driver that trains it now (service/run/lease.py)
+lease.json          the driver that trains it now (service/run/lease.py)
 checkpoints/        checkpoint/state.py
 """
 
@@ -18,8 +18,7 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, has_manifest
-from renee_ray.data.storage import filesystem_of, make_directory, read_file, replace_file
-from renee_ray.data.untrusted import refuse_links_out
+from renee_ray.data.storage import make_directory, read_json, replace_file
 from renee_ray.errors import ConfigError, ReneeError
 
 RUN_FILE, HISTORY_FILE = "run.json", "history.json"
@@ -33,14 +32,7 @@ class RunDirectory:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the run; None where it is not there."""
-        found = read_file(f"{self.path}/{name}")
-        try:
-            content = None if found is None else json.loads(found)
-            if content is None or isinstance(content, dict):
-                return content
-        except (ValueError, RecursionError):
-            pass
-        raise ReneeError(f"{self.path}/{name} is damaged: it is no JSON object; delete it")
+        return read_json(f"{self.path}/{name}")
 
     def write(self, name: str, content: dict[str, Any], patience: float | None = None) -> None:
         make_directory(self.path, patience)
@@ -52,7 +44,6 @@ class RunDirectory:
         Raises:
             ReneeError: there is no run here.
         """
-        refuse_links_out(*filesystem_of(self.path), self.path)
         saved = self.read(RUN_FILE)
         if saved is None:
             raise ReneeError(
@@ -89,7 +80,6 @@ class RunDirectory:
         return Dataset.open(path)
 
     def checkpoints(self) -> Checkpoints:
-        refuse_links_out(*filesystem_of(self.path), self.path)
         return Checkpoints(self.path)
 
     def checkpoint(self, which: str) -> Checkpoint:

@@ -1,27 +1,19 @@
-"""A run directory has one writer: the driver that holds its lease.
+"""Who trains a run: one driver at a time, which holds the lease of the run's directory.
 
-Storage offers no atomic creation, so the lease is made of claims: each driver has a file of its
-own, RUN/lease-TOKEN.json, and writes to no other.
+RUN/lease.json is the claim of a driver, with a token drawn anew and a count that goes up:
 
-1.  A driver that finds claims watches them. One whose content changes is alive: the driver is
-    refused.
-2.  A claim is dead if it names a process of this very host that is gone, or if its content has
-    been the same for DEAD_S. That is a number of looks, a pause apart, so neither the clocks of
-    hosts nor an outage of storage, nor a watcher that was suspended, count.
-3.  When all claims that are there are dead, the driver writes its own.
-4.  Only then does it list the directory.
-5.  It holds the lease if the listing shows nothing but its own claim and the dead ones.
-6.  Otherwise it deletes its claim, and begins again after a random pause.
-7.  Two drivers a and b cannot both hold it, however long a write may take. Each writes before it
-    lists, so one of them lists after both have written, and sees the other:
-    `write_a < list_a and write_b < list_b` implies `write_a < list_b or write_b < list_a`.
-8.  A holder deletes the dead claims. Every BEAT_S it lists the directory and writes its claim
-    with a higher count. If storage does not answer, or shows an empty directory, it tries again.
-9.  A holder whose claim is gone has lost the lease, and ends its workers.
-10. Two may hold it for a beat, if one was held up for DEAD_S, or its claim was deleted by hand
-    while it wrote it. Both see the other then: the one of the smaller (since_s, token) has lost.
+    enter    waits until the claim that is there is dead, then writes its own over it
+    beat     every BEAT_S: where the file has its token, writes it with a higher count; where it
+             has another or is gone, the lease is lost, and the driver ends its workers
+    leave    deletes the file, if it has its token
 
-This demands that a listing shows what was written before it, as local disks and S3 do.
+A claim is dead if its process ran on this machine and is gone, or if its content has not changed
+for DEAD_S. That is a number of looks, a pause apart, so neither the clocks of hosts nor an outage
+of storage, nor a watcher that was suspended, count.
+
+Two drivers that write at the same moment, or one that was held up between a look and a write, may
+both go on until their next beat. Then all but the one that wrote last find a token that is not
+theirs. The first beat comes after a fifth of BEAT_S, when there are no workers yet.
 """
 
 from __future__ import annotations
@@ -29,32 +21,27 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
-import re
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.fs as pafs
 
-from renee_ray.data.storage import filesystem_of, make_directory, patiently, replace_file
-from renee_ray.data.untrusted import read_bounded
-from renee_ray.errors import ReneeError, printable, reason
+from renee_ray.data.storage import filesystem_of, make_directory, patiently
+from renee_ray.errors import ReneeError, reason
 from renee_ray.service.run.directory import RUN_FILE
 
 log = logging.getLogger(__name__)
 
+LEASE_FILE = "lease.json"
 BEAT_S, DEAD_S = 5.0, 60.0
 RELEASE_S = 10.0
 """Seconds for which the end of a driver tries to delete its claim."""
-CLAIM = re.compile(r"lease-([0-9a-f]{16})\.json")
-CLAIM_BYTES = 1 << 16
 
 
 class LeaseHeld(ReneeError):
@@ -85,18 +72,16 @@ class Lease:
         dead_s: float = DEAD_S,
     ) -> None:
         self.run, self._say, self._beat_s, self._dead_s = run.rstrip("/"), say, beat_s, dead_s
-        self._filesystem, root = filesystem_of(run)
-        self._root = root.rstrip("/")
-        self._token, self._since, self._beats = "", 0.0, 0
-        self._holds, self._lost = False, ""
+        self._path = f"{self.run}/{LEASE_FILE}"
+        self._token, self._since, self._beats, self._lost = secrets.token_hex(8), _now(), 0, ""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
         make_directory(self.run)
+        self._wait_until_dead()
         try:
-            while not self._won():
-                time.sleep(random.uniform(0, self._beat_s))
+            patiently(self._write, f"writing {self._path}")
         except BaseException:
             self._release()
             raise
@@ -113,63 +98,36 @@ class Lease:
         if self._lost:
             raise LeaseLost(self._lost)
 
-    def _won(self) -> bool:
-        """Waits until no driver is alive; returns whether the lease is then this one's."""
-        dead = self._all_dead()
-        self._token, self._since = secrets.token_hex(8), time.time()
-        self._patiently(self._write)
-        if _tokens(self._patiently(self._names)) <= dead | {self._token}:
-            for token in dead:
-                self._patiently(partial(self._delete, token))
-            self._holds = True
-            self._patiently(self._write)
-            return True
-        self._patiently(partial(self._delete, self._token))
-        return False
-
-    def _all_dead(self) -> set[str]:
-        """Watches the claims that are there until all are dead.
+    def _wait_until_dead(self) -> None:
+        """Watches the claim that is there until it is dead or gone.
 
         Raises:
-            LeaseHeld: one of them is alive.
+            LeaseHeld: it is alive.
         """
-        pause = self._beat_s / 5
-        looks: dict[str, tuple[bytes, int]] = {}
-        reported = False
-        while True:
-            found = self._patiently(self._claims)
-            for token, content in found.items():
-                before, count = looks.get(token, (content, 0))
-                if content != before:
-                    raise LeaseHeld(self._held(token, _fields(content)))
-                looks[token] = (content, count + 1)
-            alive = [
-                token
-                for token, content in found.items()
-                if not _gone(_fields(content)) and looks[token][1] * pause <= self._dead_s
-            ]
-            if not alive:
-                return set(found)
-            if not reported:
-                who = " and ".join(_who(_fields(found[token])) for token in alive)
+        pause, before, looks = self._beat_s / 5, None, 0
+        while (content := patiently(self._read, f"looking who trains {self.run}")) is not None:
+            claim = _fields(content)
+            if before is not None and content != before:
+                raise LeaseHeld(
+                    f"{self.run} is being trained by {_who(claim)} since {claim.get('since')} "
+                    f"(last heartbeat: {claim.get('beat')}, by its clock); wait for its end, or "
+                    f"stop it; to take over from one that you cannot reach, delete {self._path} "
+                    f"and give the command again"
+                )
+            before, looks = content, looks + 1
+            if _gone(claim) or looks * pause > self._dead_s:
+                return
+            if looks == 1:
                 self._say(
-                    f"{self.run} belongs to {who}: waiting for a sign of life, "
+                    f"{self.run} belongs to {_who(claim)}: waiting for a sign of life, "
                     f"{self._dead_s:.0f} s at most"
                 )
-            reported = True
             time.sleep(pause)
 
-    def _held(self, token: str, claim: dict[str, Any]) -> str:
-        return (
-            f"{self.run} is being trained by {_who(claim)} since {_time(claim, 'since_s')} (last "
-            f"heartbeat: {_time(claim, 'beat_s')}, by its clock); wait for its end, or stop it; to "
-            f"take over from one that you cannot reach, delete {self._where(token)} and give the "
-            f"command again"
-        )
-
     def _run(self) -> None:
-        reported = False
-        while not self._lost:
+        pause, reported = self._beat_s / 5, False
+        while not self._lost and not self._closed.wait(pause):
+            pause = self._beat_s
             try:
                 self._beat()
                 reported = False
@@ -177,100 +135,67 @@ class Lease:
                 if not reported:
                     log.warning("the lease of %s is not renewed: %s", self.run, reason(error))
                 reported = True
-            if self._closed.wait(self._beat_s):
-                return
 
     def _beat(self) -> None:
-        """Renews the claim if it is still the one that counts."""
-        names = self._names()
-        tokens = _tokens(names)
-        others = [
-            (since, token, claim)
-            for token in tokens - {self._token}
-            if (claim := _fields(self._content(token) or b"")).get("holds") is True
-            and isinstance(since := claim.get("since_s"), int | float)
-        ]
-        newest = max(others, default=None, key=lambda each: each[:2])
-        if self._token in tokens and (newest is None or newest[:2] < (self._since, self._token)):
+        """Renews the claim if it is still this driver's."""
+        content = self._read()
+        claim = _fields(content or b"")
+        if claim.get("token") == self._token:
             self._write()
-        elif newest is None and RUN_FILE not in names:
+            return
+        filesystem, root = filesystem_of(f"{self.run}/{RUN_FILE}")
+        if content is None and filesystem.get_file_info(root).type != pafs.FileType.File:
             raise FileNotFoundError(f"{self.run} is empty: its disk may be away")
-        elif not self._closed.is_set():
-            by = _who(newest[2]) if newest else f"whoever deleted {self._where(self._token)}"
-            self._lost = f"{self.run} was taken over by {by}; this driver ends its workers"
+        by = _who(claim) if content else f"whoever deleted {self._path}"
+        self._lost = f"{self.run} was taken over by {by}; this driver ends its workers"
 
     def _write(self) -> None:
         self._beats += 1
         content = {
             "host": socket.gethostname(), "machine": machine(),
             "pid": os.getpid(), "started_s": started_s(os.getpid()),
-            "since_s": self._since, "beat_s": time.time(), "beats": self._beats,
-            "holds": self._holds,
+            "since": self._since, "beat": _now(), "beats": self._beats, "token": self._token,
         }  # fmt: skip
-        replace_file(self._where(self._token), json.dumps(content, indent=1).encode(), patience=0)
+        filesystem, name = filesystem_of(self._path)
+        own = f"{name}.{self._token}"  # not `replace_file`: another may write at the same moment
+        with filesystem.open_output_stream(own) as sink:
+            sink.write(json.dumps(content, indent=1).encode())
+        filesystem.move(own, name)
 
-    def _release(self) -> None:
+    def _read(self) -> bytes | None:
+        filesystem, name = filesystem_of(self._path)
+        if isinstance(filesystem, pafs.PyFileSystem):  # fsspec keeps listings
+            filesystem.handler.fs.invalidate_cache()
         try:
-            if self._token:
-                release = partial(self._delete, self._token)
-                patiently(release, f"releasing {self.run}", RELEASE_S)
-        except Exception as error:  # the next driver finds it dead
-            log.warning("%s remains: %s", self._where(self._token), reason(error))
-
-    def _names(self) -> set[str]:
-        if isinstance(self._filesystem, pafs.PyFileSystem):  # fsspec keeps listings
-            self._filesystem.handler.fs.invalidate_cache()
-        listed = self._filesystem.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
-        return {info.base_name for info in listed}
-
-    def _claims(self) -> dict[str, bytes]:
-        found = {token: self._content(token) for token in _tokens(self._names())}
-        return {token: content for token, content in found.items() if content is not None}
-
-    def _content(self, token: str) -> bytes | None:
-        try:
-            return read_bounded(
-                self._filesystem, self._name(token), CLAIM_BYTES, self._where(token)
-            )
+            with filesystem.open_input_file(name) as file:
+                content: bytes = file.read()
+            return content
         except FileNotFoundError:
             return None
 
-    def _delete(self, token: str) -> None:
-        name = self._name(token)
-        if self._filesystem.get_file_info(name).type == pafs.FileType.File:
-            self._filesystem.delete_file(name)
+    def _release(self) -> None:
+        def release() -> None:
+            if _fields(self._read() or b"").get("token") == self._token:
+                filesystem, name = filesystem_of(self._path)
+                filesystem.delete_file(name)
 
-    def _name(self, token: str) -> str:
-        return f"{self._root}/lease-{token}.json"
-
-    def _where(self, token: str) -> str:
-        return f"{self.run}/lease-{token}.json"
-
-    def _patiently(self, operation: Callable[[], Any]) -> Any:
-        return patiently(operation, f"looking who trains {self.run}")
+        try:
+            patiently(release, f"releasing {self.run}", RELEASE_S)
+        except Exception as error:  # the next driver finds it dead
+            log.warning("%s remains: %s", self._path, reason(error))
 
 
-def _tokens(names: set[str]) -> set[str]:
-    return {match[1] for match in map(CLAIM.fullmatch, names) if match}
-
-
-def _time(claim: dict[str, Any], name: str) -> str:
-    seconds = claim.get(name)
-    known = isinstance(seconds, int | float) and 0 <= seconds < 1e11
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)) if known else "?"
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
 def _fields(content: bytes) -> dict[str, Any]:
     """Parses a claim; empty where it is damaged."""
     try:
         found = json.loads(content)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
-    if not isinstance(found, dict):
-        return {}
-    return {
-        key: printable(each)[:200] if isinstance(each, str) else each for key, each in found.items()
-    }
+    return found if isinstance(found, dict) else {}
 
 
 def _who(claim: dict[str, Any]) -> str:
@@ -279,20 +204,16 @@ def _who(claim: dict[str, Any]) -> str:
 
 def _gone(claim: dict[str, Any]) -> bool:
     """Returns whether a claim's process, of this machine and PID namespace, has ended."""
-    pid, started, here = claim.get("pid"), claim.get("started_s"), machine()
-    if not here or claim.get("machine") != here:
-        return False
-    if type(pid) is not int or pid <= 0 or not isinstance(started, int | float):
+    if not (here := machine()) or claim.get("machine") != here:
         return False
     try:
-        os.kill(pid, 0)
-        if psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        if psutil.Process(claim["pid"]).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return True
         # Another process may have the number now; the time of boot is known to the second.
-        return abs(started_s(pid) - started) > 2
-    except ProcessLookupError:
+        return abs(started_s(claim["pid"]) - claim["started_s"]) > 2
+    except psutil.NoSuchProcess:
         return True
-    except (OSError, OverflowError, psutil.Error):  # unknown: the heartbeat decides
+    except psutil.Error:  # unknown: the heartbeat decides
         return False
 
 

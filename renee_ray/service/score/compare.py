@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from renee_ray.config.overrides import dotted
 from renee_ray.config.score import CompareConfig, ScoreConfig
-from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.inspection import label_text, texts_of
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Ragged
@@ -198,7 +198,7 @@ def _changes(
         right = set(true.values[true.offsets[row] : true.offsets[row + 1]].tolist())
         before, after = (
             [
-                {"label": _label(dataset, label), "right": label in right}
+                {"label": label_text(dataset, label), "right": label in right}
                 for label in labels[row].tolist()
                 if label >= 0
             ]
@@ -214,21 +214,12 @@ def _changes(
 
 def _points(dataset: Dataset, split: str, rows: list[int]) -> dict[int, dict[str, Any]]:
     """Returns "point_id" and "text" of some rows of a split."""
+    if not rows:
+        return {}
     columns = ["point_id", "input_ids"]
-    read = [dataset.read_rows(split, row, row + 1, columns).to_pylist()[0] for row in rows]
-    try:
-        serialised = tokenizer.load(dataset.manifest.tokenizer, fetch=False).serialised
-        texts = tokenizer.decode(serialised, [each["input_ids"] for each in read])
-    except ReneeError:
-        texts = [f"point {each['point_id']}" for each in read]
+    read = pa.concat_tables([dataset.read_rows(split, row, row + 1, columns) for row in rows])
+    points = zip(read["point_id"].to_pylist(), texts_of(dataset, read), strict=True)
     return {
-        row: {"point_id": each["point_id"], "text": text}
-        for row, each, text in zip(rows, read, texts, strict=True)
+        row: {"point_id": point, "text": text}
+        for row, (point, text) in zip(rows, points, strict=True)
     }
-
-
-def _label(dataset: Dataset, label: int) -> str:
-    if label >= dataset.manifest.num_labels:  # it was added since
-        return f"label {label}"
-    text = dataset.read_rows("labels", label, label + 1, ["text"])["text"][0].as_py()
-    return text or f"label {label}"

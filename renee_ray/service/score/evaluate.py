@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from renee_ray.config.about import About
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe
+from renee_ray.config.recipes import About
 from renee_ray.config.schema import ConvertConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, Manifest
@@ -144,7 +144,7 @@ def differences(
     yield from _unlike("points", points, about.points or points)
     held_out = manifest.num_points("validation")
     yield from _unlike("points held out for validation", held_out, about.held_out)
-    published = make_config(ConvertConfig, parse_overrides(about.convert.split(), ConvertConfig))
+    published = make_config(ConvertConfig, parse_overrides(about.convert.split()))
     if about.convert:
         for key in ("propensity_a", "propensity_b"):
             yield from _unlike(key, getattr(manifest, key), getattr(published, key))

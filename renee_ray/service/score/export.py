@@ -38,7 +38,7 @@ from renee_ray.config.overrides import changed
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, LoraConfig, RunConfig
 from renee_ray.config.score import ExportConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.destination import Destination, Kind, listed_files
+from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
@@ -60,7 +60,7 @@ FILES = re.compile(
 )
 EXPORT = Kind(
     "an export", MANIFEST, "_claim.json", frozenset({"format_version", "step", "ranges"}),
-    FILES, FOLDERS, listed_files,
+    FILES, FOLDERS,
 )  # fmt: skip
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from renee_ray.config.score import IndexConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.destination import Destination, Kind, listed_files
+from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.storage import absolute, read_file, replace_file
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError
@@ -60,7 +60,7 @@ from renee_ray.xfc.labels import LabelRange, split_range
 
 INDEX = Kind(
     "an index", MANIFEST, "_claim.json", frozenset({"format_version", "model", "ranges"}),
-    FILES, (), listed_files,
+    FILES, (),
 )  # fmt: skip
 MOST_LABELS = 20_000_000
 """Labels of a range, unless fewer ranges are asked for."""

@@ -67,7 +67,7 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
     goes_on = output.claim(signature)
     if goes_on:
         log.warning("going on with the predictions in %s that were cut off", destination)
-    scratch = output.scratch(signature)
+    scratch = output.scratch()
     try:
         if raw:
             ensure_ray(job.config.max_workers + 1)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.destination import Kind, listed_files
+from renee_ray.data.destination import Kind
 from renee_ray.data.sources.parquet import files_below
 from renee_ray.data.storage import filesystem_of, read_file, write_file
 from renee_ray.data.targets import part_name
@@ -40,7 +40,7 @@ WINDOW = 16
 """Most batches of a window."""
 PREDICTIONS = Kind(
     "predictions", "_predictions.json", "_claim.json", frozenset({"k", "step"}),
-    re.compile(r"part-\d{12}\.parquet"), (), listed_files,
+    re.compile(r"part-\d{12}\.parquet"), (),
 )  # fmt: skip
 """Files beside Parquet begin with `_`: readers of a directory of Parquet skip them."""
 

@@ -33,7 +33,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import renee_ray
-from renee_ray.config.serve import TOKEN, ServeConfig
+from renee_ray.config.score import TOKEN, ServeConfig
 from renee_ray.errors import ReneeError, printable
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from renee_ray.config.schema import RunConfig
-from renee_ray.config.serve import ServeConfig
+from renee_ray.config.score import ServeConfig
 from renee_ray.data import tokenizer
 from renee_ray.model.encoder import build_encoder
 from renee_ray.parallel.batch import padded_tokens, ragged

@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 
-from renee_ray.config.serve import ServeConfig
+from renee_ray.config.score import ServeConfig
 from renee_ray.errors import ReneeError, reason
 
 try:

@@ -29,7 +29,7 @@ from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts, wi
 from renee_ray.service.driver_channel import DriverChannel
 from renee_ray.service.feed import Epochs, embed_voters, feed, scoring_feed, training_orders
 from renee_ray.service.launch import quiet, worker_device
-from renee_ray.service.observe.observe import Observer, run_name
+from renee_ray.service.observe.observe import Observer
 from renee_ray.service.observe.profile import profiled
 from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
@@ -115,7 +115,7 @@ def prepared(
         batches = feed(
             share.dataset, share.orders, ranks.rank, ranks.num_ranks, start=state.position,
             max_length=config.encoder.max_length, pad_multiple=8 if config.encoder.compile else 1,
-            prefetch=config.feed.prefetch, run=run_name(config),
+            prefetch=config.feed.prefetch,
             targets=Targets.of(config.feed.targets, share.dataset),
         )  # fmt: skip
         yield trainer, batches, observer, writer
