@@ -61,7 +61,8 @@ def read_emoji(annotations: Path) -> list[Emoji]:
     So are skin tones and hair as such (Emoji_Component). Keywords without a letter or digit of
     ASCII are dropped. An emoji's name is one of its keywords.
     """
-    names, keywords = {}, {}
+    names: dict[str, str] = {}
+    keywords: dict[str, str] = {}
     for each in ElementTree.parse(annotations).getroot().iter("annotation"):
         (names if each.get("type") == "tts" else keywords)[each.get("cp", "")] = each.text or ""
     found = []
@@ -93,23 +94,23 @@ def make_queries(emoji: list[Emoji]) -> Iterator[Query]:
     for label, each in enumerate(emoji):
         for keyword in each.keywords:
             fitting.setdefault(keyword, set()).add(label)
-    wanted = [(each.name,) for each in emoji]
+    wanted: list[tuple[str, ...]] = [(each.name,) for each in emoji]
     wanted += [(keyword,) for keyword in sorted(fitting)]
     for count, most in MOST.items():
         for each in emoji:
             several = [
-                sorted(keywords, key=order)
-                for keywords in combinations(sorted(each.keywords - {each.name}), count)
-                if len(set(words := " ".join(keywords).split())) == len(words)
+                tuple(sorted(chosen, key=order))
+                for chosen in combinations(sorted(each.keywords - {each.name}), count)
+                if len(set(words := " ".join(chosen).split())) == len(words)
             ]
-            several.sort(key=lambda keywords: order(" ".join(keywords)))
-            wanted += [tuple(keywords) for keywords in several[:most]]
+            wanted += sorted(several, key=lambda chosen: order(" ".join(chosen)))[:most]
     seen = set()
     for keywords in wanted:
         text = " ".join(keywords)
         labels = set.intersection(*(fitting[keyword] for keyword in keywords))
-        if len(labels) <= MAX_LABELS and (words := frozenset(text.split())) not in seen:
-            seen.add(words)
+        unordered = frozenset(text.split())
+        if len(labels) <= MAX_LABELS and unordered not in seen:
+            seen.add(unordered)
             yield Query(text, keywords, tuple(sorted(labels)))
 
 

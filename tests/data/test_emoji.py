@@ -27,7 +27,7 @@ SYMBOLS = {
 
 
 @pytest.fixture
-def annotations(tmp_path: Path) -> Path:
+def english(tmp_path: Path) -> Path:
     rows = "".join(
         f'<annotation cp="{symbol}">{keywords}</annotation>'
         f'<annotation cp="{symbol}" type="tts">{name}</annotation>'
@@ -61,8 +61,8 @@ def points(files: Mapping[str, str], prefix: str) -> list[tuple[str, set[int]]]:
     return list(zip(texts, labels, strict=True))
 
 
-def test_only_emoji_are_labels_and_keywords_are_as_people_type_them(annotations: Path) -> None:
-    found = {each.character: each for each in emoji.read_emoji(annotations)}
+def test_only_emoji_are_labels_and_keywords_are_as_people_type_them(english: Path) -> None:
+    found = {each.character: each for each in emoji.read_emoji(english)}
     assert list(found) == ["🎂", "🎉", "🍰", "🈺", "🐭", "🐁"]
     assert found["🈺"].name == "japanese open for business button"
     assert found["🈺"].keywords == {"open for business", found["🈺"].name}
@@ -70,8 +70,8 @@ def test_only_emoji_are_labels_and_keywords_are_as_people_type_them(annotations:
     assert "cake" in found["🍰"].keywords and "!" not in found["🎉"].keywords
 
 
-def test_a_query_fits_all_emoji_with_its_keywords(annotations: Path) -> None:
-    known = emoji.read_emoji(annotations)
+def test_a_query_fits_all_emoji_with_its_keywords(english: Path) -> None:
+    known = emoji.read_emoji(english)
     queries = list(emoji.make_queries(known))
     for query in queries:
         fits = [i for i, each in enumerate(known) if set(query.keywords) <= each.keywords]
@@ -97,8 +97,8 @@ def test_what_fits_too_many_emoji_is_no_query() -> None:
     assert {"face", "kind3"} in [set(query.keywords) for query in found]
 
 
-def test_test_keywords_are_in_no_training_query(annotations: Path) -> None:
-    known = emoji.read_emoji(annotations)
+def test_test_keywords_are_in_no_training_query(english: Path) -> None:
+    known = emoji.read_emoji(english)
     names = {each.name for each in known}
     queries = list(emoji.make_queries(known))
     for test_fold in range(emoji.FOLDS):
@@ -114,11 +114,11 @@ def test_test_keywords_are_in_no_training_query(annotations: Path) -> None:
             assert emoji.TEST_FOLD not in {emoji.fold(keyword) for keyword in used}
 
 
-def test_the_same_source_gives_the_same_bytes(annotations: Path) -> None:
-    files = emoji.make_files(annotations)
-    assert emoji.pack(files) == emoji.pack(emoji.make_files(annotations))
+def test_the_same_source_gives_the_same_bytes(english: Path) -> None:
+    files = emoji.make_files(english)
+    assert emoji.pack(files) == emoji.pack(emoji.make_files(english))
     assert unpacked(emoji.pack(files)) == files
-    assert emoji.make_files(annotations, 1)["tst_X.txt"] != files["tst_X.txt"]
+    assert emoji.make_files(english, 1)["tst_X.txt"] != files["tst_X.txt"]
 
 
 def test_the_shipped_archive_is_whole_and_has_its_licence(shipped: dict[str, str]) -> None:
