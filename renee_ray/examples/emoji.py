@@ -1,8 +1,8 @@
-"""Makes LF-Emoji-1.5K.tar.gz, an example dataset, from the emoji keywords of Unicode CLDR.
+"""Makes EmojiSearch-1.5K.tar.gz, an example dataset, from the emoji keywords of Unicode CLDR.
 
     python -m renee_ray.examples.emoji CLDR/common/annotations/en.xml DIRECTORY
 
-Queries, labels and the split are described in LF-Emoji-1.5K.md, beside this file. All choices that
+Queries, labels and the split are described in EmojiSearch-1.5K.md, beside this file. All choices that
 look random are hashes of the texts, so the same input gives the same files.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import regex  # knows, unlike the standard library, which characters are emoji
 
-NAME = "LF-Emoji-1.5K"
+NAME = "EmojiSearch-1.5K"
 LICENCE = Path(__file__).with_name(f"{NAME}.LICENSE")
 MAX_LABELS = 50
 """A query that fits more emoji than these says too little: face, man, woman."""
