@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -59,5 +60,9 @@ def test_the_emoji_search_runs_and_answers(
     assert text.count(f"{command} data=") == 1
     printed = printed_by(text.replace(command, quick), tmp_path, compiled_loops)
     assert "🎂\tbirthday cake\n" in printed
-    predictions = re.search(r'"predictions": *\[\[.*"birthday cake"', printed)
-    assert predictions, printed
+    found = re.search(r'^\{"step".*"predictions".*\}$', printed, re.MULTILINE)
+    assert found, printed
+    answers = json.loads(found[0])["predictions"]
+    assert len(answers) == 1 and len(answers[0]) == 3
+    names = (tmp_path / "EmojiSearch-1.5K" / "Y.txt").read_text(encoding="utf-8").splitlines()
+    assert all(names[answer["label"]] == answer["text"] for answer in answers[0])
