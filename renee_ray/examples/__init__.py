@@ -1,1 +1,1 @@
-"""The dataset that `renee-ray quickstart` trains on, with its data card."""
+"""Datasets that come with the package, with their data cards, and the script that made one."""
