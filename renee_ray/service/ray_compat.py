@@ -7,25 +7,29 @@ and `tests/service`. No other module imports a private part of Ray (tests/test_r
 Two methods of Ray's are private and overridden elsewhere, beside what they decide:
 
     TorchTrainer._initialize_and_run_controller    launch.py: hands our policies to the controller.
-        Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`.
+        Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`,
+        and that its actor is only asked to `run` and then for `get_result`, as `run_here` does.
     ElasticScalingPolicy._count_possible_workers   policies.py: leaves a CPU to the reading tasks.
         Check that the policy still sizes a group of workers by this method alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._private import ray_constants, utils
+from ray._private import auto_init_hook, ray_constants, utils
 from ray._private.node import Node
+from ray.runtime_context import RuntimeContext
 
 TRAIN = "ray.train.v2._internal"
 LAZY = {
@@ -48,16 +52,25 @@ LAZY = {
 }
 """Name -> module. Imported when first asked for: a conversion starts 0.6 s sooner without it."""
 
+CONTROLLER = f"{TRAIN}.execution.controller.controller"
+"""Where `TrainController` is. Check that it still needs no actor around it."""
 node_cpus = utils.get_num_cpus
 """CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
 LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Variable that `on_loopback` sets to "0" for Ray's processes, which inherit it."""
+NO_WATCHER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""For a local Ray, whose only node nobody takes away."""
 SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": 60_000}
 """For `ray.init(_system_config=...)`: by default an idle process ends after a second, between two
 windows of rows, and a new one takes a core for four. Check the key in Ray's ray_config_def.h."""
 UNUSED = ("start_log_monitor", "start_api_server", "start_monitor")
 """Methods of a node that start processes which a local cluster has no use for: they send logs to a
 driver that shows none, report that Ray is used, and look after other nodes."""
+
+STATISTICS = (
+    "update_execution_metrics", "update_iteration_metrics", "register_dataset_to_stats_actor",
+)  # fmt: skip
+"""Methods by which Ray Data tells its dashboard what it does."""
 
 
 def __getattr__(name: str) -> Any:
@@ -86,6 +99,26 @@ def without_unused() -> Iterator[None]:
     finally:
         for name, method in methods.items():
             setattr(Node, name, method)
+
+
+def run_here(of_controller: dict[str, Any]) -> Any:
+    """Runs Ray Train's controller in this thread to its end, and returns its result.
+
+    It hands its own actor to workers, for `ray.train.get_all_reported_checkpoints` alone, which
+    is not used here: they get None. Check who reads `controller_actor` of a worker's context.
+    When Ray has been shut down, the controller's next look at its workers must not start it anew.
+    Check that `enable_auto_connect` is still the switch.
+    """
+    auto_init_hook.enable_auto_connect = False
+    current_actor = RuntimeContext.current_actor
+    RuntimeContext.current_actor = None
+    try:
+        with _environment(NO_WATCHER):
+            controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
+        asyncio.run(controller.run())
+    finally:
+        RuntimeContext.current_actor = current_actor
+    return controller.get_result()
 
 
 def cpus_of_worker(scaling_config: Any) -> float:
@@ -127,24 +160,50 @@ def on_loopback() -> Iterator[None]:
     only switch is the one for systems without clusters, read from the environment by each of its
     processes. Check with `ss -ltn` that nothing listens on 0.0.0.0 while a command runs.
     """
-    local = {
-        LOCAL_ONLY: "0",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes the only node away
-    }
-    before, enabled = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(local)
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment(
+            {
+                LOCAL_ONLY: "0",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "NCCL_SOCKET_IFNAME": "lo",
+            }
+            | NO_WATCHER
+        ):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets variables of this process's environment meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(variables)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
-        for name in local:
+        for name in variables:
             if name in before:
                 os.environ[name] = before[name]
             else:
                 del os.environ[name]
+
+
+def without_statistics() -> None:
+    """Keeps Ray Data in this process, in a local Ray, from starting an actor for a dashboard.
+
+    A local Ray has none, and starting the actor takes 1.3 s of CPU. Check that `_StatsManager`
+    alone talks to `_StatsActor`, by these methods, and that an id is any string.
+    """
+    if os.environ.get(LOCAL_ONLY) != "0" and started_node() is None:
+        return
+    from ray.data._internal.stats import _StatsManager
+
+    for name in STATISTICS:
+        setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
+    _StatsManager.gen_dataset_id_from_stats_actor = staticmethod(lambda: uuid.uuid4().hex)
 
 
 def replica_on_loopback() -> None:
