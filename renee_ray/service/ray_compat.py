@@ -110,14 +110,14 @@ def run_here(of_controller: dict[str, Any]) -> Any:
     Check that `enable_auto_connect` is still the switch.
     """
     auto_init_hook.enable_auto_connect = False
-    current_actor = RuntimeContext.current_actor
-    RuntimeContext.current_actor = None
+    context: Any = RuntimeContext
+    current_actor, context.current_actor = context.current_actor, None
     try:
         with _environment(NO_WATCHER):
             controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
         asyncio.run(controller.run())
     finally:
-        RuntimeContext.current_actor = current_actor
+        context.current_actor = current_actor
     return controller.get_result()
 
 
@@ -203,7 +203,8 @@ def without_statistics() -> None:
 
     for name in STATISTICS:
         setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
-    _StatsManager.gen_dataset_id_from_stats_actor = staticmethod(lambda: uuid.uuid4().hex)
+    manager: Any = _StatsManager
+    manager.gen_dataset_id_from_stats_actor = staticmethod(lambda: uuid.uuid4().hex)
 
 
 def replica_on_loopback() -> None:
