@@ -25,7 +25,6 @@ def test_what_is_imported_late_is_there(name: str) -> None:
 
 
 def test_what_is_overridden_is_there() -> None:
-    from ray._private import auto_init_hook
     from ray._private.node import Node
     from ray.data._internal.stats import _StatsManager
     from ray.runtime_context import RuntimeContext
@@ -39,7 +38,6 @@ def test_what_is_overridden_is_there() -> None:
     assert all(callable(getattr(_StatsManager, name)) for name in ray_compat.STATISTICS)
     assert callable(_StatsManager.gen_dataset_id_from_stats_actor)
     assert callable(importlib.import_module(ray_compat.CONTROLLER).TrainController)
-    assert isinstance(auto_init_hook.enable_auto_connect, bool)
     assert isinstance(RuntimeContext.current_actor, property)
     with pytest.raises(AttributeError, match="no attribute 'Unknown'"):
         _ = ray_compat.Unknown

@@ -38,10 +38,10 @@ from renee_ray.service.policies import (
 )
 from renee_ray.service.preemption import CheckpointBeforeResize, SignalHandler
 from renee_ray.service.ray_compat import (
+    ControllerHere,
     DatasetsCallback,
     PlacementGroupCleanerCallback,
     node_cpus,
-    run_here,
 )
 from renee_ray.service.run.lease import LeaseLost
 from renee_ray.signals import at_signals
@@ -101,7 +101,8 @@ def launch(
         )
         try:
             return interruptible(trainer.fit, on_stop, grace_s, check, stopping).return_value
-        except LeaseLost:  # raised by `check`, in this process
+        except LeaseLost:  # raised by `check`, in this process, and followed by Ray's shutdown
+            trainer.here.cancel()
             raise
         except Exception as error:
             found = user_error(error)
@@ -139,8 +140,12 @@ class _Trainer(TorchTrainer):
     """A TorchTrainer with our policies, and without actors that do nothing for it.
 
     An idle process of Ray's polls, and takes 0.2 GB. The controller's own takes 3.4 s of CPU to
-    start, before the workers can. On a cluster it may outlive a driver that hangs; here it cannot.
+    start, before the workers can, so a local one is `here`.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.here = ControllerHere()
 
     def _initialize_and_run_controller(self, **of_controller: Any) -> Any:
         # Workers read for themselves (service/feed.py), so the trainer is given no datasets.
@@ -155,7 +160,7 @@ class _Trainer(TorchTrainer):
         if scaling.elasticity_enabled:
             of_controller["scaling_policy"] = Elastic(scaling)
         if started_here():
-            return run_here(of_controller)
+            return self.here.run(of_controller)
         return super()._initialize_and_run_controller(**of_controller)  # type: ignore[misc]
 
 

@@ -8,7 +8,7 @@ Two methods of Ray's are private and overridden elsewhere, beside what they deci
 
     TorchTrainer._initialize_and_run_controller    launch.py: hands our policies to the controller.
         Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`,
-        and that its actor is only asked to `run` and then for `get_result`, as `run_here` does.
+        and that its actor is only asked to `run`, then for `get_result`, as `ControllerHere` does.
     ElasticScalingPolicy._count_possible_workers   policies.py: leaves a CPU to the reading tasks.
         Check that the policy still sizes a group of workers by this method alone.
 """
@@ -23,11 +23,11 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray._private import auto_init_hook, ray_constants, utils
+from ray._private import ray_constants, utils
 from ray._private.node import Node
 from ray.runtime_context import RuntimeContext
 
@@ -58,6 +58,8 @@ node_cpus = utils.get_num_cpus
 """CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
 LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Variable that `on_loopback` sets to "0" for Ray's processes, which inherit it."""
+CANCEL_S = 10.0
+"""Seconds for which the end of a controller in this process is waited for."""
 NO_WATCHER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """For a local Ray, whose only node nobody takes away."""
 SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": 60_000}
@@ -101,24 +103,45 @@ def without_unused() -> Iterator[None]:
             setattr(Node, name, method)
 
 
-def run_here(of_controller: dict[str, Any]) -> Any:
-    """Runs Ray Train's controller in this thread to its end, and returns its result.
+class ControllerHere:
+    """Ray Train's controller in a thread of this process, which needs no process of its own then.
 
     It hands its own actor to workers, for `ray.train.get_all_reported_checkpoints` alone, which
     is not used here: they get None. Check who reads `controller_actor` of a worker's context.
-    When Ray has been shut down, the controller's next look at its workers must not start it anew.
-    Check that `enable_auto_connect` is still the switch.
     """
-    auto_init_hook.enable_auto_connect = False
-    context: Any = RuntimeContext
-    current_actor, context.current_actor = context.current_actor, None
-    try:
-        with _environment(NO_WATCHER):
-            controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
-        asyncio.run(controller.run())
-    finally:
-        context.current_actor = current_actor
-    return controller.get_result()
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._cancel: Callable[[], object] | None = None
+
+    def run(self, of_controller: dict[str, Any]) -> Any:
+        """Runs a controller that is made of these arguments to its end; returns its result."""
+        context: Any = RuntimeContext
+        current_actor, context.current_actor = context.current_actor, None
+        try:
+            with _environment(NO_WATCHER):
+                controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
+            asyncio.run(self._run(controller))
+        finally:
+            context.current_actor = current_actor
+            self._ended.set()
+        return controller.get_result()
+
+    async def _run(self, controller: Any) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        await controller.run()
+
+    def cancel(self) -> None:
+        """Ends the controller between two looks at its workers, CANCEL_S later at most.
+
+        If Ray were shut down while it looks, Ray would end this process.
+        """
+        if self._cancel is not None and not self._ended.is_set():
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                self._cancel()
+            self._ended.wait(CANCEL_S)
 
 
 def cpus_of_worker(scaling_config: Any) -> float:
