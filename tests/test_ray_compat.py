@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def test_what_is_imported_late_is_there(name: str) -> None:
 
 def test_what_is_overridden_is_there() -> None:
     from ray._private.node import Node
+    from ray.data._internal.stats import _StatsManager
+    from ray.runtime_context import RuntimeContext
     from ray.serve._private import replica
     from ray.train.torch import TorchTrainer
 
@@ -32,5 +35,9 @@ def test_what_is_overridden_is_there() -> None:
     assert callable(ray_compat.ElasticScalingPolicy._count_possible_workers)
     assert callable(replica.add_port_to_grpc_server)
     assert all(callable(getattr(Node, name)) for name in ray_compat.UNUSED)
+    assert all(callable(getattr(_StatsManager, name)) for name in ray_compat.STATISTICS)
+    assert callable(_StatsManager.gen_dataset_id_from_stats_actor)
+    assert callable(importlib.import_module(ray_compat.CONTROLLER).TrainController)
+    assert isinstance(RuntimeContext.current_actor, property)
     with pytest.raises(AttributeError, match="no attribute 'Unknown'"):
         _ = ray_compat.Unknown

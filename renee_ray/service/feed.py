@@ -31,6 +31,7 @@ from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.parallel.threads import PATIENT_S, one_ahead
 from renee_ray.scoring.neighbours import Neighbours
+from renee_ray.service.ray_compat import without_statistics
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def reading(
 
 
 def _tables(windows: Sequence[Window], start: Position) -> list[pa.Table]:
+    without_statistics()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

@@ -7,25 +7,29 @@ and `tests/service`. No other module imports a private part of Ray (tests/test_r
 Two methods of Ray's are private and overridden elsewhere, beside what they decide:
 
     TorchTrainer._initialize_and_run_controller    launch.py: hands our policies to the controller.
-        Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`.
+        Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`,
+        and that its actor is only asked to `run`, then for `get_result`, as `ControllerHere` does.
     ElasticScalingPolicy._count_possible_workers   policies.py: leaves a CPU to the reading tasks.
         Check that the policy still sizes a group of workers by this method alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 from ray._private import ray_constants, utils
 from ray._private.node import Node
+from ray.runtime_context import RuntimeContext
 
 TRAIN = "ray.train.v2._internal"
 LAZY = {
@@ -48,16 +52,27 @@ LAZY = {
 }
 """Name -> module. Imported when first asked for: a conversion starts 0.6 s sooner without it."""
 
+CONTROLLER = f"{TRAIN}.execution.controller.controller"
+"""Where `TrainController` is. Check that it still needs no actor around it."""
 node_cpus = utils.get_num_cpus
 """CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
 LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Variable that `on_loopback` sets to "0" for Ray's processes, which inherit it."""
+CANCEL_S = 10.0
+"""Seconds for which the end of a controller in this process is waited for."""
+NO_WATCHER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""For a local Ray, whose only node nobody takes away."""
 SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": 60_000}
 """For `ray.init(_system_config=...)`: by default an idle process ends after a second, between two
 windows of rows, and a new one takes a core for four. Check the key in Ray's ray_config_def.h."""
 UNUSED = ("start_log_monitor", "start_api_server", "start_monitor")
 """Methods of a node that start processes which a local cluster has no use for: they send logs to a
 driver that shows none, report that Ray is used, and look after other nodes."""
+
+STATISTICS = (
+    "update_execution_metrics", "update_iteration_metrics", "register_dataset_to_stats_actor",
+)  # fmt: skip
+"""Methods by which Ray Data tells its dashboard what it does."""
 
 
 def __getattr__(name: str) -> Any:
@@ -86,6 +101,47 @@ def without_unused() -> Iterator[None]:
     finally:
         for name, method in methods.items():
             setattr(Node, name, method)
+
+
+class ControllerHere:
+    """Ray Train's controller in a thread of this process, which needs no process of its own then.
+
+    It hands its own actor to workers, for `ray.train.get_all_reported_checkpoints` alone, which
+    is not used here: they get None. Check who reads `controller_actor` of a worker's context.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._cancel: Callable[[], object] | None = None
+
+    def run(self, of_controller: dict[str, Any]) -> Any:
+        """Runs a controller that is made of these arguments to its end; returns its result."""
+        context: Any = RuntimeContext
+        current_actor, context.current_actor = context.current_actor, None
+        try:
+            with _environment(NO_WATCHER):
+                controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
+            asyncio.run(self._run(controller))
+        finally:
+            context.current_actor = current_actor
+            self._ended.set()
+        return controller.get_result()
+
+    async def _run(self, controller: Any) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        await controller.run()
+
+    def cancel(self) -> None:
+        """Ends the controller between two looks at its workers, CANCEL_S later at most.
+
+        If Ray were shut down while it looks, Ray would end this process.
+        """
+        if self._cancel is not None and not self._ended.is_set():
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                self._cancel()
+            self._ended.wait(CANCEL_S)
 
 
 def cpus_of_worker(scaling_config: Any) -> float:
@@ -127,24 +183,51 @@ def on_loopback() -> Iterator[None]:
     only switch is the one for systems without clusters, read from the environment by each of its
     processes. Check with `ss -ltn` that nothing listens on 0.0.0.0 while a command runs.
     """
-    local = {
-        LOCAL_ONLY: "0",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes the only node away
-    }
-    before, enabled = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(local)
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment(
+            {
+                LOCAL_ONLY: "0",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "NCCL_SOCKET_IFNAME": "lo",
+            }
+            | NO_WATCHER
+        ):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets variables of this process's environment meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(variables)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
-        for name in local:
+        for name in variables:
             if name in before:
                 os.environ[name] = before[name]
             else:
                 del os.environ[name]
+
+
+def without_statistics() -> None:
+    """Keeps Ray Data in this process, in a local Ray, from starting an actor for a dashboard.
+
+    A local Ray has none, and starting the actor takes 1.3 s of CPU. Check that `_StatsManager`
+    alone talks to `_StatsActor`, by these methods, and that an id is any string.
+    """
+    if os.environ.get(LOCAL_ONLY) != "0" and started_node() is None:
+        return
+    from ray.data._internal.stats import _StatsManager
+
+    for name in STATISTICS:
+        setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
+    manager: Any = _StatsManager
+    manager.gen_dataset_id_from_stats_actor = staticmethod(lambda: uuid.uuid4().hex)
 
 
 def replica_on_loopback() -> None:

@@ -310,8 +310,9 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(trained_longer: R
     """By SIGTERM, during training."""
     path, stopped = trained_longer.path, trained_longer.command
     below = Path(path).with_name(PROCESSES).read_text()
-    assert "ray::TrainController" in below and "ray::_ChannelActor" in below
-    assert not re.search("PlacementGroupCleaner|DatasetManager|_QueueActor", below), below
+    assert "ray::RayTrainWorker" in below and "ray::_ChannelActor" in below
+    unused = "PlacementGroupCleaner|DatasetManager|_QueueActor|TrainController|Preemption|_Stats"
+    assert not re.search(unused, below), below
     assert stopped.stdout == "" and "Traceback" not in stopped.stderr
     assert f"stopped after step {newest_commit(path)}" in stopped.stderr
     assert len(trained_longer.history["steps"]) == newest_commit(path)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.report.status import read_status
 from renee_ray.service.run.directory import RunDirectory
 
-from .conftest import end, finish, start, until
+from .conftest import end, finish, paused, start, until
 
 
 def journal(output: Path) -> list[dict[str, Any]]:
@@ -22,17 +23,28 @@ def journal(output: Path) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())["trials"]) if path.exists() else []
 
 
+def trained_some(output: Path) -> bool:
+    """Whether the first trial has a checkpoint to go on from."""
+    newest = RunDirectory(str(output / "trial-000")).checkpoints().newest()
+    return newest is not None and newest.state.step > 0
+
+
 @pytest.mark.slow
-def test_a_search_that_is_killed_goes_on(dataset: str, recipe: str, tmp_path: Path) -> None:
+def test_a_search_that_is_killed_goes_on(
+    dataset: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "tuned"
     command = [
         "tune", recipe, f"data={dataset}", f"output={output}", "trials=2", "num_workers=1",
         "table=false", "space.classifier.learning_rate=1e-4..1e-2",
-        "epochs=12", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
+        "epochs=4", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
     ]  # fmt: skip
     process = start(*command)
     try:
-        until(lambda: any(each["results"] for each in journal(output)), process, "a result")
+        until(lambda: trained_some(output), process, "a checkpoint")
+        with paused(process.pid):  # so that the trial is still running when it is killed
+            until(lambda: any(each["results"] for each in journal(output)), process, "a result")
+            end(process)
     finally:
         end(process)
     before = journal(output)
@@ -74,10 +86,11 @@ def test_a_search_that_is_killed_goes_on(dataset: str, recipe: str, tmp_path: Pa
     assert identity["dataset"] == Dataset.open(dataset).manifest.hash
     assert "Trial" in (output / "tuning.html").read_text()
 
-    refused = finish(start(*command, "space.epochs=2..3"))
-    assert refused.status == 1 and "is a search with space=" in refused.stderr
+    capsys.readouterr()
+    assert main([*command, "space.epochs=2..3"]) == 1
+    assert "is a search with space=" in capsys.readouterr().err
     (output / "tuning.json").unlink()
     kept = (output / "best.yaml").read_bytes()
-    refused = finish(start(*command))
-    assert refused.status == 1 and "best.yaml is not of a search" in refused.stderr
+    assert main(command) == 1
+    assert "best.yaml is not of a search" in capsys.readouterr().err
     assert (output / "best.yaml").read_bytes() == kept
