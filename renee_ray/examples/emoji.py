@@ -2,8 +2,8 @@
 
     python -m renee_ray.examples.emoji CLDR/common/annotations/en.xml DIRECTORY
 
-Queries, labels and the split are described in EmojiSearch-1.5K.md, beside this file. All choices that
-look random are hashes of the texts, so the same input gives the same files.
+Queries, labels and the split are described in EmojiSearch-1.5K.md, beside this file. All choices
+that look random are hashes of the texts, so the same input gives the same files.
 """
 
 from __future__ import annotations
