@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from renee_ray.config.score import IndexConfig
 from renee_ray.parallel.batch import Ragged
 from renee_ray.scoring.index import Classifier, ExactSearch, Part, load_faiss
 from renee_ray.scoring.index_building import (
@@ -63,9 +64,10 @@ def measure(labels: int, factory: str, spread: bool) -> dict[str, Any]:
     owned = LabelRange(0, labels, labels)
     classifier = Classifier([Shard(owned, Weights.of(weights))], [offsets if spread else None])
     part = Part(0, labels, survey.greatest, index)
+    candidates = IndexConfig().candidates
     none = Ragged.of_lists([[]] * POINTS)
     exact = ExactSearch(classifier)
-    return facts | swept(exact, [part], embeddings, (none, none), 10, RECALL)
+    return facts | swept(exact, [part], embeddings, (none, none), candidates, RECALL)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ what is indexed of a range is (Bachrach et al., RecSys 2014)
 
 The order by L2 distance is exactly the order by score. The factor M / |[e, 1]| keeps that order and
 puts the query on the sphere of all x_l, so that centroids inside it are compared fairly. Vectors
-are padded with zeros to a multiple of 16, which FAISS compares fastest.
+are padded with zeros to a multiple of 8, which FAISS compares fastest.
 
-The index holds compressed vectors, so it only proposes: of each range the c k nearest labels, whose
-scores are then computed with the true weights.
+The index holds compressed vectors, so it only proposes: of each range the c max(k, 10) nearest
+labels, whose scores are then computed with the true weights.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ MANIFEST, FORMAT_VERSION = "index.json", 1
 FILES = re.compile(r"labels-\d{12}-\d{12}\.(?:faiss|json)|recall\.html")
 RESCORED_BYTES = 1 << 26
 """Bytes of true weights that are gathered at once."""
+FEWEST = 10
+"""Labels that candidates are found for, where fewer are asked for."""
 
 
 def load_faiss() -> Any:
@@ -96,18 +98,16 @@ class Classifier:
 
     def score(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Computes scores float32 [B, c] of labels int64 [B, c], host memory; -inf for `NONE`."""
-        stops = torch.tensor([shard.owned.stop for shard in self.shards])
         scores = torch.full(labels.shape, -torch.inf, device=embeddings.device)
         rows = max(1, RESCORED_BYTES // (4 * embeddings.shape[1] * labels.shape[1]))
         for ids, here, e in zip(
             *(t.split(rows) for t in (labels, scores, embeddings)), strict=True
         ):
-            which = torch.bucketize(ids, stops, right=True).masked_fill_(ids == NONE, -1)
-            for i in set(which.unique().tolist()) - {-1}:
-                row, place = (which == i).nonzero(as_tuple=True)
-                local = (ids[row, place] - self.shards[i].owned.start).to(e.device)
-                found = (self.shards[i].weights.weight.pick(local) * e[row]).sum(1)
-                offset = self.offsets[i]
+            for shard, offset in zip(self.shards, self.offsets, strict=True):
+                owned = shard.owned
+                row, place = ((ids >= owned.start) & (ids < owned.stop)).nonzero(as_tuple=True)
+                local = (ids[row, place] - owned.start).to(e.device)
+                found = (shard.weights.weight.pick(local) * e[row]).sum(1)
                 here[row, place] = found if offset is None else found + offset[local]
         return scores
 
@@ -170,7 +170,7 @@ class IndexSearch:
     Args:
         parts: ranges that cover the labels of `classifier`, and may reach beyond them.
         effort: efSearch of HNSW, nprobe of IVF.
-        factor: c, candidates of a range for each label asked for.
+        factor: c, candidates of a range for each label asked for, and at least for 10.
     """
 
     def __init__(
@@ -189,7 +189,8 @@ class IndexSearch:
     ) -> tuple[Tensor, Tensor]:
         """As `ExactSearch.search`; a row gets fewer than k labels where the index finds fewer."""
         load_faiss().omp_set_num_threads(torch.get_num_threads())
-        start, stop, number = self.classifier.start, self.classifier.stop, self.factor * k
+        start, stop = self.classifier.start, self.classifier.stop
+        number = self.factor * max(k, FEWEST)
         banned = torch.empty(0, dtype=torch.int64)
         if excluded is not None:
             rows, local = (each.cpu() for each in excluded.by_chunk([(0, stop - start)])[0][:2])
@@ -202,8 +203,9 @@ class IndexSearch:
             for part, selector in zip(self.parts, self._selectors, strict=True)
         ]
         labels = torch.from_numpy(np.hstack([*found, np.full((len(queries), k), NONE)]))
-        keys = torch.arange(len(labels))[:, None] * stop + labels
-        labels[torch.isin(keys, banned) & (labels != NONE)] = NONE
+        if len(banned):
+            keys = torch.arange(len(labels))[:, None] * stop + labels
+            labels[torch.isin(keys, banned) & (labels != NONE)] = NONE
         scores = self.classifier.score(embeddings, labels)
         labels = labels.to(scores.device).masked_fill_(scores == -torch.inf, NONE)
         return merge_topk([scores], [labels], k)

@@ -83,7 +83,7 @@ def efforts_of(part: Part) -> tuple[str, list[int]]:
     if isinstance(part.index, faiss.IndexHNSW):
         return "efSearch", [2**i for i in range(4, 11)]
     if isinstance(part.index, faiss.IndexIVF):
-        return "nprobe", [2**i for i in range(11) if 2**i <= part.index.nlist]
+        return "nprobe", [2**i for i in range(part.index.nlist.bit_length())]
     return "none", [0]
 
 
