@@ -2,7 +2,7 @@
 
     python -m renee_ray.examples.emoji CLDR/common/annotations/en.xml DIRECTORY
 
-Queries, labels and the split are described in EmojiSearch-1.5K.md, beside this file. All choices that
+EmojiSearch-1.5K.md, beside this file, describes queries, labels and the split. All choices that
 look random are hashes of the texts, so the same input gives the same files.
 """
 

@@ -1,4 +1,4 @@
-"""The example dataset EmojiSearch-1.5K: the script that makes it, and the archive that is shipped."""
+"""The example dataset EmojiSearch-1.5K: the script that makes it, and the shipped archive."""
 
 from __future__ import annotations
 
