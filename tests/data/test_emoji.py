@@ -1,4 +1,4 @@
-"""The example dataset EmojiSearch-1.5K: the script that makes it, and the archive shipped."""
+"""The example dataset EmojiSearch-1.5K: the script that makes it, and the shipped archive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.examples import emoji
+from tests import make_emoji as emoji
 
 ARCHIVE = emoji.LICENCE.with_name(f"{emoji.NAME}.tar.gz")
 SYMBOLS = {

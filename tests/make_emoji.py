@@ -1,9 +1,9 @@
 """Makes EmojiSearch-1.5K.tar.gz, an example dataset, from the emoji keywords of Unicode CLDR.
 
-    python -m renee_ray.examples.emoji CLDR/common/annotations/en.xml DIRECTORY
+    python -m tests.make_emoji CLDR/common/annotations/en.xml DIRECTORY
 
-Queries, labels and the split are described in EmojiSearch-1.5K.md, beside this file. All choices
-that look random are hashes of the texts, so the same input gives the same files.
+EmojiSearch-1.5K.md, beside this file, describes queries, labels and the split. All choices that
+look random are hashes of the texts, so the same input gives the same files.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from pathlib import Path
 
 import regex  # knows, unlike the standard library, which characters are emoji
 
+import renee_ray.examples
+
 NAME = "EmojiSearch-1.5K"
-LICENCE = Path(__file__).with_name(f"{NAME}.LICENSE")
+LICENCE = Path(renee_ray.examples.__path__[0], f"{NAME}.LICENSE")
 MAX_LABELS = 50
 """A query that fits more emoji than these says too little: face, man, woman."""
 MOST = {2: 4, 3: 2}
