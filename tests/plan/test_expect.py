@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_recipe
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
+from renee_ray.parallel.collectives import Ranks
+from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.score.evaluate import as_scored, differences
+from renee_ray.xfc.labels import LabelRange
 
 from .conftest import LABELS
 
@@ -50,3 +56,13 @@ def test_expect_refuses_what_it_would_ignore(
     assert main(["expect", "nowhere", override]) == 1
     key = override.partition("=")[0]
     assert f"leave {key} out" in capsys.readouterr().err
+
+
+def test_augmented_propensities_count_label_texts_as_points(sample: str) -> None:
+    dataset = Dataset.open(f"{sample}/data")
+    own = LabelRange(10, 20, LABELS)
+    found = Propensities.read(dataset, own, Ranks(), augmented=True).own
+    points, count, a, b = 4000 + LABELS, 2, 0.55, 1.5  # each label of a sample says one point
+    expected = 1 + (math.log(points) - 1) * (b + 1) ** a * (count + b) ** -a
+    torch.testing.assert_close(found, torch.full((10,), expected, dtype=torch.float64))
+    assert (Propensities.read(dataset, own, Ranks()).own - found).abs().min() > 0.1

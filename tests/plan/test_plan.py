@@ -27,14 +27,12 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.models import resolve_model
 from renee_ray.machine import V1, V2, limit_bytes
 from renee_ray.model.encoder import build_encoder
-from renee_ray.parallel.collectives import Ranks
 from renee_ray.plan import devices
 from renee_ray.plan.devices import GIB, GPUS, find_device
 from renee_ray.plan.encoder import Transformer, find_transformer
 from renee_ray.plan.memory import STATES, Worker, Workload
 from renee_ray.plan.plan import find_workload, helpful, make_plan, needed
 from renee_ray.plan.time import network_bytes, step_seconds, steps_of_epoch
-from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.train import train as train_module
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes
@@ -432,16 +430,6 @@ def test_the_device_of_a_cluster_is_what_ray_says_of_its_nodes() -> None:
     kinds = [{"accelerator_type:L4": 1.0, "GPU": 8.0}, {"accelerator_type:A100": 1.0}, small]
     assert devices.cluster_device(kinds, True) == GPUS["a100"]
     assert devices.cluster_device([{"accelerator_type:MI300": 1.0}], True) is None
-
-
-def test_augmented_propensities_count_label_texts_as_points(sample: str) -> None:
-    dataset = Dataset.open(f"{sample}/data")
-    own = LabelRange(10, 20, LABELS)
-    found = Propensities.read(dataset, own, Ranks(), augmented=True).own
-    points, count, a, b = 4000 + LABELS, 2, 0.55, 1.5  # each label of a sample says one point
-    expected = 1 + (math.log(points) - 1) * (b + 1) ** a * (count + b) ** -a
-    torch.testing.assert_close(found, torch.full((10,), expected, dtype=torch.float64))
-    assert (Propensities.read(dataset, own, Ranks()).own - found).abs().min() > 0.1
 
 
 def test_no_transformer_has_no_states() -> None:

@@ -29,6 +29,22 @@ def trained_some(output: Path) -> bool:
     return newest is not None and newest.state.step > 0
 
 
+def assert_told_as_trained(trials: list[dict[str, Any]], output: Path) -> None:
+    """Each trial is a run of one worker, with every batch once and the results that are told."""
+    for i, trial in enumerate(trials):
+        run = str(output / f"trial-{i:03d}")
+        assert RunDirectory(run).config().num_workers == 1
+        history = RunDirectory(run).read("history.json") or {}
+        steps = [record["step"] for record in history["steps"]]
+        assert steps == list(range(1, len(steps) + 1)), "a batch was left out or trained twice"
+        values = [each["metrics"]["nDCG@5"] for each in history["evals"] if each["step"]]
+        told = [each["value"] for each in trial["results"]]
+        known = min(len(told), len(values))  # a run that is stopped may evaluate once more
+        assert known and told[:known] == values[:known]
+        # A run may end before it is told to.
+        assert read_status(run, 0.0)["state"] in {trial["state"], "finished"}
+
+
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on(
     dataset: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -70,18 +86,7 @@ def test_a_search_that_is_killed_goes_on(
     assert chosen.classifier.learning_rate == rate and trials[0]["settings"] == {
         "classifier.learning_rate": given
     }
-    for i, trial in enumerate(trials):
-        run = str(output / f"trial-{i:03d}")
-        assert RunDirectory(run).config().num_workers == 1
-        history = RunDirectory(run).read("history.json") or {}
-        steps = [record["step"] for record in history["steps"]]
-        assert steps == list(range(1, len(steps) + 1)), "a batch was left out or trained twice"
-        values = [each["metrics"]["nDCG@5"] for each in history["evals"] if each["step"]]
-        told = [each["value"] for each in trial["results"]]
-        known = min(len(told), len(values))  # a run that is stopped may evaluate once more
-        assert known and told[:known] == values[:known]
-        # A run may end before it is told to.
-        assert read_status(run, 0.0)["state"] in {trial["state"], "finished"}
+    assert_told_as_trained(trials, output)
     identity = json.loads((output / "tuning.json").read_text())
     assert identity["dataset"] == Dataset.open(dataset).manifest.hash
     assert "Trial" in (output / "tuning.html").read_text()
