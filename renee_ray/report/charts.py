@@ -71,7 +71,7 @@ class Axis:
         low, high = self.low / unit, self.high / unit
         power = 10.0 ** np.floor(np.log10((high - low) / TICKS))
         step = next(m * power for m in (1, 2, 5, 10) if m * power * TICKS >= high - low)
-        numbers = step * np.arange(np.ceil(low / step), np.floor(high / step) + 1)
+        numbers = step * np.arange(np.ceil(low / step), np.floor(high / step) + 1) + 0.0  # not -0
         return list(zip(self.at(numbers * unit), map(_short, numbers.tolist()), strict=True))
 
 
