@@ -23,7 +23,7 @@ from renee_ray.data import dataset as layout
 from renee_ray.data.tokenizer import load
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-STEPS, EVERY = 16, 2
+STEPS, EVERY = 48, 2
 SETTINGS: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     # labels, batch, workers; D and layers of a random BERT, or 0: MiniLM or none; the other keys
     "empty": (64, 8, 1, 16, 1, {}),
