@@ -319,7 +319,7 @@ def test_a_conversion_that_dies_and_the_next_one(tmp_path: Path, model: str) -> 
 
     def shorten(message: str) -> None:
         if message == "blocks read: 2 of 2":
-            (texts,) = Path(dst).rglob("_scratch/*/labels/*.parquet")
+            (texts,) = Path(dst).rglob("_scratch/labels/*.parquet")
             os.truncate(texts, texts.stat().st_size - 9)
 
     with pytest.raises(ReneeError, match=r"/labels/.*\.parquet"):
