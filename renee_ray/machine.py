@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -17,10 +18,23 @@ V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
 V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
 """Of each version of cgroups: where it is mounted, its limit, its use, and what of that are pages
 of files that nobody has used for a while, which the kernel takes back before it refuses any."""
-
-
 COMMAND_S = 10.0
 """Seconds that a command may take: a driver that is broken may hang."""
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of this process's environment meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def output(command: list[str], timeout_s: float = COMMAND_S) -> list[str]:
@@ -30,10 +44,10 @@ def output(command: list[str], timeout_s: float = COMMAND_S) -> list[str]:
         FileNotFoundError: it is not installed.
         OSError: it fails or takes too long, with the reason as one sentence.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    variables = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=timeout_s
+            command, capture_output=True, text=True, env=variables, timeout=timeout_s
         )
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} takes longer than {timeout_s:g} s") from None

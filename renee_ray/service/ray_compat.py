@@ -31,6 +31,8 @@ from ray._private import ray_constants, utils
 from ray._private.node import Node
 from ray.runtime_context import RuntimeContext
 
+from renee_ray.machine import environment
+
 TRAIN = "ray.train.v2._internal"
 LAZY = {
     # Base of our failure policy. Check that `make_decision` still takes one error, and that
@@ -119,7 +121,7 @@ class ControllerHere:
         context: Any = RuntimeContext
         current_actor, context.current_actor = context.current_actor, None
         try:
-            with _environment(NO_WATCHER):
+            with environment(NO_WATCHER):
                 controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
             asyncio.run(self._run(controller))
         finally:
@@ -183,35 +185,14 @@ def on_loopback() -> Iterator[None]:
     only switch is the one for systems without clusters, read from the environment by each of its
     processes. Check with `ss -ltn` that nothing listens on 0.0.0.0 while a command runs.
     """
+    local = {LOCAL_ONLY: "0", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | NO_WATCHER
     enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with _environment(
-            {
-                LOCAL_ONLY: "0",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "NCCL_SOCKET_IFNAME": "lo",
-            }
-            | NO_WATCHER
-        ):
+        with environment(local):
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets variables of this process's environment meanwhile."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
 
 
 def without_statistics() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from renee_ray.config.schema import RunConfig
+from renee_ray.machine import environment
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.launch import NICENESS, threads_of, worker_environment
 
@@ -33,9 +33,9 @@ def run_processes(
         what rank 0 returned.
     """
     num_ranks = config.max_workers
-    environment = worker_environment(threads_of(config, use_gpu, num_ranks))
+    variables = worker_environment(threads_of(config, use_gpu, num_ranks))
     with tempfile.TemporaryDirectory(prefix="renee-ray-bare-") as directory:
-        with _environment(environment):
+        with environment(variables):
             mp.spawn(
                 _process, (directory, function, num_ranks, use_gpu, config.timeout_s),
                 nprocs=num_ranks,
@@ -68,14 +68,3 @@ def _process(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
