@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
 import pytest
 
-from renee_ray.machine import _limits, available_bytes, limit_bytes
+from renee_ray.machine import _limits, available_bytes, environment, limit_bytes
 
 UNLIMITED_V1 = 9223372036854771712
 V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
@@ -62,3 +63,10 @@ def test_without_a_limit_the_machine_is_it(tmp_path: Path, own: str) -> None:
 
 def test_where_there_is_no_group(tmp_path: Path) -> None:
     assert 0 < available_bytes(tmp_path) <= psutil.virtual_memory().total
+
+
+def test_the_environment_is_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with environment({"OMP_NUM_THREADS": "3", "SOMETHING_NEW": "x"}):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["SOMETHING_NEW"]) == ("3", "x")
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "SOMETHING_NEW" not in os.environ

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +24,6 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.model.model import Model
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.service.bench import processes
 from renee_ray.training.loop import Trainer
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -133,10 +131,3 @@ def test_the_clock_counts_from_asking_to_asking(monkeypatch: pytest.MonkeyPatch)
     assert [next(clock) for _ in range(3)] == list[Any]("abc")
     assert clock.seconds(0, 2) == 7.0 and clock.seconds(1, 2) == 4.0
     assert clock.waited(0, 2) == 1.5 and clock.waited(2, 3) == 0.25
-
-
-def test_the_environment_is_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    with processes._environment({"OMP_NUM_THREADS": "3", "SOMETHING_NEW": "x"}):
-        assert (os.environ["OMP_NUM_THREADS"], os.environ["SOMETHING_NEW"]) == ("3", "x")
-    assert os.environ["OMP_NUM_THREADS"] == "7" and "SOMETHING_NEW" not in os.environ
