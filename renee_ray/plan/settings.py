@@ -25,6 +25,8 @@ SMALL, LARGE = 10_000, 1_000_000
 """Training points from which on a dataset is no longer small, and is large."""
 LONGEST = 128
 """Tokens of a text beyond which none is read."""
+SAVED = 400
+"""Steps between checkpoints of a run that is validated at its end alone."""
 ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
 """Validation points from which on `evaluation.tail` is chosen by them, and among which values."""
 
@@ -77,6 +79,10 @@ def _fitted(
         yield "classifier.precision", "auto", "a large classifier"
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
+    if "evaluation.every" not in given:
+        yield "evaluation.every", 0, "the last weights are kept: which are best, few points tell"
+        if "checkpoint.every_steps" not in given:
+            yield "checkpoint.every_steps", SAVED, "minutes on a CPU"
     if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
         yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
 

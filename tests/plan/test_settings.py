@@ -13,7 +13,7 @@ from renee_ray.cli.train import automatic
 from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, Part
-from renee_ray.plan.settings import ENOUGH, LARGE, SMALL, TAILS, choose
+from renee_ray.plan.settings import ENOUGH, LARGE, SAVED, SMALL, TAILS, choose
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
 from ..data.tiny import write_tiny
@@ -83,9 +83,16 @@ def test_the_adjustment_is_chosen_where_validation_points_are_enough(dataset: Da
     assert chosen(ENOUGH, "evaluation.tail") is None
 
 
+def test_the_last_weights_are_kept_unless_the_user_says_when_to_validate(dataset: Dataset) -> None:
+    chosen, _ = choose(dataset.manifest, 0, 2)
+    assert (chosen["evaluation"]["every"], chosen["checkpoint"]["every_steps"]) == (0, SAVED)
+    kept, _ = choose(dataset.manifest, 0, 2, ["evaluation.every"])
+    assert int(kept["evaluation"]["every"]) == 4 and "checkpoint" not in kept
+
+
 def test_a_run_that_began_by_itself_goes_on_with_the_settings_it_has(dataset: Dataset) -> None:
     given = parse_overrides([f"data={dataset.path}", f"output={dataset.path}-run", "seed=3"])
     first = automatic(given)
     RunDirectory(first.output).write(RUN_FILE, {"config": first.model_dump(), "dataset": {}})
     again = automatic(parse_overrides([f"data={dataset.path}", f"output={first.output}"]))
-    assert again == first and again.evaluation.every == 4 and again.seed == 3
+    assert again == first and again.evaluation.every == 0 and again.seed == 3
