@@ -141,11 +141,18 @@ def ended(state: str, value: float | None = None, reason: str = "") -> Trial:
 
 def test_the_best_is_the_first_of_the_finished_ones() -> None:
     states = [("finished", 40.0), ("stopped", 90.0), ("finished", 50.0), ("finished", 50.0)]
-    assert best_of([ended(*each) for each in states]) == 2
+    assert best_of([ended(*each) for each in states], 100) == 2
     with pytest.raises(ReneeError, match="no room"):
-        best_of([ended("running", 99.0), ended("failed", None, "no room")])
+        best_of([ended("running", 99.0), ended("failed", None, "no room")], 100)
     with pytest.raises(ReneeError, match="more hours"):
-        best_of([ended("stopped", 99.0)])
+        best_of([ended("stopped", 99.0)], 100)
+
+
+def test_the_settings_as_given_stay_unless_another_trial_is_ahead_by_a_standard_error() -> None:
+    trials = [ended("finished", 46.34), ended("finished", 48.17)]
+    assert best_of(trials, 328) == 0, "the standard error is 2.76"
+    assert best_of(trials, 800) == 1, "1.77"
+    assert best_of([ended("failed"), *trials], 328) == 2, "there is nothing to stay with"
 
 
 SPACE: dict[str, Values] = {

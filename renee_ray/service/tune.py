@@ -9,6 +9,7 @@ OUTPUT/tuning.html   the trials as a page
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -242,7 +243,7 @@ def search(
             _run(config, base, space, journal, left, seconds if config.hours else None)
             journal.write()
     facts: dict[str, Any] = {
-        "best": best_of(journal.trials), "metric": base.evaluation.metric, "points": points,
+        "best": best_of(journal.trials, points), "metric": base.evaluation.metric, "points": points,
         "space": shown, "trials": journal.trials,
         "yaml": f"{base.output}/{BEST}", "report": f"{base.output}/{PAGE}",
     }  # fmt: skip
@@ -364,8 +365,12 @@ def shown_values(values: Values) -> str:
     return f"[{', '.join(map(str, values))}]"
 
 
-def best_of(trials: list[Trial]) -> int:
+def best_of(trials: list[Trial], points: int) -> int:
     """Returns the number of the finished trial with the highest value, the first of equals.
+
+    The first trial, with the settings as given, stays the best unless another is ahead by more than
+    a standard error, sqrt(p (1 - p) / points) for a share p of `points` validation points: the best
+    of a dozen trials is that of the luckiest, too.
 
     Raises:
         ReneeError: none has finished.
@@ -374,4 +379,7 @@ def best_of(trials: list[Trial]) -> int:
     if not finished:
         reasons = [each["reason"] for each in trials if each["reason"]]
         raise ReneeError(reasons[0] if reasons else "no trial has finished; give more hours")
-    return max(finished, key=lambda i: float(trials[i]["value"]))
+    values = {i: float(trials[i]["value"]) / 100 for i in finished}
+    best = max(finished, key=values.__getitem__)
+    error = math.sqrt(values[best] * (1 - values[best]) / points)
+    return 0 if 0 in values and values[best] - values[0] <= error else best
