@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 SHOWN = 200
 """Characters of a wrong value in an error's sentence."""
@@ -16,6 +17,14 @@ _UNSEEN = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff"
     r"\ud800-\udfff\ufff9-\ufffb]"
 )
+
+
+Progress = Callable[[str], None]
+"""Takes a line that tells how far a command is."""
+
+
+def silent(line: str) -> None:
+    """Tells nobody."""
 
 
 class ReneeError(Exception):
@@ -43,6 +52,11 @@ def redacted(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What another library's exception says, as a part of one sentence: its first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """What another library's exception says, as a part of one sentence: its first line.
+
+    Where that announces something ("failed due to:"), the last line, which tells it, follows.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

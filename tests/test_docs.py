@@ -70,7 +70,7 @@ def test_ci_runs_the_command_of_the_readme() -> None:
 def test_readme_names_the_commands_that_exist() -> None:
     from renee_ray.cli.main import cli
 
-    table = README[README.index("## Commands") : README.index("For example, on a dataset")]
+    table = README[README.index("## Commands") : README.index("```sh\nrenee-ray convert")]
     assert set(re.findall(r"^\| `renee-ray ([\w-]+)", table, re.MULTILINE)) == set(cli.commands)
 
 

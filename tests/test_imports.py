@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +26,10 @@ def test_what_a_process_does_without(module: str, without: set[str]) -> None:
     code = f"import sys, {module}; print({without} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
+
+
+def test_a_clone_in_the_current_directory_does_not_hide_the_package(tmp_path: Path) -> None:
+    """Ray's workers look there first, and a clone's directory is named like the package in it."""
+    (tmp_path / "renee_ray" / "renee_ray").mkdir(parents=True)
+    code = "import sys; sys.path.insert(0, ''); import renee_ray; renee_ray.__version__"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

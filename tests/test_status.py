@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from renee_ray.cli import main as cli
-from renee_ray.errors import ReneeError
+from renee_ray.errors import ReneeError, reason
 from renee_ray.report.status import (
     GPU_MEMORY,
     described,
@@ -76,9 +76,12 @@ def test_the_table_says_all_of_it() -> None:
         "step 400, 1:45 ago", "alpha", "490.0", "straggler",
     ):  # fmt: skip
         assert words in text, words
-    assert text.count("straggler") == 1 and "GPU" not in text
+    assert text.count("straggler") == 1 and "GPU" not in text and "started at" not in text
+    starts = [{"step": 0, "workers": 2}, {"step": 1650, "workers": 1}]
+    again = shown(described(CONTENT | {"starts": starts, "state": "stopped"}, now=1005.0))
+    assert "0 (2), 1,650 (1); workers in brackets" in again and "time left" not in again
     lines = {line.split("  ")[0]: line.split()[-1] for line in text.splitlines() if line}
-    assert (lines["skipped steps"], lines["restarts"]) == ("2", "1")
+    assert (lines["skipped steps"], lines["restarts after failures"]) == ("2", "1")
 
 
 def test_memory_of_a_gpu_is_shown_where_there_is_one() -> None:
@@ -140,3 +143,11 @@ def test_no_run(tmp_path: Path) -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0, 59.9, 61, 3600)] == ["0:00", "0:59", "1:01", "1:00:00"]
+
+
+def test_why_a_run_has_failed_is_in_its_reason() -> None:
+    told = "Training failed due to controller error:\nTraceback\n  File x\nImportError: no peft"
+    assert reason(ValueError(told)) == (
+        "Training failed due to controller error: ImportError: no peft"
+    )
+    assert reason(ValueError("one\ntwo")) == "one" and reason(ValueError()) == "ValueError"

@@ -36,7 +36,7 @@ def evaluate(config: ScoreConfig, run: str, dataset: str, as_json: bool) -> None
     """Score the run at RUN on a split of DATASET: P, nDCG, PSP, PSnDCG and recall at k."""
     from renee_ray.service.score.evaluate import evaluate_run
 
-    found = call(evaluate_run, run, dataset, config)
+    found = call(evaluate_run, run, dataset, config, say)
     print_result(found, as_json, f"{found['split']} split, step {found['step']}")
 
 
@@ -49,7 +49,7 @@ def predict(config: ScoreConfig, run: str, src: str, dst: str, as_json: bool) ->
     """
     from renee_ray.service.score.predict import predict_run
 
-    found = call(predict_run, run, src, dst, config)
+    found = call(predict_run, run, src, dst, config, say)
     print_result({**found, "predictions": dst}, as_json, f"predictions {dst}")
 
 

@@ -80,9 +80,10 @@ def _fitted(
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
     if "evaluation.every" not in given:
-        yield "evaluation.every", 0, "the last weights are kept: which are best, few points tell"
+        yield "evaluation.every", 0, "validation is at the end, and the last weights are kept"
         if "checkpoint.every_steps" not in given:
-            yield "checkpoint.every_steps", SAVED, "minutes on a CPU"
+            why = "checkpoints, from which a stopped run goes on"
+            yield "checkpoint.every_steps", SAVED, why
     if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
         yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
 

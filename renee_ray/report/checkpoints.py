@@ -49,19 +49,23 @@ def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) ->
     """Shows the list for a terminal; the best by `metric` is marked."""
     scores = [row["metrics"].get(metric) for row in rows if not row["problem"]]
     best = max((score for score in scores if score is not None), default=None)
+    longest = max((len(row["name"]) for row in rows), default=0)
     numbers = (Column(name, justify="right") for name in ("size", "workers", "written", metric))
-    table = Table("checkpoint", "step", *numbers, "verified" if verified else "sizes")
+    table = Table(
+        Column("checkpoint", no_wrap=True, min_width=longest),
+        *numbers,
+        "verified" if verified else "sizes",
+    )
     for row in rows:
         score = row.get("metrics", {}).get(metric)
         shown = "" if score is None else f"{score:.2f}" + (" best" if score == best else "")
-        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.get("time_s", 0)))
+        written = time.strftime("%m-%d %H:%M", time.localtime(row.get("time_s", 0)))
         table.add_row(
             row["name"],
-            str(row["step"]),
             decimal(row["bytes"]) if "bytes" in row else "",
             str(row.get("workers", "")),
             written if "time_s" in row else "",
             shown,
-            Text(row["problem"], style="red") if row["problem"] else "as written",
+            Text(row["problem"], style="red") if row["problem"] else "right",
         )
     return table

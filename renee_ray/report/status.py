@@ -152,7 +152,7 @@ def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "epoch", f"{status['epoch']:.2f}{of}"
         yield "loss", f"{status['loss']:.3f}"
         yield "speed", f"{status['rows_per_second']:,.0f} rows/s, {status['padding']:.0%} padding"
-        if status["state"] != "finished":
+        if status["state"] in ("running", "waiting"):
             yield "time left", duration(status["seconds_left"])
     peak, reserved, total = (status.get(name) for name in GPU_MEMORY)
     if peak is not None:
@@ -167,7 +167,10 @@ def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago",
         )
     yield "skipped steps", str(status["skipped"])
-    yield "restarts", str(status["restarts"])
+    if len(status["starts"]) > 1:
+        each = (f"{start['step']:,} ({start['workers']})" for start in status["starts"])
+        yield "started at step", f"{', '.join(each)}; workers in brackets"
+    yield "restarts after failures", str(status["restarts"])
 
 
 def _evaluation(status: Mapping[str, Any], name: str) -> str:

@@ -254,10 +254,15 @@ OWN_REFUSED = {
     ),
     "csv-two-texts": refused(
         files(**{"train.csv": lines("title,body,tags", "a,b,c")}),
-        r"train\.csv.*'title', 'body'.*give text=title, or text=title\+body",
+        r"train\.csv: which of .*'title', 'body'.*is the text\?.*text=title labels=tags ",
     ),
     "csv-two-labels": refused(
-        files(**{"train.csv": lines("text,tags,topics", "a,b,c")}), "'tags', 'topics'.*labels=tags"
+        files(**{"train.csv": lines("text,tags,topics", "a,b,c")}),
+        "'tags', 'topics'.*is the labels\\?.*text=text labels=tags ",
+    ),
+    "csv-both-unknown": refused(
+        files(**{"train.csv": lines("name,summary,used,needs", "a,a lamp of red,yes,b;c")}),
+        r"is the text and the labels\?.*text=summary labels=needs ",
     ),
     "csv-two-separators": refused(
         files(**{"train.csv": lines("text;tags", "a;b,c|d")}), r"'\|' or ','.*separator=none"

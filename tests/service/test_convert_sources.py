@@ -23,12 +23,12 @@ KINDS = sources.KINDS | OWN
 REFUSED = sources.REFUSED | OWN_REFUSED
 
 
-def convert(kind: Kind, path: Path) -> Dataset:
+def convert(kind: Kind, path: Path, source: str = "src") -> Dataset:
     kind.write(path / "src")
     fixed = {"tokenizer": write_tokenizer(path / "model", WORDS), "max_length": 16}
     fixed |= {"validation": 0, "test": 0}
     config = ConvertConfig.model_validate({**fixed, **kind.settings})
-    service.convert(str(path / "src"), str(path / "dst"), config)
+    service.convert(str(path / source), str(path / "dst"), config)
     return Dataset.open(str(path / "dst"))
 
 
@@ -80,6 +80,14 @@ def test_what_was_odd_is_counted_and_what_is_not_read_is_said(tmp_path: Path) ->
     config = ConvertConfig(tokenizer=made.manifest.tokenizer, validation=0, test=0)
     service.convert(str(tmp_path / "hub"), str(tmp_path / "d"), config, said.append)
     assert any("validation-00000-of-00001.parquet is not read" in text for text in said)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("name", "file"), [("csv-pairs", "train.csv"), ("parquet-dictionary", "train.parquet")]
+)
+def test_a_source_may_be_a_single_file(tmp_path: Path, name: str, file: str) -> None:
+    check(KINDS[name], convert(KINDS[name], tmp_path, f"src/{file}"))
 
 
 @pytest.mark.usefixtures("in_this_process")

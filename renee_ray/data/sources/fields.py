@@ -82,13 +82,14 @@ def guess(path: str, rows: pa.Table, text: str, labels: str, separator: str) -> 
     for name in [*text.split("+"), named]:
         if name and name not in kinds:
             raise SourceError(f"{path} has no column {name!r}; it has {list(kinds)!s:.300}")
-    taken = named or _named(path, "labels", _like(LABELS, kinds), kinds, optional=True)
+    taken = named or _only(_like(LABELS, kinds))
     strings = {name: kind for name, kind in kinds.items() if kind == "string" and name != taken}
     texts = tuple(text.split("+")) if text else ()
     mixed = {name: kind for name, kind in kinds.items() if not kind and name != taken}
-    texts = texts or (_named(path, "text", _like(TEXTS, strings | mixed), strings),)
-    others = {name: kind for name, kind in kinds.items() if name not in texts}
-    taken = taken or _named(path, "labels", [], others)
+    texts = texts or tuple(filter(None, [_only(_like(TEXTS, strings | mixed) or list(strings))]))
+    taken = taken or _only([name for name in kinds if name not in texts]) * bool(texts)
+    if not texts or not taken:
+        raise SourceError(_asked(path, rows, kinds, texts, taken))
     kind, values = kinds[taken], column(path, rows, taken)
     is_guessed, separator = not separator, "\t" if separator in TABS else separator
     if separator not in ("", NO_SEPARATOR) and kind not in ("string", "nothing"):
@@ -107,19 +108,30 @@ def _like(names: Sequence[str], kinds: dict[str, str]) -> list[str]:
     return [name for name in found if name == names[0]] or found
 
 
-def _named(
-    path: str, key: str, likely: list[str], kinds: dict[str, str], *, optional: bool = False
+def _only(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ""
+
+
+def _asked(
+    path: str, rows: pa.Table, kinds: dict[str, str], texts: Sequence[str], taken: str
 ) -> str:
-    """Returns the only likely column, or else the only one."""
-    found = likely or ([] if optional else list(kinds))
-    if len(found) == 1:
-        return found[0]
-    if not found and optional:
-        return ""
-    both = f", or text={'+'.join(found[:2])} for both" if key == "text" and found else ""
-    which = f"any of {found!s:.300} may be" if found else "no column is"
-    raise SourceError(
-        f"{path}: {which} the {key}; give {key}={found[0] if found else 'NAME'}{both}"
+    """Asks for the columns that are not known; proposes what has most words and separators."""
+
+    def ranked(names: Sequence[str], marks: str) -> list[str]:
+        def count(name: str) -> int:
+            values = _strings(path, name, column(path, rows, name)).to_pylist()
+            return sum((value or "").count(mark) for value in values for mark in marks)
+
+        return sorted(names, key=lambda name: -count(name) if kinds[name] == "string" else 0)
+
+    free = [name for name in kinds if name not in (*texts, taken)]
+    text = list(texts) or ranked([name for name in free if kinds[name] == "string"], " ")
+    label = [taken] if taken else ranked([name for name in free if name not in text[:1]], "|;,")
+    given = f"text={'+'.join(texts) or (text or ['NAME'])[0]} labels={(label or ['NAME'])[0]}"
+    unknown = " and ".join(["the text"] * (not texts) + ["the labels"] * (not taken))
+    return (
+        f"{path}: which of {list(kinds)!s:.300} is {unknown}? Give, for example, {given} "
+        f"(text=A+B joins two columns)"
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,12 @@ def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
         if any(found) or (not saved and len(tables) != 1):
             return None
         splits["train"] = [f"{base}/{name}" for name in saved or tables]
+    own = read_own(splits, text, labels, separator)
+    return replace(own, notes=own.notes + parquet.notes_on(path, splits))
+
+
+def read_own(splits: dict[str, list[str]], text: str, labels: str, separator: str) -> Own:
+    """Reads the first rows of the training set; raises SourceError as `find_own` does."""
     first = splits["train"][0]
     rows = next(tables_of(first), None)
     if rows is None or not len(rows):
@@ -132,7 +138,7 @@ def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
     note += f" as labels: {number:.3g} labels a row on average of the first {len(rows)}"
     if fields.pairs:
         note += "; rows of the same text are one point"
-    return Own(splits, fields, (note, *parquet.notes_on(path, splits)))
+    return Own(splits, fields, (note,))
 
 
 def _pecos(path: str) -> Own | None:

@@ -6,16 +6,17 @@ from typing import NoReturn
 
 import pyarrow.fs as pafs
 
-from renee_ray.data.sources.own import TABLES, Own, find_own
-from renee_ray.data.sources.parquet import find_files, index_parquet, is_table
+from renee_ray.data.sources.own import TABLES, Own, find_own, read_own
+from renee_ray.data.sources.parquet import PARQUET, find_files, index_parquet, is_table
 from renee_ray.data.sources.records import Source, SourceError
 from renee_ray.data.sources.repository import Repository, find_repository
 from renee_ray.data.storage import filesystem_of, listing
 
 READ = (
-    "a folder is read that has trn_X.txt and trn_X_Y.txt, or trn.json, plain or .gz, or Parquet: "
-    "train.parquet, train/*.parquet or train-00000-of-00001.parquet, there or in its data/, or "
-    "train.csv, .tsv or .jsonl, or what datasets' save_to_disk or PECOS (X.trn.txt) wrote"
+    "a .csv, .tsv, .jsonl or .parquet file is read, or a folder that has one or train.csv and "
+    "test.csv, or trn_X.txt and trn_X_Y.txt, or trn.json, or train.parquet, train/*.parquet or "
+    "train-00000-of-00001.parquet, there or in its data/, or what datasets' save_to_disk or PECOS "
+    "(X.trn.txt) wrote"
 )
 """The kinds of training sets, for error messages."""
 
@@ -23,7 +24,7 @@ READ = (
 def find_source(
     path: str, labels_are: str = "auto", text: str = "", separator: str = ""
 ) -> Repository | Own | Source:
-    """Finds the source in folder `path` (local, or a URL).
+    """Finds the source at `path`, a folder or a table (local, or a URL).
 
     Parquet is indexed, which only reads footers. Others are still to be written as Parquet.
 
@@ -31,14 +32,16 @@ def find_source(
         labels_are, text, separator: as the keys `labels`, `text` and `separator`.
 
     Raises:
-        SourceError: no such folder, no training set in it or two, half a split, or an error of
+        SourceError: nothing there, no training set in it or two, half a split, or an error of
             `index_parquet`.
     """
     filesystem, root = filesystem_of(path)
-    kind = filesystem.get_file_info(root).type
-    if kind != pafs.FileType.Directory:
-        problem = "does not exist" if kind == pafs.FileType.NotFound else "is not a directory"
-        raise SourceError(f"{path} {problem}; {READ}")
+    found = filesystem.get_file_info(root)
+    if found.type == pafs.FileType.File and is_table(found.base_name, f"{TABLES}|{PARQUET}"):
+        return read_own({"train": [path]}, text, labels_are, separator)
+    if found.type != pafs.FileType.Directory:
+        missing = found.type == pafs.FileType.NotFound
+        raise SourceError(f"{path} {'does not exist' if missing else 'is no such file'}; {READ}")
     parquet, files = find_files(path).get("train"), find_repository(path)
     if parquet and files:
         raise SourceError(

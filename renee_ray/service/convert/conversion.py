@@ -20,7 +20,7 @@ from renee_ray.data.sources.records import Block, Int64s, Source, num_rows
 from renee_ray.data.split import Shuffle, shuffle_of
 from renee_ray.data.storage import filesystem_of, patiently, write_file
 from renee_ray.data.tokenizer import Vocabulary
-from renee_ray.errors import ReneeError
+from renee_ray.errors import Progress, ReneeError
 from renee_ray.service.tasks import Reporter, stream
 
 BUCKET_ROWS = 1 << 19
@@ -38,7 +38,6 @@ HELD = ("validation", "test")
 """The splits for which training points are held out."""
 Groups = tuple[str, int, int]
 """A scratch file and the first and last key it has a group of."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from renee_ray.data.dataset import DATASET, Dataset, Manifest
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.sources.records import Source
 from renee_ray.data.sources.source import find_source
-from renee_ray.errors import ReneeError
+from renee_ray.errors import Progress, ReneeError, silent
 from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.convert.conversion import JOURNAL, Progress, begin
+from renee_ray.service.convert.conversion import JOURNAL, begin
 from renee_ray.service.convert.label_ids import with_label_ids
 from renee_ray.service.convert.own_data import written
 from renee_ray.service.convert.partition import partition
@@ -45,12 +45,8 @@ SCRATCH_FORMAT = "pieces"
 """Names the format of scratch files and results: nothing goes on from those of another."""
 
 
-def silent(message: str) -> None:
-    """Drops a message of progress."""
-
-
 def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = silent) -> Manifest:
-    """Converts the raw data in folder `src` to a dataset at `dst`; both local or URLs.
+    """Converts raw data, a folder or a table, to a dataset; `src` and `dst` are local or URLs.
 
     Deterministic: the same source and configuration give the same parts.
 
@@ -142,12 +138,13 @@ def _signature(src: str, dst: str, vocabulary: tokenizer.Vocabulary, config: Con
     Raises:
         ReneeError: a file of the source is one of `dst`.
     """
+    filesystem, root = storage.filesystem_of(src)
+    itself = filesystem.get_file_info(root)
+    found = storage.listing(src, recursive=True) if itself.type != pafs.FileType.File else [itself]
     files = [
-        (info.path, info.size, info.mtime_ns)
-        for info in storage.listing(src, recursive=True)
-        if info.type == pafs.FileType.File
+        (info.path, info.size, info.mtime_ns) for info in found if info.type == pafs.FileType.File
     ]
-    if isinstance(storage.filesystem_of(src)[0], pafs.LocalFileSystem):
+    if isinstance(filesystem, pafs.LocalFileSystem):
         for path, _, _ in files:
             refuse_overlap(path, dst)
     settings = config.model_dump(exclude={"overwrite"})

@@ -29,11 +29,11 @@ from renee_ray.data.sources.records import (
     Source,
     SourceError,
 )
+from renee_ray.errors import Progress
 from renee_ray.service.convert import conversion as shared
 from renee_ray.service.convert.conversion import (
     Conversion,
     Groups,
-    Progress,
     read_group,
     read_groups,
     run,

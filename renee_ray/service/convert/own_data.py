@@ -14,7 +14,8 @@ from renee_ray.data.sources.parquet import SLICE_ROWS, Origins, index_parquet
 from renee_ray.data.sources.records import Source, SourceError
 from renee_ray.data.sources.repository import Repository
 from renee_ray.data.storage import make_directory, write_file
-from renee_ray.service.convert.conversion import Progress, run
+from renee_ray.errors import Progress
+from renee_ray.service.convert.conversion import run
 
 Task = tuple[int, str, list[str]]
 """Its number, the split, and the files."""

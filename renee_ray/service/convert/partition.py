@@ -20,11 +20,11 @@ from renee_ray.data import tokenizer
 from renee_ray.data.dataset import MAX_LABELS
 from renee_ray.data.sources.columns import LABELS
 from renee_ray.data.sources.records import Int64s, Records, SourceError, odd_texts
+from renee_ray.errors import Progress
 from renee_ray.service.convert.conversion import (
     HELD,
     Conversion,
     Groups,
-    Progress,
     part_rows,
     run,
     write_groups,

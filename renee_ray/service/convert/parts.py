@@ -16,7 +16,8 @@ import pyarrow as pa
 from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Manifest, Part
 from renee_ray.data.sources.records import odd_texts
-from renee_ray.service.convert.conversion import Conversion, Progress, keys_of, read_groups, run
+from renee_ray.errors import Progress
+from renee_ray.service.convert.conversion import Conversion, keys_of, read_groups, run
 from renee_ray.service.convert.partition import Partitioned, given_tokens
 from renee_ray.service.convert.statistics import add, bands_of, statistics_of, text_totals
 

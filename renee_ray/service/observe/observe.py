@@ -305,8 +305,10 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
             if blamed
             else error
         )
-        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else reason(found)
-        if _change(directory, "failed", ended, launched_s):  # else storage is away
+        ended = ("failed", reason(found))
+        if isinstance(error, KeyboardInterrupt):
+            ended = "stopped", "at once: what was done after the last checkpoint is done again"
+        if _change(directory, *ended, launched_s):  # else storage is away
             _report(config.output)
         if found is error:
             raise

@@ -118,7 +118,8 @@ def _predicted(
     config: CompareConfig,
     say: Callable[[str], None],
 ) -> Compared:
-    say(f"predicting the {config.split} points by {name}")
+    step = run.checkpoint(config.checkpoint).state.step
+    say(f"predicting the {config.split} points by {name}, as it was after step {step}")
     destination = os.path.join(config.output, "predictions", name.replace("/", "-"))
     score = ScoreConfig(
         k=min(K, dataset.manifest.num_labels), split=config.split, checkpoint=config.checkpoint,

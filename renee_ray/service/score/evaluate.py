@@ -12,7 +12,7 @@ from renee_ray.config.schema import ConvertConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, Manifest
 from renee_ray.data.storage import absolute
-from renee_ray.errors import ReneeError
+from renee_ray.errors import Progress, ReneeError, silent
 from renee_ray.scoring.metrics import MOST
 from renee_ray.scoring.scorer import Propensities, metric_sums
 from renee_ray.service.run.directory import RunDirectory
@@ -25,7 +25,9 @@ PREDICTED = ("k", "scores", "threshold", "texts", "explain", "overwrite")
 """Keys of scoring that are about predictions alone."""
 
 
-def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
+def evaluate_run(
+    run: str, data: str, score: ScoreConfig, on_progress: Progress = silent
+) -> dict[str, Any]:
     """Computes metrics of a run's checkpoint on a split. Hidden labels count as if nobody had them.
 
     Returns:
@@ -56,7 +58,7 @@ def evaluate_run(run: str, data: str, score: ScoreConfig) -> dict[str, Any]:
     if some and isinstance(counts, dict) and counts.get("label_pairs") == 0:
         raise nothing
     job = ScoringJob.checked(directory, points, score)
-    found = job.run(evaluate_worker, points, split)
+    found = job.run(evaluate_worker, points, split, on_progress)
     if found["metrics"] is None:
         raise nothing
     if fitted := found.pop("fitted", None):

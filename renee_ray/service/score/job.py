@@ -17,7 +17,7 @@ from renee_ray.config.schema import EvalConfig, Placed, RunConfig
 from renee_ray.config.score import ScoreConfig, Searched
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.storage import absolute
-from renee_ray.errors import ConfigError, ReneeError
+from renee_ray.errors import ConfigError, Progress, ReneeError
 from renee_ray.model.encoder import check_positions
 from renee_ray.scoring.index import check_search
 from renee_ray.service.cluster import ensure_ray
@@ -98,8 +98,9 @@ class ScoringJob:
         return Layout(rows, self.config.max_workers, self.score.batch_size, k)
 
     def run(
-        self, worker: Callable[[dict[str, Any]], Any], points: Dataset, split: str, **more: Any
-    ) -> dict[str, Any]:
+        self, worker: Callable[[dict[str, Any]], Any], points: Dataset, split: str,
+        on_progress: Progress, **more: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         """Runs `worker` with "job", "points", "split", "channel" and `more` on every worker.
 
         Returns:
@@ -111,6 +112,11 @@ class ScoringJob:
         workers = self.config.max_workers
         ensure_ray(workers + 1)
         use_gpu = decide_gpu(self.config.use_gpu, workers)
+        voters = self.voters.manifest.num_points("train") if self.voters else 0
+        on_progress(
+            f"scoring {rows:,} points of {points.path} by step {self.step}"
+            f"{f', after {voters:,} points that vote' if voters else ''}"
+        )
         arguments = {"job": self, "points": points, "split": split, **more}
         # Only a large model has anything to say, and a channel is one more process.
         with Display() if self.large else nullcontext() as display:

@@ -15,7 +15,7 @@ from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
-from renee_ray.errors import ReneeError
+from renee_ray.errors import Progress, ReneeError, silent
 from renee_ray.parallel.collectives import all_sum
 from renee_ray.scoring.calibration import Calibration
 from renee_ray.service.cluster import ensure_ray
@@ -30,14 +30,15 @@ from renee_ray.xfc.labels import NONE
 log = logging.getLogger(__name__)
 
 
-def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dict[str, Any]:
+def predict_run(
+    run: str, src: str, destination: str, score: ScoreConfig, on_progress: Progress = silent
+) -> dict[str, Any]:
     """Writes the k best labels of every point of a split to `destination`/part-*.parquet.
 
     The columns are point_id int64, label_ids list<int64> (best first) and scores list<float>;
-    with `texts` also label_texts list<string>, with `explain` list<float> columns of what each
-    part of a score is. Rows, and the names of the parts, are in the order
-    of the input. Filter labels are removed before the cut; a row is shorter than k where fewer
-    labels remain. `_predictions.json` is written last.
+    with `texts` also label_texts list<string>, with `explain` list<float> columns of the parts of a
+    score. Rows, and names of the files, are in the order of the input. Filter labels are removed
+    before the cut; a row is shorter where fewer remain. `_predictions.json` is written last.
 
     Args:
         src: a dataset directory, or raw texts as service/score/texts.py reads them. The labels of
@@ -78,7 +79,7 @@ def predict_run(run: str, src: str, destination: str, score: ScoreConfig) -> dic
         layout = job.layout(points, split, job.score.k)
         files = layout.parts()
         found = job.run(
-            predict_worker, points, split,
+            predict_worker, points, split, on_progress,
             layout=layout, output=output, files=files, scratch=f"{scratch}/passes",
             calibration=calibration,
         )  # fmt: skip

@@ -76,6 +76,8 @@ def train(
         return outcome(newest.state, config)
     start = start_of(config, dataset, newest)
     plan = _plan(config, dataset, force, on_progress)
+    if newest:
+        on_progress(f"going on with {directory.path} after step {newest.state.step}")
     with Lease(directory.path, on_progress) as lease:
         # Another driver may have started the run since.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
@@ -102,10 +104,11 @@ def _train(
             f"classifier.init=label_text starts from the labels' training points alone"
         )
     workers = " to ".join(map(str, sorted({config.min_workers, config.max_workers})))
+    kind = "GPU" if use_gpu else "CPU"
     on_progress(
         f"training on {dataset.manifest.num_points('train'):,} points and "
         f"{dataset.manifest.num_labels:,} labels with {workers} "
-        f"{'GPU' if use_gpu else 'CPU'} workers"
+        f"{kind} worker{'s' * (config.max_workers > 1)}"
     )
     watch, launched_s = Watch(config.timeout_s), time.time()
     with Display(watch=watch) as display, following(config, watch, launched_s):
