@@ -27,6 +27,9 @@ def silent(line: str) -> None:
     """Tells nobody."""
 
 
+_QUOTED = re.compile(r"[\w.]+(Error|Exception)\b: ")
+
+
 class ReneeError(Exception):
     """A user's error: its text is one sentence, shown without a traceback.
 
@@ -54,9 +57,10 @@ def redacted(text: str) -> str:
 def reason(error: BaseException) -> str:
     """What another library's exception says, as a part of one sentence: its first line.
 
-    Where that announces something ("failed due to:"), the last line, which tells it, follows.
+    Where that announces an error ("failed due to:"), the first one that is quoted below follows.
     """
-    lines = [line.strip() for line in str(error).strip().splitlines()]
+    lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    quoted = filter(_QUOTED.match, lines[1:] if lines[0].rstrip().endswith(":") else [])
+    return f"{lines[0].strip()} {next(quoted, '').strip():.300}".rstrip()

@@ -25,7 +25,7 @@ from renee_ray.errors import ReneeError
 
 @command(ConvertConfig, "src", "dst")
 def convert(config: ConvertConfig, src: str, dst: str, as_json: bool) -> None:
-    """Turn a folder SRC (CSV, JSON lines, Parquet, XML repository ...) into a dataset DST."""
+    """Turn SRC, a folder or a file (CSV, JSON lines, Parquet ...), into a dataset DST."""
     from renee_ray.report.inspection import conversion_text
     from renee_ray.service.convert import convert as service
 

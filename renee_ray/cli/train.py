@@ -112,7 +112,7 @@ def automatic(given: Layer) -> RunConfig:
 @click.option("--watch", is_flag=True, help="Show it again every ten seconds, until Ctrl-C.")
 @json_option
 def status(run: str, watch: bool, as_json: bool) -> None:
-    """Show how the run at RUN is: running, finished, waiting, failed or unknown, and how far.
+    """Show how far the run at RUN is, and whether it runs, waits, has ended or failed.
 
     Reads the files of the run's directory alone, so it needs no Ray and disturbs nothing.
     """

@@ -26,7 +26,7 @@ SMALL, LARGE = 10_000, 1_000_000
 LONGEST = 128
 """Tokens of a text beyond which none is read."""
 SAVED = 400
-"""Steps between checkpoints of a run that is validated at its end alone."""
+"""Steps between checkpoints of a run that is validated at its end alone, if it is not large."""
 ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
 """Validation points from which on `evaluation.tail` is chosen by them, and among which values."""
 
@@ -80,10 +80,10 @@ def _fitted(
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
     if "evaluation.every" not in given:
-        yield "evaluation.every", 0, "validation is at the end, and the last weights are kept"
+        yield "evaluation.every", 0, "the last weights are kept"
         if "checkpoint.every_steps" not in given:
             why = "checkpoints, from which a stopped run goes on"
-            yield "checkpoint.every_steps", SAVED, why
+            yield "checkpoint.every_steps", SAVED if points < LARGE else points // 1024, why
     if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
         yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
 

@@ -59,13 +59,13 @@ def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) ->
     for row in rows:
         score = row.get("metrics", {}).get(metric)
         shown = "" if score is None else f"{score:.2f}" + (" best" if score == best else "")
-        written = time.strftime("%m-%d %H:%M", time.localtime(row.get("time_s", 0)))
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.get("time_s", 0)))
         table.add_row(
             row["name"],
             decimal(row["bytes"]) if "bytes" in row else "",
             str(row.get("workers", "")),
             written if "time_s" in row else "",
             shown,
-            Text(row["problem"], style="red") if row["problem"] else "right",
+            Text(row["problem"], style="red") if row["problem"] else "ok",
         )
     return table

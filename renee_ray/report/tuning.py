@@ -30,7 +30,8 @@ def write_tuning(path: str, facts: Mapping[str, Any]) -> None:
 
 def tuning_text(facts: Mapping[str, Any]) -> Table:
     """Shows a search for a terminal; the best trial is bold."""
-    table = Table("trial", "state", facts["metric"], "settings", caption=f"best: {facts['yaml']}")
+    best = f"best: {facts['yaml']}\n(trial 0, unless another is ahead by a standard error)"
+    table = Table("trial", "state", facts["metric"], "settings", caption=best)
     for i, trial in enumerate(facts["trials"]):
         settings = " ".join(f"{key}={_shown(value)}" for key, value in trial["settings"].items())
         style = "bold green" if i == facts["best"] else ""

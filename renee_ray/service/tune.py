@@ -69,6 +69,15 @@ Trial = dict[str, Any]
 in percent or None; reason of a failure; results, each with value, epoch and progress."""
 
 
+class Halving(ASHAScheduler):
+    """ASHA that does not stop the first trial, with which the others are compared in the end."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Returns what Tune does with the trial."""
+        decision = str(super().on_trial_result(controller, trial, result))
+        return self.CONTINUE if str(trial) == "trial-000" else decision
+
+
 class TrialRun(tune.Trainable):
     """Trains a run, or goes on with it; `step` returns at each of its evaluations.
 
@@ -277,7 +286,7 @@ def _run(
             tune_config=tune.TuneConfig(
                 search_alg=sampler(space, base, journal),
                 # At the same share of their epochs, since the learning rates fall to 0 over them.
-                scheduler=ASHAScheduler(
+                scheduler=Halving(
                     "progress", "value", "max", RUNGS[1], RUNGS[0], REDUCTION,
                     stop_last_trials=False,
                 ),
@@ -381,5 +390,5 @@ def best_of(trials: list[Trial], points: int) -> int:
         raise ReneeError(reasons[0] if reasons else "no trial has finished; give more hours")
     values = {i: float(trials[i]["value"]) / 100 for i in finished}
     best = max(finished, key=values.__getitem__)
-    error = math.sqrt(values[best] * (1 - values[best]) / points)
+    error = math.sqrt(max(0.0, values[best] * (1 - values[best])) / points)
     return 0 if 0 in values and values[best] - values[0] <= error else best

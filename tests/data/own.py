@@ -254,15 +254,22 @@ OWN_REFUSED = {
     ),
     "csv-two-texts": refused(
         files(**{"train.csv": lines("title,body,tags", "a,b,c")}),
-        r"train\.csv: which of .*'title', 'body'.*is the text\?.*text=title labels=tags ",
+        r"train\.csv: which column of .*'title', 'body'.*holds the text\?.*text=title labels=tags ",
     ),
     "csv-two-labels": refused(
         files(**{"train.csv": lines("text,tags,topics", "a,b,c")}),
-        "'tags', 'topics'.*is the labels\\?.*text=text labels=tags ",
+        "'tags', 'topics'.*holds the labels\\?.*text=text labels=tags ",
     ),
     "csv-both-unknown": refused(
         files(**{"train.csv": lines("name,summary,used,needs", "a,a lamp of red,yes,b;c")}),
-        r"is the text and the labels\?.*text=summary labels=needs ",
+        r"holds the text and the labels\?.*text=summary labels=needs ",
+    ),
+    "csv-one-column": refused(
+        files(**{"train.csv": lines("name", "a")}), "no column can hold labels"
+    ),
+    "csv-usual-names": refused(  # an author's name has a comma, and is in Latin-1
+        files(**{"train.csv": b'title,body,author,tags,topics\na,b c,"\xc9, e",d,e;f\n'}),
+        "holds the text and the labels.*text=body labels=topics ",
     ),
     "csv-two-separators": refused(
         files(**{"train.csv": lines("text;tags", "a;b,c|d")}), r"'\|' or ','.*separator=none"

@@ -77,7 +77,7 @@ def test_a_search_that_is_killed_goes_on(
     assert {each["state"] for each in trials} <= {"finished", "stopped"}
     finished = [each["value"] for each in trials if each["state"] == "finished"]
     best = trials[found["best"]]
-    assert best["value"] == max(finished) or found["best"] == 0
+    assert best["value"] == max(finished) or max(finished) - trials[0]["value"] < 50 / 5
 
     places = {"data": dataset, "output": "x"}
     chosen = make_config(RunConfig, places, read_yaml(str(output / "best.yaml")))

@@ -6,6 +6,7 @@ Names and first rows decide. Where two readings are equally likely, the error as
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -82,9 +83,11 @@ def guess(path: str, rows: pa.Table, text: str, labels: str, separator: str) -> 
     for name in [*text.split("+"), named]:
         if name and name not in kinds:
             raise SourceError(f"{path} has no column {name!r}; it has {list(kinds)!s:.300}")
-    taken = named or _only(_like(LABELS, kinds))
-    strings = {name: kind for name, kind in kinds.items() if kind == "string" and name != taken}
     texts = tuple(text.split("+")) if text else ()
+    taken = named or _only(
+        _like(LABELS, {name: kinds[name] for name in kinds if name not in texts})
+    )
+    strings = {name: kind for name, kind in kinds.items() if kind == "string" and name != taken}
     mixed = {name: kind for name, kind in kinds.items() if not kind and name != taken}
     texts = texts or tuple(filter(None, [_only(_like(TEXTS, strings | mixed) or list(strings))]))
     taken = taken or _only([name for name in kinds if name not in texts]) * bool(texts)
@@ -115,22 +118,36 @@ def _only(names: list[str]) -> str:
 def _asked(
     path: str, rows: pa.Table, kinds: dict[str, str], texts: Sequence[str], taken: str
 ) -> str:
-    """Asks for the columns that are not known; proposes what has most words and separators."""
+    """Asks for the columns that are not known.
 
-    def ranked(names: Sequence[str], marks: str) -> list[str]:
-        def count(name: str) -> int:
-            values = _strings(path, name, column(path, rows, name)).to_pylist()
-            return sum((value or "").count(mark) for value in values for mark in marks)
+    Proposes a usual name, then what has most words, or is a list or has most separators.
+    """
 
-        return sorted(names, key=lambda name: -count(name) if kinds[name] == "string" else 0)
+    def count(name: str, marks: str) -> int:
+        if kinds[name] != "string":
+            return 0
+        values = pc.cast(plain(column(path, rows, name)), pa.large_binary())
+        return sum(pc.sum(pc.count_substring(values, mark)).as_py() or 0 for mark in marks)
+
+    def text_first(name: str) -> tuple[bool, int]:
+        return name not in _like(TEXTS, kinds), -count(name, " ")
+
+    def labels_first(name: str) -> tuple[bool, bool, int]:
+        usual = name in _like(LABELS, kinds)
+        return not usual, not kinds[name].startswith("list"), -count(name, "|;,")
 
     free = [name for name in kinds if name not in (*texts, taken)]
-    text = list(texts) or ranked([name for name in free if kinds[name] == "string"], " ")
-    label = [taken] if taken else ranked([name for name in free if name not in text[:1]], "|;,")
-    given = f"text={'+'.join(texts) or (text or ['NAME'])[0]} labels={(label or ['NAME'])[0]}"
+    strings = sorted((name for name in free if kinds[name] == "string"), key=text_first)
+    chosen = list(texts) or strings[:1]
+    others = sorted((name for name in free if name not in chosen), key=labels_first)
+    labels = [taken] if taken else others[:1]
+    if not chosen or not labels:
+        missing = "labels" if chosen else "the text"
+        raise SourceError(f"{path}: of {list(kinds)!s:.300}, no column can hold {missing}")
     unknown = " and ".join(["the text"] * (not texts) + ["the labels"] * (not taken))
+    given = f"text={shlex.quote('+'.join(chosen))} labels={shlex.quote(labels[0])}"
     return (
-        f"{path}: which of {list(kinds)!s:.300} is {unknown}? Give, for example, {given} "
+        f"{path}: which column of {list(kinds)!s:.300} holds {unknown}? Give, for example, {given} "
         f"(text=A+B joins two columns)"
     )
 

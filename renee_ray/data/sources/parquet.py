@@ -166,8 +166,10 @@ def files_below(directory: str, kind: str = PARQUET) -> list[str]:
 # --------------------------------------------------------------------------------------- index
 
 
-def index_parquet(path: str, labels_are: str = "auto", origins: Origins | None = None) -> Source:
-    """Reads the footers of folder `path` and makes its tables.
+def index_parquet(
+    path: str, labels_are: str = "auto", origins: Origins | None = None, *, is_file: bool = False
+) -> Source:
+    """Reads the footers of folder `path`, or of a training set that is one file; makes its tables.
 
     Args:
         labels_are: "auto", "ids" or "multi-hot", as the configuration's key `labels`.
@@ -178,7 +180,8 @@ def index_parquet(path: str, labels_are: str = "auto", origins: Origins | None =
             files that disagree, no training row.
     """
     multi_hot = labels_are == "multi-hot"
-    files, tables, origins = find_files(path), dict[str, ParquetTable](), origins or {}
+    files = {"train": [path]} if is_file else find_files(path)
+    tables, origins = dict[str, ParquetTable](), origins or {}
     for name in ("train", "test"):
         if name in files:
             wanted = ("text", "labels"), LABELS[1:]

@@ -1,4 +1,4 @@
-"""Which kind of source a folder is: text files (repository.py), Parquet, or own data (own.py)."""
+"""Which kind of source a folder or a file is: text files, Parquet or own data (own.py)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from renee_ray.data.sources.repository import Repository, find_repository
 from renee_ray.data.storage import filesystem_of, listing
 
 READ = (
-    "a .csv, .tsv, .jsonl or .parquet file is read, or a folder that has one or train.csv and "
-    "test.csv, or trn_X.txt and trn_X_Y.txt, or trn.json, or train.parquet, train/*.parquet or "
-    "train-00000-of-00001.parquet, there or in its data/, or what datasets' save_to_disk or PECOS "
-    "(X.trn.txt) wrote"
+    "a .csv, .tsv, .jsonl, .ndjson, .json (or .gz) or .parquet file is read, or a folder that has "
+    "one or train.csv and test.csv, or trn_X.txt and trn_X_Y.txt, or trn.json, or train.parquet, "
+    "train/*.parquet or train-00000-of-00001.parquet, there or in its data/, or what datasets' "
+    "save_to_disk or PECOS (X.trn.txt) wrote"
 )
 """The kinds of training sets, for error messages."""
 
@@ -35,20 +35,25 @@ def find_source(
         SourceError: nothing there, no training set in it or two, half a split, or an error of
             `index_parquet`.
     """
+    path = path.rstrip("/")
     filesystem, root = filesystem_of(path)
-    found = filesystem.get_file_info(root)
-    if found.type == pafs.FileType.File and is_table(found.base_name, f"{TABLES}|{PARQUET}"):
+    info = filesystem.get_file_info(root)
+    named = bool(text or labels_are not in ("auto", "ids", "multi-hot"))
+    if info.type == pafs.FileType.File and is_table(info.base_name, f"{TABLES}|{PARQUET}"):
+        if info.extension == PARQUET and not (named or separator):
+            return index_parquet(path, labels_are, is_file=True)
         return read_own({"train": [path]}, text, labels_are, separator)
-    if found.type != pafs.FileType.Directory:
-        missing = found.type == pafs.FileType.NotFound
-        raise SourceError(f"{path} {'does not exist' if missing else 'is no such file'}; {READ}")
+    if info.type != pafs.FileType.Directory:
+        is_missing = info.type == pafs.FileType.NotFound
+        raise SourceError(
+            f"{path} {'does not exist' if is_missing else 'is of no kind that is read'}; {READ}"
+        )
     parquet, files = find_files(path).get("train"), find_repository(path)
     if parquet and files:
         raise SourceError(
             f"{path} has two training sets, {parquet[0]} and {files.splits['train'].labelled}; "
             f"keep one"
         )
-    named = bool(text or labels_are not in ("auto", "ids", "multi-hot"))
     if parquet and not named:
         if separator:
             raise SourceError(

@@ -118,14 +118,13 @@ def _predicted(
     config: CompareConfig,
     say: Callable[[str], None],
 ) -> Compared:
-    step = run.checkpoint(config.checkpoint).state.step
-    say(f"predicting the {config.split} points by {name}, as it was after step {step}")
+    say(f"predicting the {config.split} points by {name}")
     destination = os.path.join(config.output, "predictions", name.replace("/", "-"))
     score = ScoreConfig(
         k=min(K, dataset.manifest.num_labels), split=config.split, checkpoint=config.checkpoint,
         num_workers=config.num_workers, overwrite=True,
     )  # fmt: skip
-    predict_run(run.path, dataset.path, destination, score)
+    predict_run(run.path, dataset.path, destination, score, say)
     settings = dict(dotted(run.config().model_dump()))
     history, retired = run.read(HISTORY_FILE) or {}, run.checkpoint(config.checkpoint).state.retired
     return Compared(name, absolute(destination), settings, history, np.asarray(retired, np.int64))

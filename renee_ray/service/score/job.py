@@ -99,7 +99,7 @@ class ScoringJob:
 
     def run(
         self, worker: Callable[[dict[str, Any]], Any], points: Dataset, split: str,
-        on_progress: Progress, **more: Any,
+        on_progress: Progress, source: str = "", **more: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """Runs `worker` with "job", "points", "split", "channel" and `more` on every worker.
 
@@ -114,8 +114,8 @@ class ScoringJob:
         use_gpu = decide_gpu(self.config.use_gpu, workers)
         voters = self.voters.manifest.num_points("train") if self.voters else 0
         on_progress(
-            f"scoring {rows:,} points of {points.path} by step {self.step}"
-            f"{f', after {voters:,} points that vote' if voters else ''}"
+            f"scoring {rows:,} points of {source or points.path} with the checkpoint of step "
+            f"{self.step}{f'; first, {voters:,} that vote are embedded' if voters else ''}"
         )
         arguments = {"job": self, "points": points, "split": split, **more}
         # Only a large model has anything to say, and a channel is one more process.

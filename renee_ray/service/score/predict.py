@@ -79,7 +79,7 @@ def predict_run(
         layout = job.layout(points, split, job.score.k)
         files = layout.parts()
         found = job.run(
-            predict_worker, points, split, on_progress,
+            predict_worker, points, split, on_progress, src,
             layout=layout, output=output, files=files, scratch=f"{scratch}/passes",
             calibration=calibration,
         )  # fmt: skip
