@@ -24,6 +24,7 @@ ENOUGH = 0.999
 """Recall that ends the sweep."""
 ALONE = 200
 """Most queries that are asked one by one."""
+RATES = "queries/s one core", "queries/s all cores"
 Truth = tuple[Ragged, Ragged]
 """The labels and the filter labels of each point."""
 
@@ -62,7 +63,8 @@ def swept(
         row = {"effort": effort} | {f"recall@{k}": recall(here[k], found[k]) for k in ks}
         row |= {f"{k} lost": round(value, 3) for k, value in lost.items()}
         sweep.append(row | speeds(search, embeddings, at))
-        if row[key] >= max(ENOUGH, wanted):
+        slower = all(sweep[-1][rate] < baseline[rate] for rate in RATES)
+        if row[key] >= max(ENOUGH, wanted) or slower:  # exact search is better then
             break
     enough = [row for row in sweep if row[key] >= wanted]
     if not enough:
@@ -120,4 +122,4 @@ def speeds(search: Search, embeddings: Tensor, k: int) -> dict[str, float]:
         alone = count / max(1e-9, time.process_time() - began)
     finally:
         torch.set_num_threads(threads)
-    return {"queries/s one core": round(alone, 1), "queries/s all cores": round(together, 1)}
+    return dict(zip(RATES, (round(alone, 1), round(together, 1)), strict=True))
