@@ -24,7 +24,8 @@ ENOUGH = 0.999
 """Recall that ends the sweep."""
 ALONE = 200
 """Most queries that are asked one by one."""
-RATES = "queries/s one core", "queries/s all cores"
+FALL = 0.02
+"""A recall that is lower by this than that of less effort will not rise again."""
 Truth = tuple[Ragged, Ragged]
 """The labels and the filter labels of each point."""
 
@@ -63,17 +64,19 @@ def swept(
         row = {"effort": effort} | {f"recall@{k}": recall(here[k], found[k]) for k in ks}
         row |= {f"{k} lost": round(value, 3) for k, value in lost.items()}
         sweep.append(row | speeds(search, embeddings, at))
-        slower = all(sweep[-1][rate] < baseline[rate] for rate in RATES)
-        if row[key] >= max(ENOUGH, wanted) or slower:  # exact search is better then
+        # Where codes are too coarse, more rows push the right ones out of the candidates.
+        falls = row[key] < max(each[key] for each in sweep) - FALL
+        if row[key] >= max(ENOUGH, wanted) or falls:
             break
     enough = [row for row in sweep if row[key] >= wanted]
+    best_row = max(sweep, key=lambda row: row[key])
     if not enough:
         log.warning(
-            "no search effort reaches recall=%g, the greatest finds %g; give a finer factory= or "
-            "more candidates=", wanted, sweep[-1][key],
+            "no search effort reaches recall=%g, the best finds %g; give more candidates= or "
+            "a finer factory=", wanted, best_row[key],
         )  # fmt: skip
     return {
-        "effort": (enough or sweep[-1:])[0]["effort"], "effort_name": name,
+        "effort": (enough or [best_row])[0]["effort"], "effort_name": name,
         "reached": bool(enough), "recall": wanted, "sample": len(embeddings),
         "exact": baseline, "sweep": sweep,
     }  # fmt: skip
@@ -122,4 +125,4 @@ def speeds(search: Search, embeddings: Tensor, k: int) -> dict[str, float]:
         alone = count / max(1e-9, time.process_time() - began)
     finally:
         torch.set_num_threads(threads)
-    return dict(zip(RATES, (round(alone, 1), round(together, 1)), strict=True))
+    return {"queries/s one core": round(alone, 1), "queries/s all cores": round(together, 1)}
