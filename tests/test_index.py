@@ -142,6 +142,21 @@ def test_a_sweep_reaches_the_recall_where_norms_vary(factory: str) -> None:
     assert found["effort"] in efforts_of(parts[0])[1]
 
 
+def test_coarse_codes_get_more_candidates_until_they_suffice() -> None:
+    weights, offsets = planted(3000, 32, spread=True)
+    parts = make_parts(weights, offsets, "IVF32,PQ10x4fs", 2)
+    exact = ExactSearch(Classifier(shards(weights, 1), [offsets]))
+    embeddings = near(weights, 40)
+    truth = Ragged.of_lists([[0]] * 40), Ragged.of_lists([[]] * 40)
+    found = swept(exact, parts, embeddings, truth, factor=1, wanted=0.9)
+    first = [row["recall@10"] for row in found["sweep"] if row["candidates"] == 1]
+    assert max(first) < 0.9, "one candidate a label suffices, so that this tests nothing"
+    assert found["reached"] and found["candidates"] in (4, 16, 64, 256, 1024)
+    search = IndexSearch(exact.classifier, parts, found["effort"], found["candidates"])
+    there = search.search(embeddings, 10)[1].numpy()
+    assert recall(there, exact.search(embeddings, 10)[1].numpy()) >= 0.9
+
+
 def test_rows_without_any_weight_and_more_labels_than_there_are() -> None:
     weights, offsets = torch.zeros(3, 4), torch.zeros(3)
     search = IndexSearch(

@@ -222,8 +222,9 @@ class FeedConfig(Config):
 
     augment: float = Field(0.0, ge=0, le=1)
     """Share of the label texts that an epoch streams as extra points, each with its own label
-    as the only positive; successive epochs take successive shares. With `filter_labels: positive`
-    only texts of labels that are not themselves points of the training set are taken."""
+    as the only positive: whole files of the dataset, at least one; successive epochs take
+    successive ones. With `filter_labels: positive` only texts of labels that are not themselves
+    points of the training set are taken."""
     filter_labels: Literal["positive", "negative"] = "positive"
     """How a point trains with its filter labels, which are never predicted: in the LF datasets
     they are the point itself as a label, whose text `positive` teaches at no cost."""

@@ -85,7 +85,7 @@ class IndexConfig(Chosen):
     run has workers, or more so that none has more than 20,000,000 labels."""
     candidates: int = Field(30, ge=1)
     """Labels of each range that are scored again with the true weights, for each one asked for, and
-    at least for 10."""
+    at least for 10; raised where no effort finds enough."""
     recall: float = Field(0.95, gt=0, le=1)
     """Share of the exact 10 best labels to find: the least search effort that does so is kept."""
     points: str = ""

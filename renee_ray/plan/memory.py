@@ -63,7 +63,8 @@ class Workload:
     """What a plan knows of a dataset. points: of an epoch without label texts; None: unknown.
 
     tokens: mean of a point; longest: tokens of the longest point; both with a prompt's.
-    other_texts: labels that are no points; None: unknown.
+    other_texts: labels that are no points; None: unknown. label_parts: files of label texts, of
+    which an epoch streams a whole number; 0: unknown.
     """
 
     labels: int
@@ -72,6 +73,7 @@ class Workload:
     longest: int
     has_label_texts: bool = True
     other_texts: int | None = None
+    label_parts: int = 0
 
     @classmethod
     def of_manifest(cls, manifest: Manifest, encoder: EncoderConfig) -> Workload:
@@ -82,7 +84,7 @@ class Workload:
         return cls(
             manifest.num_labels, manifest.num_points("train"), tokens,
             min(encoder.max_length, longest + prompt), manifest.has_label_texts,
-            sum(manifest.other_texts),
+            sum(manifest.other_texts), len(manifest.splits["labels"]),
         )  # fmt: skip
 
 

@@ -91,7 +91,10 @@ def steps_of_epoch(worker: Worker) -> int | None:
     feed, labels = worker.config.feed, workload.labels
     if feed.filter_labels == "positive" and workload.other_texts is not None:
         labels = workload.other_texts
-    texts = feed.augment * labels * workload.has_label_texts
+    share, parts = feed.augment, workload.label_parts
+    if share and parts:
+        share = max(1, round(share * parts)) / parts
+    texts = share * labels * workload.has_label_texts
     return math.ceil((workload.points + texts) / worker.batch)
 
 

@@ -43,9 +43,13 @@ def sweep_table(facts: dict[str, Any]) -> Table:
     )
     columns = [key for key in facts["sweep"][0] if key != "effort"]
     for name in (facts["effort_name"], *columns):
-        table.add_column(name.replace("queries", "q").replace("recall", "R"), justify="right")
+        table.add_column(
+            name.replace("queries", "q").replace("recall", "R").replace("candidates", "c"),
+            justify="right",
+        )
     table.add_row("exact", *(f"{exact[key]:g}" if key in exact else "" for key in columns))
     for row in facts["sweep"]:
-        mark = "* " if row["effort"] == facts["effort"] else ""
+        kept = all(row[key] == facts[key] for key in ("effort", "candidates"))
+        mark = "* " if kept else ""
         table.add_row(f"{mark}{row['effort']}", *(f"{row[key]:g}" for key in columns))
     return table

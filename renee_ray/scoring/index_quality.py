@@ -26,6 +26,8 @@ ALONE = 200
 """Most queries that are asked one by one."""
 FALL = 0.02
 """A recall that is lower by this than that of less effort will not rise again."""
+MORE, MOST = 4, 2000
+"""Factor of the candidates where no effort suffices, and the most for each label asked for."""
 Truth = tuple[Ragged, Ragged]
 """The labels and the filter labels of each point."""
 
@@ -40,14 +42,18 @@ def swept(
 ) -> dict[str, Any]:
     """Compares search by an index with exact search, and chooses the least effort that suffices.
 
+    Where codes are so coarse that more effort finds less, as more rows push the right ones out of
+    the candidates, the sweep goes on from the best effort with MORE times as many.
+
     Args:
         embeddings: float32 [n, D]; truth: the labels and the filter labels of each.
         factor: candidates of a range for each label; wanted: recall of the 10 best, in (0, 1].
 
     Returns:
-        "effort", "effort_name", "reached" (whether one suffices), "recall" (what was wanted),
-        "sample" (n), "exact" and "sweep": a row for each effort, with recall at 1, 10 and 100 in
-        [0, 1], the points of P@k that are lost, in percent, and queries a second
+        "effort", "effort_name", "candidates", "reached" (whether these suffice), "recall" (what was
+        wanted), "sample" (n), "exact" and "sweep": a row for each effort, with its candidates,
+        recall at 1, 10 and 100 in [0, 1], the points of P@k that are lost, in percent, and queries
+        a second
     """
     number = exact.classifier.stop
     ks = sorted({min(k, number) for k in RECALLS})
@@ -57,29 +63,45 @@ def swept(
     baseline = {**speeds(exact, embeddings, at), **best}
     name, efforts = efforts_of(parts[0])
     sweep: list[dict[str, Any]] = []
-    for effort in efforts:
-        search = IndexSearch(exact.classifier, parts, effort, factor)
-        here = {k: search.search(embeddings, k)[1].numpy() for k in ks}
-        lost = {k: best[k] - value for k, value in precisions(here[at], truth).items()}
-        row = {"effort": effort} | {f"recall@{k}": recall(here[k], found[k]) for k in ks}
-        row |= {f"{k} lost": round(value, 3) for k, value in lost.items()}
-        sweep.append(row | speeds(search, embeddings, at))
-        # Where codes are too coarse, more rows push the right ones out of the candidates.
-        falls = row[key] < max(each[key] for each in sweep) - FALL
-        if row[key] >= max(ENOUGH, wanted) or falls:
+    while True:
+        reached: list[float] = []
+        for effort in efforts:
+            search = IndexSearch(exact.classifier, parts, effort, factor)
+            row = {"effort": effort, "candidates": factor}
+            sweep.append(row | _measured(search, embeddings, truth, found, best))
+            reached.append(sweep[-1][key])
+            if reached[-1] >= max(ENOUGH, wanted) or reached[-1] < max(reached) - FALL:
+                break
+        if max(reached) >= wanted or factor * MORE > MOST:
             break
+        efforts, factor = efforts[reached.index(max(reached)) :], factor * MORE
     enough = [row for row in sweep if row[key] >= wanted]
-    best_row = max(sweep, key=lambda row: row[key])
+    kept = enough[0] if enough else max(sweep, key=lambda row: float(row[key]))
     if not enough:
         log.warning(
-            "no search effort reaches recall=%g, the best finds %g; give more candidates= or "
-            "a finer factory=", wanted, best_row[key],
+            "no search effort reaches recall=%g, the best finds %g; give a finer factory=",
+            wanted, kept[key],
         )  # fmt: skip
     return {
-        "effort": (enough or [best_row])[0]["effort"], "effort_name": name,
+        "effort": kept["effort"], "effort_name": name, "candidates": kept["candidates"],
         "reached": bool(enough), "recall": wanted, "sample": len(embeddings),
         "exact": baseline, "sweep": sweep,
     }  # fmt: skip
+
+
+def _measured(
+    search: IndexSearch, embeddings: Tensor, truth: Truth, found: dict[int, np.ndarray],
+    best: dict[str, float],
+) -> dict[str, float]:  # fmt: skip
+    """Compares a search with `found`, the k best labels by k, and with their precisions, `best`."""
+    here = {k: search.search(embeddings, k)[1].numpy() for k in found}
+    at = min(COMPARED, max(found))
+    lost = {k: best[k] - value for k, value in precisions(here[at], truth).items()}
+    return {
+        **{f"recall@{k}": recall(here[k], found[k]) for k in found},
+        **{f"{k} lost": round(value, 3) for k, value in lost.items()},
+        **speeds(search, embeddings, at),
+    }
 
 
 def efforts_of(part: Part) -> tuple[str, list[int]]:

@@ -16,6 +16,7 @@ import pytest
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
+from renee_ray.service.observe import sinks
 from renee_ray.service.observe.sinks import CURVES, Sinks, check_sinks
 
 
@@ -91,6 +92,7 @@ def test_wandb_offline_of_a_run_that_was_resumed(
     from wandb.proto.wandb_internal_pb2 import Record
 
     secret = "0123456789abcdef" * 4
+    monkeypatch.setattr(sinks, "CLOSE_S", 120)  # of a machine with much else to do
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", secret)
     made = config(str(tmp_path / "run"), "wandb")

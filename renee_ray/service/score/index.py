@@ -182,7 +182,7 @@ def index_model(
     parts, exact = read_parts(output.path, built, loaded.classifier), ExactSearch(loaded.classifier)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "model": loaded.facts["model"], "tail": tail,
-        "num_labels": number, "dim": dim, "factory": factory, "candidates": config.candidates,
+        "num_labels": number, "dim": dim, "factory": factory,
         **swept(exact, parts, *sample(loaded, points, config.sample), config.candidates,
                 config.recall),
         "ranges": built,
