@@ -45,13 +45,16 @@ EVERY = 1 << 20
 
 
 def make_part(weights: Tensor, offsets: Tensor, factory: str, start: int, stop: int) -> Part:
+    centre = torch.full((weights.shape[1],), 0.25)
+
     def rows() -> Iterator[Tensor]:
-        yield from torch.cat([weights, offsets[:, None]], 1)[start:stop].split(50)
+        last = offsets + weights @ centre
+        yield from torch.cat([weights, last[:, None]], 1)[start:stop].split(50)
 
     survey = Survey.of(rows, stop - start, 1000)
     index = empty_index(factory, weights.shape[1])
     build(index, rows, survey)
-    return Part(start, stop, survey.greatest, index)
+    return Part(start, stop, survey.greatest, index, centre.numpy())
 
 
 def make_parts(weights: Tensor, offsets: Tensor, factory: str, number: int) -> list[Part]:
@@ -200,6 +203,7 @@ def written(
         (tmp_path / name).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
         facts = {"start": part.start, "stop": part.stop, "greatest": part.greatest}
+        facts["centre"] = part.centre.tolist()
         ranges.append({**facts, "file": name, "sha256": sha256})
     known = {"format_version": 1, "model": "ab", "tail": 0.0, "effort": 0, "candidates": 2}
     (tmp_path / "index.json").write_text(json.dumps({**known, "ranges": ranges}))
@@ -270,12 +274,23 @@ def test_rows_of_added_and_retired_labels_are_indexed(tmp_path: Path) -> None:
     retire_labels(run.path, ("3", str(LABELS)), "", quiet, restore=False)
     renee_ray.export(run.path, export, ExportConfig())
 
-    def rows(model: str, checkpoint: str, tail: float) -> Tensor:
-        plan = Plan(model, checkpoint, total, DIM, tail, "", "Flat", 1, 1)
+    none = torch.zeros(DIM)
+
+    def rows(model: str, checkpoint: str, tail: float, centre: Tensor = none) -> Tensor:
+        plan = Plan(model, checkpoint, total, DIM, tail, "", "Flat", 1, 1, centre)
         return torch.cat(list(plan.rows(0, total)()))
 
     name = run.checkpoint("best").name
     torch.testing.assert_close(rows(run.path, name, 0.0), rows(export, "", 0.0))
     counts = run.dataset().read_rows("labels", 0, LABELS, ["train_count"])["train_count"].to_numpy()
     wanted = [*(-0.5 * np.log(np.maximum(counts, 1))), *[0.0] * len(NEW)]
-    np.testing.assert_allclose(rows(run.path, name, 0.5)[:, -1], wanted, rtol=1e-6)
+    found = rows(run.path, name, 0.5)
+    np.testing.assert_allclose(found[:, -1], wanted - np.mean(wanted), rtol=1e-5, atol=1e-6)
+
+    noise = torch.Generator().manual_seed(0)
+    centre, embeddings = torch.randn(DIM, generator=noise), torch.randn(5, DIM, generator=noise)
+    centred = rows(run.path, name, 0.5, centre)
+    assert centred.mean(0).abs().max() < 1e-5
+    scores = embeddings @ found[:, :-1].T + found[:, -1]
+    again = (embeddings - centre) @ centred[:, :-1].T + centred[:, -1]
+    torch.testing.assert_close(again - again[:, :1], scores - scores[:, :1])  # the same order

@@ -11,6 +11,11 @@ The order by L2 distance is exactly the order by score. The factor M / |[e, 1]| 
 puts the query on the sphere of all x_l, so that centroids inside it are compared fairly. Vectors
 are padded with zeros to a multiple of 8, which FAISS compares fastest.
 
+What all embeddings or all rows have in common, such as the constant of first weights from label
+texts, says nothing about the order, but would be multiplied by the errors of compression. With the
+mean c of some embeddings and the mean (v, a) of some rows [w, b + c . w], indexed instead are
+[w - v, b + c . w - a] and [e - c, 1]: their product differs from the score by e . v + a - c . v.
+
 The index holds compressed vectors, so it only proposes: of each range the c max(k, 10) nearest
 labels, whose scores are then computed with the true weights.
 """
@@ -139,18 +144,24 @@ class ExactSearch:
 
 @dataclass(frozen=True)
 class Part:
-    """The FAISS index of the labels [start, stop). greatest: M of the module's equations."""
+    """The FAISS index of the labels [start, stop).
+
+    greatest, centre: M and c of the module's equations; centre: float32 [D], or 0.
+    """
 
     start: int
     stop: int
     greatest: float
     index: Any
+    centre: NDArray[np.float32] | float = 0.0
 
     def candidates(
         self, queries: NDArray[np.float32], number: int, effort: int, selector: dict[str, Any]
     ) -> NDArray[np.int64]:
         """Finds labels near queries float32 [B, D + 1]; int64 [B, number], `NONE` for none."""
-        faiss, norms = load_faiss(), np.linalg.norm(queries, axis=1, keepdims=True)
+        faiss, queries = load_faiss(), queries.copy()
+        queries[:, :-1] -= self.centre
+        norms = np.linalg.norm(queries, axis=1, keepdims=True)
         padded = np.zeros((len(queries), self.index.d), np.float32)
         padded[:, : queries.shape[1]] = queries * ((self.greatest or 1.0) / norms)
         if isinstance(self.index, faiss.IndexHNSW):
@@ -280,7 +291,8 @@ def read_parts(path: str, ranges: Any, classifier: Classifier) -> list[Part]:
                 if index.ntotal != stop - start or start > held:
                     raise ValueError(f"{name} does not have the labels from {held} on")
                 held = stop
-                parts.append(Part(start, stop, float(each["greatest"]), index))
+                centre = np.asarray(each.get("centre", 0.0), np.float32)
+                parts.append(Part(start, stop, float(each["greatest"]), index, centre))
         if held < classifier.stop:
             raise ValueError(f"it lacks label {held}")
     except (ValueError, LookupError, TypeError) as error:

@@ -71,7 +71,10 @@ PIECES = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What each task is given. checkpoint: its name; empty: `model` is an export."""
+    """What each task is given.
+
+    checkpoint: its name; empty: `model` is an export. centre: mean embedding, float32 [D].
+    """
 
     model: str
     checkpoint: str
@@ -82,6 +85,7 @@ class Plan:
     factory: str
     ranges: int
     threads: int
+    centre: Tensor
 
     def name(self, i: int) -> str:
         """Returns the name of the files of range i, without their endings."""
@@ -89,7 +93,10 @@ class Plan:
         return f"labels-{start:012d}-{stop:012d}"
 
     def rows(self, start: int, stop: int) -> Callable[[], Iterator[Tensor]]:
-        """Opens the model: what is returned reads blocks of [w_l, b_l], float32 [m, D + 1]."""
+        """Opens the model: what is returned reads blocks of centred [w_l, b_l], float32 [m, D + 1].
+
+        The mean is that of the range's first block.
+        """
         part: Callable[[LabelRange], Classifier]
         if self.checkpoint:
             _, saved, labels = opened(self.model, self.checkpoint)
@@ -101,12 +108,15 @@ class Plan:
         size = max(1, BLOCK_BYTES // (4 * self.dim))
 
         def read() -> Iterator[Tensor]:
+            mean = None
             for at in range(start, stop, size):
                 owned = LabelRange(at, min(at + size, stop), self.num_labels)
                 rows = part(owned).rows(owned.start, owned.stop)
                 # A retired label stays in the index; who searches leaves it out.
                 rows[:, -1].masked_fill_(rows[:, -1] == -torch.inf, 0)
-                yield rows
+                rows[:, -1] += rows[:, :-1] @ self.centre
+                mean = rows.mean(0) if mean is None else mean
+                yield rows - mean
 
         return read
 
@@ -130,6 +140,7 @@ def build_range(plan: Plan, i: int) -> dict[str, Any]:
     found = {
         "start": start, "stop": stop, "file": f"{plan.name(i)}.faiss", "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(), "greatest": survey.greatest,
+        "centre": plan.centre.tolist(),
         "seconds": round(time.perf_counter() - began, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2), "built_from": built_from,
     }  # fmt: skip
@@ -169,7 +180,9 @@ def index_model(
     ensure_ray()
     threads = max(1, (os.cpu_count() or 1) // ranges)
     name = checkpoint.name if checkpoint else ""
-    plan = Plan(model, name, number, dim, tail, output.path, factory, ranges, threads)
+    embeddings, truth = sample(loaded, points, config.sample)
+    centre = embeddings.mean(0).half().float().cpu()  # the same again in a call that goes on
+    plan = Plan(model, name, number, dim, tail, output.path, factory, ranges, threads, centre)
     output.claim()
     files = [f"{plan.name(i)}.{ending}" for i in range(ranges) for ending in ("faiss", "json")]
     output.declare([*files, "recall.html"], keep=True)
@@ -183,8 +196,7 @@ def index_model(
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "model": loaded.facts["model"], "tail": tail,
         "num_labels": number, "dim": dim, "factory": factory,
-        **swept(exact, parts, *sample(loaded, points, config.sample), config.candidates,
-                config.recall),
+        **swept(exact, parts, embeddings, truth, config.candidates, config.recall),
         "ranges": built,
     }  # fmt: skip
     write_sweep(f"{output.path}/recall.html", facts)
