@@ -25,7 +25,6 @@ def test_what_is_imported_late_is_there(name: str) -> None:
 
 
 def test_what_is_overridden_is_there() -> None:
-    from ray._private import utils
     from ray._private.node import Node
     from ray.data._internal.stats import _StatsManager
     from ray.runtime_context import RuntimeContext
@@ -36,7 +35,6 @@ def test_what_is_overridden_is_there() -> None:
     assert callable(ray_compat.ElasticScalingPolicy._count_possible_workers)
     assert callable(replica.add_port_to_grpc_server)
     assert all(callable(getattr(Node, name)) for name in ray_compat.UNUSED)
-    assert callable(utils.get_dashboard_dependency_error)
     assert all(callable(getattr(_StatsManager, name)) for name in ray_compat.STATISTICS)
     assert callable(_StatsManager.gen_dataset_id_from_stats_actor)
     assert callable(importlib.import_module(ray_compat.CONTROLLER).TrainController)
