@@ -23,6 +23,7 @@ from renee_ray.errors import ReneeError
 
 SMALL, LARGE = 10_000, 1_000_000
 """Training points from which on a dataset is no longer small, and is large."""
+LARGE_BATCH = 1024
 LONGEST = 128
 """Tokens of a text beyond which none is read."""
 SAVED = 400
@@ -74,7 +75,7 @@ def _fitted(
     elif cores == 1:
         yield "num_workers", 1, "one core"
     if points >= LARGE:
-        yield "batch_size", 1024, f"{LARGE:,} points and more"
+        yield "batch_size", LARGE_BATCH, f"{LARGE:,} points and more"
         yield "evaluation.neighbours", 0, "votes hold all training points in memory"
         yield "classifier.precision", "auto", "a large classifier"
     if not manifest.has_label_texts:
@@ -83,7 +84,7 @@ def _fitted(
         yield "evaluation.every", 0, "the last weights are kept"
         if "checkpoint.every_steps" not in given:
             why = "checkpoints, from which a stopped run goes on"
-            yield "checkpoint.every_steps", SAVED if points < LARGE else points // 1024, why
+            yield "checkpoint.every_steps", SAVED if points < LARGE else points // LARGE_BATCH, why
     if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
         yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
 
