@@ -129,7 +129,8 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: st
     """What `condition` gives once it is true, while the process lives."""
     limit = time.monotonic() + 300
     while not (found := condition()):
-        assert process.poll() is None, process.communicate()
+        if process.poll() is not None:
+            pytest.fail("\n".join([f"{what}: it ended", *process.communicate()]))
         assert time.monotonic() < limit, f"{what}: nothing after 300 s"
         time.sleep(0.1)
     return found

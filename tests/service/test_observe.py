@@ -303,18 +303,18 @@ def test_curves_are_in_tensorboard(watched: Watched) -> None:
     assert events.Scalars("seconds/classifier")[-1].value > 0
 
 
-def hung_worker(
-    process: subprocess.Popen[str], path: str, step: int, watchdog: Path, stopped: int
-) -> int:
+def hung_worker(process: subprocess.Popen[str], path: str, step: int, watchdog: Path) -> int:
     """Stops a worker after the checkpoint of `step`; its process id.
 
-    Kills it when two more processes than `stopped` have given up waiting for it.
+    Kills it when another has given up waiting for it. The third follows, unless Ray kills it first.
     """
+    before = gave_up(watchdog)
     wait_for_commit(process, path, step)
     victim = max(workers(process))
     os.kill(victim, signal.SIGSTOP)
-    until(lambda: len(gave_up(watchdog)) >= stopped + 2, process, "the others give up")
-    os.kill(victim, signal.SIGKILL)
+    until(lambda: len(gave_up(watchdog)) > len(before), process, "another gives up")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
     return victim
 
 
@@ -350,17 +350,18 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
         env=IMPATIENT | {"PYTHONPATH": paths},
     )  # fmt: skip
     try:
-        victims = [hung_worker(process, path, 5, watchdog, 0)]
+        victims = [hung_worker(process, path, 5, watchdog)]
+        wait_for_commit(process, path, newest_commit(path) + 5)  # of workers that are new
         Path(f"{watchdog}.on").touch()
-        victims.append(hung_worker(process, path, newest_commit(path) + 5, watchdog, 2))
+        victims.append(hung_worker(process, path, newest_commit(path) + 5, watchdog))
         done = finish(process)
     finally:
         end(process)
     assert done.status == 1
-    assert len(gave_up(watchdog)) == 4
+    assert 2 <= len(gave_up(watchdog)) <= 4
     silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", done.stderr)
     assert {*map(int, silent)} == {*victims}, done.stderr
-    assert "2 others wait for it in phase" in done.stderr
+    assert re.search("(2 others wait|another worker waits) for it in phase", done.stderr)
     assert done.stderr.count("the workers were started again") == 1
     sentence = done.stderr.splitlines()[-1]
     assert sentence.startswith("renee-ray: the workers gave up waiting for each other after")

@@ -104,6 +104,19 @@ def test_who_did_not_come_is_blamed_whether_the_others_raise_or_die(timeout_s: f
         assert "rank 0" not in said and "rank 1" not in said and "phase `gather`" in said
 
 
+@pytest.mark.parametrize("phase", ["data", "scatter"])
+def test_one_that_is_past_the_collective_does_not_hide_who_is_awaited(phase: str) -> None:
+    """gloo let rank 1 go on, to wait for data, which no timeout ends, or for both others."""
+    watch, stopped = Watch(15), Beat(1, 2, "beta", 102, 120, "reduce", 850, 0.1)
+    watch.saw(stopped, 0)
+    for now in range(0, 15, 2):
+        ahead = replace(GATHER, rank=1, pid=101, entered=901, phase=phase, seconds=now)
+        told(watch, [waiting(0, now + 0.5), ahead], now)
+        watch.complaint(now)
+    found = re.search(r"rank 2 on beta .* has sent nothing .* phase `gather`", watch.blamed())
+    assert found is not None and "rank 1" not in found[0]
+
+
 def test_nobody_is_blamed_for_another_end() -> None:
     assert Watch(1).blamed() == ""
     killed = died(600, 120)  # long before the timeout

@@ -67,6 +67,11 @@ class Watch:
         return min(PATIENT_S, self.timeout_s / 2)
 
     @property
+    def _silence(self) -> float:
+        """Seconds without a heartbeat after which a worker counts as silent."""
+        return max(self.patience, 3 * beat_seconds(self.timeout_s))
+
+    @property
     def training(self) -> bool:
         """Whether the workers are far enough to be asked for a checkpoint."""
         return any(beat.phase not in BEFORE_STEPS for beat, _ in list(self._beats.values()))
@@ -84,7 +89,7 @@ class Watch:
         if self._over or (found := self._look(now)) is None:
             return None
         missing, sentence = found
-        collective = self._group, self._front()
+        collective = self._group, self._awaited()
         new = collective != self._collective
         # Whoever dies of the wait is silent too, so later looks add nobody to the first.
         if new or missing <= self._missing:
@@ -96,25 +101,26 @@ class Watch:
         silent: dict[int, str] = {}
         late: dict[int, str] = {}
         waiting: list[Beat] = []
-        longest, front = 0.0, self._front()
+        longest, awaited = 0.0, self._awaited()
         for rank, (beat, seen) in self._beats.items():
             still = beat.seconds + now - seen
-            if now - seen > max(self.patience, 3 * beat_seconds(self.timeout_s)):
+            if now - seen > self._silence:
                 silent[rank] = (f"{beat.who()} has sent nothing for {now - seen:.0f} s; it was in "
                                 f"phase `{beat.phase}` of step {beat.step}")  # fmt: skip
-            elif beat.entered == front and _waits(beat):
+            elif beat.entered >= awaited and _waits(beat):
                 waiting.append(beat)
                 longest = max(longest, still)
-            elif beat.entered < front:
+            elif beat.entered < awaited:
                 late[rank] = (f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
                               f"for {still:.0f} s")  # fmt: skip
         if longest <= self.patience or not (silent or late):
             return None
         missing = silent or late
+        first = min(waiting, key=lambda beat: beat.entered)
         others = "another worker waits" if len(waiting) == 1 else f"{len(waiting)} others wait"
         return set(missing), (
             f"{'; '.join(missing.values())}; {others} for {'it' if len(missing) == 1 else 'them'} "
-            f"in phase `{waiting[0].phase}` of step {waiting[0].step}"
+            f"in phase `{first.phase}` of step {first.step}"
         )
 
     def blamed(self) -> str:
@@ -124,15 +130,22 @@ class Watch:
         the last ones were sent from that collective, shortly before the timeout. Returns an empty
         string if the workers ended for another reason.
         """
-        front, beats = self._front(), [beat for beat, _ in list(self._beats.values())]
-        waited = max((beat.seconds for beat in beats if beat.entered == front), default=0.0)
+        awaited, beats = self._awaited(), [beat for beat, _ in list(self._beats.values())]
+        waited = max((beat.seconds for beat in beats if beat.entered == awaited), default=0.0)
         to_the_end = waited >= self.timeout_s - 2 * beat_seconds(self.timeout_s)
-        failed_itself = any(beat.ended and beat.entered < front for beat in beats)
-        same = self._collective == (self._group, front)
+        failed_itself = any(beat.ended and beat.entered < awaited for beat in beats)
+        same = self._collective == (self._group, awaited)
         return self._sentence if same and to_the_end and not failed_itself else ""
 
-    def _front(self) -> int:
-        return max((beat.entered for beat, _ in list(self._beats.values())), default=0)
+    def _awaited(self) -> int:
+        """Returns the collective that is waited in for longest, as a number of phases entered.
+
+        Another may be past it: gloo lets a rank go on that has got all that it needs.
+        """
+        waiting = [(beat, seen) for beat, seen in list(self._beats.values()) if _waits(beat)]
+        heard = max((seen for _, seen in waiting), default=0.0) - self._silence
+        began = [(seen - beat.seconds, beat.entered) for beat, seen in waiting if seen >= heard]
+        return min(began, default=(0.0, 0))[1]
 
 
 def _waits(beat: Beat) -> bool:
