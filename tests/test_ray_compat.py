@@ -26,6 +26,7 @@ def test_what_is_imported_late_is_there(name: str) -> None:
 
 def test_what_is_overridden_is_there() -> None:
     from ray._private.node import Node
+    from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator as Coordinator
     from ray.data._internal.stats import _StatsManager
     from ray.runtime_context import RuntimeContext
     from ray.serve._private import replica
@@ -37,6 +38,8 @@ def test_what_is_overridden_is_there() -> None:
     assert all(callable(getattr(Node, name)) for name in ray_compat.UNUSED)
     assert all(callable(getattr(_StatsManager, name)) for name in ray_compat.STATISTICS)
     assert callable(_StatsManager.gen_dataset_id_from_stats_actor)
+    assert callable(Coordinator.request_resources) and callable(Coordinator.cancel_request)
+    assert callable(Coordinator.get_reserved_resources)
     assert callable(importlib.import_module(ray_compat.CONTROLLER).TrainController)
     assert isinstance(RuntimeContext.current_actor, property)
     with pytest.raises(AttributeError, match="no attribute 'Unknown'"):

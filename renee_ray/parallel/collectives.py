@@ -20,6 +20,7 @@ pairs and counts, which originate on the host: no device synchronisation for the
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,12 +39,16 @@ from renee_ray.xfc.labels import owners
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the workers; `num_ranks` 1 needs no process group."""
+    """This process among the workers; `num_ranks` 1 needs no process group.
+
+    wait_s: seconds for which a rank waits for what others may keep from it.
+    """
 
     rank: int = 0
     num_ranks: int = 1
     tensors: dist.ProcessGroup | None = None
     host: dist.ProcessGroup | None = None
+    wait_s: float = math.inf
 
     @classmethod
     def of_process_group(cls, timeout_s: float | None = None) -> Ranks:
@@ -63,6 +68,7 @@ class Ranks:
             dist.get_world_size(),
             dist.new_group(timeout=step),
             dist.new_group(backend="gloo", timeout=with_storage),
+            with_storage.total_seconds() if with_storage else math.inf,
         )
 
 

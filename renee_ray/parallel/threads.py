@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from itertools import islice
@@ -29,16 +30,18 @@ def in_thread(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def one_ahead(
-    items: Iterator[T], count: int | None = None, on_wait: Callable[[], None] = lambda: None
+    items: Iterator[T],
+    count: int | None = None,
+    on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[T]:
     """Yields `count` items, or all, each of which is made while the one before it is used.
 
     A step waits for the GPU in its middle, which must not be idle while the next batch is made.
 
-    on_wait: is called each time that an item has not come for PATIENT_S.
+    on_wait: is called each PATIENT_S, with the seconds that an item has not come for.
 
     Raises:
-        Exception: what `items` raises, in place of the item.
+        Exception: what `items` raises, in place of the item, or `on_wait`.
     """
     ended = object()
     source = islice(items, count)
@@ -49,8 +52,9 @@ def one_ahead(
 
     pending = make()
     while True:
+        began = time.monotonic()
         while not wait([pending], timeout=PATIENT_S).done:
-            on_wait()
+            on_wait(time.monotonic() - began)
         if (item := pending.result()) is ended:
             return
         pending = make()

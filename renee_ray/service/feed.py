@@ -12,6 +12,7 @@ its consumer holds it back: half a core a worker, taken from training.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
@@ -29,14 +30,15 @@ from renee_ray.data.targets import Targets
 from renee_ray.model.encoder import Encoder
 from renee_ray.parallel.batch import Batch, Position, cut_batches
 from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.threads import PATIENT_S, one_ahead
+from renee_ray.parallel.threads import one_ahead
 from renee_ray.scoring.neighbours import Neighbours
-from renee_ray.service.ray_compat import without_statistics
+from renee_ray.service.ray_compat import in_local_ray, without_actors
 
 log = logging.getLogger(__name__)
 
 READ_CPUS = 0.25
-"""CPUs of a reading task: several share the one that the workers leave free."""
+"""CPUs of a reading task: several share the one that the workers leave free, and wait for storage.
+In a local Ray each has one to itself: a process more would take 1.7 s of CPU to start."""
 
 
 class Epochs:
@@ -91,8 +93,10 @@ def scoring_feed(
     """
     parts = [part.rows for part in dataset.manifest.splits[split]]
     order = scoring_order(split, parts, batch_size=batch_size, num_ranks=ranks.num_ranks, **options)
-    start = Position(0, first)
-    return feed(dataset, [order], ranks.rank, ranks.num_ranks, start=start, max_length=max_length)
+    return feed(
+        dataset, [order], ranks.rank, ranks.num_ranks, start=Position(0, first),
+        max_length=max_length, wait_s=ranks.wait_s,
+    )  # fmt: skip
 
 
 def feed(
@@ -106,13 +110,27 @@ def feed(
     pad_multiple: int = 1,
     prefetch: int = 2,
     targets: Targets | None = None,
+    wait_s: float = math.inf,
 ) -> Iterator[Batch]:
     """Returns this rank's rows of every batch from `start` to the end of the last epoch.
 
     Args:
         orders: one an epoch, such as `Epochs`; `start.epoch` indexes it.
         targets: what a teacher predicts for the training points, which is read along with them.
+        wait_s: seconds that data is waited for. A rank that hangs keeps the CPUs that it reads by.
+
+    Raises:
+        TimeoutError: while iterating, if no data has come for so long.
     """
+
+    def on_wait(seconds: float) -> None:
+        log.warning(
+            "no data for %.0f s: storage is slow or away, or no CPU of the cluster is free to "
+            "read; waiting for it", seconds,
+        )  # fmt: skip
+        if seconds > wait_s:
+            raise TimeoutError(f"no data for {seconds:.0f} s")
+
     windows = (
         Window.of(dataset, orders[epoch], orders[epoch].slots_of(rank, num_ranks), window, targets)
         for epoch in range(start.epoch, len(orders))
@@ -126,15 +144,8 @@ def feed(
     )
     groups = iter(lambda: list(islice(windows, prefetch)), [])
     read = (_tables(group, start) for group in groups)
-    tables = chain.from_iterable(one_ahead(read, on_wait=_say_waiting))
+    tables = chain.from_iterable(one_ahead(read, on_wait=on_wait))
     return cut_batches(tables, positions, dataset.manifest.pad_id, max_length, pad_multiple)
-
-
-def _say_waiting() -> None:
-    log.warning(
-        "no data for %d s: storage is slow or away, or no CPU of the cluster is free to read; "
-        "waiting for it", PATIENT_S,
-    )  # fmt: skip
 
 
 def reading(
@@ -156,7 +167,7 @@ def reading(
 
 
 def _tables(windows: Sequence[Window], start: Position) -> list[pa.Table]:
-    without_statistics()
+    without_actors()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -164,7 +175,8 @@ def _tables(windows: Sequence[Window], start: Position) -> list[pa.Table]:
     context.raise_original_map_exception = True
     # `ray.data.range` would need a task more for each window, which waits for a whole CPU.
     ids = ray.data.from_arrow([pa.table({"id": [index]}) for index in range(len(windows))])
-    rows = ids.map_batches(reading(windows, start), batch_size=None, num_cpus=READ_CPUS)
+    cpus = 1 if in_local_ray() else READ_CPUS
+    rows = ids.map_batches(reading(windows, start), batch_size=None, num_cpus=cpus)
     return list(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 

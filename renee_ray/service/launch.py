@@ -32,6 +32,7 @@ from renee_ray.service.observe.observe import node_name
 from renee_ray.service.policies import (
     Elastic,
     Failures,
+    Fixed,
     is_final,
     user_error,
     workers_beside_reading,
@@ -159,6 +160,8 @@ class _Trainer(TorchTrainer):
         of_controller |= {"callbacks": callbacks, "failure_policy": failures}
         if scaling.elasticity_enabled:
             of_controller["scaling_policy"] = Elastic(scaling)
+        elif started_here():
+            of_controller["scaling_policy"] = Fixed(scaling)
         if started_here():
             return self.here.run(of_controller)
         return super()._initialize_and_run_controller(**of_controller)  # type: ignore[misc]

@@ -21,6 +21,7 @@ from renee_ray.service.ray_compat import (
     DefaultFailurePolicy,
     ElasticScalingPolicy,
     FailureDecision,
+    FixedScalingPolicy,
     cpus_of_worker,
 )
 
@@ -44,6 +45,17 @@ class Elastic(ElasticScalingPolicy):
         cpus, each = ray.cluster_resources().get("CPU", 0), cpus_of_worker(self.scaling_config)
         room = workers_beside_reading(cpus, each)
         return int(min(super()._count_possible_workers(reserved_resources), room))
+
+
+class Fixed(FixedScalingPolicy):
+    """Ray's own policy for a number of workers that stays, without its actor that asks for nodes:
+    a local Ray has one."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 def workers_beside_reading(cpus: float, each: float) -> float:

@@ -41,6 +41,8 @@ LAZY = {
     "FailureDecision": f"{TRAIN}.execution.failure_handling",
     # Base of our scaling policy: see `_count_possible_workers` above.
     "ElasticScalingPolicy": f"{TRAIN}.execution.scaling_policy",
+    # Base of a local one. Check that it asks for nodes by the methods that policies.py leaves out.
+    "FixedScalingPolicy": f"{TRAIN}.execution.scaling_policy",
     # Bases of our callbacks: a worker's SIGTERM, a checkpoint before a group is resized. Check
     # that the three methods that preemption.py defines are still called, where it says.
     "ControllerCallback": f"{TRAIN}.execution.callback",
@@ -195,20 +197,33 @@ def on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
 
 
-def without_statistics() -> None:
-    """Keeps Ray Data in this process, in a local Ray, from starting an actor for a dashboard.
+def in_local_ray() -> bool:
+    """Whether the Ray of this process, or of the driver it works for, was started by a command."""
+    return os.environ.get(LOCAL_ONLY) == "0" or started_node() is not None
 
-    A local Ray has none, and starting the actor takes 1.3 s of CPU. Check that `_StatsManager`
-    alone talks to `_StatsActor`, by these methods, and that an id is any string.
+
+def without_actors() -> None:
+    """Keeps Ray Data in this process, in a local Ray, from starting actors that it can do without.
+
+    Each takes 1.3 s of CPU to start. One collects figures for a dashboard, which a local Ray has
+    not. Check that `_StatsManager` alone talks to `_StatsActor`, by these methods, and that an id
+    is any string. The other shares nodes out among jobs, and asks for more of them: here the one
+    node is all there is, and a task waits for a CPU in any case. Check that Ray Data asks it by
+    these methods of `DefaultAutoscalingCoordinator` alone.
     """
-    if os.environ.get(LOCAL_ONLY) != "0" and started_node() is None:
+    if not in_local_ray():
         return
+    from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator
     from ray.data._internal.stats import _StatsManager
 
     for name in STATISTICS:
         setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
     manager: Any = _StatsManager
     manager.gen_dataset_id_from_stats_actor = staticmethod(lambda: uuid.uuid4().hex)
+    node = {each["NodeID"]: each["Resources"] for each in ray.nodes() if each["Alive"]}
+    coordinator: Any = DefaultAutoscalingCoordinator
+    coordinator.request_resources = coordinator.cancel_request = lambda self, *_, **__: None
+    coordinator.get_reserved_resources = lambda self: node
 
 
 def replica_on_loopback() -> None:

@@ -18,7 +18,7 @@ import ray.data
 
 from renee_ray.data.storage import read_file, replace_file
 from renee_ray.errors import ReneeError, reason
-from renee_ray.service.ray_compat import without_statistics
+from renee_ray.service.ray_compat import without_actors
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def attempt(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences Ray Data's bars and its account of the plan: the caller reports progress."""
-    without_statistics()
+    without_actors()
     context = ray.data.DataContext.get_current()
     logger = logging.getLogger("ray.data")
     before = context.enable_progress_bars, logger.level

@@ -117,6 +117,20 @@ def test_one_that_is_past_the_collective_does_not_hide_who_is_awaited(phase: str
     assert found is not None and "rank 1" not in found[0]
 
 
+def test_one_that_hangs_and_keeps_data_from_the_others_is_blamed() -> None:
+    watch, stopped = Watch(15), Beat(1, 2, "beta", 102, 120, "reduce", 850, 0.1)
+    watch.saw(stopped, 0)
+    for now in range(0, 17, 2):
+        told(watch, [replace(waiting(r, now), phase="data", entered=851) for r in (0, 1)], now)
+        said = watch.complaint(now)
+        assert (said is not None) == (now == 8), now
+    found = re.search(r"rank 2 on beta .* has sent nothing .*; 2 others .* `data`", watch.blamed())
+    assert found is not None
+    slow = Watch(15)
+    told(slow, [replace(waiting(r, 16), phase="data") for r in range(3)], 0)
+    assert slow.complaint(0) is None, "storage is slow"
+
+
 def test_nobody_is_blamed_for_another_end() -> None:
     assert Watch(1).blamed() == ""
     killed = died(600, 120)  # long before the timeout

@@ -67,11 +67,6 @@ class Watch:
         return min(PATIENT_S, self.timeout_s / 2)
 
     @property
-    def _silence(self) -> float:
-        """Seconds without a heartbeat after which a worker counts as silent."""
-        return max(self.patience, 3 * beat_seconds(self.timeout_s))
-
-    @property
     def training(self) -> bool:
         """Whether the workers are far enough to be asked for a checkpoint."""
         return any(beat.phase not in BEFORE_STEPS for beat, _ in list(self._beats.values()))
@@ -88,40 +83,52 @@ class Watch:
         """Returns a sentence on the workers that others wait for, once for each collective."""
         if self._over or (found := self._look(now)) is None:
             return None
-        missing, sentence = found
-        collective = self._group, self._awaited()
+        missing, awaited, sentence = found
+        collective = self._group, awaited
         new = collective != self._collective
         # Whoever dies of the wait is silent too, so later looks add nobody to the first.
         if new or missing <= self._missing:
             self._collective, self._missing, self._sentence = collective, missing, sentence
         return f"{sentence}, for at most {self.timeout_s:.0f} s" if new else None
 
-    def _look(self, now: float) -> tuple[set[int], str] | None:
-        """Finds the ranks that others wait for longer than `patience`, and a sentence on them."""
-        silent: dict[int, str] = {}
-        late: dict[int, str] = {}
-        waiting: list[Beat] = []
-        longest, awaited = 0.0, self._awaited()
-        for rank, (beat, seen) in self._beats.items():
-            still = beat.seconds + now - seen
-            if now - seen > self._silence:
-                silent[rank] = (f"{beat.who()} has sent nothing for {now - seen:.0f} s; it was in "
-                                f"phase `{beat.phase}` of step {beat.step}")  # fmt: skip
-            elif beat.entered >= awaited and _waits(beat):
-                waiting.append(beat)
-                longest = max(longest, still)
-            elif beat.entered < awaited:
-                late[rank] = (f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
-                              f"for {still:.0f} s")  # fmt: skip
-        if longest <= self.patience or not (silent or late):
+    def _look(self, now: float) -> tuple[set[int], int, str] | None:
+        """Finds ranks that others wait for longer than `patience`.
+
+        Returns:
+            (those ranks, the phase in which others wait, as phases entered so far, a sentence)
+        """
+        silence = max(self.patience, 3 * beat_seconds(self.timeout_s))
+        beats = {rank: (beat, now - seen) for rank, (beat, seen) in self._beats.items()}
+        heard = {rank: (b, b.seconds + ago) for rank, (b, ago) in beats.items() if ago <= silence}
+        missing = {
+            rank: f"{beat.who()} has sent nothing for {ago:.0f} s; it was in phase "
+            f"`{beat.phase}` of step {beat.step}"
+            for rank, (beat, ago) in beats.items()
+            if rank not in heard
+        }
+        waiting = [each for each in heard.values() if _waits(each[0])]
+        died = (_waits(beats[r][0]) and beats[r][0].seconds > self.patience for r in missing)
+        if not waiting and missing and not any(died):
+            # One that hangs keeps the CPUs that it reads by, so that others may get no data.
+            waiting = [each for each in heard.values() if KINDS[each[0].phase] == "data"]
+        if not waiting:
             return None
-        missing = silent or late
-        first = min(waiting, key=lambda beat: beat.entered)
+        # Some may be past it: gloo lets a rank go on that has got all that it needs.
+        first, longest = max(waiting, key=lambda each: each[1])
+        missing = missing or {
+            rank: f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
+            f"for {still:.0f} s"
+            for rank, (beat, still) in heard.items()
+            if beat.entered < first.entered
+        }
+        if longest <= self.patience or not missing:
+            return None
         others = "another worker waits" if len(waiting) == 1 else f"{len(waiting)} others wait"
-        return set(missing), (
+        sentence = (
             f"{'; '.join(missing.values())}; {others} for {'it' if len(missing) == 1 else 'them'} "
             f"in phase `{first.phase}` of step {first.step}"
         )
+        return set(missing), first.entered, sentence
 
     def blamed(self) -> str:
         """Names who did not come to the collective in which the others waited until its timeout.
@@ -130,22 +137,16 @@ class Watch:
         the last ones were sent from that collective, shortly before the timeout. Returns an empty
         string if the workers ended for another reason.
         """
-        awaited, beats = self._awaited(), [beat for beat, _ in list(self._beats.values())]
-        waited = max((beat.seconds for beat in beats if beat.entered == awaited), default=0.0)
-        to_the_end = waited >= self.timeout_s - 2 * beat_seconds(self.timeout_s)
+        group, awaited = self._collective
+        beats = [beat for beat, _ in list(self._beats.values())]
+        there = [beat for beat in beats if beat.entered == awaited]
         failed_itself = any(beat.ended and beat.entered < awaited for beat in beats)
-        same = self._collective == (self._group, awaited)
-        return self._sentence if same and to_the_end and not failed_itself else ""
+        died_there = any(map(self._died, there)) and group == self._group
+        return self._sentence if died_there and not failed_itself else ""
 
-    def _awaited(self) -> int:
-        """Returns the collective that is waited in for longest, as a number of phases entered.
-
-        Another may be past it: gloo lets a rank go on that has got all that it needs.
-        """
-        waiting = [(beat, seen) for beat, seen in list(self._beats.values()) if _waits(beat)]
-        heard = max((seen for _, seen in waiting), default=0.0) - self._silence
-        began = [(seen - beat.seconds, beat.entered) for beat, seen in waiting if seen >= heard]
-        return min(began, default=(0.0, 0))[1]
+    def _died(self, beat: Beat) -> bool:
+        """Whether this may be the last heartbeat before the timeout of a collective."""
+        return beat.seconds >= self.timeout_s - 2 * beat_seconds(self.timeout_s)
 
 
 def _waits(beat: Beat) -> bool:

@@ -116,7 +116,7 @@ def prepared(
             share.dataset, share.orders, ranks.rank, ranks.num_ranks, start=state.position,
             max_length=config.encoder.max_length, pad_multiple=8 if config.encoder.compile else 1,
             prefetch=config.feed.prefetch,
-            targets=Targets.of(config.feed.targets, share.dataset),
+            targets=Targets.of(config.feed.targets, share.dataset), wait_s=ranks.wait_s,
         )  # fmt: skip
         yield trainer, batches, observer, writer
 
