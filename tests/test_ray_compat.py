@@ -34,6 +34,8 @@ def test_what_is_overridden_is_there() -> None:
 
     assert callable(TorchTrainer._initialize_and_run_controller)  # type: ignore[attr-defined]
     assert callable(ray_compat.ElasticScalingPolicy._count_possible_workers)
+    assert callable(ray_compat.FixedScalingPolicy.after_controller_start)
+    assert callable(ray_compat.FixedScalingPolicy._maybe_send_resource_request)
     assert callable(replica.add_port_to_grpc_server)
     assert all(callable(getattr(Node, name)) for name in ray_compat.UNUSED)
     assert all(callable(getattr(_StatsManager, name)) for name in ray_compat.STATISTICS)

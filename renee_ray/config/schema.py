@@ -350,8 +350,8 @@ class RunConfig(Placed):
     loss_every: int = Field(20, ge=0)
     """Steps between two computations of the loss; 0: never."""
     timeout_s: int = Field(120, ge=5)
-    """Seconds, the timeout of a collective inside a step. Before a step, the patience with storage
-    is added (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
+    """Seconds, the timeout of a collective inside a step. Before a step, and for a worker's next
+    batch, the patience with storage is added (RENEE_RAY_STORAGE_PATIENCE_S, 300)."""
     encoder: EncoderConfig = EncoderConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     feed: FeedConfig = FeedConfig()

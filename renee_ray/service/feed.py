@@ -124,12 +124,10 @@ def feed(
     """
 
     def on_wait(seconds: float) -> None:
-        log.warning(
-            "no data for %.0f s: storage is slow or away, or no CPU of the cluster is free to "
-            "read; waiting for it", seconds,
-        )  # fmt: skip
+        said = f"no data for {seconds:.0f} s: storage is slow or away, or no CPU is free to read"
         if seconds > wait_s:
-            raise TimeoutError(f"no data for {seconds:.0f} s")
+            raise TimeoutError(said)
+        log.warning("%s; waiting for it", said)
 
     windows = (
         Window.of(dataset, orders[epoch], orders[epoch].slots_of(rank, num_ranks), window, targets)

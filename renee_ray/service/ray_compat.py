@@ -4,13 +4,15 @@
 Before raising that bound, read the note beside each name, then run `tests/test_ray_compat.py`
 and `tests/service`. No other module imports a private part of Ray (tests/test_ray_compat.py).
 
-Two methods of Ray's are private and overridden elsewhere, beside what they decide:
+Methods of Ray's that are private and overridden elsewhere, beside what they decide:
 
     TorchTrainer._initialize_and_run_controller    launch.py: hands our policies to the controller.
         Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`,
         and that its actor is only asked to `run`, then for `get_result`, as `ControllerHere` does.
     ElasticScalingPolicy._count_possible_workers   policies.py: leaves a CPU to the reading tasks.
         Check that the policy still sizes a group of workers by this method alone.
+    FixedScalingPolicy    policies.py: asks nobody for nodes in a local Ray. Check that it asks in
+        `after_controller_start` and `_maybe_send_resource_request`, and can do without.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ LAZY = {
     "FailureDecision": f"{TRAIN}.execution.failure_handling",
     # Base of our scaling policy: see `_count_possible_workers` above.
     "ElasticScalingPolicy": f"{TRAIN}.execution.scaling_policy",
-    # Base of a local one. Check that it asks for nodes by the methods that policies.py leaves out.
+    # Base of the one of a local Ray: see above.
     "FixedScalingPolicy": f"{TRAIN}.execution.scaling_policy",
     # Bases of our callbacks: a worker's SIGTERM, a checkpoint before a group is resized. Check
     # that the three methods that preemption.py defines are still called, where it says.
@@ -198,7 +200,7 @@ def on_loopback() -> Iterator[None]:
 
 
 def in_local_ray() -> bool:
-    """Whether the Ray of this process, or of the driver it works for, was started by a command."""
+    """Whether this process started the Ray that it uses, or works for a command that did."""
     return os.environ.get(LOCAL_ONLY) == "0" or started_node() is not None
 
 
@@ -212,8 +214,9 @@ def without_actors() -> None:
     these methods of `DefaultAutoscalingCoordinator` alone.
     """
     if not in_local_ray():
+        for name, method in _ASKED.items():  # of a local Ray that this process had before
+            setattr(_coordinator(), name, method)
         return
-    from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator
     from ray.data._internal.stats import _StatsManager
 
     for name in STATISTICS:
@@ -221,9 +224,24 @@ def without_actors() -> None:
     manager: Any = _StatsManager
     manager.gen_dataset_id_from_stats_actor = staticmethod(lambda: uuid.uuid4().hex)
     node = {each["NodeID"]: each["Resources"] for each in ray.nodes() if each["Alive"]}
-    coordinator: Any = DefaultAutoscalingCoordinator
-    coordinator.request_resources = coordinator.cancel_request = lambda self, *_, **__: None
-    coordinator.get_reserved_resources = lambda self: node
+    answers = {
+        "request_resources": lambda self, *_, **__: None,
+        "cancel_request": lambda self: None,
+        "get_reserved_resources": lambda self: node,
+    }
+    for name, answer in answers.items():
+        _ASKED.setdefault(name, getattr(_coordinator(), name))
+        setattr(_coordinator(), name, answer)
+
+
+_ASKED: dict[str, Any] = {}
+"""Methods of `_coordinator()` as Ray has them, where they were replaced."""
+
+
+def _coordinator() -> Any:
+    from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator
+
+    return DefaultAutoscalingCoordinator
 
 
 def replica_on_loopback() -> None:

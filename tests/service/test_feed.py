@@ -7,15 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 
 from renee_ray.data.dataset import Dataset, write_manifest, write_part
 from renee_ray.data.order import Order, training_order
+from renee_ray.parallel import threads
 from renee_ray.parallel.batch import Batch, Position
 from renee_ray.service.feed import feed
 
@@ -96,6 +99,27 @@ def test_any_number_of_ranks_sees_the_same_batches(
     assert together(batches(opened, epochs(opened), num_ranks)) == alone
 
 
+def test_data_that_does_not_come_is_not_waited_for_without_end(
+    opened: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that hangs holds the CPUs of its reading tasks."""
+    monkeypatch.setattr(threads, "PATIENT_S", 0.2)
+    cpus = ray.cluster_resources()["CPU"]
+    hung = ray.remote(num_cpus=cpus)(lambda: time.sleep(60)).remote()  # type: ignore[call-overload]
+    try:
+        limit = time.monotonic() + 60
+        while ray.available_resources().get("CPU", 0):
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        batches = feed(
+            opened, epochs(opened), 0, 1, start=Position(), max_length=MAX_LENGTH, wait_s=1
+        )
+        with pytest.raises(TimeoutError, match=r"no data for [1-9]"):
+            next(batches)
+    finally:
+        ray.cancel(hung, force=True)
+
+
 @pytest.mark.parametrize(("num_ranks", "start"), [(2, Position(0, 6)), (1, Position(1, 4))])
 def test_a_start_in_mid_epoch_gives_the_remainder(
     opened: Dataset,
@@ -174,6 +198,7 @@ import ray
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.service.feed import feed
+from renee_ray.parallel import threads
 from renee_ray.parallel.batch import Position
 
 def pass_over(path):

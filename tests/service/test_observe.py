@@ -364,7 +364,7 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     assert re.search("(2 others wait|another worker waits) for it in phase", done.stderr)
     assert done.stderr.count("the workers were started again") == 1
     sentence = done.stderr.splitlines()[-1]
-    assert sentence.startswith("renee-ray: the workers gave up waiting for each other after")
+    assert sentence.startswith("renee-ray: the workers gave up waiting for each other: ")
     assert f"(process {victims[1]}) has sent nothing" in sentence
     status = read_status(path, time.time())
     assert (status["state"], status["restarts"]) == ("failed", 1)

@@ -34,6 +34,28 @@ def test_a_worker_that_hangs_elsewhere_is_named_with_its_phase() -> None:
     assert watch.complaint(51) is None, "said twice"
 
 
+@pytest.mark.parametrize("phase", ["evaluation_data", "checkpoint"])
+def test_a_worker_that_hangs_in_a_pause_is_named_and_not_those_that_died_of_it(phase: str) -> None:
+    watch = Watch(12)
+    for now in range(40):
+        late = Beat(1, 2, "beta", 102, 120, phase, 897, now)
+        told(watch, [waiting(0, now), waiting(1, now)] if now <= 12 else [], now)
+        watch.saw(late, now)
+        said = watch.complaint(now)
+        assert (said is not None) == (now == 7), now
+    assert re.search(rf"rank 2 on beta .* `{phase}` .*; 2 others wait for it", watch.blamed())
+    assert "rank 0" not in watch.blamed()
+
+
+def test_one_behind_that_waits_itself_is_not_accused() -> None:
+    watch = Watch(60)
+    late = Beat(1, 2, "beta", 102, 120, "data", 897, 31.0)
+    ahead = replace(GATHER, phase="scatter", entered=901, seconds=31)
+    told(watch, [ahead, waiting(1, 31), late], now=0)
+    said = watch.complaint(0)
+    assert said is not None and "rank 2" in said and "rank 1" not in said
+
+
 def test_all_that_wait_are_counted_however_long_each_does() -> None:
     watch = Watch(60)
     late = replace(GATHER, rank=2, pid=102, entered=897, phase="data")
@@ -121,11 +143,12 @@ def test_one_that_hangs_and_keeps_data_from_the_others_is_blamed() -> None:
     watch, stopped = Watch(15), Beat(1, 2, "beta", 102, 120, "reduce", 850, 0.1)
     watch.saw(stopped, 0)
     for now in range(0, 17, 2):
-        told(watch, [replace(waiting(r, now), phase="data", entered=851) for r in (0, 1)], now)
+        starved = replace(waiting(0, now), phase="data", entered=851)
+        told(watch, [starved, replace(waiting(1, now), phase="route", entered=852)], now)
         said = watch.complaint(now)
         assert (said is not None) == (now == 8), now
-    found = re.search(r"rank 2 on beta .* has sent nothing .*; 2 others .* `data`", watch.blamed())
-    assert found is not None
+    watch.saw(replace(starved, seconds=20, ended=True), 20)
+    assert re.search(r"rank 2 on beta .* has sent nothing .*; 2 others wait", watch.blamed())
     slow = Watch(15)
     told(slow, [replace(waiting(r, 16), phase="data") for r in range(3)], 0)
     assert slow.complaint(0) is None, "storage is slow"
@@ -134,7 +157,7 @@ def test_one_that_hangs_and_keeps_data_from_the_others_is_blamed() -> None:
 def test_nobody_is_blamed_for_another_end() -> None:
     assert Watch(1).blamed() == ""
     killed = died(600, 120)  # long before the timeout
-    assert "rank 2" in killed._sentence and killed.blamed() == ""
+    assert "rank 2" in killed._found.sentence and killed.blamed() == ""
 
     came = died(60, 60)
     told(came, [replace(waiting(r, 1), entered=901) for r in range(3)], 130)

@@ -299,7 +299,7 @@ def following(config: RunConfig, watch: Watch, launched_s: float) -> Iterator[No
         blamed = watch.blamed() if getattr(error, "worker_failures", None) else ""
         found = (
             ReneeError(
-                f"the workers gave up waiting for each other after {config.timeout_s} s: {blamed}; "
+                f"the workers gave up waiting for each other: {blamed}; "
                 f"look at that node and its log, then give the same command again to resume"
             )
             if blamed

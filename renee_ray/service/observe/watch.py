@@ -47,6 +47,22 @@ class Beat:
         return f"rank {self.rank} on {self.node} (process {self.pid})"
 
 
+@dataclass(frozen=True)
+class Found:
+    """Ranks that others waited for.
+
+    group: theirs; front: the furthest place then, as phases entered; missing: those ranks;
+    waiting: the place of each that waited, by rank; sentence: on both; limit: how long they may.
+    """
+
+    group: int
+    front: int
+    missing: set[int]
+    waiting: dict[int, int]
+    sentence: str
+    limit: str
+
+
 @dataclass
 class Watch:
     """The driver's view of the newest group of workers.
@@ -58,9 +74,7 @@ class Watch:
     _group: int = -1
     _over: bool = False
     _beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
-    _collective: tuple[int, int] = (-1, -1)
-    _missing: set[int] = field(default_factory=set)
-    _sentence: str = ""
+    _found: Found | None = None
 
     @property
     def patience(self) -> float:
@@ -83,22 +97,18 @@ class Watch:
         """Returns a sentence on the workers that others wait for, once for each collective."""
         if self._over or (found := self._look(now)) is None:
             return None
-        missing, awaited, sentence = found
-        collective = self._group, awaited
-        new = collective != self._collective
+        before = self._found
+        new = before is None or (before.group, before.front) != (found.group, found.front)
         # Whoever dies of the wait is silent too, so later looks add nobody to the first.
-        if new or missing <= self._missing:
-            self._collective, self._missing, self._sentence = collective, missing, sentence
-        return f"{sentence}, for at most {self.timeout_s:.0f} s" if new else None
+        if before is None or new or found.missing <= before.missing:
+            self._found = found
+        return found.sentence + found.limit if new else None
 
-    def _look(self, now: float) -> tuple[set[int], int, str] | None:
-        """Finds ranks that others wait for longer than `patience`.
-
-        Returns:
-            (those ranks, the phase in which others wait, as phases entered so far, a sentence)
-        """
+    def _look(self, now: float) -> Found | None:
+        """Finds ranks that others wait for longer than `patience`."""
         silence = max(self.patience, 3 * beat_seconds(self.timeout_s))
         beats = {rank: (beat, now - seen) for rank, (beat, seen) in self._beats.items()}
+        front = max((beat.entered for beat, _ in beats.values()), default=0)
         heard = {rank: (b, b.seconds + ago) for rank, (b, ago) in beats.items() if ago <= silence}
         missing = {
             rank: f"{beat.who()} has sent nothing for {ago:.0f} s; it was in phase "
@@ -106,29 +116,33 @@ class Watch:
             for rank, (beat, ago) in beats.items()
             if rank not in heard
         }
-        waiting = [each for each in heard.values() if _waits(each[0])]
+        waiting = {rank: each for rank, each in heard.items() if _waits(each[0])}
         died = (_waits(beats[r][0]) and beats[r][0].seconds > self.patience for r in missing)
-        if not waiting and missing and not any(died):
-            # One that hangs keeps the CPUs that it reads by, so that others may get no data.
-            waiting = [each for each in heard.values() if KINDS[each[0].phase] == "data"]
-        if not waiting:
-            return None
-        # Some may be past it: gloo lets a rank go on that has got all that it needs.
-        first, longest = max(waiting, key=lambda each: each[1])
+        if missing and not any(died):
+            # gloo lets a rank go on that has got all that it needs, and one that hangs keeps the
+            # CPUs that it reads by: so those behind may wait for it too, and those for data.
+            waiting |= {r: each for r, each in heard.items() if KINDS[each[0].phase] == "data"}
+        else:
+            waiting = {rank: each for rank, each in waiting.items() if each[0].entered == front}
+        behind = {rank: each for rank, each in heard.items() if each[0].entered < front}
+        # One behind may wait itself, for another further behind.
+        own = {r: each for r, each in behind.items() if KINDS[each[0].phase] != "collective"}
         missing = missing or {
             rank: f"{beat.who()} has been in phase `{beat.phase}` of step {beat.step} "
             f"for {still:.0f} s"
-            for rank, (beat, still) in heard.items()
-            if beat.entered < first.entered
+            for rank, (beat, still) in (own or behind).items()
         }
-        if longest <= self.patience or not missing:
+        first, longest = max(waiting.values(), key=lambda each: each[1], default=(None, 0.0))
+        if first is None or longest <= self.patience or not missing:
             return None
         others = "another worker waits" if len(waiting) == 1 else f"{len(waiting)} others wait"
         sentence = (
             f"{'; '.join(missing.values())}; {others} for {'it' if len(missing) == 1 else 'them'} "
             f"in phase `{first.phase}` of step {first.step}"
         )
-        return set(missing), first.entered, sentence
+        places = {rank: beat.entered for rank, (beat, _) in waiting.items()}
+        limit = "" if KINDS[first.phase] == "data" else f", for at most {self.timeout_s:.0f} s"
+        return Found(self._group, front, {*missing}, places, sentence, limit)
 
     def blamed(self) -> str:
         """Names who did not come to the collective in which the others waited until its timeout.
@@ -137,16 +151,19 @@ class Watch:
         the last ones were sent from that collective, shortly before the timeout. Returns an empty
         string if the workers ended for another reason.
         """
-        group, awaited = self._collective
-        beats = [beat for beat, _ in list(self._beats.values())]
-        there = [beat for beat in beats if beat.entered == awaited]
-        failed_itself = any(beat.ended and beat.entered < awaited for beat in beats)
-        died_there = any(map(self._died, there)) and group == self._group
-        return self._sentence if died_there and not failed_itself else ""
-
-    def _died(self, beat: Beat) -> bool:
-        """Whether this may be the last heartbeat before the timeout of a collective."""
-        return beat.seconds >= self.timeout_s - 2 * beat_seconds(self.timeout_s)
+        if (found := self._found) is None or found.group != self._group:
+            return ""
+        beats = {rank: beat for rank, (beat, _) in list(self._beats.items())}
+        to_the_end = self.timeout_s - 2 * beat_seconds(self.timeout_s)
+        waited = any(
+            beat.entered == found.waiting.get(rank) and beat.seconds >= to_the_end
+            for rank, beat in beats.items()
+        )
+        failed_itself = any(
+            beat.ended and beat.entered < found.front and rank not in found.waiting
+            for rank, beat in beats.items()
+        )
+        return found.sentence if waited and not failed_itself else ""
 
 
 def _waits(beat: Beat) -> bool:
