@@ -304,7 +304,9 @@ def test_curves_are_in_tensorboard(watched: Watched) -> None:
 
 
 def hung_worker(process: subprocess.Popen[str], path: str, step: int, watchdog: Path) -> int:
-    """Stops a worker after the checkpoint of `step`; its process id.
+    """Stops a worker after the checkpoint of `step`, long before the next; its process id.
+
+    In a checkpoint the others would wait for its files for 20 minutes.
 
     Kills it when another has given up waiting for it. The third follows, unless Ray kills it first.
     """
@@ -346,7 +348,7 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = start(
         "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=3",
-        f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1",
+        f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1", "checkpoint.every_steps=30",
         env=IMPATIENT | {"PYTHONPATH": paths},
     )  # fmt: skip
     try:

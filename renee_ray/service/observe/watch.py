@@ -141,7 +141,8 @@ class Watch:
             f"in phase `{first.phase}` of step {first.step}"
         )
         places = {rank: beat.entered for rank, (beat, _) in waiting.items()}
-        limit = "" if KINDS[first.phase] == "data" else f", for at most {self.timeout_s:.0f} s"
+        inside = KINDS[first.phase] == "collective"
+        limit = f", for at most {self.timeout_s:.0f} s" if inside else ""
         return Found(self._group, front, {*missing}, places, sentence, limit)
 
     def blamed(self) -> str:
