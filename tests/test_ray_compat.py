@@ -31,6 +31,8 @@ def test_what_is_overridden_is_there() -> None:
     from ray.runtime_context import RuntimeContext
     from ray.serve._private import replica
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.preemption import PreemptionContext
+    from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
     assert callable(TorchTrainer._initialize_and_run_controller)  # type: ignore[attr-defined]
     assert callable(ray_compat.ElasticScalingPolicy._count_possible_workers)
@@ -42,6 +44,7 @@ def test_what_is_overridden_is_there() -> None:
     assert callable(_StatsManager.gen_dataset_id_from_stats_actor)
     assert callable(Coordinator.request_resources) and callable(Coordinator.cancel_request)
     assert callable(Coordinator.get_reserved_resources)
+    assert callable(RayTrainWorker.mark_preempt) and PreemptionContext().preemption_info is None
     assert callable(importlib.import_module(ray_compat.CONTROLLER).TrainController)
     assert isinstance(RuntimeContext.current_actor, property)
     with pytest.raises(AttributeError, match="no attribute 'Unknown'"):

@@ -19,7 +19,7 @@ import time
 from types import FrameType
 from typing import Any
 
-import ray.train
+import ray
 
 from renee_ray.checkpoint.writer import Written
 from renee_ray.service.driver_channel import DriverChannel
@@ -28,6 +28,7 @@ from renee_ray.service.ray_compat import (
     ResizingState,
     WorkerCallback,
     WorkerGroupCallback,
+    preemption,
 )
 from renee_ray.training.loop import CHECKPOINT, STOP
 
@@ -113,7 +114,7 @@ class Requests:
         return self._due is not None and self._committed >= self._due
 
     def _look_for_preemption(self) -> None:
-        info = ray.train.get_preemption_info()
+        info = preemption()
         if info is not None and info != self._known_preemption:
             self._known_preemption = info
             log.warning(

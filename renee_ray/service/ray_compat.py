@@ -150,6 +150,17 @@ class ControllerHere:
             self._ended.wait(CANCEL_S)
 
 
+def preemption() -> Any:
+    """Returns what Ray Train has told this worker of nodes that are to be taken away, or None.
+
+    The public `ray.train.get_preemption_info` is a collective of all workers through an actor: a
+    round trip in every step, and without a time limit, so that one that hangs holds all others.
+    Check that Ray's watcher still calls `mark_preempt` on every worker, which keeps it here.
+    """
+    context = importlib.import_module(f"{TRAIN}.execution.context").get_train_context()
+    return context.preemption_context.preemption_info
+
+
 def cpus_of_worker(scaling_config: Any) -> float:
     """Returns the CPUs that a worker reserves. Check this property of ScalingConfig."""
     cpus: float = scaling_config._resources_per_worker_not_none.get("CPU", 0)
