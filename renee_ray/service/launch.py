@@ -94,7 +94,7 @@ def launch(
                 storage_path=scratch,
                 name="job",
                 failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-                # Where the controller is in this process, its notices would be on the terminal.
+                # Its notices would be on the terminal; for a controller here, see ControllerHere.
                 logging_config=LoggingConfig(log_level="CRITICAL"),
                 callbacks=[SignalHandler(grace_s), CheckpointBeforeResize(grace_s)],
                 worker_runtime_env={"env_vars": worker_environment()},

@@ -68,6 +68,9 @@ CANCEL_S = 10.0
 """Seconds for which the end of a controller in this process is waited for."""
 NO_WATCHER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """For a local Ray, whose only node nobody takes away."""
+NO_LOGGING = {"RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0"}
+"""For a controller in this process: Ray's `logging.config.dictConfig` would close all handlers
+here, and wait for ever where a thread of Ray Data's opens one."""
 SYSTEM_CONFIG = {"idle_worker_killing_time_threshold_ms": 60_000}
 """For `ray.init(_system_config=...)`: by default an idle process ends after a second, between two
 windows of rows, and a new one takes a core for four. Check the key in Ray's ray_config_def.h."""
@@ -125,7 +128,9 @@ class ControllerHere:
         context: Any = RuntimeContext
         current_actor, context.current_actor = context.current_actor, None
         try:
-            with environment(NO_WATCHER):
+            # Its notices would be on the terminal.
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+            with environment(NO_WATCHER | NO_LOGGING):
                 controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
             asyncio.run(self._run(controller))
         finally:
