@@ -229,12 +229,14 @@ def without_actors() -> None:
     node is all there is, and a task waits for a CPU in any case. Check that Ray Data asks it by
     these methods of `DefaultAutoscalingCoordinator` alone.
     """
-    if not in_local_ray():
-        for name, method in _ASKED.items():  # of a local Ray that this process had before
-            setattr(_coordinator(), name, method)
-        return
+    from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator
     from ray.data._internal.stats import _StatsManager
 
+    coordinator: Any = DefaultAutoscalingCoordinator
+    if not in_local_ray():
+        for name, method in _ASKED.items():  # of a local Ray that this process had before
+            setattr(coordinator, name, method)
+        return
     for name in STATISTICS:
         setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
     manager: Any = _StatsManager
@@ -246,18 +248,12 @@ def without_actors() -> None:
         "get_reserved_resources": lambda self: node,
     }
     for name, answer in answers.items():
-        _ASKED.setdefault(name, getattr(_coordinator(), name))
-        setattr(_coordinator(), name, answer)
+        _ASKED.setdefault(name, getattr(coordinator, name))
+        setattr(coordinator, name, answer)
 
 
 _ASKED: dict[str, Any] = {}
-"""Methods of `_coordinator()` as Ray has them, where they were replaced."""
-
-
-def _coordinator() -> Any:
-    from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator
-
-    return DefaultAutoscalingCoordinator
+"""Methods of Ray Data's coordinator as Ray has them, where they were replaced."""
 
 
 def replica_on_loopback() -> None:

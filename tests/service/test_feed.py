@@ -198,7 +198,6 @@ import ray
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.service.feed import feed
-from renee_ray.parallel import threads
 from renee_ray.parallel.batch import Position
 
 def pass_over(path):

@@ -98,11 +98,13 @@ class Watch:
         if self._over or (found := self._look(now)) is None:
             return None
         before = self._found
-        new = before is None or (before.group, before.front) != (found.group, found.front)
-        # Whoever dies of the wait is silent too, so later looks add nobody to the first.
-        if before is None or new or found.missing <= before.missing:
+        if before is None or (before.group, before.front) != (found.group, found.front):
             self._found = found
-        return found.sentence + found.limit if new else None
+            return found.sentence + found.limit
+        # Whoever dies of the wait is silent too, so later looks add nobody to the first.
+        if found.missing <= before.missing:
+            self._found = found
+        return None
 
     def _look(self, now: float) -> Found | None:
         """Finds ranks that others wait for longer than `patience`."""
