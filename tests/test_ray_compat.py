@@ -25,6 +25,7 @@ def test_what_is_imported_late_is_there(name: str) -> None:
 
 
 def test_what_is_overridden_is_there() -> None:
+    from ray._private import utils
     from ray._private.node import Node
     from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator as Coordinator
     from ray.data._internal.stats import _StatsManager
@@ -40,6 +41,7 @@ def test_what_is_overridden_is_there() -> None:
     assert callable(ray_compat.FixedScalingPolicy._maybe_send_resource_request)
     assert callable(replica.add_port_to_grpc_server)
     assert all(callable(getattr(Node, name)) for name in ray_compat.UNUSED)
+    assert callable(utils.get_dashboard_dependency_error)
     assert all(callable(getattr(_StatsManager, name)) for name in ray_compat.STATISTICS)
     assert callable(_StatsManager.gen_dataset_id_from_stats_actor)
     assert callable(Coordinator.request_resources) and callable(Coordinator.cancel_request)

@@ -101,13 +101,19 @@ def started_node() -> Any:
 
 @contextlib.contextmanager
 def without_unused() -> Iterator[None]:
-    """Keeps a Ray that starts inside from starting UNUSED. Check that a node has these methods."""
+    """Keeps a Ray that starts inside from starting UNUSED, and its agent from serving a dashboard.
+
+    Check that a node has these methods, and that an agent is `--minimal` where this error is told.
+    """
     methods = {name: getattr(Node, name) for name in UNUSED}
+    error = utils.get_dashboard_dependency_error
     for name in UNUSED:
         setattr(Node, name, lambda self, **_: None)
+    utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
     try:
         yield
     finally:
+        utils.get_dashboard_dependency_error = error
         for name, method in methods.items():
             setattr(Node, name, method)
 
