@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,8 @@ from renee_ray.cli.main import main
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.service.cluster import ensure_ray
+
+T = TypeVar("T")
 
 SOURCE = Path(__file__).parents[2] / "renee_ray" / "examples" / "LF-DebianPerl-2K.tar.gz"
 POINTS, TESTS, LABELS = 320, 120, 800
@@ -123,6 +125,17 @@ def end(process: subprocess.Popen[str]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def started(start: Callable[[], T], stop: Callable[[], object] = ray.shutdown) -> T:
+    """What starts a Ray or a node of it, in three attempts: Ray has a limit for a busy machine."""
+    for _ in range(2):
+        try:
+            return start()
+        except Exception as error:
+            print(f"Ray did not start: {error}", file=sys.stderr)
+            stop()
+    return start()
 
 
 def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: str) -> Any:

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 
 ACCESS_KEY, SECRET_KEY = "gateway-access", "gateway-secret-5f3a"
 BUCKET = "renee"
-START_S = 60
+START_S = 300
 SERVICES = ("master", "volume", "filer", "s3")
 PORTS = [f"{service}.port{kind}" for service in SERVICES for kind in ("", ".grpc")]
 
@@ -90,7 +90,7 @@ class Gateway:
         time.sleep(seconds)
         self.start()
 
-    def filesystem(self) -> pafs.S3FileSystem:
+    def filesystem(self, request_timeout: float = 60) -> pafs.S3FileSystem:
         return pafs.S3FileSystem(
             access_key=ACCESS_KEY,
             secret_key=SECRET_KEY,
@@ -99,13 +99,13 @@ class Gateway:
             region="us-east-1",
             allow_bucket_creation=True,
             connect_timeout=2,
-            request_timeout=5,
+            request_timeout=request_timeout,
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
         )
 
     def _wait(self) -> None:
         """Until a file can be written: the server answers before it has a volume."""
-        filesystem = self.filesystem()
+        filesystem = self.filesystem(request_timeout=5)
         end = time.monotonic() + START_S
         while True:
             try:

@@ -124,16 +124,17 @@ class Hosts:
         if index:
             role = [f"--address={self.address}", f"--num-cpus={cpus}"]
         out = self.directory / f"host{index}.out"
-        host.raylet = host.run(
-            *within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role,
-            f"--node-ip-address={address}", f"--object-store-memory={100 * 2**20}",
-            f"--temp-dir={self.directory}", "--disable-usage-stats",
-            env=HEALTH | (env or {}), out=out,
-        )  # fmt: skip
         # One after the other: they choose the names of their sockets in one directory.
         limit = time.monotonic() + START_S
-        while "Ray runtime started" not in out.read_text():
-            assert host.raylet.poll() is None and time.monotonic() < limit, out.read_text()
+        while "Ray runtime started" not in (out.read_text() if out.exists() else ""):
+            assert time.monotonic() < limit, out.read_text()
+            if host.raylet is None or host.raylet.poll() is not None:  # a busy machine's may end
+                host.raylet = host.run(
+                    *within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
+                    *role, f"--node-ip-address={address}", f"--temp-dir={self.directory}",
+                    f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
+                    env=HEALTH | (env or {}), out=out,
+                )  # fmt: skip
             time.sleep(0.2)
         return host
 

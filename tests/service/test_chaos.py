@@ -40,6 +40,7 @@ from .conftest import (
     renee_ray,
     run_of,
     start,
+    started,
     stop,
     until,
 )
@@ -79,9 +80,9 @@ def cluster(
 ) -> Iterator[Cluster]:
     for name, value in (HEALTH | gateway.env | compiled_loops).items():
         monkeypatch.setenv(name, value)
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made = started(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 1}))
     for _ in range(2):
-        made.add_node(num_cpus=2)
+        started(lambda: made.add_node(num_cpus=2), lambda: None)
     try:
         yield made
     finally:
@@ -189,7 +190,7 @@ def test_faults(
     failures = -1 if FAULTS else 2
     process = start(
         "train", recipe, f"data=s3://{BUCKET}/dataset", f"output={path}", *SETTINGS, "--json",
-        "num_workers=[1,2]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=20",
+        "num_workers=[1,2]", "cpus_per_worker=2", "regroup_s=5", "timeout_s=60",
         f"checkpoint.max_failures={failures}", "checkpoint.keep=3",
         env={"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"},
     )  # fmt: skip

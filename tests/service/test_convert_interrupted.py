@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,19 +205,21 @@ def test_at_each_operation_on_storage(
 def test_at_any_moment(source: Path, tmp_path: Path) -> None:
     """A signal, as of Ctrl-C, wherever Python is just then; again and again until it is done."""
     wanted = converted(source, tmp_path / "wanted", config())
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(seed := time.time_ns())
+    print("seed", seed)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for number in range(10):
             dst = tmp_path / f"dst-{number}"
             for _ in range(5):
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.1))
-                    service.convert(str(source), str(dst), config(overwrite=True))
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.1))
+                        service.convert(str(source), str(dst), config(overwrite=True))
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:
                     continue
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
             assert converted(source, dst, config(overwrite=True)) == wanted
     finally:
         signal.signal(signal.SIGALRM, before)

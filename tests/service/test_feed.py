@@ -194,9 +194,9 @@ def test_label_texts_come_as_points(opened: Dataset) -> None:
 
 MEASURE = """
 import json, resource, sys
-import ray
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
+from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import feed
 from renee_ray.parallel.batch import Position
 
@@ -208,7 +208,7 @@ def pass_over(path):
     rows = sum(len(b) for b in feed(dataset, [order], 0, 1, start=Position(), max_length=12))
     return rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ensure_ray(2)
 pass_over(sys.argv[1])
 print(json.dumps([pass_over(path) for path in sys.argv[1:]]))
 """

@@ -63,7 +63,7 @@ def test_a_host_is_drained_and_cut_off_and_another_comes(
             "--node-id", hosts.hosts[2].node_id(), "--reason", "DRAIN_NODE_REASON_PREEMPTION",
             "--reason-message", "spot", "--deadline-remaining-seconds", "300", env=env,
         )  # fmt: skip
-        assert drain.wait(60) == 0, drain.communicate()
+        assert drain.wait(300) == 0, drain.communicate()
         warning = "are to be taken away: a checkpoint is written"
         until(lambda: warning in log.read_text(), process, "the drain is noticed")
         until(lambda: newest_commit(path) > drained, process, "a checkpoint because of it")

@@ -22,6 +22,7 @@ from renee_ray.service.launch import launch, threads_of
 from renee_ray.service.train.train import train
 
 from ..data.tiny import write_tiny
+from .conftest import started
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +30,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster(environment: None) -> Iterator[Cluster]:
     """Two nodes of two CPUs each, which this process has joined."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    made.add_node(num_cpus=2)
+    made = started(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 2}))
+    started(lambda: made.add_node(num_cpus=2), lambda: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", made.address)
         ensure_ray(3)
@@ -114,7 +115,7 @@ def test_a_run_that_exceeds_the_memory_of_all_nodes_is_refused(
 def test_elastic_workers_leave_a_cpu_to_what_reads(cluster: Cluster) -> None:
     def work(arguments: dict[str, Any]) -> int:
         reading = ray.remote(num_cpus=READ_CPUS)(lambda: 1)  # type: ignore[call-overload]
-        ray.get(reading.remote(), timeout=60)
+        ray.get(reading.remote(), timeout=300)
         return ray.train.get_context().get_world_size()
 
     config = configured(num_workers=[2, 8], checkpoint={"max_failures": 0})

@@ -219,7 +219,7 @@ def test_a_driver_elsewhere_that_beats_is_alive(run: str) -> None:
     thread.start()
     try:
         with pytest.raises(LeaseHeld, match=r"elsewhere \(process 7\).*delete"):
-            lease(run).__enter__()
+            lease(run, dead_s=PATIENT_S).__enter__()
     finally:
         over.set()
         thread.join()
@@ -234,11 +234,12 @@ def test_a_driver_that_was_held_up_finds_its_lease_taken(run: str, writes: bool)
     """As after SIGSTOP: it is silent, and then looks, or even writes its claim."""
     with lease(run, beat_s=1e6) as first:
         before = Path(run, LEASE_FILE).read_text()
-        with lease(run) as second:
+        with lease(run, beat_s=1e6) as second:  # that long a silence is a death at the first look
             assert Path(run, LEASE_FILE).read_text() != before
             if writes:
                 Path(run, LEASE_FILE).write_text(before)
             first._beat()
+            second._beat()
             loser, winner = (second, first) if writes else (first, second)
             assert "taken over by the driver on" in lost(loser)
             winner.check()
@@ -288,7 +289,7 @@ def test_an_object_store_that_is_away_takes_no_lease(
             held.check()
             gateway.start()
             with pytest.raises(LeaseHeld):
-                lease(run).__enter__()
+                lease(run, dead_s=PATIENT_S).__enter__()
             held.check()
         with lease(run):
             pass

@@ -44,8 +44,10 @@ from .conftest import (
     finish,
     run_so_far,
     start,
+    started,
     until,
 )
+from .gateway import free_ports
 from .test_dashboard import exported
 from .test_train import OTHER_ORDER, assert_same_course, newest_commit, wait_for_commit, workers
 
@@ -53,7 +55,7 @@ pytestmark = pytest.mark.slow
 
 EPOCHS = 20
 HELD_S, FREE_S = 0.12, 0.04
-TIMEOUT_S = 15
+TIMEOUT_S = 20
 """Longer than workers take on a busy machine between two steps."""
 WORKER = "ray::RayTrainWorker"
 GPUS = None if torch.cuda.is_available() else 2
@@ -61,12 +63,6 @@ GPUS = None if torch.cuda.is_available() else 2
 IMPATIENT = {storage.PATIENCE: "1"}
 """With storage: between two steps a worker waits for others that much longer than `timeout_s`."""
 SERIES = re.compile(r"^(ray_renee_ray_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 @dataclass
@@ -128,6 +124,7 @@ class Onlooker:
     series: dict[Any, float] = field(default_factory=dict)
     states: list[dict[str, Any]] = field(default_factory=list)
     held: int = -1
+    before: int = 0
     over: threading.Event = field(default_factory=threading.Event)
 
     @contextlib.contextmanager
@@ -159,6 +156,7 @@ class Onlooker:
         (log,) = self.logs.glob(f"worker-*-{pid}.err")
         self.held = json_lines(log.read_text())[0]["rank"]
         said = re.compile(rf"rank {self.held} on .* is slow")
+        self.before = len(self.text.getvalue())
         while not self.over.wait(FREE_S) and not (
             said.search(self.text.getvalue()) and self.held in slow_ranks(self.states)
         ):
@@ -171,15 +169,16 @@ class Onlooker:
 @pytest.fixture(scope="module")
 def ray_with_metrics() -> Iterator[tuple[int, Path]]:
     """A local Ray: (the port of its metrics, the directory of its logs)."""
-    port, temporary = free_port(), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
-    ray.init(
-        "local", num_cpus=4, num_gpus=GPUS, include_dashboard=False, log_to_driver=False,
-        _metrics_export_port=port,
-        _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
+    (port,), temporary = free_ports(1), tempfile.mkdtemp(prefix="rr-", dir="/tmp")
+    started(
+        lambda: ray.init(
+            "local", num_cpus=4, num_gpus=GPUS, include_dashboard=False, log_to_driver=False,
+            _metrics_export_port=port,
+            _temp_dir=temporary, _system_config={"metrics_report_interval_ms": 500},
+        )
     )  # fmt: skip
     try:
-        (session,) = Path(temporary).glob("session_2*")
-        yield port, session / "logs"
+        yield port, Path(temporary, "session_latest", "logs").resolve()
     finally:
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -213,7 +212,7 @@ def watched(
         time.sleep(0.5)
     series = onlooker.series | scraped(port)
     lines = [line for log in logs.glob("worker-*.err") for line in json_lines(log.read_text())]
-    text = onlooker.text.getvalue()
+    text = onlooker.text.getvalue()[onlooker.before :]  # since it is held back
     return Watched(path, result, series, onlooker.states, text, lines, onlooker.held)
 
 

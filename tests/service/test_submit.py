@@ -172,10 +172,10 @@ FOLLOW = """
 import sys
 from renee_ray.service.submit import submit
 address, name, patience = sys.argv[1], sys.argv[2], float(sys.argv[3])
-submit.SILENCE_TIMEOUT_S = submit.ANSWER_TIMEOUT_S = 3.0
 numbers = f"[(print('line', i, flush=True), time.sleep(0.04)) for i in range({sys.argv[4]})]"
 client = submit.connect(address)
 client.submit_job(entrypoint=f'python -c "import time; {numbers}"', submission_id=name)
+submit.SILENCE_TIMEOUT_S, submit.ANSWER_TIMEOUT_S = 3.0, 10.0
 say = lambda text: print(text, file=sys.stderr, flush=True)
 write = lambda text: print(text, end="", flush=True)
 follower = submit.Follower(client, name, write, say, patience)
@@ -198,7 +198,7 @@ def follow(
             text=True,
             env=os.environ | env,
         )
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while "line" not in log.read_text():
         assert time.monotonic() < until and process.poll() is None, process.communicate()
         time.sleep(0.05)

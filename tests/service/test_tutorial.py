@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.service.gateway import free_ports
 from tests.test_site import NOT_RUN
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -19,9 +19,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 def printed_by(text: str, directory: Path, extra: dict[str, str]) -> str:
     """Runs all blocks of a page's text that are not marked, and returns what they print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        text = text.replace("8000", str(free.getsockname()[1]))
+    text = text.replace("8000", str(free_ports(1)[0]))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | extra | {"PATH": path}
     printed = ""

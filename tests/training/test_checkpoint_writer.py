@@ -154,11 +154,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_the_next_checkpoint_waits_for_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    may_write, order = threading.Event(), []
+    may_write, may_go_on, order = threading.Event(), threading.Event(), []
     real = registry.write
 
     def slow(sink: Any, tensors: Any) -> Any:
-        may_write.wait(30)
+        (may_go_on if written else may_write).wait(60)
         return real(sink, tensors)
 
     monkeypatch.setattr(registry, "write", slow)
@@ -171,6 +171,7 @@ def test_the_next_checkpoint_waits_for_the_last(
     threading.Timer(0.3, may_write.set).start()
     worker.at(2).save(writer, {})
     assert [each.step for each in written] == [1]
+    may_go_on.set()
     assert writer.wait()
     assert [each.step for each in written] == [1, 2]
     assert written[0].bytes == 4 * (2 * LABELS * DIM + DIM * DIM + DIM + 1)

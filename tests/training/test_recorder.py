@@ -18,19 +18,20 @@ from renee_ray.xfc.weights.storages import Weights
 from tests.training.gloo import on_ranks
 from tests.training.test_step import DIM, ENCODER, LABELS, RULE, Bag, batch_of, run_config
 
-SLEEP = 0.4
+SLEEP = 1.5
 
 
 def test_phases_leave_no_gap() -> None:
     start = time.perf_counter()
     recorder = Recorder()
+    made = time.perf_counter()
     for phase, seconds in ("data", 0.02), ("gather", 0.03), ("data", 0.02), ("optimizer", 0.01):
         recorder.enter(phase)
         time.sleep(seconds)
+    entered = time.perf_counter()
     recorder.enter("end")
-    elapsed = time.perf_counter() - start
     totals = recorder.totals()
-    assert sum(totals.seconds.values()) == pytest.approx(elapsed, abs=2e-3)
+    assert entered - made <= sum(totals.seconds.values()) <= time.perf_counter() - start
     assert totals.seconds["data"] >= 0.04 and totals.of_kind("collective") >= 0.03
     assert totals.of_kind("own") == totals.seconds["optimizer"] >= 0.01
 
