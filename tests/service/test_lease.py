@@ -68,7 +68,7 @@ def until(true: Callable[[], Any]) -> None:
         time.sleep(BEAT_S / 5)
 
 
-def is_lost(held: Lease) -> str:
+def told(held: Lease) -> str:
     """What a driver is told if it has lost its lease, else nothing."""
     try:
         held.check()
@@ -79,8 +79,8 @@ def is_lost(held: Lease) -> str:
 
 def lost(held: Lease) -> str:
     """What a driver is told, once it has lost its lease."""
-    until(lambda: is_lost(held))
-    return is_lost(held)
+    until(lambda: told(held))
+    return told(held)
 
 
 def claimed(run: str) -> bool:
@@ -166,7 +166,7 @@ def test_of_two_that_race_one_goes_on(
                 with lease(anywhere) as mine:
                     both.append(mine)
                     settled.wait(PATIENT_S)  # until the other is refused, or holds it too
-                    until(lambda: len(both) < 2 or any(is_lost(each) for each in both))
+                    until(lambda: len(both) < 2 or any(told(each) for each in both))
                     time.sleep(4 * BEAT_S)  # the one that is left finds its own claim
                     mine.check()
                     settled.wait(PATIENT_S)

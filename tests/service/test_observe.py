@@ -158,7 +158,7 @@ class Onlooker:
         said = re.compile(rf"rank {self.held} on .* is slow")
         self.before = len(self.text.getvalue())
         while not self.over.wait(FREE_S) and not (
-            said.search(self.text.getvalue()) and self.held in slow_ranks(self.states)
+            said.search(self.text.getvalue(), self.before) and self.held in slow_ranks(self.states)
         ):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
