@@ -129,7 +129,7 @@ def test_redacted(text: str, shown: str) -> None:
 CASES = [*CONFIGS, *SECRETS]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     refused(case, place, capsys)

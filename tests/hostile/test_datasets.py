@@ -210,7 +210,7 @@ def test_flipped_bytes(place: Place) -> None:
 CASES = [*DATASETS, *PARTS]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     refused(case, place, capsys)

@@ -166,7 +166,7 @@ def test_a_token_outside_the_vocabulary_is_one_sentence(place: Place) -> None:
         built(ids, torch.ones_like(ids))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     refused(case, place, capsys)

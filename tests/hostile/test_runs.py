@@ -163,7 +163,7 @@ CHECKPOINTS = [
 CASES = [*RUNS, *CHECKPOINTS]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     refused(case, place, capsys)

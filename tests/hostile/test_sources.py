@@ -132,7 +132,7 @@ DESTINATIONS = [
 CASES = [*SOURCES, *DESTINATIONS]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_refused(case: Case, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     refused(case, place, capsys)

@@ -167,7 +167,7 @@ def test_of_two_that_race_one_goes_on(
                     both.append(mine)
                     settled.wait(PATIENT_S)  # until the other is refused, or holds it too
                     until(lambda: len(both) < 2 or any(told(each) for each in both))
-                    time.sleep(4 * BEAT_S)  # the one that is left finds its own claim
+                    time.sleep(10 * BEAT_S)  # the one that is left finds its own claim
                     mine.check()
                     settled.wait(PATIENT_S)
                     return 1
