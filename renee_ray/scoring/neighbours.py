@@ -1,7 +1,8 @@
 """Votes of the nearest training points for their labels, added to the classifier's scores.
 
 With u the embedding without the encoder's constant, scaled to norm 1, and S(x) the `count`
-training points whose cosine u_i . u_x is largest (of equal ones at the cut, any or all):
+training points whose cosine u_i . u_x is largest, with all that equal the last of them but for
+rounding (texts repeat, and any number of ranks shall find the same):
 
     c_i     = max(u_i . u_x, 0) ** POWER
     v_l(x)  = sum over i in S(x) of c_i y_il / sum over i in S(x) of c_i
@@ -16,8 +17,8 @@ votes travel. A rank needs 4 D bytes for each of its points.
 Ledger, for a global batch of B rows, of which rank r of R holds b_r, and n_r voters of rank r:
 
     points       [n_r, D]         float32  unit embeddings of this rank's training points
-    cosines      [B, count]       float32  of the nearest points of this rank
-    nearest      [b_r, R count]   float32  of the nearest points of every rank, for own rows
+    cosines      [B, 2 count]     float32  of the nearest points of this rank
+    nearest      [b_r, 2 R count] float32  of the nearest points of every rank, for own rows
     last, total  [B, 1]           float32  the cut that makes S(x), and the sum of c_i over it
 """
 
@@ -41,6 +42,8 @@ from renee_ray.xfc.weights.storages import Weights
 
 POWER = 8
 """Exponent of the cosine: a nearer point counts for more."""
+TIE = 1e-5
+"""Cosines that are no further apart count as equal. Of these a rank finds `count` more at most."""
 RERANKED = 200
 """Best labels of the classifier that votes can lift, or k if that is more."""
 
@@ -115,9 +118,9 @@ class Neighbours:
 
     def _votes(self, embeddings: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (own row, label, vote) [m] in host memory; a pair may come repeatedly."""
-        cosines, ids = shard_topk(self.points, _unit(embeddings - self.constant), self.count)
+        cosines, ids = shard_topk(self.points, _unit(embeddings - self.constant), 2 * self.count)
         nearest = torch.cat(return_rows(self.ranks, cosines, counts), dim=1)
-        last = nearest.topk(self.count, dim=1).values[:, -1:]
+        last = nearest.topk(self.count, dim=1).values[:, -1:] - TIE
         total = (_strength(nearest) * (nearest >= last)).sum(1, keepdim=True)
         last, total = gather_rows(self.ranks, torch.cat([last, total], 1), counts).split(1, 1)
         rows, places = ((cosines >= last) & (ids != NONE)).nonzero(as_tuple=True)

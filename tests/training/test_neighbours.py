@@ -39,7 +39,7 @@ class Sum(nn.Module):
 
 
 def points(seed: int, count: int) -> list[Point]:
-    """(tokens, labels, filter labels) of different texts: of equal ones any may be the last."""
+    """(tokens, labels, filter labels) of different texts."""
     rng = np.random.default_rng(seed)
     made: dict[tuple[int, ...], Point] = {}
     while len(made) < count:
@@ -47,6 +47,13 @@ def points(seed: int, count: int) -> list[Point]:
         tokens = sorted(rng.choice(VOCABULARY, rng.integers(1, 5), replace=False).tolist())
         made[tuple(tokens)] = (tokens, ids[: rng.integers(0, 5)], ids[8 : 8 + len(made) % 3])
     return list(made.values())
+
+
+def training() -> list[Point]:
+    """Every fifth text is another's too, which has other labels and lies on another rank."""
+    once = points(2, TRAINING - TRAINING // 5)
+    labels = reversed([labels for _, labels, _ in once])
+    return [*once, *((tokens, next(labels), []) for tokens, _, _ in once[: TRAINING // 5])]
 
 
 def weight() -> torch.Tensor:
@@ -70,7 +77,7 @@ def predict(ranks: Ranks, count: int) -> dict[str, torch.Tensor]:
     shard = Shard(owned, Weights("fp32", len(owned), DIM, False, CPU), chunk=7)
     shard.write(owned.start, weight()[owned.start : owned.stop])
     encoder = Sum()
-    mine = own(ranks, points(2, TRAINING), shift=3)
+    mine = own(ranks, training(), shift=3)
     cut = 4 if ranks.rank == 0 else len(mine)  # the ranks embed unequally many batches
     voters = [batch_of(part) for part in (mine[:cut], mine[cut:]) if part]
     found = Neighbours.embed(encoder, voters, ranks, CPU, count, WEIGHT)  # type: ignore[arg-type]
@@ -92,16 +99,15 @@ def dense(count: int, weight_of_votes: float = WEIGHT) -> list[list[tuple[float,
     def embed(tokens: list[int]) -> torch.Tensor:
         return vectors[tokens].sum(0)
 
-    training = points(2, TRAINING)
     rows = []
     for tokens, _, gone in points(3, SCORED):
         e = embed(tokens)
         logits = weight().double() @ (e + 3)
-        cosines = [float(torch.cosine_similarity(e, embed(t), dim=0)) for t, _, _ in training]
+        cosines = [float(torch.cosine_similarity(e, embed(t), dim=0)) for t, _, _ in training()]
         cut = sorted(cosines, reverse=True)[min(count, TRAINING) - 1] - 1e-6
         near = [
             (max(c, 0.0) ** POWER, labels)
-            for c, (_, labels, _) in zip(cosines, training, strict=True)
+            for c, (_, labels, _) in zip(cosines, training(), strict=True)
             if c >= cut
         ]
         total = sum(c for c, _ in near)
