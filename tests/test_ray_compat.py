@@ -48,6 +48,9 @@ def test_what_is_overridden_is_there() -> None:
     assert callable(Coordinator.get_reserved_resources)
     assert callable(RayTrainWorker.mark_preempt) and PreemptionContext().preemption_info is None
     assert callable(importlib.import_module(ray_compat.CONTROLLER).TrainController)
+    group = importlib.import_module(f"{ray_compat.WORKER_GROUP}.worker_group")
+    state = importlib.import_module(f"{ray_compat.WORKER_GROUP}.state")
+    assert group.SynchronizationActor and callable(state._shutdown_sync_actor)
     assert isinstance(RuntimeContext.current_actor, property)
     with pytest.raises(AttributeError, match="no attribute 'Unknown'"):
         _ = ray_compat.Unknown

@@ -64,6 +64,8 @@ node_cpus = utils.get_num_cpus
 """CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
 LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Variable that `on_loopback` sets to "0" for Ray's processes, which inherit it."""
+WORKER_GROUP = f"{TRAIN}.execution.worker_group"
+"""Where a group of workers makes its `SynchronizationActor` and ends it: see `NoActor`."""
 CANCEL_S = 10.0
 """Seconds for which the end of a controller in this process is waited for."""
 NO_WATCHER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -82,6 +84,19 @@ STATISTICS = (
     "update_execution_metrics", "update_iteration_metrics", "register_dataset_to_stats_actor",
 )  # fmt: skip
 """Methods by which Ray Data tells its dashboard what it does."""
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Gives a module or class of Ray's other attributes, and its own back in the end."""
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -105,17 +120,26 @@ def without_unused() -> Iterator[None]:
 
     Check that a node has these methods, and that an agent is `--minimal` where this error is told.
     """
-    methods = {name: getattr(Node, name) for name in UNUSED}
-    error = utils.get_dashboard_dependency_error
-    for name in UNUSED:
-        setattr(Node, name, lambda self, **_: None)
-    utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
-    try:
+    unused = dict.fromkeys(UNUSED, lambda self, **_: None)
+    error = ImportError("not wanted")
+    with _replaced(Node, **unused), _replaced(utils, get_dashboard_dependency_error=lambda: error):
         yield
-    finally:
-        utils.get_dashboard_dependency_error = error
-        for name, method in methods.items():
-            setattr(Node, name, method)
+
+
+class NoActor:
+    """In place of the actor through which Ray Train's workers meet in `ray.train.report`.
+
+    They never do here, and its process would take 1.3 s of CPU to start. Check that a group only
+    makes it, hands it to its workers and ends it, while the preemption watcher is off.
+    """
+
+    @classmethod
+    def options(cls, **_: Any) -> type[NoActor]:
+        return cls
+
+    @classmethod
+    def remote(cls, **_: Any) -> NoActor:
+        return cls()
 
 
 class ControllerHere:
@@ -131,18 +155,22 @@ class ControllerHere:
 
     def run(self, of_controller: dict[str, Any]) -> Any:
         """Runs a controller that is made of these arguments to its end; returns its result."""
-        context: Any = RuntimeContext
-        current_actor, context.current_actor = context.current_actor, None
+        group = importlib.import_module(f"{WORKER_GROUP}.worker_group")
+        state = importlib.import_module(f"{WORKER_GROUP}.state")
         try:
-            # Its notices would be on the terminal.
-            logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-            with environment(NO_WATCHER | NO_LOGGING):
-                controller = importlib.import_module(CONTROLLER).TrainController(**of_controller)
-            asyncio.run(self._run(controller))
+            with (
+                _replaced(RuntimeContext, current_actor=None),
+                _replaced(group, SynchronizationActor=NoActor),
+                _replaced(state, _shutdown_sync_actor=lambda actor: None),
+            ):
+                # Its notices would be on the terminal.
+                logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+                with environment(NO_WATCHER | NO_LOGGING):
+                    made = importlib.import_module(CONTROLLER).TrainController(**of_controller)
+                asyncio.run(self._run(made))
         finally:
-            context.current_actor = current_actor
             self._ended.set()
-        return controller.get_result()
+        return made.get_result()
 
     async def _run(self, controller: Any) -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -212,13 +240,8 @@ def on_loopback() -> Iterator[None]:
     processes. Check with `ss -ltn` that nothing listens on 0.0.0.0 while a command runs.
     """
     local = {LOCAL_ONLY: "0", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | NO_WATCHER
-    enabled = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with environment(local):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
+    with _replaced(ray_constants, ENABLE_RAY_CLUSTER=False), environment(local):
+        yield
 
 
 def in_local_ray() -> bool:

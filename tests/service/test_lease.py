@@ -317,7 +317,7 @@ def test_a_driver_that_is_told_to_end_stops_after_a_checkpoint(trained_longer: R
     assert "ray::RayTrainWorker" in below and "ray::_ChannelActor" in below
     for unused in (
         "PlacementGroupCleaner", "DatasetManager", "_QueueActor", "TrainController", "Preemption",
-        "_Stats", "_Autoscaling",
+        "_Stats", "_Autoscaling", "SynchronizationActor",
     ):  # fmt: skip
         assert unused not in below, below
     assert stopped.stdout == "" and "Traceback" not in stopped.stderr
