@@ -416,6 +416,24 @@ RAW_K = 121
 RAW_IDS = [1000 + TESTS - i for i in range(TESTS)]
 
 
+def predicted_here(*arguments: str) -> None:
+    """`renee-ray predict` by one worker, in the Ray of this process or one for this alone."""
+    running = ray.is_initialized()
+    assert main(["predict", *arguments, "num_workers=1", "texts=true"]) == 0
+    if not running:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def predictions(trained: Run, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The RAW_K - 1 best labels of each test point, without its filter labels."""
+
+    def make(folder: Path) -> None:
+        predicted_here(trained.path, dataset, str(folder / "test"), f"k={RAW_K - 1}")
+
+    return once(tmp_path_factory, "predictions", make) / "test"
+
+
 @pytest.fixture(scope="session")
 def raw_predictions(trained: Run, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The best labels of the test points' texts, which are Parquet and have the ids RAW_IDS."""
@@ -427,10 +445,7 @@ def raw_predictions(trained: Run, source: Path, tmp_path_factory: pytest.TempPat
         (folder / "texts").mkdir()
         pq.write_table(table.slice(0, 40), folder / "texts" / "a.parquet", row_group_size=16)
         pq.write_table(table.slice(40), folder / "texts" / "b.parquet")
-        arguments = str(folder / "texts"), str(folder / "predictions"), f"k={RAW_K}", "texts=true"
-        running = ray.is_initialized()
-        assert main(["predict", trained.path, *arguments, "num_workers=1"]) == 0
-        if not running:
-            ray.shutdown()
+        texts_and_to = str(folder / "texts"), str(folder / "predictions")
+        predicted_here(trained.path, *texts_and_to, f"k={RAW_K}")
 
     return once(tmp_path_factory, "raw", make) / "predictions"

@@ -30,17 +30,14 @@ K = RAW_K - 1
 
 @pytest.fixture(scope="module")
 def predicted(
-    trained: Run, dataset: str, tmp_path_factory: pytest.TempPathFactory
+    trained: Run, dataset: str, predictions: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, pa.Table]:
     """Predictions by one worker, with texts, and by three, of a run that two trained."""
+    paths = {1: predictions, 3: tmp_path_factory.mktemp("predictions") / "test"}
+    arguments = [trained.path, dataset, str(paths[3]), f"k={K}", "num_workers=3", "--json"]
+    assert main(["predict", *arguments]) == 0
     tables = {}
-    for num_workers in (1, 3):
-        path = tmp_path_factory.mktemp("predictions") / "test"
-        status = main(
-            ["predict", trained.path, dataset, str(path), f"k={K}", f"num_workers={num_workers}",
-             f"texts={str(num_workers == 1).lower()}", "--json"]
-        )  # fmt: skip
-        assert status == 0
+    for num_workers, path in paths.items():
         found = json.loads((path / "_predictions.json").read_text())
         assert (found["split"], found["points"], found["k"]) == ("test", TESTS, K)
         assert found["files"] == sorted(each.name for each in path.glob("*.parquet"))
