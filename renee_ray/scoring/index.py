@@ -135,10 +135,7 @@ class ExactSearch:
             and score -inf where fewer than k are found
         """
         both = zip(self.classifier.shards, self.classifier.offsets, strict=True)
-        found = [
-            shard_topk(shard, embeddings, min(k, len(shard.owned)), excluded, offset)
-            for shard, offset in both
-        ]
+        found = [shard_topk(shard, embeddings, k, excluded, offset) for shard, offset in both]
         return merge_topk([each[0] for each in found], [each[1] for each in found], k)
 
 

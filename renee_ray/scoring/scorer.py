@@ -32,12 +32,12 @@ from renee_ray.parallel.collectives import (
     route,
     row_counts,
 )
-from renee_ray.scoring.index import Search
+from renee_ray.scoring.index import Classifier, ExactSearch, Search
 from renee_ray.scoring.metrics import CLASSES, MOST, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Pairs, Shard
-from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk
+from renee_ray.xfc.topk.select import NONE, merge_topk
 
 
 class Answer(NamedTuple):
@@ -77,7 +77,7 @@ class Scorer:
     neighbours: training points that vote, or None.
     passes: pieces that every rank's labels are cut into (`scoring/passes.py`).
     explain: whether answers have parts; the encoder must have a bag.
-    index: how labels of `shard` are searched; None: all are scored.
+    index: how labels of `shard` are searched; None: by scoring them all.
     """
 
     encoder: Encoder
@@ -114,10 +114,8 @@ class Scorer:
         width = min(
             candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks * self.passes)
         )
-        if self.index is None:
-            scores, labels = shard_topk(self.shard, everyone, width, excluded, self.offset)
-        else:
-            scores, labels = self.index.search(everyone, width, excluded)
+        search = self.index or ExactSearch(Classifier([self.shard], [self.offset]))
+        scores, labels = search.search(everyone, width, excluded)
         lists = [return_rows(self.ranks, each, counts) for each in (scores, labels)]
         if before is not None:
             lists[0].append(before.scores)
