@@ -71,6 +71,13 @@ class Encoder(nn.Module):
             load_initial_weights(self, config.weights)
         self.to(device)
 
+    def train(self, mode: bool = True) -> Encoder:
+        """As of any module; a frozen transformer stays as it is loaded, without dropout."""
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
+        return self
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, keys: Tensor | None = None
     ) -> Tensor:
@@ -388,7 +395,7 @@ def dropout_keys(settings: object) -> list[str]:
     numbers = (
         key
         for key, value in vars(settings).items()
-        if "dropout" in key and isinstance(value, (int, float))
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, (int, float))
     )
     return [key for key in numbers if "classif" not in key]
 

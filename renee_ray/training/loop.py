@@ -119,6 +119,7 @@ class Trainer:
             ReneeError: on all ranks; the steps were skipped, all of the run or many in a row.
         """
         _ = self._step  # a collective: before any rank waits for a batch
+        self.model.encoder.train()  # a model that is loaded is not in training
         state, evaluations = self.state, self.schedule.evaluation_steps()
         every = self.schedule.checkpoint_every
         if state.step == 0 and state.evaluation is None:

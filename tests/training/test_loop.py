@@ -151,6 +151,14 @@ def test_a_classifier_that_is_lost_ends_the_run_and_spares_the_encoder() -> None
     assert all(map(torch.equal, encoder.parameters(), before))
 
 
+def test_a_run_is_in_training_however_its_encoder_was_loaded() -> None:
+    config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})
+    trainer = trainer_of(encoder := Bag(), config, 2, State(step=1))
+    encoder.eval()
+    trainer.run(equal_batches(1, 2))
+    assert all(module.training for module in encoder.modules())
+
+
 def test_what_is_saved_knows_of_the_step_before_it() -> None:
     """Though the host reads one step late whether a gradient was finite."""
     config = make_config(RunConfig, {"data": "unused", "output": "unused", "loss_every": 0})

@@ -155,6 +155,13 @@ def batch_of(ranks: Ranks, epoch: int, number: int) -> Batch:
     return Batch(Position(epoch, number), mine, *map(Ragged.of_lists, lists), 0)
 
 
+def test_a_frozen_transformer_is_never_in_training(models: dict[str, str]) -> None:
+    for frozen in (False, True):
+        encoder = build_encoder(run_config(models["llama"], frozen=frozen).encoder, CPU, 0).train()
+        assert encoder.backbone is not None and encoder.training
+        assert {module.training for module in encoder.backbone.modules()} == {not frozen}
+
+
 def trained(ranks: Ranks, name: str, frozen: bool, **encoder: Any) -> dict[str, Tensor]:
     """The tensors of a model after three epochs of two steps; texts that its transformer read."""
     config = run_config(name, frozen=frozen, **encoder)
