@@ -105,12 +105,14 @@ class State:
     def evaluated(
         self, epoch: float, metrics: dict[str, float], others: dict[str, Any] | None = None
     ) -> None:
-        """Takes the metrics of an evaluation after `step` steps, and other figures of it."""
+        """Takes the metrics of an evaluation after `step` steps, and other figures of it.
+
+        Those before the first step are the best only until there are others.
+        """
+        earlier = self.best if self.evaluation and self.evaluation["step"] else {}
         self.evaluation = {"step": self.step, "epoch": epoch, "metrics": metrics}
         self.evaluation |= others or {}
-        self.best = {
-            name: max(value, self.best.get(name, value)) for name, value in metrics.items()
-        }
+        self.best = {name: max(value, earlier.get(name, value)) for name, value in metrics.items()}
 
 
 @dataclass(frozen=True)

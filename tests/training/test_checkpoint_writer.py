@@ -138,7 +138,7 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_out(tmp_path: Path) -> N
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     worker, writer = Worker(Ranks()), writer_of(tmp_path)
-    scores = {1: 5.0, 2: 9.0, 3: 9.0, 4: 1.0, 5: None, 6: 2.0, 7: None}
+    scores = {0: 9.5, 1: 5.0, 2: 9.0, 3: 9.0, 4: 1.0, 5: None, 6: 2.0, 7: None}
     for step, score in scores.items():
         worker.at(step).save(writer, {} if score is None else {METRIC: score})
     assert writer.wait()

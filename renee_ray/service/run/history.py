@@ -68,8 +68,15 @@ class History:
             self.steps[:half] = self.steps[:half:2]
 
     def best(self, metric: str) -> dict[str, Any] | None:
-        """Returns the evaluation of the highest `metric`; the earliest of several."""
-        return max(self.evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None)
+        """Returns the evaluation of the highest `metric`; the earliest of several.
+
+        That before the first step is it only where there is no other.
+        """
+
+        def value(each: dict[str, Any]) -> tuple[bool, float]:
+            return each["step"] > 0, each["metrics"].get(metric, 0.0)
+
+        return max(self.evals, key=value, default=None)
 
     def content(self) -> dict[str, Records]:
         """Returns the content of the file, which later additions do not change."""
