@@ -59,8 +59,8 @@ class Checkpoints:
             raise CheckpointError(f"{name!r} is no name of a checkpoint of {self.run}")
         return Checkpoint(self.filesystem, f"{self.root}/{directory}", int(revision or 0))
 
-    def found(self, *, but: Collection[str] = ()) -> Iterator[Found]:
-        """Yields every committed checkpoint but some, the newest first, with sizes compared.
+    def found(self) -> Iterator[Found]:
+        """Yields every committed checkpoint, the newest first, with sizes compared.
 
         A later revision of the labels is newer, whatever its step.
         """
@@ -71,8 +71,6 @@ class Checkpoints:
         )
         for revision, step, directory in sorted(committed, reverse=True):
             name = f"{directory}@{revision}" if revision else directory
-            if name in but:
-                continue
             checkpoint = None
             try:
                 checkpoint = self.at(name)
@@ -82,17 +80,20 @@ class Checkpoints:
                 yield Found(name, revision, step, checkpoint, str(error))
 
     def newest(self, *, but: Collection[str] = ()) -> Checkpoint | None:
-        """Returns the newest whole checkpoint; None where nothing was ever committed.
+        """Returns the newest whole checkpoint but some; None where nothing else was committed.
+
+        Only those of the newest revision count.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
-        return _usable(self.found(but=but))
+        return _usable(self.found(), but)
 
     def best(self, metric: str) -> Checkpoint | None:
         """Returns the earliest of the highest `metric`; the newest where none has it.
 
-        Only those of the newest revision count.
+        Only those of the newest revision count, and that before the first step where it is alone:
+        of few validation points, untrained weights may get as many right.
         """
         return _best(list(self.found()), metric)
 
@@ -192,7 +193,7 @@ class Checkpoints:
 
 def _best(found: list[Found], metric: str) -> Checkpoint | None:
     scored = [
-        (each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
+        (each.step > 0, each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
         for each in found
         if each.revision == found[0].revision
         and each.checkpoint
@@ -200,14 +201,17 @@ def _best(found: list[Found], metric: str) -> Checkpoint | None:
         and metric in each.checkpoint.manifest.metrics
     ]
     if scored:
-        return max(scored, key=lambda one: one[:2])[2]
-    # An older revision would show labels again that were retired.
-    return _usable(each for each in found if each.revision == found[0].revision)
+        return max(scored, key=lambda one: one[:3])[3]
+    return _usable(iter(found))
 
 
-def _usable(found: Iterator[Found]) -> Checkpoint | None:
-    problem = None
+def _usable(found: Iterator[Found], but: Collection[str] = ()) -> Checkpoint | None:
+    problem = revision = None
     for each in found:
+        if each.revision != (revision := each.revision if revision is None else revision):
+            break  # an older revision would show labels again that were retired
+        if each.name in but:
+            continue
         if each.problem is None:
             return each.checkpoint
         problem = problem or each.problem

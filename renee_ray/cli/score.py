@@ -152,6 +152,8 @@ def list_labels(run: str, texts: bool, as_json: bool) -> None:
     """Write id, state, training points and text of each label of RUN, a line each."""
     from renee_ray.service.labels import list_labels as listed
 
+    if as_json and texts:
+        raise click.UsageError("--texts and --json exclude each other")
     if as_json:
         click.echo(json.dumps({"labels": list(listed(run))}))
         return

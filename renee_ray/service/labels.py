@@ -7,6 +7,7 @@ lease that a training of the run would need. From then on it is the run's newest
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from renee_ray.errors import ReneeError
 from renee_ray.model.cold_start import ColdStart
 from renee_ray.model.initialise import embed_texts
 from renee_ray.parallel.batch import ragged
+from renee_ray.report.status import read_status
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import ids_of, labels_of, named, opened, vocabulary_of
@@ -74,14 +76,15 @@ def retire_labels(
     Raises:
         ReneeError: no run, or none of its labels is named so.
     """
-    directory = RunDirectory(absolute(run))
+    directory = _finished(run)
     with Lease(directory.path, say):
         _, checkpoint, known = opened(directory.path, "best")
         ids = ids_of(known, labels, file)
         change = np.setdiff1d if restore else np.union1d
         retired = change(checkpoint.state.retired, ids).tolist()
-        revised = directory.checkpoints().revise(checkpoint, {"retired": retired}, {})
-    return {"checkpoint": revised.name, "labels": len(ids), "retired": len(retired)}
+        if retired != checkpoint.state.retired.tolist():  # else index and calibration stay valid
+            checkpoint = directory.checkpoints().revise(checkpoint, {"retired": retired}, {})
+    return {"checkpoint": checkpoint.name, "labels": len(ids), "retired": len(retired)}
 
 
 def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
         ReneeError: no run, its labels have no texts, or a line with no name or one that is known.
     """
     quiet()
-    directory = RunDirectory(absolute(run))
+    directory = _finished(run)
     with Lease(directory.path, say):
         config, checkpoint = directory.config(), directory.checkpoint("best")
         dataset = directory.dataset()
@@ -121,12 +124,34 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
     return {"checkpoint": revised.name, "first": first, "labels": len(added), **figures}
 
 
+def _finished(run: str) -> RunDirectory:
+    """Opens a run.
+
+    Raises:
+        ReneeError: there is none, or it would go on from its best checkpoint and lose the rest.
+    """
+    directory = RunDirectory(absolute(run))
+    best, last = directory.checkpoint("best"), directory.checkpoint("last")
+    try:
+        state = read_status(directory.path, time.time())["state"]
+    except ReneeError:  # a run that was made by `from-renee` has none
+        return directory
+    if state != "finished" and last.state.step > best.state.step:
+        raise ReneeError(
+            f"{run} is {state} at step {last.state.step}; labels change at its best checkpoint, of "
+            f"step {best.state.step}, from which training would go on; let it finish first"
+        )
+    return directory
+
+
 def _read(source: str, labels: Dataset) -> list[tuple[str, str]]:
     """Reads (name, text) of new labels; of a table with one column these are the same."""
     added, first_row = dict[str, tuple[str, str]](), 0
     for rows in tables_of(absolute(source)):
         table = rows if source.endswith((".txt", ".txt.gz")) else label_columns(source, rows)
-        columns = [decode_texts(column)[0].to_pylist() for column in table.columns]
+        columns = [
+            decode_texts(_as_text(column, source))[0].to_pylist() for column in table.columns
+        ]
         pairs = zip(columns[0], columns[-1], strict=True)
         for row, (name, text) in enumerate(pairs, first_row + 1):
             if not (name or "").strip():
@@ -147,6 +172,16 @@ def _read(source: str, labels: Dataset) -> list[tuple[str, str]]:
             f"{where} has the label {name!r:.80}, which is the run's label {ids[0]}; rename it"
         )
     return [(name, text) for name, (_, text) in added.items()]
+
+
+def _as_text(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
+    kind, types = column.type, pa.types
+    if types.is_integer(kind) or types.is_null(kind):
+        return column.cast(pa.string())
+    texts = types.is_string, types.is_large_string, types.is_binary, types.is_large_binary
+    if not any(is_one(kind) for is_one in texts):
+        raise ReneeError(f"{source} has labels or texts of type {kind}; make them strings")
+    return column
 
 
 @torch.inference_mode()

@@ -69,20 +69,27 @@ def ids_of(labels: Dataset, given: Iterable[str] = (), path: str = "") -> np.nda
     What consists of digits is an id. A name that several labels have stands for all of them.
 
     Raises:
-        ReneeError: there is no such file, or there is no such label.
+        ReneeError: there is no such file, there is no such label, or an id is another one's name.
     """
     lines = {f"label {each!r:.80}": each for each in given}
     if path:
         if (content := read_file(path)) is None:
             raise ReneeError(f"{path} does not exist; give a file with a label's id or name a line")
         text = content.decode("utf-8-sig", "replace")
-        lines |= {
-            f"{path}:{i}": line for i, line in enumerate(text.splitlines(), 1) if line.strip()
-        }
+        # A label's text may hold what else `splitlines` takes for the end of a line.
+        rows = (line.removesuffix("\r") for line in text.split("\n"))
+        lines |= {f"{path}:{i}": line for i, line in enumerate(rows, 1) if line.strip()}
     found, ids = named(labels, lines.values()), set[int]()
     for where, line in lines.items():
-        same = [int(line)] if line.strip().isdecimal() else found.get(line, [])
-        if not same or same[0] >= labels.manifest.num_labels:
+        same = found.get(line, [])
+        if line.strip().isdecimal() and int(line) < labels.manifest.num_labels:
+            if same not in ([], [int(line)]):
+                raise ReneeError(
+                    f"{where}: {line!r:.80} is the id of one label and the name of another, label "
+                    f"{same[0]}; give that one's id, or the name of the first"
+                )
+            same = [int(line)]
+        if not same:
             raise ReneeError(f"{where}: the run has no label {line!r:.80}; correct it")
         ids.update(same)
     return np.array(sorted(ids), dtype=np.int64)
