@@ -19,7 +19,7 @@ from renee_ray.checkpoint import registry
 from renee_ray.checkpoint.state import Checkpoint, State
 from renee_ray.checkpoint.writer import CheckpointWriter
 from renee_ray.config.schema import EncoderConfig, RunConfig
-from renee_ray.config.score import ExportConfig
+from renee_ray.config.score import ExportConfig, ScoreConfig
 from renee_ray.data import dataset as layout
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset, Extended
@@ -31,6 +31,7 @@ from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.labels import add_labels, list_labels, retire_labels
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import hidden_labels, labels_of
+from renee_ray.service.score.job import ScoringJob
 from renee_ray.service.score.predictions import label_texts
 from renee_ray.service.train.resuming import identity, start_of
 from renee_ray.service.train.train import train
@@ -88,7 +89,12 @@ def run_at(path: Path, precision: str = "fp32") -> RunDirectory:
 
 
 def save_checkpoint(
-    directory: RunDirectory, config: RunConfig, num_labels: int, precision: str = "fp32"
+    directory: RunDirectory,
+    config: RunConfig,
+    num_labels: int,
+    precision: str = "fp32",
+    step: int = 7,
+    metric: float = 1.0,
 ) -> None:
     """Writes a checkpoint of a bag with random rows of labels."""
     model = build_model(config, num_labels, Ranks(), CPU)
@@ -100,7 +106,8 @@ def save_checkpoint(
     facts = {"num_labels": num_labels, "dim": DIM, "precision": precision, "tokenizer": NAME}
     writer = CheckpointWriter(directory.checkpoints(), Ranks(), 2, "P@1").start()
     optimizer = adamw(model.encoder, config.encoder)
-    writer.save(State(step=7, facts=facts), model.encoder, optimizer, model.shard, {"P@1": 1.0})
+    state = State(step=step, facts=facts)
+    writer.save(state, model.encoder, optimizer, model.shard, {"P@1": metric})
     assert writer.wait()
 
 
@@ -266,6 +273,58 @@ def test_lists_allow_and_deny(tmp_path: Path) -> None:
         hidden(deny="7\nlabel x\n")
     with pytest.raises(ReneeError, match=r"deny:1: the run has no label '66'"):
         hidden(deny="66")
+    again = retire_labels(run.path, ("5",), "", quiet, restore=False)
+    assert again["checkpoint"] == checkpoint.name, "index and calibration stay valid"
+
+
+def test_names_that_could_be_misread(tmp_path: Path) -> None:
+    """Digits are an id, if no label has that name; a name may hold what ends lines elsewhere."""
+    run = run_at(tmp_path)
+    for name, content in (
+        ("numbers.jsonl", '{"label": 7}\n{"label": 2024}\n'),
+        ("texts.jsonl", '{"label": "a\\u2028b"}\n'),
+    ):
+        (tmp_path / name).write_text(content)
+        add_labels(run.path, str(tmp_path / name), quiet)
+    with pytest.raises(ReneeError, match=r"'7' is the id of one label and the name of .* label 63"):
+        retire_labels(run.path, ("7",), "", quiet, restore=False)
+    (tmp_path / "gone.txt").write_text("a\u2028b\r\n2024\n", encoding="utf-8", newline="")
+    retire_labels(run.path, ("label 7",), str(tmp_path / "gone.txt"), quiet, restore=False)
+    assert run.checkpoint("best").state.retired.tolist() == [7, LABELS + 1, LABELS + 2]
+
+
+def test_labels_of_a_run_stay_while_it_would_lose_steps(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    save_checkpoint(run, run.config(), LABELS, step=9, metric=0.5)
+    status = {"format_version": 1, "time_s": 0.0, "state": "stopped"}
+    run.write("status.json", status)
+    with pytest.raises(ReneeError, match=r"is stopped at step 9; .* of step 7"):
+        retire_labels(run.path, ("3",), "", quiet, restore=False)
+    run.write("status.json", status | {"state": "finished"})
+    retire_labels(run.path, ("3",), "", quiet, restore=False)
+    last = run.checkpoint("last")
+    assert (last.state.step, last.revision) == (7, 1)
+
+
+def test_an_older_revision_does_not_stand_in_for_a_damaged_one(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    before = hashes(run)
+    add_labels(run.path, new_at(tmp_path), quiet)
+    (added,) = (name for name in hashes(run).keys() - before if "manifest" not in name)
+    (lost,) = Path(run.path, "checkpoints").rglob(added)
+    lost.unlink()
+    for which in ("best", "last"):
+        with pytest.raises(ReneeError, match=added):
+            run.checkpoint(which)
+
+
+def test_the_adjustment_counts_the_points_that_were_trained_on(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    other = dataset_at(tmp_path / "other", [])
+    other = Dataset(other.path, replace(other.manifest, statistics={"other": 1}))
+    for tail, counted in ((0.0, other.path), (0.3, run.config().data)):
+        job = ScoringJob.checked(run, other, ScoreConfig(tail=tail))
+        assert (job.counted.path, job.labels.path) == (counted, other.path)
 
 
 @pytest.mark.parametrize(

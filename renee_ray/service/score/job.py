@@ -46,9 +46,10 @@ class ScoringJob:
     """A run that is about to score, with everything checked that can be before there is Ray.
 
     checkpoint: named once for all workers, since a training beside us may publish another; step:
-    its step; labels: the dataset whose labels are predicted; voters: the one whose points vote;
-    hidden: labels that are not, bool [L], or None; index: `index.json` of the index to search by,
-    empty where search is exact; large: whether labels may come in passes.
+    its step; labels: the dataset whose labels are predicted; counted: the one whose counts of
+    training points the logit adjustment takes; voters: the one whose points vote; hidden: labels
+    that are not found, bool [L], or None; index: `index.json` of the index to search by, empty
+    where search is exact; large: whether labels may come in passes.
     """
 
     directory: RunDirectory
@@ -57,6 +58,7 @@ class ScoringJob:
     checkpoint: str
     step: int
     labels: Dataset
+    counted: Dataset
     voters: Dataset | None
     hidden: np.ndarray | None
     index: dict[str, Any]
@@ -79,6 +81,9 @@ class ScoringJob:
         workers = score.num_workers or config.max_workers
         config = scoring_config(config, score, workers, **placed)
         voters = _voters(directory, labels, config.evaluation, score)
+        counted = labels
+        if config.evaluation.tail and not _was_trained_on(directory, labels):
+            counted = labels_of(directory, directory.dataset(), found)
         if score.index:
             score = score.model_copy(update={"index": absolute(score.index)})
         index = check_search(score, directory.path, found.hash, config.evaluation.tail)
@@ -88,8 +93,8 @@ class ScoringJob:
             )
         large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
         return cls(
-            directory, config, score, found.name, found.state.step, labels, voters, hidden, index,
-            large,
+            directory, config, score, found.name, found.state.step, labels, counted, voters, hidden,
+            index, large,
         )  # fmt: skip
 
     def layout(self, points: Dataset, split: str, k: int) -> Layout:
@@ -156,12 +161,16 @@ def _voters(
             f"split=train with neighbours={settings.neighbours} would let points vote on "
             f"themselves; add neighbours=0"
         )
-    trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
-    if labels.manifest.hash == trained_on:
+    if _was_trained_on(directory, labels):
         return labels
     voters = directory.dataset()
     check_labels(directory, voters)
     return voters
+
+
+def _was_trained_on(directory: RunDirectory, labels: Dataset) -> bool:
+    trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
+    return bool(labels.manifest.hash == trained_on)
 
 
 def refuse_run(path: str, wanted: str) -> None:

@@ -126,7 +126,7 @@ class Worker:
         piece = LabelRange(owned.start + first, owned.start + stop, owned.num_labels)
         tail, chunk = job.config.evaluation.tail, job.config.classifier.chunk
         classifier = trained_classifier(
-            self.checkpoint, job.labels, piece, tail, job.hidden, self.device, chunk
+            self.checkpoint, job.counted, piece, tail, job.hidden, self.device, chunk
         )
         return Scorer(
             self.encoder, classifier.shards[0], self.ranks, self.device, classifier.offsets[0],
