@@ -87,7 +87,8 @@ def train(
 
 def automatic(given: Layer) -> RunConfig:
     """Makes the configuration of a run of which nothing but the overrides is given."""
-    wanted = make_config(RunConfig, given, where="the command line")  # what is missing is said
+    needed = {key: given[key] for key in ("data", "output", "use_gpu") if key in given}
+    wanted = make_config(RunConfig, needed, where="the command line")  # what is missing is said
     from renee_ray.data.dataset import Dataset
     from renee_ray.plan.settings import choose
     from renee_ray.service.run.directory import RUN_FILE, RunDirectory
@@ -99,9 +100,10 @@ def automatic(given: Layer) -> RunConfig:
         return make_config(RunConfig, directory.config().model_dump(), given)
     import torch
 
-    gpus = 0 if wanted.use_gpu == "no" else torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0))
-    settings, lines = choose(Dataset.open(wanted.data).manifest, gpus, cores, given.places)
+    usable = wanted.use_gpu != "no" and torch.cuda.is_available()
+    gpus, cores = torch.cuda.device_count() if usable else 0, len(os.sched_getaffinity(0))
+    manifest, encoder = Dataset.open(wanted.data).manifest, given.get("encoder", {}).get("name", "")
+    settings, lines = choose(manifest, gpus, cores, given.places, encoder)
     for line in lines:
         say(line)
     return make_config(RunConfig, settings, given)

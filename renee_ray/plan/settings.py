@@ -1,11 +1,12 @@
 """Settings by themselves: those of the recipe whose dataset is most like the one at hand.
 
-    training points     without a GPU         with GPUs               without a transformer
-    below SMALL         quickstart            lf-debian-40k-minilm    perl-bag
-    SMALL and more      lf-debian-40k         lf-debian-40k-minilm    debian-bag
+    training points     with a transformer                     without
+    below SMALL         quickstart                             perl-bag
+    SMALL and more      lf-debian-40k                          debian-bag
+    LARGE and more      the same; with GPUs lf-debian-40k-minilm
 
-A dataset whose tokenizer comes without a model has no transformer. What differs from the recipe
-follows from the manifest and the machine (`choose`).
+A dataset whose tokenizer comes without a model has no transformer, nor has a run that wants none.
+What differs from the recipe follows from the manifest and the machine (`choose`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from renee_ray.config.overrides import read_yaml
 from renee_ray.config.schema import NO_TRANSFORMER
 from renee_ray.data.dataset.manifest import Manifest
 from renee_ray.data.models import resolve_model
-from renee_ray.errors import ReneeError
 
 SMALL, LARGE = 10_000, 1_000_000
 """Training points from which on a dataset is no longer small, and is large."""
@@ -33,42 +33,50 @@ ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
 
 
 def choose(
-    manifest: Manifest, gpus: int, cores: int, given: Collection[str] = ()
+    manifest: Manifest,
+    gpus: int,
+    cores: int,
+    given: Collection[str] = (),
+    encoder: str = "",
 ) -> tuple[Layer, list[str]]:
     """Chooses settings for a dataset.
 
     Args:
         gpus: GPUs to train on; cores: CPU cores of this machine; given: keys that the user sets.
+        encoder: the transformer that the user sets, or `none`; empty: that of the tokenizer.
 
     Returns:
         (the settings, with the name of their recipe; a line for each choice, for people)
     """
     points, lines = manifest.num_points("train"), []
-    embeds = _has_transformer(manifest.tokenizer)
+    encoder = encoder or manifest.tokenizer
+    embeds = _has_transformer(encoder)
     if not embeds:
         name = "perl-bag" if points < SMALL else "debian-bag"
-    elif gpus:
+    elif gpus and points >= LARGE:
         name = "lf-debian-40k-minilm"
     else:
         name = "quickstart" if points < SMALL else "lf-debian-40k"
     devices = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "no GPU"
+    lacks = "no transformer" if encoder == NO_TRANSFORMER else f"no model in {encoder}"
     lines.append(
         f"settings of the recipe {name}, for {points:,} training points, {devices}"
-        f"{'' if embeds else f' and no model in {manifest.tokenizer}'}"
+        f"{'' if embeds else f' and {lacks}'}"
     )
     settings = read_yaml(name)
-    for key, value, why in _fitted(manifest, points, gpus, cores, embeds, given):
+    if embeds:
+        settings.add("encoder.name", encoder, f"the settings chosen for {points} points")
+        lines.append(f"encoder.name={encoder}")
+    for key, value, why in _fitted(manifest, points, gpus, cores, given):
         settings.add(key, value, f"the settings chosen for {points} points")
         lines.append(f"{key}={value}: {why}")
     return settings, lines
 
 
 def _fitted(
-    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool, given: Collection[str]
+    manifest: Manifest, points: int, gpus: int, cores: int, given: Collection[str]
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, reason) of what a recipe does not say of another dataset."""
-    if embeds:
-        yield "encoder.name", manifest.tokenizer, "the model of the dataset's tokenizer"
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
     if gpus:
         yield "num_workers", gpus, "one for each GPU"
@@ -90,10 +98,9 @@ def _fitted(
 
 
 def _has_transformer(name: str) -> bool:
-    """Returns whether a tokenizer's directory or hub name also has a model's weights."""
-    if name == NO_TRANSFORMER:
-        return False
-    try:
-        return any(Path(resolve_model(name)).glob("*.safetensors"))
-    except ReneeError:
-        return False
+    """Returns whether a directory or hub name, such as a tokenizer's, has a model's weights.
+
+    Raises:
+        ReneeError: it cannot be found.
+    """
+    return name != NO_TRANSFORMER and any(Path(resolve_model(name)).glob("*.safetensors"))

@@ -31,7 +31,7 @@ def dataset(tmp_path: Path) -> Dataset:
     [
         (SMALL - 1, 0, MINILM, "quickstart"),
         (SMALL, 0, MINILM, "lf-debian-40k"),
-        (SMALL - 1, 2, MINILM, "lf-debian-40k-minilm"),
+        (LARGE - 1, 2, MINILM, "lf-debian-40k"),
         (LARGE, 8, MINILM, "lf-debian-40k-minilm"),
         (SMALL - 1, 1, "", "perl-bag"),
         (LARGE, 0, "", "debian-bag"),
@@ -55,6 +55,8 @@ def test_the_recipe_follows_from_points_gpus_and_model(
     assert bool(config.evaluation.neighbours) == (points < LARGE and bool(tokenizer))
     assert config.feed.augment > 0
     assert not config.evaluation.tails, "the tiny dataset has a few validation points"
+    alone, _ = choose(manifest, gpus, 4, encoder="none")
+    assert make_config(RunConfig, alone, {"data": "d", "output": "o"}).encoder.name == "none"
     bare, _ = choose(replace(manifest, has_label_texts=False), gpus, 1)
     config = make_config(RunConfig, bare, {"data": "d", "output": "o"})
     assert config.feed.augment == 0 and config.num_workers == (gpus or 1)
@@ -88,6 +90,12 @@ def test_the_last_weights_are_kept_unless_the_user_says_when_to_validate(dataset
     assert (chosen["evaluation"]["every"], chosen["checkpoint"]["every_steps"]) == (0, SAVED)
     kept, _ = choose(dataset.manifest, 0, 2, ["evaluation.every"])
     assert int(kept["evaluation"]["every"]) == 4 and "checkpoint" not in kept
+
+
+def test_a_bag_alone_is_chosen_with_its_recipe(dataset: Dataset) -> None:
+    given = [f"data={dataset.path}", "output=o", "encoder.name=none", "encoder.bag.dim=64"]
+    made = automatic(parse_overrides(given))
+    assert (made.recipe, made.encoder.name, made.encoder.bag.dim) == ("perl-bag", "none", 64)
 
 
 def test_a_run_that_began_by_itself_goes_on_with_the_settings_it_has(dataset: Dataset) -> None:
