@@ -60,10 +60,12 @@ def test_links_of_the_documents_lead_somewhere() -> None:
 
 def test_ci_runs_the_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    needle = re.search(r'grep -F -- "(.*)" README', script)
-    assert needle
-    lines = [line for line in README.splitlines() if needle[1] in line]
-    assert len(lines) == 1 and lines[0].endswith(""" && .venv/bin/pytest -n 2 -m \"\"""")
+    (finds,) = (line for line in script.splitlines() if line.startswith("command="))
+    shows = f'{finds}; echo "${{command%%&& .venv/bin/pytest*}}|${{command##*&& }}"'
+    said = subprocess.run(["bash", "-euc", shows], cwd=ROOT, capture_output=True, text=True)
+    installs, tests = said.stdout.split("|")
+    assert "pip install -c constraints.txt -e '.[test]'" in installs and "pytest" not in installs
+    assert tests == '.venv/bin/pytest -n 3 -m ""\n'
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,12 @@ class Searched(Chosen):
     """Training points that vote; null: as `evaluation.neighbours` of the run."""
     neighbour_weight: float | None = Field(None, ge=0)
     """What a label gains that all neighbours have; null: as in the run."""
+
+    @model_validator(mode="after")
+    def _by_the_index(self) -> Self:
+        if self.index and self.search == "exact":
+            raise ValueError("index goes with search=index; add that, or leave index out")
+        return self
 
 
 class ScoreConfig(Searched, Placed):
@@ -135,6 +141,8 @@ class FuseConfig(Config):
     def _either(self) -> FuseConfig:
         if self.weights and self.tune:
             raise ValueError("weights and tune exclude each other; leave one out")
+        if self.data and not self.tune:
+            raise ValueError("data goes with tune; add that, or leave data out")
         return self
 
 

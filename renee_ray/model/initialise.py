@@ -1,5 +1,8 @@
 """First weights of the classifier; their values do not depend on the number of ranks.
 
+(With init_centroid=0 and more than MOMENT_BATCHES batches of points they do: each rank then reads
+the first of its own.)
+
 `label_text` starts from what a nearest-neighbour search would find. With e the embeddings of the
 training points (mean mu, mean norm rho), for every label l of n_l among N points:
 
@@ -144,7 +147,7 @@ def _over_points(
     total = torch.zeros(dim, dtype=torch.float64)
     scalars = torch.zeros(3, dtype=torch.float64)  # points, norms, labels
     sampled = [torch.zeros(0, dim)]
-    limit = min(1.0, SAMPLE / dataset.manifest.num_points("train")) * 2.0**64
+    limit = min(1.0, SAMPLE / rounds.total) * 2.0**64
     for batch in points if with_centroids else islice(points, MOMENT_BATCHES):
         own = encoder(*batch.tokens(device))[: len(batch)]
         host = own.cpu()
@@ -162,6 +165,11 @@ def _over_points(
     for sums in (second, total, scalars):
         all_sum(ranks, sums)
     count, norm, labels = (float(value) for value in scalars)
+    if not norm:
+        raise ReneeError(
+            f"the encoder embeds every training text of {dataset.path} as 0, as a bag does that "
+            f"knows no n-gram by which they differ; give more texts, or encoder.name a transformer"
+        )
     return Survey(total / count, second / count, norm / count, labels / count, sample, centroids)
 
 

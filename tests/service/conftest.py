@@ -445,7 +445,6 @@ def raw_predictions(trained: Run, source: Path, tmp_path_factory: pytest.TempPat
         (folder / "texts").mkdir()
         pq.write_table(table.slice(0, 40), folder / "texts" / "a.parquet", row_group_size=16)
         pq.write_table(table.slice(40), folder / "texts" / "b.parquet")
-        texts_and_to = str(folder / "texts"), str(folder / "predictions")
-        predicted_here(trained.path, *texts_and_to, f"k={RAW_K}")
+        predicted_here(trained.path, f"{folder}/texts", f"{folder}/predictions", f"k={RAW_K}")
 
     return once(tmp_path_factory, "raw", make) / "predictions"

@@ -233,7 +233,7 @@ def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> s
     settings = [
         f"    {key}: {json.dumps(value)}"
         for key, value, _ in changed(config.model_dump(mode="json"))
-        if not (isinstance(value, str) and os.path.isabs(value))
+        if not (isinstance(value, str) and ("://" in value or os.path.exists(value)))
     ]
     metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
     head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]

@@ -52,7 +52,7 @@ from renee_ray.scoring.index_building import (
 from renee_ray.scoring.index_quality import Truth, swept
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.labels import opened
+from renee_ray.service.run.labels import labels_of, opened
 from renee_ray.service.score.loading import Model, exported_labels, files_of, load
 from renee_ray.service.score.trained import CPU, trained_classifier
 from renee_ray.service.tasks import Reporter, stream
@@ -164,6 +164,7 @@ def index_model(
     if directory.read(RUN_FILE) is not None:
         checkpoint = directory.checkpoint(config.checkpoint)
         workers, points = directory.config().max_workers, points or directory.dataset()
+        labels_of(directory, points, checkpoint)  # or they are others
     if points is None:
         raise ReneeError(f"{model} is no run and has no points to measure on; give points=DATASET")
     loaded = load(model, checkpoint=config.checkpoint)

@@ -82,8 +82,8 @@ class Model:
         self.num_labels, self.dim, self.step = len(texts), encoder.dim, int(facts["step"])
         self._encoder, self._texts = encoder.eval(), texts
         self._vocabulary, self.facts = vocabulary, facts
-        knots = facts.get("calibration")
-        self._calibration = Calibration.from_json(knots, "the export") if knots else None
+        fitted = facts.get("calibration")
+        self._calibration = Calibration.from_json(fitted, "the export") if fitted else None
         self.classifier = classifier
         self.search: Search = ExactSearch(classifier)
 
