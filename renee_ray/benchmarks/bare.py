@@ -103,6 +103,7 @@ def time_bare_steps(ranks: Ranks, device: torch.device, job: Job) -> dict[str, A
     config = job.config.model_copy(update={"loss_every": 0})
     model = build_model(config, job.dataset.manifest.num_labels, ranks, device)
     model.shard.initialise_normal(config.classifier.init_std, config.seed)
+    model.encoder.train()
     trainer = Trainer(
         config, model, ranks, device, job.schedule, None, lambda record: None,
         lambda metrics: None, recorder=Recorder(device),

@@ -92,8 +92,8 @@ class Checkpoints:
     def best(self, metric: str) -> Checkpoint | None:
         """Returns the earliest of the highest `metric`; the newest where none has it.
 
-        Only those of the newest revision count, and that before the first step where it is alone:
-        of few validation points, untrained weights may get as many right.
+        Only those of the newest revision count. The one before the first step counts if there is no
+        other, since untrained weights may get as many of a few validation points right.
         """
         return _best(list(self.found()), metric)
 
@@ -192,24 +192,26 @@ class Checkpoints:
 
 
 def _best(found: list[Found], metric: str) -> Checkpoint | None:
-    scored = [
-        (each.step > 0, each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
+    whole = [
+        each
         for each in found
-        if each.revision == found[0].revision
-        and each.checkpoint
-        and not each.problem
-        and metric in each.checkpoint.manifest.metrics
+        if each.revision == found[0].revision and each.checkpoint and not each.problem
     ]
-    if scored:
-        return max(scored, key=lambda one: one[:3])[3]
-    return _usable(iter(found))
+    trained = [each for each in whole if each.step > 0] or whole
+    scored = [
+        (each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
+        for each in trained
+        if each.checkpoint and metric in each.checkpoint.manifest.metrics
+    ]
+    return max(scored, key=lambda one: one[:2])[2] if scored else _usable(iter(found))
 
 
 def _usable(found: Iterator[Found], but: Collection[str] = ()) -> Checkpoint | None:
-    problem = revision = None
+    problem = newest = None
     for each in found:
-        if each.revision != (revision := each.revision if revision is None else revision):
-            break  # an older revision would show labels again that were retired
+        newest = each.revision if newest is None else newest
+        if each.revision != newest:
+            break  # it would show labels again that were retired
         if each.name in but:
             continue
         if each.problem is None:

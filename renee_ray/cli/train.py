@@ -23,7 +23,7 @@ from renee_ray.cli.common import (
     print_result,
     say,
 )
-from renee_ray.config.grammar import Layer
+from renee_ray.config.grammar import COMMAND_LINE, Layer
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_recipe, read_yaml
 from renee_ray.config.recipes import find_recipe, recipe_names, recipe_path
 from renee_ray.config.schema import EncoderConfig, RunConfig
@@ -87,8 +87,8 @@ def train(
 
 def automatic(given: Layer) -> RunConfig:
     """Makes the configuration of a run of which nothing but the overrides is given."""
-    needed = {key: given[key] for key in ("data", "output", "use_gpu") if key in given}
-    wanted = make_config(RunConfig, needed, where="the command line")  # what is missing is said
+    # What is missing or wrong is said. encoder.name=none is not wrong: a bag may be chosen.
+    wanted = make_config(RunConfig, {"encoder": {"bag": {"dim": 1}}}, given, where=COMMAND_LINE)
     from renee_ray.data.dataset import Dataset
     from renee_ray.plan.settings import choose
     from renee_ray.service.run.directory import RUN_FILE, RunDirectory
@@ -102,7 +102,8 @@ def automatic(given: Layer) -> RunConfig:
 
     usable = wanted.use_gpu != "no" and torch.cuda.is_available()
     gpus, cores = torch.cuda.device_count() if usable else 0, len(os.sched_getaffinity(0))
-    manifest, encoder = Dataset.open(wanted.data).manifest, given.get("encoder", {}).get("name", "")
+    encoder = wanted.encoder.name if "encoder.name" in dict(dotted(given)) else ""
+    manifest = Dataset.open(wanted.data).manifest
     settings, lines = choose(manifest, gpus, cores, given.places, encoder)
     for line in lines:
         say(line)

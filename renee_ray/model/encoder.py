@@ -72,7 +72,7 @@ class Encoder(nn.Module):
         self.to(device)
 
     def train(self, mode: bool = True) -> Encoder:
-        """As of any module; a frozen transformer stays as it is loaded, without dropout."""
+        """Sets the mode of all but a frozen transformer, which never drops anything out."""
         super().train(mode)
         if self.backbone is not None:
             self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))

@@ -167,8 +167,8 @@ def _over_points(
     count, norm, labels = (float(value) for value in scalars)
     if not norm:
         raise ReneeError(
-            f"the encoder embeds every training text of {dataset.path} as 0, as a bag does that "
-            f"knows no n-gram by which they differ; give more texts, or encoder.name a transformer"
+            f"every training text of {dataset.path} has the embedding 0: a bag of n-grams cannot "
+            f"tell texts apart that are all the same; give more texts, or a transformer"
         )
     return Survey(total / count, second / count, norm / count, labels / count, sample, centroids)
 

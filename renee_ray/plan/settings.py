@@ -11,6 +11,7 @@ What differs from the recipe follows from the manifest and the machine (`choose`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from renee_ray.config.overrides import read_yaml
 from renee_ray.config.schema import NO_TRANSFORMER
 from renee_ray.data.dataset.manifest import Manifest
 from renee_ray.data.models import resolve_model
+from renee_ray.errors import ReneeError
 
 SMALL, LARGE = 10_000, 1_000_000
 """Training points from which on a dataset is no longer small, and is large."""
@@ -64,10 +66,11 @@ def choose(
         f"{'' if embeds else f' and {lacks}'}"
     )
     settings = read_yaml(name)
-    if embeds:
-        settings.add("encoder.name", encoder, f"the settings chosen for {points} points")
-        lines.append(f"encoder.name={encoder}")
-    for key, value, why in _fitted(manifest, points, gpus, cores, given):
+    fitted = _fitted(manifest, points, gpus, cores, given)
+    if embeds and "encoder.name" not in given:
+        model = "encoder.name", encoder, "the model of the dataset's tokenizer"
+        fitted = itertools.chain([model], fitted)
+    for key, value, why in fitted:
         settings.add(key, value, f"the settings chosen for {points} points")
         lines.append(f"{key}={value}: {why}")
     return settings, lines
@@ -103,4 +106,7 @@ def _has_transformer(name: str) -> bool:
     Raises:
         ReneeError: it cannot be found.
     """
-    return name != NO_TRANSFORMER and any(Path(resolve_model(name)).glob("*.safetensors"))
+    try:
+        return name != NO_TRANSFORMER and any(Path(resolve_model(name)).glob("*.safetensors"))
+    except ReneeError as error:
+        raise ReneeError(f"{error}; encoder.name=none trains a bag of n-grams alone") from None

@@ -40,6 +40,7 @@ from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.xfc.labels import NONE
 from renee_ray.xfc.shard import Pairs, Shard
+from renee_ray.xfc.topk.best import join
 from renee_ray.xfc.topk.select import merge_topk, shard_topk
 
 MANIFEST, FORMAT_VERSION = "index.json", 1
@@ -136,7 +137,7 @@ class ExactSearch:
         """
         both = zip(self.classifier.shards, self.classifier.offsets, strict=True)
         found = [shard_topk(shard, embeddings, k, excluded, offset) for shard, offset in both]
-        return merge_topk([each[0] for each in found], [each[1] for each in found], k)
+        return join(found, k)
 
 
 @dataclass(frozen=True)

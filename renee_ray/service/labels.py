@@ -7,7 +7,6 @@ lease that a training of the run would need. From then on it is the run's newest
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import MAX_LABELS, Dataset
 from renee_ray.data.models import quiet
+from renee_ray.data.sources.columns import kind_of, plain
 from renee_ray.data.sources.own import label_columns, tables_of
 from renee_ray.data.sources.records import decode_texts
 from renee_ray.data.storage import absolute
@@ -28,7 +28,7 @@ from renee_ray.errors import ReneeError
 from renee_ray.model.cold_start import ColdStart
 from renee_ray.model.initialise import embed_texts
 from renee_ray.parallel.batch import ragged
-from renee_ray.report.status import read_status
+from renee_ray.report.status import STATUS_FILE
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.run.labels import ids_of, labels_of, named, opened, vocabulary_of
@@ -76,7 +76,7 @@ def retire_labels(
     Raises:
         ReneeError: no run, or none of its labels is named so.
     """
-    directory = _finished(run)
+    directory = _changeable(run)
     with Lease(directory.path, say):
         _, checkpoint, known = opened(directory.path, "best")
         ids = ids_of(known, labels, file)
@@ -101,7 +101,7 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
         ReneeError: no run, its labels have no texts, or a line with no name or one that is known.
     """
     quiet()
-    directory = _finished(run)
+    directory = _changeable(run)
     with Lease(directory.path, say):
         config, checkpoint = directory.config(), directory.checkpoint("best")
         dataset = directory.dataset()
@@ -124,7 +124,7 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
     return {"checkpoint": revised.name, "first": first, "labels": len(added), **figures}
 
 
-def _finished(run: str) -> RunDirectory:
+def _changeable(run: str) -> RunDirectory:
     """Opens a run.
 
     Raises:
@@ -132,14 +132,11 @@ def _finished(run: str) -> RunDirectory:
     """
     directory = RunDirectory(absolute(run))
     best, last = directory.checkpoint("best"), directory.checkpoint("last")
-    try:
-        state = read_status(directory.path, time.time())["state"]
-    except ReneeError:  # a run that was made by `from-renee` has none
-        return directory
-    if state != "finished" and last.state.step > best.state.step:
+    status = directory.read(STATUS_FILE)  # a run that `from-renee` made has none
+    if status and status.get("state") != "finished" and last.state.step > best.state.step:
         raise ReneeError(
-            f"{run} is {state} at step {last.state.step}; labels change at its best checkpoint, of "
-            f"step {best.state.step}, from which training would go on; let it finish first"
+            f"{run} has come to step {last.state.step} and is not finished; labels change at its "
+            f"best checkpoint, of step {best.state.step}, where it would go on; finish it first"
         )
     return directory
 
@@ -175,13 +172,12 @@ def _read(source: str, labels: Dataset) -> list[tuple[str, str]]:
 
 
 def _as_text(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
-    kind, types = column.type, pa.types
-    if types.is_integer(kind) or types.is_null(kind):
-        return column.cast(pa.string())
-    texts = types.is_string, types.is_large_string, types.is_binary, types.is_large_binary
-    if not any(is_one(kind) for is_one in texts):
-        raise ReneeError(f"{source} has labels or texts of type {kind}; make them strings")
-    return column
+    kind = kind_of(column.type)
+    if kind in ("integer", "nothing"):
+        column = column.cast(pa.string())
+    elif kind != "string":
+        raise ReneeError(f"{source} has labels or texts of type {column.type}; make them strings")
+    return plain(column.combine_chunks())
 
 
 @torch.inference_mode()

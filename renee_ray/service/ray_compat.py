@@ -127,9 +127,9 @@ def without_unused() -> Iterator[None]:
 
 
 class NoActor:
-    """In place of the actor through which Ray Train's workers meet in `ray.train.report`.
+    """Replaces the actor through which Ray Train's workers meet in `ray.train.report`.
 
-    They never do here, and its process would take 1.3 s of CPU to start. Check that a group only
+    No worker calls that here, and the actor takes 1.3 s of CPU to start. Check that a group only
     makes it, hands it to its workers and ends it, while the preemption watcher is off.
     """
 

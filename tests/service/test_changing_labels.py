@@ -286,10 +286,10 @@ def test_names_that_could_be_misread(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text(content)
         add_labels(run.path, str(tmp_path / name), quiet)
-    with pytest.raises(ReneeError, match=r"'7' is the id of one label and the name of .* label 63"):
+    with pytest.raises(ReneeError, match=r"7 is the id of one label .*; write id:7 or id:63"):
         retire_labels(run.path, ("7",), "", quiet, restore=False)
     (tmp_path / "gone.txt").write_text("a\u2028b\r\n2024\n", encoding="utf-8", newline="")
-    retire_labels(run.path, ("label 7",), str(tmp_path / "gone.txt"), quiet, restore=False)
+    retire_labels(run.path, ("id:7",), str(tmp_path / "gone.txt"), quiet, restore=False)
     assert run.checkpoint("best").state.retired.tolist() == [7, LABELS + 1, LABELS + 2]
 
 
@@ -298,7 +298,7 @@ def test_labels_of_a_run_stay_while_it_would_lose_steps(tmp_path: Path) -> None:
     save_checkpoint(run, run.config(), LABELS, step=9, metric=0.5)
     status = {"format_version": 1, "time_s": 0.0, "state": "stopped"}
     run.write("status.json", status)
-    with pytest.raises(ReneeError, match=r"is stopped at step 9; .* of step 7"):
+    with pytest.raises(ReneeError, match=r"come to step 9 and is not finished; .* of step 7"):
         retire_labels(run.path, ("3",), "", quiet, restore=False)
     run.write("status.json", status | {"state": "finished"})
     retire_labels(run.path, ("3",), "", quiet, restore=False)

@@ -66,7 +66,8 @@ def hidden_labels(
 def ids_of(labels: Dataset, given: Iterable[str] = (), path: str = "") -> np.ndarray:
     """Returns the ids of labels that are given, or that a file names one a line; int64, ascending.
 
-    What consists of digits is an id. A name that several labels have stands for all of them.
+    What consists of digits is an id, and `id:7` is in any case. A name that several labels have
+    stands for all of them.
 
     Raises:
         ReneeError: there is no such file, there is no such label, or an id is another one's name.
@@ -81,14 +82,15 @@ def ids_of(labels: Dataset, given: Iterable[str] = (), path: str = "") -> np.nda
         lines |= {f"{path}:{i}": line for i, line in enumerate(rows, 1) if line.strip()}
     found, ids = named(labels, lines.values()), set[int]()
     for where, line in lines.items():
-        same = found.get(line, [])
-        if line.strip().isdecimal() and int(line) < labels.manifest.num_labels:
-            if same not in ([], [int(line)]):
+        same, digits = found.get(line, []), line.strip().removeprefix("id:")
+        if digits.isdecimal() and int(digits) < labels.manifest.num_labels:
+            others = [label for label in same if label != int(digits)]
+            if others and digits == line.strip():
                 raise ReneeError(
-                    f"{where}: {line!r:.80} is the id of one label and the name of another, label "
-                    f"{same[0]}; give that one's id, or the name of the first"
+                    f"{where}: {digits} is the id of one label and the name of another, label "
+                    f"{others[0]}; write id:{digits} or id:{others[0]}"
                 )
-            same = [int(line)]
+            same = [int(digits)]
         if not same:
             raise ReneeError(f"{where}: the run has no label {line!r:.80}; correct it")
         ids.update(same)

@@ -223,6 +223,10 @@ def _write_range(
     return {"start": owned.start, "stop": owned.stop, "classifier": names[0], "labels": names[1]}
 
 
+def _is_path(value: str) -> bool:
+    return "://" in value or os.path.isabs(value) or (os.sep in value and os.path.exists(value))
+
+
 def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> str:
     """Returns the model card in Markdown, with front matter as the Hugging Face hub reads it.
 
@@ -233,7 +237,7 @@ def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> s
     settings = [
         f"    {key}: {json.dumps(value)}"
         for key, value, _ in changed(config.model_dump(mode="json"))
-        if not (isinstance(value, str) and ("://" in value or os.path.exists(value)))
+        if not (isinstance(value, str) and _is_path(value))
     ]
     metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
     head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]

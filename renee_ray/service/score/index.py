@@ -164,7 +164,7 @@ def index_model(
     if directory.read(RUN_FILE) is not None:
         checkpoint = directory.checkpoint(config.checkpoint)
         workers, points = directory.config().max_workers, points or directory.dataset()
-        labels_of(directory, points, checkpoint)  # or they are others
+        labels_of(directory, points, checkpoint)  # recall on other labels says nothing
     if points is None:
         raise ReneeError(f"{model} is no run and has no points to measure on; give points=DATASET")
     loaded = load(model, checkpoint=config.checkpoint)

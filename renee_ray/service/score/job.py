@@ -75,14 +75,16 @@ class ScoringJob:
         config = directory.config()
         check_positions(config.encoder, labels.manifest.max_length)
         found = directory.checkpoint(score.checkpoint)
+        trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
+        own = labels if labels.manifest.hash == trained_on else None
         labels = labels_of(directory, labels, found)
         hidden = hidden_labels(labels, found, score.allow, score.deny)
         placed = {key: getattr(score, key) for key in Placed.model_fields}
         workers = score.num_workers or config.max_workers
         config = scoring_config(config, score, workers, **placed)
-        voters = _voters(directory, labels, config.evaluation, score)
+        voters = _voters(directory, own, config.evaluation, score)
         counted = labels
-        if config.evaluation.tail and not _was_trained_on(directory, labels):
+        if config.evaluation.tail and own is None:
             counted = labels_of(directory, directory.dataset(), found)
         if score.index:
             score = score.model_copy(update={"index": absolute(score.index)})
@@ -151,9 +153,9 @@ def scoring_config(config: RunConfig, score: Searched, workers: int, **changes: 
 
 
 def _voters(
-    directory: RunDirectory, labels: Dataset, settings: EvalConfig, score: ScoreConfig
+    directory: RunDirectory, own: Dataset | None, settings: EvalConfig, score: ScoreConfig
 ) -> Dataset | None:
-    """Opens the dataset whose training points vote: the one that the run was trained on."""
+    """Opens the dataset whose training points vote: the run's `own`, where that is not open yet."""
     if not settings.neighbours:
         return None
     if score.split == "train":
@@ -161,16 +163,10 @@ def _voters(
             f"split=train with neighbours={settings.neighbours} would let points vote on "
             f"themselves; add neighbours=0"
         )
-    if _was_trained_on(directory, labels):
-        return labels
-    voters = directory.dataset()
-    check_labels(directory, voters)
-    return voters
-
-
-def _was_trained_on(directory: RunDirectory, labels: Dataset) -> bool:
-    trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
-    return bool(labels.manifest.hash == trained_on)
+    if own is None:
+        own = directory.dataset()
+        check_labels(directory, own)
+    return own
 
 
 def refuse_run(path: str, wanted: str) -> None:
