@@ -290,6 +290,33 @@ OWN_REFUSED = {
         files(**{"train.csv": "text,tags\na,b\n".encode("utf-16")}), "UTF-16; save it as UTF-8"
     ),
     "csv-empty": refused(files(**{"train.csv": b""}), r"train\.csv"),
+    "csv-late-ids": refused(
+        files(**{"train.csv": lines("text,n", *["a,7"] * (SAMPLE_ROWS + 1), "b,3 5")}),
+        "n has '3 5', and the first rows have no separator",
+        labels="n",
+        text="text",
+    ),
+    "csv-test-of-another-kind": refused(
+        files(**{"train.csv": lines("text,tags", "a,b"), "test.parquet": b""}),
+        r"test\.parquet is there, and the training set is .*train\.csv; write both in one format",
+    ),
+    "jsonl-filter-labels": refused(
+        files(**{"train.jsonl": b'{"text": "a", "labels": ["b"], "filter_labels": ["c"]}\n'}),
+        "has a column 'filter_labels'",
+    ),
+    "jsonl-ids-and-names": refused(
+        files(
+            **{
+                "train.jsonl": b'{"text": "a", "labels": [1]}\n',
+                "labels.csv": lines("label,text", "1,two", "0,zero"),
+            }
+        ),
+        r"labels\.csv has a column 'label' and the points have ids",
+    ),
+    "pecos-names": refused(
+        files(**pecos(IDS, TEXTS, "trn"), **{"Y.txt": lines("title", *NAMES, "more")}),
+        r"Y\.txt has \d+ lines and .*Y\.trn\.npz has 4 columns",
+    ),
     "jsonl-mixed": refused(
         files(
             **{"train.jsonl": lines('{"text": "a", "labels": ["a"]}', '{"labels": 1, "text": ""}')}

@@ -106,6 +106,18 @@ def test_a_claim_that_was_cut_off_while_it_was_written(dst: Path) -> None:
     assert tree(dst) == {}
 
 
+def test_what_was_written_before_the_source_changed_goes(dst: Path) -> None:
+    """Also where the command that goes on from another source is refused in turn."""
+    made = destination(dst)
+    made.claim(SIGNATURE)
+    made.declare(["train/part-00000.parquet"])
+    write(dst / "train" / "part-00000.parquet")
+    made = destination(dst)
+    assert not made.claim("another")
+    made.abandon()
+    assert not [path for path in tree(dst) if path.endswith((".parquet", ".json"))]
+
+
 def test_overwriting_replaces_what_the_manifest_names(dst: Path) -> None:
     write_tiny(dst)
     notes = write(dst / "train" / "notes.txt")

@@ -314,6 +314,12 @@ def test_a_filter_row_that_is_no_point(tmp_path: Path) -> None:
             read(path)
 
 
+def test_a_header_is_one_beside_blank_ends(tmp_path: Path) -> None:
+    (tmp_path / "trn_X_Y.txt").write_bytes(b"3 10\n1\n2\n3\n")
+    (tmp_path / "trn_X.txt").write_bytes(b"a\nb\nc\n\n")
+    assert header_of(f"{tmp_path}/trn_X_Y.txt", f"{tmp_path}/trn_X.txt") == (3, 10)
+
+
 @pytest.mark.parametrize(
     "files",
     [

@@ -230,7 +230,8 @@ def _joined(first: pa.Array, second: pa.Array) -> pa.Array:
 def _split(path: str, values: pa.Array, fields: Fields) -> pa.Array:
     """Splits strings into lists of labels; spaces around a label, and empty ones, are dropped."""
     values = pc.fill_null(values, "")
-    odd = pc.match_substring_regex(values, r"[|;,\t]") if fields.is_single else None
+    several = r"[|;,\t]|^\s*\d+(\s+\d+)+\s*$"
+    odd = pc.match_substring_regex(values, several) if fields.is_single else None
     if odd is not None and pc.any(odd).as_py():
         raise SourceError(
             f"{path}: {fields.labels} has {values.filter(odd)[0].as_py()!r:.60}, and the first "

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,8 +95,30 @@ class Own:
                             f"bytes; write each text once, with all its labels and a separator"
                         )
                 first += len(rows)
+            if fields is None and split == "labels":
+                self._compare(path, first)
         if pairs:
             yield Piece(_grouped(pairs), path, 0)
+
+    def _compare(self, path: str, lines: int) -> None:
+        """Raises SourceError where PECOS' matrix has another number of labels than their texts."""
+        matrix = f"{path.rpartition('/')[0]}/Y.trn.npz"
+        with opened(matrix) as file:
+            columns = _matrix(matrix, file.read()).shape[1]
+        if lines != columns:
+            raise SourceError(
+                f"{path} has {lines} lines and {matrix} has {columns} columns; make them agree"
+            )
+
+
+def refuse_other_kinds(path: str, splits: Collection[str], train: str) -> None:
+    """Raises SourceError for a test set or labels of another kind than the training set."""
+    for kind in ("arrow", TABLES, parquet.PARQUET):
+        for split, (first, *_) in parquet.find_files(path, kind).items():
+            if split in ("test", "labels") and split not in splits:
+                raise SourceError(
+                    f"{first} is there, and the training set is {train}; write both in one format"
+                )
 
 
 def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
@@ -119,16 +141,22 @@ def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
         if any(found) or (not saved and len(tables) != 1):
             return None
         splits["train"] = [f"{base}/{name}" for name in saved or tables]
+    refuse_other_kinds(base, splits, splits["train"][0])
     own = read_own(splits, text, labels, separator)
     return replace(own, notes=own.notes + parquet.notes_on(path, splits))
 
 
 def read_own(splits: dict[str, list[str]], text: str, labels: str, separator: str) -> Own:
     """Reads the first rows of the training set; raises SourceError as `find_own` does."""
-    first = splits["train"][0]
-    rows = next(tables_of(first), None)
-    if rows is None or not len(rows):
-        raise SourceError(f"{first} has no row; give a training set of at least one")
+    tables = ((path, table) for path in splits["train"] for table in tables_of(path) if len(table))
+    first, rows = next(tables, ("", None))
+    if rows is None:
+        raise SourceError(f"{splits['train'][0]} has no row; give a training set of at least one")
+    if "filter_labels" in rows.column_names:
+        raise SourceError(
+            f"{first} has a column 'filter_labels', which is read from Parquet with the columns "
+            f"text and labels alone; write it so, or leave that column out"
+        )
     rows = rows.slice(0, SAMPLE_ROWS)
     fields = guess(first, rows, text, labels, separator)
     sample = shaped(first, rows, fields)
@@ -165,7 +193,7 @@ def label_columns(path: str, rows: pa.Table) -> pa.Table:
     if not known:
         raise SourceError(
             f"{path} has the columns {rows.column_names!s:.300}; rename the one with the labels, "
-            f"in the order of their ids, to 'label'"
+            f"in the order of their ids, to 'text' (or to 'label', where points have names)"
         )
     made = {name: column(path, rows, name) for name in known}
     if mixed := [name for name, values in made.items() if values.type == MIXED]:

@@ -195,6 +195,8 @@ def index_parquet(
     train_path = _origin(tables["train"].blocks[0].path, origins)
     labels: ParquetTable | Names | None = None
     if "labels" in files:
+        if not strings:
+            _refuse_names(files["labels"][0], origins)
         labels = table_of(
             files["labels"],
             ("label",) if strings else (),
@@ -290,6 +292,15 @@ def table_of(
     if table.columns.get("text") == "nothing" and "text" in required:
         raise SourceError(f"{firsts} has a column 'text' of type null; it must be strings")
     return replace(table, blocks=tuple(blocks), origins=origins)
+
+
+def _refuse_names(path: str, origins: Origins) -> None:
+    """Raises SourceError where a table of labels has names, which points with ids do not use."""
+    if "label" in footer(path)[0].names:
+        raise SourceError(
+            f"{_origin(path, origins)} has a column 'label' and the points have ids; leave it out, "
+            f"with the rows in the order of the ids, or rename it to 'text'"
+        )
 
 
 def _origin(path: str, origins: Origins) -> str:

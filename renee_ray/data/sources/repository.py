@@ -208,7 +208,8 @@ def header_of(path: str, texts: str | Memmap) -> tuple[int, int] | None:
     """Returns (rows, columns) if the first line of a label file is a header, else None.
 
     A file of bare ids can begin with a row of two labels: it is no header if the lines, the
-    first included, are as many as the texts and its first number says otherwise.
+    first included, are as many as the texts and its first number says otherwise. Blank lines at
+    the end may count or not.
     """
     head = list(islice(Lines(path), HEAD_LINES))
     fields = head[0].split() if head else []
@@ -221,8 +222,13 @@ def header_of(path: str, texts: str | Memmap) -> tuple[int, int] | None:
             f"correct it"
         )
     if not any(b":" in line for line in head[1:]):
-        number = texts.rows if isinstance(texts, Memmap) else Lines(texts).drain().number
-        if rows != number and Lines(path).drain().number == number:
+        if isinstance(texts, Memmap):
+            there = {texts.rows}
+        else:
+            read = Lines(texts).drain()
+            there = {read.number, read.solid}
+        own = Lines(path).drain()
+        if rows not in there and {own.number, own.solid} & there:
             return None
     return rows, columns
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import pyarrow.fs as pafs
 
-from renee_ray.data.sources.own import TABLES, Own, find_own, read_own
+from renee_ray.data.sources.own import TABLES, Own, find_own, read_own, refuse_other_kinds
 from renee_ray.data.sources.parquet import PARQUET, find_files, index_parquet, is_table
 from renee_ray.data.sources.records import Source, SourceError
 from renee_ray.data.sources.repository import Repository, find_repository
@@ -59,6 +59,7 @@ def find_source(
             raise SourceError(
                 f"{parquet[0]}: separator= is for a column that is named; give labels=COLUMN"
             )
+        refuse_other_kinds(path, find_files(path), parquet[0])
         return index_parquet(path, labels_are)
     if files is None:
         own = find_own(path, text, labels_are, separator)

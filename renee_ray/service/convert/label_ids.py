@@ -227,7 +227,7 @@ class LabelIds:
             bad = (ids < 0) | (ids >= limit)
         if bad.any():
             first = int(np.argmax(bad))
-            number = limit if self.labels is None else len(self.labels)
+            number = len(self.ids) if limit is None else limit
             raise SourceError(
                 f"{records.where(int(rows[first]))} has {values[first].as_py()!r} in {column}, "
                 f"which is none of the {number} labels; correct it"
