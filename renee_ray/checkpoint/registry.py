@@ -141,19 +141,20 @@ class Checkpoints:
         self.publish(directory, replace(earlier, state=state, files=files, time_s=time.time()))
         return self.at(f"{directory}@{revision}")
 
-    def prune(self, keep: int, metric: str) -> None:
+    def prune(self, keep: int, metric: str, step: int) -> None:
         """Deletes uncommitted checkpoints, and all but the newest `keep` whole ones and the best.
 
-        Directories of steps after the newest are left: they may be being written.
+        Of steps up to `step`, which has just been committed. Later ones are left: they may be being
+        written, or be damaged ones that a run did not go on from.
         """
-        whole = [each for each in self.found() if not each.problem]
+        whole = [each for each in self.found() if not each.problem and each.step <= step]
         if not whole:
             return
         best = _best(whole, metric)
         kept = {each.name.partition("@")[0] for each in whole[:keep]}
         kept |= {best.name.partition("@")[0]} if best else set()
-        for step, name in self._directories():
-            if name not in kept and step <= whole[0].step:
+        for at, name in self._directories():
+            if name not in kept and at <= step:
                 self.delete(name)
 
     def clear_uncommitted(self) -> None:

@@ -76,4 +76,4 @@ def _chosen(checkpoints: Checkpoints, ranks: Ranks, damaged: set[str]) -> Checkp
         if ranks.rank == 0:
             raise
         # Not a user's error, which would be final: another attempt finds it.
-        raise OSError(f"{name} is not there yet for rank {ranks.rank}: {error}") from error
+        raise OSError(f"{name} is not there yet for rank {ranks.rank}: {error}") from None

@@ -238,17 +238,17 @@ class CheckpointWriter:
         whole = Manifest(manifest.state, manifest.metrics, files, time.time())
         try:
             self.checkpoints.publish(name, whole)
-        except OSError as error:
+        except Exception as error:  # storage has its own, and the others wait for this rank
             log.warning("checkpoint %s is not committed (%s)", name, reason(error))
             return False
-        self._clean_up(lambda: self.checkpoints.prune(self.keep, self.metric))
+        self._clean_up(lambda: self.checkpoints.prune(self.keep, self.metric, manifest.state.step))
         return True
 
     def _clean_up(self, delete: Callable[[], None]) -> None:
         """Makes room. What cannot be deleted now is deleted after the next checkpoint."""
         try:
             delete()
-        except OSError as error:
+        except Exception as error:
             log.warning("old checkpoints of %s remain (%s)", self.checkpoints.run, reason(error))
 
     def _receipts(

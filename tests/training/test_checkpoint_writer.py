@@ -151,6 +151,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert other is not None and other.state.step == 7, "nothing has that score: the newest"
 
 
+def test_a_later_one_that_is_damaged_does_not_cost_the_new_one(tmp_path: Path) -> None:
+    """A run that went on from an earlier checkpoint keeps what it writes."""
+    worker, writer = Worker(Ranks()), writer_of(tmp_path)
+    for step in (9, 3, 4, 5):
+        worker.at(step).save(writer, {})
+    assert writer.wait()
+    assert steps(tmp_path) == [9, 5, 4]
+
+
 def test_the_next_checkpoint_waits_for_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
