@@ -34,6 +34,7 @@ from renee_ray.service.policies import (
     Failures,
     Fixed,
     is_final,
+    places_for,
     user_error,
     workers_beside_reading,
 )
@@ -190,10 +191,6 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     able = [resources for resources in alive if kind is None or kind in resources]
     needs = placement(config, use_gpu)["resources_per_worker"]
-    room = [
-        min(int(resources.get(name, 0) // count) for name, count in needs.items() if count)
-        for resources in able
-    ]
     cpus = sum(resources.get("CPU", 0) for resources in alive)
     beside = workers_beside_reading(cpus, needs["CPU"])
     if config.cpus_per_worker and beside < config.min_workers:
@@ -201,10 +198,7 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
             f"cpus_per_worker={config.cpus_per_worker} for {config.min_workers} workers leaves no "
             f"CPU of the cluster to read data with; lower it or add a node"
         )
-    places = {
-        "STRICT_PACK": max(room, default=0),
-        "STRICT_SPREAD": sum(1 for each in room if each),
-    }.get(config.placement_strategy, sum(room))
+    places = places_for(able, needs, config.placement_strategy)
     if places < config.min_workers:
         asked = {name: count for name, count in needs.items() if count}
         each = " and ".join(f"{count} {name}" for name, count in asked.items())

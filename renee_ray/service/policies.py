@@ -22,7 +22,7 @@ from renee_ray.service.ray_compat import (
     ElasticScalingPolicy,
     FailureDecision,
     FixedScalingPolicy,
-    cpus_of_worker,
+    reserved_by_worker,
 )
 
 READING_CPUS = 1
@@ -38,13 +38,33 @@ class Failures(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
+def places_for(nodes: list[dict[str, Any]], needs: dict[str, float], strategy: str) -> int:
+    """Counts the workers that nodes can hold.
+
+    nodes: the resources of each; needs: those of a worker; strategy: of their placement.
+    """
+    needed = {name: count for name, count in needs.items() if count}
+    room = [
+        min(int(node.get(name, 0) // count) for name, count in needed.items()) for node in nodes
+    ]
+    if strategy == "STRICT_PACK":
+        return max(room, default=0)
+    return sum(min(each, 1) for each in room) if strategy == "STRICT_SPREAD" else sum(room)
+
+
 class Elastic(ElasticScalingPolicy):
-    """Ray's own policy, except that it leaves the CPU that the reading tasks need."""
+    """Ray's own policy, except that it leaves the CPU that the reading tasks need.
+
+    It heeds a strict placement too, which Ray's does not: such a group would be waited for without
+    end.
+    """
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        cpus, each = ray.cluster_resources().get("CPU", 0), cpus_of_worker(self.scaling_config)
-        room = workers_beside_reading(cpus, each)
-        return int(min(super()._count_possible_workers(reserved_resources), room))
+        needs = reserved_by_worker(self.scaling_config)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        beside = workers_beside_reading(ray.cluster_resources().get("CPU", 0), needs.get("CPU", 0))
+        placed = places_for(nodes, needs, str(self.scaling_config.placement_strategy))
+        return int(min(super()._count_possible_workers(reserved_resources), beside, placed))
 
 
 class Fixed(FixedScalingPolicy):

@@ -161,6 +161,7 @@ class CheckpointBeforeResize(ControllerCallback, WorkerGroupCallback):
             return
         try:
             asked = self._group.execute_async(ask_for_checkpoint, self._grace_s)
-            ray.get(asked, timeout=self._grace_s + 10)
+            if not all(ray.get(asked, timeout=self._grace_s + 10)):
+                raise TimeoutError(f"none was written within {self._grace_s:.0f} s")
         except Exception as error:  # it costs the steps since the last checkpoint, not the run
             log.warning("no checkpoint before the workers are regrouped: %s", error)

@@ -200,10 +200,10 @@ def preemption() -> Any:
     return context.preemption_context.preemption_info
 
 
-def cpus_of_worker(scaling_config: Any) -> float:
-    """Returns the CPUs that a worker reserves. Check this property of ScalingConfig."""
-    cpus: float = scaling_config._resources_per_worker_not_none.get("CPU", 0)
-    return cpus
+def reserved_by_worker(scaling_config: Any) -> dict[str, float]:
+    """Returns what a worker reserves. Check this property of ScalingConfig."""
+    reserved: dict[str, float] = scaling_config._resources_per_worker_not_none
+    return reserved
 
 
 def silence_token_notice() -> None:

@@ -143,7 +143,7 @@ class Trainer:
             with meter.paused():
                 if saves:
                     self.on_checkpoint(self._evaluate() if evaluates else {})
-            self.stopped = bool(result.wishes & STOP)
+            self.stopped = bool(result.wishes & STOP) and state.step < self.schedule.total
 
     def prepared(self, batch: Batch) -> Batch:
         """Turns a batch as it is read into one as the model trains on it."""

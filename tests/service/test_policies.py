@@ -14,7 +14,12 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from renee_ray.data.dataset import DatasetError
 from renee_ray.errors import ReneeError
-from renee_ray.service.policies import Failures, user_error, workers_beside_reading
+from renee_ray.service.policies import (
+    Failures,
+    places_for,
+    user_error,
+    workers_beside_reading,
+)
 
 REFUSED = "When reading 'a/b': AWS Error ACCESS_DENIED during GetObject operation"
 AWAY = "When reading 'a/b': AWS Error NETWORK_CONNECTION during GetObject operation"
@@ -85,6 +90,10 @@ def test_storage_that_is_away_has_a_sentence_at_the_end() -> None:
 
 
 def test_workers_leave_a_cpu_to_what_reads() -> None:
+    nodes, needs = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 3.0}, {"CPU": 8.0}], {"GPU": 1.0}
+    strategies = {"PACK": 5, "SPREAD": 5, "STRICT_PACK": 3, "STRICT_SPREAD": 2}
+    for strategy, places in strategies.items():
+        assert places_for(nodes, needs | {"CPU": 0.0}, strategy) == places
     assert workers_beside_reading(4, 1) == 3
     assert workers_beside_reading(5, 2) == 2
     assert workers_beside_reading(4, 2) == 1

@@ -59,7 +59,8 @@ def start_of(config: RunConfig, dataset: Dataset, newest: Checkpoint | None) -> 
     """Returns the name of the checkpoint that a new run begins with; empty where there is none.
 
     Raises:
-        ReneeError: it, or the newest of the run itself, has not the labels of the dataset.
+        ReneeError: it, or the newest of the run itself, has not the labels of the dataset, or it
+            has another precision.
     """
     total = dataset.manifest.num_labels
     if newest and newest.state.facts.get("num_labels", total) != total:
@@ -76,6 +77,12 @@ def start_of(config: RunConfig, dataset: Dataset, newest: Checkpoint | None) -> 
         raise ReneeError(
             f"{dataset.path} lacks labels that were added to {config.start}; convert it with those "
             f"that `renee-ray labels list {config.start}` writes"
+        )
+    precision, has = config.classifier.precision, found.state.facts["precision"]
+    if precision not in ("auto", has):
+        raise ReneeError(
+            f"classifier.precision={precision}, and {config.start}, with whose weights it begins, "
+            f"was trained in {has}; leave classifier.precision out, or give {has}"
         )
     return found.name
 
