@@ -13,6 +13,7 @@ with the same OUTPUT repeats only what is missing.
 from __future__ import annotations
 
 import importlib.util
+import os
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from renee_ray.config.recipes import recipe_path
 from renee_ray.config.schema import NO_TRANSFORMER, BagConfig, ConvertConfig, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError, reason
 from renee_ray.model.encoder import build_encoder
 from renee_ray.model.initialise import embed_texts
@@ -80,8 +82,9 @@ def quickstart(
         )
     ends = [time.perf_counter()]
     raw = unpack(ARCHIVE, output / "raw")
+    there = _dataset(raw, config)
     ensure_ray(config.max_workers + 1)
-    dataset = _dataset(raw, config, on_progress)
+    dataset = there or _converted(raw, config, on_progress)
     ends.append(time.perf_counter())
     train(config, on_progress)
     ends.append(time.perf_counter())
@@ -167,17 +170,32 @@ def unpack(archive: Path, destination: Path) -> Path:
 def _model(config: RunConfig) -> str:
     """Returns the transformer, or the one that a bag alone is compared with."""
     name = config.encoder.name
+    name = absolute(name) if os.path.isdir(name) else name
     return ConvertConfig().tokenizer if name == NO_TRANSFORMER else name
 
 
-def _dataset(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -> Dataset:
-    """Returns the dataset at config.data; converts it if it is missing or of another tokenizer."""
-    tokenizer = _model(config)
-    if has_manifest(config.data):
-        dataset = Dataset.open(config.data)
-        if dataset.manifest.tokenizer == tokenizer:
-            return dataset
-    settings = ConvertConfig(tokenizer=tokenizer, validation=VALIDATION, overwrite=True)
+def _dataset(raw: Path, config: RunConfig) -> Dataset | None:
+    """Returns the dataset at config.data; None where there is none yet.
+
+    Raises:
+        ReneeError: another dataset is there, or this one with another tokenizer.
+    """
+    if not has_manifest(config.data):
+        return None
+    dataset, tokenizer = Dataset.open(config.data), _model(config)
+    own = [len((raw / name).read_bytes().splitlines()) for name in ("Y.txt", "tst_X.txt")]
+    if [dataset.manifest.num_labels, dataset.manifest.num_points("test")] != own:
+        raise ReneeError(f"{config.data} is another dataset; give another output")
+    if dataset.manifest.tokenizer != tokenizer:
+        raise ReneeError(
+            f"{config.data} has the tokenizer {dataset.manifest.tokenizer}, not {tokenizer}; "
+            f"give another output"
+        )
+    return dataset
+
+
+def _converted(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -> Dataset:
+    settings = ConvertConfig(tokenizer=_model(config), validation=VALIDATION)
     manifest = convert(str(raw), config.data, settings, on_progress)
     return Dataset(config.data, manifest)
 

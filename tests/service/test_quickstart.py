@@ -13,6 +13,7 @@ from renee_ray.cli.main import main
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.batch import Ragged
 from renee_ray.service import quickstart
+from tests.data.tiny import write_tiny
 from tests.service.conftest import Command, renee_ray
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -48,6 +49,16 @@ def test_unpacking_twice_is_fine(tmp_path: Path) -> None:
     assert quickstart.unpack(quickstart.ARCHIVE, tmp_path) == tmp_path / quickstart.NAME
     folder = quickstart.unpack(quickstart.ARCHIVE, tmp_path)
     assert len((folder / "tst_X.txt").read_bytes().splitlines()) == 769
+
+
+def test_another_dataset_at_its_place_is_not_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path / "dataset")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "dataset").rglob("*")}
+    assert main(["quickstart", f"output={tmp_path}"]) == 1
+    assert "dataset is another dataset; give another output" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "dataset").rglob("*")} == before
 
 
 def test_examples_show_what_is_right(tmp_path: Path) -> None:
