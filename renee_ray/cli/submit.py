@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -16,9 +18,10 @@ from renee_ray.cli.doctor import doctor
 from renee_ray.cli.score import evaluate, export, predict
 from renee_ray.cli.train import train
 from renee_ray.config.doctor import DoctorConfig
-from renee_ray.config.overrides import make_config, parse_overrides, read_yaml
+from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_yaml
 from renee_ray.config.recipes import find_recipe
 from renee_ray.config.schema import RunConfig
+from renee_ray.data.storage import absolute
 from renee_ray.signals import INTERRUPTED, at_signals
 
 JOBS = {str(each.name): each for each in (convert, train, evaluate, predict, export, doctor)}
@@ -84,6 +87,12 @@ def _job_ended(address: str, name: str, details: Any, as_json: bool) -> int:
     return status
 
 
+PATHS = (
+    "start", "feed.targets", "encoder.weights", "observe.tensorboard_dir", "index", "allow", "deny",
+)  # fmt: skip
+"""Keys of paths that a job reads or writes, besides those of its arguments."""
+
+
 def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
     """Refuses here what the command would refuse on the cluster.
 
@@ -98,9 +107,17 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
     for argument in arguments:
         refuse_password(argument, f"an argument of {job}")
     path: str | None = parsed.get("config")
-    layers = [read_yaml(path)] if path else []
-    overrides = parse_overrides(parsed["overrides"])
-    made = make_config(command.keys, *layers, overrides, where=path or job)
+    overrides, layers = list(parsed["overrides"]), list[Mapping[str, Any]]()
+    if job == "train" and (path is None or re.match(r"[\w.]+=", path)):  # chosen on the cluster
+        overrides, path = [*([path] if path else []), *overrides], None
+        layers.append({"encoder": {"bag": {"dim": 1}}})
+    elif path:
+        layers.append(read_yaml(path))
+    made = make_config(command.keys, *layers, parse_overrides(overrides), where=path or job)
+    values = {key: value for key, value in dotted(made.model_dump()) if isinstance(value, str)}
+    for value in (*arguments, *values.values()):
+        if "://" in value:  # what follows key=, or all
+            absolute(value if "://" in value.partition("=")[0] else value.partition("=")[2])
     places = {
         name.upper(): parsed[name] for name in ("run", "dataset", "src", "dst") if name in parsed
     }
@@ -108,6 +125,12 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
         places = {"data": made.data, "output": made.output}
     if isinstance(made, DoctorConfig):
         places = {f"storage[{i}]": path for i, path in enumerate(made.storage)}
+    models = ("encoder.name", "tokenizer")
+    places |= {
+        key: value
+        for key, value in values.items()
+        if value and (key in PATHS or (key in models and os.path.isdir(value)))
+    }
     check_shared(places)
     return None if path is None or find_recipe(path) else path
 
