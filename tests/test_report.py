@@ -21,6 +21,7 @@ from renee_ray.cli.main import main
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.report.charts import LEFT, RIGHT, Axis
+from renee_ray.report.checkpoints import checkpoint_table
 from renee_ray.report.run import comparison_table, examples_text, interval, write_report
 
 from .service.browser import browser
@@ -313,3 +314,13 @@ def test_terminal_shows_the_same() -> None:
     for expected in ("48.2", "24.0", "3.1", "n/a", "✓ 0.88", "· -12.50", "first label; <script>"):
         assert re.search(expected.replace(" ", r"\s+").replace(".", r"\."), shown), expected
     assert "[bold]" in shown  # a text's brackets are not the terminal library's markup
+
+
+def test_the_best_checkpoint_is_marked_and_never_the_untrained_one() -> None:
+    rows = [
+        {"name": f"step-{step}", "step": step, "problem": None, "metrics": {"P@1": value}}
+        for step, value in ((20, 58.0), (10, 58.0), (0, 60.0))
+    ]
+    rows.insert(0, {"name": "step-30", "step": 30, "problem": "damaged"})
+    table = checkpoint_table(rows, "P@1", verified=False)
+    assert list(table.columns[4].cells) == ["", "58.00", "58.00 best", "60.00"]

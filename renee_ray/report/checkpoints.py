@@ -47,8 +47,9 @@ def _described(found: Found, verify: bool) -> dict[str, Any]:
 
 def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) -> Table:
     """Shows the list for a terminal; the best by `metric` is marked."""
-    scores = [row["metrics"].get(metric) for row in rows if not row["problem"]]
-    best = max((score for score in scores if score is not None), default=None)
+    scored = [row for row in rows if not row["problem"] and metric in row["metrics"]]
+    trained = [row for row in scored if row["step"] > 0] or scored
+    best = max(trained, key=lambda row: (row["metrics"][metric], -row["step"]), default=None)
     longest = max((len(row["name"]) for row in rows), default=0)
     numbers = (Column(name, justify="right") for name in ("size", "workers", "written", metric))
     table = Table(
@@ -58,7 +59,7 @@ def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) ->
     )
     for row in rows:
         score = row.get("metrics", {}).get(metric)
-        shown = "" if score is None else f"{score:.2f}" + (" best" if score == best else "")
+        shown = "" if score is None else f"{score:.2f}" + (" best" if row is best else "")
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.get("time_s", 0)))
         table.add_row(
             row["name"],

@@ -116,7 +116,9 @@ def _contents(
     evals = [_evaluation(each, began) for each in history.get("evals", [])]
     seconds = float(np.nanmax([0.0, *(each["after_s"] for each in (*evals, *steps))]))
     metric = config["evaluation"]["metric"]
-    best = max(evals, key=lambda each: each["metrics"].get(metric, 0.0), default=None)
+    best = max(
+        evals, key=lambda each: (each["step"] > 0, each["metrics"].get(metric, 0.0)), default=None
+    )
     peaks = [each.get("gpu_peak_gib") or each.get("peak_rss_gib") or 0.0 for each in steps]
     paces = [config["batch_size"] / each["rows_per_second"] for each in steps]
     return {
