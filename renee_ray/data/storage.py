@@ -56,7 +56,8 @@ def absolute(path: str) -> str:
         raise ReneeError(f"{path!r:.200} is no path: it holds a zero byte")
     if "://" in path:
         _refuse_credentials(path)
-        return path
+        scheme, _, rest = path.partition("://")
+        return f"{scheme}://{rest.rstrip('/') or rest}"
     return os.path.abspath(os.path.expanduser(path))
 
 

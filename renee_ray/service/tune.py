@@ -48,7 +48,7 @@ from renee_ray.service.policies import READING_CPUS, user_error
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease
 from renee_ray.service.score.evaluate import evaluate_run
-from renee_ray.service.train.resuming import MAY_CHANGE
+from renee_ray.service.train.resuming import MAY_CHANGE, located
 from renee_ray.service.train.train import check, train
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def search(
     """
     dataset = Dataset.open(config.data)
     fixed = {"data": dataset.path, "output": absolute(config.output)}
-    base = with_settings(config.run, fixed, "tune")
+    base = located(with_settings(config.run, fixed, "tune"))
     points = dataset.manifest.num_points("validation")
     if not points:
         raise ReneeError(f"{dataset.path} has no validation points; convert with validation=0.15")

@@ -13,6 +13,7 @@ from renee_ray.errors import ReneeError
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.score.job import scoring_config
+from renee_ray.service.train.resuming import located
 
 from ..training.test_checkpoint_writer import METRIC, Worker, writer_of
 
@@ -22,6 +23,23 @@ def run_at(path: Path) -> RunDirectory:
     config = {"data": "d", "output": str(path), "evaluation": {"metric": METRIC}}
     (path / RUN_FILE).write_text(json.dumps({"config": config, "dataset": {}}))
     return RunDirectory(str(path))
+
+
+def test_workers_find_the_paths_of_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have another working directory; what the user has not set stays unset."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "none").mkdir()
+    keys = {"data": "s3://b/d/", "output": "o", "encoder": {"name": "model"}}
+    found = located(RunConfig.model_validate(keys))
+    assert (found.data, found.output) == ("s3://b/d", f"{tmp_path}/o")
+    assert found.encoder.name == f"{tmp_path}/model" and found.start == ""
+    assert not {"feed", "observe"} & found.model_fields_set
+    keys["encoder"] = {"name": "none", "bag": {"dim": 4}}
+    assert located(RunConfig.model_validate(keys)).encoder.name == "none"
+    assert RunDirectory("s3://b/run/").path == "s3://b/run"
 
 
 def test_best_and_last(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,6 +63,9 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
         destination = Destination(dst, DATASET, config.overwrite)
         destination.check()
         found = find_source(src, config.labels, config.text, config.separator)
+        if os.path.isdir(config.tokenizer):  # workers have another working directory
+            at = storage.absolute(config.tokenizer)
+            config = config.model_copy(update={"tokenizer": at})
         vocabulary = tokenizer.load(config.tokenizer)
         signature = _signature(src, dst, vocabulary, config)
         if destination.is_published(signature):

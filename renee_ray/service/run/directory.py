@@ -30,6 +30,9 @@ class RunDirectory:
 
     path: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path.rstrip("/") or "/")
+
     def read(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the run; None where it is not there."""
         return read_json(f"{self.path}/{name}")

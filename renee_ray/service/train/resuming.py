@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from renee_ray.checkpoint.state import Checkpoint, State
 from renee_ray.config.overrides import dotted, make_config
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset import Dataset, Extended
 from renee_ray.data.order import Order
+from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.report.status import STATUS_FILE
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import labels_of
+
+S = TypeVar("S", bound=BaseModel)
 
 MAY_CHANGE = {
     "data", "output", "num_workers", "use_gpu", "threads", "timeout_s", "checkpoint",
@@ -21,6 +27,24 @@ MAY_CHANGE = {
     "cpus_per_worker", "regroup_s", "recipe",
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
+
+
+def located(config: RunConfig) -> RunConfig:
+    """Makes the paths of a configuration absolute: workers have another working directory."""
+
+    def placed(settings: S, keys: Iterable[str]) -> S:
+        given = {key: value for key in keys if (value := getattr(settings, key))}
+        return settings.model_copy(update={key: absolute(path) for key, path in given.items()})
+
+    model = config.encoder.name  # or the hub's name of one
+    local = ["weights", *["name"] * (model != NO_TRANSFORMER and os.path.isdir(model))]
+    config = placed(config, ("data", "output", "start"))
+    parts = {"feed": ["targets"], "observe": ["tensorboard_dir"], "encoder": local}
+    for part, keys in parts.items():
+        settings = getattr(config, part)
+        if any(getattr(settings, key) for key in keys):  # what is not set stays so
+            config = config.model_copy(update={part: placed(settings, keys)})
+    return config
 
 
 def resumed(
@@ -34,7 +58,7 @@ def resumed(
     saved = directory.read(RUN_FILE)
     if saved is None:
         return config
-    own = directory.config().model_dump(exclude=MAY_CHANGE)
+    own = located(directory.config()).model_dump(exclude=MAY_CHANGE)
     given, before = config.model_dump(exclude_unset=True), dict(dotted(own))
     for key, value in dotted(given):
         if before.get(key, value) != value:

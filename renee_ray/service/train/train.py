@@ -14,7 +14,6 @@ import torch
 
 from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.data.storage import absolute
 from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.errors import ReneeError
@@ -30,7 +29,7 @@ from renee_ray.service.observe.sinks import check_sinks
 from renee_ray.service.observe.watch import Watch
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease, LeaseLost
-from renee_ray.service.train.resuming import identity, is_finished, resumed, start_of
+from renee_ray.service.train.resuming import identity, is_finished, located, resumed, start_of
 from renee_ray.service.train.worker import outcome, train_worker
 
 
@@ -61,12 +60,7 @@ def train(
         Stopped: by a signal, after a checkpoint.
     """
     dataset = Dataset.open(config.data)
-    fixed = {"data": dataset.path, "output": absolute(config.output)}
-    fixed |= {"start": absolute(config.start)} if config.start else {}
-    config = config.model_copy(update=fixed)
-    if config.feed.targets:  # set, and so compared with the run's
-        feed = config.feed.model_copy(update={"targets": absolute(config.feed.targets)})
-        config = config.model_copy(update={"feed": feed})
+    config = located(config.model_copy(update={"data": dataset.path}))
     directory = RunDirectory(config.output)
     config = resumed(config, directory, dataset, on_progress)
     check(config, dataset)
