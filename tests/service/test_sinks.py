@@ -86,22 +86,12 @@ def records(log: bytes) -> Iterator[bytes]:
             whole = b""
 
 
-def test_wandb_offline_of_a_run_that_was_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def history_of(run: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """(what wandb wrote of a run, row by row, its ids of the run)"""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    secret = "0123456789abcdef" * 4
-    monkeypatch.setattr(sinks, "CLOSE_S", 120)  # of a machine with much else to do
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", secret)
-    made = config(str(tmp_path / "run"), "wandb")
-    (tmp_path / "run").mkdir()
-    written(made, 0, [5.0, 4.0])
-    time.sleep(1)  # a directory of wandb's is named by the second
-    written(made, 1, [3.0])
     rows, ids = [], set()
-    for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
         for data in records(path.read_bytes()):
             record = Record()
             record.ParseFromString(data)
@@ -112,8 +102,29 @@ def test_wandb_offline_of_a_run_that_was_resumed(
                 rows.append(
                     {each.key or each.nested_key[0]: json.loads(each.value_json) for each in items}
                 )
-    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-    assert losses == [(1, 5.0), (2, 4.0), (2, 3.0)]
+    return rows, ids
+
+
+def test_wandb_offline_of_a_run_that_was_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "0123456789abcdef" * 4
+    monkeypatch.setattr(sinks, "CLOSE_S", 120)  # of a machine with much else to do
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    made = config(str(tmp_path / "run"), "wandb")
+    (tmp_path / "run").mkdir()
+    written(made, 0, [5.0, 4.0])
+    time.sleep(1)  # a directory of wandb's is named by the second
+    written(made, 1, [3.0])
+    wanted = [(1, 5.0), (2, 4.0), (2, 3.0)]
+    for _ in range(60):  # its own process may still write
+        rows, ids = history_of(tmp_path / "run")
+        losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+        if losses == wanted:
+            break
+        time.sleep(1)
+    assert losses == wanted
     assert [row["validation/P@1"] for row in rows if "validation/P@1" in row] == [40.0, 40.0]
     assert len(ids) == 1
     kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
