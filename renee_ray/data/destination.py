@@ -109,8 +109,8 @@ class Destination:
             return True
         self._refuse_complete()
         if found is not None:
-            if found.get("writing") and not self._is_complete():
-                self._remove(self._files())
+            if signature and found.get("writing") and not self._is_complete():
+                self._remove(self._files())  # of another source; without a signature they may stay
             # Its scratch files are about to be incomplete: nothing may go on from them.
             self._write_claim("")
             storage.remove(f"{self.path}/{SCRATCH}")
