@@ -361,12 +361,11 @@ def test_what_the_document_allows_is_never_a_server_error(door: int, tmp_path: P
     checks += ",content_type_conformance,ignored_auth,unsupported_method"
     headers = f"Authorization: Bearer {SECRET}", "X-Timeout-Ms: 2000"  # 504 is right for fewer
     settings = ["--max-examples=10", "--seed=1", *(f"--header={each}" for each in headers)]
-    done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", url, f"--checks={checks}", *settings],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    run = [sys.executable, "-m", "schemathesis.cli", "run", url, f"--checks={checks}"]
+    for _ in range(3):  # a connection was reset once, on a machine with much else to do
+        done = subprocess.run([*run, *settings], capture_output=True, text=True, cwd=tmp_path)
+        if "Network Error" not in done.stdout:
+            break
     assert done.returncode == 0 and "Tested: 5" in done.stdout, done.stdout + done.stderr
 
 
