@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from renee_ray.cli.common import PATH, ConfiguredCommand, count, json_option, pr
 from renee_ray.cli.data import convert
 from renee_ray.cli.doctor import doctor
 from renee_ray.cli.score import evaluate, export, predict
-from renee_ray.cli.train import train
+from renee_ray.cli.train import ANYTHING, train, without_configuration
 from renee_ray.config.doctor import DoctorConfig
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_yaml
 from renee_ray.config.recipes import find_recipe
@@ -108,9 +107,10 @@ def _check_job(job: str, arguments: tuple[str, ...]) -> str | None:
         refuse_password(argument, f"an argument of {job}")
     path: str | None = parsed.get("config")
     overrides, layers = list(parsed["overrides"]), list[Mapping[str, Any]]()
-    if job == "train" and (path is None or re.match(r"[\w.]+=", path)):  # chosen on the cluster
-        overrides, path = [*([path] if path else []), *overrides], None
-        layers.append({"encoder": {"bag": {"dim": 1}}})
+    alone = without_configuration(path, overrides) if job == "train" else None
+    if alone is not None:  # the rest is chosen on the cluster
+        overrides, path = alone, None
+        layers.append(ANYTHING)
     elif path:
         layers.append(read_yaml(path))
     made = make_config(command.keys, *layers, parse_overrides(overrides), where=path or job)

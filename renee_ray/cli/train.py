@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def train(
     """
     if profile:
         overrides += ("observe.profile=true",)
-    if config is None or re.match(r"[\w.]+=", config):
-        given = parse_overrides([*([config] if config else []), *overrides])
-        made = call(automatic, given)
+    alone = without_configuration(config, overrides)
+    if config is None or alone is not None:
+        made = call(automatic, parse_overrides(alone or []))
     else:
         made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
     from renee_ray.service.train.train import train as run
@@ -85,10 +86,21 @@ def train(
     print_result(found, as_json, f"run {made.output}")
 
 
+ANYTHING: dict[str, Any] = {"encoder": {"bag": {"dim": 1}}}
+"""Stands for the settings that are chosen: with it, overrides alone are checked as they can be.
+encoder.name=none is not wrong: a bag may be chosen."""
+
+
+def without_configuration(config: str | None, overrides: Sequence[str]) -> list[str] | None:
+    """Returns all overrides where no CONFIG is given, whose place the first of them takes."""
+    if config is None or re.match(r"[\w.]+=", config):
+        return [*([config] if config else []), *overrides]
+    return None
+
+
 def automatic(given: Layer) -> RunConfig:
     """Makes the configuration of a run of which nothing but the overrides is given."""
-    # What is missing or wrong is said. encoder.name=none is not wrong: a bag may be chosen.
-    wanted = make_config(RunConfig, {"encoder": {"bag": {"dim": 1}}}, given, where=COMMAND_LINE)
+    wanted = make_config(RunConfig, ANYTHING, given, where=COMMAND_LINE)  # what is missing is said
     from renee_ray.data.dataset import Dataset
     from renee_ray.plan.settings import choose
     from renee_ray.service.run.directory import RUN_FILE, RunDirectory

@@ -11,7 +11,6 @@ What differs from the recipe follows from the manifest and the machine (`choose`
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,20 +65,18 @@ def choose(
         f"{'' if embeds else f' and {lacks}'}"
     )
     settings = read_yaml(name)
-    fitted = _fitted(manifest, points, gpus, cores, given)
-    if embeds and "encoder.name" not in given:
-        model = "encoder.name", encoder, "the model of the dataset's tokenizer"
-        fitted = itertools.chain([model], fitted)
-    for key, value, why in fitted:
+    for key, value, why in _fitted(manifest, points, gpus, cores, embeds, given):
         settings.add(key, value, f"the settings chosen for {points} points")
         lines.append(f"{key}={value}: {why}")
     return settings, lines
 
 
 def _fitted(
-    manifest: Manifest, points: int, gpus: int, cores: int, given: Collection[str]
+    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool, given: Collection[str]
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, reason) of what a recipe does not say of another dataset."""
+    if embeds and "encoder.name" not in given:
+        yield "encoder.name", manifest.tokenizer, "the model of the dataset's tokenizer"
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
     if gpus:
         yield "num_workers", gpus, "one for each GPU"

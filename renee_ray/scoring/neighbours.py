@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.model.encoder import Encoder
+from renee_ray.model.initialise import unit
 from renee_ray.parallel.batch import Batch, Ragged
 from renee_ray.parallel.collectives import Ranks, gather_rows, return_pairs, return_rows, row_counts
 from renee_ray.parallel.rounds import Rounds
@@ -80,7 +81,7 @@ class Neighbours:
         rounds = Rounds(ranks, "training points")
         for batch in batches:
             own = encoder(*batch.tokens(device))[: len(batch)]
-            rows.append(_unit(own - encoder.constant))
+            rows.append(unit(own - encoder.constant))
             labels.append(batch.labels)
             rounds.add(len(batch))
         rounds.finish()
@@ -118,7 +119,7 @@ class Neighbours:
 
     def _votes(self, embeddings: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (own row, label, vote) [m] in host memory; a pair may come repeatedly."""
-        cosines, ids = shard_topk(self.points, _unit(embeddings - self.constant), 2 * self.count)
+        cosines, ids = shard_topk(self.points, unit(embeddings - self.constant), 2 * self.count)
         nearest = torch.cat(return_rows(self.ranks, cosines, counts), dim=1)
         last = nearest.topk(self.count, dim=1).values[:, -1:] - TIE
         total = (_strength(nearest) * (nearest >= last)).sum(1, keepdim=True)
@@ -161,7 +162,3 @@ def _joined(rows: list[Ragged]) -> Ragged:
     lengths = np.concatenate([each.lengths for each in rows])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Ragged(np.concatenate([each.values for each in rows]), offsets)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

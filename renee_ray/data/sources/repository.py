@@ -227,9 +227,9 @@ def header_of(path: str, texts: str | Memmap) -> tuple[int, int] | None:
         else:
             read = Lines(texts).drain()
             there = {read.number, read.solid}
-        own = Lines(path).drain()
-        if rows not in there and {own.number, own.solid} & there:
-            return None
+        if rows not in there:
+            own = Lines(path).drain()
+            return None if {own.number, own.solid} & there else (rows, columns)
     return rows, columns
 
 

@@ -48,7 +48,8 @@ def find_source(
         raise SourceError(
             f"{path} {'does not exist' if is_missing else 'is of no kind that is read'}; {READ}"
         )
-    parquet, files = find_files(path).get("train"), find_repository(path)
+    splits, files = find_files(path), find_repository(path)
+    parquet = splits.get("train")
     if parquet and files:
         raise SourceError(
             f"{path} has two training sets, {parquet[0]} and {files.splits['train'].labelled}; "
@@ -59,7 +60,7 @@ def find_source(
             raise SourceError(
                 f"{parquet[0]}: separator= is for a column that is named; give labels=COLUMN"
             )
-        refuse_other_kinds(path, find_files(path), parquet[0])
+        refuse_other_kinds(path, splits, parquet[0])
         return index_parquet(path, labels_are)
     if files is None:
         own = find_own(path, text, labels_are, separator)
