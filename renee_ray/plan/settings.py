@@ -19,11 +19,12 @@ from renee_ray.config.grammar import Layer
 from renee_ray.config.overrides import read_yaml
 from renee_ray.config.schema import NO_TRANSFORMER
 from renee_ray.data.dataset.manifest import Manifest
-from renee_ray.data.models import resolve_model
+from renee_ray.data.models import read_settings, resolve_model
 from renee_ray.errors import ReneeError
 
 SMALL, LARGE = 10_000, 1_000_000
-"""Training points from which on a dataset is no longer small, and is large."""
+"""Training points from which on a dataset is no longer small, and points or labels from which on
+it is large."""
 LARGE_BATCH = 1024
 LONGEST = 128
 """Tokens of a text beyond which none is read."""
@@ -65,18 +66,25 @@ def choose(
         f"{'' if embeds else f' and {lacks}'}"
     )
     settings = read_yaml(name)
-    for key, value, why in _fitted(manifest, points, gpus, cores, embeds, given):
+    fitted = _fitted(settings, manifest, gpus, cores, encoder if embeds else "", given)
+    for key, value, why in list(fitted):
         settings.add(key, value, f"the settings chosen for {points} points")
         lines.append(f"{key}={value}: {why}")
     return settings, lines
 
 
 def _fitted(
-    manifest: Manifest, points: int, gpus: int, cores: int, embeds: bool, given: Collection[str]
+    recipe: Layer, manifest: Manifest, gpus: int, cores: int, encoder: str, given: Collection[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yields (key, value, reason) of what a recipe does not say of another dataset."""
-    if embeds and "encoder.name" not in given:
+    """Yields (key, value, reason) of what a recipe does not say of another dataset.
+
+    encoder: the transformer; empty: none.
+    """
+    points, labels = manifest.num_points("train"), manifest.num_labels
+    if encoder and "encoder.name" not in given:
         yield "encoder.name", manifest.tokenizer, "the model of the dataset's tokenizer"
+    if encoder and "encoder.pooling" not in given and (pooling := _pooling(encoder)) != "mean":
+        yield "encoder.pooling", pooling, "the model's own"
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
     if gpus:
         yield "num_workers", gpus, "one for each GPU"
@@ -85,9 +93,13 @@ def _fitted(
     if points >= LARGE:
         yield "batch_size", LARGE_BATCH, f"{LARGE:,} points and more"
         yield "evaluation.neighbours", 0, "votes hold all training points in memory"
+    if max(points, labels) >= LARGE:
         yield "classifier.precision", "auto", "a large classifier"
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
+    elif labels >= LARGE and "feed.augment" not in given:
+        share = min(float(recipe["feed"]["augment"]), points / labels)
+        yield "feed.augment", share, "an epoch has no more label texts than points"
     if "evaluation.every" not in given:
         yield "evaluation.every", 0, "the last weights are kept"
         if "checkpoint.every_steps" not in given:
@@ -107,3 +119,20 @@ def _has_transformer(name: str) -> bool:
         return name != NO_TRANSFORMER and any(Path(resolve_model(name)).glob("*.safetensors"))
     except ReneeError as error:
         raise ReneeError(f"{error}; encoder.name=none trains a bag of n-grams alone") from None
+
+
+def _pooling(name: str) -> str:
+    """Returns how a model makes an embedding of its tokens.
+
+    That is what its sentence_transformers files say; without them, a decoder takes the last token.
+    """
+    directory = Path(resolve_model(name))
+    found = read_settings(directory / "1_Pooling" / "config.json")
+    for ours, key, word in (
+        ("cls", "pooling_mode_cls_token", "cls"),
+        ("last", "pooling_mode_lasttoken", "lasttoken"),
+    ):
+        if found.get(key) is True or found.get("pooling_mode") == word:
+            return ours
+    kinds = read_settings(directory / "config.json").get("architectures") or [""]
+    return "mean" if found or not str(kinds[0]).endswith(("ForCausalLM", "LMHeadModel")) else "last"

@@ -137,7 +137,7 @@ class Trainer:
             saves = evaluates or result.wishes or (every and state.step % every == 0)
             if sampled or saves:
                 self.settle()
-            if sampled:
+            if sampled and result.classifier_updated:  # another step has no loss
                 self._sample(result, meter)
                 meter = Meter()
             with meter.paused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from renee_ray.cli.train import automatic
 from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset, Part
+from renee_ray.data.dataset.manifest import Manifest
 from renee_ray.plan.settings import ENOUGH, LARGE, SAVED, SMALL, TAILS, choose
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
@@ -60,6 +62,50 @@ def test_the_recipe_follows_from_points_gpus_and_model(
     bare, _ = choose(replace(manifest, has_label_texts=False), gpus, 1)
     config = make_config(RunConfig, bare, {"data": "d", "output": "o"})
     assert config.feed.augment == 0 and config.num_workers == (gpus or 1)
+
+
+@pytest.mark.parametrize(("labels", "share"), [(LARGE - 1, 1.0), (LARGE, 0.02), (4 * LARGE, 0.005)])
+def test_many_labels_do_not_make_many_label_texts(
+    dataset: Dataset, labels: int, share: float
+) -> None:
+    part = Part("train/part-00000.parquet", 20_000, 0, 20_000, "0" * 64)
+    splits: dict[str, Any] = {**dataset.manifest.splits, "train": (part,)}
+    manifest = replace(
+        dataset.manifest, splits=splits, tokenizer=MINILM, num_labels=labels, has_label_texts=True
+    )
+    config = made(manifest)
+    assert config.feed.augment == share
+    assert config.classifier.precision == ("auto" if labels >= LARGE else "bf16_sr")
+    settings, _ = choose(manifest, 0, 2, ["feed.augment"])
+    assert settings["feed"]["augment"] == "1", "what the user gives comes over the recipe's"
+
+
+@pytest.mark.parametrize(
+    ("pooling", "architecture", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "BertModel", "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}, "Qwen3Model", "last"),
+        ({"pooling_mode": "lasttoken"}, "Qwen3ForCausalLM", "last"),
+        ({"pooling_mode_mean_tokens": True}, "LlamaForCausalLM", "mean"),
+        (None, "LlamaForCausalLM", "last"),
+        (None, "BertModel", "mean"),
+    ],
+)
+def test_a_model_is_pooled_as_it_was_trained(
+    dataset: Dataset, tmp_path: Path, pooling: Any, architecture: str, expected: str
+) -> None:
+    model = tmp_path / "model"
+    (model / "1_Pooling").mkdir(parents=True)
+    (model / "model.safetensors").touch()
+    (model / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    if pooling is not None:
+        (model / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    assert made(replace(dataset.manifest, tokenizer=str(model))).encoder.pooling == expected
+
+
+def made(manifest: Manifest) -> RunConfig:
+    settings, _ = choose(manifest, 0, 2)
+    return make_config(RunConfig, settings, {"data": "d", "output": "o"})
 
 
 def read(recipe: str, key: str) -> int:
