@@ -42,6 +42,9 @@ def test_the_table_is_about_the_recipe_and_what_is_given_is_not_searched() -> No
     assert space["classifier.learning_rate"] == pytest.approx((2e-4, 3.2e-3))
     assert space["epochs"] == (2, 8) and isinstance(space["epochs"][0], int)
     assert space["batch_size"] == [32, 64, 128]
+    small = PLACES | {"batch_size": 4, "feed": {"streams": 1}, "num_workers": 3}
+    found = search_space(make_config(TuneConfig, small), set(), True)
+    assert found["batch_size"] == [4, 8], "each worker needs a row"
     assert space["encoder.bag.dropout"] == (0, 0.3)
     # Given; the transformer is frozen.
     assert not space.keys() & {"encoder.dropout", "encoder.learning_rate"}
@@ -83,6 +86,7 @@ def test_a_space_of_ones_own() -> None:
         ("space.epochs=2..x", "neither a range nor a list"),
         ("space.epochs=1.5..3", "neither a range nor a list"),
         ("space.epochs=[]", "neither a range nor a list"),
+        ("space.batch_size=64..256", r"multiples of feed\.streams=8; give a list"),
         ("space.encoder.dropout=0..1", r"encoder\.dropout=1\.0 in space\.encoder\.dropout"),
         ("space.classifier.precision=[fp32, fp33]", "fp33"),
         ("space.encoder.droput=0..0.1", "did you mean 'encoder.dropout'"),
@@ -214,6 +218,20 @@ def test_a_search_that_goes_on_begins_with_what_was_cut_off(tmp_path: Path) -> N
     ]
     with pytest.raises(ReneeError, match="is a search with seed=0 and not 1"):
         Journal(directory, IDENTITY | {"seed": 1}, said.append)
+
+
+def test_a_search_over_lists_goes_on(tmp_path: Path) -> None:
+    """JSON knows no tuples, which choices are."""
+    directory, said = RunDirectory(str(tmp_path)), list[str]()
+    journal = Journal(directory, IDENTITY, said.append)
+    space: dict[str, Values] = {"encoder.lora.targets": [("q_proj", "v_proj"), "auto"]}
+    for finished in (True, False):
+        trial = begin(journal, {"encoder.lora.targets": ("q_proj", "v_proj")})
+        tell(journal, trial, 30.0, final=finished)
+        if finished:
+            journal.on_trial_complete(trial)
+    search = sampler(space, BASE, Journal(directory, IDENTITY, said.append))
+    assert search.suggest("a") == {"encoder.lora.targets": ("q_proj", "v_proj")}
 
 
 def test_later_trials_are_near_the_best(tmp_path: Path) -> None:

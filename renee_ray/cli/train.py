@@ -102,6 +102,7 @@ def automatic(given: Layer) -> RunConfig:
     """Makes the configuration of a run of which nothing but the overrides is given."""
     wanted = make_config(RunConfig, ANYTHING, given, where=COMMAND_LINE)  # what is missing is said
     from renee_ray.data.dataset import Dataset
+    from renee_ray.plan.devices import usable_gpus
     from renee_ray.plan.settings import choose
     from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
@@ -110,10 +111,7 @@ def automatic(given: Layer) -> RunConfig:
         if "evaluation.tail" in given.places and "evaluation.tails" not in given.places:
             given.add("evaluation.tails", [], given.places["evaluation.tail"])
         return make_config(RunConfig, directory.config().model_dump(), given)
-    import torch
-
-    usable = wanted.use_gpu != "no" and torch.cuda.is_available()
-    gpus, cores = torch.cuda.device_count() if usable else 0, len(os.sched_getaffinity(0))
+    gpus, cores = usable_gpus() if wanted.use_gpu != "no" else 0, len(os.sched_getaffinity(0))
     encoder = wanted.encoder.name if "encoder.name" in dict(dotted(given)) else ""
     manifest = Dataset.open(wanted.data).manifest
     settings, lines = choose(manifest, gpus, cores, given.places, encoder)

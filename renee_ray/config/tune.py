@@ -92,7 +92,8 @@ def search_space(
         ends = (low * value, high * value) if times else (min(low, value), max(high, value))
         if key == "batch_size":
             sizes = (round(ends[0]), value, round(ends[1]))
-            found[key] = [each for each in sizes if each and each % run.feed.streams == 0]
+            least = max(run.feed.streams, run.max_workers)
+            found[key] = [n for n in sizes if n >= least and n % run.feed.streams == 0]
         elif isinstance(value, int):
             found[key] = max(1, round(ends[0])), round(ends[1])
         else:
@@ -123,6 +124,11 @@ def _parsed(config: RunConfig, key: str, value: Any) -> Values:
             found = list(value)
         elif dots:
             found = (int(low), int(high)) if whole else (float(low), float(high))
+    if key == "batch_size" and isinstance(found, tuple):
+        raise ConfigError(
+            f"space.batch_size={value!s:.{SHOWN}} is a range, and few of its values are "
+            f"multiples of feed.streams={config.feed.streams}; give a list, as [64, 128]"
+        )
     if not found or (isinstance(found, tuple) and not found[0] < found[1]):
         raise ConfigError(
             f"space.{key}={value!s:.{SHOWN}} is neither a range nor a list; give it as "

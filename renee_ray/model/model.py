@@ -9,7 +9,7 @@ import torch
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.remembered import Remembered
-from renee_ray.parallel.collectives import Ranks, broadcast_bytes
+from renee_ray.parallel.collectives import Ranks, all_max, broadcast_bytes
 from renee_ray.xfc.device import choose_precision, native_narrow
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -37,6 +37,10 @@ def build_model(
     precision: that of a checkpoint to be loaded, where the configuration says `auto`.
     """
     encoder = build_encoder(config.encoder, device, config.seed)
+    # One loss scale is for all ranks: where the GPU of any needs fp16, all take it.
+    needs_fp16 = torch.tensor(int(encoder.autocast == torch.float16))
+    if all_max(ranks, needs_fp16):
+        encoder.autocast = torch.float16
     if config.encoder.frozen:
         encoder.remembered = Remembered(encoder.pooled)
     owned = LabelRange.of_rank(num_labels, ranks.num_ranks, ranks.rank)

@@ -91,6 +91,11 @@ def find_device(name: str) -> Device:
     return found
 
 
+def usable_gpus() -> int:
+    """Returns the number of this machine's GPUs, 0 where torch cannot use their driver."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def local_device(on_gpu: bool) -> Device:
     """Returns this machine's GPU, with the memory that it says it has, or its CPU.
 

@@ -92,6 +92,9 @@ class Neighbours:
         owned = LabelRange(first, first + len(values), sum(counts))
         shard = Shard(owned, Weights("fp32", len(owned), encoder.dim, False, device))
         shard.write(first, values)
+        del values
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what embedding took, others on this GPU may use
         count = max(1, min(count, owned.num_labels))
         return cls(shard, _joined(labels), encoder.constant, ranks, count, weight)
 

@@ -216,8 +216,9 @@ def _rows(
     scores += 0 if offset is None else offset
     labels = np.concatenate(blocks)
     places = np.searchsorted(labels, true).clip(max=len(labels) - 1)
+    scores[:, np.isin(labels, checkpoint.state.retired)] = -torch.inf
     there = labels[places] == true
     scores[at[there], places[there]] = -torch.inf
     fitted = fitted.raised(points, scores.amax(dim=1))
-    new = embedded(tokenizer.encode(vocabulary_of(dataset), texts, length)) - encoder.constant
-    return fitted.rows(new), fitted.figures
+    tokens = tokenizer.encode(vocabulary_of(dataset), texts, manifest.max_length)
+    return fitted.rows(embedded(tokens) - encoder.constant), fitted.figures

@@ -298,6 +298,11 @@ def decide_gpu(choice: str, num_workers: int) -> bool:
             f"use_gpu=yes needs {num_workers} GPUs and the Ray cluster has {have:.0f}; "
             f"lower num_workers or set use_gpu=no"
         )
+    if choice != "no" and 0 < have < num_workers:
+        log.warning(
+            "num_workers=%d exceeds the number of GPUs, %d, so the workers run on CPUs; set "
+            "num_workers=%d to use the GPUs", num_workers, have, have,
+        )  # fmt: skip
     return choice != "no" and have >= num_workers
 
 

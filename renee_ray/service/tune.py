@@ -22,7 +22,7 @@ import ray
 import yaml
 
 from renee_ray.config.overrides import dotted
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import Placed, RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.config.tune import TuneConfig, Values, search_space, with_settings
 from renee_ray.data.dataset import Dataset
@@ -122,7 +122,11 @@ class TrialRun(tune.Trainable):
             self._trained.result()
             if not self._run.evaluation.neighbours:
                 return {"final": True}
-            score = ScoreConfig(split="validation", checkpoint="last")
+            run = self._run
+            placed = {key: getattr(run, key) for key in Placed.model_fields}
+            score = ScoreConfig(
+                split="validation", checkpoint="last", num_workers=run.min_workers, **placed
+            )
             found = evaluate_run(self._run.output, self._run.data, score)["metrics"]
             return {"value": found[self._run.evaluation.metric], "final": True}
         except Exception as error:  # Tune would keep it in a file for itself
@@ -343,7 +347,7 @@ def sampler(space: Mapping[str, Values], base: RunConfig, journal: Journal) -> O
         {key: _distribution(values) for key, values in space.items()},
         metric="value",
         mode="max",
-        points_to_evaluate=[each["settings"] for each in journal.cut_off]
+        points_to_evaluate=[_drawn(each) for each in journal.cut_off]
         if journal.trials
         else [first],
         # A sampler that begins again with the same seed would repeat what it drew.
@@ -353,8 +357,14 @@ def sampler(space: Mapping[str, Values], base: RunConfig, journal: Journal) -> O
     )
     for trial in journal.trials:
         if trial["state"] in ("finished", "stopped"):
-            found.add_evaluated_point(trial["settings"], trial["value"])
+            found.add_evaluated_point(_drawn(trial), trial["value"])
     return found
+
+
+def _drawn(trial: Trial) -> dict[str, Any]:
+    """Returns a trial's settings as they were drawn: JSON has made lists of tuples."""
+    values = trial["settings"].items()
+    return {key: tuple(each) if isinstance(each, list) else each for key, each in values}
 
 
 def _distribution(values: Values) -> distributions.BaseDistribution:

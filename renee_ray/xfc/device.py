@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,6 +35,11 @@ CPU_CHUNK_BYTES = 24 << 20
 """The most on a CPU: larger chunks are no faster, and a cloud host may report all of its L3."""
 DEFAULT_CACHE_BYTES = 2 << 20
 """Cache of a core where the operating system does not say."""
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that Triton launches on, which looks at no tensor for it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def native_bf16(device: torch.device) -> bool:

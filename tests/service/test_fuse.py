@@ -122,6 +122,30 @@ def test_weights_are_tuned_on_validation_points(
     assert "split=validation" in capsys.readouterr().err
 
 
+def test_lists_of_a_fixed_size_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, scores = np.arange(12).reshape(4, 3), np.linspace(0.9, 0.1, 12).reshape(4, 3)
+    fixed = pa.FixedSizeListArray.from_arrays
+    for name, columns in (
+        (
+            "fixed",
+            [fixed(each.ravel(), 3) for each in (labels, scores)],
+        ),
+        ("lists", [pa.array(each.tolist()) for each in (labels, scores)]),
+        ("flat", [pa.array(each[:, 0]) for each in (labels, scores)]),
+        ("fractions", [pa.array((labels + 0.5).tolist()), pa.array(scores.tolist())]),
+    ):
+        (tmp_path / name).mkdir()
+        table = pa.table([pa.array(range(4)), *columns], names=["point_id", "label_ids", "scores"])
+        pq.write_table(table, tmp_path / name / "part-000000000000.parquet")
+    paths = [str(tmp_path / name) for name in ("fixed", "lists")]
+    assert main(["fuse", *paths, str(tmp_path / "to"), "k=3"]) == 0
+    found = pads.dataset(sorted(map(str, (tmp_path / "to").glob("part-*")))).to_table()
+    assert found["label_ids"].to_pylist() == labels.tolist()
+    for name in ("flat", "fractions"):
+        assert main(["fuse", paths[0], str(tmp_path / name), str(tmp_path / "no")]) == 1
+        assert f"{name} holds no lists of labels and scores" in capsys.readouterr().err
+
+
 def test_predictions_that_do_not_fit_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

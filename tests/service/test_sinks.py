@@ -59,7 +59,7 @@ def test_mlflow_of_a_run_that_was_resumed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # spares the test a server
-    made = config(str(tmp_path), "mlflow")
+    made = config(f"{tmp_path}/o'neil", "mlflow")
     written(made, 0, [5.0, 4.0])
     written(made, 2, [3.0])
     client = MlflowClient()

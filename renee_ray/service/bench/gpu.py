@@ -25,11 +25,14 @@ from renee_ray.benchmarks.sample import write_sample
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.errors import reason
 from renee_ray.service.environment import environment
+from renee_ray.xfc.device import free_memory
 from renee_ray.xfc.weights.storages import STORAGES
 
 Records = list[dict[str, Any]]
 LIMITS = {"oracle": 70, "step": 130, "train": 90, "topk": 50, "memory": 50, "resume": 90}
 """Seconds of each part, eight minutes in all."""
+ORACLES_BYTES = 48 << 30
+"""Memory of a GPU from which on the oracles, of some 8 GB each, run side by side."""
 LEAST_S, LAST_S = 10, 15
 """Seconds that a part needs to begin, and that a command has to end when asked to."""
 SMALL = {
@@ -118,7 +121,8 @@ def part(name: str, small: bool, directory: str, ends: float) -> tuple[Records, 
         return resume(f"train {of_sample} output={directory}/run --json", directory, ends)
     # The oracles time nothing, and compiling is most of their work.
     if name == "oracle":
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        narrow = torch.cuda.is_available() and free_memory(torch.device("cuda")) < ORACLES_BYTES
+        with ThreadPoolExecutor(1 if narrow else os.cpu_count()) as pool:
             ended = list(pool.map(partial(run_command, ends=ends), commands[name]))
     else:
         ended = list(in_turn(commands[name], ends))

@@ -32,6 +32,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.parallel.recorder import GPU_MEMORY, gpu_memory
+from renee_ray.plan.devices import usable_gpus
 from renee_ray.service.bench.processes import run_processes
 from renee_ray.service.cluster import ensure_ray
 from renee_ray.service.feed import training_orders
@@ -96,7 +97,7 @@ def _job(recipe: dict[str, Any], overrides: dict[str, Any], steps: int) -> Job:
     check(config, dataset)
     group = config.feed.window * config.feed.prefetch
     epochs = tuple(training_orders(config, dataset))
-    use_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.max_workers
+    use_gpu = config.use_gpu != "no" and usable_gpus() >= config.max_workers
     multiple = 8 if config.encoder.compile else 1
     job = Job(config, dataset, epochs, WARMUP, -(-steps // group) * group, multiple, use_gpu)
     have = sum(order.num_batches for order in epochs)

@@ -31,7 +31,8 @@ from renee_ray.machine import available_bytes, limit_bytes, output
 
 LIBRARIES = ("ray", "torch", "transformers", "pyarrow", "numpy")
 GPUS = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-CUDA = "import torch; print(torch.version.cuda, torch.cuda.device_count())"
+CUDA = """import torch
+print(torch.version.cuda, torch.cuda.device_count() if torch.cuda.is_available() else 0)"""
 TORCH_S = 60.0
 """Seconds for that: to load torch from a network's disk takes long."""
 PROBE_FILE = ".renee-ray-doctor-"

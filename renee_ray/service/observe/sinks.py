@@ -158,7 +158,8 @@ class MLflow:
         self._client.set_terminated(self._run)
 
     def _known(self, experiment: str, output: str) -> str | None:
-        runs = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{output}'")
+        quoted = f'"{output}"' if "'" in output else f"'{output}'"
+        runs = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = {quoted}")
         return runs[0].info.run_id if runs else None
 
     def _created(self, experiment: str, config: RunConfig) -> str:

@@ -72,16 +72,16 @@ def ids_of(labels: Dataset, given: Iterable[str] = (), path: str = "") -> np.nda
     Raises:
         ReneeError: there is no such file, there is no such label, or an id is another one's name.
     """
-    lines = {f"label {each!r:.80}": each for each in given}
+    lines = [(f"label {each!r:.80}", each) for each in given]
     if path:
         if (content := read_file(path)) is None:
             raise ReneeError(f"{path} does not exist; give a file with a label's id or name a line")
         text = content.decode("utf-8-sig", "replace")
         # A label's text may hold what else `splitlines` takes for the end of a line.
         rows = (line.removesuffix("\r") for line in text.split("\n"))
-        lines |= {f"{path}:{i}": line for i, line in enumerate(rows, 1) if line.strip()}
-    found, ids = named(labels, lines.values()), set[int]()
-    for where, line in lines.items():
+        lines += [(f"{path}:{i}", line) for i, line in enumerate(rows, 1) if line.strip()]
+    found, ids = named(labels, [line for _, line in lines]), set[int]()
+    for where, line in lines:
         same, digits = found.get(line, []), line.strip().removeprefix("id:")
         if digits.isdecimal() and int(digits) < labels.manifest.num_labels:
             others = [label for label in same if label != int(digits)]

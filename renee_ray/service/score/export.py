@@ -43,7 +43,7 @@ from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder
-from renee_ray.service.run.labels import opened
+from renee_ray.service.run.labels import opened, vocabulary_of
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.trained import CPU, TRAINED, trained_encoder, trained_shard
 from renee_ray.xfc.labels import LabelRange
@@ -64,7 +64,10 @@ EXPORT = Kind(
 )  # fmt: skip
 RANGE_BYTES = 1 << 28
 """Bytes of the classifier in a file, about."""
-TOKENS = "tokens = tokenizer(text, truncation=True, max_length=max_length); "
+TOKENS = (
+    "tokens = tokenizer(text, truncation=True, max_length=text_tokens); "
+    "if there are more than max_length, keep the first max_length - 1 and the last; "
+)
 PROMPT = (
     "if there are more than {limit} tokens, keep the first {limit} - 1 and the last; "
     "tokens = tokens[:{first}] + {tokens} + tokens[{first}:]; "
@@ -102,6 +105,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     settings = directory.config()
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
+    vocabulary_of(dataset)  # raises if the tokenizer, which goes along, is another one now
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
     number, size = dataset.manifest.num_labels, max(1, RANGE_BYTES // (4 * encoder.dim))
     owned = [
@@ -137,6 +141,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "num_labels": number,
         "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
+        "text_tokens": dataset.manifest.max_length,
         "max_length": length,
         "pooling": settings.encoder.pooling,
         "tail": settings.evaluation.tail,

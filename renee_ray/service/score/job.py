@@ -26,6 +26,7 @@ from renee_ray.service.observe.progress import Display
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import check_labels, hidden_labels, labels_of
 from renee_ray.service.score.predictions import Layout
+from renee_ray.service.score.trained import TRAINED
 
 LARGE = 1 << 30
 """Bytes of a checkpoint; of a smaller one, any worker holds all labels."""
@@ -121,8 +122,9 @@ class ScoringJob:
         use_gpu = decide_gpu(self.config.use_gpu, workers)
         voters = self.voters.manifest.num_points("train") if self.voters else 0
         on_progress(
-            f"scoring {rows:,} points of {source or points.path} with the checkpoint of step "
-            f"{self.step}{f'; first, {voters:,} that vote are embedded' if voters else ''}"
+            f"scoring {rows:,} points of {source or points.path} by {workers} "
+            f"{'GPU' if use_gpu else 'CPU'} worker{'s' * (workers > 1)}, with the checkpoint of "
+            f"step {self.step}{f'; first, {voters:,} that vote are embedded' if voters else ''}"
         )
         arguments = {"job": self, "points": points, "split": split, **more}
         # Only a large model has anything to say, and a channel is one more process.
@@ -143,9 +145,9 @@ def as_scored(config: RunConfig, score: Searched) -> RunConfig:
 def scoring_config(config: RunConfig, score: Searched, workers: int, **changes: Any) -> RunConfig:
     """Returns the configuration of a run, changed to score with so many workers.
 
-    The checkpoint has all weights: the file that training began with is not looked at.
+    The encoder is not compiled: graphs of other shapes would each take a minute.
     """
-    encoder = config.encoder.model_copy(update={"weights": ""})
+    encoder = config.encoder.model_copy(update=TRAINED)
     return as_scored(config, score).model_copy(
         update={"num_workers": workers, "encoder": encoder, **changes}
         | {"batch_size": workers * config.feed.streams}  # of training: it bounds num_workers

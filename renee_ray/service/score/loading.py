@@ -47,6 +47,7 @@ from renee_ray.service.score.trained import (
     trained_classifier,
     trained_encoder,
 )
+from renee_ray.xfc.device import current
 from renee_ray.xfc.labels import NONE, LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -92,7 +93,7 @@ class Model:
         found = [np.empty((0, self.dim), np.float32)]
         for start in range(0, len(texts), BATCH):  # a device need not hold all of them
             some = texts[start : start + BATCH]
-            tokens = tokenizer.encode(self._vocabulary, some, self.facts["max_length"])
+            tokens = tokenizer.encode(self._vocabulary, some, self.facts["text_tokens"])
             found.append(self.embed_tokens(ragged(tokens)).cpu().numpy())
         return np.concatenate(found)
 
@@ -100,7 +101,8 @@ class Model:
     def embed_tokens(self, tokens: Ragged) -> Tensor:
         """Embeds rows of tokens, as a dataset has them; float32 [n, D] on the device."""
         facts = self.facts
-        return embed_texts(self._encoder, tokens, facts["max_length"], facts["pad_id"])
+        with current(self._encoder.constant.device):
+            return embed_texts(self._encoder, tokens, facts["max_length"], facts["pad_id"])
 
     @torch.inference_mode()
     def predict(
@@ -120,7 +122,8 @@ class Model:
         device = self._encoder.constant.device
         for start in range(0, len(texts), BATCH):
             embeddings = torch.from_numpy(self.embed(texts[start : start + BATCH])).to(device)
-            scores, labels = self.search.search(embeddings, k)
+            with current(device):
+                scores, labels = self.search.search(embeddings, k)
             if calibrated and self._calibration is not None:
                 scores = torch.from_numpy(self._calibration(scores.cpu().numpy()))
             names = self._texts.take(pa.array(labels.flatten().clamp(min=0).tolist())).to_pylist()
@@ -175,6 +178,7 @@ def _loaded(path: str, checkpoint: str, device: torch.device) -> Model:
     with files_of(path) as local:
         facts, classifier, texts = exported_labels(local, device)
         settings = EncoderConfig.model_validate(facts["encoder"])
+        facts.setdefault("text_tokens", facts["max_length"])  # of an export before 0.1.0
         name = NO_TRANSFORMER if settings.name == NO_TRANSFORMER else str(local / ENCODER)
         settings = settings.model_copy(update=TRAINED | {"name": name})
         encoder = build_encoder(settings, device, 0)
@@ -250,6 +254,7 @@ def _of_run(path: str, which: str, device: torch.device) -> Model:
         "model": found.hash,
         "tail": config.evaluation.tail,
         "max_length": min(config.encoder.max_length, manifest.max_length),
+        "text_tokens": manifest.max_length,
         "pad_id": manifest.pad_id,
     }
     texts = dataset.read_rows("labels", 0, manifest.num_labels, ["text"])["text"]

@@ -72,8 +72,7 @@ def predict_run(
     try:
         if raw:
             ensure_ray(job.config.max_workers + 1)
-            length = min(job.config.encoder.max_length, labels.manifest.max_length)
-            points, replaced = tokenise_texts(src, scratch, labels, length)
+            points, replaced = tokenise_texts(src, scratch, labels)
             split = TEXT_SPLIT
             facts = {"source": src, "replaced_lines": replaced, "scores": score.scores}
         layout = job.layout(points, split, job.score.k)

@@ -199,10 +199,12 @@ class Predicted:
             yield self._block(waiting)
 
     def _block(self, table: pa.Table) -> tuple[pa.Array, Ragged, NDArray[np.float64]]:
-        points, found = table["point_id"].combine_chunks(), table["scores"].combine_chunks()
+        points = table["point_id"].combine_chunks()
         try:
-            labels, scores = ragged(table["label_ids"]), found.flatten().to_numpy().astype(float)
-        except (pa.ArrowInvalid, ValueError) as error:
+            labels = ragged(table["label_ids"].cast(pa.list_(pa.int64())))
+            found = table["scores"].combine_chunks().cast(pa.list_(pa.float64()))
+            scores = found.flatten().to_numpy()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
             raise ReneeError(
                 f"{self.path} holds no lists of labels and scores ({reason(error):.80}); write "
                 f"label_ids as lists of integers and scores as lists of numbers"
@@ -241,7 +243,7 @@ def true_labels(dataset: Dataset, split: str, points: pa.ChunkedArray, path: str
     """Returns the true labels of a split, whose points those predicted at `path` must be.
 
     Raises:
-        ReneeError: they are other points, or the same in another order.
+        ReneeError: they are other points, the same in another order, or none has a label.
     """
     number = dataset.manifest.num_points(split)
     rows = dataset.read_rows(split, 0, number, ["point_id", "labels"])
@@ -250,7 +252,10 @@ def true_labels(dataset: Dataset, split: str, points: pa.ChunkedArray, path: str
             f"{path} does not predict the {split} points of {dataset.path}; make it by "
             f"`renee-ray predict RUN {dataset.path} {path} split={split}`"
         )
-    return ragged(rows["labels"])
+    true = ragged(rows["labels"])
+    if not len(true.values):
+        raise ReneeError(f"no point of split={split} of {dataset.path} has a label to compare with")
+    return true
 
 
 def padded(labels: Ragged, k: int) -> NDArray[np.int64]:

@@ -47,7 +47,7 @@ class _Texts:
     max_length: int
 
 
-def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tuple[Dataset, int]:
+def tokenise_texts(src: str, scratch: str, like: Dataset) -> tuple[Dataset, int]:
     """Tokenises the texts of `src` into directory `scratch`, as dataset `like` was tokenised.
 
     Returns:
@@ -62,7 +62,7 @@ def tokenise_texts(src: str, scratch: str, like: Dataset, max_length: int) -> tu
     table = _indexed(src, scratch)
     if not table.blocks:
         raise ReneeError(f"{src} holds no texts; there is nothing to predict")
-    texts = _Texts(table, scratch, vocabulary_of(like), max_length)
+    texts = _Texts(table, scratch, vocabulary_of(like), like.manifest.max_length)
     results = list(stream(_write_block, texts, len(table.blocks)))
     parts = sorted((Part(**each["part"]) for each in results), key=lambda part: part.first)
     splits = {name: tuple(parts) if name == TEXT_SPLIT else () for name in SPLITS}

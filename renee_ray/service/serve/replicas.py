@@ -28,7 +28,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ServeConfig
 from renee_ray.data import tokenizer
 from renee_ray.model.encoder import build_encoder
-from renee_ray.parallel.batch import padded_tokens, ragged
+from renee_ray.parallel.batch import padded_tokens, ragged, truncate
 from renee_ray.parallel.collectives import Ranks
 from renee_ray.scoring.index import check_search, open_search
 from renee_ray.scoring.neighbours import RERANKED
@@ -124,7 +124,7 @@ class EncoderReplica:
         self._shards, self._device = shards, _device()
         _, checkpoint, self._dataset = opened(served.run, served.checkpoint)
         self._vocabulary = vocabulary_of(self._dataset)
-        self._max_length = min(served.config.encoder.max_length, self._dataset.manifest.max_length)
+        self._max_length = served.config.encoder.max_length
         self._encoder = build_encoder(served.config.encoder, self._device, served.config.seed)
         checkpoint.load_encoder(self._encoder)
         self._encoder.eval()
@@ -159,8 +159,10 @@ class EncoderReplica:
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> np.ndarray:
         """Returns the texts' embeddings, float32 [B, D]."""
-        tokens = ragged(tokenizer.encode(self._vocabulary, texts, self._max_length))
-        padded = padded_tokens(tokens, self._dataset.manifest.pad_id, self._device)
+        manifest = self._dataset.manifest
+        tokens = ragged(tokenizer.encode(self._vocabulary, texts, manifest.max_length))
+        cut = truncate(tokens, self._max_length)
+        padded = padded_tokens(cut, manifest.pad_id, self._device)
         embeddings: Tensor = self._encoder(*padded)
         if not embeddings.isfinite().all():
             raise ArithmeticError("the encoder's embeddings are not finite")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset import Dataset
@@ -18,7 +17,7 @@ from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import check_positions
-from renee_ray.plan.devices import cluster_device, local_device
+from renee_ray.plan.devices import cluster_device, local_device, usable_gpus
 from renee_ray.plan.plan import Plan, plan_or_refuse
 from renee_ray.service.cluster import ensure_ray, started_here
 from renee_ray.service.feed import training_orders
@@ -146,7 +145,7 @@ def _plan(
         device = cluster_device(nodes, on_gpu)
         whose = "the largest GPU of the cluster" if on_gpu else "the whole cluster"
     else:
-        on_gpu = config.use_gpu != "no" and torch.cuda.device_count() >= config.min_workers
+        on_gpu = config.use_gpu != "no" and usable_gpus() >= config.min_workers
         device, whose = local_device(on_gpu), "the GPU" if on_gpu else "this machine"
     if device is None:
         return None

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renee_ray.xfc.device import current
 from renee_ray.xfc.weights.rounding import (
     BF16_DROPPED,
     E4M3_DROPPED,
@@ -53,7 +54,8 @@ def try_out(device: torch.device) -> None:
     """
     one = torch.ones(1, device=device).to(torch.float8_e4m3fn)
     number = torch.zeros(1, device=device)
-    expand_e4m3(one, number)
+    with current(device):
+        expand_e4m3(one, number)
     if float(number) != 1:
         raise RuntimeError("a kernel that expands the e4m3 code of 1 did not give 1")
 
