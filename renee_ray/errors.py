@@ -39,6 +39,10 @@ class ReneeError(Exception):
     status = 1
 
 
+class LeaseLost(ReneeError):
+    """Another driver has taken a run over."""
+
+
 class ConfigError(ReneeError):
     """A configuration that cannot be run."""
 

@@ -86,7 +86,7 @@ def leave(status: int, message: str = "") -> NoReturn:
         threading.Event().wait()  # another thread is at it
     try:
         # Not by an import statement: the main thread may hold the lock of just that import.
-        cluster = sys.modules.get("renee_ray.service.cluster")
+        cluster = sys.modules.get("renee_ray.service.cluster.connect")
         if leave_ray := getattr(cluster, "leave_ray", None):
             leave_ray(orderly=status == 0)
         if message:

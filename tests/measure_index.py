@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.config.score import IndexConfig
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.index import Classifier, ExactSearch, Part, load_faiss
 from renee_ray.scoring.index_building import (
     Survey,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.comparison import Terms, compare
 from renee_ray.scoring.metrics import MetricSums
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import renee_ray
 from renee_ray.config.score import ExportConfig, ScoreConfig
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.index import (
     Classifier,
     ExactSearch,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.metrics import CLASSES, KS, RECALL_KS, MetricSums, inverse_propensity
 from renee_ray.scoring.scorer import Propensities
 from renee_ray.xfc.labels import LabelRange

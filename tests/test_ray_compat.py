@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from renee_ray.service import ray_compat
+from renee_ray.service.cluster import ray_compat
 
 PACKAGE = Path(ray_compat.__file__).parents[1]
 PRIVATE = re.compile(r"\bray\.(_\w+|\w[\w.]*\._\w+)|import _raylet|_global_node")

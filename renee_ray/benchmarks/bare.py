@@ -28,9 +28,9 @@ from renee_ray.data.order import Order
 from renee_ray.data.rows import read_window
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.model import Model, build_model
-from renee_ray.parallel.batch import Batch, Position, cut_batches
-from renee_ray.parallel.collectives import Ranks, all_sum
-from renee_ray.parallel.recorder import Recorder, gpu_memory
+from renee_ray.rank.batch import Batch, Position, cut_batches
+from renee_ray.rank.collectives import Ranks, all_sum
+from renee_ray.rank.recorder import Recorder, gpu_memory
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
 

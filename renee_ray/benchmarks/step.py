@@ -37,7 +37,7 @@ from renee_ray.benchmarks.problem import (
     make_problem,
     peak_extra_bytes,
 )
-from renee_ray.parallel.recorder import gpu_memory
+from renee_ray.rank.recorder import gpu_memory
 from renee_ray.xfc.kernels.plain import add_product, subtract_positives
 from renee_ray.xfc.shard import GRADIENT_BYTES, Shard, buffer_bytes
 from renee_ray.xfc.weights.rounding import scaled_e4m3

@@ -13,7 +13,7 @@ from torch import Tensor
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint, CheckpointError
 from renee_ray.model.model import Model
-from renee_ray.parallel.collectives import Ranks, all_sum, broadcast_bytes
+from renee_ray.rank.collectives import Ranks, all_sum, broadcast_bytes
 
 log = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ from renee_ray.errors import ReneeError, reason
 from renee_ray.model.adapters import load_trained
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.loss_scale import LossScale
-from renee_ray.parallel.batch import Position
+from renee_ray.rank.batch import Position
 from renee_ray.xfc.shard import Shard
 
 T = TypeVar("T")

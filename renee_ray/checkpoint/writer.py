@@ -48,7 +48,7 @@ from renee_ray.errors import reason
 from renee_ray.machine import available_bytes
 from renee_ray.model.adapters import trained_state
 from renee_ray.model.encoder import Encoder, dense_parameters
-from renee_ray.parallel.collectives import Ranks, all_gather_single, all_sum, broadcast_bytes
+from renee_ray.rank.collectives import Ranks, all_gather_single, all_sum, broadcast_bytes
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.shard import Shard
 

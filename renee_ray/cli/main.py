@@ -60,7 +60,7 @@ def _user_error(error: Exception) -> ReneeError | None:
     if isinstance(error, ReneeError):
         return error
     if "ray" in sys.modules:
-        from renee_ray.service.policies import user_error
+        from renee_ray.service.cluster.policies import user_error
 
         if (found := user_error(error)) is not None:
             return found

@@ -1,1 +1,1 @@
-"""Datasets and their sources, without torch or Ray: numpy and pyarrow."""
+"""Sources, storage, datasets and the order of their rows, without torch or Ray."""

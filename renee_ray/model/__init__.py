@@ -1,1 +1,1 @@
-"""The model of one rank: encoder, shard of the classifier, and their first weights."""
+"""The model of one rank: encoder with bag, first weights of the classifier, loss scale."""

@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renee_ray.config.schema import BagConfig
-from renee_ray.parallel.batch import Batch
-from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, row_counts
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.batch import Batch
+from renee_ray.rank.collectives import Ranks, all_sum, gather_rows, row_counts
+from renee_ray.rank.rounds import Rounds
 
 FACTORS = -0x61C8864680B583EB, -0x4B47D0C5A0F5A6D3
 """Odd factors of the hash, which is int64 arithmetic modulo 2^64."""

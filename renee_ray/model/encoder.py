@@ -24,8 +24,8 @@ from renee_ray.model.dropout import draw_fast
 from renee_ray.model.prompt import Prompt
 from renee_ray.model.remembered import Remembered
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import length_groups
-from renee_ray.parallel.collectives import Ranks, own_buffers, sum_gradients
+from renee_ray.rank.batch import length_groups
+from renee_ray.rank.collectives import Ranks, own_buffers, sum_gradients
 from renee_ray.xfc.device import native_narrow
 
 if TYPE_CHECKING:

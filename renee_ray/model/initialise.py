@@ -39,10 +39,10 @@ from renee_ray.data.split import splitmix64
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.model import Model
-from renee_ray.parallel.batch import Batch, Ragged, padded_tokens, ragged, truncate
-from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, route, row_counts
-from renee_ray.parallel.recorder import Recorder
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.batch import Batch, Ragged, padded_tokens, ragged, truncate
+from renee_ray.rank.collectives import Ranks, all_sum, gather_rows, route, row_counts
+from renee_ray.rank.recorder import Recorder
+from renee_ray.rank.rounds import Rounds
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 

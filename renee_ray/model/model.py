@@ -9,7 +9,7 @@ import torch
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.remembered import Remembered
-from renee_ray.parallel.collectives import Ranks, all_max, broadcast_bytes
+from renee_ray.rank.collectives import Ranks, all_max, broadcast_bytes
 from renee_ray.xfc.device import choose_precision, native_narrow
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from renee_ray.data.split import splitmix64
 from renee_ray.errors import ReneeError, reason
-from renee_ray.parallel.batch import Batch
-from renee_ray.parallel.collectives import gather_rows, row_counts
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.batch import Batch
+from renee_ray.rank.collectives import gather_rows, row_counts
+from renee_ray.rank.rounds import Rounds
 
 
 class Remembered:

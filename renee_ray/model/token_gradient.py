@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from renee_ray.parallel.collectives import Ranks, all_sum, gather_rows, row_counts
+from renee_ray.rank.collectives import Ranks, all_sum, gather_rows, row_counts
 from renee_ray.xfc.device import upload
 
 

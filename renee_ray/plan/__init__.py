@@ -1,1 +1,1 @@
-"""What a run will take: memory of a device, time, network, checkpoints; computed, not measured."""
+"""What a run will take, computed (memory, time, network), and settings by themselves."""

@@ -1,1 +1,1 @@
-"""Reports on datasets and runs for people: tables for a terminal and the HTML page."""
+"""What people read of datasets, plans and runs: tables for a terminal, HTML pages."""

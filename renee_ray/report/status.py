@@ -36,7 +36,7 @@ WAITING_S = 15.0
 SHOWN_RANKS = 16
 MOST_STARTS = 500
 GPU_MEMORY = ("gpu_peak_gib", "gpu_reserved_gib", "gpu_total_gib")
-"""As in parallel/recorder.py, which needs torch, and this does not."""
+"""As in rank/recorder.py, which needs torch, and this does not."""
 WAITS_FOR = {
     "data": "for data",
     "evaluation_data": "for validation data",

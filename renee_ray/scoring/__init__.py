@@ -1,1 +1,1 @@
-"""Top-k and metrics across shards, with votes of the nearest training points."""
+"""Scoring by loaded models, without Ray: top-k across shards, votes, index, metrics."""

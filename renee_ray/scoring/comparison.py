@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.metrics import CLASS_K, CLASSES, KS, RECALL_KS, point_terms
 
 Ints = NDArray[np.int64]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

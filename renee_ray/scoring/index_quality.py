@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.index import ExactSearch, IndexSearch, Part, Search, load_faiss
 from renee_ray.scoring.metrics import KS, find_hits
 from renee_ray.xfc.labels import NONE

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.initialise import unit
-from renee_ray.parallel.batch import Batch, Ragged
-from renee_ray.parallel.collectives import Ranks, gather_rows, return_pairs, return_rows, row_counts
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.batch import Batch, Ragged
+from renee_ray.rank.collectives import Ranks, gather_rows, return_pairs, return_rows, row_counts
+from renee_ray.rank.rounds import Rounds
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.topk.select import NONE, merge_topk, shard_topk

@@ -35,8 +35,8 @@ from torch import Tensor
 from renee_ray.data.storage import read_file, replace_file, write_file
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Batch
-from renee_ray.parallel.collectives import Ranks, gather_numbers
+from renee_ray.rank.batch import Batch
+from renee_ray.rank.collectives import Ranks, gather_numbers
 from renee_ray.scoring.scorer import Answer, Found, Scorer
 
 

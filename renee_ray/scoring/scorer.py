@@ -21,8 +21,8 @@ from torch import Tensor
 
 from renee_ray.data.dataset import Dataset
 from renee_ray.model.encoder import Encoder
-from renee_ray.parallel.batch import Batch
-from renee_ray.parallel.collectives import (
+from renee_ray.rank.batch import Batch
+from renee_ray.rank.collectives import (
     Ranks,
     all_sum,
     gather_rows,

@@ -1,1 +1,1 @@
-"""Everything that runs on Ray; the only room that imports it."""
+"""The commands that run on Ray: a folder for each large one, a file for each small one."""

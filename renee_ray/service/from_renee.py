@@ -15,7 +15,7 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import adamw
 from renee_ray.model.model import build_model
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.train.resuming import identity
 from renee_ray.service.train.train import check

@@ -27,7 +27,7 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
 from renee_ray.model.cold_start import ColdStart
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import ragged
+from renee_ray.rank.batch import ragged
 from renee_ray.report.status import STATUS_FILE
 from renee_ray.scoring.scorer import prior_offset
 from renee_ray.service.run.directory import RunDirectory

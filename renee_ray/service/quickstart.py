@@ -37,12 +37,12 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, ReneeError, reason
 from renee_ray.model.encoder import build_encoder
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import Ragged, ragged
+from renee_ray.rank.batch import Ragged, ragged
 from renee_ray.report.run import write_report
 from renee_ray.scoring.metrics import KS, RECALL_KS, MetricSums, inverse_propensity
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.launch import quiet
 from renee_ray.service.convert.convert import convert
-from renee_ray.service.launch import quiet
 from renee_ray.service.score.predict import predict_run
 from renee_ray.service.score.predictions import Predicted, padded
 from renee_ray.service.train.train import train

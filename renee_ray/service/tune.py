@@ -40,11 +40,11 @@ except ImportError as error:
         f"tuning needs Optuna ({reason(error):.200}); pip install 'renee_ray[tune]'"
     ) from error
 
-from renee_ray.parallel.threads import in_thread
+from renee_ray.rank.threads import in_thread
 from renee_ray.report.tuning import write_tuning
-from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.launch import decide_gpu, placement
-from renee_ray.service.policies import READING_CPUS, user_error
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.launch import decide_gpu, placement
+from renee_ray.service.cluster.policies import READING_CPUS, user_error
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import Lease
 from renee_ray.service.score.evaluate import evaluate_run

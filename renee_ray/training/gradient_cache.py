@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from renee_ray.parallel.batch import Batch
+from renee_ray.rank.batch import Batch
 from renee_ray.xfc.device import upload
 
 

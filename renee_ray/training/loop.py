@@ -27,10 +27,10 @@ from renee_ray.model.encoder import adamw, data_parallel, works_in_groups
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.model import Model
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import Batch, Position
-from renee_ray.parallel.collectives import Ranks, all_sum
-from renee_ray.parallel.recorder import Recorder, gpu_memory
-from renee_ray.parallel.threads import one_ahead
+from renee_ray.rank.batch import Batch, Position
+from renee_ray.rank.collectives import Ranks, all_sum
+from renee_ray.rank.recorder import Recorder, gpu_memory
+from renee_ray.rank.threads import one_ahead
 from renee_ray.scoring.metrics import MetricSums
 from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import Propensities, Scorer, evaluate

@@ -49,8 +49,8 @@ from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import training_attention
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import Batch
-from renee_ray.parallel.collectives import (
+from renee_ray.rank.batch import Batch
+from renee_ray.rank.collectives import (
     PendingRows,
     Ranks,
     all_max,
@@ -60,7 +60,7 @@ from renee_ray.parallel.collectives import (
     route,
     scatter_rows,
 )
-from renee_ray.parallel.recorder import Recorder
+from renee_ray.rank.recorder import Recorder
 from renee_ray.training.gradient_cache import GradientCache
 from renee_ray.xfc.kernels.plain import Update
 from renee_ray.xfc.shard import Pairs, Shard

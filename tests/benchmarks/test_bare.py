@@ -23,7 +23,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.model.model import Model
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.training.loop import Trainer
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard

@@ -13,7 +13,7 @@ import pytest
 from renee_ray.data.sources.columns import common_kind, kind_of
 from renee_ray.data.sources.parquet import index_parquet, table_of
 from renee_ray.data.sources.records import SourceError, num_rows
-from renee_ray.service.tasks import _attempt
+from renee_ray.service.cluster.tasks import _attempt
 
 from .sources import rows
 

@@ -11,7 +11,7 @@ import pytest
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_order
 from renee_ray.data.rows import BATCH, ROW, read_window
-from renee_ray.parallel.batch import Batch, Position, cut_batches
+from renee_ray.rank.batch import Batch, Position, cut_batches
 from tests.data.tiny import PAD, write_tiny
 
 LONGEST = 9

@@ -17,7 +17,7 @@ from renee_ray.data.order import training_order
 from renee_ray.data.rows import BATCH, Window
 from renee_ray.data.targets import Targets, part_name
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Position, cut_batches
+from renee_ray.rank.batch import Position, cut_batches
 from tests.data.tiny import PAD, write_tiny
 
 ROWS, LABELS = 20, 11

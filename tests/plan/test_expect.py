@@ -12,7 +12,7 @@ from renee_ray.config.overrides import make_config, read_recipe
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.score.evaluate import as_scored, differences
 from renee_ray.xfc.labels import LabelRange

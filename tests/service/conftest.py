@@ -26,7 +26,7 @@ import yaml
 from renee_ray.cli.main import main
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster.connect import ensure_ray
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 from renee_ray.service import quickstart as baselines
 from renee_ray.service.quickstart import most_frequent, nearest_label_text, tfidf_ridge
 

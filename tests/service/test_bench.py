@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from renee_ray.cli import main as cli
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.service.bench.scale import ResidentPeak, time_steps
 from tests.training.gloo import on_ranks
 

@@ -15,7 +15,7 @@ from renee_ray.config.schema import BagConfig, EncoderConfig, RunConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.storage import write_file
 from renee_ray.model.encoder import build_encoder
-from renee_ray.parallel.batch import padded_tokens, ragged
+from renee_ray.rank.batch import padded_tokens, ragged
 from renee_ray.service.score import export
 
 from ..data.tiny import write_tiny

@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 import renee_ray
 from renee_ray.checkpoint import registry
@@ -30,8 +27,7 @@ from renee_ray.errors import ReneeError
 from renee_ray.model.cold_start import GAIN, SHARE, ColdStart
 from renee_ray.model.encoder import adamw
 from renee_ray.model.model import build_model
-from renee_ray.parallel.batch import Ragged, ragged, truncate
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.service.labels import add_labels, list_labels, retire_labels
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import hidden_labels, labels_of
@@ -113,14 +109,6 @@ def save_checkpoint(
     state = State(step=step, facts=facts)
     writer.save(state, model.encoder, optimizer, model.shard, {"P@1": metric})
     assert writer.wait()
-
-
-def tell_of(run: RunDirectory, **facts: Any) -> None:
-    """Makes the run's dataset one with other facts in its manifest."""
-    dataset = run.dataset()
-    layout.write_manifest(dataset.path, replace(dataset.manifest, **facts))
-    known = {"config": run.config().model_dump(), "dataset": identity(Dataset.open(dataset.path))}
-    run.write(RUN_FILE, known)
 
 
 def new_at(path: Path, lines: list[str] = NEW) -> str:
@@ -325,36 +313,6 @@ def test_new_labels_do_not_compete_with_retired_ones(tmp_path: Path) -> None:
         weight = rows_of(run.checkpoint("best"), LABELS + len(NEW), 1)["weight"]
         constants.append(weight[LABELS:].norm())
     assert constants[1] < constants[0]
-
-
-def test_long_texts_are_cut_as_those_of_a_dataset(tmp_path: Path) -> None:
-    """Also where the tokenizer ends no text with a token of its own."""
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(30)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    (tmp_path / "words").mkdir()
-    words.save(str(tmp_path / "words" / "tokenizer.json"))
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (tmp_path / "words" / "tokenizer_config.json").write_text(json.dumps(kind))
-    run = run_at(tmp_path)
-    vocabulary = tokenizer.load(str(tmp_path / "words"))
-    tell_of(run, tokenizer=vocabulary.name, vocabulary_hash=vocabulary.hash, max_length=20)
-    text = " ".join(f"w{i}" for i in range(1, 29))
-    tokens = tokenizer.encode(vocabulary.serialised, [text], 20)
-    kept = truncate(ragged(tokens), 9).values.tolist()
-    assert kept == [*range(1, 9), 20]
-    renee_ray.export(run.path, str(tmp_path / "export"), ExportConfig())
-    for path in (run.path, str(tmp_path / "export")):
-        model = renee_ray.load(path)
-        expected = model.embed_tokens(Ragged.of_lists([kept])).numpy()
-        np.testing.assert_array_equal(model.embed([text]), expected)
-
-
-def test_an_export_has_the_tokenizer_of_its_dataset(tmp_path: Path) -> None:
-    run = run_at(tmp_path)
-    tell_of(run, vocabulary_hash="0" * 64)
-    with pytest.raises(ReneeError, match="not the one that"):
-        renee_ray.export(run.path, str(tmp_path / "export"), ExportConfig())
-    assert not (tmp_path / "export").exists()
 
 
 def test_labels_of_a_run_stay_while_it_would_lose_steps(tmp_path: Path) -> None:

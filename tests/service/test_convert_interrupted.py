@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, models
 from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
+from renee_ray.service.cluster.tasks import attempt
 from renee_ray.service.convert import conversion
 from renee_ray.service.convert import convert as service
-from renee_ray.service.tasks import attempt
 
 from ..data.test_destination import tree, write
 

@@ -16,9 +16,9 @@ from renee_ray.config.schema import ConvertConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.sources import lines
 from renee_ray.errors import ReneeError
+from renee_ray.service.cluster.tasks import Interrupted, attempt
 from renee_ray.service.convert import conversion
 from renee_ray.service.convert import convert as service
-from renee_ray.service.tasks import Interrupted, attempt
 
 from ..data.sources import write_tokenizer
 

@@ -16,9 +16,9 @@ import torch
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
-from renee_ray.parallel.batch import Position
-from renee_ray.service.feed import training_orders
-from renee_ray.service.launch import launch
+from renee_ray.rank.batch import Position
+from renee_ray.service.cluster.feed import training_orders
+from renee_ray.service.cluster.launch import launch
 
 COMMIT_EVERY = 3
 EPOCHS = 2
@@ -28,8 +28,8 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
     """A worker that notes its rows of each batch, commits its position, and may die once."""
 
     def read(arguments: dict[str, Any]) -> int:
-        from renee_ray.parallel.collectives import Ranks, all_sum
-        from renee_ray.service.feed import feed, training_orders
+        from renee_ray.rank.collectives import Ranks, all_sum
+        from renee_ray.service.cluster.feed import feed, training_orders
 
         config = RunConfig.model_validate(arguments["config"])
         dataset: Dataset = arguments["dataset"]

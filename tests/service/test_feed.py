@@ -18,9 +18,9 @@ import ray
 
 from renee_ray.data.dataset import Dataset, write_manifest, write_part
 from renee_ray.data.order import Order, training_order
-from renee_ray.parallel import threads
-from renee_ray.parallel.batch import Batch, Position
-from renee_ray.service.feed import feed
+from renee_ray.rank import threads
+from renee_ray.rank.batch import Batch, Position
+from renee_ray.service.cluster.feed import feed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -196,9 +196,9 @@ MEASURE = """
 import json, resource, sys
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
-from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import feed
-from renee_ray.parallel.batch import Position
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.feed import feed
+from renee_ray.rank.batch import Position
 
 def pass_over(path):
     dataset = Dataset.open(path)

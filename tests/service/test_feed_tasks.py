@@ -9,8 +9,8 @@ from ray import cloudpickle
 from renee_ray.data.dataset import FORMAT_VERSION, Dataset, Manifest, Part, part_path
 from renee_ray.data.order import OTHER_TEXTS, Order, training_order
 from renee_ray.data.rows import Window
-from renee_ray.parallel.batch import Position
-from renee_ray.service.feed import Epochs, reading
+from renee_ray.rank.batch import Position
+from renee_ray.service.cluster.feed import Epochs, reading
 
 
 def test_a_task_carries_its_window_and_not_the_dataset() -> None:

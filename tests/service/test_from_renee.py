@@ -17,7 +17,7 @@ from renee_ray.config.score import ScoreConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
 from renee_ray.model.model import build_model
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.service.convert import convert as service
 from renee_ray.service.from_renee import import_run
 from renee_ray.service.run.directory import RunDirectory

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from renee_ray.checkpoint.state import State
-from renee_ray.parallel.batch import Position
+from renee_ray.rank.batch import Position
 from renee_ray.service.run import history as module
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 from renee_ray.service.run.history import MOST_STEPS, BackgroundWriter, History

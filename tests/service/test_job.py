@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from renee_ray.config.schema import RunConfig
-from renee_ray.service.launch import interruptible
+from renee_ray.service.cluster.launch import interruptible
 
 
 def config(grace_s: float = 60) -> RunConfig:

@@ -11,7 +11,7 @@ from renee_ray.cli import main as cli
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
-from renee_ray.service.launch import check_placement, placement
+from renee_ray.service.cluster.launch import check_placement, placement
 from renee_ray.service.submit.job_files import (
     PACKAGE,
     PASSED_ON,

@@ -1,4 +1,4 @@
-"""The labels of a run and of a dataset: the same, in another order, or nobody can tell."""
+"""The labels, texts and tokenizer of a run and of a dataset: the same, or told apart."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+import renee_ray
+from renee_ray.config.score import ExportConfig
 from renee_ray.data import dataset as layout
+from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset, add_hashes, hash_labels
 from renee_ray.errors import ReneeError
-from renee_ray.service.run.directory import RunDirectory
+from renee_ray.rank.batch import Ragged, ragged, truncate
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import check_labels
 from renee_ray.service.train.resuming import identity
 
 from ..data.tiny import write_tiny
+from .test_changing_labels import run_at
 
 
 def reordered(original: Dataset, path: Path) -> Dataset:
@@ -88,3 +98,41 @@ def test_without_texts_their_number_is_compared(tmp_path: Path) -> None:
     run = run_on(write_tiny(tmp_path / "set"), tmp_path / "run")
     bare = replace(write_tiny(tmp_path / "bare", seed=1).manifest, has_label_texts=False)
     check_labels(run, Dataset(str(tmp_path / "bare"), bare))
+
+
+def tell_of(run: RunDirectory, **facts: Any) -> None:
+    """Makes the run's dataset one with other facts in its manifest."""
+    dataset = run.dataset()
+    layout.write_manifest(dataset.path, replace(dataset.manifest, **facts))
+    known = {"config": run.config().model_dump(), "dataset": identity(Dataset.open(dataset.path))}
+    run.write(RUN_FILE, known)
+
+
+def test_long_texts_are_cut_as_those_of_a_dataset(tmp_path: Path) -> None:
+    """Also where the tokenizer ends no text with a token of its own."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(30)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "words" / "tokenizer_config.json").write_text(json.dumps(kind))
+    run = run_at(tmp_path)
+    vocabulary = tokenizer.load(str(tmp_path / "words"))
+    tell_of(run, tokenizer=vocabulary.name, vocabulary_hash=vocabulary.hash, max_length=20)
+    text = " ".join(f"w{i}" for i in range(1, 29))
+    tokens = tokenizer.encode(vocabulary.serialised, [text], 20)
+    kept = truncate(ragged(tokens), 9).values.tolist()
+    assert kept == [*range(1, 9), 20]
+    renee_ray.export(run.path, str(tmp_path / "export"), ExportConfig())
+    for path in (run.path, str(tmp_path / "export")):
+        model = renee_ray.load(path)
+        expected = model.embed_tokens(Ragged.of_lists([kept])).numpy()
+        np.testing.assert_array_equal(model.embed([text]), expected)
+
+
+def test_an_export_has_the_tokenizer_of_its_dataset(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    tell_of(run, vocabulary_hash="0" * 64)
+    with pytest.raises(ReneeError, match="not the one that"):
+        renee_ray.export(run.path, str(tmp_path / "export"), ExportConfig())
+    assert not (tmp_path / "export").exists()

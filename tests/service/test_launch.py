@@ -15,10 +15,10 @@ from ray.cluster_utils import Cluster
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.collectives import Ranks, all_sum
-from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import READ_CPUS, scoring_feed
-from renee_ray.service.launch import launch, threads_of
+from renee_ray.rank.collectives import Ranks, all_sum
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.feed import READ_CPUS, scoring_feed
+from renee_ray.service.cluster.launch import launch, threads_of
 from renee_ray.service.train.train import train
 
 from ..data.tiny import write_tiny

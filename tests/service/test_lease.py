@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from renee_ray.data.storage import replace_file
+from renee_ray.errors import LeaseLost
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.lease import (
     LEASE_FILE,
     Lease,
     LeaseHeld,
-    LeaseLost,
     machine,
     started_s,
 )

@@ -19,7 +19,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000
 """127.0.0.1, the same inside IPv6, ::1, as /proc/net writes them."""
 PROGRAM = """
 import sys, ray
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster.connect import ensure_ray
 ensure_ray(3)
 ray.get(ray.remote(lambda: 1).remote())
 print("ready", flush=True)

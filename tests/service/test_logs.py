@@ -9,7 +9,7 @@ from datetime import datetime
 
 import pytest
 
-from renee_ray.parallel.recorder import Recorder
+from renee_ray.rank.recorder import Recorder
 from renee_ray.service.observe.logs import log_lines
 
 LOGGER = logging.getLogger("renee_ray")

@@ -28,9 +28,9 @@ from renee_ray.config.overrides import make_config, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.data import storage
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Totals
+from renee_ray.rank.recorder import GPU_MEMORY, KINDS, Totals
 from renee_ray.report.status import read_status
-from renee_ray.service.launch import decide_gpu
+from renee_ray.service.cluster.launch import decide_gpu
 from renee_ray.service.observe.exported import GPU_GIB, METRICS, RECORD, Exported
 from renee_ray.service.train.train import train
 

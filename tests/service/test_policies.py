@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from renee_ray.data.dataset import DatasetError
 from renee_ray.errors import ReneeError
-from renee_ray.service.policies import (
+from renee_ray.service.cluster.policies import (
     Failures,
     places_for,
     user_error,

@@ -17,8 +17,8 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import scoring_order
 from renee_ray.data.rows import read_window
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Position, cut_batches
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Position, cut_batches
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.scorer import topk_bytes
 from renee_ray.service.score import predictions
 from renee_ray.service.score.predictions import Layout, Writer

@@ -8,8 +8,8 @@ import time
 import pytest
 import ray
 
-from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.preemption import Requests
+from renee_ray.service.cluster.driver_channel import DriverChannel
+from renee_ray.service.cluster.preemption import Requests
 from renee_ray.training.loop import STOP
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from renee_ray.cli.main import main
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Ragged
+from renee_ray.rank.batch import Ragged
 from renee_ray.service import quickstart
 from tests.data.tiny import write_tiny
 from tests.service.conftest import Command, renee_ray

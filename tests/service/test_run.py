@@ -10,7 +10,7 @@ import pytest
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ScoreConfig
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.score.job import scoring_config
 from renee_ray.service.train.resuming import located

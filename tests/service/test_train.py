@@ -21,7 +21,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.order import training_order
 from renee_ray.errors import ReneeError
 from renee_ray.report.status import STATUS_FILE
-from renee_ray.service.feed import training_orders
+from renee_ray.service.cluster.feed import training_orders
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.train.resuming import identity, is_finished, resumed
 

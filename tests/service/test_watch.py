@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from renee_ray.parallel.recorder import Pace
+from renee_ray.rank.recorder import Pace
 from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
 
 GATHER = Beat(1, 0, "alpha (10.0.0.1)", 100, 120, "gather", 900, 0.0)

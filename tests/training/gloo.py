@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 
 multiprocessing.set_forkserver_preload(
     [

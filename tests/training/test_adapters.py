@@ -22,8 +22,8 @@ from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.model.encoder import Encoder, adamw, build_encoder, check_positions
 from renee_ray.model.model import Model, build_model
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
 from tests.training.gloo import on_ranks

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from renee_ray.parallel.threads import one_ahead
+from renee_ray.rank.threads import one_ahead
 
 
 def numbers(made: list[int], stop: int = 100) -> Iterator[int]:
@@ -59,7 +59,7 @@ def test_an_error_takes_the_place_of_its_item() -> None:
 
 NEVER = """
 import threading
-from renee_ray.parallel.threads import one_ahead
+from renee_ray.rank.threads import one_ahead
 
 asked = threading.Event()
 

@@ -26,9 +26,9 @@ from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import Encoder, adamw, build_encoder, data_parallel
 from renee_ray.model.model import Model
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import Batch, Position, Ragged, row_keys
-from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.batch import Batch, Position, Ragged, row_keys
+from renee_ray.rank.collectives import Ranks
+from renee_ray.rank.rounds import Rounds
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
 from renee_ray.training.step import Step

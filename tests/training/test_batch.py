@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from renee_ray.parallel.batch import (
+from renee_ray.rank.batch import (
     Batch,
     Position,
     Ragged,

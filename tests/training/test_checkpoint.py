@@ -30,7 +30,7 @@ from renee_ray.checkpoint.tensor_file import write as write_tensors
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.model.encoder import adamw
 from renee_ray.model.loss_scale import LossScale
-from renee_ray.parallel.batch import Position
+from renee_ray.rank.batch import Position
 from renee_ray.xfc.kernels.plain import Update
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard

@@ -23,8 +23,8 @@ from renee_ray.checkpoint.state import MANIFEST, Checkpoint, CheckpointError, St
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.model.encoder import adamw
-from renee_ray.parallel.batch import Position
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Position
+from renee_ray.rank.collectives import Ranks
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from renee_ray.data.storage import PATIENCE
 from renee_ray.model.encoder import data_parallel
-from renee_ray.parallel import collectives
-from renee_ray.parallel.collectives import (
+from renee_ray.rank import collectives
+from renee_ray.rank.collectives import (
     Ranks,
     announce,
     gather_rows,

@@ -17,8 +17,8 @@ from renee_ray.checkpoint.writer import CheckpointWriter
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.model import Model, build_model
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.scorer import Propensities
 from renee_ray.training.loop import Trainer, Validation
 from renee_ray.training.schedule import Schedule

@@ -31,7 +31,7 @@ from renee_ray.model.encoder import (
     build_encoder,
     training_attention,
 )
-from renee_ray.parallel.batch import Ragged, padded_tokens
+from renee_ray.rank.batch import Ragged, padded_tokens
 from renee_ray.xfc.device import native_bf16, native_narrow
 
 CPU = torch.device("cpu")

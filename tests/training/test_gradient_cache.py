@@ -14,8 +14,8 @@ from renee_ray.config.schema import EncoderConfig
 from renee_ray.model import encoder as encoder_module
 from renee_ray.model.encoder import Encoder, build_encoder, data_parallel
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import Batch, Position, Ragged, length_groups
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged, length_groups
+from renee_ray.rank.collectives import Ranks
 from renee_ray.training.gradient_cache import GradientCache
 from tests.training.gloo import on_ranks
 

@@ -17,9 +17,9 @@ from renee_ray.errors import ReneeError
 from renee_ray.model import initialise as initialise_module
 from renee_ray.model.initialise import embed_texts, initialise_classifier
 from renee_ray.model.model import Model
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.recorder import Recorder
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
+from renee_ray.rank.recorder import Recorder
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights

@@ -14,8 +14,8 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.model import Model
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.training.loop import MOST_SKIPPED, Trainer
 from renee_ray.training.schedule import Schedule
 from renee_ray.xfc.labels import LabelRange

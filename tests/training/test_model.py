@@ -10,7 +10,7 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.model import model as module
 from renee_ray.model.encoder import autocast_dtype
 from renee_ray.model.model import build_model
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from renee_ray.xfc import device
 from tests.training.gloo import on_ranks
 

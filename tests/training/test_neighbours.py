@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.neighbours import POWER, Neighbours
 from renee_ray.scoring.scorer import Scorer
 from renee_ray.xfc.labels import LabelRange, split_range

@@ -16,8 +16,8 @@ from renee_ray.checkpoint.state import Checkpoint, State, set_moments
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.model.encoder import adamw, data_parallel
 from renee_ray.model.model import Model
-from renee_ray.parallel.batch import Batch, Position, Ragged, mix_targets
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged, mix_targets
+from renee_ray.rank.collectives import Ranks
 from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.passes import Blocks, in_passes
 from renee_ray.scoring.scorer import Scorer

@@ -18,9 +18,9 @@ from renee_ray.model.adapters import FROZEN, load_trained, trained_state
 from renee_ray.model.encoder import Encoder, build_encoder, check_positions, pool
 from renee_ray.model.model import Model, build_model
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import Batch, Position, Ragged, padded_tokens
-from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.batch import Batch, Position, Ragged, padded_tokens
+from renee_ray.rank.collectives import Ranks
+from renee_ray.rank.rounds import Rounds
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
 from tests.training.gloo import on_ranks

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from renee_ray.model.encoder import adamw, data_parallel
-from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Recorder, gpu_memory
+from renee_ray.rank.collectives import Ranks
+from renee_ray.rank.recorder import GPU_MEMORY, KINDS, Recorder, gpu_memory
 from renee_ray.report import status
 from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange

@@ -12,7 +12,7 @@ from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.resume import resume
 from renee_ray.checkpoint.state import Checkpoint, CheckpointError
 from renee_ray.model.model import Model
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 
 from .gloo import on_ranks
 from .test_checkpoint_writer import Worker, writer_of

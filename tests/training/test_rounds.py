@@ -8,9 +8,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from renee_ray.parallel.collectives import Ranks, row_counts
-from renee_ray.parallel.recorder import Recorder
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.collectives import Ranks, row_counts
+from renee_ray.rank.recorder import Recorder
+from renee_ray.rank.rounds import Rounds
 
 from .gloo import on_ranks
 

@@ -15,8 +15,8 @@ from torch import nn
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.model import Model
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.metrics import best_tail, inverse_propensity
 from renee_ray.scoring.scorer import (
     Propensities,

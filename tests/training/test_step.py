@@ -16,8 +16,8 @@ from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import adamw, data_parallel
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard

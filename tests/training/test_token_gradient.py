@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.collectives import Ranks
 from tests.devices import DEVICES
 from tests.training.gloo import on_ranks
 

@@ -27,8 +27,8 @@ from renee_ray.config.schema import EncoderConfig
 from renee_ray.model.encoder import adamw, build_encoder, data_parallel
 from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
-from renee_ray.parallel.batch import Batch, Position, Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Batch, Position, Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.training.step import Step
 from renee_ray.xfc.kernels.choose import Operations
 from renee_ray.xfc.kernels.plain import Update, residual

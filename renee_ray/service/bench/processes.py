@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 
 from renee_ray.config.schema import RunConfig
 from renee_ray.machine import environment
-from renee_ray.parallel.collectives import Ranks
-from renee_ray.service.launch import NICENESS, threads_of, worker_environment
+from renee_ray.rank.collectives import Ranks
+from renee_ray.service.cluster.launch import NICENESS, threads_of, worker_environment
 
 
 def run_processes(

@@ -27,7 +27,7 @@ from renee_ray.benchmarks.problem import Problem, make_problem
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.collectives import (
+from renee_ray.rank.collectives import (
     PendingRows,
     Ranks,
     all_sum,
@@ -36,8 +36,8 @@ from renee_ray.parallel.collectives import (
     scatter_rows,
 )
 from renee_ray.service.bench.processes import run_processes
-from renee_ray.service.cluster import ensure_ray, started_here
-from renee_ray.service.launch import decide_gpu, launch, worker_device
+from renee_ray.service.cluster.connect import ensure_ray, started_here
+from renee_ray.service.cluster.launch import decide_gpu, launch, worker_device
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import SGD

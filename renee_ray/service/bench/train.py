@@ -31,12 +31,12 @@ from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.recorder import GPU_MEMORY, gpu_memory
 from renee_ray.plan.devices import usable_gpus
+from renee_ray.rank.recorder import GPU_MEMORY, gpu_memory
 from renee_ray.service.bench.processes import run_processes
-from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.feed import training_orders
-from renee_ray.service.launch import launch
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.feed import training_orders
+from renee_ray.service.cluster.launch import launch
 from renee_ray.service.observe.progress import Display
 from renee_ray.service.train.train import check
 from renee_ray.service.train.worker import prepared

@@ -21,7 +21,7 @@ from renee_ray.data.split import Shuffle, shuffle_of
 from renee_ray.data.storage import filesystem_of, patiently, write_file
 from renee_ray.data.tokenizer import Vocabulary
 from renee_ray.errors import Progress, ReneeError
-from renee_ray.service.tasks import Reporter, stream
+from renee_ray.service.cluster.tasks import Reporter, stream
 
 BUCKET_ROWS = 1 << 19
 """About the most rows of a bucket of the shuffle, and labels of a range: what a task holds."""

@@ -34,13 +34,13 @@ from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.sources.records import Source
 from renee_ray.data.sources.source import find_source
 from renee_ray.errors import Progress, ReneeError, silent
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.tasks import Interrupted
 from renee_ray.service.convert.conversion import JOURNAL, begin
 from renee_ray.service.convert.label_ids import with_label_ids
 from renee_ray.service.convert.own_data import written
 from renee_ray.service.convert.partition import partition
 from renee_ray.service.convert.parts import write_parts
-from renee_ray.service.tasks import Interrupted
 
 SCRATCH_FORMAT = "pieces"
 """Names the format of scratch files and results: nothing goes on from those of another."""

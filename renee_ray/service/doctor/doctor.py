@@ -19,7 +19,7 @@ import renee_ray
 from renee_ray.config.doctor import DoctorConfig
 from renee_ray.data.storage import PATIENCE, absolute, remove, write_file
 from renee_ray.errors import reason
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster.connect import ensure_ray
 from renee_ray.service.doctor import probes
 from renee_ray.service.doctor.findings import find
 

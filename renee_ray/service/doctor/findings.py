@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from renee_ray.data.storage import REFUSED
-from renee_ray.service.policies import READING_CPUS
+from renee_ray.service.cluster.policies import READING_CPUS
 
 Found = tuple[str, str, str, str, str]
 """check, level ("error" or "warning"), node, what is wrong, what to do."""

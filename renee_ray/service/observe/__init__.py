@@ -1,1 +1,1 @@
-"""Observation of a run: status, progress, metrics, curves, logs, stragglers."""
+"""What a run tells while it trains: status, progress, metrics, logs, slow or hung workers."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from renee_ray.parallel.recorder import GPU_MEMORY, KINDS, Pace, Totals
+from renee_ray.rank.recorder import GPU_MEMORY, KINDS, Pace, Totals
 
 TAGS = ("run", "rank")
 

@@ -7,7 +7,7 @@ import logging
 import sys
 from datetime import UTC, datetime
 
-from renee_ray.parallel.recorder import Recorder
+from renee_ray.rank.recorder import Recorder
 
 TEXT = "%(time)s %(levelname)s rank %(rank)d step %(step)d %(name)s: %(message)s"
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import shlex
-import socket
 import sys
 import threading
 import time
@@ -20,18 +19,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from renee_ray.checkpoint.state import State
 from renee_ray.config.schema import RunConfig
-from renee_ray.errors import ReneeError, reason, redacted
-from renee_ray.parallel.collectives import Ranks, all_sum, gather_numbers
-from renee_ray.parallel.recorder import KINDS, Recorder, Totals
+from renee_ray.errors import LeaseLost, ReneeError, reason, redacted
+from renee_ray.rank.collectives import Ranks, all_sum, gather_numbers
+from renee_ray.rank.recorder import KINDS, Recorder, Totals
 from renee_ray.report.run import write_report
 from renee_ray.report.status import MOST_STARTS, STATUS_FILE, STATUS_VERSION
-from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.environment import environment
+from renee_ray.service.cluster.connect import node_name
+from renee_ray.service.cluster.driver_channel import DriverChannel
+from renee_ray.service.cluster.environment import environment
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
 from renee_ray.service.observe.progress import evaluation_line, line
@@ -39,7 +38,6 @@ from renee_ray.service.observe.sinks import Sinks
 from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 from renee_ray.service.run.history import BackgroundWriter, History
-from renee_ray.service.run.lease import LeaseLost
 
 log = logging.getLogger(__name__)
 
@@ -358,11 +356,6 @@ def quietly_read(directory: RunDirectory) -> dict[str, Any]:
 def run_name(config: RunConfig) -> str:
     """Returns the name of a run in metrics and log lines: the last part of its path."""
     return os.path.basename(config.output.rstrip("/"))
-
-
-def node_name() -> str:
-    """Returns the name of this worker's node, for people: host name and address."""
-    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
 
 
 def node_names(ranks: Ranks) -> list[str]:

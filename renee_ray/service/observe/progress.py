@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from renee_ray.service.driver_channel import DriverChannel
+from renee_ray.service.cluster.driver_channel import DriverChannel
 from renee_ray.service.observe.watch import Beat, Watch
 
 LINE_SECONDS = 30

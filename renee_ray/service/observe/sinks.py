@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from renee_ray.config.overrides import dotted
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError, reason
-from renee_ray.parallel.recorder import GPU_MEMORY
+from renee_ray.rank.recorder import GPU_MEMORY
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from renee_ray.parallel.recorder import KINDS, Pace
+from renee_ray.rank.recorder import KINDS, Pace
 
 PATIENT_S = 30.0
 """Seconds that workers wait for one of them before the driver says so."""
@@ -29,7 +29,7 @@ class Beat:
     """A worker's heartbeat.
 
     group: number of the workers that started together, ascending; node: where it runs, for
-    people; step, phase, entered, seconds: as in parallel.recorder.Place; ended: it has left its
+    people; step, phase, entered, seconds: as in rank.recorder.Place; ended: it has left its
     training function, so the whole group is at its end.
     """
 

@@ -1,1 +1,1 @@
-"""The run directory: configuration, checkpoints, curves, its one writer."""
+"""The run directory: configuration, labels, curves, and its one writer."""

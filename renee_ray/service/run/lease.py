@@ -33,7 +33,7 @@ import psutil
 import pyarrow.fs as pafs
 
 from renee_ray.data.storage import filesystem_of, make_directory, patiently
-from renee_ray.errors import ReneeError, reason
+from renee_ray.errors import LeaseLost, ReneeError, reason
 from renee_ray.service.run.directory import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -46,10 +46,6 @@ RELEASE_S = 10.0
 
 class LeaseHeld(ReneeError):
     """Another driver trains this run."""
-
-
-class LeaseLost(ReneeError):
-    """Another driver has taken this run over."""
 
 
 class Lease:

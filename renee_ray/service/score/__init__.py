@@ -1,1 +1,1 @@
-"""`evaluate`, `predict`, `export`, and the baselines that `quickstart` compares with."""
+"""`evaluate`, `predict`, `export`, `index`, `fuse`, `compare`; their arithmetic is `scoring`."""

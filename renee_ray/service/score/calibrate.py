@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.config.schema import EvalConfig
-from renee_ray.parallel.collectives import Ranks, gather_rows, row_counts
+from renee_ray.rank.collectives import Ranks, gather_rows, row_counts
 from renee_ray.scoring.calibration import BINS, TOP, Calibration, calibration_error
 from renee_ray.scoring.metrics import find_hits
 from renee_ray.scoring.scorer import Answer

@@ -18,8 +18,8 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.inspection import label_text, texts_of
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.report.charts import MAX_LINES
 from renee_ray.report.compare import write_comparison
 from renee_ray.scoring.comparison import Comparison, Terms, compare

@@ -105,7 +105,6 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     settings = directory.config()
     output = Destination(absolute(destination), EXPORT, config.overwrite)
     output.check()
-    vocabulary_of(dataset)  # raises if the tokenizer, which goes along, is another one now
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
     number, size = dataset.manifest.num_labels, max(1, RANGE_BYTES // (4 * encoder.dim))
     owned = [
@@ -119,7 +118,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     written = sentence_transformers_files(encoder, settings.encoder, length)
     written[CARD] = model_card(settings, dataset, checkpoint).encode()
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
-        _save_encoder(Path(local), encoder, settings.encoder, dataset.manifest.tokenizer)
+        _save_encoder(Path(local), encoder, settings.encoder, dataset)
         saved = sorted(f"{file.parent.name}/{file.name}" for file in Path(local).glob("*/*"))
         files = [*saved, HEAD, *written]
         files += [name for index in range(len(owned)) for name in _range_names(index)]
@@ -175,10 +174,15 @@ def _score(encoder: Encoder, settings: EncoderConfig) -> str:
     return "".join([*parts, SCORE])
 
 
-def _save_encoder(local: Path, encoder: Encoder, settings: EncoderConfig, tokenizer: str) -> None:
-    """Writes the directories of an export; a transformer with adapters in both of its forms."""
+def _save_encoder(local: Path, encoder: Encoder, settings: EncoderConfig, dataset: Dataset) -> None:
+    """Writes the directories of an export; a transformer with adapters in both of its forms.
+
+    Raises:
+        ReneeError: the tokenizer, which goes along, is not the dataset's any more.
+    """
     from transformers import AutoTokenizer
 
+    vocabulary_of(dataset)
     backbone: Any = encoder.backbone
     if settings.lora.rank:
         backbone.save_pretrained(local / ADAPTER, save_embedding_layers=False)
@@ -187,7 +191,7 @@ def _save_encoder(local: Path, encoder: Encoder, settings: EncoderConfig, tokeni
     if backbone is not None:
         backbone.save_pretrained(local / ENCODER)
     AutoTokenizer.from_pretrained(
-        resolve_model(tokenizer), trust_remote_code=False, local_files_only=True
+        resolve_model(dataset.manifest.tokenizer), trust_remote_code=False, local_files_only=True
     ).save_pretrained(local / ENCODER)
 
 

@@ -14,8 +14,8 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import Ragged
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import Ragged
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.fusion import Pairs, tuned
 from renee_ray.scoring.metrics import MOST, MetricSums
 from renee_ray.scoring.scorer import Propensities

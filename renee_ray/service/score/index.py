@@ -29,7 +29,7 @@ from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.storage import absolute, read_file, replace_file
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.batch import ragged
+from renee_ray.rank.batch import ragged
 from renee_ray.report.index import write_sweep
 from renee_ray.scoring.index import (
     FILES,
@@ -50,12 +50,12 @@ from renee_ray.scoring.index_building import (
     width_of,
 )
 from renee_ray.scoring.index_quality import Truth, swept
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.tasks import Reporter, stream
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import labels_of, opened
 from renee_ray.service.score.loading import Model, exported_labels, files_of, load
 from renee_ray.service.score.trained import CPU, trained_classifier
-from renee_ray.service.tasks import Reporter, stream
 from renee_ray.xfc.labels import LabelRange, split_range
 
 INDEX = Kind(

@@ -20,8 +20,8 @@ from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, Progress, ReneeError
 from renee_ray.model.encoder import check_positions
 from renee_ray.scoring.index import check_search
-from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.launch import decide_gpu, launch
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.launch import decide_gpu, launch
 from renee_ray.service.observe.progress import Display
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import check_labels, hidden_labels, labels_of

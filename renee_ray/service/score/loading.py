@@ -34,7 +34,7 @@ from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.initialise import embed_texts
-from renee_ray.parallel.batch import Ragged, ragged
+from renee_ray.rank.batch import Ragged, ragged
 from renee_ray.scoring.calibration import Calibration
 from renee_ray.scoring.index import Classifier, ExactSearch, Search, check_search, open_search
 from renee_ray.service.run.directory import RUN_FILE

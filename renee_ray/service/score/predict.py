@@ -16,9 +16,9 @@ from renee_ray.data.dataset import Dataset, has_manifest
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import Progress, ReneeError, silent
-from renee_ray.parallel.collectives import all_sum
+from renee_ray.rank.collectives import all_sum
 from renee_ray.scoring.calibration import Calibration
-from renee_ray.service.cluster import ensure_ray
+from renee_ray.service.cluster.connect import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.job import ScoringJob, refuse, refuse_run

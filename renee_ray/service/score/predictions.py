@@ -26,7 +26,7 @@ from renee_ray.data.storage import filesystem_of, read_file, write_file
 from renee_ray.data.targets import part_name
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
-from renee_ray.parallel.batch import Batch, Ragged, ragged
+from renee_ray.rank.batch import Batch, Ragged, ragged
 from renee_ray.xfc.labels import split_range
 from renee_ray.xfc.topk.select import NONE
 

@@ -27,9 +27,9 @@ from renee_ray.data.sources.parquet import files_below, table_of
 from renee_ray.data.sources.records import Records, Table
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import ReneeError
+from renee_ray.service.cluster.tasks import stream
 from renee_ray.service.convert.own_data import write_pieces
 from renee_ray.service.run.labels import vocabulary_of
-from renee_ray.service.tasks import stream
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.errors import ReneeError
 from renee_ray.machine import available_bytes
 from renee_ray.model.encoder import Encoder, build_encoder
-from renee_ray.parallel.batch import Batch
-from renee_ray.parallel.collectives import Ranks, gather_numbers
+from renee_ray.rank.batch import Batch
+from renee_ray.rank.collectives import Ranks, gather_numbers
 from renee_ray.scoring.index import open_search
 from renee_ray.scoring.neighbours import RERANKED, Neighbours
 from renee_ray.scoring.passes import Blocks, in_passes
 from renee_ray.scoring.scorer import Answer, Scorer, topk_bytes, without_labels
-from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.feed import embed_voters, scoring_feed
-from renee_ray.service.launch import quiet, worker_device
+from renee_ray.service.cluster.driver_channel import DriverChannel
+from renee_ray.service.cluster.feed import embed_voters, scoring_feed
+from renee_ray.service.cluster.launch import quiet, worker_device
 from renee_ray.service.score.job import ScoringJob
 from renee_ray.service.score.predictions import Layout
 from renee_ray.service.score.trained import trained_classifier

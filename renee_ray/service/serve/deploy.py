@@ -26,8 +26,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
 from renee_ray.errors import ReneeError, reason
-from renee_ray.service.cluster import ensure_ray
-from renee_ray.service.launch import threads_of, worker_environment
+from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.cluster.launch import threads_of, worker_environment
 from renee_ray.service.serve.replicas import EncoderReplica, Found, ServedRun, ShardReplica
 
 STARTS = 2

@@ -28,13 +28,13 @@ from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ServeConfig
 from renee_ray.data import tokenizer
 from renee_ray.model.encoder import build_encoder
-from renee_ray.parallel.batch import padded_tokens, ragged, truncate
-from renee_ray.parallel.collectives import Ranks
+from renee_ray.rank.batch import padded_tokens, ragged, truncate
+from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.index import check_search, open_search
 from renee_ray.scoring.neighbours import RERANKED
-from renee_ray.service.feed import embed_voters
-from renee_ray.service.launch import quiet
-from renee_ray.service.ray_compat import replica_on_loopback
+from renee_ray.service.cluster.feed import embed_voters
+from renee_ray.service.cluster.launch import quiet
+from renee_ray.service.cluster.ray_compat import replica_on_loopback
 from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
 from renee_ray.service.score.trained import trained_classifier
 from renee_ray.xfc.labels import LabelRange, owners

@@ -38,7 +38,7 @@ except ImportError as error:
     ) from error
 
 from renee_ray.data.storage import absolute
-from renee_ray.parallel.threads import in_thread
+from renee_ray.rank.threads import in_thread
 from renee_ray.scoring.index import check_search
 from renee_ray.service.run.labels import opened, vocabulary_of
 from renee_ray.service.score.job import scoring_config

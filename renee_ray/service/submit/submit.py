@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from renee_ray import __version__
 from renee_ray.errors import ReneeError
-from renee_ray.parallel.threads import in_thread
+from renee_ray.rank.threads import in_thread
 from renee_ray.service.submit.job_files import PACKAGE, pack
 
 T = TypeVar("T")

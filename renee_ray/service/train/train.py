@@ -15,19 +15,19 @@ from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.targets import Targets
 from renee_ray.data.tokenizer import load as load_tokenizer
-from renee_ray.errors import ReneeError
+from renee_ray.errors import LeaseLost, ReneeError
 from renee_ray.model.encoder import check_positions
 from renee_ray.plan.devices import cluster_device, local_device, usable_gpus
 from renee_ray.plan.plan import Plan, plan_or_refuse
-from renee_ray.service.cluster import ensure_ray, started_here
-from renee_ray.service.feed import training_orders
-from renee_ray.service.launch import decide_gpu, launch
+from renee_ray.service.cluster.connect import ensure_ray, started_here
+from renee_ray.service.cluster.feed import training_orders
+from renee_ray.service.cluster.launch import decide_gpu, launch
 from renee_ray.service.observe.observe import following
 from renee_ray.service.observe.progress import Display
 from renee_ray.service.observe.sinks import check_sinks
 from renee_ray.service.observe.watch import Watch
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.lease import Lease, LeaseLost
+from renee_ray.service.run.lease import Lease
 from renee_ray.service.train.resuming import identity, is_finished, located, resumed, start_of
 from renee_ray.service.train.worker import outcome, train_worker
 

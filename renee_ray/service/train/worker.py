@@ -21,17 +21,17 @@ from renee_ray.data.targets import Targets
 from renee_ray.errors import ReneeError
 from renee_ray.model.initialise import initialise_classifier
 from renee_ray.model.model import Model, build_model
-from renee_ray.parallel.batch import Batch
-from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.rounds import Rounds
+from renee_ray.rank.batch import Batch
+from renee_ray.rank.collectives import Ranks
+from renee_ray.rank.rounds import Rounds
 from renee_ray.scoring.metrics import best_tail
 from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts, without_labels
-from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.feed import Epochs, embed_voters, feed, scoring_feed, training_orders
-from renee_ray.service.launch import quiet, worker_device
+from renee_ray.service.cluster.driver_channel import DriverChannel
+from renee_ray.service.cluster.feed import Epochs, embed_voters, feed, scoring_feed, training_orders
+from renee_ray.service.cluster.launch import quiet, worker_device
+from renee_ray.service.cluster.preemption import requests
 from renee_ray.service.observe.observe import Observer
 from renee_ray.service.observe.profile import profiled
-from renee_ray.service.preemption import requests
 from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.history import History
 from renee_ray.training.loop import Trainer, Validation

@@ -1,7 +1,8 @@
-"""Calls in threads that the end of the process does not wait for; items made one ahead in them."""
+"""Number of threads of a rank; calls in threads that its end does not wait for; items one ahead."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,16 @@ T = TypeVar("T")
 
 PATIENT_S = 15
 """Seconds that a worker waits for data before it says so."""
+
+
+def use_threads(threads: int) -> None:
+    """Sets what OMP_NUM_THREADS sets, in a process whose libraries have read it already."""
+    import pyarrow
+    import torch  # a command that only submits needs neither
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    pyarrow.set_cpu_count(threads)
 
 
 def in_thread(call: Callable[[], T], name: str) -> Future[T]:

@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from renee_ray.data.storage import REFUSED, storage_error
 from renee_ray.errors import ReneeError, reason
-from renee_ray.service.ray_compat import (
+from renee_ray.service.cluster.ray_compat import (
     DefaultFailurePolicy,
     ElasticScalingPolicy,
     FailureDecision,

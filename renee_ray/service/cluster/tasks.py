@@ -18,7 +18,7 @@ import ray.data
 
 from renee_ray.data.storage import read_file, replace_file
 from renee_ray.errors import ReneeError, reason
-from renee_ray.service.ray_compat import without_actors
+from renee_ray.service.cluster.ray_compat import without_actors
 
 log = logging.getLogger(__name__)
 

@@ -28,11 +28,11 @@ from renee_ray.data.order import OTHER_TEXTS, Order, scoring_order, training_ord
 from renee_ray.data.rows import BATCH, Window
 from renee_ray.data.targets import Targets
 from renee_ray.model.encoder import Encoder
-from renee_ray.parallel.batch import Batch, Position, cut_batches
-from renee_ray.parallel.collectives import Ranks
-from renee_ray.parallel.threads import one_ahead
+from renee_ray.rank.batch import Batch, Position, cut_batches
+from renee_ray.rank.collectives import Ranks
+from renee_ray.rank.threads import one_ahead
 from renee_ray.scoring.neighbours import Neighbours
-from renee_ray.service.ray_compat import in_local_ray, without_actors
+from renee_ray.service.cluster.ray_compat import in_local_ray, without_actors
 
 log = logging.getLogger(__name__)
 

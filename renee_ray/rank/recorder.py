@@ -24,7 +24,7 @@ from typing import TypeVar
 
 import torch
 
-from renee_ray.parallel.collectives import Ranks, gather_numbers
+from renee_ray.rank.collectives import Ranks, gather_numbers
 
 T = TypeVar("T")
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.train
 import torch
@@ -24,12 +23,11 @@ from ray.train.v2.api.config import LoggingConfig
 
 from renee_ray.config.schema import RunConfig
 from renee_ray.data import models
-from renee_ray.errors import ReneeError
+from renee_ray.errors import LeaseLost, ReneeError
 from renee_ray.machine import OPENMP
-from renee_ray.parallel.threads import in_thread
-from renee_ray.service.cluster import started_here
-from renee_ray.service.observe.observe import node_name
-from renee_ray.service.policies import (
+from renee_ray.rank.threads import in_thread, use_threads
+from renee_ray.service.cluster.connect import node_name, started_here
+from renee_ray.service.cluster.policies import (
     Elastic,
     Failures,
     Fixed,
@@ -38,14 +36,13 @@ from renee_ray.service.policies import (
     user_error,
     workers_beside_reading,
 )
-from renee_ray.service.preemption import CheckpointBeforeResize, SignalHandler
-from renee_ray.service.ray_compat import (
+from renee_ray.service.cluster.preemption import CheckpointBeforeResize, SignalHandler
+from renee_ray.service.cluster.ray_compat import (
     ControllerHere,
     DatasetsCallback,
     PlacementGroupCleanerCallback,
     node_cpus,
 )
-from renee_ray.service.run.lease import LeaseLost
 from renee_ray.signals import at_signals
 
 log = logging.getLogger(__name__)
@@ -150,7 +147,7 @@ class _Trainer(TorchTrainer):
         self.here = ControllerHere()
 
     def _initialize_and_run_controller(self, **of_controller: Any) -> Any:
-        # Workers read for themselves (service/feed.py), so the trainer is given no datasets.
+        # Workers read for themselves (feed.py), so the trainer is given no datasets.
         unused: tuple[type, ...] = (DatasetsCallback,)
         if started_here():  # what a controller leaves behind ends with this process
             unused += (PlacementGroupCleanerCallback,)
@@ -268,13 +265,6 @@ def worker_environment(threads: int = 1) -> dict[str, str]:
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
-
-
-def use_threads(threads: int) -> None:
-    """Sets what OMP_NUM_THREADS sets, in a process whose libraries have read it already."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    pa.set_cpu_count(threads)
 
 
 def decide_gpu(choice: str, num_workers: int) -> bool:

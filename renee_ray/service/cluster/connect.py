@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 
 import psutil
 import ray
 
 from renee_ray.errors import ReneeError
-from renee_ray.service import ray_compat
+from renee_ray.service.cluster import ray_compat
 
 log = logging.getLogger(__name__)
 
@@ -94,3 +95,8 @@ def _start_local(num_cpus: int) -> None:
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
                 raise
             log.warning("Ray did not start in time (attempt %d of %d)", attempt, ATTEMPTS)
+
+
+def node_name() -> str:
+    """Returns the name of this process' node, for people: host name and address."""
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"

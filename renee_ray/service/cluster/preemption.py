@@ -22,8 +22,8 @@ from typing import Any
 import ray
 
 from renee_ray.checkpoint.writer import Written
-from renee_ray.service.driver_channel import DriverChannel
-from renee_ray.service.ray_compat import (
+from renee_ray.service.cluster.driver_channel import DriverChannel
+from renee_ray.service.cluster.ray_compat import (
     ControllerCallback,
     ResizingState,
     WorkerCallback,

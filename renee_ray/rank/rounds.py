@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from renee_ray.parallel.collectives import Ranks, row_counts
-from renee_ray.parallel.recorder import Recorder
+from renee_ray.rank.collectives import Ranks, row_counts
+from renee_ray.rank.recorder import Recorder
 
 log = logging.getLogger(__name__)
 

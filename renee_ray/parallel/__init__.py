@@ -1,1 +1,0 @@
-"""What ranks do together (collectives, rounds), and a rank's batches, threads and times."""

@@ -1,0 +1,1 @@
+"""One rank among others: its rows of a batch, threads and times; what ranks do together."""
