@@ -1,1 +1,1 @@
-"""The benchmarks that need Ray."""
+"""The benchmarks that start Ray, or other processes of this package."""

@@ -1,1 +1,1 @@
-"""The weights of a shard: how their numbers lie in memory, are read, and are rounded."""
+"""How the numbers of a shard lie in memory, are read and rounded, and whether a GPU can do it."""
