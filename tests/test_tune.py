@@ -10,12 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from renee_ray.config.overrides import dotted, make_config, parse_overrides, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.tune import TABLE, TuneConfig, Values, search_space, with_settings
 from renee_ray.errors import ConfigError, ReneeError
-from renee_ray.report.tuning import write_tuning
+from renee_ray.report.tuning import tuning_text, write_tuning
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.tune import (
     Journal,
@@ -281,6 +282,15 @@ def test_the_page_shows_settings_that_have_no_order(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     axis = re.findall(r'y="142"[^>]*>([^<]*)<', page)
     assert axis == ["0.25", "[64, 128]"], "numbers first, the others by their text"
+
+
+def test_paths_and_values_are_no_markup() -> None:
+    trial = ended("finished", 1.0) | {"settings": {"encoder.name": "models/[v2]/x"}}
+    facts = {"yaml": "/home/me/[/exp]/best.yaml", "metric": "P@1", "trials": [trial], "best": 0}
+    console = Console(record=True, width=200)
+    console.print(tuning_text(facts))
+    shown = console.export_text()
+    assert "/home/me/[/exp]/best.yaml" in shown and "models/[v2]/x" in shown
 
 
 def test_a_trial_that_cannot_be_configured_says_why() -> None:

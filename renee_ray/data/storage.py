@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import posixpath
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -42,18 +43,21 @@ TRANSIENT = (
 )
 """Words in the S3 client's messages on transient errors."""
 REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
-PARAMETERS = {"region", "scheme", "endpoint_override"}
-"""Parameters that may follow a `?` in a URL; any other could be a secret."""
 
 
 def absolute(path: str) -> str:
     """Makes `path` absolute, so that a process with another working directory finds it too.
 
     Raises:
-        ReneeError: it is a URL with credentials in it.
+        ReneeError: it is a URL with credentials or parameters in it, or of another host's file.
     """
     if "\0" in path:
         raise ReneeError(f"{path!r:.200} is no path: it holds a zero byte")
+    if path.startswith("file:"):
+        match = re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", path)
+        if match is None:
+            raise ReneeError(f"{path!r:.200} names no file of this machine; give its path alone")
+        return os.path.abspath(unquote(match[1]))
     if "://" in path:
         _refuse_credentials(path)
         scheme, _, rest = path.partition("://")
@@ -69,16 +73,15 @@ def _refuse_credentials(url: str) -> None:
         user, _, host = parts.netloc.rpartition("@")
         # A slash in an unquoted secret ends the host's part early.
         plain = not host.partition(":")[2] or host.startswith("[") or parts.port is not None
-        keys = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
-        hidden = ":" in user or not plain
+        hidden = ":" in user or not plain or "?" in url
         hidden = hidden or (scheme in ("s3", "s3a") and bool(set("@:") & set(parts.netloc)))
-        hidden = hidden or bool(keys - PARAMETERS) or bool(parts.query and not keys)
     except ValueError:
         hidden = True
     if hidden:
         raise ReneeError(
             f"a path that begins with {scheme:.20}:// carries credentials or parameters; put "
-            f"credentials in the environment, where no log and no manifest shows them"
+            f"credentials in the environment, where no log and no manifest shows them, and "
+            f"AWS_REGION and AWS_ENDPOINT_URL beside them"
         )
 
 
@@ -95,11 +98,10 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), path
-    if scheme == "file":
-        return pafs.LocalFileSystem(), absolute(rest)
     try:
-        filesystem, root = pafs.FileSystem.from_uri(path)
-        if isinstance(filesystem, pafs.S3FileSystem) and "?" not in path:
+        # Unquoted, a # would end the path, and a % begin a character.
+        filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{quote(rest, safe='/@:')}")
+        if isinstance(filesystem, pafs.S3FileSystem):
             filesystem = _s3(filesystem.region)
         return filesystem, root.rstrip("/")
     except pa.ArrowInvalid:

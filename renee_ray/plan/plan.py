@@ -83,6 +83,8 @@ def find_workload(
         known = Workload(own[0], own[1], min(own[2] or longest, longest), longest)
     else:
         raise ConfigError("nothing tells the number of labels; give data=DATASET or --labels")
+    if labels:  # not the dataset's: nor are its label texts
+        known = replace(known, other_texts=None, label_parts=0)
     return replace(
         known, labels=labels or known.labels, points=points or known.points,
         tokens=min(tokens or known.tokens, longest),

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from renee_ray.errors import printable
 from renee_ray.report.charts import MAX_LINES, Line, chart, lines_of
 from renee_ray.report.page import write_page
 
@@ -30,12 +32,14 @@ def write_tuning(path: str, facts: Mapping[str, Any]) -> None:
 
 def tuning_text(facts: Mapping[str, Any]) -> Table:
     """Shows a search for a terminal; the best trial is bold."""
-    best = f"best: {facts['yaml']}\n(trial 0, unless another is ahead by a standard error)"
-    table = Table("trial", "state", facts["metric"], "settings", caption=best)
+    best = f"best: {printable(facts['yaml'])}\n"
+    best += "(trial 0, unless another is ahead by a standard error)"
+    table = Table("trial", "state", facts["metric"], "settings", caption=Text(best))
     for i, trial in enumerate(facts["trials"]):
         settings = " ".join(f"{key}={_shown(value)}" for key, value in trial["settings"].items())
         style = "bold green" if i == facts["best"] else ""
-        table.add_row(str(i), trial["state"], _shown(trial["value"]), settings, style=style)
+        cells = Text(printable(settings))
+        table.add_row(str(i), trial["state"], _shown(trial["value"]), cells, style=style)
     return table
 
 

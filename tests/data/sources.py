@@ -105,6 +105,10 @@ NULLS = pa.table(
     {"text": pa.array(["a", "b"]), "labels": pa.array([[], None], pa.list_(pa.null()))}
 )
 KINDS = {
+    "parquet-empty-strings": Kind(
+        typed(labels=pa.list_(pa.string()), values=[["", *map(str, row), ""] for row in IDS]),
+        names=[str(label) for label in range(4)],
+    ),
     "hub": Kind(hub("train-00000-of-00001", "test-00000-of-00001", "validation-00000-of-00001")),
     "hub-fingerprint": Kind(hub("train-00000-of-00001-a09b74b3ef9c3b56")),
     "hub-several": Kind(hub("train-00000-of-00002", "train-00001-of-00002"), IDS * 2, TEXTS * 2),

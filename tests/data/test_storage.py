@@ -48,6 +48,23 @@ def test_filesystems(tmp_path: Path) -> None:
         storage.filesystem_of("nosuch://x")
 
 
+@pytest.mark.parametrize("key", ["run#2", "a%20b/part-00%3A00", "my data/é [1]", "a=b&c+d"])
+def test_keys_are_what_the_path_says(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert storage.filesystem_of(f"s3://bucket/{key}")[1] == f"bucket/{key}"
+    assert not storage.overlap("s3://bucket/run#1", "s3://bucket/run#2")
+    with pytest.raises(ReneeError, match="carries credentials or parameters"):
+        storage.filesystem_of(f"s3://bucket/{key}?region=us-east-1")
+
+
+def test_urls_of_local_files() -> None:
+    for url in ("file:///tmp/a%20b", "file://localhost/tmp/a b", "file:/tmp/a b/"):
+        assert storage.absolute(url) == "/tmp/a b"
+    with pytest.raises(ReneeError, match="names no file of this machine"):
+        storage.absolute("file://elsewhere/tmp")
+
+
 @pytest.mark.parametrize(
     "error", [OSError(AWAY), ConnectionResetError("reset"), TimeoutError("slow")]
 )

@@ -277,6 +277,10 @@ def test_texts_of_points_and_a_prompt_are_counted(sample: str) -> None:
         config = configured(sample, feed={"augment": 1.0, "filter_labels": filtered})
         planned = Worker(config, find_device("cpu"), Transformer(), workload, 1)
         assert steps_of_epoch(planned) == math.ceil((4000 + texts) / 256)
+    config = configured(sample, feed={"augment": 1.0})
+    many = find_workload(config, None, 10_000, None, None)
+    planned = Worker(config, find_device("cpu"), Transformer(), many, 1)
+    assert steps_of_epoch(planned) == math.ceil((4000 + 10_000 * many.has_label_texts) / 256)
     two = replace(workload, label_parts=2)  # of which an epoch streams one, at least
     config = configured(sample, feed={"augment": 0.2, "filter_labels": "negative"})
     planned = Worker(config, find_device("cpu"), Transformer(), two, 1)

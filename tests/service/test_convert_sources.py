@@ -14,7 +14,8 @@ from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
 
 from ..data import sources
-from ..data.own import OWN, OWN_REFUSED
+from ..data.own import OWN
+from ..data.own_refused import OWN_REFUSED
 from ..data.sources import WORDS, Kind, write_tokenizer
 from .test_convert_parquet import in_this_process
 

@@ -117,7 +117,10 @@ def test_weights_are_tuned_on_validation_points(
     assert found["validation P@1"] == pytest.approx(best)
     assert quality(found["weights"][0]) == pytest.approx(best)
     assert main(["fuse", *paths, *to, f"tune=[{paths[0]}, {paths[0]}]", "overwrite=true"]) == 0
+    before = {each: each.read_bytes() for each in (tmp_path / "to").iterdir()}
     other = write(tmp_path / "other", models[0][1:], 1)
+    assert main(["fuse", paths[0], other, str(tmp_path / "to"), "overwrite=true"]) == 1
+    assert {each: each.read_bytes() for each in (tmp_path / "to").iterdir()} == before
     assert main(["fuse", *paths, *to, f"tune=[{other}, {other}]", "overwrite=true"]) == 1
     assert "split=validation" in capsys.readouterr().err
 

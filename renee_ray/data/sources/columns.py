@@ -148,6 +148,8 @@ def common_kind(first: str, second: str) -> str | None:
 def read_column(name: str, column: pa.ChunkedArray, width: int | None = None) -> pa.Array:
     """Reads a column as one of the types of `records`.
 
+    Empty strings in a list of labels are left out, as between the separators of a CSV.
+
     Args:
         width: values in a list of labels, each 0 or 1, whose places are the ids; None: the
             values are ids or strings.
@@ -177,6 +179,9 @@ def read_column(name: str, column: pa.ChunkedArray, width: int | None = None) ->
     elif width is not None:
         return _places(name, lengths, values, width, row_of)
     string = pa.types.is_large_binary(values.type)
+    if string and pc.any(empty := pc.equal(pc.binary_length(values), 0)).as_py():
+        kept = np.flatnonzero(~empty.to_numpy(zero_copy_only=False))
+        offsets, values = np.searchsorted(kept, offsets), values.take(pa.array(kept))
     read = _strings if string else _integers
     return pa.LargeListArray.from_arrays(pa.array(offsets), read(name, values, row_of))
 

@@ -6,6 +6,7 @@ Names and first rows decide. Where two readings are equally likely, the error as
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -155,9 +156,9 @@ def _asked(
 def _separator(path: str, name: str, values: pa.Array) -> str:
     """Finds the separator of labels in their first rows; empty if each row has one label."""
     texts = [value for value in values.to_pylist() if value]
-    if texts and all(value.startswith("[") and value.endswith("]") for value in texts):
+    if lists := [value for value in texts if re.fullmatch(r"\[.*\]|\{['\"].*\}", value)]:
         raise SourceError(
-            f"{path}: {name} holds lists in brackets, as {texts[0]!r:.60}; write labels with a "
+            f"{path}: {name} holds lists in brackets, as {lists[0]!r:.60}; write labels with a "
             f"separator, or the file as JSON lines"
         )
     found = [each for each in SEPARATORS if any(each in value for value in texts)]

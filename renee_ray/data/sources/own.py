@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,6 +83,8 @@ class Own:
                 matrix = f"{path.rpartition('/')[0]}/Y.{PECOS[split]}.npz"
             for rows in tables_of(path, wanted, matrix):
                 made = rows
+                if split == "labels":
+                    _check_ids(path, rows, first)
                 if fields is not None:
                     is_points = split != "labels"
                     made = shaped(path, rows, fields) if is_points else label_columns(path, rows)
@@ -119,6 +122,16 @@ def refuse_other_kinds(path: str, splits: Collection[str], train: str) -> None:
                 raise SourceError(
                     f"{first} is there, and the training set is {train}; write both in one format"
                 )
+
+
+def training_sets(path: str) -> list[str]:
+    """Returns the first file of the training set of each kind of own data in folder `path`."""
+    found = [parquet.find_files(path, kind) for kind in ("arrow", TABLES)]
+    if pecos := _pecos(path):
+        found.append(pecos.splits)
+    first = [each["train"][0] for each in found if "train" in each]
+    # A directory train/ may hold JSON about its files.
+    return [each for each in first if not re.search(r"/train/[^/]*json[^/]*$", each)]
 
 
 def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
@@ -187,6 +200,20 @@ def _pecos(path: str) -> Own | None:
 # -------------------------------------------------------------------------------------- reading
 
 
+def _check_ids(path: str, rows: pa.Table, first: int) -> None:
+    """Raises SourceError where a table of labels has a column of ids that are not its rows'."""
+    name = next((each for each in ("id", "label_id") if each in rows.column_names), None)
+    if name is None or "label" in rows.column_names:
+        return
+    found = rows[name].cast(pa.string()).to_pylist()
+    wrong = next((i for i, each in enumerate(found) if each != str(first + i)), None)
+    if wrong is not None:
+        raise SourceError(
+            f"{path}: row {first + wrong} of the labels has {found[wrong]!r:.60} in {name}; give "
+            f"all labels in the order of their ids, from 0, or leave that column out"
+        )
+
+
 def label_columns(path: str, rows: pa.Table) -> pa.Table:
     """The columns of a table of labels that are read."""
     known = [name for name in ("label", "text") if name in rows.column_names]
@@ -252,16 +279,34 @@ def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
     reading = pacsv.ReadOptions(block_size=PIECE_BYTES, use_threads=False)
     with opened(path) as file:
         names = pacsv.open_csv(file, reading, parsing).schema.names
-    wanted = [name for name in names if columns is None or name in columns]
+    # Excel leaves columns without a name behind the last.
+    wanted = [name for name in names if (name if columns is None else name in columns)]
     if twice := [name for name in wanted if names.count(name) > 1]:
         raise SourceError(f"{path} has two columns {twice[0]!r}; rename one")
     # Not inferred: a text may look like a number or a date.
     strings = pacsv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.large_binary()), include_columns=wanted
     )
+    if len(names) == 1:  # elsewhere an empty line is no row
+        parsing.ignore_empty_lines = False
     with opened(path) as file:
         for batch in pacsv.open_csv(file, reading, parsing, strings):
-            yield pa.Table.from_batches([batch])
+            rows = pa.Table.from_batches([batch])
+            if delimiter == "\t":
+                _refuse_swallowed(path, rows)
+            yield rows
+
+
+def _refuse_swallowed(path: str, rows: pa.Table) -> None:
+    """Raises SourceError for a field with tabs and line ends: a quote has taken lines into it."""
+    for values in rows.columns:
+        both = pc.and_(pc.match_substring(values, b"\t"), pc.match_substring(values, b"\n"))
+        if pc.any(both).as_py():
+            value = values.filter(both)[0].as_py().decode("utf-8", "replace")
+            raise SourceError(
+                f"{path}: a field holds several lines, {value!r:.80}; double the quotes inside "
+                f"fields that are quoted, or write CSV"
+            )
 
 
 def _json_lines(path: str, columns: list[str] | None) -> Iterator[pa.Table]:

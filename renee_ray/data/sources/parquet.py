@@ -160,6 +160,12 @@ def files_below(directory: str, kind: str = PARQUET) -> list[str]:
         hidden = any(part.startswith((".", "_")) for part in name.split("/"))
         if info.type == pafs.FileType.File and is_table(info.base_name, kind) and not hidden:
             names.append(name)
+    numbered = defaultdict[str, list[tuple[str, str]]](list)
+    for name in names:
+        if match := re.fullmatch(r"(.*?)-?(\d+)-of-(\d+)(\..*)", name):
+            numbered[f"{match[1]}-*{match[4]}"].append((match[2], match[3]))
+    for way, numbers in numbered.items():
+        _check_complete(f"{base}/{way}", numbers)
     return [f"{base}/{name}" for name in sorted(names)]
 
 

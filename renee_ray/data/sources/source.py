@@ -6,7 +6,14 @@ from typing import NoReturn
 
 import pyarrow.fs as pafs
 
-from renee_ray.data.sources.own import TABLES, Own, find_own, read_own, refuse_other_kinds
+from renee_ray.data.sources.own import (
+    TABLES,
+    Own,
+    find_own,
+    read_own,
+    refuse_other_kinds,
+    training_sets,
+)
 from renee_ray.data.sources.parquet import PARQUET, find_files, index_parquet, is_table
 from renee_ray.data.sources.records import Source, SourceError
 from renee_ray.data.sources.repository import Repository, find_repository
@@ -50,11 +57,11 @@ def find_source(
         )
     splits, files = find_files(path), find_repository(path)
     parquet = splits.get("train")
-    if parquet and files:
-        raise SourceError(
-            f"{path} has two training sets, {parquet[0]} and {files.splits['train'].labelled}; "
-            f"keep one"
-        )
+    there = [parquet[0]] if parquet else []
+    there += [files.splits["train"].labelled] if files else []
+    there += training_sets(path)
+    if first := next((each for each in there if each != there[0]), None):
+        raise SourceError(f"{path} has two training sets, {there[0]} and {first}; keep one")
     if parquet and not named:
         if separator:
             raise SourceError(

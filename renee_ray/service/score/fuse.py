@@ -64,6 +64,9 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
     if config.tune:
         weights, facts = _tuned(len(sources), config)
     models = [Predicted(source) for source in sources]
+    if config.overwrite:  # the earlier result stays unless the new one can be made
+        for _ in together(models):
+            pass
     output.claim()
     output.declare([part_name(first) for first in range(0, models[0].rows, PART_ROWS)])
     try:
