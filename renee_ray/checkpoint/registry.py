@@ -115,6 +115,15 @@ class Checkpoints:
 
         return patiently(once, f"writing {path}")
 
+    def lacking(self, directory: str, files: Mapping[str, FileFacts]) -> list[str]:
+        """Returns the files of a directory that this process does not see as they were written."""
+        selector = pafs.FileSelector(f"{self.root}/{directory}", allow_not_found=True)
+        listed = patiently(
+            lambda: self.filesystem.get_file_info(selector), f"listing {self.run}/{DIRECTORY}"
+        )
+        sizes = {info.base_name: info.size for info in listed}
+        return [name for name, facts in files.items() if sizes.get(name) != facts.bytes]
+
     def publish(self, directory: str, manifest: Manifest) -> None:
         """Writes the manifest of a checkpoint, or of its next revision, whole or not at all."""
         path = f"{self.root}/{directory}/{manifest_name(manifest.state.revision)}"

@@ -100,6 +100,7 @@ class CheckpointWriter:
     _thread: threading.Thread | None = None
     _committed: bool = True
     _token: str = ""
+    _broken: str = ""
     _group: dist.ProcessGroup | None = None
 
     def start(self) -> CheckpointWriter:
@@ -170,10 +171,17 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> bool:
-        """Waits for the checkpoint in progress; returns whether the last one was committed."""
+        """Waits for the checkpoint in progress; returns whether the last one was committed.
+
+        Raises:
+            RuntimeError: the ranks could not exchange their receipts, and gloo has given their
+                group up: no checkpoint would be committed any more, so the workers must start anew.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._broken:
+            raise RuntimeError(f"checkpoints cannot go on: {self._broken}")
         return self._committed
 
     def _files(
@@ -237,6 +245,11 @@ class CheckpointWriter:
         self.before_commit()
         whole = Manifest(manifest.state, manifest.metrics, files, time.time())
         try:
+            if lacking := self.checkpoints.lacking(name, files):
+                raise OSError(
+                    f"{lacking[0]}, which another worker wrote, is not there for rank 0: all nodes "
+                    f"must see the same directory"
+                )
             self.checkpoints.publish(name, whole)
         except Exception as error:  # storage has its own, and the others wait for this rank
             log.warning("checkpoint %s is not committed (%s)", name, reason(error))
@@ -269,6 +282,7 @@ class CheckpointWriter:
                 all_gather_single(rows, row, self._group)
         except RuntimeError as error:  # a peer died: this worker is about to be stopped too
             log.warning("a checkpoint is left out: %s", reason(error))
+            self._broken = reason(error)
             return None
         found = rows.view(self.ranks.num_ranks, -1).tolist()
         if any(each[0] for each in found):
@@ -290,6 +304,7 @@ class CheckpointWriter:
                 dist.broadcast(flag, 0, group=self._group)
             except RuntimeError as error:
                 log.warning("whether a checkpoint was committed is not known: %s", reason(error))
+                self._broken = reason(error)
                 return False
         return bool(flag)
 

@@ -285,8 +285,8 @@ class CheckpointConfig(Config):
     """Seconds that a checkpoint may take when a worker or the driver is told to stop (SIGTERM), or
     before workers are regrouped."""
     max_failures: int = Field(3, ge=-1)
-    """Lost workers that a run survives; -1: any number. Nodes that Ray was told to drain, as spot
-    nodes are, do not count; a user's error ends the run at once."""
+    """Lost workers that a run survives; -1: any number. A node that Ray was told to drain does not
+    count, a spot node that just goes does; a user's error ends the run at once."""
 
 
 class ObserveConfig(Config):

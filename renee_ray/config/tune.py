@@ -124,7 +124,7 @@ def _parsed(config: RunConfig, key: str, value: Any) -> Values:
             found = list(value)
         elif dots:
             found = (int(low), int(high)) if whole else (float(low), float(high))
-    if key == "batch_size" and isinstance(found, tuple):
+    if key == "batch_size" and isinstance(found, tuple) and config.feed.streams > 1:
         raise ConfigError(
             f"space.batch_size={value!s:.{SHOWN}} is a range, and few of its values are "
             f"multiples of feed.streams={config.feed.streams}; give a list, as [64, 128]"

@@ -98,9 +98,12 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), path
+    host, slash, key = rest.partition("/")
     try:
+        if scheme == "hf" or scheme.startswith("fsspec"):
+            raise pa.ArrowInvalid("pyarrow would hand the quoted path to fsspec")
         # Unquoted, a # would end the path, and a % begin a character.
-        filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{quote(rest, safe='/@:')}")
+        filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{host}{slash}{quote(key)}")
         if isinstance(filesystem, pafs.S3FileSystem):
             filesystem = _s3(filesystem.region)
         return filesystem, root.rstrip("/")

@@ -99,7 +99,7 @@ def _fitted(
         yield "feed.augment", 0, "the labels have no texts"
     elif labels >= LARGE and "feed.augment" not in given:
         share = min(float(recipe["feed"]["augment"]), points / labels)
-        yield "feed.augment", share, "an epoch has no more label texts than points"
+        yield "feed.augment", share, "an epoch has no more label texts than points, about"
     if "evaluation.every" not in given:
         yield "evaluation.every", 0, "the last weights are kept"
         if "checkpoint.every_steps" not in given:

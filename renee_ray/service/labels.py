@@ -219,6 +219,8 @@ def _rows(
     scores[:, np.isin(labels, checkpoint.state.retired)] = -torch.inf
     there = labels[places] == true
     scores[at[there], places[there]] = -torch.inf
-    fitted = fitted.raised(points, scores.amax(dim=1))
+    best = scores.amax(dim=1)
+    if (seen := best.isfinite()).any():  # else all that it could be compared with are retired
+        fitted = fitted.raised(points[seen], best[seen])
     tokens = tokenizer.encode(vocabulary_of(dataset), texts, manifest.max_length)
     return fitted.rows(embedded(tokens) - encoder.constant), fitted.figures

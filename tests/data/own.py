@@ -119,6 +119,33 @@ OWN = {
         ),
         names=NAMES,
     ),
+    "csv-labels-in-parts": Kind(  # with ids that go on; a label may be in brackets
+        files(
+            **{
+                "train.csv": lines(
+                    "text,labels",
+                    *(f"{t},{'|'.join(map(str, r))}" for t, r in zip(TEXTS, IDS, strict=True)),
+                ),
+                "labels__a.csv": lines("id,text", *(f"{i},[{NAMES[i]}]" for i in (0, 1))),
+                "labels__b.csv": lines("id,text", *(f"{i},[{NAMES[i]}]" for i in (2, 3))),
+            }
+        ),
+        settings={"labels": "ids", "separator": "|"},
+        names=[f"[{name}]" for name in NAMES],
+    ),
+    "csv-brackets": Kind(
+        files(
+            **{
+                "train.csv": lines(
+                    "text;labels", *(f"{t};[{NAMES[i]}]" for i, t in enumerate(TEXTS[:4]))
+                ),
+                "labels.csv": lines("label", *(f"[{name}]" for name in NAMES), "", ""),
+            }
+        ),
+        [[0], [1], [2], [3]],
+        TEXTS[:4],
+        names=[f"[{name}]" for name in NAMES],
+    ),
     "csv-excel": Kind(  # columns without a name behind the last, and an empty line in one column
         files(
             **{

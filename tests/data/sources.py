@@ -105,6 +105,15 @@ NULLS = pa.table(
     {"text": pa.array(["a", "b"]), "labels": pa.array([[], None], pa.list_(pa.null()))}
 )
 KINDS = {
+    "parquet-from-one": Kind(  # numbered from 1, beside JSON that tells of it
+        files(
+            **{
+                "train__part-1-of-2": rows().slice(0, 3),
+                "train__part-2-of-2": rows().slice(3),
+                "train__metadata__v1.json": b"{}",
+            }
+        ),
+    ),
     "parquet-empty-strings": Kind(
         typed(labels=pa.list_(pa.string()), values=[["", *map(str, row), ""] for row in IDS]),
         names=[str(label) for label in range(4)],

@@ -315,6 +315,14 @@ def test_new_labels_do_not_compete_with_retired_ones(tmp_path: Path) -> None:
     assert constants[1] < constants[0]
 
 
+def test_labels_can_be_replaced_by_others_altogether(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    retire_labels(run.path, tuple(map(str, range(LABELS))), "", quiet, restore=False)
+    add_labels(run.path, new_at(tmp_path), quiet)
+    weight = rows_of(run.checkpoint("best"), LABELS + len(NEW), 1)["weight"]
+    assert weight.isfinite().all()
+
+
 def test_labels_of_a_run_stay_while_it_would_lose_steps(tmp_path: Path) -> None:
     run = run_at(tmp_path)
     save_checkpoint(run, run.config(), LABELS, step=9, metric=0.5)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from renee_ray.rank.recorder import Pace
-from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
+from renee_ray.service.observe.watch import SILENT_S, Beat, Stragglers, Watch, beat_seconds
 
 GATHER = Beat(1, 0, "alpha (10.0.0.1)", 100, 120, "gather", 900, 0.0)
 
@@ -182,6 +182,17 @@ def test_a_group_that_has_ended_or_was_replaced_is_not_judged() -> None:
     assert watch.complaint(100) is None
     told(watch, [replace(waiting(0, 40), group=2), replace(late, group=2)], 104)
     assert watch.complaint(104) is not None
+
+
+def test_silence_of_all_is_said_once() -> None:
+    """Also after a group has ended, where its next one finds no place."""
+    watch = Watch(60)
+    watch.saw(replace(waiting(0, 0), ended=True), 0)
+    assert watch.complaint(SILENT_S) is None
+    assert "no worker has been heard for 120 s" in str(watch.complaint(SILENT_S + 1))
+    assert watch.complaint(SILENT_S + 2) is None
+    watch.saw(replace(waiting(0, 0), group=2), 300)
+    assert "no worker" in str(watch.complaint(300 + SILENT_S + 1))
 
 
 def test_several_beats_fit_into_a_time_out() -> None:

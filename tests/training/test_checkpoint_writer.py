@@ -7,7 +7,9 @@ import random
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,49 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_out(tmp_path: Path) -> N
         assert committed.tolist() == [True, False, True]
     assert steps(tmp_path) == [3, 1]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "its files take room for nothing"
+
+
+def save_elsewhere(ranks: Ranks, run: str) -> torch.Tensor:
+    """Rank 1's directory is another after the first checkpoint, as where a mount is lost."""
+    worker, writer = Worker(ranks), writer_of(Path(run), ranks)
+    committed = []
+    for step in (1, 2, 3):
+        if step == 2 and ranks.rank == 1:
+            writer.checkpoints = Checkpoints(f"{run}-of-rank-1")
+        worker.at(step).save(writer, {})
+        committed.append(writer.wait())
+    return torch.tensor(committed)
+
+
+def test_nothing_is_committed_that_rank_0_does_not_see(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for committed in on_ranks(2, save_elsewhere, str(run)):
+        assert committed.tolist() == [True, False, False]
+    assert steps(run) == [1]
+    assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def wait_for_a_late_rank(ranks: Ranks, run: str) -> str:
+    """What the next save says after a receipt came later than gloo waits for it."""
+    checkpoint_writer.commit_timeout = lambda: timedelta(seconds=1)
+    worker, writer = Worker(ranks), writer_of(Path(run), ranks)
+    if ranks.rank == 1:
+        written = writer.checkpoints.write
+
+        def late(*given: Any) -> Any:
+            time.sleep(3)
+            return written(*given)
+
+        writer.checkpoints.write = late  # type: ignore[method-assign]
+    worker.at(1).save(writer, {})
+    with pytest.raises(RuntimeError, match="checkpoints cannot go on"):
+        worker.at(2).save(writer, {})
+    return "said"
+
+
+def test_after_a_broken_exchange_the_workers_start_anew(tmp_path: Path) -> None:
+    assert on_ranks(2, wait_for_a_late_rank, str(tmp_path)) == ["said", "said"]
+    assert steps(tmp_path) == []
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

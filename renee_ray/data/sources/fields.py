@@ -153,10 +153,13 @@ def _asked(
     )
 
 
+_BRACKETS = re.compile(r"\[\s*(['\"]|.*,).*\]|\{\s*['\"].*\}")
+
+
 def _separator(path: str, name: str, values: pa.Array) -> str:
     """Finds the separator of labels in their first rows; empty if each row has one label."""
     texts = [value for value in values.to_pylist() if value]
-    if lists := [value for value in texts if re.fullmatch(r"\[.*\]|\{['\"].*\}", value)]:
+    if lists := [value for value in texts if _BRACKETS.fullmatch(value)]:
         raise SourceError(
             f"{path}: {name} holds lists in brackets, as {lists[0]!r:.60}; write labels with a "
             f"separator, or the file as JSON lines"

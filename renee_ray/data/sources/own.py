@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ import pyarrow.csv as pacsv
 from scipy import sparse
 
 from renee_ray.data.sources import parquet
-from renee_ray.data.sources.columns import kind_of
+from renee_ray.data.sources.columns import kind_of, plain
 from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
 from renee_ray.data.sources.lines import PIECE_BYTES, Lines, chunked, opened
 from renee_ray.data.sources.records import (
@@ -76,7 +75,7 @@ class Own:
         """
         fields, pairs, size = self.fields, list[tuple[str, pa.Table]](), 0
         for path in paths:
-            first = 0
+            first, base = 0, 0 if path == self.splits[split][0] else None
             wanted = [*fields.text, fields.labels] if fields and split != "labels" else None
             matrix = ""
             if fields is None and split in PECOS:
@@ -84,7 +83,7 @@ class Own:
             for rows in tables_of(path, wanted, matrix):
                 made = rows
                 if split == "labels":
-                    _check_ids(path, rows, first)
+                    base = _check_ids(path, rows, first, base)
                 if fields is not None:
                     is_points = split != "labels"
                     made = shaped(path, rows, fields) if is_points else label_columns(path, rows)
@@ -126,12 +125,13 @@ def refuse_other_kinds(path: str, splits: Collection[str], train: str) -> None:
 
 def training_sets(path: str) -> list[str]:
     """Returns the first file of the training set of each kind of own data in folder `path`."""
-    found = [parquet.find_files(path, kind) for kind in ("arrow", TABLES)]
-    if pecos := _pecos(path):
-        found.append(pecos.splits)
-    first = [each["train"][0] for each in found if "train" in each]
-    # A directory train/ may hold JSON about its files.
-    return [each for each in first if not re.search(r"/train/[^/]*json[^/]*$", each)]
+    base = path.rstrip("/")
+    found = [parquet.find_files(base, kind).get("train", []) for kind in ("arrow", TABLES)]
+    # Tables in directories may tell of the other files there.
+    found[1] = [each for each in found[1] if each.rpartition("/")[0] in (base, f"{base}/data")]
+    if pecos := _pecos(base):
+        found.append(pecos.splits["train"])
+    return [files[0] for files in found if files]
 
 
 def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
@@ -200,18 +200,38 @@ def _pecos(path: str) -> Own | None:
 # -------------------------------------------------------------------------------------- reading
 
 
-def _check_ids(path: str, rows: pa.Table, first: int) -> None:
-    """Raises SourceError where a table of labels has a column of ids that are not its rows'."""
+def _check_ids(path: str, rows: pa.Table, first: int, base: int | None) -> int | None:
+    """Compares a column of ids of labels, if there is one, with the rows' places.
+
+    Args:
+        first: rows of the file before these; base: what the file's first id is, or None for any.
+
+    Returns:
+        the file's first id, or None where there are no ids.
+
+    Raises:
+        SourceError: an id is not its row's.
+    """
     name = next((each for each in ("id", "label_id") if each in rows.column_names), None)
-    if name is None or "label" in rows.column_names:
-        return
-    found = rows[name].cast(pa.string()).to_pylist()
-    wrong = next((i for i, each in enumerate(found) if each != str(first + i)), None)
+    if name is None or "label" in rows.column_names or not len(rows):
+        return base
+    values = plain(column(path, rows, name))
+    if kind_of(values.type) not in ("integer", "string"):
+        return base
+    found = [
+        each.decode("utf-8", "replace") if isinstance(each, bytes) else str(each)
+        for each in values.to_pylist()
+    ]
+    if not all(each.isdecimal() for each in found):  # a code, which is no place
+        return base
+    base = int(found[0]) if base is None else base
+    wrong = next((i for i, each in enumerate(found) if int(each) != base + first + i), None)
     if wrong is not None:
         raise SourceError(
             f"{path}: row {first + wrong} of the labels has {found[wrong]!r:.60} in {name}; give "
             f"all labels in the order of their ids, from 0, or leave that column out"
         )
+    return base
 
 
 def label_columns(path: str, rows: pa.Table) -> pa.Table:
@@ -287,11 +307,17 @@ def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
     strings = pacsv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.large_binary()), include_columns=wanted
     )
-    if len(names) == 1:  # elsewhere an empty line is no row
-        parsing.ignore_empty_lines = False
+    # In one column an empty line is an empty value, but for those at the end.
+    parsing.ignore_empty_lines, empty = len(names) > 1 or not header.strip(), 0
     with opened(path) as file:
         for batch in pacsv.open_csv(file, reading, parsing, strings):
             rows = pa.Table.from_batches([batch])
+            if not parsing.ignore_empty_lines:
+                there = np.flatnonzero(pc.binary_length(rows[0]).to_numpy())
+                last = int(there[-1]) + 1 if len(there) else 0
+                blank = pa.table({names[0]: pa.array([b""] * empty, rows[0].type)})
+                empty = len(rows) - last + (0 if last else empty)
+                rows = pa.concat_tables([blank, rows.slice(0, last)]) if last else rows.slice(0, 0)
             if delimiter == "\t":
                 _refuse_swallowed(path, rows)
             yield rows

@@ -131,6 +131,9 @@ def find_files(path: str, kind: str = PARQUET) -> dict[str, list[str]]:
                 ways[name].setdefault(way, []).extend(files)
             if count and name in SPLITS:
                 numbered[way].append((number, count))
+            for file in files if is_directory and name in SPLITS else ():
+                if part := _NUMBERED.fullmatch(file):
+                    numbered[f"{part[1]}-*{part[4]}"].append((part[2], part[3]))
         for way, numbers in numbered.items():
             _check_complete(way, numbers)
     for name, each in ways.items():
@@ -140,11 +143,14 @@ def find_files(path: str, kind: str = PARQUET) -> dict[str, list[str]]:
     return {name: sorted(chain(*each.values())) for name, each in ways.items()}
 
 
+_NUMBERED = re.compile(r"(.*?)-?(\d+)-of-(\d+)(\.\w+)")
+
+
 def _check_complete(way: str, numbers: list[tuple[str, str]]) -> None:
     """Raises SourceError unless files `NUMBER-of-COUNT` are all there, each once."""
     count = max(int(count) for _, count in numbers)
     have = sorted(int(number) for number, _ in numbers)
-    if len(have) != count or have != list(range(len(have))):
+    if len(have) != count or have not in ([*range(count)], [*range(1, count + 1)]):
         raise SourceError(
             f"{way}: of the {count} files that the names tell of, {len(have)} are there, with the "
             f"numbers {have!s:.60}; there must be one of each"
@@ -160,12 +166,6 @@ def files_below(directory: str, kind: str = PARQUET) -> list[str]:
         hidden = any(part.startswith((".", "_")) for part in name.split("/"))
         if info.type == pafs.FileType.File and is_table(info.base_name, kind) and not hidden:
             names.append(name)
-    numbered = defaultdict[str, list[tuple[str, str]]](list)
-    for name in names:
-        if match := re.fullmatch(r"(.*?)-?(\d+)-of-(\d+)(\..*)", name):
-            numbered[f"{match[1]}-*{match[4]}"].append((match[2], match[3]))
-    for way, numbers in numbered.items():
-        _check_complete(f"{base}/{way}", numbers)
     return [f"{base}/{name}" for name in sorted(names)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -10,7 +11,7 @@ import socket
 import psutil
 import ray
 
-from renee_ray.errors import ReneeError
+from renee_ray.errors import ReneeError, reason
 from renee_ray.service.cluster import ray_compat
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,11 @@ def _connect() -> None:
             f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}; start it, or "
             f"unset RAY_ADDRESS to run on this machine"
         ) from error
+    except (RuntimeError, ray.exceptions.AuthenticationError) as error:
+        raise ReneeError(
+            f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} takes no command from "
+            f"here ({reason(error):.300}); use its versions of Ray and Python, and its token"
+        ) from error
 
 
 def _start_local(num_cpus: int) -> None:
@@ -92,6 +98,12 @@ def _start_local(num_cpus: int) -> None:
             return
         except Exception as error:
             ray.shutdown()
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+                raise ReneeError(
+                    f"Ray cannot start ({reason(error):.200}); it keeps a token in HOME/.ray and "
+                    f"files in /tmp/ray: set HOME to a directory that can be written, or "
+                    f"RAY_AUTH_TOKEN and RAY_TMPDIR"
+                ) from error
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
                 raise
             log.warning("Ray did not start in time (attempt %d of %d)", attempt, ATTEMPTS)

@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 FLUSH_SECONDS = 5
 
@@ -46,7 +47,10 @@ class DriverChannel:
     """
 
     def __init__(self) -> None:
-        self._actor: Any = ray.remote(num_cpus=0)(_ChannelActor).remote()  # type: ignore[attr-defined]
+        # Beside the driver: on another node, which may be taken away, it would end before the run.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+        self._actor: Any = ray.remote(**options)(_ChannelActor).remote()
         self._last: ray.ObjectRef | None = None
 
     def send(self, record: dict[str, Any]) -> None:

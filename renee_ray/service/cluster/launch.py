@@ -75,6 +75,7 @@ def launch(
         ReneeError: the cluster's nodes cannot hold the workers as they are to be placed.
     """
     check_placement(config, use_gpu, ray.nodes())
+    _tell_of_idle_gpus(config)
     grace_s = config.checkpoint.grace_s
     # Checkpoints are our own business, so Ray Train has nothing to keep.
     with tempfile.TemporaryDirectory(prefix="renee-ray-", ignore_cleanup_errors=True) as scratch:
@@ -208,6 +209,15 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
         )
 
 
+def _tell_of_idle_gpus(config: RunConfig) -> None:
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.use_gpu == "auto" and 0 < gpus < config.min_workers:
+        log.warning(
+            "the GPUs, %d, are too few for %d workers, which run on CPUs; num_workers=%d uses them",
+            gpus, config.min_workers, gpus,
+        )  # fmt: skip
+
+
 def interruptible(
     fit: Callable[[], Any],
     on_stop: Callable[[], bool] | None,
@@ -264,6 +274,8 @@ def worker_environment(threads: int = 1) -> dict[str, str]:
         # Every batch has shapes of its own: oneDNN would keep a kernel for each of the last 1,024.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # Tasks that read inherit it. Else each group of windows would leave a log file of its own.
+        "RAY_DATA_LOG_LEVEL": "ERROR",
     }
 
 
@@ -288,11 +300,6 @@ def decide_gpu(choice: str, num_workers: int) -> bool:
             f"use_gpu=yes needs {num_workers} GPUs and the Ray cluster has {have:.0f}; "
             f"lower num_workers or set use_gpu=no"
         )
-    if choice != "no" and 0 < have < num_workers:
-        log.warning(
-            "num_workers=%d exceeds the number of GPUs, %d, so the workers run on CPUs; set "
-            "num_workers=%d to use the GPUs", num_workers, have, have,
-        )  # fmt: skip
     return choice != "no" and have >= num_workers
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shlex
 import sys
 import threading
@@ -93,9 +94,9 @@ class Observer:
         log_format = self._config.observe.log_format
         log_lines(log_format, run_name(self._config), ranks.rank, self.recorder)
         self._nodes = node_names(ranks)
-        # The time is rank 0's, so that all ranks have the same.
-        began = time.time_ns() // 1_000_000 if ranks.rank == 0 else 0
-        self._group = int(all_sum(ranks, torch.tensor(began)))
+        # A random number, since the clocks of nodes may not agree; rank 0's, so that all have it.
+        drawn = secrets.randbits(48) if ranks.rank == 0 else 0
+        self._group = int(all_sum(ranks, torch.tensor(drawn)))
         if self._status is not None:
             self._status.start(self._nodes)
         self._thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -10,13 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from renee_ray.errors import reason
 from renee_ray.service.cluster.driver_channel import DriverChannel
 from renee_ray.service.observe.watch import Beat, Watch
 
 LINE_SECONDS = 30
 """Seconds between two lines of progress, where there is no terminal that could show a bar."""
-WATCH_SECONDS, LATE_SECONDS = 2.0, 0.5
-"""Seconds between two looks at who is silent. Each calls an actor on the workers' cores."""
+WATCH_SECONDS, LATE_SECONDS, LAST_SECONDS = 2.0, 0.5, 3.0
+"""Seconds between two looks at who is silent, each of which calls an actor on the workers' cores;
+at the end, seconds without a message that end it, and the most in all."""
 SHOWN = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100")
 
 
@@ -49,12 +52,18 @@ class Display:
             BarColumn(), TextColumn("{task.description}"), console=self._console,
             disable=not self._console.is_terminal,
         ) as self._bar:  # fmt: skip
-            while True:
+            ends = math.inf
+            while time.monotonic() < ends:
+                if self._stop.is_set() and ends == math.inf:
+                    ends = time.monotonic() + LAST_SECONDS
                 # What workers sent last may come after what this process sent.
                 timeout = LATE_SECONDS if self._stop.is_set() else WATCH_SECONDS
                 try:
                     record = self.channel.receive(timeout)
-                except Exception:  # the actor went away with the cluster: nothing to show
+                except Exception as error:  # the actor went away with the cluster
+                    if not self._stop.is_set():
+                        text = f"nothing more is shown of the run: {reason(error)}"
+                        self._show({"text": text})
                     return
                 if record is None and self._stop.is_set():
                     return

@@ -7,14 +7,15 @@ Everything here only decides, so all of it is tested without a cluster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
 from renee_ray.rank.recorder import KINDS, Pace
 
-PATIENT_S = 30.0
-"""Seconds that workers wait for one of them before the driver says so."""
+PATIENT_S, SILENT_S = 30.0, 120.0
+"""Seconds before the driver says that workers wait for one of them, and that nobody is heard."""
 BEFORE_STEPS = {"start", "first_weights"}
 """Phases in which there is nothing to save yet."""
 
@@ -28,7 +29,7 @@ def beat_seconds(timeout_s: float) -> float:
 class Beat:
     """A worker's heartbeat.
 
-    group: number of the workers that started together, ascending; node: where it runs, for
+    group: a random number of the workers that started together; node: where it runs, for
     people; step, phase, entered, seconds: as in rank.recorder.Place; ended: it has left its
     training function, so the whole group is at its end.
     """
@@ -72,7 +73,9 @@ class Watch:
 
     timeout_s: float
     _group: int = -1
+    _groups: set[int] = field(default_factory=set)
     _over: bool = False
+    _heard_s: float = math.inf
     _beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
     _found: Found | None = None
 
@@ -87,14 +90,25 @@ class Watch:
 
     def saw(self, beat: Beat, now: float) -> None:
         """Takes a heartbeat; `now`: seconds of a clock that only goes forward."""
-        if beat.group > self._group:
+        if beat.group not in self._groups:
+            self._groups.add(beat.group)
             self._group, self._over, self._beats = beat.group, False, {}
         if beat.group == self._group:
+            self._heard_s = now
             self._beats[beat.rank] = (beat, now)
             self._over |= beat.ended
 
     def complaint(self, now: float) -> str | None:
-        """Returns a sentence on the workers that others wait for, once for each collective."""
+        """Returns a sentence on the workers that others wait for, once for each collective.
+
+        Or one that nobody is heard, once until a worker is heard again.
+        """
+        if now - self._heard_s > SILENT_S:
+            self._heard_s = math.inf
+            return (
+                f"no worker has been heard for {SILENT_S:.0f} s: if a node is gone, the run waits "
+                f"until the cluster has room for its workers again (see `ray status`)"
+            )
         if self._over or (found := self._look(now)) is None:
             return None
         before = self._found

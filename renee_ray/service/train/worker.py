@@ -43,6 +43,12 @@ LAST_ATTEMPTS, LAST_PAUSE_S = 5, 20.0
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Trains as one Ray Train worker, on a fresh start and after every failure."""
+    output = arguments["config"]["output"]
+    if RunDirectory(output).read(RUN_FILE) is None:
+        raise ReneeError(
+            f"{output} has no {RUN_FILE} here, which the driver wrote there; give an output that "
+            f"all nodes share"
+        )
     with prepared(arguments) as (trainer, batches, observer, writer):
         if trainer.ranks.rank == 0:
             requests.follow(arguments["channel"])
