@@ -7,6 +7,7 @@ A `ray.util.queue` for each direction would be two actors. An idle one takes 1% 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -42,8 +43,8 @@ class _ChannelActor:
 class DriverChannel:
     """A handle of the actor, which the driver makes and hands to every worker.
 
-    Methods that wait raise ray.exceptions.RayError once the actor is gone, with the driver or by
-    `close`.
+    Methods raise ray.exceptions.RayError once the actor is gone, with the driver or by `close`, and
+    ConnectionError after the end of Ray, which would start anew if it were asked.
     """
 
     def __init__(self) -> None:
@@ -55,14 +56,14 @@ class DriverChannel:
 
     def send(self, record: dict[str, Any]) -> None:
         """Sends a record to the driver without waiting."""
-        self._last = self._actor.send.remote(record)
+        self._last = self._there().send.remote(record)
 
     def say(self, text: str) -> None:
         self.send({"text": text})
 
     def flush(self) -> None:
         """Waits until what was sent has arrived, FLUSH_SECONDS at most; before a process ends."""
-        # Logging flushes again when the interpreter exits, and Ray, asked then, would start anew.
+        # Logging flushes again when the interpreter exits.
         if self._last is not None and ray.is_initialized():
             ray.wait([self._last], timeout=FLUSH_SECONDS)
 
@@ -72,19 +73,24 @@ class DriverChannel:
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """Takes the oldest record; None if there is none within `timeout_s`."""
-        record: dict[str, Any] | None = ray.get(self._actor.receive.remote(timeout_s))
+        record: dict[str, Any] | None = ray.get(self._there().receive.remote(timeout_s))
         return record
 
     def stop(self) -> None:
         """Asks all workers to stop, including workers started after a restart."""
-        self._actor.stop.remote()
+        self._there().stop.remote()
 
     def wait_for_stop(self) -> None:
         """Waits until the driver has asked for the end."""
-        ray.get(self._actor.wait_for_stop.remote())
+        ray.get(self._there().wait_for_stop.remote())
 
     def close(self) -> None:
-        ray.kill(self._actor)
+        ray.kill(self._there())
+
+    def _there(self) -> Any:
+        if not ray.is_initialized():
+            raise ConnectionError("Ray has ended")
+        return self._actor
 
 
 class _Forward(logging.Handler):
@@ -93,7 +99,8 @@ class _Forward(logging.Handler):
         self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._channel.say(record.getMessage())
+        with contextlib.suppress(ConnectionError):
+            self._channel.say(record.getMessage())
 
     def flush(self) -> None:
         self._channel.flush()

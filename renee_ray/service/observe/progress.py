@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -43,9 +44,10 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self.channel.send({})  # wakes the thread
-        self._thread.join(timeout=10)
-        self.channel.close()
+        with contextlib.suppress(ConnectionError):  # Ray may have ended before
+            self.channel.send({})  # wakes the thread
+            self._thread.join(timeout=10)
+            self.channel.close()
 
     def _run(self) -> None:
         with Progress(
