@@ -258,7 +258,8 @@ class EvalConfig(Config):
     """tau of the logit adjustment: every score, in validation, evaluation and prediction, loses
     tau * log(training points of the label), which favours rare labels (Menon et al., ICLR 2021)."""
     tails: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """Values of `tail`, of which the best on the validation split replaces it after training."""
+    """Other values of `tail`. The best on the validation split replaces it after training, but none
+    that lowers a figure by more than half a point."""
     neighbours: int = Field(0, ge=0)
     """Nearest training points, by the trained embedding, whose labels vote in `evaluate` and
     `predict` (not in validation while training); 0: none. Each worker then embeds and holds its

@@ -41,6 +41,8 @@ MOST = 100
 """Predictions that the metrics need."""
 BY_TAIL = ("P@1", "PSP@5", "recall@100")
 """Their sum chooses the logit adjustment: the first place, rare labels, and the whole list."""
+KEPT, LOSS = ("P@1", "P@5", "PSP@1", "PSP@5", "recall@100"), 0.5
+"""Figures, each of which it may lower by so many points at most."""
 
 CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">100": (101, 2**62)}
 """Labels by their number of training points."""
@@ -51,9 +53,15 @@ CLASS_K = 5
 _HITS, _NDCG, _PS_HITS, _PS_BEST, _PSDCG_HITS, _PSDCG_BEST = range(6)
 
 
-def best_tail(table: Iterable[Mapping[str, float]]) -> float:
-    """Returns the "tail" of the row with the largest sum of BY_TAIL; of equal ones the least."""
-    return max(table, key=lambda row: (sum(row[name] for name in BY_TAIL), -row["tail"]))["tail"]
+def best_tail(table: Iterable[Mapping[str, float]], own: float) -> float:
+    """Returns the "tail" of the row with the largest sum of BY_TAIL; of equal ones the least.
+
+    Of the rows in which each figure of KEPT is at most LOSS below that of the row of `own`.
+    """
+    rows = list(table)
+    given = next(row for row in rows if row["tail"] == own)
+    rows = [row for row in rows if all(row[name] >= given[name] - LOSS for name in KEPT)]
+    return max(rows, key=lambda row: (sum(row[name] for name in BY_TAIL), -row["tail"]))["tail"]
 
 
 def inverse_propensity(train_count: npt.ArrayLike, num_points: int, a: float, b: float) -> Floats:

@@ -121,7 +121,7 @@ def test_a_run_is_taught_by_the_predictions_of_another(
     saved = json.loads((Path(student) / "run.json").read_text())
     assert "the best for the validation points" in capsys.readouterr().err
     rows = {row["tail"]: row for row in saved["tails"]["table"]}
-    chosen = best_tail(rows.values())
+    chosen = best_tail(rows.values(), 0)
     assert saved["config"]["evaluation"]["tail"] == chosen != 2
     capsys.readouterr()
     assert main(["evaluate", student, dataset, "split=validation", "--json"]) == 0

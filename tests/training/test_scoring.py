@@ -234,11 +234,18 @@ def test_metrics_of_each_adjustment_equal_brute_force(num_ranks: int) -> None:
     assert len({wanted[f"{tail} PSP@5"] for tail in TAILS}) == len(TAILS)
 
 
-def test_the_chosen_tail_is_the_least_of_those_with_the_largest_sum() -> None:
-    names = ("P@1", "PSP@5", "recall@100")
+def test_the_chosen_tail_has_the_largest_sum_of_those_that_cost_no_figure() -> None:
+    names = ("P@1", "PSP@5", "recall@100", "P@5", "PSP@1")
     values = {0.0: (40, 30, 80), 0.3: (42, 33, 81), 0.1: (41, 34, 81), 0.6: (43, 39, 73)}
-    table = [{"tail": t, **dict(zip(names, row, strict=True))} for t, row in values.items()]
-    assert best_tail(table) == 0.1
+    rows = {t: dict(zip(names, (*row, 20, 30), strict=True)) for t, row in values.items()}
+    table = [{"tail": t, **row} for t, row in rows.items()]
+    assert best_tail(table, 0.0) == 0.1
+    assert best_tail([*table, {"tail": 0.7, **rows[0.6] | {"PSP@5": 60}}], 0.1) == 0.1
+    assert best_tail([*table, {"tail": 0.7, **rows[0.3] | {"recall@100": 80.6}}], 0.6) == 0.6
+    within = {"tail": 0.7, **rows[0.1] | {"recall@100": 80.5, "PSP@5": 40}}
+    assert best_tail([*table, within], 0.1) == 0.7
+    for name in names:
+        assert best_tail([*table, within | {name: rows[0.1][name] - 0.6}], 0.1) == 0.1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -236,7 +236,7 @@ def _finish(trainer: Trainer, writer: CheckpointWriter) -> None:
 
 
 def _choose_tail(trainer: Trainer, channel: DriverChannel) -> None:
-    """Chooses the best of `evaluation.tails` by the best checkpoint, and writes it to run.json."""
+    """Chooses among `tails` and `tail` by the best checkpoint, and writes it to run.json."""
     config, model, ranks = trainer.config, trainer.model, trainer.ranks
     directory, voters = RunDirectory(config.output), None
     best = directory.checkpoint("best")
@@ -247,10 +247,11 @@ def _choose_tail(trainer: Trainer, channel: DriverChannel) -> None:
             config, Dataset.without_check(config.data), model.encoder, ranks, trainer.device,
             lambda batches: trainer.recorder.each(batches, "evaluation_data", "evaluation"),
         )  # fmt: skip
-    tails = config.evaluation.tails
+    own = config.evaluation.tail
+    tails = sorted({*config.evaluation.tails, own})
     table = [{"tail": tail, **trainer.scored(tail, voters).metrics()} for tail in tails]
     if ranks.rank == 0:
-        saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table)
+        saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table, own)
         saved["config"]["evaluation"]["tail"] = chosen
         directory.write(RUN_FILE, saved | {"tails": {"checkpoint": best.name, "table": table}})
         channel.say(f"evaluation.tail={chosen}, the best for the validation points")
