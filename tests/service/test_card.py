@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from renee_ray.checkpoint.state import Manifest, State
 from renee_ray.config.schema import BagConfig, EncoderConfig, RunConfig
 from renee_ray.data import tokenizer
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.storage import write_file
 from renee_ray.model.encoder import build_encoder
 from renee_ray.rank.batch import padded_tokens, ragged
@@ -45,7 +47,10 @@ def test_other_libraries_embed_as_the_transformer_here(
     config = EncoderConfig(max_length=LENGTH, autocast="off", **settings)
     encoder = build_encoder(config, CPU, 0).eval()
     encoder.constant += 1.5
-    export._save_encoder(tmp_path, encoder, config, config.name)
+    made = write_tiny(tmp_path / "set")
+    facts = {"tokenizer": config.name, "vocabulary_hash": tokenizer.load(config.name).hash}
+    dataset = Dataset(made.path, replace(made.manifest, **facts))
+    export._save_encoder(tmp_path, encoder, config, dataset)
     length = LENGTH if encoder.prompt is None else encoder.prompt.limit
     for name, content in export.sentence_transformers_files(encoder, config, length).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

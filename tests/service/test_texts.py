@@ -61,7 +61,7 @@ def test_texts_and_their_ids(tmp_path: Path, like: Dataset, name: str) -> None:
     write, texts, ids = FOUND[name]
     write(tmp_path / "src")
     source = next((tmp_path / "src").glob("*.txt"), tmp_path / "src")
-    made, replaced = service.tokenise_texts(str(source), str(tmp_path / "scratch"), like, 16)
+    made, replaced = service.tokenise_texts(str(source), str(tmp_path / "scratch"), like)
     points = made.read_rows("test", 0, len(ids))
     vocabulary = tokenizer.load(like.manifest.tokenizer).serialised
     assert points["point_id"].to_pylist() == ids
@@ -89,7 +89,7 @@ def test_texts_that_are_refused(tmp_path: Path, like: Dataset, name: str) -> Non
     write(tmp_path / "src")
     source = tmp_path / "src" / ("a.txt" if name == "returns" else "")
     with pytest.raises(ReneeError, match=sentence) as caught:
-        service.tokenise_texts(str(source), str(tmp_path / "scratch"), like, 16)
+        service.tokenise_texts(str(source), str(tmp_path / "scratch"), like)
     assert "DataType" not in str(caught.value)
 
 
@@ -97,5 +97,5 @@ def test_returns_in_lines_are_said(
     tmp_path: Path, like: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.txt").write_bytes(b"red\rlamp\nblue chair\n")
-    service.tokenise_texts(str(tmp_path / "a.txt"), str(tmp_path / "scratch"), like, 16)
+    service.tokenise_texts(str(tmp_path / "a.txt"), str(tmp_path / "scratch"), like)
     assert "1 carriage returns end no line" in caplog.text
