@@ -43,7 +43,7 @@ from renee_ray.checkpoint.state import (
     shard_name,
 )
 from renee_ray.checkpoint.tensor_file import Copy, FileFacts
-from renee_ray.data.storage import PATIENCE_S, usual_patience
+from renee_ray.data.storage import PATIENCE_S, awaited, usual_patience
 from renee_ray.errors import reason
 from renee_ray.machine import available_bytes
 from renee_ray.model.adapters import trained_state
@@ -245,10 +245,11 @@ class CheckpointWriter:
         self.before_commit()
         whole = Manifest(manifest.state, manifest.metrics, files, time.time())
         try:
-            if lacking := self.checkpoints.lacking(name, files):
+            if not awaited(lambda: not self.checkpoints.lacking(name, files)):
+                lacking = ", ".join(self.checkpoints.lacking(name, files))
                 raise OSError(
-                    f"{lacking[0]}, which another worker wrote, is not there for rank 0: all nodes "
-                    f"must see the same directory"
+                    f"rank 0 does not see what others wrote: {lacking}; all nodes must share the "
+                    f"same directory"
                 )
             self.checkpoints.publish(name, whole)
         except Exception as error:  # storage has its own, and the others wait for this rank

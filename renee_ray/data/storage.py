@@ -12,6 +12,7 @@ import logging
 import os
 import posixpath
 import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -30,6 +31,8 @@ PATIENCE = "RENEE_RAY_STORAGE_PATIENCE_S"
 PATIENCE_S = 300.0
 """Seconds of retries before a run fails, unless the environment says otherwise."""
 LONGEST_PAUSE_S = 5.0
+SEEN_S = 120.0
+"""Seconds within which what one node has written is seen by all: NFS keeps listings for a while."""
 SDK_ATTEMPTS = 2
 """Attempts of the S3 client itself, below our own retries."""
 TRANSIENT = (
@@ -137,6 +140,14 @@ def _place(path: str) -> tuple[str, str]:
 def usual_patience() -> float:
     """Returns the seconds for which storage that does not answer is tried again."""
     return float(os.environ.get(PATIENCE, PATIENCE_S))
+
+
+def awaited(look: Callable[[], T]) -> T:
+    """Returns what `look` does, once that is true or after SEEN_S."""
+    ends = time.monotonic() + SEEN_S
+    while not (found := look()) and time.monotonic() < ends:
+        time.sleep(SEEN_S / 60)
+    return found
 
 
 def patiently(operation: Callable[[], T], what: str, patience: float | None = None) -> T:

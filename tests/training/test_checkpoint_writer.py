@@ -24,6 +24,7 @@ from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import MANIFEST, Checkpoint, CheckpointError, State
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.schema import EncoderConfig
+from renee_ray.data import storage
 from renee_ray.model.encoder import adamw
 from renee_ray.rank.batch import Position
 from renee_ray.rank.collectives import Ranks
@@ -138,8 +139,28 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_out(tmp_path: Path) -> N
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "its files take room for nothing"
 
 
+def save_unseen(ranks: Ranks, run: str) -> torch.Tensor:
+    """Rank 0 sees a file only after a while, as a client of NFS that has listed the directory."""
+    storage.SEEN_S = 6.0
+    worker, writer = Worker(ranks), writer_of(Path(run), ranks)
+    lacking, begins = writer.checkpoints.lacking, time.monotonic()
+
+    def late(name: str, files: Any) -> list[str]:
+        return ["hidden"] if time.monotonic() < begins + 2 else lacking(name, files)
+
+    writer.checkpoints.lacking = late  # type: ignore[method-assign]
+    worker.at(1).save(writer, {})
+    return torch.tensor([writer.wait()])
+
+
+def test_what_is_seen_late_is_waited_for(tmp_path: Path) -> None:
+    assert all(each.all() for each in on_ranks(2, save_unseen, str(tmp_path)))
+    assert steps(tmp_path) == [1]
+
+
 def save_elsewhere(ranks: Ranks, run: str) -> torch.Tensor:
     """Rank 1's directory is another after the first checkpoint, as where a mount is lost."""
+    storage.SEEN_S = 1.0
     worker, writer = Worker(ranks), writer_of(Path(run), ranks)
     committed = []
     for step in (1, 2, 3):

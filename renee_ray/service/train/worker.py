@@ -17,6 +17,7 @@ from renee_ray.checkpoint.state import Checkpoint, State, set_moments
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.storage import awaited
 from renee_ray.data.targets import Targets
 from renee_ray.errors import ReneeError
 from renee_ray.model.initialise import initialise_classifier
@@ -44,7 +45,7 @@ LAST_ATTEMPTS, LAST_PAUSE_S = 5, 20.0
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Trains as one Ray Train worker, on a fresh start and after every failure."""
     output = arguments["config"]["output"]
-    if RunDirectory(output).read(RUN_FILE) is None:
+    if awaited(lambda: RunDirectory(output).read(RUN_FILE)) is None:
         raise ReneeError(
             f"{output} has no {RUN_FILE} here, which the driver wrote there; give an output that "
             f"all nodes share"
