@@ -17,6 +17,7 @@ from renee_ray.checkpoint.state import (
     Checkpoint,
     CheckpointError,
     Manifest,
+    file_sizes,
     manifest_name,
 )
 from renee_ray.checkpoint.tensor_file import Copy, FileFacts, write
@@ -117,11 +118,7 @@ class Checkpoints:
 
     def lacking(self, directory: str, files: Mapping[str, FileFacts]) -> list[str]:
         """Returns the files of a directory that this process does not see as they were written."""
-        selector = pafs.FileSelector(f"{self.root}/{directory}", allow_not_found=True)
-        listed = patiently(
-            lambda: self.filesystem.get_file_info(selector), f"listing {self.run}/{DIRECTORY}"
-        )
-        sizes = {info.base_name: info.size for info in listed}
+        sizes = file_sizes(self.filesystem, f"{self.root}/{directory}")
         return [name for name, facts in files.items() if sizes.get(name) != facts.bytes]
 
     def publish(self, directory: str, manifest: Manifest) -> None:

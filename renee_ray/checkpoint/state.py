@@ -169,6 +169,14 @@ class Manifest:
 _MANIFEST = TypeAdapter(Manifest)
 
 
+def file_sizes(filesystem: pafs.FileSystem, directory: str) -> dict[str, int]:
+    """Returns the bytes of each file of a checkpoint's directory; reads none."""
+    listed = patiently(
+        lambda: filesystem.get_file_info(pafs.FileSelector(directory)), f"listing {directory}"
+    )
+    return {info.base_name: info.size for info in listed}
+
+
 class Checkpoint:
     """A committed checkpoint, read in ranges.
 
@@ -198,11 +206,7 @@ class Checkpoint:
 
     def check_sizes(self) -> None:
         """Raises CheckpointError where a file is missing or has another size; reads none."""
-        listed = patiently(
-            lambda: self.filesystem.get_file_info(pafs.FileSelector(self.path)),
-            f"listing {self.path}",
-        )
-        sizes = {info.base_name: info.size for info in listed}
+        sizes = file_sizes(self.filesystem, self.path)
         for name, facts in self.manifest.files.items():
             if name not in sizes:
                 raise CheckpointError(f"{self.path} lacks {name}; use another checkpoint")

@@ -82,7 +82,7 @@ def _fitted(
     """
     points, labels = manifest.num_points("train"), manifest.num_labels
     if encoder and "encoder.name" not in given:
-        yield "encoder.name", manifest.tokenizer, "the model of the dataset's tokenizer"
+        yield "encoder.name", encoder, "the model of the dataset's tokenizer"
     if encoder and "encoder.pooling" not in given and (pooling := _pooling(encoder)) != "mean":
         yield "encoder.pooling", pooling, "the model's own"
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
