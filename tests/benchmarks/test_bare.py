@@ -81,6 +81,7 @@ def by_hand(job: Job) -> tuple[float, float]:
     return weight_norms(model, Ranks())
 
 
+@pytest.mark.slow
 def test_it_trains_as_a_run_does_on_any_number_of_ranks(dataset: Dataset) -> None:
     job = job_of(dataset)
     (one,), two = on_ranks(1, measured, job), on_ranks(2, measured, job)

@@ -147,6 +147,7 @@ def gone() -> dict[str, Any]:
     return ELSEWHERE | {"pid": process.pid, "machine": machine(), "started_s": started}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken_over", [False, True])
 def test_of_two_that_race_one_goes_on(
     anywhere: str, gone: dict[str, Any], taken_over: bool
@@ -196,6 +197,7 @@ def test_a_driver_of_this_host_that_is_gone_is_taken_over_at_once(
         pass
 
 
+@pytest.mark.slow
 def test_a_driver_elsewhere_is_dead_once_it_is_silent(run: str) -> None:
     for content, who in ((json.dumps(ELSEWHERE), r"elsewhere \(process 7\)"), ("damaged", r"\?")):
         Path(run, LEASE_FILE).write_text(content)

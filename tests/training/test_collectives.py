@@ -271,6 +271,7 @@ def waited_for(_: Ranks, inside: bool) -> torch.Tensor:
     return waited
 
 
+@pytest.mark.slow
 def test_a_rank_is_waited_for_as_long_as_storage_may_keep_it() -> None:
     inside, _ = on_ranks(2, waited_for, True)
     assert 0.5 < float(inside) < 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -36,6 +37,7 @@ def unequal(ranks: Ranks) -> torch.Tensor:
     return torch.tensor([rounds.done, recorder.place().entered])
 
 
+@pytest.mark.slow
 def test_no_rank_waits_for_more_than_a_round() -> None:
     assert ROUND * ROUNDS > TIMEOUT
     found = on_ranks(3, unequal)

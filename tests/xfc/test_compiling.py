@@ -157,6 +157,7 @@ def compile_all(cases: list[Case], tmp_path: Path, *rest: str) -> None:
     run_without_interpreter(COMPILE, tmp_path, str(tmp_path), json.dumps(cases), *rest)
 
 
+@pytest.mark.slow
 def test_the_largest_tiles_fit_a_gpu(tmp_path: Path) -> None:
     """Registers, spills and shared memory as the assembler tells them; it needs no GPU."""
     compile_all([PLAIN, (90, 2, *VARIANTS[2]), (80, 1, *VARIANTS[3])], tmp_path)

@@ -1,1 +1,1 @@
-"""`convert`: source folders -> dataset directories, as Ray Data tasks."""
+"""`convert`: source folders -> dataset directories, as Ray Data tasks, with their statistics."""

@@ -1,1 +1,1 @@
-"""`evaluate`, `predict`, `export`, `index`, `fuse`, `compare`; their arithmetic is `scoring`."""
+"""`evaluate`, `predict`, `export`, `index`, `fuse`, `compare`: what they check, and their jobs."""
