@@ -54,7 +54,7 @@ def install() -> None:
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
     """What a signal interrupts inside has something to give back."""
-    _State.unwinding = True
+    _State.unwinding, _State.done = True, False
     try:
         yield
         _State.done = True

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from renee_ray.config.score import IndexConfig
 from renee_ray.rank.batch import Ragged
-from renee_ray.scoring.index import Classifier, ExactSearch, Part, load_faiss
+from renee_ray.scoring.index import Classifier, Part, load_faiss
 from renee_ray.scoring.index_building import (
     Survey,
     build,
@@ -66,7 +66,7 @@ def measure(labels: int, factory: str, spread: bool) -> dict[str, Any]:
     part = Part(0, labels, survey.greatest, index)
     candidates = IndexConfig().candidates
     none = Ragged.of_lists([[]] * POINTS)
-    exact = ExactSearch(classifier)
+    exact = classifier
     return facts | swept(exact, [part], embeddings, (none, none), candidates, RECALL)
 
 

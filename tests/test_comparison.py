@@ -27,7 +27,8 @@ def planted(seed: int, skill: float, truth: int = 0) -> tuple[Terms, MetricSums]
     inverse = 1 + 5 * (counts[values] + 1.5) ** -0.55
     sums = MetricSums()
     sums.add(predicted, ragged, inverse)
-    return Terms.of(predicted, ragged, inverse, counts[values]), sums
+    bounds = 1 + 5 * (np.array([1, 2, 6, 21, 101]) - 0.5 + 1.5) ** -0.55
+    return Terms.of(predicted, ragged, inverse, bounds), sums
 
 
 def test_the_values_are_the_metrics() -> None:

@@ -113,7 +113,7 @@ def test_a_path_is_not_empty(key: str, text: str) -> None:
     [
         (["seed"], "'seed' is not of the form key=value"),
         (["=3"], "'=3' is not of the form key=value"),
-        (["a=[1"], "'a=[1' is not YAML"),
+        (["a=[1"], "'a=[1', line 1 is not valid YAML"),
         (["a=1", "a.b=2"], "'a.b' is set below 'a'"),
         (["a={b: 1, b: 2}"], "has the key 'a.b' twice"),
     ],

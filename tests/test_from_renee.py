@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from renee_ray.cli.main import main
-from renee_ray.config.from_renee import SIZES, translate
-from renee_ray.config.overrides import make_config, read_yaml
+from renee_ray.config.from_renee import translate
+from renee_ray.config.overrides import make_config, read_recipe, read_yaml
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ConfigError
 
@@ -97,7 +97,9 @@ def test_the_released_commands(
     assert (config.loss_every, encoder.compile, encoder.gradient) == (0, True, "mean")
     assert encoder.weights == ("ngame/state_dict.pt" if ngame else "")
     augmented = name.endswith("-Aug")
-    points, labels = SIZES[name.removesuffix("-Aug")]
+    about = read_recipe(name.removesuffix("-Aug").lower())[1]
+    assert about is not None and about.points
+    points, labels = about.points, about.labels
     steps = epochs * math.ceil((points + labels * augmented) / (16 * batch))
     assert config.warmup == pytest.approx(warmup / steps, rel=1e-3)
     assert config.feed.augment == float(augmented)

@@ -20,7 +20,6 @@ from renee_ray.errors import ReneeError
 from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.index import (
     Classifier,
-    ExactSearch,
     IndexSearch,
     Part,
     Search,
@@ -132,7 +131,7 @@ def test_a_sweep_reaches_the_recall_where_norms_vary(factory: str) -> None:
     weights, offsets = planted(3000, 32, spread=True)
     parts = make_parts(weights, offsets, factory, 2)
     assert parts[0].index.d == 40
-    exact = ExactSearch(Classifier(shards(weights, 1), [offsets]))
+    exact = Classifier(shards(weights, 1), [offsets])
     embeddings = near(weights, 40)
     best = exact.search(embeddings, 1)[1].tolist()
     truth = Ragged.of_lists(best), Ragged.of_lists([[] for _ in best])
@@ -148,14 +147,14 @@ def test_a_sweep_reaches_the_recall_where_norms_vary(factory: str) -> None:
 def test_coarse_codes_get_more_candidates_until_they_suffice() -> None:
     weights, offsets = planted(3000, 32, spread=True)
     parts = make_parts(weights, offsets, "IVF32,PQ10x4fs", 2)
-    exact = ExactSearch(Classifier(shards(weights, 1), [offsets]))
+    exact = Classifier(shards(weights, 1), [offsets])
     embeddings = near(weights, 40)
     truth = Ragged.of_lists([[0]] * 40), Ragged.of_lists([[]] * 40)
     found = swept(exact, parts, embeddings, truth, factor=1, wanted=0.9)
     first = [row["recall@10"] for row in found["sweep"] if row["candidates"] == 1]
     assert max(first) < 0.9, "one candidate a label suffices, so that this tests nothing"
     assert found["reached"] and found["candidates"] in (4, 16, 64, 256, 1024)
-    search = IndexSearch(exact.classifier, parts, found["effort"], found["candidates"])
+    search = IndexSearch(exact, parts, found["effort"], found["candidates"])
     there = search.search(embeddings, 10)[1].numpy()
     assert recall(there, exact.search(embeddings, 10)[1].numpy()) >= 0.9
 
@@ -220,7 +219,7 @@ def test_a_written_index_is_read_again(written: tuple[Path, Classifier]) -> None
     embeddings = near(classifier.shards[0].weights.read(0, L), 5)
     found = opened(path, classifier).search(embeddings, 7)
     exact = open_search({}, classifier)
-    assert isinstance(exact, ExactSearch) and not check_search(ScoreConfig(), "none", "ab", 0.0)
+    assert isinstance(exact, Classifier) and not check_search(ScoreConfig(), "none", "ab", 0.0)
     assert torch.equal(found[1], exact.search(embeddings, 7)[1])
 
 

@@ -78,6 +78,7 @@ FORKS = """
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     time.sleep(0.3)
 """
+AFTER_OTHER_WORK = f"\n    with unwinding():\n        pass\n{INSIDE_A_LIBRARY}"
 LINE = "renee-ray: interrupted\n"
 
 
@@ -122,7 +123,7 @@ def test_a_signal_after_the_work_is_done_loses_no_result() -> None:
     assert run(DONE, signal.SIGINT) == (0, "result\n", "")
 
 
-@pytest.mark.parametrize("body", [INSIDE_A_LIBRARY, IN_A_CALLBACK])
+@pytest.mark.parametrize("body", [INSIDE_A_LIBRARY, IN_A_CALLBACK, AFTER_OTHER_WORK])
 def test_the_end_comes_though_the_main_thread_does_not(body: str) -> None:
     """And an exception that is lost in a callback is not reported."""
     status, _, err = run(body, signal.SIGINT, clean_up_s=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.checkpoint.state import Checkpoint, CheckpointError
 from renee_ray.model.model import Model
-from renee_ray.rank.collectives import Ranks, all_sum, broadcast_bytes
+from renee_ray.rank.collectives import Ranks, all_sum, gather_bytes
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _chosen(checkpoints: Checkpoints, ranks: Ranks, damaged: set[str]) -> Checkp
                 problem = f"{checkpoints.run} has no checkpoint that can be read; see the warnings"
         except CheckpointError as error:
             problem = str(error)
-    name, problem = json.loads(broadcast_bytes(ranks, json.dumps([name, problem]).encode()))
+    name, problem = json.loads(gather_bytes(ranks, json.dumps([name, problem]).encode())[0])
     if problem:
         raise CheckpointError(problem)
     if not name:

@@ -2,7 +2,8 @@
 
     save      copies the tensors to memory that is kept for this, and returns
     thread    writes this rank's files straight to storage, with checksums
-              receipts: all ranks exchange what they have written, in a group of their own
+              receipts: all ranks exchange what they have written, in a group of their own, as
+              JSON: {file: [bytes, CRC-32]}, or null from a rank that could not write
               rank 0, if all could write: publishes the manifest, then deletes old checkpoints
     save      of the next checkpoint waits for the thread first
 
@@ -11,22 +12,21 @@ published last and deleted first.
 
 Training stands still for the copy alone. The copy needs as much host memory as the shard. Where
 one rank lacks it, all ranks write their files before `save` returns, which is logged once.
-
-Receipts, int64 [R, 7]: whether the rank failed, then bytes and CRC-32 of its classifier file, of
-the encoder and of the optimizer; -1 where it wrote none.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,8 +48,7 @@ from renee_ray.errors import reason
 from renee_ray.machine import available_bytes
 from renee_ray.model.adapters import trained_state
 from renee_ray.model.encoder import Encoder, dense_parameters
-from renee_ray.rank.collectives import Ranks, all_gather_single, all_sum, broadcast_bytes
-from renee_ray.xfc.labels import split_range
+from renee_ray.rank.collectives import Ranks, all_sum, gather_bytes
 from renee_ray.xfc.shard import Shard
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ class CheckpointWriter:
         """Agrees with the other ranks on a name and a group; rank 0 clears what a run left."""
         if self.ranks.rank == 0:
             self._clean_up(self.checkpoints.clear_uncommitted)
-        self._token = broadcast_bytes(self.ranks, secrets.token_hex(4).encode()).decode()
+        self._token = gather_bytes(self.ranks, secrets.token_hex(4).encode())[0].decode()
         if self.ranks.num_ranks > 1:
             self._group = dist.new_group(backend="gloo", timeout=commit_timeout())
         return self
@@ -152,13 +151,9 @@ class CheckpointWriter:
                 for file, tensors in own.items()
             }
         manifest = Manifest(copy.deepcopy(state), dict(metrics), {}, time.time())
-        ranges = [
-            split_range(shard.owned.num_labels, self.ranks.num_ranks, rank)
-            for rank in range(self.ranks.num_ranks)
-        ]
 
         def run() -> None:
-            self._committed = self._write(name, files, ranges, manifest)
+            self._committed = self._write(name, files, manifest)
             seconds = time.perf_counter() - started
             size = sum(t.nbytes for tensors in files.values() for t in tensors.values())
             step = manifest.state.step  # that of `state` is later by now
@@ -217,28 +212,39 @@ class CheckpointWriter:
             )  # fmt: skip
         return not bool(all_sum(self.ranks, torch.tensor(int(lacking))))
 
-    def _write(
-        self, name: str, files: Files, ranges: list[tuple[int, int]], manifest: Manifest
-    ) -> bool:
-        """Writes this rank's files; returns whether the checkpoint was committed."""
-        own: dict[str, FileFacts] = {}
-        failed = False
+    def _write(self, name: str, files: Files, manifest: Manifest) -> bool:
+        """Writes this rank's files; returns on every rank whether the checkpoint is committed."""
+        own: dict[str, FileFacts] | None = {}
         try:
-            for file, tensors in files.items():
-                own[file] = self.checkpoints.write(f"{name}/{file}", tensors)
+            own = {file: self.checkpoints.write(f"{name}/{file}", files[file]) for file in files}
         except Exception as error:  # whatever it is, the others wait for this rank's receipt
-            failed = True
+            own = None
             log.warning(
                 "rank %d cannot write checkpoint %s (%s): it is left out, training goes on",
                 self.ranks.rank, name, reason(error),
             )  # fmt: skip
-        everyone = self._receipts(own, failed)
         committed = False
-        if self.ranks.rank == 0 and everyone is not None:
-            committed = self._commit(name, _named(everyone, ranges), manifest)
-        if self.ranks.rank == 0 and not committed:
-            self._clean_up(lambda: self.checkpoints.delete(name))
-        return everyone is not None and self._agreed(committed)
+        try:
+            everyone = self._exchanged(own and {file: astuple(own[file]) for file in own})
+            if self.ranks.rank == 0:
+                if None not in everyone:
+                    named = {file: each[file] for each in everyone for file in each}
+                    whole = {file: FileFacts(*facts) for file, facts in named.items()}
+                    committed = self._commit(name, whole, manifest)
+                if not committed:
+                    self._clean_up(lambda: self.checkpoints.delete(name))
+            return bool(self._exchanged(committed)[0])
+        except RuntimeError as error:  # a peer died: this worker is about to be stopped too
+            log.warning("whether checkpoint %s is committed is not known: %s", name, reason(error))
+            self._broken = reason(error)
+            if self.ranks.rank == 0 and not committed:
+                self._clean_up(lambda: self.checkpoints.delete(name))
+            return False
+
+    def _exchanged(self, own: Any) -> list[Any]:
+        """Returns what every rank gives, in rank order, by way of JSON."""
+        given = gather_bytes(self.ranks, json.dumps(own).encode(), self._group)
+        return [json.loads(each) for each in given]
 
     def _commit(self, name: str, files: dict[str, FileFacts], manifest: Manifest) -> bool:
         """Publishes the manifest, then deletes old checkpoints; rank 0 alone."""
@@ -264,57 +270,3 @@ class CheckpointWriter:
             delete()
         except Exception as error:
             log.warning("old checkpoints of %s remain (%s)", self.checkpoints.run, reason(error))
-
-    def _receipts(
-        self, own: dict[str, FileFacts], failed: bool
-    ) -> list[dict[str, FileFacts]] | None:
-        """Exchanges what every rank has written; None if one could not write, or is gone."""
-        kinds = ("", ENCODER, OPTIMIZER)  # "": the classifier's
-        row = torch.full((1 + 2 * len(kinds),), -1, dtype=torch.int64)
-        row[0] = int(failed)
-        for file, facts in own.items():
-            at = 1 + 2 * (kinds.index(file) if file in kinds else 0)
-            row[at], row[at + 1] = facts.bytes, facts.header_crc32
-        rows = torch.empty(self.ranks.num_ranks * len(row), dtype=torch.int64)
-        try:
-            if self._group is None:
-                rows = row
-            else:
-                all_gather_single(rows, row, self._group)
-        except RuntimeError as error:  # a peer died: this worker is about to be stopped too
-            log.warning("a checkpoint is left out: %s", reason(error))
-            self._broken = reason(error)
-            return None
-        found = rows.view(self.ranks.num_ranks, -1).tolist()
-        if any(each[0] for each in found):
-            return None
-        return [
-            {
-                kind: FileFacts(each[1 + 2 * i], each[2 + 2 * i])
-                for i, kind in enumerate(kinds)
-                if each[1 + 2 * i] >= 0
-            }
-            for each in found
-        ]
-
-    def _agreed(self, committed: bool) -> bool:
-        """Returns rank 0's `committed` on every rank."""
-        flag = torch.tensor(int(committed))
-        if self._group is not None:
-            try:
-                dist.broadcast(flag, 0, group=self._group)
-            except RuntimeError as error:
-                log.warning("whether a checkpoint was committed is not known: %s", reason(error))
-                self._broken = reason(error)
-                return False
-        return bool(flag)
-
-
-def _named(
-    everyone: list[dict[str, FileFacts]], ranges: list[tuple[int, int]]
-) -> dict[str, FileFacts]:
-    return {
-        kind or shard_name(*ranges[rank]): facts
-        for rank, files in enumerate(everyone)
-        for kind, facts in files.items()
-    }

@@ -11,22 +11,13 @@ from typing import Any, NoReturn
 
 import yaml
 
-from renee_ray.config.overrides import make_config
+from renee_ray.config.overrides import make_config, read_recipe
+from renee_ray.config.recipes import recipe_names
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ConfigError
 
 GPUS = 16
 """The number of GPUs that the released commands are written for."""
-SIZES = {
-    "AmazonTitles-670K": (485_176, 670_091), "Amazon-670K": (490_449, 670_091),
-    "AmazonTitles-3M": (1_712_536, 2_812_281), "Amazon-3M": (1_717_899, 2_812_281),
-    "Wiki-500K": (1_779_881, 501_070), "LF-AmazonTitles-131K": (294_805, 131_073),
-    "LF-Amazon-131K": (294_805, 131_073), "LF-WikiSeeAlso-320K": (693_082, 312_330),
-    "LF-AmazonTitles-1.3M": (2_248_619, 1_305_265), "LF-Wikipedia-500K": (1_813_391, 501_070),
-}  # fmt: skip
-"""Training points and labels. Sources: of the LF datasets LEVER (ICLR 2024), appendix B; of
-Amazon-670K, Amazon-3M and Wiki-500K PECOS' data; of AmazonTitles the Extreme Classification
-Repository, which nobody has looked up again."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +66,7 @@ def translate(
     Args:
         gpus: those it ran on; 0: 1 with --device, else 16.
         data: the dataset directory; empty: named after --data-dir.
-        points, labels: of the dataset; 0: as SIZES says.
+        points, labels: of the dataset; 0: as the recipe of its name says.
 
     Raises:
         ConfigError: an unknown flag, a bad value, or a dataset of unknown size.
@@ -94,8 +85,9 @@ def translate(
         raise ConfigError(f"{unread[0]!r:.80} is no flag of the released main.py; leave it out")
     name = given.dataset or PurePosixPath(given.data_dir).name
     base, augmented = name.removesuffix("-Aug"), name.endswith("-Aug")
-    known_points, known_labels = SIZES.get(base, (0, 0))
-    points, labels = points or known_points, labels or known_labels
+    if not points and base.lower() in recipe_names():
+        about = read_recipe(base.lower())[1]
+        points, labels = (about.points or 0, about.labels) if about else (0, 0)
     if not points:
         raise ConfigError(
             f"the size of {name or 'the dataset'!r} is not known, and --warmup counts steps; give "

@@ -12,24 +12,10 @@ from typing import Any
 
 import yaml
 
+from renee_ray.errors import SHOWN, ConfigError
+
 COMMAND_LINE = "the command line"
 NULLS = ("null", "~")
-
-
-class NotYaml(Exception):
-    """Raised for text that is not YAML, or not the YAML of a configuration.
-
-    The message is empty or begins with a colon: the caller writes the start of the sentence.
-    line: counted from 1; 0 where it is not known.
-    """
-
-    def __init__(self, text: str = "", line: int = 0) -> None:
-        super().__init__(text)
-        self.line = line
-
-
-class WrongKey(NotYaml):
-    """Raised for a key that cannot be where it is. The message is a whole sentence."""
 
 
 class Layer(dict[str, Any]):
@@ -43,15 +29,15 @@ class Layer(dict[str, Any]):
         """Sets a dotted key; an earlier value is replaced.
 
         Raises:
-            WrongKey: another key stands in the way.
+            ConfigError: another key stands in the way.
         """
         *parents, leaf = key.split(".")
         node: dict[str, Any] = self
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise WrongKey(
-                    f"{key!r:.80} is set below {parent!r:.80}, which has a value already"
+                raise ConfigError(
+                    f"{place}: {key!r:.80} is set below {parent!r:.80}, which has a value already"
                 )
         node[leaf] = value
         self.places[key] = place
@@ -76,22 +62,14 @@ class _Loader(yaml.BaseLoader):
 def parse_file(text: str, name: str) -> Layer:
     """Returns the layer of a file's text, in which a key may be dotted and may stand only once.
 
-    Args:
-        name: the file's name.
-
     Raises:
-        NotYaml: the text is not YAML, or it has a WrongKey.
+        ConfigError: the text is not YAML, or not the YAML of a configuration.
     """
-    layer = Layer()
-    root = _composed(text)
+    layer, root = Layer(), _composed(text, name)
     if not isinstance(root, yaml.MappingNode):
-        raise WrongKey("it holds no mapping of keys to values")
-    for key, node, line in _leaves(root, "", set()):
-        try:
-            layer.add(key, _value(node), f"{name}, line {line}")
-        except NotYaml as error:
-            error.line = line
-            raise
+        raise ConfigError(f"{name}: it holds no mapping of keys to values")
+    for key, node, place in _leaves(root, "", name, set()):
+        layer.add(key, _value(node, place), place)
     return layer
 
 
@@ -99,51 +77,51 @@ def add_override(layer: Layer, key: str, text: str) -> None:
     """Adds a value of the command line: a list, a mapping, or else one scalar up to its end.
 
     Raises:
-        NotYaml: a list, a mapping or a quoted text is not YAML, or there is a WrongKey.
+        ConfigError: a list, a mapping or a quoted text is not YAML, or another key is in the way.
     """
     if text[:1] not in ("[", "{", '"', "'"):
         layer.add(key, None if text in NULLS else text, COMMAND_LINE)
         return
-    node = _composed(text)
+    where = f"the value of {f'{key}={text}'!r:.{SHOWN}}"
+    node = _composed(text, where)
     assert node is not None
     leaves = [(key, node)]
     if isinstance(node, yaml.MappingNode) and node.value:
-        leaves = [(name, below) for name, below, _ in _leaves(node, f"{key}.", set())]
+        leaves = [(name, below) for name, below, _ in _leaves(node, f"{key}.", where, set())]
     for name, below in leaves:
-        layer.add(name, _value(below), COMMAND_LINE)
+        layer.add(name, _value(below, where), COMMAND_LINE)
 
 
 def _leaves(
-    node: yaml.MappingNode, prefix: str, seen: set[str]
-) -> Iterator[tuple[str, yaml.Node, int]]:
-    """Yields (dotted key, value, line) of each key in a mapping and in the mappings below it."""
+    node: yaml.MappingNode, prefix: str, where: str, seen: set[str]
+) -> Iterator[tuple[str, yaml.Node, str]]:
+    """Yields (dotted key, value, place) of each key in a mapping and in the mappings below it."""
     for key, value in node.value:
-        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        name, place = f"{prefix}{key.value}", f"{where}, line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
-            raise NotYaml(": a key is no word", line)
+            raise ConfigError(f"{place}: a key is no word")
         if name in seen:
-            raise NotYaml(f": it has the key {name!r:.80} twice", line)
+            raise ConfigError(f"{place} has the key {name!r:.80} twice; leave one out")
         seen.add(name)
         if isinstance(value, yaml.MappingNode) and value.value:
-            yield from _leaves(value, f"{name}.", seen)
+            yield from _leaves(value, f"{name}.", where, seen)
         else:
-            yield name, value, line
+            yield name, value, place
 
 
-def _value(node: yaml.Node) -> Any:
+def _value(node: yaml.Node, where: str) -> Any:
     """Returns the value of a node."""
     try:
         return _Loader("").construct_document(node)
     except yaml.YAMLError as error:
-        raise NotYaml from error
+        raise ConfigError(f"{where} is not valid YAML; quote or correct it") from error
 
 
-def _composed(text: str) -> yaml.Node | None:
+def _composed(text: str, where: str) -> yaml.Node | None:
     """Returns the only document in a text; None where the text is empty."""
     try:
         return _Loader(text).get_single_node()
-    except RecursionError:
-        raise NotYaml(": it is nested too deeply") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise NotYaml("", mark.line + 1 if mark else 0) from error
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line} is not valid YAML; quote or correct it") from error

@@ -13,14 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from renee_ray.config.grammar import (
-    COMMAND_LINE,
-    Layer,
-    NotYaml,
-    WrongKey,
-    add_override,
-    parse_file,
-)
+from renee_ray.config.grammar import COMMAND_LINE, Layer, add_override, parse_file
 from renee_ray.config.recipes import About, find_recipe
 from renee_ray.config.schema import Config, RunConfig
 from renee_ray.errors import SHOWN, ConfigError
@@ -41,14 +34,7 @@ def parse_overrides(arguments: Iterable[str]) -> Layer:
         key, equals, text = argument.partition("=")
         if not equals or not key:
             raise ConfigError(f"argument {argument!r} is not of the form key=value")
-        try:
-            add_override(layer, key, text)
-        except WrongKey as error:
-            raise ConfigError(str(error)) from None
-        except NotYaml as error:
-            raise ConfigError(
-                f"the value of {argument!r:.{SHOWN}} is not YAML{error}; quote it"
-            ) from error
+        add_override(layer, key, text)
     return layer
 
 
@@ -117,10 +103,6 @@ def _parsed(path: str) -> Layer:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: it is not in UTF-8") from error
-    except NotYaml as error:
-        line = f", line {error.line}" if error.line else ""
-        what = f": {error}" if isinstance(error, WrongKey) else f" is not valid YAML{error}"
-        raise ConfigError(f"{path}{line}{what}") from error
 
 
 def keys_of(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

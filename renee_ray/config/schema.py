@@ -59,7 +59,7 @@ class ConvertConfig(Config):
     """Rows of a part file; 0: 2,048, or so many that no split has more than about 1,000 files."""
     propensity_a: float = Field(0.55, gt=0)
     """A of the propensity model (Jain et al., KDD 2016)."""
-    propensity_b: float = Field(1.5, ge=0)
+    propensity_b: float = Field(1.5, gt=0)
     """B of the propensity model."""
     overwrite: bool = False
     """Replace a dataset that is already at DST."""

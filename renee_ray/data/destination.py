@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from renee_ray.data import storage
+from renee_ray.data.untrusted import object_or_empty
 from renee_ray.errors import ReneeError
 
 SCRATCH = "_scratch"
@@ -172,7 +173,7 @@ class Destination:
     def _claimed(self) -> dict[str, Any] | None:
         """What the claim says, `signature` and `writing` if it is whole; None: there is none."""
         content = storage.read_file(f"{self.path}/{self.kind.claim}")
-        return None if content is None else _object(content)
+        return None if content is None else object_or_empty(content)
 
     def _write_claim(self, signature: str, *, writing: bool = False) -> None:
         storage.make_directory(self.path)
@@ -183,7 +184,7 @@ class Destination:
     def _is_complete(self) -> bool:
         """Whether there is a manifest of ours, of whatever version."""
         content = storage.read_file(f"{self.path}/{self.kind.manifest}")
-        return content is not None and self.kind.keys <= _object(content).keys()
+        return content is not None and self.kind.keys <= object_or_empty(content).keys()
 
     def _refuse_complete(self) -> None:
         if not self.overwrite and self._is_complete():
@@ -207,15 +208,6 @@ class Destination:
             else:
                 paths.append(name)
         return sorted(paths)
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    """Parses an object in JSON; empty where it is none."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def refuse_overlap(src: str, dst: str) -> None:

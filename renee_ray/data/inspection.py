@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset, DatasetError, Part
@@ -25,20 +24,6 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 SHOWN_LABELS = 10
 SHOWN_TEXT, SHOWN_LABEL_TEXT = 400, 80
 """Characters that are shown of a point's text and of a label's."""
-
-
-@dataclass
-class _Counts:
-    """tokens: int64 [n], rows of each length; labels: points of each number of labels."""
-
-    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, other: _Counts) -> None:
-        self.tokens = _added(self.tokens, other.tokens)
-        self.labels = _added(self.labels, other.labels)
-        self.problems += other.problems
 
 
 def inspect(dataset: Dataset, *, samples: int = 3, verify: bool = False) -> dict[str, Any]:
@@ -57,21 +42,25 @@ def inspect(dataset: Dataset, *, samples: int = 3, verify: bool = False) -> dict
     Raises:
         DatasetError: without `verify`, a part is damaged.
     """
-    problems = list(dataset.wrong_files()) if verify else []
-    counts = {}
-    for split, parts in dataset.manifest.splits.items():
-        counts[split] = _Counts()
+    manifest, problems = dataset.manifest, list(dataset.wrong_files()) if verify else []
+    tokens = {split: Counter[int]() for split in manifest.splits}
+    labels = {split: Counter[int]() for split in manifest.splits}
+    for split, parts in manifest.splits.items():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for each in pool.map(functools.partial(_scan, dataset, verify), parts):
-                counts[split].add(each)
-        problems += counts[split].problems
-    facts = _facts(dataset, counts)
+            for counted, wrong in pool.map(functools.partial(_scan, dataset, verify), parts):
+                tokens[split].update(counted[0])
+                labels[split].update(counted[1])
+                problems += wrong
+    facts = _facts(dataset, tokens, labels)
     if not problems:
         facts["samples"] = _samples(dataset, samples)
     return facts | ({"problems": problems} if verify else {})
 
 
-def _scan(dataset: Dataset, verify: bool, part: Part) -> _Counts:
+def _scan(
+    dataset: Dataset, verify: bool, part: Part
+) -> tuple[tuple[Counter[int], Counter[int]], list[str]]:
+    """Returns how many rows of a part have so many tokens, and labels; and what is wrong."""
     problems = []
     try:
         if verify and dataset.checksum(part) != part.sha256:
@@ -82,14 +71,21 @@ def _scan(dataset: Dataset, verify: bool, part: Part) -> _Counts:
     except (OSError, DatasetError) as error:
         if not verify:
             raise
-        return _Counts(problems=[*problems, str(error)])
-    counts = _Counts(np.bincount(list_lengths(table["input_ids"])), problems=problems)
-    if "labels" in table.column_names:
-        counts.labels = np.bincount(list_lengths(table["labels"]))
-    return counts
+        return (Counter(), Counter()), [*problems, str(error)]
+    return (_counted(table, "input_ids"), _counted(table, "labels")), problems
 
 
-def _facts(dataset: Dataset, counts: dict[str, _Counts]) -> dict[str, Any]:
+def _counted(table: pa.Table, name: str) -> Counter[int]:
+    """Counts the lists of each length in a column, if it is there."""
+    if name not in table.column_names:
+        return Counter()
+    lengths, counts = np.unique(list_lengths(table[name]), return_counts=True)
+    return Counter(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+
+
+def _facts(
+    dataset: Dataset, tokens: dict[str, Counter[int]], labels: dict[str, Counter[int]]
+) -> dict[str, Any]:
     manifest = dataset.manifest
     of_labels = manifest.statistics.get("labels", {})
     return {
@@ -100,18 +96,19 @@ def _facts(dataset: Dataset, counts: dict[str, _Counts]) -> dict[str, Any]:
         "points": {split: manifest.num_points(split) for split in POINT_SPLITS},
         "parts": {split: len(parts) for split, parts in manifest.splits.items()},
         "bytes": sum(part.size for parts in manifest.splits.values() for part in parts),
-        "tokens_a_row": {split: _distribution(counts[split].tokens) for split in counts},
-        "labels_a_point": {s: _distribution(counts[s].labels) for s in POINT_SPLITS},
+        "tokens_a_row": {split: _distribution(counted) for split, counted in tokens.items()},
+        "labels_a_point": {split: _distribution(labels[split]) for split in POINT_SPLITS},
         "share_of_labels_by_points": of_labels.get("share_of_labels_by_train_count", {}),
         "share_of_pairs_by_points": of_labels.get("share_of_pairs_by_train_count", {}),
     }
 
 
-def _distribution(counts: NDArray[np.int64]) -> dict[str, Any]:
+def _distribution(counted: Counter[int]) -> dict[str, Any]:
     """Returns mean, quantiles and a histogram by powers of two of values given by their counts."""
-    total = int(counts.sum())
-    if total == 0:
+    if not (total := counted.total()):
         return {}
+    counts = np.zeros(max(counted) + 1, dtype=np.int64)
+    counts[[*counted]] = [*counted.values()]
     reached = np.cumsum(counts) / total
     quantiles = {f"p{round(q * 100)}": int(np.searchsorted(reached, q - 1e-12)) for q in QUANTILES}
     histogram, low = {}, 0
@@ -160,10 +157,3 @@ def label_text(dataset: Dataset, label: int) -> str:
 def shortened(text: str, limit: int) -> str:
     """Cuts a text to about `limit` characters, and then says how long it is."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
-
-
-def _added(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    out = np.zeros(max(len(a), len(b)), dtype=np.int64)
-    out[: len(a)] += a
-    out[: len(b)] += b
-    return out

@@ -18,7 +18,7 @@ divides S, and by the R / S workers that share its slots where S divides R.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,15 +28,6 @@ from renee_ray.xfc.labels import split_range
 
 OTHER_TEXTS = "other_texts"
 """Split of a source or span that counts only labels that are not themselves points."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A part file: its split, its number of rows, and the split's row that it begins with."""
-
-    split: str
-    first: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -52,11 +43,11 @@ class Span:
 class Order:
     """The order of one epoch.
 
-    sources: in the order of the epoch; total: their rows, N.
+    sources: the rows of each part file, in the order of the epoch; total: all rows, N.
     shuffled: False keeps the stored order of sources and of batches (for scoring).
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[Span, ...]
     batch_size: int
     streams: int
     window: int
@@ -67,7 +58,7 @@ class Order:
     @cached_property
     def _starts(self) -> np.ndarray:
         """Rows before each source, then all rows."""
-        return np.cumsum([0, *(source.rows for source in self.sources)])
+        return np.cumsum([0, *(part.stop - part.start for part in self.sources)])
 
     @property
     def total(self) -> int:
@@ -103,7 +94,9 @@ class Order:
         first, end = split_range(self.total, self.streams, stream)
         size = self.window * self.per_stream
         start, stop = min(first + window * size, end), min(first + (window + 1) * size, end)
-        return list(self._cut(start, stop))
+        cut = overlapping(self._starts, start, stop)
+        parts = ((self.sources[i], low, high) for i, low, high in cut)
+        return [Span(part.split, part.start + low, part.start + high) for part, low, high in parts]
 
     def arrange(
         self, lengths: np.ndarray, stream: int, window: int, slots: range
@@ -134,14 +127,21 @@ class Order:
         ordered = np.concatenate([cut, rows[full * size :]])
         return ordered[own], window * self.window + batch[own]
 
-    def _cut(self, start: int, stop: int) -> Iterator[Span]:
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for source, offset in zip(self.sources[first:], self._starts[first:], strict=False):
-            if offset >= stop:
-                return
-            lo, hi = max(start - int(offset), 0), min(stop - int(offset), source.rows)
-            if lo < hi:
-                yield Span(source.split, source.first + lo, source.first + hi)
+
+def overlapping(
+    starts: Sequence[int] | np.ndarray, start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yields (i, low, high) of each range [starts[i], starts[i + 1]) with some of [start, stop).
+
+    Its elements low to high, counted from its own start, are in there.
+    """
+    i = int(np.searchsorted(starts, start, side="right")) - 1
+    while i < len(starts) - 1 and starts[i] < stop:
+        first, end = int(starts[i]), int(starts[i + 1])
+        low, high = max(start - first, 0), min(stop, end) - first
+        if low < high:
+            yield i, low, high
+        i += 1
 
 
 def training_order(
@@ -184,6 +184,8 @@ def scoring_order(
     )
 
 
-def _sources(split: str, parts: list[int]) -> list[Source]:
-    firsts = np.concatenate([[0], np.cumsum(parts)])
-    return [Source(split, int(firsts[i]), rows) for i, rows in enumerate(parts) if rows]
+def _sources(split: str, parts: list[int]) -> list[Span]:
+    firsts = np.cumsum([0, *parts])
+    return [
+        Span(split, int(firsts[i]), int(firsts[i]) + rows) for i, rows in enumerate(parts) if rows
+    ]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from renee_ray.data.dataset import POINTS, Dataset, Manifest, Part
-from renee_ray.data.order import OTHER_TEXTS, Order, Span
+from renee_ray.data.order import OTHER_TEXTS, Order, Span, overlapping
 from renee_ray.data.targets import Targets
 
 BATCH = "batch"
@@ -127,14 +127,10 @@ def _pieces(
     targets = targets if span.split == "train" else None
     begins = starts[span.split]
     parts = manifest.splits["labels" if span.split == OTHER_TEXTS else span.split]
-    index = int(np.searchsorted(begins, span.start, side="right")) - 1
-    while index < len(parts) and (first := int(begins[index])) < span.stop:
-        count = int(begins[index + 1]) - first
-        start, stop = max(span.start - first, 0), min(span.stop - first, count)
-        if start < stop:
-            taught = targets and targets.within(first + start, first + stop)
-            yield Piece(span.split, parts[index], count, start, stop, taught)
-        index += 1
+    for i, start, stop in overlapping(begins, span.start, span.stop):
+        first, count = int(begins[i]), int(begins[i + 1] - begins[i])
+        taught = targets and targets.within(first + start, first + stop)
+        yield Piece(span.split, parts[i], count, start, stop, taught)
 
 
 def _numbered(table: pa.Table, first: int) -> pa.Table:

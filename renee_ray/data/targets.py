@@ -34,7 +34,7 @@ from renee_ray.data.storage import (
     patiently,
     read_file,
 )
-from renee_ray.data.untrusted import parse_json, read_row_groups
+from renee_ray.data.untrusted import object_or_empty, read_row_groups
 from renee_ray.errors import ReneeError, reason
 
 PREDICTED, PROBABILITIES = "predicted", "probabilities"
@@ -84,10 +84,7 @@ class Targets:
         path, rows = absolute(path), dataset.manifest.num_points("train")
         names = [match[1] for each in listing(path) if (match := _PART.fullmatch(each.base_name))]
         parts = sorted(map(int, names))
-        try:
-            found = dict(parse_json(read_file(f"{path}/{MANIFEST}") or b"{}"))
-        except (ValueError, TypeError):
-            found = {}
+        found = object_or_empty(read_file(f"{path}/{MANIFEST}") or b"")
         told = found.get("split"), found.get("points")
         if told != ("train", rows) or parts[:1] != [0] or parts[-1] >= rows:
             raise ReneeError(

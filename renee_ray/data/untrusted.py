@@ -30,6 +30,15 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def object_or_empty(content: bytes) -> dict[str, Any]:
+    """Parses an object in JSON; empty where it is none."""
+    try:
+        found = parse_json(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def first_problem(error: ValidationError) -> str:
     """Returns the first problem that pydantic found, as the predicate of a sentence on a file."""
     first = error.errors(include_url=False)[0]

@@ -9,7 +9,7 @@ import torch
 from renee_ray.config.schema import RunConfig
 from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.remembered import Remembered
-from renee_ray.rank.collectives import Ranks, all_max, broadcast_bytes
+from renee_ray.rank.collectives import Ranks, all_max, gather_bytes
 from renee_ray.xfc.device import choose_precision, native_narrow
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -47,6 +47,6 @@ def build_model(
     momentum = config.classifier.momentum > 0
     # All ranks use rank 0's choice, whatever devices they have: a checkpoint has one precision.
     chosen = precision or choose_precision(config.classifier.precision, *native_narrow(device))
-    precision = broadcast_bytes(ranks, chosen.encode()).decode()
+    precision = gather_bytes(ranks, chosen.encode())[0].decode()
     weights = Weights(precision, len(owned), encoder.dim, momentum, device)
     return Model(encoder, Shard(owned, weights, config.classifier.chunk))

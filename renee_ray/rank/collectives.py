@@ -123,34 +123,24 @@ def gather_rows(ranks: Ranks, own: Tensor, counts: list[int]) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
-class PendingRows:
-    """Rows [b, D] that a collective is filling, of which the first b_r are this rank's."""
-
-    rows: Tensor
-    count: int
-    work: dist.Work | None = None
-
-    def wait(self) -> Tensor:
-        """Waits for the collective; returns own rows, [b_r, D]."""
-        if self.work is not None:
-            self.work.wait()
-        return self.rows[: self.count]
-
-
-def scatter_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> PendingRows:
+def scatter_rows(ranks: Ranks, everyone: Tensor, counts: list[int]) -> Callable[[], Tensor]:
     """Starts the adjoint of `gather_rows`: [B, D] float32 on each rank -> own rows of the sum.
 
-    It runs beside whatever follows.
+    It runs beside whatever follows. Returns what waits for it and gives own rows, [b_r, D].
     """
     if ranks.num_ranks == 1:
-        return PendingRows(everyone, counts[ranks.rank])
+        return lambda: everyone
     padded = everyone.new_zeros(ranks.num_ranks, max(counts), everyone.shape[1])
     for rank, rows in enumerate(everyone.split(counts)):
         padded[rank, : len(rows)] = rows
     own = everyone.new_empty(max(counts), everyone.shape[1])
     work = reduce_scatter_single(own, padded.flatten(0, 1), ranks.tensors)
-    return PendingRows(own, counts[ranks.rank], work)
+
+    def wait() -> Tensor:
+        work.wait()
+        return own[: counts[ranks.rank]]
+
+    return wait
 
 
 def route(
@@ -240,17 +230,18 @@ def all_max(ranks: Ranks, values: Tensor) -> Tensor:
     return values
 
 
-def broadcast_bytes(ranks: Ranks, content: bytes) -> bytes:
-    """Returns the `content` of rank 0 on every rank."""
+def gather_bytes(ranks: Ranks, own: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """Gathers the bytes of every rank, in rank order; group: None: the ranks' host group."""
     if ranks.num_ranks == 1:
-        return content
-    size = torch.tensor(len(content))
-    dist.broadcast(size, 0, group=ranks.host)
-    received = torch.zeros(int(size), dtype=torch.uint8)
-    if ranks.rank == 0:
-        received = torch.tensor(list(content), dtype=torch.uint8)
-    dist.broadcast(received, 0, group=ranks.host)
-    return bytes(received.tolist())
+        return [own]
+    group = ranks.host if group is None else group
+    sizes = torch.empty(ranks.num_ranks, dtype=torch.int64)
+    all_gather_single(sizes, torch.tensor([len(own)]), group)
+    padded = torch.tensor(list(own.ljust(int(sizes.max()), b"\0")), dtype=torch.uint8)
+    everyone = padded.repeat(ranks.num_ranks)
+    all_gather_single(everyone, padded, group)
+    rows = everyone.view(ranks.num_ranks, -1).tolist()
+    return [bytes(row[:size]) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
 def gather_numbers(ranks: Ranks, own: list[float]) -> list[list[float]]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from renee_ray.rank.batch import Ragged
-from renee_ray.scoring.metrics import CLASS_K, CLASSES, KS, RECALL_KS, point_terms
+from renee_ray.scoring.metrics import CLASS_K, CLASSES, METRICS, point_terms
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -30,6 +30,7 @@ SAMPLES = 2000
 BLOCK = 1 << 22
 """Most weights of samples in memory at once."""
 LEVEL = 0.05
+SHOWN = ("P@1", "P@5", "nDCG@5", "PSP@1", "PSP@5", "recall@10", "recall@100")
 
 
 @dataclass(frozen=True)
@@ -41,34 +42,20 @@ class Terms:
     denominator: Floats
 
     @classmethod
-    def of(cls, predicted: Ints, true: Ragged, inverse_propensity: Floats, counts: Ints) -> Terms:
-        """Computes P and PSP at 1 and 5, nDCG@5, recall at 10 and 100, and recall@5 by frequency.
+    def of(
+        cls, predicted: Ints, true: Ragged, inverse_propensity: Floats, bounds: Floats | None
+    ) -> Terms:
+        """Computes SHOWN, and recall@5 by frequency.
 
         Args:
             predicted: [n, K] label ids, best first, -1 for none.
-            inverse_propensity, counts: [m], of each true label; training points of it.
+            inverse_propensity: [m], of each true label; bounds: as of `MetricSums`.
         """
-        terms = point_terms(predicted, true, inverse_propensity)
-        n = len(predicted)
-        one = np.ones(n)
-        rows = {
-            f"{name}@{k}": (terms.at_k[top, i], one if below is None else terms.at_k[below, i])
-            for name, top, below in (("P", 0, None), ("nDCG", 1, None), ("PSP", 2, 3))
-            for i, k in enumerate(KS)
-            if k != 3 and (name, k) != ("nDCG", 1)  # which is P@1
-        }
-        rows |= {f"recall@{k}": (terms.recall[i], one) for i, k in enumerate(RECALL_KS)}
-        point, found = true.pairs()[0], np.zeros(len(true.values))
-        found[terms.place[:, :CLASS_K][terms.hit[:, :CLASS_K]]] = 1.0
-        for name, (low, high) in CLASSES.items():
-            member = (counts >= low) & (counts <= high)
-            if member.any():
-                rows[f"recall@{CLASS_K}, labels of {name}"] = (
-                    np.bincount(point[member], found[member], n),
-                    np.bincount(point[member], minlength=n).astype(float),
-                )
-        numerator, denominator = (np.stack(side) for side in zip(*rows.values(), strict=True))
-        return cls(tuple(rows), numerator, denominator)
+        terms = point_terms(predicted, true, inverse_propensity, bounds)
+        names = (*METRICS, *(f"recall@{CLASS_K}, labels of {name}" for name in CLASSES))
+        shown = [name in SHOWN or i >= len(METRICS) for i, name in enumerate(names)]
+        kept = np.flatnonzero(shown & terms[1].any(axis=1))
+        return cls(tuple(names[i] for i in kept), *terms[:, kept])
 
     def values(self) -> Floats:
         """Returns the metrics in percent, float64 [M]."""

@@ -117,17 +117,10 @@ class Classifier:
                 here[row, place] = found if offset is None else found + offset[local]
         return scores
 
-
-@dataclass(frozen=True)
-class ExactSearch:
-    """Scores every label."""
-
-    classifier: Classifier
-
     def search(
         self, embeddings: Tensor, k: int, excluded: Pairs | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Finds the k best labels of each row of embeddings, float32 [B, D].
+        """Finds the k best labels of each row of embeddings, float32 [B, D], by scoring them all.
 
         excluded: pairs of a row and a label that are not to be found, of a single shard.
 
@@ -135,9 +128,8 @@ class ExactSearch:
             (scores float32 [B, k] descending, labels int64 [B, k], global ids), with label `NONE`
             and score -inf where fewer than k are found
         """
-        both = zip(self.classifier.shards, self.classifier.offsets, strict=True)
-        found = [shard_topk(shard, embeddings, k, excluded, offset) for shard, offset in both]
-        return join(found, k)
+        both = zip(self.shards, self.offsets, strict=True)
+        return join([shard_topk(each, embeddings, k, excluded, b) for each, b in both], k)
 
 
 @dataclass(frozen=True)
@@ -196,7 +188,7 @@ class IndexSearch:
     def search(
         self, embeddings: Tensor, k: int, excluded: Pairs | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `ExactSearch.search`; a row gets fewer than k labels where the index finds fewer."""
+        """As `Classifier.search`; a row gets fewer than k labels where the index finds fewer."""
         load_faiss().omp_set_num_threads(torch.get_num_threads())
         start, stop = self.classifier.start, self.classifier.stop
         number = self.factor * max(k, FEWEST)
@@ -220,7 +212,7 @@ class IndexSearch:
         return merge_topk([scores], [labels], k)
 
 
-Search = ExactSearch | IndexSearch
+Search = Classifier | IndexSearch
 
 
 def index_of(model: str) -> str:
@@ -265,7 +257,7 @@ def check_search(settings: Searched, run: str, model: str, tail: float) -> dict[
 def open_search(facts: dict[str, Any], classifier: Classifier) -> Search:
     """Opens search by the index that `check_search` found, or exact search."""
     if not facts:
-        return ExactSearch(classifier)
+        return classifier
     parts = read_parts(facts["path"], facts["ranges"], classifier)
     return IndexSearch(classifier, parts, int(facts["effort"]), int(facts["candidates"]))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.rank.batch import Ragged
-from renee_ray.scoring.index import ExactSearch, IndexSearch, Part, Search, load_faiss
+from renee_ray.scoring.index import Classifier, IndexSearch, Part, Search, load_faiss
 from renee_ray.scoring.metrics import KS, find_hits
 from renee_ray.xfc.labels import NONE
 
@@ -33,7 +33,7 @@ Truth = tuple[Ragged, Ragged]
 
 
 def swept(
-    exact: ExactSearch,
+    exact: Classifier,
     parts: Sequence[Part],
     embeddings: Tensor,
     truth: Truth,
@@ -55,7 +55,7 @@ def swept(
         recall at 1, 10 and 100 in [0, 1], the points of P@k that are lost, in percent, and queries
         a second
     """
-    number = exact.classifier.stop
+    number = exact.stop
     ks = sorted({min(k, number) for k in RECALLS})
     found = {k: exact.search(embeddings, k)[1].numpy() for k in ks}
     at = min(COMPARED, number)
@@ -66,7 +66,7 @@ def swept(
     while True:
         reached: list[float] = []
         for effort in efforts:
-            search = IndexSearch(exact.classifier, parts, effort, factor)
+            search = IndexSearch(exact, parts, effort, factor)
             row = {"effort": effort, "candidates": factor}
             sweep.append(row | _measured(search, embeddings, truth, found, best))
             reached.append(sweep[-1][key])

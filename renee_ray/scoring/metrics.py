@@ -24,12 +24,11 @@ and adds zero everywhere (0/0 := 0). Comparison with other evaluators: docs/metr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from renee_ray.errors import ReneeError
 from renee_ray.rank.batch import Ragged
 
 Ints = npt.NDArray[np.int64]
@@ -49,8 +48,10 @@ CLASSES = {"1": (1, 1), "2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), ">1
 CLASS_K = 5
 """Cut-off of the recall by class."""
 
-# Rows of PointTerms.at_k.
-_HITS, _NDCG, _PS_HITS, _PS_BEST, _PSDCG_HITS, _PSDCG_BEST = range(6)
+METRICS = (
+    *(f"{name}@{k}" for name in ("P", "nDCG", "PSP", "PSnDCG") for k in KS),
+    *(f"recall@{k}" for k in RECALL_KS),
+)
 
 
 def best_tail(table: Iterable[Mapping[str, float]], own: float) -> float:
@@ -70,16 +71,8 @@ def inverse_propensity(train_count: npt.ArrayLike, num_points: int, a: float, b:
     train_count: ints, any shape: N_l, training points of each label, unaugmented (a range of all
     labels is enough); num_points: N, training points. Returns float64 of the same shape, >= 1:
     below three points, where C would be negative, C is 0.
-
-    Raises:
-        ReneeError: b is 0 and a label has no training point, so that 1/p is infinite.
     """
     count = np.asarray(train_count, dtype=np.float64)
-    if b == 0 and bool((count == 0).any()):
-        raise ReneeError(
-            "propensity_b is 0 and a label has no training point, which makes its inverse "
-            "propensity infinite; convert with propensity_b > 0"
-        )
     c = max(np.log(max(num_points, 1)) - 1.0, 0.0) * (b + 1.0) ** a
     return np.asarray(1.0 + c * (count + b) ** -a)
 
@@ -87,17 +80,12 @@ def inverse_propensity(train_count: npt.ArrayLike, num_points: int, a: float, b:
 class MetricSums:
     """Sums of one or more batches; the vectors of all ranks add up to that of the whole.
 
-    vector: float64 [1 + 6 len(KS) + len(RECALL_KS) + 2 len(CLASSES)]: the points, those without a
-    true label included, then the sums of `PointTerms.at_k` and `PointTerms.recall`, then of each
-    class the true labels among the CLASS_K best and all true ones.
+    vector: float64 [2, len(METRICS) + len(CLASSES)]: `point_terms`, summed over the points.
     bounds: inverse propensities at which each class begins, falling; None: no class is counted.
     """
 
     def __init__(self, vector: Floats | None = None, bounds: Floats | None = None) -> None:
-        ends = np.cumsum([1, 6 * len(KS), len(RECALL_KS), 2 * len(CLASSES)])
-        self.vector = np.zeros(ends[-1]) if vector is None else vector
-        _, at_k, self._recall, classes = np.split(self.vector, ends[:-1])
-        self._at_k, self._classes = at_k.reshape(6, len(KS)), classes.reshape(2, len(CLASSES))
+        self.vector = np.zeros((2, len(METRICS) + len(CLASSES))) if vector is None else vector
         self._bounds = bounds
 
     def add(self, predicted: Ints, true: Ragged, inverse_propensity: Floats) -> None:
@@ -106,70 +94,46 @@ class MetricSums:
         The predictions of a row are distinct, and so are its true labels; filter labels are gone
         from both.
         """
-        terms = point_terms(predicted, true, inverse_propensity)
-        self._at_k += terms.at_k.sum(axis=2)
-        self._recall += terms.recall.sum(axis=1)
-        self.vector[0] += len(predicted)
-        if self._bounds is not None:  # the more training points, the lower is the label's 1/p
-            found = terms.place[:, :CLASS_K][terms.hit[:, :CLASS_K]]
-            label_class = np.searchsorted(-self._bounds, -inverse_propensity)
-            for sums, members in zip(self._classes, (label_class[found], label_class), strict=True):
-                sums += np.bincount(members, minlength=len(CLASSES) + 1)[1:]
+        self.vector += point_terms(predicted, true, inverse_propensity, self._bounds).sum(axis=2)
 
     def by_frequency(self) -> dict[str, dict[str, float]]:
         """Returns "labels", the true ones, and "recall@5" in percent for each class that has any.
 
         This recall is over labels and not a mean over points: a point counts by its labels.
         """
+        classes = zip(CLASSES, *self.vector[:, len(METRICS) :].tolist(), strict=True)
         return {
             name: {"labels": number, f"recall@{CLASS_K}": 100 * found / number}
-            for name, found, number in zip(CLASSES, *self._classes.tolist(), strict=True)
+            for name, found, number in classes
             if number
         }
 
     @property
     def points(self) -> float:
-        return float(self.vector[0])
+        return float(self.vector[1, 0])
 
     @property
     def any_label(self) -> bool:
         """Whether any point has a true label; without one every metric is a meaningless 0."""
-        return bool((self._at_k[_PS_BEST] > 0).any())  # an inverse propensity is at least 1
+        return bool(self.vector[1, METRICS.index("PSP@1")] > 0)  # 1/p is at least 1
 
     def metrics(self) -> dict[str, float]:
         """Returns percent by name and cut-off: "P@1", "nDCG@3", "PSP@5", "recall@10", ..."""
-        at_k, points = self._at_k, self.points
-        families = {
-            "P": (KS, at_k[_HITS], points),
-            "nDCG": (KS, at_k[_NDCG], points),
-            "PSP": (KS, at_k[_PS_HITS], at_k[_PS_BEST]),
-            "PSnDCG": (KS, at_k[_PSDCG_HITS], at_k[_PSDCG_BEST]),
-            "recall": (RECALL_KS, self._recall, points),
-        }
-        return {
-            f"{name}@{k}": 100.0 * float(value)
-            for name, (ks, top, bottom) in families.items()
-            for k, value in zip(ks, _ratio(top, bottom), strict=True)
-        }
+        values = 100.0 * _ratio(*self.vector[:, : len(METRICS)])
+        return dict(zip(METRICS, values.tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class PointTerms:
-    """What each of n points adds to the sums.
+def point_terms(
+    predicted: Ints, true: Ragged, inverse_propensity: Floats, bounds: Floats | None
+) -> Floats:
+    """Computes what each of n points adds above and below the line of METRICS, then of CLASSES.
 
-    at_k float64 [6, len(KS), n]: hits/k, nDCG, then hits and best attainable of PSP and of PSnDCG;
-    recall float64 [len(RECALL_KS), n]; hit bool [n, K]: predictions that are true labels; place
-    int64 [n, K]: where in `true.values`, at hits alone.
+    A class has its labels among the CLASS_K best that are true above the line, and all true ones
+    below. Without `bounds`, as of `MetricSums`, it has none.
+
+    Returns:
+        float64 [2, len(METRICS) + len(CLASSES), n]
     """
-
-    at_k: Floats
-    recall: Floats
-    hit: npt.NDArray[np.bool_]
-    place: Ints
-
-
-def point_terms(predicted: Ints, true: Ragged, inverse_propensity: Floats) -> PointTerms:
-    """Computes what `MetricSums.add` sums, point by point."""
     n, per_point, (point, _) = len(predicted), true.lengths, true.pairs()
     hit, place = find_hits(predicted, true)
     weight = np.zeros(predicted.shape)
@@ -179,21 +143,27 @@ def point_terms(predicted: Ints, true: Ragged, inverse_propensity: Floats) -> Po
 
     discount = 1.0 / np.log2(np.arange(max(KS)) + 2.0)
     ideal = np.concatenate([[0.0], np.cumsum(discount)])
-    at_k = np.empty((6, len(KS), n))
-    for column, k in enumerate(KS):
+    rows: dict[str, tuple[Any, Any]] = {}
+    for k in KS:
         top, top_weight, fall = hit[:, :k], weight[:, :k], discount[: min(k, hit.shape[1])]
         among_best = rank < k
         of, best_k = point[among_best], best[among_best]
-        at_k[:, column] = (
-            top.sum(axis=1) / k,
-            _ratio(top @ fall, ideal[np.minimum(per_point, k)]),
-            top_weight.sum(axis=1),
-            np.bincount(of, best_k, n),
-            top_weight @ fall,
-            np.bincount(of, best_k * discount[rank[among_best]], n),
-        )
-    recall = np.stack([_ratio(hit[:, :k].sum(axis=1), per_point) for k in RECALL_KS])
-    return PointTerms(at_k, recall, hit, place)
+        best_dcg = np.bincount(of, best_k * discount[rank[among_best]], n)
+        rows[f"P@{k}"] = top.sum(axis=1) / k, np.ones(n)
+        rows[f"nDCG@{k}"] = _ratio(top @ fall, ideal[np.minimum(per_point, k)]), np.ones(n)
+        rows[f"PSP@{k}"] = top_weight.sum(axis=1), np.bincount(of, best_k, n)
+        rows[f"PSnDCG@{k}"] = top_weight @ fall, best_dcg
+    for k in RECALL_KS:
+        rows[f"recall@{k}"] = _ratio(hit[:, :k].sum(axis=1), per_point), np.ones(n)
+    found = np.zeros(len(point))
+    found[place[:, :CLASS_K][hit[:, :CLASS_K]]] = 1.0
+    number = np.zeros(len(point), dtype=np.int64)  # of its class, from 1
+    if bounds is not None:  # the more training points, the lower is the label's 1/p
+        number = np.searchsorted(-bounds, -inverse_propensity)
+    for i, name in enumerate(CLASSES, 1):
+        of = point[number == i]
+        rows[name] = np.bincount(of, found[number == i], n), np.bincount(of, minlength=n)
+    return np.array([rows[name] for name in (*METRICS, *CLASSES)], dtype=float).swapaxes(0, 1)
 
 
 def find_hits(predicted: Ints, true: Ragged) -> tuple[npt.NDArray[np.bool_], Ints]:

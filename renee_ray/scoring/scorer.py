@@ -32,7 +32,7 @@ from renee_ray.rank.collectives import (
     route,
     row_counts,
 )
-from renee_ray.scoring.index import Classifier, ExactSearch, Search
+from renee_ray.scoring.index import Classifier, Search
 from renee_ray.scoring.metrics import CLASSES, MOST, MetricSums, inverse_propensity
 from renee_ray.scoring.neighbours import RERANKED, Neighbours, sums_of_pairs
 from renee_ray.xfc.labels import LabelRange
@@ -114,7 +114,7 @@ class Scorer:
         width = min(
             candidates, _largest_shard(owned.num_labels, self.ranks.num_ranks * self.passes)
         )
-        search = self.index or ExactSearch(Classifier([self.shard], [self.offset]))
+        search = self.index or Classifier([self.shard], [self.offset])
         scores, labels = search.search(everyone, width, excluded)
         lists = [return_rows(self.ranks, each, counts) for each in (scores, labels)]
         if before is not None:

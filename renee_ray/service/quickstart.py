@@ -101,7 +101,7 @@ def quickstart(
         _row("renee_ray", truth, padded(labels, K)),
         _row("linear, TF-IDF", truth, _linear(raw, dataset, truth)),
         _row("zero-shot label text", truth, _zero_shot(dataset, truth, config)),
-        _row("most frequent labels", truth, _most_frequent(truth)),
+        _row("most frequent labels", truth, most_frequent(truth.train_count, truth.filters, K)),
     ]
     ends.append(time.perf_counter())
     taken = [round(end - begin, 1) for begin, end in pairwise(ends)]
@@ -196,8 +196,7 @@ def _dataset(raw: Path, config: RunConfig) -> Dataset | None:
 
 def _converted(raw: Path, config: RunConfig, on_progress: Callable[[str], None]) -> Dataset:
     settings = ConvertConfig(tokenizer=_model(config), validation=VALIDATION)
-    manifest = convert(str(raw), config.data, settings, on_progress)
-    return Dataset(config.data, manifest)
+    return Dataset(config.data, convert(str(raw), config.data, settings, on_progress))
 
 
 # ------------------------------------------------------------------------------- comparison
@@ -241,22 +240,12 @@ class Truth:
         )
 
 
-def metrics_of(truth: Truth, predicted: Ints) -> dict[str, float]:
-    """Returns all metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
-    sums = MetricSums()
-    true = truth.labels
-    weights = truth.inverse_propensity[true.values]
-    sums.add(predicted, true, weights)
-    return sums.metrics()
-
-
 def _row(model: str, truth: Truth, predicted: Ints) -> dict[str, Any]:
-    metrics = metrics_of(truth, predicted)
+    """Returns metrics in percent of `predicted`, int64 [n, K], a row for each test point."""
+    sums = MetricSums()
+    sums.add(predicted, truth.labels, truth.inverse_propensity[truth.labels.values])
+    metrics = sums.metrics()
     return {"model": model, **{name: metrics[name] for name in COMPARED}}
-
-
-def _most_frequent(truth: Truth) -> Ints:
-    return most_frequent(truth.train_count, truth.filters, K)
 
 
 def _linear(raw: Path, dataset: Dataset, truth: Truth) -> Ints:
@@ -338,9 +327,6 @@ def pick_examples(
 # remain wherever a point has k others. They return int64 [n, k], best first, -1 where none is
 # left; equal scores come in ascending order of the id.
 
-BLOCK_ELEMENTS = 2**22
-"""Elements of the largest temporary: scores of a block of points."""
-
 
 def most_frequent(train_count: Ints, filters: Ragged, k: int) -> Ints:
     """Predicts the k labels with the most training points for all n points, but for filters.
@@ -355,9 +341,10 @@ def nearest_label_text(points: Floats, labels: Floats, filters: Ragged, k: int) 
     """Predicts the k labels whose texts' embeddings have the largest cosine with the point's.
 
     points: float32 [n, D]; labels: float32 [L, D]; neither need be normalised.
-    Points go in blocks, so that scores of all points and labels never exist together.
     """
-    return _largest_products(_unit_rows(points), _unit_rows(labels), filters, k)
+    lengths = np.linalg.norm(labels, axis=1, keepdims=True)  # a point's changes no order
+    unit = labels / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return _largest_products(points, unit, filters, k)
 
 
 def tfidf_ridge(
@@ -383,18 +370,10 @@ def tfidf_ridge(
 
 
 def _largest_products(points: Floats, labels: Floats, filters: Ragged, k: int) -> Ints:
+    scores = points @ labels.T
+    scores[filters.pairs()] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    kept = np.isfinite(np.take_along_axis(scores, order, axis=1))
     found = np.full((len(points), k), -1, dtype=np.int64)
-    rows = max(1, BLOCK_ELEMENTS // max(len(labels), 1))
-    for start in range(0, len(points), rows):
-        scores = points[start : start + rows] @ labels.T
-        scores[filters.take(np.arange(start, start + len(scores))).pairs()] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        kept = np.isfinite(np.take_along_axis(scores, order, axis=1))
-        found[start : start + rows, : order.shape[1]] = np.where(kept, order, -1)
+    found[:, : order.shape[1]] = np.where(kept, order, -1)
     return found
-
-
-def _unit_rows(matrix: Floats) -> Floats:
-    """Divides rows by their length; a zero row stays zero."""
-    length = np.linalg.norm(matrix, axis=1, keepdims=True)
-    return matrix / np.maximum(length, np.finfo(np.float32).tiny)

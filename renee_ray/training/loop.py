@@ -6,7 +6,6 @@ the batches and two callbacks.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import resource
 import time
@@ -45,23 +44,6 @@ CHECKPOINT, STOP = 1, 2
 """Bits of a wish: a checkpoint after the step at hand; that the run ends with it."""
 MOST_SKIPPED = 100
 """Steps in a row whose skipping ends a run. A loss scale that has to fit first takes 24 at most."""
-
-
-@dataclass
-class Meter:
-    """Points of global batches since the last sample of the loss; pauses move `started` on."""
-
-    rows: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - begun
 
 
 @dataclass(frozen=True)
@@ -124,7 +106,7 @@ class Trainer:
         every = self.schedule.checkpoint_every
         if state.step == 0 and state.evaluation is None:
             self.on_checkpoint(self._evaluate())
-        meter = Meter()
+        rows = 0  # of global batches since the last sample of the loss
         ready: Iterator[Batch] = map(self.prepared, batches)
         if self.device.type == "cuda":
             ready = one_ahead(ready, self.schedule.total - state.step)
@@ -132,17 +114,16 @@ class Trainer:
             self.recorder.enter("data", state.step + 1)
             batch = next(ready)
             result, sampled = self.train_on(batch)
-            meter.rows += result.rows
+            rows += result.rows
             evaluates = state.step in evaluations
             saves = evaluates or result.wishes or (every and state.step % every == 0)
             if sampled or saves:
                 self.settle()
             if sampled and result.classifier_updated:  # another step has no loss
-                self._sample(result, meter)
-                meter = Meter()
-            with meter.paused():
-                if saves:
-                    self.on_checkpoint(self._evaluate() if evaluates else {})
+                self._sample(result, rows)
+                rows = 0
+            if saves:
+                self.on_checkpoint(self._evaluate() if evaluates else {})
             self.stopped = bool(result.wishes & STOP) and state.step < self.schedule.total
 
     def prepared(self, batch: Batch) -> Batch:
@@ -246,11 +227,11 @@ class Trainer:
                 f"and classifier.precision=fp32, and give another output"
             )
 
-    def _sample(self, result: StepResult, meter: Meter) -> None:
+    def _sample(self, result: StepResult, rows: int) -> None:
         """Exchanges the loss with all ranks, and tells how the run is doing."""
-        seconds = meter.seconds()
         self.recorder.enter("loss")
         since = self.recorder.sample(self.ranks)
+        pace = max(self.recorder.paces[self.ranks.rank].step, 1e-9)
         loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
         step, total = self.state.step, self.schedule.total
         factor = warmup_cosine(step - 1, total, self.config.warmup)
@@ -259,7 +240,7 @@ class Trainer:
             "total_steps": total,
             "epoch": self.schedule.epochs_done(step),
             "loss": loss,
-            "rows_per_second": meter.rows / seconds,
+            "rows_per_second": rows / (pace * since["steps"]),
             "padding": 1 - since["tokens"] / since["cells"] if since["cells"] else 0.0,
             "encoder_lr": self.config.encoder.learning_rate * factor,
             "classifier_lr": self.config.classifier.learning_rate * factor,
@@ -268,7 +249,7 @@ class Trainer:
             "thread_s": time.thread_time(),
             "skipped": self.state.skipped,
             "loss_scale": self.state.loss_scale.value,
-            "seconds_left": (total - step) * seconds / since["steps"],
+            "seconds_left": (total - step) * pace,
             "time_s": time.time(),
         }
         self.on_progress(record)

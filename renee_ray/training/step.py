@@ -51,7 +51,6 @@ from renee_ray.model.loss_scale import LossScale
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.rank.batch import Batch
 from renee_ray.rank.collectives import (
-    PendingRows,
     Ranks,
     all_max,
     all_sum,
@@ -189,10 +188,10 @@ class Step:
 
     def _train_shard(
         self, everyone: Tensor, counts: list[int], positives: Pairs, update: Update, with_loss: bool
-    ) -> tuple[Tensor, PendingRows]:
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Updates the shard; returns its loss, and dE on its way to the owners of its rows."""
         self.recorder.enter("classifier")
-        started: list[PendingRows] = []
+        started: list[Callable[[], Tensor]] = []
         softmax = self.config.classifier.objective == "softmax"
         loss = self.shard.step(
             everyone,
@@ -216,11 +215,11 @@ class Step:
         return Reductions(partial(over_ranks, all_max), partial(over_ranks, all_sum))
 
     def _backward(
-        self, own: GradientCache, batch: Batch, mask: Tensor, scattering: PendingRows
+        self, own: GradientCache, batch: Batch, mask: Tensor, scattering: Callable[[], Tensor]
     ) -> None:
         """Waits for own rows of dE; gives the encoder its gradient, times the loss scale."""
         self.recorder.enter("scatter")
-        gradient = scattering.wait()
+        gradient = scattering()
         self.recorder.enter("encoder_backward")
         own.backward(gradient * (mask * self.loss_scale.value))
         self.recorder.enter("reduce")

@@ -14,7 +14,6 @@ instructions emulates bf16 products, ten times slower than fp32 ones on AVX2.
 from __future__ import annotations
 
 import functools
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -22,8 +21,6 @@ import torch
 from torch import Tensor
 
 from renee_ray.machine import available_bytes
-
-log = logging.getLogger(__name__)
 
 GPU_CHUNK_BYTES = 256 << 20
 """Memory of a GPU that the buffers of one chunk may take.
@@ -61,14 +58,6 @@ def native(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.bfloat16:
         return native_bf16(device)
     return dtype == torch.float32 or device.type == "cuda"
-
-
-def choose_compute(dtype: torch.dtype, precision: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype to multiply a storage in, whose own is `dtype`: fp32 if not native."""
-    if native(dtype, device):
-        return dtype
-    _log_expansion(precision, str(dtype).removeprefix("torch."), device.type)
-    return torch.float32
 
 
 def native_narrow(device: torch.device) -> tuple[bool, bool]:
@@ -110,14 +99,6 @@ def chunk_bytes(device_type: str) -> int:
     if device_type == "cuda":
         return GPU_CHUNK_BYTES
     return min(_cache_bytes() // 2, CPU_CHUNK_BYTES)
-
-
-@functools.cache
-def _log_expansion(precision: str, dtype: str, device_type: str) -> None:
-    log.info(
-        "this %s has no %s products: %s weights are expanded to fp32 chunk by chunk",
-        device_type, dtype, precision,
-    )  # fmt: skip
 
 
 @functools.cache

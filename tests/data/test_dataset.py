@@ -136,7 +136,7 @@ def test_manifest_survives_its_json() -> None:
             {"num_labels": 2**62},
             "num_labels=4611686018427387904: .* less than",
         ),
-        ({"propensity_a": -1}, "propensity_a=-1: .* greater than or equal to 0"),
+        ({"propensity_a": -1}, "propensity_a=-1: .* greater than 0"),
         ({"propensity_b": "1"}, "propensity_b='1': "),
         ({"has_label_texts": 1}, "has_label_texts=1: "),
         ({"labels_hash": "0"}, "labels_hash='0': "),

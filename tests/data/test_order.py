@@ -149,7 +149,7 @@ def test_successive_epochs_take_successive_shares_of_the_label_texts(
             [10] * 3, list(range(3, 3 + parts)), augment=share, seed=1, epoch=epoch,
             batch_size=4, streams=2, window=2,
         )  # fmt: skip
-        firsts = [s.first for s in order.sources if s.split == "labels"]
+        firsts = [s.start for s in order.sources if s.split == "labels"]
         assert len(set(firsts)) == len(firsts) == max(1, round(share * parts))
         taken.append(set(firsts))
     epochs = -(-parts // len(taken[0]))
@@ -162,7 +162,7 @@ def test_sources_are_the_parts_of_the_split() -> None:
     order = training_order(
         [5, 0, 7], [2, 3], augment=1.0, seed=0, epoch=0, batch_size=4, streams=2, window=2
     )
-    listed = sorted((s.split, s.first, s.rows) for s in order.sources)
+    listed = sorted((s.split, s.start, s.stop - s.start) for s in order.sources)
     assert listed == [("labels", 0, 2), ("labels", 2, 3), ("train", 0, 5), ("train", 5, 7)]
 
 

@@ -10,7 +10,6 @@ import pytest
 import scipy.sparse as sp
 
 from renee_ray.rank.batch import Ragged
-from renee_ray.service import quickstart as baselines
 from renee_ray.service.quickstart import most_frequent, nearest_label_text, tfidf_ridge
 
 NUM_LABELS, POINTS = 23, 40
@@ -30,13 +29,6 @@ def best_first(scores: list[float], banned: set[int], k: int) -> list[int]:
     return best + [-1] * (k - len(best))
 
 
-@pytest.fixture(params=[1, 100, 2**22])
-def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(baselines, "BLOCK_ELEMENTS", request.param)
-    return int(request.param)
-
-
-@pytest.mark.usefixtures("block_elements")
 @pytest.mark.parametrize("k", [1, 5, NUM_LABELS + 2])
 def test_most_frequent_equals_brute_force(k: int) -> None:
     count = np.random.default_rng(1).integers(0, 6, NUM_LABELS)
@@ -50,7 +42,6 @@ def test_most_frequent_equals_brute_force(k: int) -> None:
     assert any(len(row) < k for row in late) and (found[:-1, : min(k, 18)] >= 0).all()
 
 
-@pytest.mark.usefixtures("block_elements")
 @pytest.mark.parametrize("k", [1, 5, NUM_LABELS + 2])
 def test_nearest_label_text_equals_brute_force(k: int) -> None:
     rng = np.random.default_rng(2)
@@ -80,7 +71,6 @@ def test_zero_embedding_and_no_points() -> None:
     assert most_frequent(np.ones(3, np.int64), Ragged.of_lists([]), 2).shape == (0, 2)
 
 
-@pytest.mark.usefixtures("block_elements")
 def test_tfidf_ridge_equals_its_primal_solution() -> None:
     """TF-IDF by hand, and the normal equations of all features where the code has a kernel."""
     texts = ["red car", "red bus", "blue car", "old blue bus bus", "car"]

@@ -1,4 +1,4 @@
-"""What the tasks that read for a worker carry, and what a worker keeps of the order."""
+"""What the tasks that read for a worker carry."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import hashlib
 from ray import cloudpickle
 
 from renee_ray.data.dataset import FORMAT_VERSION, Dataset, Manifest, Part, part_path
-from renee_ray.data.order import OTHER_TEXTS, Order, training_order
+from renee_ray.data.order import OTHER_TEXTS, training_order
 from renee_ray.data.rows import Window
 from renee_ray.rank.batch import Position
-from renee_ray.service.cluster.feed import Epochs, reading
+from renee_ray.service.cluster.feed import reading
 
 
 def test_a_task_carries_its_window_and_not_the_dataset() -> None:
@@ -40,17 +40,3 @@ def many_parts(split: str, count: int) -> tuple[Part, ...]:
         Part(name, 2048, 2048 * number, 400_000, hashlib.sha256(name.encode()).hexdigest())
         for number, name in enumerate(names)
     )
-
-
-def test_the_orders_of_two_epochs_are_kept_at_most() -> None:
-    made: list[int] = []
-
-    def make(epoch: int) -> Order:
-        made.append(epoch)
-        return training_order([20], [], augment=0, seed=0, epoch=epoch, batch_size=4, streams=1,
-                              window=1)  # fmt: skip
-
-    epochs = Epochs(make, 5)
-    assert [order.epoch for order in epochs] == list(range(5)) == made
-    assert epochs[-1].epoch == 4 and len(made) == 5
-    assert (epochs[0].epoch, epochs[1].epoch) == (0, 1) and len(made) == 7

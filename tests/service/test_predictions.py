@@ -21,7 +21,7 @@ from renee_ray.rank.batch import Position, cut_batches
 from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.scorer import topk_bytes
 from renee_ray.service.score import predictions
-from renee_ray.service.score.predictions import Layout, Writer
+from renee_ray.service.score.predictions import Layout, rows_of, write_rows
 from renee_ray.service.score.worker import passes_needed
 from renee_ray.xfc.labels import LabelRange, split_range
 
@@ -57,14 +57,16 @@ def write(dataset: Dataset, layout: Layout, destination: Path, texts: Dataset | 
             table.append_column("epoch", pa.array(np.zeros(len(table), int))) for table in tables
         ]
         positions = [Position(0, batch) for batch in range(order.num_batches)]
-        writer = Writer(str(destination), layout.part_rows, texts)
+        found = []
         for batch in cut_batches(tables, positions, 0, 99):
             assert batch.rows is not None
             labels = (batch.points[:, None] + np.arange(layout.k)) % dataset.manifest.num_labels
             labels[batch.points % 3 == 0, -1] = -1
             scores = labels.astype(np.float32)
-            writer.add(batch, labels, scores, [scores + 1, scores + 2, scores + 3])
-        writer.close()
+            more = [scores + 1, scores + 2, scores + 3]
+            found.append(rows_of(batch, labels, scores, more))
+        for first in range(0, len(found), layout.part_batches):
+            write_rows(str(destination), found[first : first + layout.part_batches], texts)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 40])
@@ -129,6 +131,4 @@ def test_passes_are_as_many_as_memory_needs() -> None:
     # How much the search takes depends on the number of threads.
     with pytest.raises(ReneeError, match=r"k=5000 .* [\d.]+ GiB more than some worker has"):
         passes(10**5, 5000, 1)
-    with pytest.raises(ReneeError, match="more than a list can hold"):
-        passes(10**6, 5000, 1)
     assert passes_needed(Layout(100, 1, 10**5, 5000), owned, Ranks(), 1, free) == 1

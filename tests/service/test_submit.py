@@ -94,7 +94,7 @@ def test_the_log_is_the_jobs(
     job = head.job("converting")
     assert job["status"] == "SUCCEEDED"
     assert job["entrypoint"].startswith("python -m renee_ray convert s3://")
-    assert job["metadata"]["command"] == "convert" and job["metadata"]["user"]
+    assert job["metadata"]["command"] == "convert"
     shown = json.dumps(job)
     assert ACCESS_KEY not in shown and SECRET_KEY not in shown and TOKEN not in shown
     variables = job["runtime_env"]["env_vars"]
@@ -157,13 +157,13 @@ def test_without_the_token_everything_is_refused(
         assert head.get(path, token="f" * 64).status_code == 403, path
     attempt = ("export", f"s3://{BUCKET}/no-run", f"s3://{BUCKET}/never")
     before = head.get("/api/jobs/").json()
-    for env, sentence in (
-        ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}, "demands a token; set RAY_AUTH_MODE"),
-        ({"RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}, "demands a token; set RAY_AUTH_MODE"),
-        ({"RAY_AUTH_TOKEN": "f" * 64}, "refuses the token"),
+    for env in (
+        {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""},
+        {"RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)},
+        {"RAY_AUTH_TOKEN": "f" * 64},
     ):
         done = submit(*attempt, env=env)
-        assert done.status == 1 and sentence in done.stderr, done.stderr
+        assert done.status == 1 and "demands its cluster's token" in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1 and done.stdout == ""
     assert len(head.get("/api/jobs/").json()) == len(before)
 

@@ -72,7 +72,7 @@ def everything(ranks: Ranks, device: str) -> dict[str, Any]:
         out[f"gather {case}"] = gather_rows(ranks, own, counts).cpu()
         ours = gradient_of(ranks.rank, case, ranks.num_ranks).to(device)
         pending = scatter_rows(ranks, ours.clone(), counts)
-        out[f"scatter {case}"] = pending.wait().cpu().clone()
+        out[f"scatter {case}"] = pending().cpu().clone()
         out[f"return {case}"] = [rows.cpu().clone() for rows in return_rows(ranks, ours, counts)]
         ids = torch.arange(len(ours), device=device)[:, None] + 2**40
         found = return_rows(ranks, ids, counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from renee_ray.xfc import device as module
-from renee_ray.xfc.device import choose_compute, choose_precision, chunk_bytes, native_narrow
+from renee_ray.xfc.device import choose_precision, chunk_bytes, native_narrow
 from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.storages import STORAGES, Weights
 from tests.xfc.interpreter import DEVICE, load_kernels
@@ -24,7 +23,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[True, False])
 def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(module, "native_bf16", lambda device: request.param)
-    module._log_expansion.cache_clear()
     return bool(request.param)
 
 
@@ -40,14 +38,6 @@ def test_matmuls_are_narrow_only_where_that_is_native(precision: str, has_bf16: 
     found = Weights(precision, 3, 4, False, CPU).compute_dtype
     assert found == (own if own == torch.bfloat16 and has_bf16 else torch.float32)
     assert Weights(precision, 3, 4, False, CPU, own).compute_dtype == own
-
-
-def test_the_expansion_is_logged_once(has_bf16: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "renee_ray.xfc.device"):
-        for _ in range(3):
-            choose_compute(torch.bfloat16, "fp8_sr", CPU)
-            choose_compute(torch.float32, "fp32", CPU)
-    assert len(caplog.records) == (0 if has_bf16 else 1)
 
 
 def test_a_chunk_has_room() -> None:

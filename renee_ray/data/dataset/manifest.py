@@ -34,7 +34,7 @@ def _all_splits(raw: Any) -> Any:
 
 
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_ROWS)]
-Propensity = Annotated[float, Field(strict=True, ge=0, le=1e6)]
+Propensity = Annotated[float, Field(strict=True, gt=0, le=1e6)]
 
 
 @dataclass(frozen=True)

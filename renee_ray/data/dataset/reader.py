@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -20,6 +19,7 @@ from renee_ray.data.dataset.manifest import (
     Part,
 )
 from renee_ray.data.dataset.schema import empty, schema_of, wrong_column, wrong_value
+from renee_ray.data.order import overlapping
 from renee_ray.data.storage import (
     absolute,
     filesystem_of,
@@ -67,21 +67,9 @@ class Dataset:
         # Leaves out the cached filesystem: a remote one holds connections.
         return type(self), (self.path, self.manifest)
 
-    def __repr__(self) -> str:
-        return f"Dataset({self.path!r})"
-
     @cached_property
     def _located(self) -> tuple[pafs.FileSystem, str]:
         return filesystem_of(self.path)
-
-    @property
-    def filesystem(self) -> pafs.FileSystem:
-        return self._located[0]
-
-    @property
-    def root(self) -> str:
-        """The dataset's directory as `filesystem` names it."""
-        return self._located[1]
 
     def wrong_files(self) -> Iterator[str]:
         """Yields a sentence, without its stop, on each part that a listing shows to be wrong."""
@@ -110,7 +98,8 @@ class Dataset:
         Raises:
             OSError: it cannot be read.
         """
-        with self.filesystem.open_input_stream(f"{self.root}/{part.path}") as source:
+        filesystem, root = self._located
+        with filesystem.open_input_stream(f"{root}/{part.path}") as source:
             digest = hashlib.sha256()
             while block := source.read(2**20):
                 digest.update(block)
@@ -142,11 +131,10 @@ class Dataset:
             raise IndexError(
                 f"rows [{start}, {stop}) of {split}, which has {self.manifest.num_points(split)}"
             )
+        starts = [*(part.first for part in parts), self.manifest.num_points(split)]
         tables = [
-            self.read_rows_of(
-                part, max(start - part.first, 0), min(stop - part.first, part.rows), columns
-            )
-            for part in _overlapping(parts, start, stop)
+            self.read_rows_of(parts[i], low, high, columns)
+            for i, low, high in overlapping(starts, start, stop)
         ]
         return pa.concat_tables(tables) if tables else empty(split, columns)
 
@@ -186,9 +174,10 @@ class Dataset:
         self, part: Part, start: int, stop: int, columns: Sequence[str] | None
     ) -> pa.Table:
         where, split = self.where(part.path), part.path.partition("/")[0]
+        filesystem, root = self._located
         selected = list(schema_of(split).names if columns is None else columns)
         try:
-            with self.filesystem.open_input_file(f"{self.root}/{part.path}") as source:
+            with filesystem.open_input_file(f"{root}/{part.path}") as source:
                 file = pq.ParquetFile(source, page_checksum_verification=True)
                 if file.metadata.num_rows != part.rows:
                     raise DatasetError(
@@ -212,27 +201,8 @@ class Dataset:
         return table
 
 
-def _overlapping(parts: Sequence[Part], start: int, stop: int) -> Iterator[Part]:
-    if start == stop:
-        return
-    index = bisect_right(parts, start, key=lambda part: part.first) - 1
-    for part in parts[index:]:
-        if part.first >= stop:
-            return
-        if part.first + part.rows > start:
-            yield part
-
-
 def overlapping_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
     """Returns the row groups of rows [start, stop), and the rows before `start` in the first."""
-    groups: list[int] = []
-    skip = 0
-    first = 0
-    for index in range(metadata.num_row_groups):
-        rows = metadata.row_group(index).num_rows
-        if first < stop and first + rows > start:
-            if not groups:
-                skip = start - first
-            groups.append(index)
-        first += rows
-    return groups, skip
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    found = list(overlapping(np.cumsum([0, *sizes]), start, stop))
+    return [i for i, _, _ in found], found[0][1] if found else 0

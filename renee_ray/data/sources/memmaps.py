@@ -49,27 +49,18 @@ class Memmap:
         return int(sizes[0]) // (8 * self.length)
 
     def pieces(self) -> Iterator[pa.Table]:
-        """Reads all rows, in pieces with the column `input_ids`."""
+        """Reads all rows without their padding, in pieces with the column `input_ids`."""
         size = min(PIECE_ROWS, max(1, PIECE_BYTES // (8 * self.length)))
         for first in range(0, max(self.rows, 1), size):  # one of no rows at the least
-            tokens = self.tokens(first, min(size, self.rows - first))
+            rows = min(size, self.rows - first)
+            ids, mask = (self._numbers(path, first, rows) for path in (self.path, self.mask))
+            counts = (mask != 0).sum(1)
+            if rows and not counts.all():
+                row = first + int(counts.argmin())
+                raise SourceError(f"{self.path}: row {row} has no token; correct it")
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids[mask != 0]))
             yield pa.table({"input_ids": tokens})
-
-    def tokens(self, first: int, rows: int) -> pa.Array:
-        """Reads the tokens of rows without their padding, large_list<int64>.
-
-        Raises:
-            SourceError: a row without tokens.
-        """
-        ids, mask = (self._numbers(path, first, rows) for path in (self.path, self.mask))
-        kept = mask != 0
-        counts = kept.sum(1)
-        if rows and not counts.all():
-            raise SourceError(
-                f"{self.path}: row {first + int(counts.argmin())} has no token; correct it"
-            )
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids[kept]))
 
     def _numbers(self, path: str, first: int, rows: int) -> Int64s:
         def read() -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -22,19 +23,13 @@ from typing import Any
 import psutil
 import ray
 import torch
+from torch import Tensor
 
 from renee_ray.benchmarks.problem import Problem, make_problem
 from renee_ray.config.overrides import make_config
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
-from renee_ray.rank.collectives import (
-    PendingRows,
-    Ranks,
-    all_sum,
-    gather_rows,
-    route,
-    scatter_rows,
-)
+from renee_ray.rank.collectives import Ranks, all_sum, gather_rows, route, scatter_rows
 from renee_ray.service.bench.processes import run_processes
 from renee_ray.service.cluster.connect import ensure_ray, started_here
 from renee_ray.service.cluster.launch import decide_gpu, launch, worker_device
@@ -78,17 +73,8 @@ class ResidentPeak:
             self.bytes = max(self.bytes, total)
 
 
-def bench_scale(
-    labels: int,
-    dim: int,
-    batch: int,
-    workers: int,
-    threads: int,
-    precision: str,
-    steps: int,
-    speedup: bool,
-) -> dict[str, Any]:
-    """Times steps without momentum.
+def bench_scale(workers: int, threads: int, **arguments: Any) -> dict[str, Any]:
+    """Times steps without momentum; arguments: those of `time_steps`.
 
     Returns:
         step_s, the median of `steps`; with `speedup`, one_worker_step_s, the same of one worker,
@@ -102,12 +88,8 @@ def bench_scale(
     Raises:
         ReneeError: a speed-up of one worker, or the cluster has too few CPUs.
     """
-    if speedup and workers == 1:
+    if arguments["speedup"] and workers == 1:
         raise ReneeError("--speedup compares with one worker; give more --workers")
-    arguments: dict[str, Any] = {
-        "labels": labels, "dim": dim, "batch": batch, "precision": precision, "steps": steps,
-        "speedup": speedup,
-    }  # fmt: skip
     ensure_ray(workers)
     config = make_config(
         RunConfig,
@@ -120,7 +102,7 @@ def bench_scale(
     # In a Ray that was joined, the workers' processes are not below this one.
     resident = peak.bytes / 2**30 if started_here() else None
     found |= {"peak_rss_gib": resident, "workers": workers}
-    if speedup and started_here():
+    if arguments["speedup"] and started_here():
         ray.shutdown()
         bare = run_processes(partial(time_steps, **arguments), config, use_gpu)
         found |= {f"bare_{key}": bare[key] for key in ("step_s", "one_worker_step_s", "speedup")}
@@ -199,7 +181,7 @@ def _step(
     rows, labels = route(ranks, problem.rows[mine], problem.labels[mine], problem.num_labels)
     everyone = gather_rows(ranks, problem.embeddings[start:stop], counts)
     positives = Pairs(rows, labels, shard.owned, everyone.device)
-    pending: list[PendingRows] = []
+    pending: list[Callable[[], Tensor]] = []
     loss = shard.step(
         everyone,
         positives,
@@ -207,7 +189,7 @@ def _step(
         with_loss=with_loss,
         on_gradient=lambda dE: pending.append(scatter_rows(ranks, dE, counts)),
     )
-    gradient = pending[0].wait()
+    gradient = pending[0]()
     # On a GPU this is what waits for the step to end.
     if not bool(torch.isfinite(gradient).all()):
         raise ReneeError(

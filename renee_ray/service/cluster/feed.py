@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain, islice
 
 import numpy as np
@@ -41,41 +40,21 @@ READ_CPUS = 0.25
 In a local Ray each has one to itself: a process more would take 1.7 s of CPU to start."""
 
 
-class Epochs:
-    """The order of each epoch, made when it is asked for; the last two are kept.
-
-    An order names every part of the dataset, so those of all epochs would fill the memory.
-    """
-
-    def __init__(self, make: Callable[[int], Order], count: int) -> None:
-        self._made, self._count = lru_cache(2)(make), count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, epoch: int) -> Order:
-        return self._made(range(self._count)[epoch])
-
-    def __iter__(self) -> Iterator[Order]:
-        return map(self._made, range(self._count))
-
-
-def training_orders(config: RunConfig, dataset: Dataset) -> Epochs:
+def training_orders(config: RunConfig, dataset: Dataset) -> list[Order]:
     """Returns the order of every epoch of a run."""
     manifest = dataset.manifest
     # A point whose filter labels are positives teaches the texts of these labels already.
     others = config.feed.filter_labels == "positive"
     texts = manifest.other_texts if others else [part.rows for part in manifest.splits["labels"]]
     points = [part.rows for part in manifest.splits["train"]]
-
-    def make(epoch: int) -> Order:
-        return training_order(
+    return [
+        training_order(
             points, list(texts) if manifest.has_label_texts else [], augment=config.feed.augment,
             texts=OTHER_TEXTS if others else "labels", seed=config.seed, epoch=epoch,
             batch_size=config.batch_size, streams=config.feed.streams, window=config.feed.window,
-        )  # fmt: skip
-
-    return Epochs(make, config.epochs)
+        )
+        for epoch in range(config.epochs)
+    ]  # fmt: skip
 
 
 def scoring_feed(
@@ -101,7 +80,7 @@ def scoring_feed(
 
 def feed(
     dataset: Dataset,
-    orders: Sequence[Order] | Epochs,
+    orders: Sequence[Order],
     rank: int,
     num_ranks: int,
     *,
@@ -115,7 +94,7 @@ def feed(
     """Returns this rank's rows of every batch from `start` to the end of the last epoch.
 
     Args:
-        orders: one an epoch, such as `Epochs`; `start.epoch` indexes it.
+        orders: one an epoch; `start.epoch` indexes them.
         targets: what a teacher predicts for the training points, which is read along with them.
         wait_s: seconds that data is waited for. A rank that hangs keeps the CPUs that it reads by.
 

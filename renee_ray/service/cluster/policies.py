@@ -91,7 +91,7 @@ def user_error(error: BaseException) -> ReneeError | None:
         return None
     first = found[0]
     if not isinstance(first, ReneeError):
-        return storage_error(OSError(_without_traceback(first)))
+        return storage_error(first)  # type: ignore[arg-type]  # an OSError
     # Ray Data appends lines on its retries to what a task raised.
     return ReneeError(reason(first)) if "\n" in str(first) else first
 
@@ -125,9 +125,3 @@ def _is_final(error: BaseException) -> bool:
 
 def _is_of_storage(error: BaseException) -> bool:
     return isinstance(error, OSError) and "AWS Error" in str(error)
-
-
-def _without_traceback(error: BaseException) -> str:
-    """Returns an error's own message, without the traceback that Ray put before it."""
-    lines = str(error).splitlines()
-    return next((line for line in reversed(lines) if "AWS Error" in line), str(error))

@@ -100,12 +100,14 @@ def partition(conversion: Conversion, on_progress: Progress) -> tuple[Conversion
 
 
 def _partition(conversion: Conversion, i: int) -> dict[str, Any]:
-    name, _, before = conversion.blocks[i]
+    name, block, before = conversion.blocks[i]
+    table, label_ids = conversion.source.splits[name], LabelIds.of_block(conversion, i)
     files, counts = defaultdict[str, list[Groups]](list), [COUNTS.empty_table()]
     least, greatest = MAX_LABELS, -1
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     held = dict(zip(HELD, before, strict=True))
-    for number, (points, odd) in enumerate(read_points(conversion, i)):
+    for number, records in enumerate(table.read(block, table.columns)):
+        points, odd = _points(conversion, records, label_ids)
         for column in LABELS:
             values = points[column].combine_chunks().flatten()
             if len(values):
@@ -168,19 +170,6 @@ def _summed(counts: pa.Table) -> pa.Table:
     found = counts.group_by("label").aggregate([("train", "sum"), ("filter", "sum")])
     columns = found.select(["label", "train_sum", "filter_sum"]).rename_columns(COUNTS.names)
     return columns.sort_by("label").cast(COUNTS)
-
-
-def read_points(conversion: Conversion, i: int) -> Iterator[tuple[pa.Table, dict[str, int]]]:
-    """Yields (rows of block i as the dataset has them, counts of what was odd), in pieces.
-
-    Raises:
-        SourceError: a bad row.
-    """
-    split, block, _ = conversion.blocks[i]
-    table = conversion.source.splits[split]
-    ids = LabelIds.of_block(conversion, i)
-    for records in table.read(block, table.columns):
-        yield _points(conversion, records, ids)
 
 
 def _points(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from renee_ray.data.rows import list_lengths
 from renee_ray.data.sources.records import Int64s
 
 BANDS = (0, 1, 5, 20, 100)
@@ -18,29 +18,25 @@ BAND_NAMES = ("0", "1", "2-5", "6-20", "21-100", ">100")
 
 def totals_of(points: pa.Table, max_length: int) -> dict[str, int]:
     """Counts some points of a split."""
-    labels = _lengths(points["labels"])
+    labels = list_lengths(points["labels"])
     return {
         **text_totals(points, max_length),
         "label_pairs": int(labels.sum()),
         "labels_max": int(labels.max(initial=0)),
         "without_labels": int((labels == 0).sum()),
-        "filter_pairs": int(_lengths(points["filter_labels"]).sum()),
+        "filter_pairs": int(list_lengths(points["filter_labels"]).sum()),
     }
 
 
 def text_totals(table: pa.Table, max_length: int) -> dict[str, int]:
     """Counts some texts."""
-    sizes = _lengths(table["input_ids"])
+    sizes = list_lengths(table["input_ids"])
     return {
         "rows": len(sizes),
         "tokens": int(sizes.sum()),
         "tokens_max": int(sizes.max(initial=0)),
         "at_max_length": int((sizes == max_length).sum()),
     }
-
-
-def _lengths(lists: pa.ChunkedArray) -> Int64s:
-    return pc.list_value_length(lists).to_numpy().astype(np.int64)
 
 
 def add(total: Counter[str], more: Mapping[str, int]) -> None:

@@ -25,7 +25,7 @@ import torch
 from renee_ray.checkpoint.state import State
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import LeaseLost, ReneeError, reason, redacted
-from renee_ray.rank.collectives import Ranks, all_sum, gather_numbers
+from renee_ray.rank.collectives import Ranks, all_sum, gather_bytes
 from renee_ray.rank.recorder import KINDS, Recorder, Totals
 from renee_ray.report.run import write_report
 from renee_ray.report.status import MOST_STARTS, STATUS_FILE, STATUS_VERSION
@@ -50,8 +50,6 @@ CLOSE_S, FAILED_CLOSE_S = 30.0, 5.0
 """Seconds for which the end of a run, or of a worker that fails, waits for these files."""
 FLUSH_S = 5.0
 """Seconds for which a checkpoint, beside training, waits for the curves up to it."""
-NAME_BYTES = 64
-"""Bytes of a node's name, as it travels between ranks."""
 
 
 class Observer:
@@ -93,7 +91,7 @@ class Observer:
         ranks = self._ranks
         log_format = self._config.observe.log_format
         log_lines(log_format, run_name(self._config), ranks.rank, self.recorder)
-        self._nodes = node_names(ranks)
+        self._nodes = [name.decode() for name in gather_bytes(ranks, self._node.encode())]
         # A random number, since the clocks of nodes may not agree; rank 0's, so that all have it.
         drawn = secrets.randbits(48) if ranks.rank == 0 else 0
         self._group = int(all_sum(ranks, torch.tensor(drawn)))
@@ -357,10 +355,3 @@ def quietly_read(directory: RunDirectory) -> dict[str, Any]:
 def run_name(config: RunConfig) -> str:
     """Returns the name of a run in metrics and log lines: the last part of its path."""
     return os.path.basename(config.output.rstrip("/"))
-
-
-def node_names(ranks: Ranks) -> list[str]:
-    """Returns the names of all ranks' nodes, in rank order; a collective."""
-    name = node_name().encode()[:NAME_BYTES]
-    everyone = gather_numbers(ranks, [float(each) for each in name.ljust(NAME_BYTES, b"\0")])
-    return [bytes(map(int, each)).rstrip(b"\0").decode(errors="replace") for each in everyone]

@@ -33,6 +33,7 @@ import psutil
 import pyarrow.fs as pafs
 
 from renee_ray.data.storage import filesystem_of, make_directory, patiently
+from renee_ray.data.untrusted import object_or_empty
 from renee_ray.errors import LeaseLost, ReneeError, reason
 from renee_ray.service.run.directory import RUN_FILE
 
@@ -102,7 +103,7 @@ class Lease:
         """
         pause, before, looks = self._beat_s / 5, None, 0
         while (content := patiently(self._read, f"looking who trains {self.run}")) is not None:
-            claim = _fields(content)
+            claim = object_or_empty(content)
             if before is not None and content != before:
                 raise LeaseHeld(
                     f"{self.run} is being trained by {_who(claim)} since {claim.get('since')} "
@@ -135,7 +136,7 @@ class Lease:
     def _beat(self) -> None:
         """Renews the claim if it is still this driver's."""
         content = self._read()
-        claim = _fields(content or b"")
+        claim = object_or_empty(content or b"")
         if claim.get("token") == self._token:
             self._write()
             return
@@ -171,7 +172,7 @@ class Lease:
 
     def _release(self) -> None:
         def release() -> None:
-            if _fields(self._read() or b"").get("token") == self._token:
+            if object_or_empty(self._read() or b"").get("token") == self._token:
                 filesystem, name = filesystem_of(self._path)
                 filesystem.delete_file(name)
 
@@ -183,15 +184,6 @@ class Lease:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-
-
-def _fields(content: bytes) -> dict[str, Any]:
-    """Parses a claim; empty where it is damaged."""
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _who(claim: dict[str, Any]) -> str:

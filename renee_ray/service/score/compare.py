@@ -23,7 +23,7 @@ from renee_ray.rank.collectives import Ranks
 from renee_ray.report.charts import MAX_LINES
 from renee_ray.report.compare import write_comparison
 from renee_ray.scoring.comparison import Comparison, Terms, compare
-from renee_ray.scoring.scorer import Propensities, read_counts
+from renee_ray.scoring.scorer import Propensities
 from renee_ray.service.run.directory import HISTORY_FILE, RUN_FILE, RunDirectory
 from renee_ray.service.score.predict import predict_run
 from renee_ray.service.score.predictions import Predicted, padded, together, true_labels
@@ -147,10 +147,10 @@ def _terms(
     true = true.only(~np.isin(true.values, hidden))
     number = dataset.manifest.num_labels
     every = LabelRange(0, number, number)
-    inverse = Propensities.read(dataset, every, Ranks()).of(true.values)
-    counts = read_counts(dataset, every)[true.values]
+    propensities = Propensities.read(dataset, every, Ranks())
+    inverse = propensities.of(true.values)
     best = [np.concatenate(own) for own in labels]
-    terms = [Terms.of(each, true, inverse, np.asarray(counts)) for each in best]
+    terms = [Terms.of(each, true, inverse, propensities.bounds) for each in best]
     return terms, [each[:, :TOP] for each in best], true
 
 

@@ -36,7 +36,6 @@ from renee_ray.scoring.index import (
     FORMAT_VERSION,
     MANIFEST,
     Classifier,
-    ExactSearch,
     index_of,
     load_faiss,
     read_parts,
@@ -193,7 +192,8 @@ def index_model(
         reporter.one_more()
     on_progress("measuring recall and speed")
     built.sort(key=lambda each: each["start"])
-    parts, exact = read_parts(output.path, built, loaded.classifier), ExactSearch(loaded.classifier)
+    exact = loaded.classifier
+    parts = read_parts(output.path, built, exact)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "model": loaded.facts["model"], "tail": tail,
         "num_labels": number, "dim": dim, "factory": factory,

@@ -36,7 +36,7 @@ from renee_ray.model.encoder import Encoder, build_encoder
 from renee_ray.model.initialise import embed_texts
 from renee_ray.rank.batch import Ragged, ragged
 from renee_ray.scoring.calibration import Calibration
-from renee_ray.scoring.index import Classifier, ExactSearch, Search, check_search, open_search
+from renee_ray.scoring.index import Classifier, Search, check_search, open_search
 from renee_ray.service.run.directory import RUN_FILE
 from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
 from renee_ray.service.score.calibrate import calibration_of
@@ -86,7 +86,7 @@ class Model:
         fitted = facts.get("calibration")
         self._calibration = Calibration.from_json(fitted, "the export") if fitted else None
         self.classifier = classifier
-        self.search: Search = ExactSearch(classifier)
+        self.search: Search = classifier
 
     def embed(self, texts: list[str]) -> NDArray[np.float32]:
         """Returns the texts' embeddings, float32 [n, D]."""

@@ -22,7 +22,7 @@ from renee_ray.service.cluster.connect import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.job import ScoringJob, refuse, refuse_run
-from renee_ray.service.score.predictions import PREDICTIONS, Layout, Writer
+from renee_ray.service.score.predictions import PREDICTIONS, Layout, rows_of, write_rows
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
 from renee_ray.service.score.worker import Worker
 from renee_ray.xfc.labels import NONE
@@ -173,8 +173,8 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         output.declare(arguments["files"])
     make_directory(arguments["scratch"])
     all_sum(worker.ranks, torch.zeros(1))  # nobody writes before they are declared
-    writer = Writer(output.path, layout.part_rows, job.labels if score.texts else None)
     for block in worker.answers(arguments, layout, passes, arguments["scratch"]):
+        tables = []
         for batch, scores, best, parts in block:
             told = [*parts, scores - sum(parts)] if parts else []
             shown = scores.sigmoid() if score.scores == "probabilities" else scores
@@ -182,6 +182,7 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
                 shown = torch.from_numpy(calibration(scores.numpy()))
             if score.threshold is not None:
                 best = torch.where(shown >= score.threshold, best, NONE)
-            writer.add(batch, best.numpy(), shown.numpy(), [part.numpy() for part in told])
-        writer.close()
+            columns = [part.numpy() for part in told]
+            tables.append(rows_of(batch, best.numpy(), shown.numpy(), columns))
+        write_rows(output.path, tables, job.labels if score.texts else None)
     return {"k": layout.k, "passes": passes}

@@ -92,60 +92,39 @@ class Layout:
         ]
 
 
-class Writer:
-    """One rank's parts, in the directory `destination`.
+def rows_of(
+    batch: Batch, labels: np.ndarray, scores: np.ndarray, parts: Sequence[np.ndarray] = ()
+) -> pa.Table:
+    """Makes rows of a part from labels int64 [b, k] and scores float32 [b, k], best first.
+
+    parts: float32 [b, k] each, of the scores, for the columns `PARTS`. A column `row` besides has
+    the rows' positions in the split.
+    """
+    kept = labels != NONE
+    offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]).astype(np.int32))
+    columns = {"row": pa.array(batch.rows), "point_id": pa.array(batch.points)}
+    for name, each in zip(("label_ids", "scores", *PARTS), (labels, scores, *parts), strict=False):
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(each[kept]))
+    return pa.table(columns)
+
+
+def write_rows(destination: str, tables: Sequence[pa.Table], texts: Dataset | None) -> None:
+    """Writes what `rows_of` made as a part, in the order of the rows; nothing if there are none.
 
     texts: the dataset whose label texts are written too, or None.
     """
-
-    def __init__(self, destination: str, part_rows: int, texts: Dataset | None) -> None:
-        self._destination, self._part_rows = destination.rstrip("/"), part_rows
-        self._texts = texts
-        self._found: list[tuple[np.ndarray, pa.Table]] = []
-        self._rows = 0
-
-    def add(
-        self,
-        batch: Batch,
-        labels: np.ndarray,
-        scores: np.ndarray,
-        parts: Sequence[np.ndarray] = (),
-    ) -> None:
-        """Takes labels int64 [b, k] and scores float32 [b, k] of a batch's rows, best first.
-
-        parts: float32 [b, k] each, of the scores, for the columns `PARTS`.
-        """
-        assert batch.rows is not None
-        kept = labels != NONE
-        offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]).astype(np.int32))
-        columns = {
-            "point_id": pa.array(batch.points),
-            "label_ids": pa.ListArray.from_arrays(offsets, pa.array(labels[kept])),
-            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores[kept])),
-        }
-        for name, part in zip(PARTS, parts, strict=False):
-            columns[name] = pa.ListArray.from_arrays(offsets, pa.array(part[kept]))
-        self._found.append((batch.rows, pa.table(columns)))
-        self._rows += len(batch)
-        if self._rows >= self._part_rows:
-            self.close()
-
-    def close(self) -> None:
-        """Writes the rows that were added since the last part."""
-        if not self._rows:
-            return
-        rows = np.concatenate([rows for rows, _ in self._found])
-        table = pa.concat_tables([table for _, table in self._found])
-        table = table.take(pa.array(np.argsort(rows))).combine_chunks()
-        if self._texts is not None:
-            ids = table["label_ids"].combine_chunks()
-            texts = label_texts(self._texts, ids.values.to_numpy())
-            texts = pa.ListArray.from_arrays(ids.offsets, texts)
-            table = table.append_column("label_texts", texts)
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd", row_group_size=GROUP_ROWS)
-        write_file(f"{self._destination}/{part_name(int(rows.min()))}", buffer.getvalue())
-        self._found, self._rows = [], 0
+    if not sum(map(len, tables)):
+        return
+    table = pa.concat_tables(tables).sort_by("row").combine_chunks()
+    name = part_name(table["row"][0].as_py())
+    table = table.drop_columns("row")
+    if texts is not None:
+        ids = table["label_ids"].combine_chunks()
+        found = pa.ListArray.from_arrays(ids.offsets, label_texts(texts, ids.values.to_numpy()))
+        table = table.append_column("label_texts", found)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=GROUP_ROWS)
+    write_file(f"{destination}/{name}", buffer.getvalue())
 
 
 def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:

@@ -32,8 +32,6 @@ from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.weights.storages import stored_bytes
 
 GIB = 2**30
-MAX_PAIRS = 1 << 31
-"""Pairs of a row and a label in a rank's batch: Arrow's lists count them in 32 bits."""
 MAX_PASSES = 1000
 SHARE_OF_MEMORY = 0.8
 """Share of what is free that labels and their search may take; the rest is for batches."""
@@ -156,10 +154,6 @@ def passes_needed(
         ReneeError: the search does not fit beside a MAX_PASSES-th of the labels.
     """
     rows, k = min(layout.batch_size, layout.rows), layout.k
-    if k * -(-rows // ranks.num_ranks) >= MAX_PAIRS:
-        raise ReneeError(
-            f"k={k} for batches of {rows} points is more than a list can hold; lower k"
-        )
     search = topk_bytes(rows, k, owned.num_labels, ranks.num_ranks)
     needs = gather_numbers(ranks, [free - search, len(owned) * label_bytes])
     left = min(room - weights / MAX_PASSES for room, weights in needs)

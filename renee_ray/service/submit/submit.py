@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ import tenacity
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from renee_ray import __version__
+from renee_ray import __version__, machine
 from renee_ray.errors import ReneeError
 from renee_ray.rank.threads import in_thread
 from renee_ray.service.submit.job_files import PACKAGE, pack
@@ -68,7 +67,9 @@ def connect(address: str) -> JobSubmissionClient:
     """
     for module in ("job.sdk", "dashboard_sdk"):  # the sentences below replace their notices
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
-    with _only_address(address), _user_errors(address):
+    # Ray prefers its variables to the address that it is given.
+    variables = machine.environment({ADDRESS_VARIABLES[0]: address})
+    with variables, _user_errors(address):
         return _with_timeout(ANSWER_TIMEOUT_S, lambda: JobSubmissionClient(address))
 
 
@@ -101,7 +102,7 @@ def submit(
                 entrypoint=shlex.join(["python", "-m", PACKAGE.name, job, *words]),
                 submission_id=name,
                 runtime_env={"working_dir": scratch, "env_vars": environment},
-                metadata={"command": job, "renee_ray": __version__, "user": _user()},
+                metadata={"command": job, "renee_ray": __version__},
             )
     return name
 
@@ -210,23 +211,14 @@ def _user_errors(address: str, job: str = "") -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise ReneeError(_token_sentence(address, str(error))) from error
+        raise ReneeError(
+            f"{address} demands its cluster's token; set RAY_AUTH_MODE=token, and have the token "
+            f"in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        ) from error
     except Exception as error:
         if isinstance(error, ReneeError | tenacity.RetryError):
             raise
         raise ReneeError(_sentence(address, job, error)) from error
-
-
-def _token_sentence(address: str, text: str) -> str:
-    if "Forbidden" in text or "Invalid" in text or "Authentication failed" in text:
-        return (
-            f"{address} refuses the token; put the cluster's own into ~/.ray/auth_token or "
-            f"RAY_AUTH_TOKEN"
-        )
-    return (
-        f"{address} demands a token; set RAY_AUTH_MODE=token, and have the cluster's token in "
-        f"~/.ray/auth_token or RAY_AUTH_TOKEN"
-    )
 
 
 def _sentence(address: str, job: str, error: Exception) -> str:
@@ -246,28 +238,9 @@ def _sentence(address: str, job: str, error: Exception) -> str:
     return f"the job server at {address} refused this: {last[0].strip()}"
 
 
-@contextlib.contextmanager
-def _only_address(address: str) -> Iterator[None]:
-    """Sets Ray's variables to `address`, since Ray prefers them to the address that it is given."""
-    saved = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
-    os.environ[ADDRESS_VARIABLES[0]] = address
-    try:
-        yield
-    finally:
-        del os.environ[ADDRESS_VARIABLES[0]]
-        os.environ.update({name: value for name, value in saved.items() if value is not None})
-
-
 def _with_timeout(seconds: float, call: Callable[[], T]) -> T:
     """Calls in a thread that is abandoned after `seconds`, since Ray's client has no timeouts."""
     return in_thread(call, "job server").result(seconds)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return str(os.getuid())
 
 
 def outcome(address: str, job: str, details: JobDetails) -> dict[str, Any]:

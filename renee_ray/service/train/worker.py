@@ -17,6 +17,7 @@ from renee_ray.checkpoint.state import Checkpoint, State, set_moments
 from renee_ray.checkpoint.writer import CheckpointWriter, Written
 from renee_ray.config.schema import RunConfig
 from renee_ray.data.dataset import Dataset
+from renee_ray.data.order import Order
 from renee_ray.data.storage import awaited
 from renee_ray.data.targets import Targets
 from renee_ray.errors import ReneeError
@@ -28,7 +29,7 @@ from renee_ray.rank.rounds import Rounds
 from renee_ray.scoring.metrics import best_tail
 from renee_ray.scoring.scorer import Propensities, prior_offset, read_counts, without_labels
 from renee_ray.service.cluster.driver_channel import DriverChannel
-from renee_ray.service.cluster.feed import Epochs, embed_voters, feed, scoring_feed, training_orders
+from renee_ray.service.cluster.feed import embed_voters, feed, scoring_feed, training_orders
 from renee_ray.service.cluster.launch import quiet, worker_device
 from renee_ray.service.cluster.preemption import requests
 from renee_ray.service.observe.observe import Observer
@@ -137,7 +138,7 @@ class _Share:
     ranks: Ranks
     device: torch.device
     channel: DriverChannel
-    orders: Epochs
+    orders: list[Order]
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> _Share:

@@ -25,8 +25,6 @@ On a GPU most labels are ruled out by bf16 products (`gpu`).
 
 from __future__ import annotations
 
-import functools
-import logging
 from functools import partial
 
 import torch
@@ -41,8 +39,6 @@ from renee_ray.xfc.weights.gpu_trial import has_kernels
 from renee_ray.xfc.weights.storages import Weights
 
 __all__ = ["NONE", "merge_topk", "shard_topk"]
-
-log = logging.getLogger(__name__)
 
 LABELS_A_PLACE, FEWEST_LABELS = 24, 448
 """Labels of a shard for each place of a row, and besides, from which on a scan is faster."""
@@ -73,7 +69,6 @@ def shard_topk(
     # All that the host waits for.
     if bool(certain.all()):
         return scores, labels
-    _log_uncertain()
     rest = (~certain).nonzero().squeeze(1)
     left = None if excluded is None else excluded.of_rows(rest)
     scores[rest], labels[rest] = _plain_topk(shard, embeddings[rest], k, left, offset)
@@ -115,11 +110,6 @@ def label_bytes(rows: int, weights: Weights) -> int:
     weights, with the lower halves of `buffers.Split`. What depends on the rows alone is left out.
     """
     return 8 * max(rows, 64) + (8 if isinstance(weights.weight, Split) else 4) * weights.dim
-
-
-@functools.cache
-def _log_uncertain() -> None:
-    log.info("some rows have labels too close for bf16 products: for them all products are fp32")
 
 
 def merge_topk(scores: list[Tensor], labels: list[Tensor], k: int) -> tuple[Tensor, Tensor]:

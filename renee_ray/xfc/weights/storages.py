@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from renee_ray.xfc.device import choose_compute, choose_precision, native_narrow
+from renee_ray.xfc.device import choose_precision, native, native_narrow
 from renee_ray.xfc.weights.buffers import E4M3, BFloat16, Buffer, Float32, Half, Split
 from renee_ray.xfc.weights.scratch import Scratch
 
@@ -83,7 +83,8 @@ class Weights:
     ) -> None:
         self.precision = choose_precision(precision, *native_narrow(device))
         storage = STORAGES[self.precision]
-        self.compute_dtype = compute or choose_compute(storage.compute, self.precision, device)
+        fast = native(storage.compute, device)
+        self.compute_dtype = compute or (storage.compute if fast else torch.float32)
         self.rows, self.dim, self.device = rows, dim, device
         self.scratch = Scratch(device)
         self.weight = storage.weight(rows, dim, device, self.scratch)
