@@ -18,12 +18,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from renee_ray.config.score import IndexConfig
 from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.index import Classifier, Part, load_faiss
 from renee_ray.scoring.index_building import (
     Survey,
     build,
+    default_candidates,
     default_factory,
     empty_index,
     training_rows,
@@ -64,10 +64,9 @@ def measure(labels: int, factory: str, spread: bool) -> dict[str, Any]:
     owned = LabelRange(0, labels, labels)
     classifier = Classifier([Shard(owned, Weights.of(weights))], [offsets if spread else None])
     part = Part(0, labels, survey.greatest, index)
-    candidates = IndexConfig().candidates
+    candidates = default_candidates(factory)
     none = Ragged.of_lists([[]] * POINTS)
-    exact = classifier
-    return facts | swept(exact, [part], embeddings, (none, none), candidates, RECALL)
+    return facts | swept(classifier, [part], embeddings, (none, none), candidates, RECALL)
 
 
 if __name__ == "__main__":

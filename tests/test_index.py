@@ -27,7 +27,13 @@ from renee_ray.scoring.index import (
     index_of,
     open_search,
 )
-from renee_ray.scoring.index_building import Survey, build, default_factory, empty_index
+from renee_ray.scoring.index_building import (
+    Survey,
+    build,
+    default_candidates,
+    default_factory,
+    empty_index,
+)
 from renee_ray.scoring.index_quality import efforts_of, recall, swept
 from renee_ray.service.labels import add_labels, retire_labels
 from renee_ray.service.score.index import Plan
@@ -177,6 +183,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 def test_the_index_depends_on_the_number_of_labels() -> None:
     kinds = [default_factory(n, 72) for n in (49_999, 50_000, 20_000_000)]
     assert kinds == ["Flat", "IVF1024,PQ36x4fs", "IVF16384,PQ36x4fs"]
+    assert [default_candidates(kind) for kind in kinds] == [1, 30, 30]
     with pytest.raises(ReneeError, match="FAISS does not take it"):
         empty_index("nonsense", 8)
     with pytest.raises(ReneeError, match="IndexLSH"):

@@ -89,9 +89,9 @@ class IndexConfig(Chosen):
     ranges: int = Field(0, ge=0)
     """Label ranges, each with a file of its own and built by a task of its own; 0: as many as a
     run has workers, or more so that none has more than 20,000,000 labels."""
-    candidates: int = Field(30, ge=1)
+    candidates: int = Field(0, ge=0)
     """Labels of each range that are scored again with the true weights, for each one asked for, and
-    at least for 10; raised where no effort finds enough."""
+    at least for 10; raised where no effort finds enough. 0: 30, or 1 of `Flat`, which is exact."""
     recall: float = Field(0.95, gt=0, le=1)
     """Share of the exact 10 best labels to find: the least search effort that does so is kept."""
     points: str = ""

@@ -46,6 +46,11 @@ def default_factory(labels: int, width: int) -> str:
     return f"IVF{2 ** round(math.log2(4 * math.sqrt(labels)))},PQ{width // 2}x4fs"
 
 
+def default_candidates(factory: str) -> int:
+    """Returns the candidates of a range for each label asked for."""
+    return 1 if factory == "Flat" else 30
+
+
 def width_of(dim: int) -> int:
     """Returns the numbers of an indexed vector of embeddings of D numbers."""
     return -(-(dim + 2) // ALIGN) * ALIGN

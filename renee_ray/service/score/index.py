@@ -43,6 +43,7 @@ from renee_ray.scoring.index import (
 from renee_ray.scoring.index_building import (
     Survey,
     build,
+    default_candidates,
     default_factory,
     empty_index,
     training_rows,
@@ -194,10 +195,11 @@ def index_model(
     built.sort(key=lambda each: each["start"])
     exact = loaded.classifier
     parts = read_parts(output.path, built, exact)
+    candidates = config.candidates or default_candidates(factory)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "model": loaded.facts["model"], "tail": tail,
         "num_labels": number, "dim": dim, "factory": factory,
-        **swept(exact, parts, embeddings, truth, config.candidates, config.recall),
+        **swept(exact, parts, embeddings, truth, candidates, config.recall),
         "ranges": built,
     }  # fmt: skip
     write_sweep(f"{output.path}/recall.html", facts)
