@@ -62,6 +62,8 @@ def serve_run(run: str, settings: ServeConfig, on_ready: OnReady) -> None:
     """
     bearer = Bearer.take(os.environ)
     served = _served_run(run, settings)
+    if served.config.evaluation.neighbours:
+        log.warning("first, the training points, which vote, are embedded; neighbours=0 omits them")
     name = f"renee_ray-{secrets.token_hex(4)}"
     with _bound(settings.host, settings.port) as listener, ray_serve(served, name):
         serving = Serving(name, run, settings, deploy(f"{name}-0", served))
