@@ -1,1 +1,1 @@
-"""What `bench` times without Ray, and the references that it is measured against."""
+"""What `bench` times without Ray: its problems, and the references it is measured against."""

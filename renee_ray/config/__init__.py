@@ -1,1 +1,1 @@
-"""Configurations: their sections and keys, YAML files and `key=value` overrides."""
+"""Configurations of all commands: sections and keys, YAML files and `key=value` overrides."""

@@ -1,1 +1,1 @@
-"""What people read of datasets, plans and runs: tables for a terminal, HTML pages."""
+"""What people read of datasets, plans and runs, from their files: tables, HTML pages."""

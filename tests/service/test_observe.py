@@ -307,13 +307,13 @@ def hung_worker(process: subprocess.Popen[str], path: str, step: int, watchdog: 
 
     In a checkpoint the others would wait for its files for 20 minutes.
 
-    Kills it when another has given up waiting for it. The third follows, unless Ray kills it first.
+    Kills it when the other has given up waiting for it.
     """
     before = gave_up(watchdog)
     wait_for_commit(process, path, step)
     victim = max(workers(process))
     os.kill(victim, signal.SIGSTOP)
-    until(lambda: len(gave_up(watchdog)) > len(before), process, "another gives up")
+    until(lambda: len(gave_up(watchdog)) > len(before), process, "the other gives up")
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
     return victim
@@ -341,12 +341,12 @@ def gave_up(watchdog: Path) -> list[Path]:
 def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     trained_longer: Run, dataset: str, recipe: str, tmp_path: Path
 ) -> None:
-    """The first time the others' collective raises, the second time they die in it."""
+    """The first time the other's collective raises, the second time it dies in it."""
     path, watchdog = str(tmp_path / "run"), tmp_path / "sitecustomize.py"
     watchdog.write_text(WATCHDOG)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = start(
-        "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=3",
+        "train", recipe, f"data={dataset}", f"output={path}", *LONGER, "num_workers=2",
         f"timeout_s={TIMEOUT_S}", "checkpoint.max_failures=1", "checkpoint.every_steps=30",
         env=IMPATIENT | {"PYTHONPATH": paths},
     )  # fmt: skip
@@ -359,10 +359,10 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     finally:
         end(process)
     assert done.status == 1
-    assert 2 <= len(gave_up(watchdog)) <= 4
+    assert len(gave_up(watchdog)) == 2
     silent = re.findall(r"rank \d on \S+ \(\S+\) \(process (\d+)\) has sent nothing", done.stderr)
     assert {*map(int, silent)} == {*victims}, done.stderr
-    assert re.search("(2 others wait|another worker waits) for it in phase", done.stderr)
+    assert re.search("another worker waits for it in phase", done.stderr)
     assert done.stderr.count("the workers were started again") == 1
     sentence = done.stderr.splitlines()[-1]
     assert sentence.startswith("renee-ray: the workers gave up waiting for each other: ")
@@ -372,5 +372,5 @@ def test_workers_that_hang_are_named_and_replaced_until_the_run_gives_up(
     assert f"(process {victims[1]})" in status["reason"]
     page = Path(path, "report.html").read_text()
     assert "failed, the workers gave up" in page and "; 1 restart;" in page
-    assert page.count(f"3 workers started after step {status['starts'][1]['step']}<") == 3
+    assert page.count(f"2 workers started after step {status['starts'][1]['step']}<") == 3
     assert_same_course(run_so_far(path, done), trained_longer, OTHER_ORDER)

@@ -1,1 +1,1 @@
-"""The run directory: configuration, labels, curves, and its one writer."""
+"""The run directory: configuration, curves, which labels are named or hidden, its one writer."""

@@ -1,1 +1,1 @@
-"""`evaluate`, `predict`, `export`, `index`, `fuse`, `compare`: what they check, and their jobs."""
+"""`evaluate`, `predict`, `export`, `index`, `fuse`, `compare`: their checks and jobs; `load`."""
