@@ -27,6 +27,7 @@ from renee_ray.cli.main import main
 from renee_ray.config.schema import EncoderConfig
 from renee_ray.data.models import resolve_model
 from renee_ray.service.cluster.connect import ensure_ray
+from renee_ray.service.run.directory import RunDirectory
 
 T = TypeVar("T")
 
@@ -58,10 +59,10 @@ RECIPE: dict[str, Any] = {
     "checkpoint": {"every_steps": 5},
 }
 
-
-DISK = 1600 << 20
 TINY_DIM = 64
 """Of the embeddings of `tiny_encoder`."""
+BAG = {"name": "none", "bag": {"dim": TINY_DIM, "buckets": 4096}}
+"""No transformer, whose code each process of a run imports, driver or worker, for 3 s of CPU."""
 
 
 @dataclass(frozen=True)
@@ -200,20 +201,6 @@ def local_ray(environment: None, compiled_loops: dict[str, str]) -> Iterator[Non
         ray.shutdown()
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, so that it can be full."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(path)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs root and mounts")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A directory filled by `make`, once for all processes of a pytest session."""
     base = tmp_path_factory.getbasetemp()
@@ -315,6 +302,14 @@ def recipe(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def bag_recipe(compiled_loops: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`recipe` with a bag for runs whose encoder is beside the point."""
+    path = tmp_path_factory.mktemp("bag") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"encoder": RECIPE["encoder"] | BAG}))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(compiled_loops: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random one-layer encoder with MiniLM's vocabulary, as a directory.
 
@@ -397,10 +392,15 @@ def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathF
 
     def make(folder: Path) -> None:
         path = str(folder / "longer")
+
+        def steps() -> int:  # not of status.json, which is written every 10 s
+            newest = RunDirectory(path).checkpoints().newest()
+            return 0 if newest is None else newest.state.step
+
         settings = f"data={dataset}", f"output={path}", "checkpoint.every_steps=0", "num_workers=1"
         process = start("train", recipe, *settings, *LONGER, "checkpoint.grace_s=120", "--json")
         try:
-            until(lambda: (status_of(path).get("step") or 0) >= ENOUGH, process, "enough steps")
+            until(lambda: steps() >= ENOUGH, process, "enough steps")
             (folder / PROCESSES).write_text("\n".join(descendants(process.pid).values()))
             stopped = stop(process, path, signal.SIGTERM).command
         finally:

@@ -1,4 +1,4 @@
-"""A bag of n-grams by the real commands: its export is scored, and it teaches another bag."""
+"""A bag of n-grams by the real commands: its export, a bag that it teaches, both compared."""
 
 from __future__ import annotations
 
@@ -124,9 +124,18 @@ def test_a_run_is_taught_by_the_predictions_of_another(
     chosen = best_tail(rows.values(), 0)
     assert saved["config"]["evaluation"]["tail"] == chosen != 2
     capsys.readouterr()
-    assert main(["evaluate", student, dataset, "split=validation", "--json"]) == 0
+    evaluate = ["evaluate", student, dataset, "split=validation", "num_workers=1", "--json"]
+    assert main(evaluate) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert {name: rows[chosen][name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
+
+    compared = tmp_path / "compared"
+    assert main(["compare", run, student, f"output={compared}", "num_workers=1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["classifier.objective"] == ["bce", "softmax"]
+    assert len(found["metrics"]["P@1"]) == 2
+    names = sorted(each.name for each in (compared / "predictions").iterdir())
+    assert names == sorted(each.replace("/", "-") for each in found["models"])
 
     capsys.readouterr()
     assert main(["predict", student, dataset, str(tmp_path / "p"), "scores=probabilities"]) == 1

@@ -10,7 +10,6 @@ import pytest
 
 from renee_ray.cli import main as cli
 from renee_ray.service.bench import gpu
-from tests.service.conftest import renee_ray
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -53,12 +52,11 @@ def test_parts_for_which_there_is_no_time_are_named(
 
 
 @pytest.mark.slow
-def test_a_run_is_killed_and_resumed(tmp_path: Path) -> None:
+def test_a_run_is_killed_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "gpu.json")
-    ended = renee_ray(
-        "bench", "gpu", "--small", "--only", "resume", "--out", out, "--minutes", "40",
-    )  # fmt: skip
-    assert ended.status == 0 and not json.loads(ended.stdout)["errors"], ended.stderr
+    arguments = "--small", "--only", "resume", "--out", out, "--minutes", "40"
+    assert cli.main(["bench", "gpu", *arguments]) == 0
+    assert not json.loads(capsys.readouterr().out)["errors"]
     parts = json.loads(Path(out).read_text())["parts"]
     (resumed,) = parts["resume"]["records"]
     assert 0 < resumed["killed_after"] <= resumed["resumed_from"] < resumed["steps"]

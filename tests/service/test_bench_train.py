@@ -11,7 +11,7 @@ from renee_ray.cli import main as cli
 from renee_ray.config.overrides import parse_overrides, read_yaml
 from renee_ray.errors import ReneeError
 from renee_ray.service.bench.train import bench_train
-from tests.service.conftest import LABELS, RECIPE, renee_ray
+from tests.service.conftest import LABELS, RECIPE
 
 
 @pytest.fixture
@@ -48,14 +48,17 @@ def test_too_few_steps_are_refused(dataset: str, recipe: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_and_the_bare_loop_train_the_same_model(dataset: str, recipe: str) -> None:
-    command = renee_ray(
+def test_a_run_and_the_bare_loop_train_the_same_model(
+    dataset: str, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    command = [
         "bench", "train", recipe, f"data={dataset}", "epochs=3", "feed.prefetch=2",
         "encoder.internal_dropout=0.1", "feed.token_dropout=0.2", "checkpoint.every_steps=0",
         "--steps", "5", "--repeats", "1",
-    )  # fmt: skip
-    assert command.status == 0, command.stderr
-    (line,) = command.stdout.splitlines()
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["weights_apart"] < 1e-6
     assert found["steps"] == 2 * RECIPE["feed"]["window"]

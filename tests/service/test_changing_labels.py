@@ -401,6 +401,7 @@ def test_training_goes_on_with_the_new_labels(tmp_path: Path) -> None:
     both, lacking = dataset_at(tmp_path / "both", NEW), run.dataset()
     other = dataset_at(tmp_path / "other", [*NEW[:2], "html"])
     settings = run.config().model_dump() | {"output": str(tmp_path / "next"), "start": run.path}
+    settings["num_workers"] = 1  # of others: test_a_revision_adds_one_file_and_is_read_by_range
     settings["classifier"]["learning_rate"] = settings["encoder"]["bag"]["learning_rate"] = 0
     config = RunConfig.model_validate(settings | {"data": both.path})
     with pytest.raises(ReneeError, match="lacks labels that were added"):

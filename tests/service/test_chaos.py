@@ -18,6 +18,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -60,6 +61,21 @@ KINDS = (*ONLY_HERE, "worker", "node", "away", "truncated")
 FAULTS = int(os.environ.get("RENEE_RAY_CHAOS_FAULTS", "0"))
 SETTINGS = [f"epochs={4 + 2 * FAULTS}", f"evaluation.every={2 + FAULTS}"] if FAULTS else LONGER
 """With many faults the run must come to its own end; else it is told to, once all have been."""
+DISK = 400 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, so that it can be full."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and mounts")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`compare` on predictions and on runs: its figures, its page, and what it refuses."""
+"""`compare` on predictions: its figures, its page, what it refuses. On runs: test_bag.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from renee_ray.cli.main import main
 
 from ..data.tiny import write_tiny
-from .conftest import Run
 from .test_fuse import Rows, write
 
 
@@ -68,18 +67,3 @@ def test_what_cannot_be_compared(
     given = [f"data={data}", "split=validation", "output=unused"]
     assert main(["compare", *given, *change(paths)]) == 1
     assert sentence in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-def test_runs_are_predicted_and_their_settings_told(
-    trained: Run, trained_longer: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    arguments = trained.path, trained_longer.path, f"output={out}", "num_workers=1"
-    assert main(["compare", *arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["settings"]["epochs"][0] != found["settings"]["epochs"][1]
-    assert len(found["metrics"]["P@1"]) == 2
-    names = sorted(each.name for each in (out / "predictions").iterdir())
-    assert names == sorted(found["models"])

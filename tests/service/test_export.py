@@ -108,35 +108,37 @@ def test_scores_are_those_of_predict(
 LOADING = """
 import json, sys
 import renee_ray
-model = renee_ray.load(sys.argv[1])
-texts, k = sys.argv[3:], int(sys.argv[2])
-print(json.dumps([model.embed(texts).tolist(), model.predict(texts, k)]))
+models, k, texts = sys.argv[1:3], int(sys.argv[3]), sys.argv[4:]
+for model in map(renee_ray.load, models):
+    print(json.dumps([model.embed(texts).tolist(), model.predict(texts, k)]))
 assert "ray" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("what", ["export", "run"])
 def test_a_loaded_model_answers_without_ray(
-    exported: tuple[Path, dict[str, object]], trained: Run, source: Path, what: str
+    exported: tuple[Path, dict[str, object]], trained: Run, source: Path
 ) -> None:
+    """An export, and its run."""
     path, content = exported
     texts = ["", *(source / "tst_X.txt").read_text().splitlines()[:300]]
-    arguments = [str(path) if what == "export" else trained.path, str(K), *texts]
+    arguments = [str(path), trained.path, str(K), *texts]
     done = subprocess.run(
         [sys.executable, "-c", LOADING, *arguments], capture_output=True, text=True, check=True
     )
-    embeddings, found = json.loads(done.stdout)
     ranges, length = content["ranges"], content["max_length"]
     assert isinstance(ranges, list) and isinstance(length, int)
     expected = embed(path, texts, length)
-    np.testing.assert_allclose(embeddings, expected, atol=2e-4)
     weight = torch.cat([load_file(path / each["classifier"])["weight"] for each in ranges])
     names = pa.concat_tables([pq.read_table(path / each["labels"]) for each in ranges])["text"]
-    for row, answer in zip(expected @ weight.T, found, strict=True):
-        best = row.topk(K).values.tolist()
-        assert [score for *_, score in answer] == pytest.approx(best, abs=2e-3)
-        assert row[[label for label, *_ in answer]].tolist() == pytest.approx(best, abs=2e-3)
-        assert [text for _, text, _ in answer] == [names[label].as_py() for label, *_ in answer]
+    by_export, by_run = map(json.loads, done.stdout.splitlines())
+    for embeddings, found in (by_export, by_run):
+        np.testing.assert_allclose(embeddings, expected, atol=2e-4)
+        for row, answer in zip(expected @ weight.T, found, strict=True):
+            best = row.topk(K).values.tolist()
+            assert [score for *_, score in answer] == pytest.approx(best, abs=2e-3)
+            assert row[[label for label, *_ in answer]].tolist() == pytest.approx(best, abs=2e-3)
+            texts_of = [names[label].as_py() for label, *_ in answer]
+            assert [text for _, text, _ in answer] == texts_of
 
 
 def test_a_damaged_export_is_not_loaded(

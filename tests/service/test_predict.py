@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from renee_ray.cli.main import main
 from renee_ray.data import dataset as layout
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.targets import part_name
+from renee_ray.report.plan import expectation_text
 
-from .conftest import RAW_IDS, RAW_K, TESTS, Run
+from .conftest import LABELS, RAW_IDS, RAW_K, TESTS, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -115,22 +120,39 @@ def test_texts_are_those_of_the_labels(predicted: dict[int, pa.Table], dataset: 
         assert row["label_texts"] == [texts[label] for label in row["label_ids"]]
 
 
+@pytest.fixture(scope="module")
+def evaluated(trained: Run) -> dict[str, Any]:
+    """What `expect` says: what `evaluate` does, beside a recipe."""
+    arguments = "num_workers=1", "checkpoint=best", "--recipe", "debian-bag", "--json"
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(["expect", trained.path, *arguments]) == 0
+    return dict(json.loads(out.getvalue()))
+
+
 def test_evaluate_equals_a_brute_force_over_the_predictions(
-    trained: Run,
-    dataset: str,
+    evaluated: dict[str, Any],
     predicted: dict[int, pa.Table],
     rows: dict[int, dict[str, list[int]]],
     source: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    capsys.readouterr()
-    assert main(["evaluate", trained.path, dataset, "num_workers=1", "--json"]) == 0
-    out = capsys.readouterr().out
-    found = json.loads(out)
-    assert found["points"] == TESTS
+    assert (evaluated["split"], evaluated["points"]) == ("test", TESTS)
     expected = brute_force(predicted[1].to_pylist(), rows, source)
     for name, value in expected.items():
-        assert found["metrics"][name] == pytest.approx(value, abs=1e-6), name
+        assert evaluated["metrics"][name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_run_is_compared_with_a_recipe(evaluated: dict[str, Any]) -> None:
+    """A real run beside what was published for a recipe."""
+    assert set(evaluated["expected"]) <= set(evaluated["metrics"])
+    unlike = {what: (own, theirs) for what, own, theirs in evaluated["differences"]}
+    assert unlike["labels"] == (LABELS, 40398)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(expectation_text(evaluated))
+    assert f"step {evaluated['step']} " in shown.getvalue()
+    for metric, published in evaluated["expected"].items():
+        rows = [line for line in shown.getvalue().splitlines() if f" {metric} " in line]
+        gap = evaluated["metrics"][metric] - published
+        assert any(f"{published:.2f}" in row and f"{gap:+.2f}" in row for row in rows)
 
 
 def brute_force(
@@ -291,12 +313,12 @@ def test_more_labels_than_there_are(
     assert main([*arguments, "k=3", "overwrite=true"]) == 1
     assert mine.read_text() == "mine"
     mine.unlink()
-    assert main([*arguments, "k=3", "num_workers=2"]) == 0
+    assert main([*arguments, "k=3", "num_workers=1"]) == 0
     assert not (out / "_claim.json").exists()
     found = pads.dataset(out).to_table()
     assert found["point_id"].to_pylist() == [0, 1, 2]
     assert {len(row) for row in found["label_ids"].to_pylist()} == {3}
-    assert len(list(out.glob("*.parquet"))) == 2 > len(manifest["files"])
+    assert sorted(each.name for each in out.glob("*.parquet")) == manifest["files"]
 
 
 def test_a_split_whose_points_have_no_label(

@@ -107,7 +107,7 @@ def test_training_follows_converting(
     gateway: Gateway,
     head: Head,
     dataset_on_s3: str,
-    recipe: str,
+    bag_recipe: str,
     submit: Callable[..., Command],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -115,8 +115,8 @@ def test_training_follows_converting(
         monkeypatch.setenv(name, value)
     assert Dataset.open(dataset_on_s3).manifest.num_points("train") > 200
     done = submit(
-        "--json", "train", "--json", recipe, f"data={dataset_on_s3}", f"output={RUN}",
-        "placement_strategy=SPREAD", "epochs=1", "checkpoint.every_steps=0",
+        "--json", "train", "--json", bag_recipe, f"data={dataset_on_s3}", f"output={RUN}",
+        "num_workers=1", "placement_strategy=SPREAD", "epochs=1", "checkpoint.every_steps=0",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     found = json.loads(done.stdout)
@@ -249,8 +249,9 @@ AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
 
 
 def waiting_job(head: Head, name: str) -> list[str]:
-    where = f"s3://{BUCKET}/no-run", f"s3://{BUCKET}/never"
-    return ["submit", "--address", head.address, "--submission-id", name, "export", *where]
+    """Of the command that imports least."""
+    where = f"s3://{BUCKET}/no-source", f"s3://{BUCKET}/never"
+    return ["submit", "--address", head.address, "--submission-id", name, "convert", *where]
 
 
 def test_an_interrupt_without_a_terminal_leaves_the_job_running(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_yaml
@@ -16,7 +17,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.report.status import read_status
 from renee_ray.service.run.directory import RunDirectory
 
-from .conftest import end, finish, paused, start, until
+from .conftest import end, paused, start, until
 
 
 def journal(output: Path) -> list[dict[str, Any]]:
@@ -48,13 +49,18 @@ def assert_told_as_trained(trials: list[dict[str, Any]], output: Path) -> None:
 
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on(
-    dataset: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: str,
+    bag_recipe: str,
+    compiled_loops: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "tuned"
     command = [
-        "tune", recipe, f"data={dataset}", f"output={output}", "trials=2", "num_workers=1",
-        "table=false", "space.classifier.learning_rate=1e-4..1e-2",
-        "epochs=4", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
+        "tune", bag_recipe, f"data={dataset}", f"output={output}", "trials=2", "num_workers=1",
+        "table=false", "space.classifier.learning_rate=1e-4..1e-2", "epochs=12",
+        "evaluation.every=3", "evaluation.metric=nDCG@5", "checkpoint.every_steps=0",
     ]  # fmt: skip
     process = start(*command)
     try:
@@ -67,9 +73,14 @@ def test_a_search_that_is_killed_goes_on(
     before = journal(output)
     assert len(before) == 1 and before[0]["state"] == "running"
 
-    done = finish(start(*command, "--json"))
-    assert done.status == 0, done.stderr
-    found = json.loads(done.stdout)
+    for name, value in compiled_loops.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    try:
+        assert main([*command, "--json"]) == 0
+    finally:
+        ray.shutdown()
+    found = json.loads(capsys.readouterr().out)
     trials = found["trials"]
     assert trials == journal(output) and len(trials) == 2
     assert trials[0]["settings"] == before[0]["settings"]
@@ -85,7 +96,7 @@ def test_a_search_that_is_killed_goes_on(
     places = {"data": dataset, "output": "x"}
     chosen = make_config(RunConfig, places, read_yaml(str(output / "best.yaml")))
     rate = best["settings"]["classifier.learning_rate"]
-    given = make_config(RunConfig, places, read_yaml(recipe)).classifier.learning_rate
+    given = make_config(RunConfig, places, read_yaml(bag_recipe)).classifier.learning_rate
     assert chosen.classifier.learning_rate == rate and trials[0]["settings"] == {
         "classifier.learning_rate": given
     }
