@@ -64,7 +64,7 @@ def reader(folder: str) -> Callable[[dict[str, Any]], int]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_each_row_once_after_a_kill_and_with_other_numbers_of_workers(
-    dataset: str, recipe: str, tmp_path: Path
+    dataset: str, tmp_path: Path
 ) -> None:
     opened = Dataset.open(dataset)
     notes = tmp_path / "notes"
