@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_yaml
@@ -17,7 +16,7 @@ from renee_ray.data.dataset import Dataset
 from renee_ray.report.status import read_status
 from renee_ray.service.run.directory import RunDirectory
 
-from .conftest import end, paused, start, until
+from .conftest import end, finish, paused, start, until
 
 
 def journal(output: Path) -> list[dict[str, Any]]:
@@ -49,12 +48,7 @@ def assert_told_as_trained(trials: list[dict[str, Any]], output: Path) -> None:
 
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on(
-    dataset: str,
-    bag_recipe: str,
-    compiled_loops: dict[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    dataset: str, bag_recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "tuned"
     command = [
@@ -73,14 +67,9 @@ def test_a_search_that_is_killed_goes_on(
     before = journal(output)
     assert len(before) == 1 and before[0]["state"] == "running"
 
-    for name, value in compiled_loops.items():
-        monkeypatch.setenv(name, value)
-    capsys.readouterr()
-    try:
-        assert main([*command, "--json"]) == 0
-    finally:
-        ray.shutdown()
-    found = json.loads(capsys.readouterr().out)
+    done = finish(start(*command, "--json"))
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
     trials = found["trials"]
     assert trials == journal(output) and len(trials) == 2
     assert trials[0]["settings"] == before[0]["settings"]
