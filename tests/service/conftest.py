@@ -61,8 +61,6 @@ RECIPE: dict[str, Any] = {
 
 TINY_DIM = 64
 """Of the embeddings of `tiny_encoder`."""
-BAG = {"name": "none", "bag": {"dim": TINY_DIM, "buckets": 4096}}
-"""No transformer, whose code each process of a run imports, driver or worker, for 3 s of CPU."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +177,12 @@ def status_of(run: str) -> dict[str, Any]:
         return dict(json.loads(Path(run, "status.json").read_text()))
     except (OSError, ValueError):
         return {}
+
+
+def newest_commit(run: str) -> int:
+    """The step of the newest checkpoint that is committed; -1: none."""
+    newest = RunDirectory(run).checkpoints().newest()
+    return -1 if newest is None else newest.state.step
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -303,9 +307,10 @@ def recipe(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def bag_recipe(compiled_loops: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`recipe` with a bag for runs whose encoder is beside the point."""
+    """`recipe` with a bag alone: no process of the run imports a transformer's code, for 3 s."""
+    bag = {"name": "none", "bag": {"dim": TINY_DIM, "buckets": 4096}}
     path = tmp_path_factory.mktemp("bag") / "recipe.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"encoder": RECIPE["encoder"] | BAG}))
+    path.write_text(yaml.safe_dump(RECIPE | {"encoder": RECIPE["encoder"] | bag}))
     return str(path)
 
 
@@ -392,15 +397,10 @@ def trained_longer(dataset: str, recipe: str, tmp_path_factory: pytest.TempPathF
 
     def make(folder: Path) -> None:
         path = str(folder / "longer")
-
-        def steps() -> int:  # not of status.json, which is written every 10 s
-            newest = RunDirectory(path).checkpoints().newest()
-            return 0 if newest is None else newest.state.step
-
         settings = f"data={dataset}", f"output={path}", "checkpoint.every_steps=0", "num_workers=1"
         process = start("train", recipe, *settings, *LONGER, "checkpoint.grace_s=120", "--json")
         try:
-            until(lambda: steps() >= ENOUGH, process, "enough steps")
+            until(lambda: newest_commit(path) >= ENOUGH, process, "enough steps")
             (folder / PROCESSES).write_text("\n".join(descendants(process.pid).values()))
             stopped = stop(process, path, signal.SIGTERM).command
         finally:

@@ -30,6 +30,7 @@ from .conftest import (
     RECIPE,
     Run,
     descendants,
+    newest_commit,
 )
 
 slow = pytest.mark.slow
@@ -62,12 +63,6 @@ def committed_by(path: str) -> int:
     """The number of workers that wrote the newest checkpoint."""
     found = RunDirectory(path).checkpoints().newest()
     return 0 if found is None else len(list(found.manifest.shards()))
-
-
-def newest_commit(run: str) -> int:
-    """The step of the newest checkpoint that is committed; -1: none."""
-    newest = RunDirectory(run).checkpoints().newest()
-    return -1 if newest is None else newest.state.step
 
 
 def wait_for_commit(process: subprocess.Popen[str], run: str, step: int) -> None:
