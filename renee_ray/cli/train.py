@@ -79,7 +79,8 @@ def train(
     if config is None or alone is not None:
         made = call(automatic, parse_overrides(alone or []))
     else:
-        made = make_config(RunConfig, read_yaml(config), parse_overrides(overrides), where=config)
+        given = parse_overrides(overrides)
+        made = checked(make_config(RunConfig, read_yaml(config), given, where=config), given)
     from renee_ray.service.train.train import train as run
 
     found = call(lambda: run(made, say, force=force))
@@ -98,26 +99,41 @@ def without_configuration(config: str | None, overrides: Sequence[str]) -> list[
     return None
 
 
+def checked(config: RunConfig, given: Layer) -> RunConfig:
+    """Returns a configuration with `given`, in which no key of a bag may stand without one.
+
+    Those of a recipe may, beside an encoder.bag.dim=0.
+    """
+    keys = [key for key in given.places if re.match(r"encoder\.bag\.(?!dim$)", key)]
+    if keys and not config.encoder.bag.dim:
+        raise ConfigError(f"{keys[0]} has no effect without a bag; add encoder.bag.dim=512")
+    return config
+
+
 def automatic(given: Layer) -> RunConfig:
     """Makes the configuration of a run of which nothing but the overrides is given."""
     wanted = make_config(RunConfig, ANYTHING, given, where=COMMAND_LINE)  # what is missing is said
     from renee_ray.data.dataset import Dataset
     from renee_ray.plan.devices import usable_gpus
-    from renee_ray.plan.settings import choose
+    from renee_ray.plan.settings import choose, choose_from
     from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
+    if "evaluation.tail" in given.places and "evaluation.tails" not in given.places:
+        given.add("evaluation.tails", [], given.places["evaluation.tail"])
+    known = {key: value for key, value in dotted(wanted.model_dump()) if key in given.places}
     directory = RunDirectory(absolute(wanted.output))
     if directory.read(RUN_FILE) is not None:  # it goes on with the settings that it has
-        if "evaluation.tail" in given.places and "evaluation.tails" not in given.places:
-            given.add("evaluation.tails", [], given.places["evaluation.tail"])
-        return make_config(RunConfig, directory.config().model_dump(), given)
+        return checked(make_config(RunConfig, directory.config().model_dump(), given), given)
     gpus, cores = usable_gpus() if wanted.use_gpu != "no" else 0, len(os.sched_getaffinity(0))
-    encoder = wanted.encoder.name if "encoder.name" in dict(dotted(given)) else ""
-    manifest = Dataset.open(wanted.data).manifest
-    settings, lines = choose(manifest, gpus, cores, given.places, encoder)
+    machine = Dataset.open(wanted.data).manifest, gpus, cores, known
+    if wanted.start:
+        start = RunDirectory(absolute(wanted.start)).config()
+        settings, lines = choose_from(start, *machine)
+    else:
+        settings, lines = choose(*machine)
     for line in lines:
         say(line)
-    return make_config(RunConfig, settings, given)
+    return checked(make_config(RunConfig, settings, given), given)
 
 
 @click.command()
@@ -227,8 +243,8 @@ def plan(
     for key, value in OPENMP.items():  # as in a run's workers, before torch loads
         os.environ.setdefault(key, value)
     layer, about = read_recipe(config)
-    given = {"num_workers": devices} if devices else {}
-    made = make_config(RunConfig, UNSET, layer, parse_overrides(overrides), given, where=config)
+    given, more = parse_overrides(overrides), {"num_workers": devices} if devices else {}
+    made = checked(make_config(RunConfig, UNSET, layer, given, more, where=config), given)
     from renee_ray.plan.devices import NAMES, find_device
     from renee_ray.plan.encoder import find_transformer
     from renee_ray.plan.plan import find_workload, make_plan

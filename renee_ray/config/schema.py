@@ -345,7 +345,8 @@ class RunConfig(Placed):
     epochs: int = Field(10, ge=1)
     """Passes over the training points."""
     start: str = ""
-    """Run with the labels of `data`, from whose best checkpoint a new run begins, with momentum."""
+    """Run with the labels of `data`, from whose best checkpoint a new run begins, with momentum.
+    The model must be the same; without a CONFIG, all settings are those of that run."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
     loss_every: int = Field(20, ge=0)

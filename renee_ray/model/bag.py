@@ -7,7 +7,8 @@ With tf(g) how often the n-gram g stands in a row, and b(g) its bucket of P:
 
 The table begins as N(0, 1/D), so the divisor is the expected norm of the sum. idf[b] = log(N / n_b)
 if n-grams of bucket b stand in n_b of the N training points, and 0 if in none: nothing would train
-such a vector.
+such a vector. A run that begins with the weights of another keeps the idf of that one, which its
+vectors were trained with, and computes those that were 0 from its own points.
 
 Ledger, on rank r of R, whose rows have n-grams of u_r buckets, and the global batch of u:
 
@@ -89,7 +90,7 @@ class Bag(nn.Module):
 
     @torch.no_grad()
     def weigh(self, points: Iterable[Batch], num_points: int, rounds: Rounds) -> None:
-        """Computes idf from all training points, of which each rank has its own."""
+        """Computes idf where it is 0, from all training points, of which each rank has its own."""
         seen = torch.zeros_like(self.idf, dtype=torch.int64)
         for batch in points:
             if len(batch):
@@ -98,7 +99,8 @@ class Bag(nn.Module):
             rounds.add(len(batch))
         rounds.finish()
         all_sum(rounds.ranks, seen)
-        self.idf.copy_((num_points / seen).log().masked_fill(seen == 0, 0.0))
+        new = (num_points / seen).log().masked_fill(seen == 0, 0.0)
+        self.idf.copy_(torch.where(self.idf > 0, self.idf, new))
 
 
 class BagOptimizer:
@@ -142,7 +144,7 @@ class BagOptimizer:
         before, new = self._squares[self._ids], gradient.square().mean(1)
         squares = torch.where(new > 0, self._decay * before + new, before)
         self._squares[self._ids] = squares
-        rates = self.rate / squares.sqrt().clamp(min=torch.finfo(squares.dtype).tiny)
+        rates = torch.where(squares > 0, self.rate / squares.sqrt(), 0.0)  # g^2 may underflow
         self.weight.index_add_(0, self._ids, gradient * -rates[:, None])
 
 

@@ -80,9 +80,7 @@ def initialise_classifier(
     settings = config.classifier
     recorder = recorder or Recorder()
     num_points = dataset.manifest.num_points("train")
-    if model.encoder.bag is not None:
-        counted = Rounds(ranks, "first weights: n-grams", num_points, recorder, say)
-        model.encoder.bag.weigh(points(), num_points, counted)
+    weigh_ngrams(model.encoder, num_points, points, ranks, recorder, say)
     if settings.init == "normal":
         model.shard.initialise_normal(settings.init_std, config.seed)
         return
@@ -104,6 +102,23 @@ def initialise_classifier(
         _write_rows(model, config, dataset, survey, bias, over_labels)
         _calibrate(model.shard, survey, bias, ranks)
     model.encoder.train(training)
+
+
+def weigh_ngrams(
+    encoder: Encoder,
+    num_points: int,
+    points: Callable[[], Iterable[Batch]],
+    ranks: Ranks,
+    recorder: Recorder,
+    say: Callable[[str], None],
+) -> None:
+    """Gives weights to the n-grams of a bag that have none; does nothing without a bag.
+
+    num_points: of all ranks; points, recorder, say: as `initialise_classifier` takes them.
+    """
+    if encoder.bag is not None:
+        counted = Rounds(ranks, "first weights: n-grams", num_points, recorder, say)
+        encoder.bag.weigh(points(), num_points, counted)
 
 
 @dataclass

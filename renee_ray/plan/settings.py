@@ -6,18 +6,21 @@
     LARGE and more      the same; with GPUs lf-debian-40k-minilm
 
 A dataset whose tokenizer comes without a model has no transformer, nor has a run that wants none.
-What differs from the recipe follows from the manifest and the machine (`choose`).
+What differs from the recipe follows from the manifest and the machine (`choose`). A run that begins
+with the weights of another one takes the settings of that one in place of a recipe's
+(`choose_from`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from renee_ray.config.grammar import Layer
-from renee_ray.config.overrides import read_yaml
-from renee_ray.config.schema import NO_TRANSFORMER
+from renee_ray.config.overrides import changed, dotted, read_yaml
+from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
 from renee_ray.data.dataset.manifest import Manifest
 from renee_ray.data.models import read_settings, resolve_model
 from renee_ray.errors import ReneeError
@@ -33,25 +36,33 @@ SAVED = 400
 ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
 """Validation points from which on `evaluation.tail` is chosen by them, and among which values."""
 
+NOT_FROZEN = (
+    "encoder.gradient_checkpointing", "encoder.internal_dropout", "encoder.lora.",
+    "encoder.weights", "feed.token_dropout",
+)  # fmt: skip
+"""What keys begin with that encoder.frozen=true excludes."""
+KEPT = {
+    "batch_size", "epochs", "warmup", "loss_every", "encoder", "classifier", "feed", "evaluation",
+}  # fmt: skip
+"""Settings that a run takes from the one with whose weights it begins."""
+NOT_KEPT: dict[str, Any] = {"encoder": {"weights"}, "feed": {"targets", "targets_weight"}}
+"""What of these it does not take: other weights to begin with, and predictions for other points."""
+
 
 def choose(
-    manifest: Manifest,
-    gpus: int,
-    cores: int,
-    given: Collection[str] = (),
-    encoder: str = "",
+    manifest: Manifest, gpus: int, cores: int, given: Mapping[str, Any] | None = None
 ) -> tuple[Layer, list[str]]:
     """Chooses settings for a dataset.
 
     Args:
-        gpus: GPUs to train on; cores: CPU cores of this machine; given: keys that the user sets.
-        encoder: the transformer that the user sets, or `none`; empty: that of the tokenizer.
+        gpus: GPUs to train on; cores: CPU cores of this machine; given: what the user sets, by
+            dotted key.
 
     Returns:
         (the settings, with the name of their recipe; a line for each choice, for people)
     """
-    points, lines = manifest.num_points("train"), []
-    encoder = encoder or manifest.tokenizer
+    points, given = manifest.num_points("train"), given or {}
+    encoder = given.get("encoder.name") or manifest.tokenizer
     embeds = _has_transformer(encoder)
     if not embeds:
         name = "perl-bag" if points < SMALL else "debian-bag"
@@ -61,52 +72,94 @@ def choose(
         name = "quickstart" if points < SMALL else "lf-debian-40k"
     devices = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "no GPU"
     lacks = "no transformer" if encoder == NO_TRANSFORMER else f"no model in {encoder}"
-    lines.append(
+    line = (
         f"settings of the recipe {name}, for {points:,} training points, {devices}"
         f"{'' if embeds else f' and {lacks}'}"
     )
     settings = read_yaml(name)
-    fitted = _fitted(settings, manifest, gpus, cores, encoder if embeds else "", given)
-    for key, value, why in list(fitted):
-        settings.add(key, value, f"the settings chosen for {points} points")
-        lines.append(f"{key}={value}: {why}")
-    return settings, lines
+    fitted = chain(
+        _fitted(settings, manifest, encoder if embeds else "", given),
+        _sized(settings, manifest, gpus, cores, given),
+    )
+    return settings, [line, *_added(settings, fitted, given, f"{points} points")]
+
+
+def choose_from(
+    start: RunConfig, manifest: Manifest, gpus: int, cores: int, given: Mapping[str, Any]
+) -> tuple[Layer, list[str]]:
+    """Chooses settings for a run that begins with the weights of another, as `choose` does.
+
+    Only what follows from the dataset's size and the machine is changed, and never the model.
+
+    Args:
+        start: the settings of the other run; given: has its path.
+    """
+    settings, path = Layer(), given["start"]
+    for key, value in dotted(start.model_dump(include=KEPT, exclude=NOT_KEPT)):
+        settings.add(key, value, f"the settings of {path}")
+    fitted = list(_sized(settings, manifest, gpus, cores, given))
+    if start.evaluation.tails and manifest.num_points("validation") < ENOUGH:
+        fitted.append(("evaluation.tails", [], "too few validation points to choose by"))
+    line = f"settings of {path}, with whose weights it begins"
+    return settings, [line, *_added(settings, fitted, given, path)]
+
+
+def _added(
+    settings: Layer, fitted: Iterable[tuple[str, Any, str]], given: Mapping[str, Any], what: str
+) -> list[str]:
+    """Adds (key, value, reason) to settings but where it is given; returns a line for each."""
+    lines = []
+    for key, value, why in fitted:
+        if key not in given:
+            settings.add(key, value, f"the settings chosen for {what}")
+            lines.append(f"{key}={value}: {why}")
+    return lines
 
 
 def _fitted(
-    recipe: Layer, manifest: Manifest, gpus: int, cores: int, encoder: str, given: Collection[str]
+    recipe: Layer, manifest: Manifest, encoder: str, given: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, reason) of what a recipe does not say of another dataset.
 
     encoder: the transformer; empty: none.
     """
     points, labels = manifest.num_points("train"), manifest.num_labels
-    if encoder and "encoder.name" not in given:
+    if encoder:
         yield "encoder.name", encoder, "the model of the dataset's tokenizer"
-    if encoder and "encoder.pooling" not in given and (pooling := _pooling(encoder)) != "mean":
-        yield "encoder.pooling", pooling, "the model's own"
+        if (pooling := _pooling(encoder)) != "mean":
+            yield "encoder.pooling", pooling, "the model's own"
+    if "frozen" in recipe["encoder"]:
+        for key in [key for key, *_ in changed(given) if key.startswith(NOT_FROZEN)][:1]:
+            yield "encoder.frozen", False, f"{key} is given"
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
+    if points >= LARGE:
+        yield "batch_size", LARGE_BATCH, f"{LARGE:,} points and more"
+    if max(points, labels) >= LARGE:
+        yield "classifier.precision", "auto", "a large classifier"
+    yield "evaluation.every", 0, "the last weights are kept"
+    if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
+        yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
+
+
+def _sized(
+    settings: Layer, manifest: Manifest, gpus: int, cores: int, given: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, str]]:
+    """Yields (key, value, reason) of what follows from size and machine and is not the model's."""
+    points, labels = manifest.num_points("train"), manifest.num_labels
     if gpus:
         yield "num_workers", gpus, "one for each GPU"
     elif cores == 1:
         yield "num_workers", 1, "one core"
     if points >= LARGE:
-        yield "batch_size", LARGE_BATCH, f"{LARGE:,} points and more"
         yield "evaluation.neighbours", 0, "votes hold all training points in memory"
-    if max(points, labels) >= LARGE:
-        yield "classifier.precision", "auto", "a large classifier"
     if not manifest.has_label_texts:
         yield "feed.augment", 0, "the labels have no texts"
-    elif labels >= LARGE and "feed.augment" not in given:
-        share = min(float(recipe["feed"]["augment"]), points / labels)
+    elif labels >= LARGE:
+        share = min(float(settings["feed"]["augment"]), points / labels)
         yield "feed.augment", share, "an epoch has no more label texts than points, about"
     if "evaluation.every" not in given:
-        yield "evaluation.every", 0, "the last weights are kept"
-        if "checkpoint.every_steps" not in given:
-            why = "checkpoints, from which a stopped run goes on"
-            yield "checkpoint.every_steps", SAVED if points < LARGE else points // LARGE_BATCH, why
-    if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
-        yield "evaluation.tails", TAILS, "the best is chosen by the validation points"
+        why = "checkpoints, from which a stopped run goes on"
+        yield "checkpoint.every_steps", SAVED if points < LARGE else points // LARGE_BATCH, why
 
 
 def _has_transformer(name: str) -> bool:

@@ -305,3 +305,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         assert torch.equal(second.model.shard.weights.tensors()[name], tensor), name
     early, late = (each.model.encoder.state_dict()["bag.table"] for each in (first, whole))
     assert not torch.equal(early, late)
+
+
+def weighed_twice(ranks: Ranks) -> list[torch.Tensor]:
+    """idf of some points, what others make of it, and that of the others alone."""
+    found, before = [], build_encoder(config_of().encoder, CPU, SEED).bag
+    alone = build_encoder(config_of().encoder, CPU, SEED).bag
+    assert before is not None and alone is not None
+    for bag, numbers in (before, range(1)), (before, range(2, STEPS)), (alone, range(2, STEPS)):
+        points = [batch_of(ranks, number) for number in numbers]
+        bag.weigh(points, BATCH * len(points), Rounds(ranks, "n-grams"))
+        found.append(bag.idf.clone())
+    return found
+
+
+def test_other_points_weigh_only_the_ngrams_without_a_weight() -> None:
+    (before, after, alone), *_ = whole = [weighed_twice(Ranks()), *on_ranks(2, weighed_twice)]
+    known = before > 0
+    assert torch.equal(after[known], before[known]) and torch.equal(after[~known], alone[~known])
+    assert (after > before).sum() > 3 and not torch.equal(alone[known], before[known])
+    for each in whole[1:]:
+        assert all(map(torch.equal, each, whole[0])), "replicas would drift apart"
+
+
+def test_a_gradient_whose_square_underflows_makes_no_step() -> None:
+    bag = build_encoder(config_of().encoder, CPU, SEED).bag
+    assert bag is not None
+    optimizer, before = BagOptimizer(bag, Ranks()), bag.table.detach().clone()
+    optimizer.rate = RATE
+    gradient = torch.tensor([1e-30, 1e-3])[:, None].expand(2, DIM)
+    bag.table.grad = torch.sparse_coo_tensor(
+        torch.tensor([[3, 5]]), gradient, bag.table.shape, check_invariants=True
+    )
+    optimizer.reduce()
+    optimizer.step(torch.tensor(0))
+    moved = (bag.table.detach() - before).abs().amax(1)
+    assert moved.nonzero().flatten().tolist() == [5] and moved[5] == pytest.approx(RATE, rel=1e-3)

@@ -28,6 +28,16 @@ MAY_CHANGE = {
 }  # fmt: skip
 """Keys that a resumed run may set anew; any other would change the trajectory it continues."""
 
+MODEL = (
+    "encoder.frozen", "encoder.max_length", "encoder.prompt", "encoder.pooling",
+    "encoder.bottleneck", "encoder.normalise", "encoder.scale", "encoder.lora.rank",
+    "encoder.lora.alpha", "encoder.lora.targets", "encoder.bag.dim", "encoder.bag.ngrams",
+    "encoder.bag.buckets", "encoder.bag.norm", "classifier.objective",
+)  # fmt: skip
+"""Keys without which weights are another model's, or fit none: a run that begins with the weights
+of another one must have them as that one has. Not encoder.name, whose directory may have moved:
+the weights tell."""
+
 
 def located(config: RunConfig) -> RunConfig:
     """Makes the paths of a configuration absolute: workers have another working directory."""
@@ -84,7 +94,7 @@ def start_of(config: RunConfig, dataset: Dataset, newest: Checkpoint | None) -> 
 
     Raises:
         ReneeError: it, or the newest of the run itself, has not the labels of the dataset, or it
-            has another precision.
+            has another precision, or is of another model.
     """
     total = dataset.manifest.num_labels
     if newest and newest.state.facts.get("num_labels", total) != total:
@@ -108,7 +118,21 @@ def start_of(config: RunConfig, dataset: Dataset, newest: Checkpoint | None) -> 
             f"classifier.precision={precision}, and {config.start}, with whose weights it begins, "
             f"was trained in {has}; leave classifier.precision out, or give {has}"
         )
+    _check_model(config, directory.config())
     return found.name
+
+
+def _check_model(config: RunConfig, start: RunConfig) -> None:
+    """Raises ReneeError where a run and the one that it begins from are of different models."""
+    own, before = (dict(dotted(each.model_dump(mode="json"))) for each in (config, start))
+    without_bag = not (config.encoder.bag.dim or start.encoder.bag.dim)
+    for key in MODEL:
+        if own[key] != before[key] and not (without_bag and key.startswith("encoder.bag.")):
+            raise ReneeError(
+                f"{key}={own[key]!r:.200}, and {config.start}, with whose weights it begins, was "
+                f"trained with {before[key]!r:.200}; give {key}={before[key]!r:.200}, or neither "
+                f"{key} nor a configuration"
+            )
 
 
 def identity(dataset: Dataset) -> dict[str, Any]:

@@ -67,13 +67,14 @@ def train(
     if newest and is_finished(directory, newest.state, training_orders(config, dataset)):
         on_progress(f"{directory.path} is finished, after step {newest.state.step}; nothing to do")
         return outcome(newest.state, config)
-    start = start_of(config, dataset, newest)
+    start_of(config, dataset, newest)
     plan = _plan(config, dataset, force, on_progress)
     if newest:
         on_progress(f"going on with {directory.path} after step {newest.state.step}")
     with Lease(directory.path, on_progress) as lease:
-        # Another driver may have started the run since.
+        # Another command may have started the run since, or changed its labels.
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
+        start = start_of(config, dataset, directory.checkpoints().newest())
         try:
             return _train(config, dataset, plan, start, lease, on_progress, stopping)
         except LeaseLost:

@@ -21,7 +21,7 @@ from renee_ray.data.order import Order
 from renee_ray.data.storage import awaited
 from renee_ray.data.targets import Targets
 from renee_ray.errors import ReneeError
-from renee_ray.model.initialise import initialise_classifier
+from renee_ray.model.initialise import initialise_classifier, weigh_ngrams
 from renee_ray.model.model import Model, build_model
 from renee_ray.rank.batch import Batch
 from renee_ray.rank.collectives import Ranks
@@ -108,17 +108,17 @@ def prepared(
     ) as observer:
         writer = share.writer(model, observer)
         trainer = share.trainer(model, state, writer, observer)
+        points, told = partial(share.scoring, "train"), (observer.recorder, share.channel.say)
+        num_points = share.dataset.manifest.num_points("train")
         if model.encoder.remembered is not None:
-            points = share.dataset.manifest.num_points("train")
-            told = Rounds(ranks, "embeddings", points, observer.recorder, share.channel.say)
-            model.encoder.remembered.embed_all(share.scoring("train"), share.device, told)
+            rounds = Rounds(ranks, "embeddings", num_points, *told)
+            model.encoder.remembered.embed_all(points(), share.device, rounds)
         if checkpoint or start:
             set_moments(model.encoder, trainer.optimizer, moments)
+            if not checkpoint:  # the other run's points may lack n-grams of these
+                weigh_ngrams(model.encoder, num_points, points, ranks, *told)
         else:
-            initialise_classifier(
-                model, config, share.dataset, lambda: share.scoring("train"), ranks,
-                observer.recorder, share.channel.say,
-            )  # fmt: skip
+            initialise_classifier(model, config, share.dataset, points, ranks, *told)
         writer.reserve(model.encoder, model.shard)  # in place of the centroids of first weights
         batches = feed(
             share.dataset, share.orders, ranks.rank, ranks.num_ranks, start=state.position,
