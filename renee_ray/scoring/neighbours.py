@@ -17,9 +17,12 @@ votes travel. A rank needs 4 D bytes for each of its points.
 Ledger, for a global batch of B rows, of which rank r of R holds b_r, and n_r voters of rank r:
 
     points       [n_r, D]         float32  unit embeddings of this rank's training points
-    cosines      [B, 2 count]     float32  of the nearest points of this rank
-    nearest      [b_r, 2 R count] float32  of the nearest points of every rank, for own rows
+    cosines      [B, w]           float32  of the w nearest points of this rank
+    nearest      [b_r, R w]       float32  of the nearest points of every rank, for own rows
     last, total  [B, 1]           float32  the cut that makes S(x), and the sum of c_i over it
+    cut          [B]              bool     whether a rank may have more points of S(x) than w
+
+Rows start with w = 2 count. Those that are cut, by many equal texts, are searched again with 2 w.
 """
 
 from __future__ import annotations
@@ -34,7 +37,14 @@ from torch import Tensor
 from renee_ray.model.encoder import Encoder
 from renee_ray.model.initialise import unit
 from renee_ray.rank.batch import Batch, Ragged
-from renee_ray.rank.collectives import Ranks, gather_rows, return_pairs, return_rows, row_counts
+from renee_ray.rank.collectives import (
+    Ranks,
+    all_max,
+    gather_rows,
+    return_pairs,
+    return_rows,
+    row_counts,
+)
 from renee_ray.rank.rounds import Rounds
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
@@ -44,7 +54,7 @@ from renee_ray.xfc.weights.storages import Weights
 POWER = 8
 """Exponent of the cosine: a nearer point counts for more."""
 TIE = 1e-5
-"""Cosines that are no further apart count as equal. Of these a rank finds `count` more at most."""
+"""Cosines that are no further apart count as equal."""
 RERANKED = 200
 """Best labels of the classifier that votes can lift, or k if that is more."""
 
@@ -122,15 +132,9 @@ class Neighbours:
 
     def _votes(self, embeddings: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (own row, label, vote) [m] in host memory; a pair may come repeatedly."""
-        cosines, ids = shard_topk(self.points, unit(embeddings - self.constant), 2 * self.count)
-        nearest = torch.cat(return_rows(self.ranks, cosines, counts), dim=1)
-        last = nearest.topk(self.count, dim=1).values[:, -1:] - TIE
-        total = (_strength(nearest) * (nearest >= last)).sum(1, keepdim=True)
-        last, total = gather_rows(self.ranks, torch.cat([last, total], 1), counts).split(1, 1)
-        rows, places = ((cosines >= last) & (ids != NONE)).nonzero(as_tuple=True)
-        share = _strength(cosines)[rows, places] / total[rows, 0].clamp(min=1e-30)
-        points = (ids[rows, places] - self.points.owned.start).cpu().numpy()
-        of_point = self.labels.take(points)
+        queries = unit(embeddings - self.constant)
+        rows, places, share = self._voters(queries, counts, 2 * self.count)
+        of_point = self.labels.take(places.cpu().numpy())
         lengths = torch.from_numpy(of_point.lengths)
         return return_pairs(
             self.ranks,
@@ -138,6 +142,40 @@ class Neighbours:
             torch.from_numpy(of_point.values),
             share.cpu().repeat_interleave(lengths),
             counts,
+        )
+
+    def _voters(
+        self, queries: Tensor, counts: list[int], width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Finds this rank's points in S(x), for x in unit `queries` [B, D]; all ranks call it.
+
+        A list of `width` points holds all of them if its last one is not in S(x), or there are no
+        more. What any rank lacks is searched again by all, so that they meet equally often; the
+        width doubles, so it ends at the number of points.
+
+        Returns:
+            (row of the query, place of the point in the shard, c_i over the sum of c_i) [m]
+        """
+        cosines, ids = shard_topk(self.points, queries, width)
+        nearest = torch.cat(return_rows(self.ranks, cosines, counts), dim=1)
+        last = nearest.topk(self.count, dim=1).values[:, -1:] - TIE
+        total = (_strength(nearest) * (nearest >= last)).sum(1, keepdim=True)
+        last, total = gather_rows(self.ranks, torch.cat([last, total], 1), counts).split(1, 1)
+        own_cut = (cosines[:, -1] >= last[:, 0]) & (width < len(self.points.owned))
+        cut = all_max(self.ranks, own_cut.float()) > 0
+        voting = (cosines >= last) & (ids != NONE) & ~cut[:, None]
+        rows, places = voting.nonzero(as_tuple=True)
+        share = _strength(cosines)[rows, places] / total[rows, 0].clamp(min=1e-30)
+        points = ids[rows, places] - self.points.owned.start
+        again = cut.nonzero().squeeze(1)
+        if not len(again):
+            return rows, points, share
+        left = [int(each.sum()) for each in cut.split(counts)]
+        more_rows, more_points, more_share = self._voters(queries[again], left, 2 * width)
+        return (
+            torch.cat([rows, again[more_rows]]),
+            torch.cat([points, more_points]),
+            torch.cat([share, more_share]),
         )
 
 

@@ -72,6 +72,16 @@ class Blocks:
         if self.directory:
             replace_file(self._progress, json.dumps({"passes": passes, "done": done}).encode())
 
+    def again_from(self, block: int) -> None:
+        """Notes that what this rank answered of a block, or of a later one, is lost.
+
+        The last pass goes on there. What it reads is still there: only earlier passes write files.
+        """
+        content = read_file(self._progress)
+        if content is not None:
+            own = parse_json(content)
+            self.mark(own["passes"], min(own["done"], (own["passes"] - 1) * self.count + block))
+
     def write(self, number: int, block: int, found: list[Found]) -> None:
         """Writes what pass `number` found for own rows of a block's batches."""
         best = {

@@ -135,6 +135,27 @@ def test_overwriting_replaces_what_the_manifest_names(dst: Path) -> None:
     assert not (dst / CLAIM).exists() and not (dst / SCRATCH).exists()
 
 
+def test_a_part_that_the_manifest_does_not_name_is_refused(dst: Path) -> None:
+    write_tiny(dst)
+    write(dst / "train" / "part-00077.parquet")
+    before = tree(dst)
+    with pytest.raises(ReneeError, match=r"train/part-00077\.parquet is in the way"):
+        destination(dst, overwrite=True)
+    assert tree(dst) == before
+
+
+def test_a_result_that_was_published_before_a_kill_is_released_by_the_next(dst: Path) -> None:
+    killed = destination(dst)
+    killed.claim(SIGNATURE)
+    killed.declare(PARTS)
+    assert not destination(dst).is_published(SIGNATURE)
+    write_tiny(dst)
+    made = destination(dst)
+    assert not made.is_published("another") and made.is_published(SIGNATURE)
+    made.release()
+    assert not (dst / CLAIM).exists() and Dataset.open(str(dst))
+
+
 def test_a_manifest_of_another_version_names_its_parts(dst: Path) -> None:
     write_tiny(dst)
     manifest = json.loads((dst / MANIFEST).read_text()) | {"format_version": 2}

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.cli.main import main
@@ -49,6 +51,26 @@ def test_a_better_model_is_told_with_examples_on_a_page(
     assert "b differs from a in" in page and not re.search(r"(src|href)=.?http|url\(", page)
     assert main(["compare", *paths, *given]) == 0
     assert "b differs from a in" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_order_of_labels_in_a_row_does_not_matter(
+    models: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As another program may write them."""
+    data, (_, path) = models
+    (tmp_path / "turned").mkdir()
+    for part in Path(path).glob("*.parquet"):
+        table = pq.read_table(part)
+        for i, name in enumerate(table.column_names):
+            if name != "point_id":
+                turned = pa.array([row[::-1] for row in table[name].to_pylist()])
+                table = table.set_column(i, name, turned)
+        pq.write_table(table, tmp_path / "turned" / part.name)
+    given = [f"data={data}", "split=validation", f"output={tmp_path}/out", "--json"]
+    assert main(["compare", path, str(tmp_path / "turned"), *given]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for first, second in found["metrics"].values():
+        assert first["value"] == second["value"] > 0
 
 
 @pytest.mark.parametrize(

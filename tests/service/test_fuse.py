@@ -149,6 +149,36 @@ def test_lists_of_a_fixed_size_are_read(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"{name} holds no lists of labels and scores" in capsys.readouterr().err
 
 
+def test_rows_are_read_best_first(tmp_path: Path) -> None:
+    """Also logits whose probabilities are equal by rounding; equal ones stay in their order."""
+    (tmp_path / "a").mkdir()
+    columns = {
+        "point_id": pa.array([7, 8, 9]),
+        "label_ids": pa.array([[1, 2, 3], [], [4, 5, 6, 7]]),
+        "scores": pa.array([[40.0, 60.0, 50.0], [], [0.0, 1.0, 1.0, 2.0]]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a" / "part-0.parquet")
+    (tmp_path / "a" / "_predictions.json").write_text(json.dumps({"k": 4, "step": 3}))
+    ((_, labels, scores),) = predicted.Predicted(str(tmp_path / "a")).blocks()
+    assert labels.values.tolist() == [2, 3, 1, 7, 5, 6, 4]
+    assert labels.offsets.tolist() == [0, 3, 3, 7]
+    logits = [60, 50, 40, 2, 1, 1, 0]
+    assert scores.tolist() == pytest.approx([1 / (1 + math.exp(-logit)) for logit in logits])
+
+
+def test_predictions_that_are_being_written_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [write(tmp_path / name, predictions(1, 10), 2) for name in "ab"]
+    claim = tmp_path / "b" / "_claim.json"
+    claim.write_text("")
+    assert main(["fuse", *paths, str(tmp_path / "to")]) == 1
+    said = capsys.readouterr().err
+    assert f"{paths[1]} is not complete" in said and said.count("\n") == 1
+    claim.unlink()
+    assert main(["fuse", *paths, str(tmp_path / "to")]) == 0
+
+
 def test_predictions_that_do_not_fit_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
+from renee_ray.data import storage
 from renee_ray.data.destination import SCRATCH, Destination
 from renee_ray.data.targets import part_name
 from renee_ray.errors import ReneeError
@@ -84,6 +85,9 @@ def test_a_claim_of_the_version_before(tmp_path: Path) -> None:
         ("empty", "encoder/mine"),
         ("claimed", "notes.txt"),
         ("complete", "part-00000-00000.parquet"),
+        ("complete", part_name(3)),
+        ("complete", f"{MANIFEST}.tmp"),
+        ("complete", f"{SCRATCH}/mine"),
         ("complete", "notes.txt"),
     ],
 )
@@ -101,6 +105,71 @@ def test_a_file_that_is_not_ours_is_refused_and_survives(
     with pytest.raises(ReneeError, match=r"holds other files|is in the way"):
         output(tmp_path, overwrite=True)
     assert names(tmp_path) == before
+
+
+def test_a_file_put_into_an_export_is_refused_and_survives(tmp_path: Path) -> None:
+    made = export(tmp_path)
+    made.claim()
+    made.declare(["encoder/config.json", "head.safetensors"])
+    write(tmp_path, "encoder/config.json", "head.safetensors")
+    made.publish({"format_version": 1, "step": 5, "ranges": []})
+    export(tmp_path, overwrite=True)
+    write(tmp_path, "encoder/notes.txt")
+    before = names(tmp_path)
+    with pytest.raises(ReneeError, match=r"encoder/notes\.txt is in the way, and no export\.json"):
+        export(tmp_path, overwrite=True)
+    assert names(tmp_path) == before
+
+
+def test_a_manifest_that_names_no_files_goes_with_all_of_their_names(tmp_path: Path) -> None:
+    write(tmp_path, FILES[0])
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(CONTENT))
+    made = output(tmp_path, overwrite=True)
+    made.claim()
+    made.declare([FILES[1]])
+    assert names(tmp_path) == [f"out/{CLAIM}"]
+
+
+def test_a_command_whose_claim_is_anothers_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SEEN_S", 0.0)
+    first = output(tmp_path)
+    first.claim("one")
+    first.declare(FILES)
+    write(tmp_path, FILES[0])
+    second = output(tmp_path)
+    assert not second.claim("two") and not second.is_writing()
+    for step in (first.hold, lambda: first.declare(FILES), lambda: first.publish(CONTENT)):
+        with pytest.raises(ReneeError, match="another command's"):
+            step()
+    second.declare([FILES[1]])
+    write(tmp_path, FILES[1], f"{SCRATCH}/x")
+    first.abandon()
+    assert not first.is_writing()
+    assert names(tmp_path) == [
+        f"out/{name}" for name in sorted([CLAIM, SCRATCH, f"{SCRATCH}/x", FILES[1]])
+    ]
+    cloudpickle.loads(cloudpickle.dumps(second)).hold()  # as a worker does
+    second.publish(CONTENT)
+    assert names(tmp_path) == [f"out/{MANIFEST}", f"out/{FILES[1]}"]
+
+
+def test_the_same_command_takes_the_claim_over_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SEEN_S", 0.0)
+    killed = output(tmp_path)
+    killed.claim("one")
+    killed.declare(FILES)
+    write(tmp_path, FILES[0], f"{CLAIM}.tmp")
+    again = output(tmp_path)
+    assert again.claim("one") and again.is_writing()
+    again.declare(FILES)
+    with pytest.raises(ReneeError, match="another command's"):
+        killed.publish(CONTENT)
+    again.publish(CONTENT)
+    assert names(tmp_path) == [f"out/{MANIFEST}", f"out/{FILES[0]}"]
 
 
 def test_what_is_complete_is_kept_unless_asked(tmp_path: Path) -> None:

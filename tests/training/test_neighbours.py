@@ -56,6 +56,15 @@ def training() -> list[Point]:
     return [*once, *((tokens, next(labels), []) for tokens, _, _ in once[: TRAINING // 5])]
 
 
+def tied() -> list[Point]:
+    """A text that 25 points have, each with another label, and others."""
+    return [*(([3, 7], [label], []) for label in range(25)), *training()[: TRAINING - 25]]
+
+
+def voters_of(count: int) -> list[Point]:
+    return tied() if count in TIED else training()
+
+
 def weight() -> torch.Tensor:
     return torch.randn(LABELS, DIM, generator=torch.Generator().manual_seed(1))
 
@@ -77,7 +86,7 @@ def predict(ranks: Ranks, count: int) -> dict[str, torch.Tensor]:
     shard = Shard(owned, Weights("fp32", len(owned), DIM, False, CPU), chunk=7)
     shard.write(owned.start, weight()[owned.start : owned.stop])
     encoder = Sum()
-    mine = own(ranks, training(), shift=3)
+    mine = own(ranks, voters_of(count), shift=3)
     cut = 4 if ranks.rank == 0 else len(mine)  # the ranks embed unequally many batches
     voters = [batch_of(part) for part in (mine[:cut], mine[cut:]) if part]
     found = Neighbours.embed(encoder, voters, ranks, CPU, count, WEIGHT)  # type: ignore[arg-type]
@@ -103,11 +112,12 @@ def dense(count: int, weight_of_votes: float = WEIGHT) -> list[list[tuple[float,
     for tokens, _, gone in points(3, SCORED):
         e = embed(tokens)
         logits = weight().double() @ (e + 3)
-        cosines = [float(torch.cosine_similarity(e, embed(t), dim=0)) for t, _, _ in training()]
+        voters = voters_of(count)
+        cosines = [float(torch.cosine_similarity(e, embed(t), dim=0)) for t, _, _ in voters]
         cut = sorted(cosines, reverse=True)[min(count, TRAINING) - 1] - 1e-6
         near = [
             (max(c, 0.0) ** POWER, labels)
-            for c, (_, labels, _) in zip(cosines, training(), strict=True)
+            for c, (_, labels, _) in zip(cosines, voters, strict=True)
             if c >= cut
         ]
         total = sum(c for c, _ in near)
@@ -119,7 +129,9 @@ def dense(count: int, weight_of_votes: float = WEIGHT) -> list[list[tuple[float,
     return [[(-s, i) for s, i in row] for row in rows]
 
 
-COUNTS = (1, 5, TRAINING + 7)
+TIED = (10, 4)
+"""Of `tied`: one rank of one finds 20 of its 25 points at once, each of three 8 of its 12 or so."""
+COUNTS = (1, 5, TRAINING + 7, *TIED)
 Runs = dict[int, list[dict[int, dict[str, torch.Tensor]]]]
 
 
@@ -145,6 +157,18 @@ def test_votes_equal_brute_force(runs: Runs, num_ranks: int, count: int) -> None
     for got, ids, row in zip(scores.tolist(), labels.tolist(), wanted, strict=True):
         assert ids[: len(row)] == [i for _, i in row]
         assert got[: len(row)] == pytest.approx([s for s, _ in row], rel=1e-4, abs=1e-4)
+
+
+def test_points_that_tie_are_among_the_nearest() -> None:
+    """Else lists would never be too short for them."""
+    vectors = Sum().tokens.weight.detach().double()
+    common = vectors[[3, 7]].sum(0)
+    others = torch.stack([vectors[tokens].sum(0) for tokens, _, _ in tied()[25:]])
+    scored = torch.stack([vectors[tokens].sum(0) for tokens, _, _ in points(3, SCORED)])
+    nearer = torch.cosine_similarity(scored[:, None], others[None], dim=2)
+    nearer = (nearer > torch.cosine_similarity(scored, common[None])[:, None]).sum(1)
+    for count in TIED:
+        assert 0 < (nearer < count).sum() < SCORED
 
 
 def test_the_votes_of_this_problem_change_the_order() -> None:

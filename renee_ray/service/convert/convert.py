@@ -87,6 +87,7 @@ def convert(src: str, dst: str, config: ConvertConfig, on_progress: Progress = s
                 conversion, partitioned = partition(conversion, on_progress)
                 destination.declare(partitioned.paths)
                 manifest = write_parts(conversion, partitioned, on_progress)
+                destination.hold()
                 layout.write_manifest(dst, manifest)
         destination.release()
     except OSError as error:

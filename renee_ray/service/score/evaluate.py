@@ -88,7 +88,9 @@ def evaluate_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         found["augmented"] = {k: v for k, v in sums.metrics().items() if k.startswith("PS")}
     pairs = seen.gathered(worker.device)
     if worker.ranks.rank == 0:
-        known = calibration_of(job.directory, job.checkpoint, job.config.evaluation)
+        known = None
+        if not job.score.calibrate:  # a new one needs no file, which may be damaged
+            known = calibration_of(job.directory, job.checkpoint, job.config.evaluation)
         found["calibration"], fitted = measured(pairs, job.score.calibrate, known)
         found["fitted"] = fitted and fitted.to_json()
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,11 +19,19 @@ from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import Progress, ReneeError, silent
 from renee_ray.rank.collectives import all_sum
 from renee_ray.scoring.calibration import Calibration
+from renee_ray.scoring.passes import Blocks
 from renee_ray.service.cluster.connect import ensure_ray
 from renee_ray.service.run.directory import RunDirectory
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.job import ScoringJob, refuse, refuse_run
-from renee_ray.service.score.predictions import PREDICTIONS, Layout, rows_of, write_rows
+from renee_ray.service.score.predictions import (
+    PREDICTIONS,
+    Layout,
+    check_parts,
+    missing_parts,
+    rows_of,
+    write_rows,
+)
 from renee_ray.service.score.texts import TEXT_SPLIT, check_texts, tokenise_texts
 from renee_ray.service.score.worker import Worker
 from renee_ray.xfc.labels import NONE
@@ -46,7 +55,7 @@ def predict_run(
 
     Raises:
         ReneeError: as `evaluate_run`; `src` is neither; or there is something else, or there are
-            predictions already, at `destination`.
+            predictions already, at `destination`; or a part is missing there at the end.
     """
     directory, destination = RunDirectory(absolute(run)), absolute(destination)
     if score.explain and not directory.config().encoder.bag.dim:
@@ -65,8 +74,7 @@ def predict_run(
     points, split = labels, str(score.split)
     facts: dict[str, Any] = {"split": split, "scores": score.scores}
     signature = _signature(job, src if raw else None, calibration)
-    goes_on = output.claim(signature)
-    if goes_on:
+    if output.claim(signature):
         log.warning("going on with the predictions in %s that were cut off", destination)
     scratch = output.scratch()
     try:
@@ -83,12 +91,21 @@ def predict_run(
             calibration=calibration,
         )  # fmt: skip
     except ReneeError:
-        if not goes_on:  # what earlier passes have found stays
-            output.abandon()
+        _clean_up(output)
         raise
+    check_parts(destination, files)
     found = {**facts, **found}
     output.publish(found)
     return found
+
+
+def _clean_up(output: Destination) -> None:
+    """Removes what a command has left that failed before it wrote any part."""
+    with contextlib.suppress(OSError):  # the error that is told is the first, and all stays
+        if not output.is_writing():
+            output.abandon()
+            return
+    log.warning("what is done stays in %s; the same command goes on from there", output.path)
 
 
 def _check_input(src: str, destination: str, score: ScoreConfig) -> bool:
@@ -171,9 +188,14 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     passes = worker.passes(layout)
     if worker.ranks.rank == 0:  # only now, when nothing refuses, may earlier predictions go
         output.declare(arguments["files"])
-    make_directory(arguments["scratch"])
+    scratch = arguments["scratch"]
+    make_directory(scratch)
     all_sum(worker.ranks, torch.zeros(1))  # nobody writes before they are declared
-    for block in worker.answers(arguments, layout, passes, arguments["scratch"]):
+    own = layout.parts_of(worker.ranks.rank)
+    if missing := missing_parts(output.path, own):
+        blocks = Blocks(layout.blocks, layout.part_batches, worker.ranks, scratch)
+        blocks.again_from(own.index(missing[0]))
+    for block in worker.answers(arguments, layout, passes, scratch):
         tables = []
         for batch, scores, best, parts in block:
             told = [*parts, scores - sum(parts)] if parts else []
@@ -184,5 +206,6 @@ def predict_worker(arguments: dict[str, Any]) -> dict[str, Any]:
                 best = torch.where(shown >= score.threshold, best, NONE)
             columns = [part.numpy() for part in told]
             tables.append(rows_of(batch, best.numpy(), shown.numpy(), columns))
+        output.hold()
         write_rows(output.path, tables, job.labels if score.texts else None)
     return {"k": layout.k, "passes": passes}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Kind
 from renee_ray.data.sources.parquet import files_below
-from renee_ray.data.storage import filesystem_of, read_file, write_file
+from renee_ray.data.storage import awaited, filesystem_of, listing, read_file, write_file
 from renee_ray.data.targets import part_name
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
@@ -86,10 +86,12 @@ class Layout:
 
     def parts(self) -> list[str]:
         """Returns the names of all parts, in the order of their rows."""
-        ranges = (split_range(self.rows, self.num_ranks, r) for r in range(self.num_ranks))
-        return [
-            part_name(row) for first, stop in ranges for row in range(first, stop, self.part_rows)
-        ]
+        return [name for rank in range(self.num_ranks) for name in self.parts_of(rank)]
+
+    def parts_of(self, rank: int) -> list[str]:
+        """Returns the names of a rank's parts, one for each of its first blocks."""
+        first, stop = split_range(self.rows, self.num_ranks, rank)
+        return [part_name(row) for row in range(first, stop, self.part_rows)]
 
 
 def rows_of(
@@ -127,6 +129,27 @@ def write_rows(destination: str, tables: Sequence[pa.Table], texts: Dataset | No
     write_file(f"{destination}/{name}", buffer.getvalue())
 
 
+def missing_parts(destination: str, names: Sequence[str]) -> list[str]:
+    """Returns those of the parts that are not there, or are empty."""
+    sizes = {info.base_name: info.size for info in listing(destination)}
+    return [name for name in names if not sizes.get(name)]
+
+
+def check_parts(destination: str, names: Sequence[str]) -> None:
+    """Waits until this node sees all parts, which NFS may take a while for.
+
+    Raises:
+        ReneeError: it does not.
+    """
+    awaited(lambda: not missing_parts(destination, names))
+    if missing := missing_parts(destination, names):
+        raise ReneeError(
+            f"{destination}/{missing[0]}, which a worker has written, is not there or empty: "
+            f"either nodes do not share {destination}, or the file was removed; give a directory "
+            f"that all nodes share, or the same command again, which makes what is missing"
+        )
+
+
 def label_texts(dataset: Dataset, labels: np.ndarray) -> pa.Array:
     """Returns the texts of labels int64 [m]; reads each part that holds one of them once."""
     ids, inverse = np.unique(labels, return_inverse=True)
@@ -153,6 +176,11 @@ class Predicted:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        if read_file(f"{path}/{PREDICTIONS.claim}") is not None:
+            raise ReneeError(
+                f"{path} is not complete: a command writes to it, or was cut off and has left "
+                f"{PREDICTIONS.claim}; finish that `renee-ray predict` or `fuse` first"
+            )
         files = files_below(path)
         if not files:
             raise ReneeError(f"{path} holds no Parquet files; give a directory of predictions")
@@ -194,6 +222,7 @@ class Predicted:
                 f"{self.path} has a point without a score for each label, or a label below 0; "
                 f"leave out what stands for no label"
             )
+        labels, scores = _best_first(labels, scores)  # before sigmoids, which round to 1
         if self._logits:
             scores = 1 / (1 + np.exp(-scores))
         if not ((scores >= 0) & (scores <= 1)).all():
@@ -204,6 +233,15 @@ class Predicted:
                 f"probability; write probabilities"
             )
         return points, labels, scores
+
+
+def _best_first(labels: Ragged, scores: NDArray[np.float64]) -> Scored:
+    """Sorts each row by its scores, the best first, where it is not; equal ones stay in order."""
+    rows = labels.pairs()[0]
+    if not ((np.diff(scores) > 0) & (np.diff(rows) == 0)).any():
+        return labels, scores
+    order = np.lexsort((-scores, rows))
+    return Ragged(labels.values[order], labels.offsets), scores[order]
 
 
 def together(models: list[Predicted]) -> Iterator[tuple[int, pa.Array, list[Scored]]]:
