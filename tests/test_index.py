@@ -230,7 +230,9 @@ def test_a_written_index_is_read_again(written: tuple[Path, Classifier]) -> None
     assert torch.equal(found[1], exact.search(embeddings, 7)[1])
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "lost", "label", "json", "no range", "outside"])
+@pytest.mark.parametrize(
+    "harm", ["flip", "cut", "lost", "label", "json", "no range", "outside", "effort"]
+)
 def test_a_damaged_index_is_refused(written: tuple[Path, Classifier], harm: str) -> None:
     path, classifier = written
     file, manifest = sorted(path.glob("*.faiss"))[0], path / "index.json"
@@ -247,6 +249,8 @@ def test_a_damaged_index_is_refused(written: tuple[Path, Classifier], harm: str)
         facts["ranges"][0]["stop"] -= 1
     elif harm == "no range":
         del facts["ranges"][1]
+    elif harm == "effort":
+        del facts["effort"]
     elif harm == "outside":
         facts["ranges"][0]["file"] = "../" + file.name
     manifest.write_text("{" if harm == "json" else json.dumps(facts))

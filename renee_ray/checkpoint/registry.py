@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 from torch import Tensor
 
@@ -143,8 +144,11 @@ class Checkpoints:
         files = {name: self.write(f"{directory}/{name}", new[name]) for name in new}
         revision, earlier = checkpoint.revision + 1, checkpoint.manifest
         facts = {**checkpoint.state.facts, **facts, "revision": revision}
-        state, files = replace(checkpoint.state, facts=facts), earlier.files | files
-        self.publish(directory, replace(earlier, state=state, files=files, time_s=time.time()))
+        state, metrics = replace(checkpoint.state, facts=facts), earlier.metrics
+        if not np.array_equal(state.retired, checkpoint.state.retired):
+            state.best, metrics = {}, {}  # of other labels: none later could be compared with them
+        manifest = Manifest(state, metrics, earlier.files | files, time.time())
+        self.publish(directory, manifest)
         return self.at(f"{directory}@{revision}")
 
     def prune(self, keep: int, metric: str, step: int) -> None:

@@ -121,9 +121,11 @@ def index(config: IndexConfig, model: str, as_json: bool) -> None:
     print_facts(call(index_model, model, config, say), as_json, sweep_table)
 
 
-@command(ServeConfig, "run")
-def serve(config: ServeConfig, run: str, as_json: bool) -> None:
-    """Answer HTTP requests with the labels that the run at RUN predicts, until Ctrl-C or SIGTERM.
+@command(ServeConfig, "model")
+def serve(config: ServeConfig, model: str, as_json: bool) -> None:
+    """Answer HTTP requests with the labels that MODEL predicts, until Ctrl-C or SIGTERM.
+
+    MODEL is a run or an export.
 
     Requests bear a token: a secret of at least 32 characters that RENEE_RAY_SERVE_TOKEN holds.
     Says at which URL once it answers, with --json as an object.
@@ -133,10 +135,10 @@ def serve(config: ServeConfig, run: str, as_json: bool) -> None:
     output = sys.stdout
 
     def ready(facts: dict[str, Any]) -> None:
-        line = json.dumps(facts) if as_json else f"{run}, step {facts['step']}: {facts['url']}"
+        line = json.dumps(facts) if as_json else f"{model}, step {facts['step']}: {facts['url']}"
         click.echo(line if as_json else printable(line), file=output)
 
-    call(serve_run, run, config, ready)
+    call(serve_run, model, config, ready)
 
 
 @click.group()

@@ -151,14 +151,14 @@ TOKEN = "RENEE_RAY_SERVE_TOKEN"
 
 
 class ServeConfig(Searched):
-    """`renee-ray serve RUN`"""
+    """`renee-ray serve MODEL`"""
 
     host: Name = "127.0.0.1"
     """Address to listen on: by default this machine alone; 0.0.0.0: all networks it is in."""
     port: int = Field(8000, ge=0, lt=2**16)
     """TCP port; 0: any free one."""
     num_shards: int = Field(0, ge=0)
-    """Processes that hold a range of labels each; 0: as many as trained the run."""
+    """Processes with a range of labels each; 0: as many as trained the run, 1 for an export."""
     num_encoders: int = Field(1, ge=1)
     """Processes that embed texts and merge the shards' answers; more if these are slower."""
     threads: int = Field(0, ge=0)

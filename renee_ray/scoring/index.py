@@ -44,7 +44,8 @@ from renee_ray.xfc.topk.best import join
 from renee_ray.xfc.topk.select import merge_topk, shard_topk
 
 MANIFEST, FORMAT_VERSION = "index.json", 1
-FILES = re.compile(r"labels-\d{12}-\d{12}\.(?:faiss|json)|recall\.html")
+FILES = re.compile(r"(?:labels-\d{12}-\d{12}\.(?:faiss|json)|recall\.html)(?:\.tmp)?")
+"""Those that end with .tmp are what a killed command leaves."""
 RESCORED_BYTES = 1 << 26
 """Bytes of true weights that are gathered at once."""
 FEWEST = 10
@@ -243,6 +244,7 @@ def check_search(settings: Searched, run: str, model: str, tail: float) -> dict[
         facts: dict[str, Any] = {**parse_json(content), "path": path}
         if facts["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format version is {facts['format_version']!r:.40}")
+        facts |= {key: int(facts[key]) for key in ("effort", "candidates")}
         for key, wanted in (("model", model), ("tail", tail)):
             if facts[key] != wanted:
                 known = f"{key}={facts[key]!r:.80}"
@@ -258,8 +260,8 @@ def open_search(facts: dict[str, Any], classifier: Classifier) -> Search:
     """Opens search by the index that `check_search` found, or exact search."""
     if not facts:
         return classifier
-    parts = read_parts(facts["path"], facts["ranges"], classifier)
-    return IndexSearch(classifier, parts, int(facts["effort"]), int(facts["candidates"]))
+    parts = read_parts(facts["path"], facts.get("ranges"), classifier)
+    return IndexSearch(classifier, parts, facts["effort"], facts["candidates"])
 
 
 def read_parts(path: str, ranges: Any, classifier: Classifier) -> list[Part]:
@@ -292,5 +294,5 @@ def read_parts(path: str, ranges: Any, classifier: Classifier) -> list[Part]:
 
 def _damaged(path: str, error: Exception) -> ReneeError:
     return ReneeError(
-        f"{path} is damaged ({reason(error):.200}); run `renee-ray index` with overwrite=true"
+        f"{path} is damaged ({reason(error):.200}); remove it and run `renee-ray index` again"
     )

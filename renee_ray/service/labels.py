@@ -6,6 +6,7 @@ lease that a training of the run would need. From then on it is the run's newest
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,13 +77,13 @@ def retire_labels(
     Raises:
         ReneeError: no run, or none of its labels is named so.
     """
-    directory = _changeable(run)
-    with Lease(directory.path, say):
+    with _changing(run, say) as (directory, lease):
         _, checkpoint, known = opened(directory.path, "best")
         ids = ids_of(known, labels, file)
         change = np.setdiff1d if restore else np.union1d
         retired = change(checkpoint.state.retired, ids).tolist()
         if retired != checkpoint.state.retired.tolist():  # else index and calibration stay valid
+            lease.check()
             checkpoint = directory.checkpoints().revise(checkpoint, {"retired": retired}, {})
     return {"checkpoint": checkpoint.name, "labels": len(ids), "retired": len(retired)}
 
@@ -101,8 +102,7 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
         ReneeError: no run, its labels have no texts, or a line with no name or one that is known.
     """
     quiet()
-    directory = _changeable(run)
-    with Lease(directory.path, say):
+    with _changing(run, say) as (directory, lease):
         config, checkpoint = directory.config(), directory.checkpoint("best")
         dataset = directory.dataset()
         labels = labels_of(directory, dataset, checkpoint)
@@ -120,25 +120,30 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
         Shard(LabelRange(first, total, total), weights).write(first, rows)
         names = torch.frombuffer(bytearray(json.dumps(added).encode()), dtype=torch.uint8)
         new = {shard_name(first, total): {**weights.tensors(), ADDED: names}}
+        lease.check()
         revised = directory.checkpoints().revise(checkpoint, {"num_labels": total}, new)
     return {"checkpoint": revised.name, "first": first, "labels": len(added), **figures}
 
 
-def _changeable(run: str) -> RunDirectory:
-    """Opens a run.
+@contextlib.contextmanager
+def _changing(run: str, say: Callable[[str], None]) -> Iterator[tuple[RunDirectory, Lease]]:
+    """Opens a run, and holds its lease.
 
     Raises:
         ReneeError: there is none, or it would go on from its best checkpoint and lose the rest.
     """
     directory = RunDirectory(absolute(run))
-    best, last = directory.checkpoint("best"), directory.checkpoint("last")
-    status = directory.read(STATUS_FILE)  # a run that `from-renee` made has none
-    if status and status.get("state") != "finished" and last.state.step > best.state.step:
-        raise ReneeError(
-            f"{run} has come to step {last.state.step} and is not finished; labels change at its "
-            f"best checkpoint, of step {best.state.step}, where it would go on; finish it first"
-        )
-    return directory
+    directory.checkpoint("best")  # else there is no run, and a lease would make its directory
+    with Lease(directory.path, say) as lease:
+        best, last = directory.checkpoint("best"), directory.checkpoint("last")
+        status = directory.read(STATUS_FILE)  # a run that `from-renee` made has none
+        if status and status.get("state") != "finished" and last.state.step > best.state.step:
+            raise ReneeError(
+                f"{run} has come to step {last.state.step} and is not finished; labels change at "
+                f"its best checkpoint, of step {best.state.step}, where it would go on; finish it "
+                f"first"
+            )
+        yield directory, lease
 
 
 def _read(source: str, labels: Dataset) -> list[tuple[str, str]]:

@@ -277,6 +277,16 @@ def test_lists_allow_and_deny(tmp_path: Path) -> None:
     assert again["checkpoint"] == checkpoint.name, "index and calibration stay valid"
 
 
+def test_a_dataset_with_the_added_labels_knows_their_names(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    (tmp_path / "new.csv").write_text("label,text\nL2,garden tools\n")
+    add_labels(run.path, str(tmp_path / "new.csv"), quiet)
+    both = dataset_at(tmp_path / "both", ["garden tools"])
+    (tmp_path / "deny.txt").write_text("L2\n")
+    job = ScoringJob.checked(run, both, ScoreConfig(deny=str(tmp_path / "deny.txt")))
+    assert job.hidden is not None and np.flatnonzero(job.hidden).tolist() == [LABELS]
+
+
 def test_names_that_could_be_misread(tmp_path: Path) -> None:
     """Digits are an id, if no label has that name; a name may hold what ends lines elsewhere."""
     run = run_at(tmp_path)
@@ -334,6 +344,7 @@ def test_labels_of_a_run_stay_while_it_would_lose_steps(tmp_path: Path) -> None:
     retire_labels(run.path, ("3",), "", quiet, restore=False)
     last = run.checkpoint("last")
     assert (last.state.step, last.revision) == (7, 1)
+    assert last.manifest.metrics == {}, "a later one, without the label, could not be the best"
 
 
 def test_an_older_revision_does_not_stand_in_for_a_damaged_one(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from renee_ray.cli.main import main
 from renee_ray.errors import ReneeError
 from renee_ray.scoring.index import IndexSearch
 
-from .conftest import TESTS, Run
+from ..data.tiny import write_tiny
+from .conftest import LABELS, TESTS, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -57,6 +58,10 @@ def test_predictions_by_an_index_are_the_exact_ones(
     (everything / "index.json").write_text(json.dumps(facts))
     arguments = ["search=index", f"index={everything}", f"k={K}", "num_workers=2"]
     assert main(["predict", trained.path, dataset, str(tmp_path / "out"), *arguments]) == 0
+    most = tmp_path / "most.txt"
+    most.write_text("".join(f"{label}\n" for label in range(LABELS // 2)))
+    arguments = ["search=index", f"index={everything}", f"deny={most}"]
+    assert main(["predict", trained.path, dataset, str(tmp_path / "few"), *arguments]) == 1
     found = pads.dataset(tmp_path / "out").to_table().to_pylist()
     wanted = pads.dataset(predictions).to_table().to_pylist()
     assert len(wanted) == TESTS
@@ -83,7 +88,15 @@ def test_an_export_has_an_index_that_its_run_can_use(
 ) -> None:
     path = str(tmp_path / "model")
     assert main(["export", trained.path, path]) == 0
-    assert main(["index", path, f"ranges={RANGES}", "sample=30"]) == 1
+    foreign = write_tiny(tmp_path / "foreign", train=(30,), labels=(20,), vocabulary=100)
+    for points in ([], [f"points={foreign.path}"]):
+        assert main(["index", path, f"ranges={RANGES}", "sample=30", *points]) == 1
+    there = Path(f"{path}-index")  # what a killed command leaves
+    there.mkdir()
+    (there / "_claim.json").write_text("{}")
+    (there / f"{next(index.glob('*.faiss')).name}.tmp").write_bytes(b"cut")
+    for file in index.glob("labels-*.json"):
+        (there / file.name).write_text("{")
     assert main(["index", path, f"ranges={RANGES}", "sample=30", f"points={dataset}"]) == 0
     texts = (source / "tst_X.txt").read_text().splitlines()[:10]
     exact = renee_ray.load(path).predict(texts, K)
@@ -94,6 +107,7 @@ def test_an_export_has_an_index_that_its_run_can_use(
     arguments = [dataset, str(tmp_path / "p"), "search=index", f"index={path}-index", "k=3"]
     assert main(["predict", trained.path, *arguments, "num_workers=1"]) == 0
     files = {each.name: each.read_bytes() for each in index.glob("*.faiss")}
+    assert not [*there.glob("*.tmp")]
     assert files.keys() == {each.name for each in Path(f"{path}-index").glob("*.faiss")}
 
 

@@ -378,10 +378,15 @@ def test_the_page_in_a_browser(
     with browser(tmp_path, width) as page:
         page.open(f"http://127.0.0.1:{door}/")
         page.until("!document.getElementById('door').hidden")
-        page.type("wrong")
-        page.until("document.getElementById('status').textContent.includes('not the service')")
+        for wrong in "wrong", "wr\u0151ng":  # the second fits no header
+            page.type(wrong)
+            page.until("document.getElementById('status').textContent.includes('not the service')")
+            assert page.value("sessionStorage.length") == 0
+            page.open(f"http://127.0.0.1:{door}/")
+            page.until("!document.getElementById('door').hidden")
         page.type(SECRET)
         page.until("document.activeElement.id === 'text'")
+        assert page.value("sessionStorage.length") == 1
         text = "<img src=x onerror=document.title='hit'>"
         page.type(text)
         page.until("document.querySelectorAll('#labels li').length === 1")

@@ -27,7 +27,7 @@ from renee_ray.config.score import IndexConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.storage import absolute, read_file, replace_file
-from renee_ray.data.untrusted import parse_json
+from renee_ray.data.untrusted import object_or_empty
 from renee_ray.errors import ReneeError
 from renee_ray.rank.batch import ragged
 from renee_ray.report.index import write_sweep
@@ -35,7 +35,6 @@ from renee_ray.scoring.index import (
     FILES,
     FORMAT_VERSION,
     MANIFEST,
-    Classifier,
     index_of,
     load_faiss,
     read_parts,
@@ -52,10 +51,10 @@ from renee_ray.scoring.index_building import (
 from renee_ray.scoring.index_quality import Truth, swept
 from renee_ray.service.cluster.connect import ensure_ray
 from renee_ray.service.cluster.tasks import Reporter, stream
-from renee_ray.service.run.directory import RUN_FILE, RunDirectory
-from renee_ray.service.run.labels import labels_of, opened
-from renee_ray.service.score.loading import Model, exported_labels, files_of, load
-from renee_ray.service.score.trained import CPU, trained_classifier
+from renee_ray.service.run.labels import labels_of
+from renee_ray.service.score.loading import Model
+from renee_ray.service.score.saved import Saved, SavedRun, open_saved
+from renee_ray.service.score.trained import CPU
 from renee_ray.xfc.labels import LabelRange, split_range
 
 INDEX = Kind(
@@ -73,7 +72,7 @@ PIECES = 8
 class Plan:
     """What each task is given.
 
-    checkpoint: its name; empty: `model` is an export. centre: mean embedding, float32 [D].
+    model, checkpoint: as `open_saved` takes them; centre: mean embedding, float32 [D].
     """
 
     model: str
@@ -97,21 +96,14 @@ class Plan:
 
         The mean is that of the range's first block.
         """
-        part: Callable[[LabelRange], Classifier]
-        if self.checkpoint:
-            _, saved, labels = opened(self.model, self.checkpoint)
-            part = lambda owned: trained_classifier(saved, labels, owned, self.tail, None, CPU)  # noqa: E731
-        else:
-            with files_of(self.model) as local:
-                exported = exported_labels(local, CPU)[1]
-            part = lambda owned: exported  # noqa: E731
+        saved = open_saved(self.model, self.checkpoint)
         size = max(1, BLOCK_BYTES // (4 * self.dim))
 
         def read() -> Iterator[Tensor]:
             mean = None
             for at in range(start, stop, size):
                 owned = LabelRange(at, min(at + size, stop), self.num_labels)
-                rows = part(owned).rows(owned.start, owned.stop)
+                rows = saved.classifier(owned, self.tail, CPU).rows(at, owned.stop)
                 # A retired label stays in the index; who searches leaves it out.
                 rows[:, -1].masked_fill_(rows[:, -1] == -torch.inf, 0)
                 rows[:, -1] += rows[:, :-1] @ self.centre
@@ -130,7 +122,7 @@ def build_range(plan: Plan, i: int) -> dict[str, Any]:
     survey = Survey.of(rows, stop - start, training_rows(index))
     path, facts = (f"{plan.output}/{plan.name(i)}.{ending}" for ending in ("faiss", "json"))
     built_from = {"factory": plan.factory, "rows": survey.sha256, "start": start, "stop": stop}
-    known = parse_json(read_file(facts) or b"{}")
+    known = object_or_empty(read_file(facts) or b"")
     there = hashlib.sha256(read_file(path) or b"").hexdigest()
     if (known.get("built_from"), known.get("sha256")) == (built_from, there):
         return {**known, "built": False}
@@ -154,22 +146,14 @@ def index_model(
     """Builds an index of a run or an export, measures it and returns `index.json`.
 
     Raises:
-        ReneeError: FAISS is not installed, there is no model, a factory string that FAISS does not
-            take, more ranges than labels, an output that is taken, or a checkpoint that was
-            published meanwhile.
+        ReneeError: FAISS is not installed, there is no model, points of other labels, a factory
+            string that FAISS does not take, more ranges than labels, or an output that is taken.
     """
     load_faiss()
-    model, directory, checkpoint, workers = absolute(model), RunDirectory(absolute(model)), None, 1
-    points = Dataset.open(config.points) if config.points else None
-    if directory.read(RUN_FILE) is not None:
-        checkpoint = directory.checkpoint(config.checkpoint)
-        workers, points = directory.config().max_workers, points or directory.dataset()
-        labels_of(directory, points, checkpoint)  # recall on other labels says nothing
-    if points is None:
-        raise ReneeError(f"{model} is no run and has no points to measure on; give points=DATASET")
-    loaded = load(model, checkpoint=config.checkpoint)
-    if checkpoint and checkpoint.hash != loaded.facts["model"]:
-        raise ReneeError(f"{model} has published another checkpoint meanwhile; run this again")
+    model = absolute(model)
+    saved = open_saved(model, config.checkpoint)
+    points, workers = _points(saved, config.points), saved.config.max_workers
+    loaded = Model(saved, CPU)
     number, dim, tail = loaded.num_labels, loaded.dim, loaded.facts["tail"]
     ranges = config.ranges or min(number, workers * -(-number // MOST_LABELS))
     if ranges > number:
@@ -180,10 +164,9 @@ def index_model(
     output.check()
     ensure_ray()
     threads = max(1, (os.cpu_count() or 1) // ranges)
-    name = checkpoint.name if checkpoint else ""
     embeddings, truth = sample(loaded, points, config.sample)
     centre = embeddings.mean(0).half().float().cpu()  # the same again in a call that goes on
-    plan = Plan(model, name, number, dim, tail, output.path, factory, ranges, threads, centre)
+    plan = Plan(model, saved.name, number, dim, tail, output.path, factory, ranges, threads, centre)
     output.claim()
     files = [f"{plan.name(i)}.{ending}" for i in range(ranges) for ending in ("faiss", "json")]
     output.declare([*files, "recall.html"], keep=True)
@@ -205,6 +188,27 @@ def index_model(
     write_sweep(f"{output.path}/recall.html", facts)
     output.publish(facts)
     return facts
+
+
+def _points(saved: Saved, path: str) -> Dataset:
+    """Opens the dataset to measure on; recall on other labels or tokens says nothing."""
+    if isinstance(saved, SavedRun):
+        points = Dataset.open(path) if path else saved.directory.dataset()
+        labels_of(saved.directory, points, saved.checkpoint)
+        return points
+    if not path:
+        raise ReneeError(
+            f"{saved.path} is no run and has no points to measure on; give points=DATASET"
+        )
+    points = Dataset.open(path)
+    manifest, number = points.manifest, saved.facts["num_labels"]
+    if manifest.num_labels > number or manifest.vocabulary_hash != saved.tokenizer.hash:
+        raise ReneeError(
+            f"{path} has {manifest.num_labels} labels and the tokenizer {manifest.tokenizer!r}, "
+            f"which are not those of {saved.path} with its {number} labels; give points= its own "
+            f"dataset"
+        )
+    return points
 
 
 def sample(model: Model, points: Dataset, number: int) -> tuple[Tensor, Truth]:

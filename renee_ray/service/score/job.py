@@ -28,6 +28,8 @@ from renee_ray.service.run.labels import check_labels, hidden_labels, labels_of
 from renee_ray.service.score.predictions import Layout
 from renee_ray.service.score.trained import TRAINED
 
+MOST_HIDDEN = 0.1
+"""Share of labels that lists may hide from an index, whose effort was measured with all."""
 LARGE = 1 << 30
 """Bytes of a checkpoint; of a smaller one, any worker holds all labels."""
 
@@ -79,21 +81,25 @@ class ScoringJob:
         trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
         own = labels if labels.manifest.hash == trained_on else None
         labels = labels_of(directory, labels, found)
-        hidden = hidden_labels(labels, found, score.allow, score.deny)
         placed = {key: getattr(score, key) for key in Placed.model_fields}
         workers = score.num_workers or config.max_workers
         config = scoring_config(config, score, workers, **placed)
         voters = _voters(directory, own, config.evaluation, score)
-        counted = labels
-        if config.evaluation.tail and own is None:
+        counted, lists = labels, score.allow or score.deny
+        if own is None and (config.evaluation.tail or (lists and found.state.revision)):
+            # It alone has names of added labels.
             counted = labels_of(directory, directory.dataset(), found)
+        hidden = hidden_labels(counted, found, score.allow, score.deny)
         if score.index:
             score = score.model_copy(update={"index": absolute(score.index)})
         index = check_search(score, directory.path, found.hash, config.evaluation.tail)
-        if index and score.allow:
-            raise ReneeError(
-                "search=index finds few labels of the file allow=; leave search=index out"
-            )
+        if index and lists and hidden is not None:
+            share = (hidden.sum() - len(found.state.retired)) / len(hidden)
+            if share > MOST_HIDDEN:
+                raise ReneeError(
+                    f"search=index finds too few labels where allow= and deny= hide {share:.0%} of "
+                    f"them; leave search=index out"
+                )
         large = bool(score.memory_gib_per_worker) or found.manifest.size > LARGE
         return cls(
             directory, config, score, found.name, found.state.step, labels, counted, voters, hidden,

@@ -13,7 +13,9 @@ import logging
 import math
 import os
 import re
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +23,9 @@ from typing import Any
 import ray
 import tenacity
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ReplicaState
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 
 from renee_ray.errors import ReneeError, reason
 from renee_ray.service.cluster.connect import ensure_ray
@@ -31,7 +33,14 @@ from renee_ray.service.cluster.launch import threads_of, worker_environment
 from renee_ray.service.serve.replicas import EncoderReplica, Found, ServedRun, ShardReplica
 
 STARTS = 2
-"""Failed starts of a replica after which the service is given up."""
+"""Failed starts of a deployment's replicas after which the service is given up."""
+PLACING_S = 600
+"""Seconds that a replica may wait for its CPU and GPU, which `check_room` has found free."""
+POLL_S = 0.5
+FAILED, UNPLACED = "A replica failed to start", "to be scheduled"
+"""Words of a deployment's message in Serve 2.60, which has no other sign of either."""
+DIED = (RayActorError, ObjectLostError, OutOfMemoryError, NodeDiedError)
+"""What a question raises if a replica dies: OutOfMemoryError if Ray killed it for its memory."""
 
 
 @dataclass
@@ -72,7 +81,7 @@ class Application:
 
 
 @tenacity.retry(
-    retry=tenacity.retry_if_exception_type((RayActorError, ObjectLostError)),
+    retry=tenacity.retry_if_exception_type(DIED),
     wait=tenacity.wait_fixed(0.1),
 )
 async def _scored(encoder: DeploymentHandle, texts: list[str], k: int) -> Found:
@@ -133,8 +142,57 @@ def check_room(served: ServedRun, free: dict[str, float]) -> None:
             )
 
 
-def deploy(name: str, served: ServedRun) -> Application:
+class Start:
+    """Follows the start of an application by its statuses, and decides when it has failed.
+
+    Serve gives up a deployment none of whose replicas starts. Once one runs, it tries the others
+    for ever. Loading weights and embedding training points may take hours: they have no limit.
+    """
+
+    def __init__(self) -> None:
+        self._failures: defaultdict[str, set[str]] = defaultdict(set)
+        self._unplaced: dict[str, float] = {}
+
+    def complete(self, found: ApplicationStatusOverview, now: float) -> bool:
+        """Returns whether all replicas run.
+
+        Raises:
+            RuntimeError: they never will.
+        """
+        if found.status == ApplicationStatus.RUNNING:
+            return True
+        for name, each in found.deployments.items():
+            failures = self._failures[name]
+            if FAILED in each.message:
+                failures.add(each.message)  # it names the process: those of two failures differ
+            if each.status == "DEPLOY_FAILED" or len(failures) >= STARTS:
+                raise RuntimeError(each.message)
+            if UNPLACED not in each.message:
+                self._unplaced.pop(name, None)
+            elif now - self._unplaced.setdefault(name, now) >= PLACING_S:
+                raise RuntimeError(
+                    f"a process of {name} has found no free CPU or GPU for {PLACING_S} s; lower "
+                    f"num_shards, num_encoders or gpus_per_process"
+                )
+        return False
+
+
+def _wait_complete(name: str, stopped: threading.Event) -> None:
+    """Waits until all replicas of an application run.
+
+    Raises:
+        RuntimeError: they never will, or `stopped` is set.
+    """
+    start = Start()
+    while not start.complete(serve.status().applications[name], time.monotonic()):
+        if stopped.wait(POLL_S):
+            raise RuntimeError("the service ends")
+
+
+def deploy(name: str, served: ServedRun, stopped: threading.Event) -> Application:
     """Starts an application, and asks it a first question.
+
+    stopped: gives the start up once it is set.
 
     Raises:
         ReneeError: a replica does not start; nothing is left of the application then.
@@ -162,7 +220,9 @@ def deploy(name: str, served: ServedRun) -> Application:
     options |= {"num_replicas": settings.num_encoders, "max_ongoing_requests": settings.max_waiting}
     encoder: Any = serve.deployment(EncoderReplica, name="encoder", **options)
     try:
-        handle = serve.run(encoder.bind(served, shards), name=name, route_prefix=None)
+        target = serve.RunTarget(encoder.bind(served, shards), name, route_prefix=None)
+        [handle] = serve.run_many([target], wait_for_applications_running=False)
+        _wait_complete(name, stopped)
         handle.predict.remote([""], 1).result()  # raises unless all of it works
     except Exception as error:
         serve.delete(name)

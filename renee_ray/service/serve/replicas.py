@@ -13,6 +13,8 @@ The result equals `renee-ray predict` of the same texts.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +29,6 @@ from torch import Tensor
 from renee_ray.config.schema import RunConfig
 from renee_ray.config.score import ServeConfig
 from renee_ray.data import tokenizer
-from renee_ray.model.encoder import build_encoder
 from renee_ray.rank.batch import padded_tokens, ragged, truncate
 from renee_ray.rank.collectives import Ranks
 from renee_ray.scoring.index import check_search, open_search
@@ -35,18 +36,17 @@ from renee_ray.scoring.neighbours import RERANKED
 from renee_ray.service.cluster.feed import embed_voters
 from renee_ray.service.cluster.launch import quiet
 from renee_ray.service.cluster.ray_compat import replica_on_loopback
-from renee_ray.service.run.labels import hidden_labels, opened, vocabulary_of
-from renee_ray.service.score.trained import trained_classifier
+from renee_ray.service.score.saved import SavedRun, open_saved
 from renee_ray.xfc.labels import LabelRange, owners
 from renee_ray.xfc.topk.select import NONE, merge_topk
 
 
 @dataclass(frozen=True)
 class ServedRun:
-    """The run that a service answers with, by name: Serve keeps a copy for every process.
+    """The run or export that a service answers with: Serve keeps a copy for every process.
 
-    config: the run's, changed to score with `num_workers` shards; checkpoint: its name; facts: the
-    answer of `GET /info`.
+    config: its own, changed to score with `num_workers` shards; run, checkpoint: as `open_saved`
+    takes them; facts: the answer of `GET /info`.
     """
 
     config: RunConfig
@@ -60,6 +60,10 @@ class ServedRun:
         return self.config.max_workers
 
     @property
+    def num_labels(self) -> int:
+        return int(self.facts["labels"])
+
+    @property
     def num_processes(self) -> int:
         return self.num_shards + self.settings.num_encoders
 
@@ -70,18 +74,13 @@ class ShardReplica:
     def __init__(self, served: ServedRun, rank: int) -> None:
         replica_on_loopback()
         quiet()
-        (_, checkpoint, dataset), device = opened(served.run, served.checkpoint), _device()
-        owned = LabelRange.of_rank(dataset.manifest.num_labels, served.num_shards, rank)
-        config, tail = served.config, served.config.evaluation.tail
-        hidden = hidden_labels(dataset, checkpoint)
-        classifier = trained_classifier(
-            checkpoint, dataset, owned, tail, hidden, device, config.classifier.chunk
-        )
-        self._shard = classifier.shards[0]
-        facts = check_search(served.settings, served.run, checkpoint.hash, tail)
-        self._search = open_search(facts, classifier)
-        table = dataset.read_rows("labels", owned.start, owned.stop, ["text"])
-        self._texts: pa.ChunkedArray = table["text"]
+        self._device = _device()
+        saved = open_saved(served.run, served.checkpoint)
+        self._owned = LabelRange.of_rank(served.num_labels, served.num_shards, rank)
+        tail = served.config.evaluation.tail
+        classifier = saved.classifier(self._owned, tail, self._device)
+        found = check_search(served.settings, served.run, saved.facts["model"], tail)
+        self._search, self._texts = open_search(found, classifier), saved.texts(self._owned)
 
     @torch.inference_mode()
     def topk(self, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,14 +88,14 @@ class ShardReplica:
 
         k is at most the number of this range's labels.
         """
-        rows = torch.tensor(embeddings, device=self._shard.weights.device)
-        k = min(k, len(self._shard.owned))
+        rows = torch.tensor(embeddings, device=self._device)
+        k = min(k, len(self._owned))
         scores, labels = self._search.search(rows, k)
         return scores.cpu().numpy(), labels.cpu().numpy()
 
     def texts(self, labels: np.ndarray) -> list[str]:
         """Returns the texts of labels int64 [m] of this range."""
-        found: list[str] = self._texts.take(pa.array(labels - self._shard.owned.start)).to_pylist()
+        found: list[str] = self._texts.take(pa.array(labels - self._owned.start)).to_pylist()
         return found
 
 
@@ -122,16 +121,13 @@ class EncoderReplica:
         replica_on_loopback()
         quiet()
         self._shards, self._device = shards, _device()
-        _, checkpoint, self._dataset = opened(served.run, served.checkpoint)
-        self._vocabulary = vocabulary_of(self._dataset)
-        self._max_length = served.config.encoder.max_length
-        self._encoder = build_encoder(served.config.encoder, self._device, served.config.seed)
-        checkpoint.load_encoder(self._encoder)
-        self._encoder.eval()
+        saved, self._num_labels = open_saved(served.run, served.checkpoint), served.num_labels
+        self._facts, self._vocabulary = saved.facts, saved.vocabulary()
+        self._encoder = saved.encoder(self._device).eval()
         self._neighbours = None
-        if served.config.evaluation.neighbours:
+        if served.config.evaluation.neighbours and isinstance(saved, SavedRun):
             self._neighbours = embed_voters(
-                served.config, self._dataset, self._encoder, Ranks(), self._device
+                served.config, saved.dataset, self._encoder, Ranks(), self._device
             )
         self._answers.set_max_batch_size(served.settings.max_batch_size)  # type: ignore[attr-defined]
         wait_s = served.settings.batch_wait_ms / 1000
@@ -145,12 +141,12 @@ class EncoderReplica:
     @serve.batch(batch_size_fn=num_texts)
     async def _answers(self, questions: list[Question]) -> list[Found]:
         texts = [text for question in questions for text in question.texts]
-        most = self._dataset.manifest.num_labels
+        most = self._num_labels
         ks = torch.tensor([min(question.k, most) for question in questions for _ in question.texts])
         embeddings = await asyncio.to_thread(self._embed, texts)
         wanted = ks if self._neighbours is None else ks.clamp(min=min(RERANKED, most))
         found = await asyncio.gather(
-            *(shard.topk.remote(embeddings, int(wanted.max())) for shard in self._shards)
+            *(_ask(shard, "topk", embeddings, int(wanted.max())) for shard in self._shards)
         )
         scores, labels = await asyncio.to_thread(self._merge, embeddings, found, wanted, ks)
         rows = iter(answers(scores, labels, await self._texts_of(labels)))
@@ -159,10 +155,9 @@ class EncoderReplica:
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> np.ndarray:
         """Returns the texts' embeddings, float32 [B, D]."""
-        manifest = self._dataset.manifest
-        tokens = ragged(tokenizer.encode(self._vocabulary, texts, manifest.max_length))
-        cut = truncate(tokens, self._max_length)
-        padded = padded_tokens(cut, manifest.pad_id, self._device)
+        facts = self._facts
+        tokens = ragged(tokenizer.encode(self._vocabulary, texts, facts["text_tokens"]))
+        padded = padded_tokens(truncate(tokens, facts["max_length"]), facts["pad_id"], self._device)
         embeddings: Tensor = self._encoder(*padded)
         if not embeddings.isfinite().all():
             raise ArithmeticError("the encoder's embeddings are not finite")
@@ -188,16 +183,25 @@ class EncoderReplica:
         """Asks the shards for the texts of the labels that occur."""
         ids = labels.unique()
         ids = ids[ids != NONE]
-        owner = owners(ids, self._dataset.manifest.num_labels, len(self._shards))
+        owner = owners(ids, self._num_labels, len(self._shards))
         asked = [ids[owner == rank].numpy() for rank in range(len(self._shards))]
         texts = await asyncio.gather(
-            *(shard.texts.remote(own) for shard, own in zip(self._shards, asked, strict=True))
+            *(_ask(shard, "texts", own) for shard, own in zip(self._shards, asked, strict=True))
         )
         return {
             int(label): text
             for own, found in zip(asked, texts, strict=True)
             for label, text in zip(own, found, strict=True)
         }
+
+
+def _ask(shard: DeploymentHandle, method: str, *args: Any) -> Awaitable[Any]:
+    """Asks a shard in an empty context, so that the call is no request's child.
+
+    The loop of `serve.batch` has the context of the request that started it, and Ray cancels the
+    children of a cancelled request, with which all requests of the batch would be lost.
+    """
+    return contextvars.Context().run(lambda: getattr(shard, method).remote(*args))
 
 
 def only(best: tuple[Tensor, Tensor], ks: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A trained run behind HTTP: Ray Serve scores, this process listens.
+"""A trained run, or an export, behind HTTP: Ray Serve scores, this process listens.
 
 Serve runs a deployment for each range of labels and one for the encoder (deploy.py). HTTP
 (http.py) is not Serve's but this command's, for three reasons read in Serve 2.60. Its proxy
@@ -40,44 +40,55 @@ except ImportError as error:
 from renee_ray.data.storage import absolute
 from renee_ray.rank.threads import in_thread
 from renee_ray.scoring.index import check_search
-from renee_ray.service.run.labels import opened, vocabulary_of
 from renee_ray.service.score.job import scoring_config
+from renee_ray.service.score.saved import Export, SavedRun, open_saved
 from renee_ray.signals import at_signals
 
 log = logging.getLogger(__name__)
 
 SHOWN = ("max_k", "max_texts", "max_text_chars", "max_body_bytes", "timeout_s")
 """Settings that `GET /info` shows."""
+LEAVE_S = 60
+"""Seconds that the end waits for a change which is being given up."""
 OnReady = Callable[[dict[str, Any]], None]
 
 
 def serve_run(run: str, settings: ServeConfig, on_ready: OnReady) -> None:
-    """Serves a run until SIGINT or SIGTERM. At SIGHUP it looks at `run` again, and changes to it.
+    """Serves a run or an export until SIGINT or SIGTERM. At SIGHUP it looks at `run` again.
 
     on_ready: is given "url", "run", "step", "labels" and "shards" once requests are answered, and
         again after each change.
 
     Raises:
-        ReneeError: no token, no run, no checkpoint, a taken port, or replicas that do not start.
+        ReneeError: no token, no model, no checkpoint, a taken port, or replicas that do not start.
     """
-    bearer = Bearer.take(os.environ)
-    served = _served_run(run, settings)
-    if served.config.evaluation.neighbours:
-        log.warning("first, the training points, which vote, are embedded; neighbours=0 omits them")
-    name = f"renee_ray-{secrets.token_hex(4)}"
-    with _bound(settings.host, settings.port) as listener, ray_serve(served, name):
-        serving = Serving(name, run, settings, deploy(f"{name}-0", served))
-        _answer(serving, bearer, listener, on_ready)
+    stopped, changed = threading.Event(), threading.Event()
+    with at_signals(lambda *_: changed.set(), [signal.SIGHUP]):
+        bearer = Bearer.take(os.environ)
+        served = _served_run(run, settings)
+        if served.config.evaluation.neighbours:
+            log.warning(
+                "first, the training points, which vote, are embedded; neighbours=0 omits them"
+            )
+        name = f"renee_ray-{secrets.token_hex(4)}"
+        with _bound(settings.host, settings.port) as listener, ray_serve(served, name):
+            first = deploy(f"{name}-0", served, stopped)
+            serving = Serving(name, run, settings, first, stopped)
+            _answer(serving, bearer, listener, changed, on_ready)
 
 
 @dataclass
 class Serving:
-    """The application that answers, and its changes. The names of all applications are numbered."""
+    """The application that answers, and its changes. The names of all applications are numbered.
+
+    stopped: set once the service ends, which gives up a change.
+    """
 
     name: str
     run: str
     settings: ServeConfig
     current: Application
+    stopped: threading.Event
     changes: int = 0
 
     def change(self, on_ready: Callable[[], None]) -> None:
@@ -85,41 +96,49 @@ class Serving:
 
         If that fails, a warning says why, and the one before goes on. Meanwhile both are held.
         """
-        before = self.current
         try:
             served = _served_run(self.run, self.settings)
             check_room(served, ray.available_resources())
             self.changes += 1
-            self.current = deploy(f"{self.name}-{self.changes}", served)
-            on_ready()
-            before.end()
+            self.hand_over(deploy(f"{self.name}-{self.changes}", served, self.stopped), on_ready)
         except Exception as error:
-            log.warning("step %d answers: %.500s", self.current.facts["step"], reason(error))
+            if not self.stopped.is_set():
+                log.warning("step %d answers: %.500s", self.current.facts["step"], reason(error))
+
+    def hand_over(self, new: Application, on_ready: Callable[[], None]) -> None:
+        """Lets `new` answer, says so, and ends the one before even if nobody can be told."""
+        before, self.current = self.current, new
+        try:
+            on_ready()
+        finally:
+            before.end()
 
 
 def _served_run(run: str, settings: ServeConfig) -> ServedRun:
-    """Returns the run to serve, checked before there is Ray."""
+    """Returns the run or export to serve, checked before there is Ray."""
     path = absolute(run)  # a link may lead elsewhere when a replica starts again
     path = path if "://" in path else os.path.realpath(path)
     if settings.index:  # replicas have another working directory
         settings = settings.model_copy(update={"index": absolute(settings.index)})
-    directory, checkpoint, dataset = opened(path, settings.checkpoint)
-    config = directory.config()
-    vocabulary_of(dataset)  # what replicas would fail on is found before there is any
-    num_labels = dataset.manifest.num_labels
-    shards = settings.num_shards or min(config.max_workers, num_labels)
+    saved = open_saved(path, settings.checkpoint)
+    if isinstance(saved, Export) and settings.neighbours:
+        raise ReneeError(f"{path} is an export, without points that vote; leave neighbours= out")
+    if isinstance(saved, SavedRun):
+        saved.vocabulary()  # what replicas would fail on is found before there is any
+    num_labels = saved.facts["num_labels"]
+    shards = settings.num_shards or min(saved.config.max_workers, num_labels)
     if shards > num_labels:
         raise ReneeError(f"num_shards={shards} exceeds the {num_labels} labels; lower num_shards")
-    config = scoring_config(config, settings, shards, threads=settings.threads)
-    check_search(settings, directory.path, checkpoint.hash, config.evaluation.tail)
+    config = scoring_config(saved.config, settings, shards, threads=settings.threads)
+    check_search(settings, path, saved.facts["model"], config.evaluation.tail)
     facts = {
-        "run": directory.path,
-        "step": checkpoint.state.step,
+        "run": path,
+        "step": saved.facts["step"],
         "labels": num_labels,
         "shards": shards,
         **{name: getattr(settings, name) for name in SHOWN},
     }
-    return ServedRun(config, settings, directory.path, checkpoint.name, facts)
+    return ServedRun(config, settings, path, saved.name, facts)
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -136,8 +155,14 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _answer(serving: Serving, bearer: Bearer, listener: socket.socket, on_ready: OnReady) -> None:
-    """Answers requests until a signal."""
+def _answer(
+    serving: Serving,
+    bearer: Bearer,
+    listener: socket.socket,
+    changed: threading.Event,
+    on_ready: OnReady,
+) -> None:
+    """Answers requests until a signal; `changed` asks for a change, which has ended then, too."""
     settings = serving.settings
     config = uvicorn.Config(
         application(settings, bearer, lambda: serving.current),
@@ -151,25 +176,27 @@ def _answer(serving: Serving, bearer: Bearer, listener: socket.socket, on_ready:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.timeout_s),
     )
-    server, stopped, changed = uvicorn.Server(config), threading.Event(), threading.Event()
+    server, stopped = uvicorn.Server(config), serving.stopped
 
     def say_ready() -> None:
         on_ready({"url": _url(listener), **serving.current.facts})
 
-    told = {signal.SIGHUP: changed, signal.SIGINT: stopped, signal.SIGTERM: stopped}
-    with at_signals(lambda number, _: told[signal.Signals(number)].set(), told):
+    with at_signals(lambda *_: stopped.set()):
         # In a thread, where uvicorn leaves the signals alone.
         running = in_thread(lambda: server.run([listener]), "http")
         while not server.started and not wait([running], timeout=0.05).done:
             pass
         if server.started:
             say_ready()
-        changing: Future[None] | None = None
+        changes: list[Future[None]] = []
         while not wait([running], timeout=0.1).done:
-            server.should_exit = stopped.is_set()
-            if changed.is_set() and (changing is None or changing.done()):
+            if stopped.is_set():
+                server.should_exit = True
+            elif changed.is_set() and not wait(changes, timeout=0).not_done:
                 changed.clear()
-                changing = in_thread(lambda: serving.change(say_ready), "change")
+                changes = [in_thread(lambda: serving.change(say_ready), "change")]
+        stopped.set()
+        wait(changes, timeout=LEAVE_S)
         running.result()
 
 
