@@ -161,9 +161,12 @@ class Neighbours:
         last = nearest.topk(self.count, dim=1).values[:, -1:] - TIE
         total = (_strength(nearest) * (nearest >= last)).sum(1, keepdim=True)
         last, total = gather_rows(self.ranks, torch.cat([last, total], 1), counts).split(1, 1)
-        own_cut = (cosines[:, -1] >= last[:, 0]) & (width < len(self.points.owned))
+        near = (cosines >= last) & (
+            cosines > 0
+        )  # others, of a text of no known word say, have c_i 0
+        own_cut = near[:, -1] & (width < len(self.points.owned))
         cut = all_max(self.ranks, own_cut.float()) > 0
-        voting = (cosines >= last) & (ids != NONE) & ~cut[:, None]
+        voting = near & (ids != NONE) & ~cut[:, None]
         rows, places = voting.nonzero(as_tuple=True)
         share = _strength(cosines)[rows, places] / total[rows, 0].clamp(min=1e-30)
         points = ids[rows, places] - self.points.owned.start

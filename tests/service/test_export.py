@@ -153,7 +153,12 @@ def test_a_damaged_export_is_not_loaded(
     assert isinstance(ranges, list)
     shorter = [ranges[0] | {"stop": ranges[0]["stop"] - 1}, *ranges[1:]]
     outside = [ranges[0] | {"labels": "../labels-00000.parquet"}, *ranges[1:]]
-    for wrong in ({"ranges": shorter}, {"ranges": outside}, {"encoder": {"name": ""}}):
+    for wrong in (
+        {"ranges": shorter},
+        {"ranges": outside},
+        {"encoder": {"name": ""}},
+        {"step": None},
+    ):
         (copy / "export.json").write_text(json.dumps(content | wrong))
         with pytest.raises(ReneeError, match="export the run again"):
             renee_ray.load(str(copy))

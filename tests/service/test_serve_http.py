@@ -328,7 +328,7 @@ def test_processes_that_cannot_be_placed_are_refused(
 ) -> None:
     settings = make_config(ServeConfig, {"gpus_per_process": gpus, "num_encoders": 2})
     config = make_config(RunConfig, {"data": "d", "output": "o", "num_workers": 3})
-    served = ServedRun(config, settings, "run", "step-1", {})
+    served = ServedRun(config, settings, "run", "step-1", "", {})
     if fits:
         check_room(served, have)
     else:

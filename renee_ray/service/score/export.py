@@ -138,6 +138,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "step": checkpoint.state.step,
         "model": checkpoint.hash,
         "num_labels": number,
+        "vocabulary_hash": dataset.manifest.vocabulary_hash,
         "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
         "text_tokens": dataset.manifest.max_length,

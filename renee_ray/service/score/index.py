@@ -26,6 +26,7 @@ from torch import Tensor
 from renee_ray.config.score import IndexConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind
+from renee_ray.data.models import quiet
 from renee_ray.data.storage import absolute, read_file, replace_file
 from renee_ray.data.untrusted import object_or_empty
 from renee_ray.errors import ReneeError
@@ -72,11 +73,12 @@ PIECES = 8
 class Plan:
     """What each task is given.
 
-    model, checkpoint: as `open_saved` takes them; centre: mean embedding, float32 [D].
+    model, checkpoint, sha256: as `open_saved` takes them; centre: mean embedding, float32 [D].
     """
 
     model: str
     checkpoint: str
+    sha256: str
     num_labels: int
     dim: int
     tail: float
@@ -96,7 +98,7 @@ class Plan:
 
         The mean is that of the range's first block.
         """
-        saved = open_saved(self.model, self.checkpoint)
+        saved = open_saved(self.model, self.checkpoint, self.sha256)
         size = max(1, BLOCK_BYTES // (4 * self.dim))
 
         def read() -> Iterator[Tensor]:
@@ -150,6 +152,7 @@ def index_model(
             string that FAISS does not take, more ranges than labels, or an output that is taken.
     """
     load_faiss()
+    quiet()
     model = absolute(model)
     saved = open_saved(model, config.checkpoint)
     points, workers = _points(saved, config.points), saved.config.max_workers
@@ -166,7 +169,10 @@ def index_model(
     threads = max(1, (os.cpu_count() or 1) // ranges)
     embeddings, truth = sample(loaded, points, config.sample)
     centre = embeddings.mean(0).half().float().cpu()  # the same again in a call that goes on
-    plan = Plan(model, saved.name, number, dim, tail, output.path, factory, ranges, threads, centre)
+    plan = Plan(
+        model, saved.name, saved.facts["model"], number, dim, tail, output.path, factory, ranges,
+        threads, centre,
+    )  # fmt: skip
     output.claim()
     files = [f"{plan.name(i)}.{ending}" for i in range(ranges) for ending in ("faiss", "json")]
     output.declare([*files, "recall.html"], keep=True)
@@ -202,7 +208,7 @@ def _points(saved: Saved, path: str) -> Dataset:
         )
     points = Dataset.open(path)
     manifest, number = points.manifest, saved.facts["num_labels"]
-    if manifest.num_labels > number or manifest.vocabulary_hash != saved.tokenizer.hash:
+    if manifest.num_labels > number or manifest.vocabulary_hash != saved.facts["vocabulary_hash"]:
         raise ReneeError(
             f"{path} has {manifest.num_labels} labels and the tokenizer {manifest.tokenizer!r}, "
             f"which are not those of {saved.path} with its {number} labels; give points= its own "

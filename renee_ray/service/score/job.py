@@ -15,7 +15,7 @@ import numpy as np
 
 from renee_ray.config.schema import EvalConfig, Placed, RunConfig
 from renee_ray.config.score import ScoreConfig, Searched
-from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.data.dataset import Dataset, Extended, has_manifest
 from renee_ray.data.storage import absolute
 from renee_ray.errors import ConfigError, Progress, ReneeError
 from renee_ray.model.encoder import check_positions
@@ -78,16 +78,19 @@ class ScoringJob:
         config = directory.config()
         check_positions(config.encoder, labels.manifest.max_length)
         found = directory.checkpoint(score.checkpoint)
-        trained_on = (directory.read(RUN_FILE) or {})["dataset"]["manifest_hash"]
-        own = labels if labels.manifest.hash == trained_on else None
+        known = (directory.read(RUN_FILE) or {})["dataset"]
+        own = labels if labels.manifest.hash == known["manifest_hash"] else None
         labels = labels_of(directory, labels, found)
         placed = {key: getattr(score, key) for key in Placed.model_fields}
         workers = score.num_workers or config.max_workers
         config = scoring_config(config, score, workers, **placed)
         voters = _voters(directory, own, config.evaluation, score)
         counted, lists = labels, score.allow or score.deny
-        if own is None and (config.evaluation.tail or (lists and found.state.revision)):
-            # It alone has names of added labels.
+        # Of labels that were added, and that the dataset has itself, the run's alone has names.
+        nameless = (
+            not isinstance(labels, Extended) and known["num_labels"] != labels.manifest.num_labels
+        )
+        if own is None and (config.evaluation.tail or (lists and nameless)):
             counted = labels_of(directory, directory.dataset(), found)
         hidden = hidden_labels(counted, found, score.allow, score.deny)
         if score.index:

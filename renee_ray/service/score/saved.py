@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, EvalConfig, RunConfig
 from renee_ray.data import tokenizer
-from renee_ray.data.storage import filesystem_of, read_file
-from renee_ray.data.tokenizer import Vocabulary
+from renee_ray.data.storage import filesystem_of, read_file, storage_error
 from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import ReneeError, reason
 from renee_ray.model.encoder import Encoder, build_encoder
@@ -45,6 +44,9 @@ from renee_ray.service.score.trained import (
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import Weights
+
+NUMBERS = ("step", "num_labels", "max_length", "text_tokens", "pad_id")
+"""Facts that are integers."""
 
 
 class SavedRun:
@@ -104,23 +106,21 @@ class Export:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        content = read_file(f"{path}/{MANIFEST}") or b""
         with self._reading():
-            told = parse_json(read_file(f"{path}/{MANIFEST}") or b"")
+            told = parse_json(content)
             before = {"model": "", "text_tokens": told["max_length"]}  # 0.1.0
             self.facts: dict[str, Any] = before | told
+            self.facts |= {key: int(self.facts[key]) for key in NUMBERS}
             self.config = RunConfig(
                 data=path, output=path, num_workers=1,
                 encoder=EncoderConfig.model_validate(self.facts["encoder"]),
                 evaluation=EvalConfig(tail=self.facts["tail"], neighbours=0),
             )  # fmt: skip
 
-    @cached_property
-    def tokenizer(self) -> Vocabulary:
-        with self._reading():
-            return tokenizer.load(str(self._local(ENCODER)), fetch=False)
-
     def vocabulary(self) -> str:
-        return self.tokenizer.serialised
+        with self._reading():
+            return tokenizer.load(str(self._local(ENCODER)), fetch=False).serialised
 
     def encoder(self, device: torch.device) -> Encoder:
         settings = self.config.encoder
@@ -185,7 +185,12 @@ class Export:
             return Path(root, name)
         copy = self._copies / name
         if not copy.exists():
-            pafs.copy_files(f"{root}/{name}", str(copy), source_filesystem=filesystem)
+            try:
+                pafs.copy_files(f"{root}/{name}", str(copy), source_filesystem=filesystem)
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # the export may be whole
+                raise storage_error(error) from error
         return copy
 
     @cached_property
@@ -208,12 +213,21 @@ class Export:
 Saved = SavedRun | Export
 
 
-def open_saved(path: str, which: str = "best") -> Saved:
+def open_saved(path: str, which: str = "best", model: str = "") -> Saved:
     """Opens a run, with the checkpoint `which` (`best`, `last` or a name), or an export.
 
+    model: what its fact of this name must be, where another process has opened it before.
+
     Raises:
-        ReneeError: there is neither, or one that is damaged.
+        ReneeError: there is neither, one that is damaged, or another model.
     """
+    found = _opened(path, which)
+    if model and found.facts["model"] != model:
+        raise ReneeError(f"{path} holds another model than a moment ago; begin anew")
+    return found
+
+
+def _opened(path: str, which: str) -> Saved:
     filesystem, root = filesystem_of(path)
     files = filesystem.get_file_info([f"{root}/{MANIFEST}", f"{root}/{RUN_FILE}"])
     is_export, is_run = (info.type == pafs.FileType.File for info in files)
@@ -224,8 +238,6 @@ def open_saved(path: str, which: str = "best") -> Saved:
             f"{path} is neither an export nor a run: it has no {MANIFEST} and no {RUN_FILE}; "
             f"give a directory that `renee-ray export` or `renee-ray train` made"
         )
-    if which != "best":
-        raise ReneeError(f"{path} is an export, of one checkpoint; leave checkpoint={which} out")
     return Export(path)
 
 

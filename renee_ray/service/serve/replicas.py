@@ -45,14 +45,15 @@ from renee_ray.xfc.topk.select import NONE, merge_topk
 class ServedRun:
     """The run or export that a service answers with: Serve keeps a copy for every process.
 
-    config: its own, changed to score with `num_workers` shards; run, checkpoint: as `open_saved`
-    takes them; facts: the answer of `GET /info`.
+    config: its own, changed to score with `num_workers` shards; run, checkpoint, model: as
+    `open_saved` takes them; facts: the answer of `GET /info`.
     """
 
     config: RunConfig
     settings: ServeConfig
     run: str
     checkpoint: str
+    model: str
     facts: dict[str, Any]
 
     @property
@@ -75,7 +76,7 @@ class ShardReplica:
         replica_on_loopback()
         quiet()
         self._device = _device()
-        saved = open_saved(served.run, served.checkpoint)
+        saved = open_saved(served.run, served.checkpoint, served.model)
         self._owned = LabelRange.of_rank(served.num_labels, served.num_shards, rank)
         tail = served.config.evaluation.tail
         classifier = saved.classifier(self._owned, tail, self._device)
@@ -121,7 +122,10 @@ class EncoderReplica:
         replica_on_loopback()
         quiet()
         self._shards, self._device = shards, _device()
-        saved, self._num_labels = open_saved(served.run, served.checkpoint), served.num_labels
+        saved, self._num_labels = (
+            open_saved(served.run, served.checkpoint, served.model),
+            served.num_labels,
+        )
         self._facts, self._vocabulary = saved.facts, saved.vocabulary()
         self._encoder = saved.encoder(self._device).eval()
         self._neighbours = None

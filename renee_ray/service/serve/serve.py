@@ -138,7 +138,7 @@ def _served_run(run: str, settings: ServeConfig) -> ServedRun:
         "shards": shards,
         **{name: getattr(settings, name) for name in SHOWN},
     }
-    return ServedRun(config, settings, path, saved.name, facts)
+    return ServedRun(config, settings, path, saved.name, saved.facts["model"], facts)
 
 
 def _bound(host: str, port: int) -> socket.socket:
