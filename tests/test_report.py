@@ -17,11 +17,14 @@ import pytest
 from rich.console import Console
 from scipy.stats import binomtest
 
+from renee_ray.checkpoint.registry import Checkpoints
+from renee_ray.checkpoint.state import Manifest, State
 from renee_ray.cli.main import main
 from renee_ray.config.schema import RunConfig
 from renee_ray.errors import ReneeError
 from renee_ray.report.charts import LEFT, RIGHT, Axis
-from renee_ray.report.checkpoints import checkpoint_table
+from renee_ray.report.checkpoints import checkpoint_table, list_checkpoints
+from renee_ray.report.index import write_sweep
 from renee_ray.report.run import comparison_table, examples_text, interval, write_report
 
 from .service.browser import browser
@@ -318,9 +321,76 @@ def test_terminal_shows_the_same() -> None:
 
 def test_the_best_checkpoint_is_marked_and_never_the_untrained_one() -> None:
     rows = [
-        {"name": f"step-{step}", "step": step, "problem": None, "metrics": {"P@1": value}}
+        {"name": f"step-{step}", "step": step, "problem": None, "metrics": {"P@1": value},
+         "revision": 0}
         for step, value in ((20, 58.0), (10, 58.0), (0, 60.0))
-    ]
-    rows.insert(0, {"name": "step-30", "step": 30, "problem": "damaged"})
+    ]  # fmt: skip
+    rows.insert(0, {"name": "step-30", "step": 30, "problem": "damaged", "revision": 0})
     table = checkpoint_table(rows, "P@1", verified=False)
     assert list(table.columns[4].cells) == ["", "58.00", "58.00 best", "60.00"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "later", "best"),
+    [
+        ([], {}, "step-000000010-00000000"),
+        ([{"retired": [1]}], {}, "step-000000030-00000000@1"),
+        ([{"retired": [1]}], {40: 41.0, 50: 40.0}, "step-000000040-00000000@1"),
+        ([{"retired": [1]}, {"num_labels": 9}], {}, "step-000000030-00000000@2"),
+        ([{"num_labels": 9}], {}, "step-000000030-00000000@1"),
+    ],
+)
+def test_the_best_checkpoint_is_the_registrys(
+    tmp_path: Path, changes: list[dict[str, Any]], later: dict[int, float], best: str
+) -> None:
+    """Changes are of the newest checkpoint's labels; those that follow have the same revision."""
+    found = Checkpoints(str(tmp_path))
+
+    def publish(step: int, value: float, facts: dict[str, Any]) -> None:
+        manifest = Manifest(State(step=step, facts=facts), {"P@1": value}, {}, 1.0)
+        name = f"step-{step:09d}-00000000"
+        Path(found.root, name).mkdir(parents=True, exist_ok=True)
+        found.publish(name, manifest)
+
+    for step, value in {0: 60.0, 10: 58.0, 20: 58.0, 30: 57.0}.items():
+        publish(step, value, {})
+    for facts in changes:
+        newest = found.newest()
+        assert newest is not None
+        found.revise(newest, facts, {})
+    for step, value in later.items():
+        publish(step, value, {"revision": 1})
+    chosen = found.best("P@1")
+    assert chosen is not None and chosen.name == best
+    rows = list_checkpoints(str(tmp_path), verify=False)
+    names, *_, metric, _ = checkpoint_table(rows, "P@1", verified=False).columns
+    marked = zip(names.cells, metric.cells, strict=True)
+    assert [name for name, cell in marked if "best" in str(cell)] == [best]
+
+
+@pytest.mark.parametrize(
+    ("name", "reached", "words"),
+    [
+        ("nprobe", True, "The least nprobe that finds it, of those tried: 2."),
+        ("nprobe", False, "No nprobe that was tried reaches it; the nearest is 2."),
+        ("none", True, "there is no effort to choose; it reaches this."),
+        ("none", False, "there is no effort to choose; it does not reach this."),
+    ],
+)
+def test_the_page_of_an_index(tmp_path: Path, name: str, reached: bool, words: str) -> None:
+    sweep = [
+        {"effort": i, "candidates": 1, "recall@10": 0.5 * i, "queries/s one core": speed}
+        for i, speed in ((1, 3000.0), (2, 0.75))
+    ]
+    facts = {
+        "effort": 2, "effort_name": name, "candidates": 1, "recall": 0.9, "reached": reached,
+        "factory": "F", "num_labels": 12, "sweep": sweep, "exact": {"queries/s one core": 0.5},
+    }  # fmt: skip
+    write_sweep(f"{tmp_path}/recall.html", facts)
+    page = (tmp_path / "recall.html").read_text()
+    assert words in page and page.count("reach") + page.count("finds it") == 1
+    assert (">none<" in page, "Every effort" in page) == (False, name != "none")
+    titles = re.findall(r"<circle [^>]*><title>(.*?)</title></circle>", page)
+    assert titles == [
+        "recall@10 0.5, 0.333 ms a query, one core", "recall@10 1, 1330 ms a query, one core"
+    ]  # fmt: skip

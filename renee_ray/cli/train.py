@@ -245,21 +245,26 @@ def plan(
     layer, about = read_recipe(config)
     given, more = parse_overrides(overrides), {"num_workers": devices} if devices else {}
     made = checked(make_config(RunConfig, UNSET, layer, given, more, where=config), given)
-    from renee_ray.plan.devices import NAMES, find_device
+    from renee_ray.plan.devices import NAMES, find_device, local_device, usable_gpus
     from renee_ray.plan.encoder import find_transformer
     from renee_ray.plan.plan import find_workload, make_plan
     from renee_ray.report.plan import plan_text
 
     if device not in (*NAMES, "auto"):
         raise ConfigError(f"--device {device!r:.80} is unknown; give one of {', '.join(NAMES)}")
-    found = find_device(device)
+    # --devices may be those of a larger machine with the same GPU.
+    found = find_device(device, made.use_gpu, 1 if devices else made.min_workers)
     measure: Any = None
     if calibrate:
         from renee_ray.benchmarks import calibrate as pieces
 
         measure = pieces.measure
-        if found.kind != find_device("auto").kind:
-            raise ConfigError(f"--calibrate measures this machine, which is no {device}")
+        here = local_device(usable_gpus() > 0).name
+        if found.name != here:
+            raise ConfigError(
+                f"--calibrate measures this machine's {here}, and the plan is for {found.name}; "
+                f"leave --calibrate out"
+            )
     workload = find_workload(made, about, labels, points, tokens)
     own = dict(dotted(layer)).get("encoder.name", EncoderConfig().name)
     shape = about.encoder if about and made.encoder.name == own else None

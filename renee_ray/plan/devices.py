@@ -75,15 +75,17 @@ CPU_FRAMEWORK = int(0.82 * GIB)
 """What a worker on a CPU takes with next to no model (`empty` of tests/plan/measure.py)."""
 
 
-def find_device(name: str) -> Device:
-    """Returns the device of that name; of `auto`: the GPU that torch sees, else `cpu`.
+def find_device(name: str, use_gpu: str = "auto", num_workers: int = 1) -> Device:
+    """Returns the device of that name; of `auto`: that of a run on this machine.
+
+    use_gpu, num_workers: of the run, which has GPUs if it may and each worker gets one.
 
     Raises:
         ConfigError: the plan has no rates of the GPU.
     """
     if name != "auto":
         return _cpu() if name == "cpu" else GPUS[name]
-    found = local_device(torch.cuda.is_available())
+    found = local_device(use_gpu != "no" and usable_gpus() >= num_workers)
     if found.name not in NAMES:
         raise ConfigError(
             f"the plan has no rates of a {found.name}; give --device, one of {', '.join(NAMES)}"

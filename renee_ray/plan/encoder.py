@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,6 +29,7 @@ class Transformer:
     """parameters: all of them; multiplied: those that every token is multiplied with.
 
     adapters: parameters of LoRA's adapters, which are not among the former.
+    table: rows and columns of the token vectors, the largest embedding.
     settings: the model's own configuration; None: there is no transformer.
     """
 
@@ -37,6 +39,7 @@ class Transformer:
     layers: int = 0
     settings: Any = None
     adapters: int = 0
+    table: tuple[int, int] = 0, 0
 
     def activations(
         self, rows: int, tokens: int, attention: str, autocast: torch.dtype | None, kind: str,
@@ -90,14 +93,16 @@ def find_transformer(config: EncoderConfig, shape: EncoderShape | None) -> Trans
 def _facts(settings: Any, config: EncoderConfig) -> Transformer:
     with torch.device("meta"):
         model = build(settings, "eager")
-    tables = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = [
+        (m.num_embeddings, m.embedding_dim) for m in model.modules() if isinstance(m, nn.Embedding)
+    ]
     parameters, adapters = sum(p.numel() for p in model.parameters()), 0
     if config.lora.rank:
         adapted = add_adapters(model, config)
         adapters = sum(p.numel() for p in adapted.parameters()) - parameters
     return Transformer(
-        parameters, parameters - sum(tables), settings.hidden_size, settings.num_hidden_layers,
-        settings, adapters,
+        parameters, parameters - sum(map(math.prod, tables)), settings.hidden_size,
+        settings.num_hidden_layers, settings, adapters, max(tables, default=(0, 0)),
     )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ labels of dimension D:
     remembered texts     what finds the embedding of each in a file (model/remembered.py)
     bag                  [buckets, D'] fp32; of a step the rows read, their gradients and copies
     activations          what the encoder's forward keeps for b rows, or for a micro-batch, of T;
-                         of a transformer without adapters that is frozen: one layer's, for the
-                         rows of an evaluation's batch, in which all points are embedded
+                         of a transformer without adapters that is frozen: one layer's, for its
+                         rows of an evaluation's batch, in which all points are embedded, or for
+                         a batch of label texts
     chunk                buffers of a chunk of labels on each lane (xfc/shard.py, xfc/device.py)
     embeddings           [B, D]        E gathered, padded and cut, and dE of each lane
     checkpoint copy      in host memory, which on a CPU is the same
@@ -33,6 +34,7 @@ import torch
 from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.data.dataset import Manifest
 from renee_ray.model.encoder import attention_of, autocast_dtype
+from renee_ray.model.initialise import TEXT_BATCH
 from renee_ray.model.prompt import Prompt
 from renee_ray.plan.devices import Device, cores
 from renee_ray.plan.encoder import Transformer
@@ -52,6 +54,9 @@ REMEMBERED_BYTES = 100
 BAG_ROWS = 6
 """Arrays of a step with a row for each n-gram: vectors, gradient, coalesced, of all ranks, summed,
 and multiplied by the rates (model/bag.py)."""
+GATHERED_ROWS, RANK_ROWS = 3, 2
+"""Arrays while they are gathered, on one rank and for each: own, times the scale, padded; received,
+and put together (BagOptimizer.reduce). With several ranks these are more."""
 COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
 """Components that the first worker saves; of the others, each saves weights and momentum alone."""
 STATES = (*COPIED, "encoder gradients", "frozen parameters")
@@ -141,6 +146,12 @@ class Worker:
         return -(-self.batch // self.num_workers)
 
     @property
+    def ngrams(self) -> int:
+        """N-grams of this worker's rows, at most as many as there are buckets."""
+        bag = self.config.encoder.bag
+        return min(bag.buckets, self.rows * bag.ngrams * round(self.workload.tokens))
+
+    @property
     def threads(self) -> int:
         return self.config.threads or max(1, cores() // self.num_workers)
 
@@ -173,7 +184,7 @@ class Worker:
         chunk, embeddings = self._classifier()
         passing = {
             "activations": self._activations(),
-            "rows of the bag": 4 * BAG_ROWS * encoder.bag.dim * self._ngrams(),
+            "rows of the bag": 4 * self._bag_rows() * encoder.bag.dim * self.ngrams,
             "chunk of labels": chunk,
             "embeddings": embeddings,
         }
@@ -204,17 +215,16 @@ class Worker:
         attention = attention_of(encoder.attention, self.device.kind)
         rows = min(self.rows, encoder.micro_batch or self.rows)
         if encoder.frozen:
-            rows = self.config.evaluation.batch_size
+            rows = max(TEXT_BATCH, -(-self.config.evaluation.batch_size // self.num_workers))
         kept = self.transformer.activations(
             rows, self.workload.longest, attention, self.autocast, self.device.kind,
             encoder.gradient_checkpointing,
         )  # fmt: skip
         return kept // max(1, self.transformer.layers) if encoder.frozen else kept
 
-    def _ngrams(self) -> int:
-        """Returns the n-grams of this worker's rows, at most as many as there are buckets."""
-        bag = self.config.encoder.bag
-        return min(bag.buckets, self.rows * bag.ngrams * round(self.workload.tokens))
+    def _bag_rows(self) -> int:
+        """Returns the arrays that there are at once with a row for each of `ngrams`."""
+        return max(BAG_ROWS, GATHERED_ROWS + RANK_ROWS * self.num_workers)
 
     def _classifier(self) -> tuple[int, int]:
         """Returns the bytes of the chunks and of E and dE, of all lanes."""

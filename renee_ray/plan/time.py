@@ -73,14 +73,37 @@ def forward_seconds(worker: Worker, rates: Rates | None = None) -> float:
 
 
 def network_bytes(worker: Worker) -> dict[str, float]:
-    """Returns the bytes that a worker sends in a step. Pairs of row and label are few, left out."""
+    """Returns the bytes that a worker sends in a step: at most, since tokens and n-grams repeat.
+
+    Ids, and pairs of row and label, are few and left out.
+    """
     others = (worker.num_workers - 1) / worker.num_workers
     rows = 4.0 * worker.batch * worker.dim * others
+    encoder, (vocabulary, width) = worker.config.encoder, worker.transformer.table
+    dense, tokens = worker.parameters, 0.0
+    if encoder.trains_transformer and not encoder.compile:
+        dense -= vocabulary * width
+        tokens = 4.0 * width * _token_rows(worker)
     return {
         "embeddings": rows,
         "gradient of embeddings": rows,
-        "gradient of the encoder": 8.0 * worker.parameters * others,
+        "gradient of the encoder": 8.0 * dense * others,
+        "gradient of token vectors": tokens,
+        "gradient of the bag": 4.0 * encoder.bag.dim * worker.ngrams * (worker.num_workers - 1),
     }
+
+
+def _token_rows(worker: Worker) -> float:
+    """Returns the rows of the token vectors' gradient that a worker sends.
+
+    A gather sends its own rows to all others, where that is less than to add up the whole table
+    (model/token_gradient.py).
+    """
+    vocabulary, num_workers = worker.transformer.table[0], worker.num_workers
+    own = min(vocabulary, worker.rows * round(worker.workload.tokens))
+    if num_workers * own > vocabulary:
+        return 2 * vocabulary * (num_workers - 1) / num_workers
+    return own * (num_workers - 1)
 
 
 def steps_of_epoch(worker: Worker) -> int | None:

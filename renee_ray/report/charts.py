@@ -142,7 +142,9 @@ def _value(value: float, unit: str) -> str:
 def _where(x: float, over: str) -> str:
     if over == "s":
         return f"after {duration(x)}"
-    return f"{over} {x:{FORMATS[over]}}" if over in FORMATS else f"{x:,.0f} {over}"
+    if over in FORMATS:
+        return f"{over} {x:{FORMATS[over]}}"
+    return f"{_short(float(f'{x:.3g}'))} {over}"
 
 
 def _short(value: float) -> str:

@@ -20,14 +20,17 @@ def list_checkpoints(run: str, *, verify: bool) -> list[dict[str, Any]]:
         verify: reads all of them and compares checksums; without it, files and their sizes.
 
     Returns:
-        for each: name, step, bytes, files, workers (that wrote it), time_s (of its commit),
-        metrics, problem (None: there is none).
+        for each: name, revision (of the labels), step, bytes, files, workers (that wrote it),
+        time_s (of its commit), metrics, problem (None: there is none).
     """
     return [_described(found, verify) for found in Checkpoints(run).found()]
 
 
 def _described(found: Found, verify: bool) -> dict[str, Any]:
-    described = {"name": found.name, "step": found.step, "problem": found.problem}
+    described = {
+        "name": found.name, "revision": found.revision, "step": found.step,
+        "problem": found.problem,
+    }  # fmt: skip
     if found.checkpoint is None:
         return described
     manifest = found.checkpoint.manifest
@@ -45,11 +48,20 @@ def _described(found: Found, verify: bool) -> dict[str, Any]:
     }
 
 
+def best_of(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """Returns the row that `Checkpoints.best` takes, of rows as `list_checkpoints` gives them."""
+    newest = rows[0]["revision"] if rows else 0
+    whole = [row for row in rows if row["revision"] == newest and not row["problem"]]
+    trained = [row for row in whole if row["step"] > 0] or whole
+    scored = [row for row in trained if metric in row["metrics"]]
+    if scored:
+        return max(scored, key=lambda row: (row["metrics"][metric], -row["step"]))
+    return whole[0] if whole else None
+
+
 def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) -> Table:
     """Shows the list for a terminal; the best by `metric` is marked."""
-    scored = [row for row in rows if not row["problem"] and metric in row["metrics"]]
-    trained = [row for row in scored if row["step"] > 0] or scored
-    best = max(trained, key=lambda row: (row["metrics"][metric], -row["step"]), default=None)
+    best = best_of(rows, metric)
     longest = max((len(row["name"]) for row in rows), default=0)
     numbers = (Column(name, justify="right") for name in ("size", "workers", "written", metric))
     table = Table(
@@ -59,14 +71,14 @@ def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) ->
     )
     for row in rows:
         score = row.get("metrics", {}).get(metric)
-        shown = "" if score is None else f"{score:.2f}" + (" best" if row is best else "")
+        words = ["" if score is None else f"{score:.2f}", "best" if row is best else ""]
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.get("time_s", 0)))
         table.add_row(
             row["name"],
             decimal(row["bytes"]) if "bytes" in row else "",
             str(row.get("workers", "")),
             written if "time_s" in row else "",
-            shown,
+            " ".join(filter(None, words)),
             Text(row["problem"], style="red") if row["problem"] else "ok",
         )
     return table

@@ -22,13 +22,16 @@ def write_sweep(path: str, facts: dict[str, Any]) -> None:
         "Recall of the exact k best", "share", lines_of(sweep, *recall, over=over), over=over,
         dots=True,
     )  # fmt: skip
+    flat = facts["effort_name"] == "none"
+    names = ["exact", *("index" if flat else str(row["effort"]) for row in sweep)]
     rows = [
         (name, *(f"{row[key]:g}" if key in row else "" for key in keys))
-        for name, row in [("exact", facts["exact"]), *((str(row["effort"]), row) for row in sweep)]
+        for name, row in zip(names, [facts["exact"], *sweep], strict=True)
     ]
     write_page(
-        path, "index.html.j2", charts=[drawn], header=[facts["effort_name"], *keys], rows=rows,
-        title=f"{facts['factory']}, {facts['num_labels']:,} labels", facts=facts,
+        path, "index.html.j2", charts=[drawn], rows=rows, facts=facts,
+        header=["search" if flat else facts["effort_name"], *keys],
+        title=f"{facts['factory']}, {facts['num_labels']:,} labels",
     )  # fmt: skip
 
 

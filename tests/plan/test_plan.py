@@ -127,7 +127,7 @@ def test_a_softmax_has_a_chunks_logits_in_fp32_besides(sample: str) -> None:
 def test_of_a_frozen_transformer_the_parameters_alone_are_held(
     sample: str, own: dict[str, Any]
 ) -> None:
-    planned = worker(sample, 2, encoder=own, evaluation={"batch_size": 128})
+    planned = worker(sample, 2, encoder=own, batch_size=1024)
     encoder = build_encoder(planned.config.encoder, CPU, 0)
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     memory, everything = planned.memory(), sum(p.numel() for p in encoder.parameters())
@@ -140,7 +140,7 @@ def test_of_a_frozen_transformer_the_parameters_alone_are_held(
         "a checkpoint leaves out what is frozen"
     )
     assert network_bytes(planned)["gradient of the encoder"] == 4 * trained
-    full = worker(sample, 2)
+    full = worker(sample, 2, batch_size=1024)
     shares = {"encoder": 0 if "frozen" in own else 2 / 3, "AdamW": trained / everything}
     for piece, share in shares.items():
         seconds = step_seconds(planned)[piece]
@@ -244,20 +244,6 @@ def test_what_would_help_a_refused_run_lowers_what_refused_it(sample: str) -> No
     least = worker(sample, 2, classifier={"precision": "fp8_sr", "momentum": 0})
     on_gpu = replace(least, device=GPUS["h100"], workload=base.workload)
     assert [name for name, *_ in helpful(on_gpu, of_states)] == ["num_workers=4"]
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_network_and_time(sample: str, num_workers: int) -> None:
-    planned = worker(sample, num_workers, batch_size=24)
-    sent = network_bytes(planned)
-    share = (num_workers - 1) / num_workers
-    assert sent["embeddings"] == pytest.approx(4 * 24 * DIM * share)
-    assert sent["gradient of the encoder"] == pytest.approx(8 * planned.parameters * share)
-    seconds = step_seconds(planned)
-    assert (seconds["network"] > 0) == (num_workers > 1)
-    again = replace(planned, config=configured(sample, batch_size=24, encoder={
-        "name": f"{sample}/encoder", "gradient_checkpointing": True}))  # fmt: skip
-    assert step_seconds(again)["encoder"] == pytest.approx(4 / 3 * seconds["encoder"])
 
 
 def test_a_softmax_multiplies_once_more(sample: str) -> None:
