@@ -37,6 +37,7 @@ def test_what_is_overridden_is_there() -> None:
 
     assert callable(TorchTrainer._initialize_and_run_controller)  # type: ignore[attr-defined]
     assert callable(ray_compat.ElasticScalingPolicy._count_possible_workers)
+    assert callable(ray_compat.ElasticScalingPolicy.make_decision_for_running_worker_group)
     assert callable(ray_compat.FixedScalingPolicy.after_controller_start)
     assert callable(ray_compat.FixedScalingPolicy._maybe_send_resource_request)
     assert callable(replica.add_port_to_grpc_server)

@@ -275,7 +275,7 @@ def _run(
 ) -> None:  # fmt: skip
     """Runs trials, `left` at most, for `seconds`."""
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-    ensure_ray(base.min_workers + 1, local_cpus=base.max_workers + 1)
+    ensure_ray(1, local_cpus=base.max_workers + 1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     gpu = decide_gpu(base.use_gpu, base.min_workers)

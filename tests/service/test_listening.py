@@ -18,9 +18,12 @@ ANY = {"00000000", "0" * 32}
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"}
 """127.0.0.1, the same inside IPv6, ::1, as /proc/net writes them."""
 PROGRAM = """
-import sys, ray
+import os, sys, ray
 from renee_ray.service.cluster.connect import ensure_ray
-ensure_ray(3)
+ensure_ray(1)
+more = os.cpu_count() + 1
+ensure_ray(1, local_cpus=more)  # a later command of this process, with more workers
+assert ray.cluster_resources()["CPU"] == more
 ray.get(ray.remote(lambda: 1).remote())
 print("ready", flush=True)
 sys.stdin.read()

@@ -195,6 +195,12 @@ def test_silence_of_all_is_said_once() -> None:
     assert "no worker" in str(watch.complaint(300 + SILENT_S + 1))
 
 
+def test_workers_that_find_no_place_are_said() -> None:
+    watch = Watch(60)
+    assert watch.complaint(1000) is None
+    assert "no worker has been heard" in str(watch.complaint(1000 + SILENT_S + 1))
+
+
 def test_several_beats_fit_into_a_time_out() -> None:
     assert [beat_seconds(timeout) for timeout in (5, 12, 120)] == [1, 2, 5]
 

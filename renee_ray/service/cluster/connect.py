@@ -23,18 +23,22 @@ def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
     """Connects to the environment's cluster (a submitted job, RAY_ADDRESS), else starts Ray here.
 
     Locally, Ray's CPUs are slots for processes, not cores. At least `min_cpus` and `local_cpus`
-    are declared, so that training workers never take the slot that Ray Data reads with.
+    are declared, so that training workers never take the slot that Ray Data reads with. A Ray that
+    an earlier command of this process has started with fewer is started anew.
 
     Raises:
         ReneeError: the cluster has fewer than `min_cpus` CPUs.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    slots = max(min_cpus, local_cpus)
+    if started_here() and ray.cluster_resources().get("CPU", 0) < slots:
+        ray.shutdown()
     if not ray.is_initialized():
         with ray_compat.sigterm_left_alone():
             if os.environ.get("RAY_ADDRESS"):
                 _connect()
             else:
-                _start_local(max(min_cpus, local_cpus))
+                _start_local(slots)
     have = ray.cluster_resources().get("CPU", 0)
     if have < min_cpus:
         raise ReneeError(

@@ -191,10 +191,11 @@ def check_placement(config: RunConfig, use_gpu: bool, nodes: list[dict[str, Any]
     needs = placement(config, use_gpu)["resources_per_worker"]
     cpus = sum(resources.get("CPU", 0) for resources in alive)
     beside = workers_beside_reading(cpus, needs["CPU"])
-    if config.cpus_per_worker and beside < config.min_workers:
+    if beside < config.min_workers:
         raise ReneeError(
-            f"cpus_per_worker={config.cpus_per_worker} for {config.min_workers} workers leaves no "
-            f"CPU of the cluster to read data with; lower it or add a node"
+            f"num_workers={config.min_workers} with {needs['CPU']} CPU each leave none of the Ray "
+            f"cluster's {cpus:.0f} to read data with; add a node, or lower num_workers or "
+            f"cpus_per_worker"
         )
     places = places_for(able, needs, config.placement_strategy)
     if places < config.min_workers:

@@ -22,6 +22,8 @@ from renee_ray.service.cluster.ray_compat import (
     ElasticScalingPolicy,
     FailureDecision,
     FixedScalingPolicy,
+    NoopDecision,
+    available_resources_per_node,
     reserved_by_worker,
 )
 
@@ -65,6 +67,21 @@ class Elastic(ElasticScalingPolicy):
         beside = workers_beside_reading(ray.cluster_resources().get("CPU", 0), needs.get("CPU", 0))
         placed = places_for(nodes, needs, str(self.scaling_config.placement_strategy))
         return int(min(super()._count_possible_workers(reserved_resources), beside, placed))
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
+        """Grows only into GPUs that are free: the group would end first, and may not come again."""
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        more = getattr(decision, "num_workers", 0) - worker_group_state.num_workers
+        needs = {"GPU": reserved_by_worker(self.scaling_config).get("GPU", 0)}
+        if more > 0 and needs["GPU"]:
+            free = list(available_resources_per_node().values())
+            if places_for(free, needs, str(self.scaling_config.placement_strategy)) < more:
+                return NoopDecision()
+        return decision
 
 
 class Fixed(FixedScalingPolicy):

@@ -10,7 +10,8 @@ Methods of Ray's that are private and overridden elsewhere, beside what they dec
         Check that the controller still takes `callbacks`, `failure_policy` and `scaling_policy`,
         and that its actor is only asked to `run`, then for `get_result`, as `ControllerHere` does.
     ElasticScalingPolicy._count_possible_workers   policies.py: leaves a CPU to the reading tasks.
-        Check that the policy still sizes a group of workers by this method alone.
+        Check that the policy still sizes a group of workers by this method alone, and decides
+        about a running one in `make_decision_for_running_worker_group`.
     FixedScalingPolicy    policies.py: asks nobody for nodes in a local Ray. Check that it asks in
         `after_controller_start` and `_maybe_send_resource_request`, and can do without.
 """
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray._private import ray_constants, utils
+from ray._private import ray_constants, state, utils
 from ray._private.node import Node
 from ray.runtime_context import RuntimeContext
 
@@ -43,6 +44,7 @@ LAZY = {
     "FailureDecision": f"{TRAIN}.execution.failure_handling",
     # Base of our scaling policy: see `_count_possible_workers` above.
     "ElasticScalingPolicy": f"{TRAIN}.execution.scaling_policy",
+    "NoopDecision": f"{TRAIN}.execution.scaling_policy",
     # Base of the one of a local Ray: see above.
     "FixedScalingPolicy": f"{TRAIN}.execution.scaling_policy",
     # Bases of our callbacks: a worker's SIGTERM, a checkpoint before a group is resized. Check
@@ -60,6 +62,8 @@ LAZY = {
 
 CONTROLLER = f"{TRAIN}.execution.controller.controller"
 """Where `TrainController` is. Check that it still needs no actor around it."""
+available_resources_per_node = state.available_resources_per_node
+"""What is free on each node, by its id. Public Ray tells the sum over all nodes alone."""
 node_cpus = utils.get_num_cpus
 """CPUs as Ray counts them for a node: a container's, if it has fewer. Check its one argument."""
 LOCAL_ONLY = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR

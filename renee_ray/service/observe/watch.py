@@ -75,7 +75,7 @@ class Watch:
     _group: int = -1
     _groups: set[int] = field(default_factory=set)
     _over: bool = False
-    _heard_s: float = math.inf
+    _heard_s: float | None = None
     _beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
     _found: Found | None = None
 
@@ -103,6 +103,8 @@ class Watch:
 
         Or one that nobody is heard, once until a worker is heard again.
         """
+        if self._heard_s is None:
+            self._heard_s = now
         if now - self._heard_s > SILENT_S:
             self._heard_s = math.inf
             return (

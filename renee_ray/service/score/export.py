@@ -107,9 +107,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     output.check()
     encoder = trained_encoder(settings.encoder, checkpoint, CPU)
     number, size = dataset.manifest.num_labels, max(1, RANGE_BYTES // (4 * encoder.dim))
-    owned = [
-        LabelRange(start, min(start + size, number), number) for start in range(0, number, size)
-    ]
+    owned = [LabelRange(at, min(at + size, number), number) for at in range(0, number, size)]
     only = encoder.prompt is not None and encoder.bag is None  # a bag reads what it displaces
     length = encoder.prompt.limit if encoder.prompt and only else settings.encoder.max_length
     length = min(length, dataset.manifest.max_length)

@@ -127,7 +127,7 @@ class ScoringJob:
         if not rows:
             raise ReneeError(f"{points.path} has no points in split={split}; choose another")
         workers = self.config.max_workers
-        ensure_ray(workers + 1)
+        ensure_ray(1, local_cpus=workers + 1)
         use_gpu = decide_gpu(self.config.use_gpu, workers)
         voters = self.voters.manifest.num_points("train") if self.voters else 0
         on_progress(

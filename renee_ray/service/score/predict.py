@@ -79,7 +79,7 @@ def predict_run(
     scratch = output.scratch()
     try:
         if raw:
-            ensure_ray(job.config.max_workers + 1)
+            ensure_ray(1, local_cpus=job.config.max_workers + 1)
             points, replaced = tokenise_texts(src, scratch, labels)
             split = TEXT_SPLIT
             facts = {"source": src, "replaced_lines": replaced, "scores": score.scores}

@@ -87,7 +87,7 @@ def _train(
     on_progress: Callable[[str], None], stopping: Callable[[], bool],
 ) -> dict[str, Any]:  # fmt: skip
     """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
-    ensure_ray(config.min_workers + 1, local_cpus=config.max_workers + 1)
+    ensure_ray(1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     known = identity(dataset)
     content = {"config": config.model_dump(), "dataset": known, "plan": plan and asdict(plan)}
@@ -140,7 +140,7 @@ def _plan(
     None: the plan does not know the cluster's GPUs.
     """
     if os.environ.get("RAY_ADDRESS") or (ray.is_initialized() and not started_here()):
-        ensure_ray(config.min_workers + 1)
+        ensure_ray(1, local_cpus=config.min_workers + 1)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         on_gpu = decide_gpu(config.use_gpu, config.min_workers)
         device = cluster_device(nodes, on_gpu)

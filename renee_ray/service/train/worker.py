@@ -90,12 +90,15 @@ def prepared(
     quiet()
     share = _Share.of(arguments)
     config, ranks, directory = share.config, share.ranks, RunDirectory(share.config.output)
-    start = None  # or the checkpoint of another run
-    if name := arguments["start"]:
-        start = RunDirectory(config.start).checkpoints().at(name)
-    model, checkpoint, moments = resume(
-        directory.checkpoints(), ranks, lambda found: share.model(found or start)
-    )
+    start: Checkpoint | None = None  # of another run, which is gone, perhaps, after a restart
+
+    def build(found: Checkpoint | None) -> Model:
+        nonlocal start
+        if found is None and arguments["start"]:
+            start = RunDirectory(config.start).checkpoints().at(arguments["start"])
+        return share.model(found or start)
+
+    model, checkpoint, moments = resume(directory.checkpoints(), ranks, build)
     if start and not checkpoint:
         start.load_encoder(model.encoder)
         start.load_shard(model.shard)
