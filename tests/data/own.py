@@ -95,6 +95,7 @@ NESTED = [
     for i, (text, tags) in enumerate(zip(TEXTS, map(named, IDS), strict=True))
 ]
 PAIR_ROWS = [f"{text},{name}" for text, row in zip(TEXTS, IDS, strict=True) for name in named(row)]
+SEVERAL_LINES = ["red, lamp\nblue", "a,b\nc,d\ne", 'steel "table", wood\n', "x\n\ny, z", "a", "b"]
 QUOTED = ['red\tlamp "a"', "blue\nchair", *TEXTS[2:]]
 SINGLE = {"label": CLASS}
 OWN = {
@@ -169,6 +170,48 @@ OWN = {
             }
         ),
         settings={"labels": "ids"},
+    ),
+    "csv-several-lines": Kind(  # lines with as many commas as the header among them
+        files(
+            **{
+                "train.csv": lines(
+                    "text,tags",
+                    *(
+                        '"' + t.replace('"', '""') + '",' + ";".join(named(r))
+                        for t, r in zip(SEVERAL_LINES, IDS, strict=True)
+                    ),
+                )
+            }
+        ),
+        BY_NAME,
+        SEVERAL_LINES,
+        names=sorted(NAMES),
+    ),
+    "csv-pairs-without-text": Kind(
+        files(**{"train.csv": lines("title,category", ",b", "x,a", " ,c", "x,b", ",a")}),
+        [[1], [0, 1], [2], [0]],
+        ["", "x", " ", ""],
+        names=["a", "b", "c"],
+    ),
+    "csv-label-codes": Kind(  # which are no places
+        files(
+            **{
+                "train.csv": lines("text,labels", "a,0|1", "b,1"),
+                "labels.csv": lines("id,text", "7,red", "B00,blue"),
+            }
+        ),
+        [[0, 1], [1]],
+        ["a", "b"],
+        settings={"labels": "ids", "text": "text"},
+        names=["red", "blue"],
+    ),
+    "parquet-named-labels": Kind(
+        files(
+            train=pa.table({"title": TEXTS, "tags": IDS}),
+            labels=pa.table({"id": range(4), "text": NAMES, "vector": [[0.5]] * 4}),
+        ),
+        settings={"text": "title", "labels": "tags"},
+        names=NAMES,
     ),
     "tsv-quotes": Kind(
         files(

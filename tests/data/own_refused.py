@@ -60,13 +60,75 @@ OWN_REFUSED = {
                 "labels.csv": lines("id,text", "1,red", "0,blue"),
             }
         ),
-        "row 0 of the labels has '1' in id; give all labels in the order",
+        r"labels\.csv: row 0 has '1' in id and is label 0; give all labels in the order",
         labels="ids",
         text="text",
+    ),
+    "csv-label-ids-of-files": refused(  # the second file does not go on where the first ends
+        files(
+            **{
+                "train.csv": lines("text,labels", "a,0|1"),
+                "labels__a.csv": lines("id,text", "0,red", "1,blue"),
+                "labels__b.csv": lines("id,text", "3,green", "4,grey"),
+            }
+        ),
+        r"labels/b\.csv: row 0 has '3' in id and is label 2;",
+        labels="ids",
+        text="text",
+    ),
+    "jsonl-label-ids-of-files": refused(  # by their names, 10 comes before 2
+        files(
+            **{"train.jsonl": lines('{"text": "a", "labels": [0]}')},
+            **{f"labels-{i}.jsonl": lines(f'{{"label_id": {i}, "text": "a"}}') for i in range(11)},
+        ),
+        r"labels-10\.jsonl: row 0 has 10 in label_id and is label 2;",
+    ),
+    "jsonl-label-not-utf8": refused(
+        files(**{"train.jsonl": b'{"text": "a", "labels": ["b"]}\n{"labels": ["caf\xe9"]}\n'}),
+        r"train\.jsonl:2: b'.*caf\\xe9.*' is not UTF-8; write the file as UTF-8",
     ),
     "tsv-quote": refused(
         files(**{"train.tsv": lines("text\tlabels", '"odd\tlamp', "red\tlamp", 'a 5"\tchair')}),
         r"train\.tsv: a field holds several lines, 'odd\\tlamp",
+    ),
+    **{
+        f"csv-quote-{name}": refused(
+            files(
+                **{
+                    "train.csv": lines(
+                        *(
+                            row.replace("|", mark)
+                            for row in (
+                                "id|text|labels",
+                                "1|red lamp|a",
+                                '2|"Odd lamp|b',
+                                "3|blue lamp|c",
+                                '4|"Another lamp|d',
+                                "5|x|e",
+                            )
+                        )
+                    )
+                }
+            ),
+            rf"train\.csv{where}",
+            text="text",
+        )
+        for name, mark, where in (
+            ("bar", "|", r": a field holds several lines, 'Odd lamp\|b"),
+            ("semicolon", ";", ": a field holds several lines, 'Odd lamp;b"),
+            ("comma", ",", ":5: a quote that is no field's end follows"),
+        )
+    },
+    "csv-quote-unread": refused(  # in a column that is not read
+        files(**{"train.csv": lines("text,labels,note", 'a,b,"odd', "c,d,e", 'f,g,"x" y')}),
+        r"train\.csv:4: a quote",
+    ),
+    "csv-quote-to-the-end": refused(
+        files(**{"train.csv": lines("text,labels", 'a,"b', "c,d")}), r"train\.csv:3: a quote"
+    ),
+    "arrow-missing-of-one": refused(
+        files(**{f"data-0000{i}-of-00003.arrow": arrow(rows(), 1)[0] for i in (0, 2)}),
+        r"data-\*\.arrow: of the 3 files .* 2 are there",
     ),
     "arrow-missing": refused(
         files(**{"train__data-00001-of-00002.arrow": b"a"}), "of the 2 files .* 1 are there"

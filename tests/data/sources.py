@@ -204,6 +204,14 @@ KINDS = {
         ),
         names=["0", "1", "2", "3"],
     ),
+    "label-ids-of-files": Kind(  # as decimals, which Oracle and Snowflake write
+        files(
+            train=rows(),
+            labels__a=pa.table({"label_id": pa.array([0, 1], pa.decimal128(9)), "text": NAMES[:2]}),
+            labels__b=pa.table({"text": NAMES[2:], "label_id": [2, 3]}),
+        ),
+        names=NAMES,
+    ),
     "multi-hot": Kind(typed(values=FLAGS), settings=MULTI_HOT),
     "multi-hot-bool": Kind(typed(labels=pa.list_(pa.bool_()), values=BOOLS), settings=MULTI_HOT),
     "multi-hot-fixed": Kind(
@@ -293,6 +301,22 @@ REFUSED = {
             )
         ),
         r"row 1 of row group 0 has b'caf\\xe9' in labels, which is not UTF-8",
+    ),
+    "label-ids": refused(
+        files(train=rows(), labels=pa.table({"label_id": [0, 1, 3, 2], "text": NAMES})),
+        r"labels\.parquet: row 2 of row group 0 has 3 in label_id and is label 2; .* from 0",
+    ),
+    "label-ids-of-files": refused(
+        files(
+            train=rows(),
+            labels__0=pa.table({"id": ["0", "1"], "text": NAMES[:2]}),
+            labels__1=pa.table({"id": ["2", "4"], "text": NAMES[2:]}),
+        ),
+        r"1\.parquet: row 1 of row group 0 has '4' in id and is label 3",
+    ),
+    "label-id-null": refused(
+        files(train=rows(), labels=pa.table({"id": [0, 1, None, 3], "text": NAMES})),
+        "row 2 of row group 0 has None in id",
     ),
     "cr-only": refused(
         files(**{name: lines.replace(b"\n", b"\r") for name, lines in TEXT.items()}),

@@ -195,6 +195,32 @@ def test_tokens_that_are_there_already(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("kind", [pa.int8(), pa.bool_(), pa.float32()], ids=str)
+def test_padding_is_left_out(tmp_path: Path, kind: pa.DataType) -> None:
+    """Of points and of labels; a text beside the tokens is not read, and this is said."""
+    tokens, mask = [[7, 8, 0, 0], [0, 0, 9, 10]], [[1, 1, 0, 0], [0, 0, 1, 1]]
+    flags = pa.array(np.array(mask).astype(bool).tolist(), pa.list_(pa.bool_()))
+    flags = flags.cast(pa.list_(kind))
+    rows = {"input_ids": tokens, "attention_mask": flags}
+    (tmp_path / "src").mkdir()
+    points = pa.table(rows | {"text": ["a", "b"], "labels": [[0], [1]]})
+    pq.write_table(points, tmp_path / "src" / "train.parquet")
+    pq.write_table(pa.table(rows), tmp_path / "src" / "labels.parquet")
+    said: list[str] = []
+    config = config_at(tmp_path / "model", validation=0, test=0)
+    service.convert(str(tmp_path / "src"), str(tmp_path / "d"), config, said.append)
+    made = Dataset.open(str(tmp_path / "d"))
+    points = made.read_rows("train", 0, 2).sort_by("point_id")
+    assert points["input_ids"].to_pylist() == [[7, 8], [9, 10]]
+    assert made.read_rows("labels", 0, 2)["input_ids"].to_pylist() == [[7, 8], [9, 10]]
+    assert any("the tokens are read, and text is not" in text for text in said)
+
+
+def masked(*mask: Any) -> Rows:
+    return {"input_ids": [[1, 2], [3, 4]], "attention_mask": list(mask), "labels": [[0], [0]]}
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     ("columns", "strings", "sentence"),
     [
@@ -208,6 +234,11 @@ def test_tokens_that_are_there_already(tmp_path: Path) -> None:
         ({"text": ["a", "b"], "labels": [[], []]}, False, "gives no training point a label"),
         ({"text": [], "labels": []}, False, "has no training row"),
         ({"input_ids": [["a"]], "labels": [[0]]}, False, "'input_ids' of type list"),
+        (masked([1, 0], [1]), False, "row 1 .* 2 input_ids and 1 values in attention_mask"),
+        (masked([1, 0], None), False, "row 1 .* 2 input_ids and 0 values in attention_mask"),
+        (masked([1, 0], [0, 0]), False, "row 1 .* no token that attention_mask leaves"),
+        (masked(None, None), False, "row 0 .* 2 input_ids and 0 values"),
+        (masked(1, 1), False, "'attention_mask' of type int64; it must be a list of 0 and 1"),
         ({"input_ids": [[1], [99999999]], "labels": [[0], [0]]}, False, "row 1 .* token 99999999"),
     ],
 )

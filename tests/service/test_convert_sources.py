@@ -10,8 +10,10 @@ from renee_ray.config.schema import ConvertConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.inspection import inspect
+from renee_ray.data.sources import lines, row_groups
 from renee_ray.errors import ReneeError
 from renee_ray.service.convert import convert as service
+from renee_ray.service.convert import own_data
 
 from ..data import sources
 from ..data.own import OWN
@@ -133,3 +135,20 @@ def test_an_empty_test_split_of_text_files(tmp_path: Path, files: dict[str, byte
     made = convert(Kind(sources.files(**sources.TEXT | files)), tmp_path)
     points = [made.manifest.num_points(split) for split in ("train", "validation", "test")]
     assert points == [len(sources.TEXTS), 0, 0]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_bad_row_of_own_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second row group of the second piece, too."""
+    for module in (row_groups, own_data):
+        monkeypatch.setattr(module, "SLICE_ROWS", 2)
+    monkeypatch.setattr(lines, "PIECE_ROWS", 5)
+    rows = [f'{{"text": "a", "labels": [{0 if row != 8 else -1}]}}\n' for row in range(10)]
+    write = sources.files(**{"train.jsonl": "".join(rows).encode()})
+    refuse(Kind(write), r"train\.jsonl: row 8 has -1 in labels", tmp_path)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_each_row_without_a_text_is_counted(tmp_path: Path) -> None:
+    counts = convert(KINDS["csv-pairs-without-text"], tmp_path).manifest.statistics["train"]
+    assert (counts["points"], counts["empty_texts"]) == (4, 3)

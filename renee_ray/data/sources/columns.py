@@ -22,6 +22,8 @@ from renee_ray.data.untrusted import parse_json
 from renee_ray.errors import reason
 
 LABELS = ("labels", "filter_labels")
+MASK = "attention_mask"
+"""A list of 0 and 1 for each token, 0 for padding, as tokenizers write it."""
 _IDS = ("list of integer", "list of string", "list of nothing")
 _COLUMNS = {
     "text": ("texts", ("string",), "it must be strings"),
@@ -32,6 +34,7 @@ _COLUMNS = {
         "it must be integers (int64); leave it out and the number of the row is the id",
     ),
     "input_ids": ("tokens", ("list of integer",), "it must be a list of integers"),
+    MASK: ("masks", ("list of integer", "list of number"), "it must be a list of 0 and 1"),
     "labels": ("labels", _IDS, "it must be a list of integers or of strings"),
     "filter_labels": ("labels", _IDS, "it must be a list of integers or of strings"),
 }
@@ -184,6 +187,35 @@ def read_column(name: str, column: pa.ChunkedArray, width: int | None = None) ->
         offsets, values = np.searchsorted(kept, offsets), values.take(pa.array(kept))
     read = _strings if string else _integers
     return pa.LargeListArray.from_arrays(pa.array(offsets), read(name, values, row_of))
+
+
+def without_padding(tokens: pa.Array, mask: pa.ChunkedArray) -> pa.Array:
+    """Keeps the tokens, large_list<int64>, whose place in the mask holds no 0.
+
+    Raises:
+        BadRow: a row's mask is of another length, or leaves no token.
+    """
+    masks = pa.concat_arrays([plain(chunk) for chunk in mask.chunks])
+    if pa.types.is_null(masks.type):
+        masks = pa.nulls(len(masks), pa.large_list(pa.int64()))
+    lengths = pc.list_value_length(tokens)
+    others = pc.fill_null(pc.list_value_length(masks), 0)
+    _refuse(
+        pc.not_equal(lengths, others),
+        lambda at: at,
+        lambda at: (
+            f"has {lengths[at]} input_ids and {others[at]} values in {MASK}; make them equal"
+        ),
+    )
+    flags = pc.cast(masks.flatten(), pa.float64(), safe=False)
+    flags = pc.fill_null(flags, 0).to_numpy() != 0
+    offsets = np.concatenate([[0], np.cumsum(flags)])[tokens.offsets.to_numpy()]
+    _refuse(
+        pa.array(np.diff(offsets) == 0),
+        lambda at: at,
+        lambda at: f"has no token that {MASK} leaves; leave the row out",
+    )
+    return pa.LargeListArray.from_arrays(pa.array(offsets), tokens.values.filter(pa.array(flags)))
 
 
 def plain(array: pa.Array) -> pa.Array:

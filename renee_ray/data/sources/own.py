@@ -21,21 +21,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
+from numpy.typing import NDArray
 from scipy import sparse
 
 from renee_ray.data.sources import parquet
-from renee_ray.data.sources.columns import kind_of, plain
+from renee_ray.data.sources.columns import kind_of
+from renee_ray.data.sources.csv_rows import csv_rows
 from renee_ray.data.sources.fields import MIXED, Fields, column, guess, leaves, shaped
-from renee_ray.data.sources.lines import PIECE_BYTES, Lines, chunked, opened
+from renee_ray.data.sources.label_order import ID_COLUMNS
+from renee_ray.data.sources.lines import Lines, chunked, opened
 from renee_ray.data.sources.records import (
     Block,
     Piece,
     SourceError,
-    decoded,
     lists_of,
     whole_characters,
 )
+from renee_ray.data.sources.row_groups import SLICE_ROWS, first_rows, footer, read_block
 from renee_ray.data.sources.xmlrepo import json_object
 from renee_ray.data.storage import is_transient, listing
 from renee_ray.errors import reason
@@ -43,6 +45,10 @@ from renee_ray.errors import reason
 TABLES = r"(?:csv|tsv|jsonl|ndjson|json)(?:\.gz)?"
 """Endings of the names of files that are read."""
 SAMPLE_ROWS = 1000
+SLICE_BYTES = 1 << 28
+"""About the most bytes of rows of Parquet that are handed on together."""
+GUESSED = ("auto", "ids", "multi-hot")
+"""Values of the key `labels` that name no column."""
 PAIR_BYTES = 1 << 31
 """The most bytes of rows that are brought together by their text, in one task."""
 PECOS = {"train": "trn", "test": "tst"}
@@ -75,18 +81,18 @@ class Own:
         """
         fields, pairs, size = self.fields, list[tuple[str, pa.Table]](), 0
         for path in paths:
-            first, base = 0, 0 if path == self.splits[split][0] else None
+            first, matrix = 0, ""
             wanted = [*fields.text, fields.labels] if fields and split != "labels" else None
-            matrix = ""
+            if split == "labels" and path.endswith(f".{parquet.PARQUET}"):
+                wanted = ["label", "text", *ID_COLUMNS]
             if fields is None and split in PECOS:
                 matrix = f"{path.rpartition('/')[0]}/Y.{PECOS[split]}.npz"
             for rows in tables_of(path, wanted, matrix):
                 made = rows
-                if split == "labels":
-                    base = _check_ids(path, rows, first, base)
-                if fields is not None:
-                    is_points = split != "labels"
-                    made = shaped(path, rows, fields) if is_points else label_columns(path, rows)
+                if fields is not None and split != "labels":
+                    made = shaped(path, rows, fields)
+                elif fields is not None:
+                    made = _with_ids(path, label_columns(path, rows), rows)
                 if fields is None or split == "labels" or not fields.pairs:
                     yield Piece(made, path, first)
                 else:
@@ -143,7 +149,7 @@ def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
     base, pecos = path.rstrip("/"), _pecos(path)
     if pecos is not None:
         return pecos
-    named = bool(text or labels not in ("auto", "ids", "multi-hot"))
+    named = bool(text or labels not in GUESSED)
     kinds = ("arrow", TABLES, *[parquet.PARQUET] * named)
     found = [parquet.find_files(base, kind) for kind in kinds]
     splits = next((each for each in found if "train" in each), {})
@@ -154,6 +160,7 @@ def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
         if any(found) or (not saved and len(tables) != 1):
             return None
         splits["train"] = [f"{base}/{name}" for name in saved or tables]
+        parquet.check_numbered(splits["train"])
     refuse_other_kinds(base, splits, splits["train"][0])
     own = read_own(splits, text, labels, separator)
     return replace(own, notes=own.notes + parquet.notes_on(path, splits))
@@ -161,7 +168,9 @@ def find_own(path: str, text: str, labels: str, separator: str) -> Own | None:
 
 def read_own(splits: dict[str, list[str]], text: str, labels: str, separator: str) -> Own:
     """Reads the first rows of the training set; raises SourceError as `find_own` does."""
-    tables = ((path, table) for path in splits["train"] for table in tables_of(path) if len(table))
+    tops = [name.partition(".")[0] for name in (*text.split("+"), labels)]
+    named = [*text.split("+"), labels, *tops] if text and labels not in GUESSED else None
+    tables = ((path, rows) for path in splits["train"] for rows in _first(path, named) if len(rows))
     first, rows = next(tables, ("", None))
     if rows is None:
         raise SourceError(f"{splits['train'][0]} has no row; give a training set of at least one")
@@ -182,6 +191,14 @@ def read_own(splits: dict[str, list[str]], text: str, labels: str, separator: st
     return Own(splits, fields, (note,))
 
 
+def _first(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Yields the first rows of a file, and perhaps more; of Parquet, these columns (None: all)."""
+    if path.endswith(f".{parquet.PARQUET}"):
+        yield first_rows(path, columns, SAMPLE_ROWS)
+    else:
+        yield from tables_of(path)
+
+
 def _pecos(path: str) -> Own | None:
     base, names = path.rstrip("/"), {info.base_name for info in listing(path)}
     splits = {
@@ -200,38 +217,14 @@ def _pecos(path: str) -> Own | None:
 # -------------------------------------------------------------------------------------- reading
 
 
-def _check_ids(path: str, rows: pa.Table, first: int, base: int | None) -> int | None:
-    """Compares a column of ids of labels, if there is one, with the rows' places.
-
-    Args:
-        first: rows of the file before these; base: what the file's first id is, or None for any.
-
-    Returns:
-        the file's first id, or None where there are no ids.
-
-    Raises:
-        SourceError: an id is not its row's.
-    """
-    name = next((each for each in ("id", "label_id") if each in rows.column_names), None)
-    if name is None or "label" in rows.column_names or not len(rows):
-        return base
-    values = plain(column(path, rows, name))
-    if kind_of(values.type) not in ("integer", "string"):
-        return base
-    found = [
-        each.decode("utf-8", "replace") if isinstance(each, bytes) else str(each)
-        for each in values.to_pylist()
-    ]
-    if not all(each.isdecimal() for each in found):  # a code, which is no place
-        return base
-    base = int(found[0]) if base is None else base
-    wrong = next((i for i, each in enumerate(found) if int(each) != base + first + i), None)
-    if wrong is not None:
-        raise SourceError(
-            f"{path}: row {first + wrong} of the labels has {found[wrong]!r:.60} in {name}; give "
-            f"all labels in the order of their ids, from 0, or leave that column out"
-        )
-    return base
+def _with_ids(path: str, labels: pa.Table, rows: pa.Table) -> pa.Table:
+    """Adds the ids of labels in `rows`, if there are any, which label_order.py checks."""
+    for name in ID_COLUMNS:
+        if name in rows.column_names:
+            ids = column(path, rows, name)
+            if kind_of(ids.type) in ("integer", "number", "string"):
+                labels = labels.append_column(name, ids)
+    return labels
 
 
 def label_columns(path: str, rows: pa.Table) -> pa.Table:
@@ -249,7 +242,10 @@ def label_columns(path: str, rows: pa.Table) -> pa.Table:
 
 
 def _grouped(pairs: list[tuple[str, pa.Table]]) -> pa.Table:
-    """Makes one point of the rows with the same text, in the order of their first rows."""
+    """Makes one point of the rows with the same text, in the order of their first rows.
+
+    Each row with an empty text is a point.
+    """
     kinds = {kind_of(table["labels"].type): path for path, table in pairs}
     kinds.pop("list of nothing", None)
     if len(kinds) > 1:
@@ -258,13 +254,23 @@ def _grouped(pairs: list[tuple[str, pa.Table]]) -> pa.Table:
         )
     tables = [table for _, table in pairs]
     whole = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    rows = pc.list_parent_indices(whole["labels"].combine_chunks()).to_numpy()
     codes = whole["text"].combine_chunks().dictionary_encode()
-    points = codes.indices.to_numpy()[rows]
+    points, empty = codes.indices.to_numpy().astype(np.int64), _is_empty(codes.dictionary)
+    alone = np.flatnonzero(empty[points])  # rows whose text is missing have nothing in common
+    points[alone] = len(empty) + alone
+    _, firsts, points = np.unique(points, return_index=True, return_inverse=True)
+    points = np.argsort(np.argsort(firsts))[points]  # now by their first rows
+    points = points[pc.list_parent_indices(whole["labels"].combine_chunks()).to_numpy()]
     order = np.argsort(points, kind="stable")
     labels = whole["labels"].combine_chunks().flatten().take(pa.array(order))
-    lists = lists_of(len(codes.dictionary), points[order], labels)
-    return pa.table({"text": codes.dictionary, "labels": lists}, metadata=whole.schema.metadata)
+    lists = lists_of(len(firsts), points[order], labels)
+    texts = whole["text"].take(pa.array(np.sort(firsts)))
+    return pa.table({"text": texts, "labels": lists}, metadata=whole.schema.metadata)
+
+
+def _is_empty(texts: pa.Array) -> NDArray[np.bool_]:
+    found = pc.match_substring_regex(texts, r"^\s*$")
+    return np.asarray(found.to_numpy(zero_copy_only=False), np.bool_)
 
 
 def tables_of(path: str, columns: list[str] | None = None, matrix: str = "") -> Iterator[pa.Table]:
@@ -277,7 +283,7 @@ def tables_of(path: str, columns: list[str] | None = None, matrix: str = "") -> 
         SourceError: the file is not what its name says.
     """
     name = path.removesuffix(".gz")
-    kinds = {".csv": _csv, ".tsv": _csv, ".arrow": _arrow, ".parquet": _parquet}
+    kinds = {".csv": csv_rows, ".tsv": csv_rows, ".arrow": _arrow, ".parquet": _parquet}
     ending = name[name.rfind(".") :]
     try:
         if ending == ".txt":
@@ -288,51 +294,6 @@ def tables_of(path: str, columns: list[str] | None = None, matrix: str = "") -> 
         if is_transient(error):
             raise
         raise SourceError(f"{path} cannot be read ({reason(error):.300}); correct it") from None
-
-
-def _csv(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    with opened(path) as file:
-        header = file.readline(PIECE_BYTES).decode("utf-8-sig", "replace")
-    found = [each for each in ",;\t|" if each in header]
-    delimiter = "\t" if path.removesuffix(".gz").endswith(".tsv") else (found or [","])[0]
-    parsing = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    reading = pacsv.ReadOptions(block_size=PIECE_BYTES, use_threads=False)
-    with opened(path) as file:
-        names = pacsv.open_csv(file, reading, parsing).schema.names
-    # Excel leaves columns without a name behind the last.
-    wanted = [name for name in names if (name if columns is None else name in columns)]
-    if twice := [name for name in wanted if names.count(name) > 1]:
-        raise SourceError(f"{path} has two columns {twice[0]!r}; rename one")
-    # Not inferred: a text may look like a number or a date.
-    strings = pacsv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.large_binary()), include_columns=wanted
-    )
-    # In one column an empty line is an empty value, but for those at the end.
-    parsing.ignore_empty_lines, empty = len(names) > 1 or not header.strip(), 0
-    with opened(path) as file:
-        for batch in pacsv.open_csv(file, reading, parsing, strings):
-            rows = pa.Table.from_batches([batch])
-            if not parsing.ignore_empty_lines:
-                there = np.flatnonzero(pc.binary_length(rows[0]).to_numpy())
-                last = int(there[-1]) + 1 if len(there) else 0
-                blank = pa.table({names[0]: pa.array([b""] * empty, rows[0].type)})
-                empty = len(rows) - last + (0 if last else empty)
-                rows = pa.concat_tables([blank, rows.slice(0, last)]) if last else rows.slice(0, 0)
-            if delimiter == "\t":
-                _refuse_swallowed(path, rows)
-            yield rows
-
-
-def _refuse_swallowed(path: str, rows: pa.Table) -> None:
-    """Raises SourceError for a field with tabs and line ends: a quote has taken lines into it."""
-    for values in rows.columns:
-        both = pc.and_(pc.match_substring(values, b"\t"), pc.match_substring(values, b"\n"))
-        if pc.any(both).as_py():
-            value = values.filter(both)[0].as_py().decode("utf-8", "replace")
-            raise SourceError(
-                f"{path}: a field holds several lines, {value!r:.80}; double the quotes inside "
-                f"fields that are quoted, or write CSV"
-            )
 
 
 def _json_lines(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
@@ -349,7 +310,12 @@ def _json_lines(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
 
 
 def _json_row(line: bytes, where: str) -> dict[str, Any]:
-    found = json_object(decoded(line)[0], where)
+    # Not replaced: two labels that differ only in such bytes would become one.
+    try:
+        found = json_object(line.decode(), where)
+    except UnicodeDecodeError as error:
+        part = line[max(error.start - 20, 0) : error.end + 20]
+        raise SourceError(f"{where}: {part!r} is not UTF-8; write the file as UTF-8") from None
     if b"\\ud" in line.lower():  # perhaps a lone surrogate, of which no column can be made
         found = json.loads(whole_characters(json.dumps(found, ensure_ascii=False))[0])
     return found
@@ -381,10 +347,15 @@ def _arrow(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
 
 
 def _parquet(path: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    schema, metadata = parquet.footer(path)
+    schema, metadata = footer(path)
     names = {name if name in schema.names else name.partition(".")[0] for name in columns or ()}
+    wanted = [name for name in schema.names if name in names] or schema.names
     for group in range(metadata.num_row_groups):
-        yield parquet.read_block(Block(path, 0, 0, group), sorted(names) or schema.names)
+        rows = read_block(Block(path, 0, 0, group), wanted)
+        # One array of strings has less than 2 GiB.
+        size = min(SLICE_ROWS, max(1, len(rows) * SLICE_BYTES // max(rows.nbytes, 1)))
+        for start in range(0, len(rows), size):
+            yield rows.slice(start, size)
 
 
 def _texts(path: str, labels: str) -> Iterator[pa.Table]:

@@ -1,7 +1,8 @@
 """A source folder of Parquet: which files it has, what they agree on, and reading their rows.
 
-    train.parquet, train/, train-00000-of-00002.parquet ...    text or input_ids; labels;
-    test.parquet, test/, test-00000-of-00001.parquet ...       optionally filter_labels
+    train.parquet, train/, train-00000-of-00002.parquet ...    text, or input_ids and optionally
+    test.parquet, test/, test-00000-of-00001.parquet ...       attention_mask; labels; optionally
+                                                               filter_labels
     labels.parquet, labels/, ...    a row a label, in the order of their ids: label where labels
                                     are strings, text; both optional
 
@@ -9,14 +10,14 @@ Each may be in the folder itself or in its `data/`. A directory, also one `train
 for all Parquet files in it and below, in the order of their paths. Files and directories whose
 names begin with "." or "_" are passed over. Types of columns: columns.py.
 
-Only footers are read to index it. A block is a row group.
+Only footers are read to index it, and ids of labels (label_order.py). A block is a row group.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -25,10 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from renee_ray.data.sources.columns import (
     LABELS,
+    MASK,
     BadRow,
     checked_kind,
     class_names,
@@ -36,7 +37,9 @@ from renee_ray.data.sources.columns import (
     common_kind,
     plain,
     read_column,
+    without_padding,
 )
+from renee_ray.data.sources.label_order import check_label_ids
 from renee_ray.data.sources.records import (
     Block,
     Names,
@@ -46,13 +49,15 @@ from renee_ray.data.sources.records import (
     decode_texts,
     num_rows,
 )
-from renee_ray.data.storage import filesystem_of, is_transient, listing, patiently
-from renee_ray.data.untrusted import read_row_groups
-from renee_ray.errors import reason
+from renee_ray.data.sources.row_groups import (
+    SLICE_ROWS,
+    Origins,
+    footer,
+    read_block,
+    row_name,
+)
+from renee_ray.data.storage import filesystem_of, listing, patiently
 
-SLICE_ROWS = 1 << 16
-Origins = dict[str, tuple[str, str, int]]
-"""Path -> the file that its rows are from, what stands before a row's number, the first row's."""
 SPLITS = ("train", "test", "labels")
 VALIDATION = ("validation", "valid", "val", "dev")
 PARQUET = "parquet"
@@ -79,11 +84,15 @@ class ParquetTable:
 
     def read(self, block: Block, columns: Collection[str]) -> Iterator[Records]:
         """Reads a row group and hands it on in slices of at most `SLICE_ROWS`."""
-        table = read_block(block, list(columns), self.origins)
+        columns = [name for name in columns if name != MASK]
+        masked = [MASK] if MASK in self.columns and "input_ids" in columns else []
+        table = read_block(block, columns + masked, self.origins)
         for start in range(0, len(table), SLICE_ROWS):
             piece, replaced = table.slice(start, SLICE_ROWS), np.zeros(0, np.int64)
             try:
                 found = {name: read_column(name, piece[name], self.width) for name in columns}
+                if masked:
+                    found["input_ids"] = without_padding(found["input_ids"], piece[MASK])
             except BadRow as bad:
                 raise SourceError(f"{self._where(block, start, bad.row)} {bad}") from None
             if "text" in found:
@@ -92,10 +101,7 @@ class ParquetTable:
             yield Records(block.first + start, found, where, replaced)
 
     def _where(self, block: Block, start: int, row: int) -> str:
-        if block.path in self.origins:
-            path, between, first = self.origins[block.path]
-            return f"{path}{between}{first + start + row}"
-        return f"{block.path}: row {start + row} of row group {block.group}"
+        return row_name(block, start + row, self.origins)
 
 
 # --------------------------------------------------------------------------------------- files
@@ -131,9 +137,8 @@ def find_files(path: str, kind: str = PARQUET) -> dict[str, list[str]]:
                 ways[name].setdefault(way, []).extend(files)
             if count and name in SPLITS:
                 numbered[way].append((number, count))
-            for file in files if is_directory and name in SPLITS else ():
-                if part := _NUMBERED.fullmatch(file):
-                    numbered[f"{part[1]}-*{part[4]}"].append((part[2], part[3]))
+            if is_directory and name in SPLITS:
+                check_numbered(files)
         for way, numbers in numbered.items():
             _check_complete(way, numbers)
     for name, each in ways.items():
@@ -144,6 +149,16 @@ def find_files(path: str, kind: str = PARQUET) -> dict[str, list[str]]:
 
 
 _NUMBERED = re.compile(r"(.*?)-?(\d+)-of-(\d+)(\.\w+)")
+
+
+def check_numbered(files: Iterable[str]) -> None:
+    """Raises SourceError where some of the files `NUMBER-of-COUNT` are missing."""
+    numbered = defaultdict[str, list[tuple[str, str]]](list)
+    for file in files:
+        if part := _NUMBERED.fullmatch(file):
+            numbered[f"{part[1]}-*{part[4]}"].append((part[2], part[3]))
+    for way, numbers in numbered.items():
+        _check_complete(way, numbers)
 
 
 def _check_complete(way: str, numbers: list[tuple[str, str]]) -> None:
@@ -183,14 +198,14 @@ def index_parquet(
 
     Raises:
         SourceError: a file that is no Parquet, a column that is missing or of another kind,
-            files that disagree, no training row.
+            files that disagree, labels that are not in the order of their ids, no training row.
     """
     multi_hot = labels_are == "multi-hot"
     files = {"train": [path]} if is_file else find_files(path)
     tables, origins = dict[str, ParquetTable](), origins or {}
     for name in ("train", "test"):
         if name in files:
-            wanted = ("text", "labels"), LABELS[1:]
+            wanted = ("text", "labels"), (*LABELS[1:], MASK)
             tables[name] = table_of(files[name], *wanted, multi_hot, origins)
     if "train" not in tables or not num_rows(tables["train"]):
         raise SourceError(f"{path} has no training row; give a training set of at least one")
@@ -201,14 +216,7 @@ def index_parquet(
     train_path = _origin(tables["train"].blocks[0].path, origins)
     labels: ParquetTable | Names | None = None
     if "labels" in files:
-        if not strings:
-            _refuse_names(files["labels"][0], origins)
-        labels = table_of(
-            files["labels"],
-            ("label",) if strings else (),
-            ("text",) if strings else ("text", "input_ids"),
-            origins=origins,
-        )
+        labels = _labels_of(files["labels"], strings, origins)
     elif not strings and (names := _class_names(files, tables)) is not None:
         labels = Names(names, train_path)
     num_labels = None if labels is None else num_rows(labels)
@@ -228,8 +236,22 @@ def index_parquet(
         train_path,
         num_labels,
         strings,
-        notes=notes_on(path, files),
+        notes=notes_on(path, files) + _note_on_text(files["train"][0]),
     )
+
+
+def _labels_of(paths: list[str], strings: bool, origins: Origins) -> ParquetTable:
+    """Makes the table of labels; strings: its labels are names, so that their order is free."""
+    if strings:
+        return table_of(paths, ("label",), ("text",), origins=origins)
+    if "label" in footer(paths[0])[0].names:
+        raise SourceError(
+            f"{_origin(paths[0], origins)} has a column 'label' and the points have ids; leave it "
+            f"out, with the rows in the order of the ids, or rename it to 'text'"
+        )
+    table = table_of(paths, (), ("text", "input_ids", MASK), origins=origins)
+    check_label_ids(table.blocks, origins)
+    return table
 
 
 def notes_on(path: str, files: dict[str, list[str]]) -> tuple[str, ...]:
@@ -243,6 +265,12 @@ def notes_on(path: str, files: dict[str, list[str]]) -> tuple[str, ...]:
         for name in SPLITS
         if name in files and "=" in files[name][0][len(path) :].rpartition("/")[0]
     )
+
+
+def _note_on_text(path: str) -> tuple[str, ...]:
+    """A sentence about a text that is not read, because its tokens are there."""
+    both = {"text", "input_ids"} <= set(footer(path)[0].names)
+    return (f"{path} has text and input_ids: the tokens are read, and text is not",) * both
 
 
 def _class_names(
@@ -276,7 +304,8 @@ def table_of(
 ) -> ParquetTable:
     """Makes the table of these files, with these of its columns.
 
-    Where labels are required, a column `input_ids` serves as `text`.
+    Where labels are required, a column `input_ids` serves as `text`. A column `attention_mask`
+    belongs to `input_ids`, and says which of them are padding.
 
     Raises:
         SourceError: a file that is no Parquet, or has a column that is missing, of another kind,
@@ -300,15 +329,6 @@ def table_of(
     return replace(table, blocks=tuple(blocks), origins=origins)
 
 
-def _refuse_names(path: str, origins: Origins) -> None:
-    """Raises SourceError where a table of labels has names, which points with ids do not use."""
-    if "label" in footer(path)[0].names:
-        raise SourceError(
-            f"{_origin(path, origins)} has a column 'label' and the points have ids; leave it out, "
-            f"with the rows in the order of the ids, or rename it to 'text'"
-        )
-
-
 def _origin(path: str, origins: Origins) -> str:
     return origins.get(path, (path,))[0]
 
@@ -325,6 +345,8 @@ def _table(
     with_tokens = "labels" in required and "input_ids" in schema.names
     for wanted in required + optional:
         name = "input_ids" if wanted == "text" and with_tokens else wanted
+        if name == MASK and "input_ids" not in schema.names:
+            continue
         if name in schema.names:
             if schema.names.count(name) > 1:
                 raise SourceError(f"{path} has two columns {name!r}; rename one")
@@ -353,48 +375,3 @@ def _merged(first: str, table: ParquetTable, path: str, here: ParquetTable) -> P
     if here.class_names not in (None, names):
         raise SourceError(f"{path} has other class names than {first}; make them equal")
     return ParquetTable((), columns, names)
-
-
-def footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
-    """Reads the footer of a file. Raises SourceError where it is not Parquet."""
-    filesystem, root = filesystem_of(path)
-    with filesystem.open_input_file(root) as file:
-        try:
-            footer = pq.ParquetFile(file)
-            return footer.schema_arrow, footer.metadata
-        except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
-            if is_transient(error):
-                raise
-            raise SourceError(f"{path} is not Parquet ({reason(error)}); replace it") from None
-
-
-# -------------------------------------------------------------------------------------- reading
-
-
-def read_block(block: Block, columns: list[str], origins: Origins | None = None) -> pa.Table:
-    """Reads all rows of the block.
-
-    Raises:
-        SourceError: the file is damaged; the one in `origins` is named before it.
-    """
-
-    def read() -> pa.Table:
-        filesystem, root = filesystem_of(block.path)
-        with filesystem.open_input_file(root) as file:
-            return read_row_groups(pq.ParquetFile(file), [block.group], columns)
-
-    try:
-        return patiently(read, f"reading {block.path}")
-    except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
-        if is_transient(error):
-            raise
-        if origins and block.path in origins:
-            path, between, first = origins[block.path]
-            raise SourceError(
-                f"{path}{between}{first} and below cannot be read ({reason(error):.200}) from the "
-                f"copy {block.path}; correct it, or convert again if it is right"
-            ) from None
-        raise SourceError(
-            f"{block.path} cannot be read ({reason(error):.200}) in row group {block.group}; "
-            f"replace it"
-        ) from None

@@ -42,7 +42,7 @@ from renee_ray.service.convert.own_data import written
 from renee_ray.service.convert.partition import partition
 from renee_ray.service.convert.parts import write_parts
 
-SCRATCH_FORMAT = "pieces"
+SCRATCH_FORMAT = "pieces with ids"
 """Names the format of scratch files and results: nothing goes on from those of another."""
 
 

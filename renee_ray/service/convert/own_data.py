@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from renee_ray.data.sources.own import Own
-from renee_ray.data.sources.parquet import SLICE_ROWS, Origins, index_parquet
+from renee_ray.data.sources.parquet import index_parquet
 from renee_ray.data.sources.records import Source, SourceError
 from renee_ray.data.sources.repository import Repository
+from renee_ray.data.sources.row_groups import SLICE_ROWS, Origins
 from renee_ray.data.storage import make_directory, write_file
 from renee_ray.errors import Progress
 from renee_ray.service.convert.conversion import run
