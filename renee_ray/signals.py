@@ -67,6 +67,11 @@ def interrupted() -> bool:
     return _State.asked > 0
 
 
+def of_command() -> bool:
+    """Whether this is the process of a command, which ends after an interrupt."""
+    return _State.unwinding
+
+
 @contextlib.contextmanager
 def at_signals(
     handle: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals] = BOTH

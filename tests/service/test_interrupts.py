@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -102,6 +103,31 @@ def later(moment: float) -> bool:
 def at_work(process: subprocess.Popen[str]) -> bool:
     """Whether a training worker has been started."""
     return any("RayTrainWorker" in line for line in descendants(process.pid).values())
+
+
+NOTEBOOK = """
+import sys, psutil, renee_ray
+try:
+    renee_ray.predict(*sys.argv[1:], renee_ray.ScoreConfig(num_workers=1))
+except KeyboardInterrupt:
+    below = [each.cmdline() for each in psutil.Process().children(recursive=True)]
+    print("interrupted,", sum("RayTrainWorker" in "".join(each) for each in below), "workers left")
+"""
+
+
+def test_an_interrupt_in_a_notebook_ends_the_workers(
+    trained: Run, dataset: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", NOTEBOOK, trained.path, dataset, str(tmp_path / "predicted")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        found = interrupt(process, partial(at_work, process), TO_PROCESS)
+    finally:
+        end(process)
+    assert found is not None, "it ended before its workers were seen"
+    assert found[0].stdout == "interrupted, 0 workers left\n", found
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -43,7 +43,7 @@ from renee_ray.service.cluster.ray_compat import (
     PlacementGroupCleanerCallback,
     node_cpus,
 )
-from renee_ray.signals import at_signals
+from renee_ray.signals import at_signals, of_command
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,11 @@ def launch(
         )
         try:
             return interruptible(trainer.fit, on_stop, grace_s, check, stopping).return_value
+        except KeyboardInterrupt:
+            if not of_command():  # a notebook goes on, and its workers must not
+                trainer.here.cancel()
+                ray.shutdown()
+            raise
         except LeaseLost:  # raised by `check`, in this process, and followed by Ray's shutdown
             trainer.here.cancel()
             raise
