@@ -13,7 +13,7 @@ class Chosen(Config):
     """Which checkpoint of a run is used."""
 
     checkpoint: Literal["best", "last"] = "best"
-    """Checkpoint of the run: the best on the validation split, or the newest."""
+    """Checkpoint of the run: the best on the validation split, or the newest. An export has one."""
 
 
 class Searched(Chosen):

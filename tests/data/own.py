@@ -171,22 +171,26 @@ OWN = {
         ),
         settings={"labels": "ids"},
     ),
-    "csv-several-lines": Kind(  # lines with as many commas as the header among them
-        files(
-            **{
-                "train.csv": lines(
-                    "text,tags",
-                    *(
-                        '"' + t.replace('"', '""') + '",' + ";".join(named(r))
-                        for t, r in zip(SEVERAL_LINES, IDS, strict=True)
-                    ),
-                )
-            }
-        ),
-        BY_NAME,
-        SEVERAL_LINES,
-        names=sorted(NAMES),
-    ),
+    **{
+        f"csv-several-lines-{name}": Kind(  # with as many delimiters as the header among them
+            files(
+                **{
+                    "train.csv": lines(
+                        f"text{mark}tags",
+                        *(
+                            '"' + t.replace('"', '""') + '"' + mark + "|".join(named(r))
+                            for t, r in zip(texts, IDS, strict=True)
+                        ),
+                    )
+                }
+            ),
+            BY_NAME,
+            texts,
+            names=sorted(NAMES),
+        )
+        for name, mark in (("comma", ","), ("semicolon", ";"))
+        for texts in ([each.replace(",", mark) for each in SEVERAL_LINES],)
+    },
     "csv-pairs-without-text": Kind(
         files(**{"train.csv": lines("title,category", ",b", "x,a", " ,c", "x,b", ",a")}),
         [[1], [0, 1], [2], [0]],

@@ -198,7 +198,8 @@ def test_silence_of_all_is_said_once() -> None:
 def test_workers_that_find_no_place_are_said() -> None:
     watch = Watch(60)
     assert watch.complaint(1000) is None
-    assert "no worker has been heard" in str(watch.complaint(1000 + SILENT_S + 1))
+    assert "wait for room in the cluster" in str(watch.complaint(1000 + SILENT_S + 1))
+    assert watch.complaint(1000 + SILENT_S + 2) is None
 
 
 def test_several_beats_fit_into_a_time_out() -> None:

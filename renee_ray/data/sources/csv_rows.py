@@ -62,8 +62,9 @@ class _Quotes:
 
     A field with whole rows in it has a shape: its first line has the delimiters that are missing
     in its own row, each further line those of a row, and the last one those before its column.
-    Texts of several lines rarely have this shape by chance, unless the delimiter is a comma. Then
-    the quotes decide: one that ends a field has a delimiter or a line end behind it.
+    In TSV, whose writers seldom quote, that is enough. Elsewhere texts of several lines may have
+    this shape by chance, and the quotes decide: one that ends a field has a delimiter or a line end
+    behind it.
     """
 
     def __init__(self, path: str, delimiter: str) -> None:
@@ -77,11 +78,10 @@ class _Quotes:
         value = self._of_rows_shape(rows)
         if value is None:
             return
-        if self.delimiter != ",":
+        if self.delimiter == "\t":
             raise SourceError(
                 f"{self.path}: a field holds several lines, {value!r:.80}; double the quotes "
-                f"inside fields that are quoted, or write "
-                f"{'CSV' if self.delimiter == chr(9) else 'JSON lines'}"
+                f"inside fields that are quoted, or write CSV"
             )
         number, self.looked_at = self.seen - self.looked_at, self.seen
         if line := next(filter(None, islice(self.misplaced, number)), 0):

@@ -269,7 +269,8 @@ def notes_on(path: str, files: dict[str, list[str]]) -> tuple[str, ...]:
 
 def _note_on_text(path: str) -> tuple[str, ...]:
     """A sentence about a text that is not read, because its tokens are there."""
-    both = {"text", "input_ids"} <= set(footer(path)[0].names)
+    names = patiently(partial(footer, path), f"reading {path}")[0].names
+    both = {"text", "input_ids"} <= set(names)
     return (f"{path} has text and input_ids: the tokens are read, and text is not",) * both
 
 

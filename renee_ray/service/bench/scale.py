@@ -90,7 +90,7 @@ def bench_scale(workers: int, threads: int, **arguments: Any) -> dict[str, Any]:
     """
     if arguments["speedup"] and workers == 1:
         raise ReneeError("--speedup compares with one worker; give more --workers")
-    ensure_ray(workers)
+    ensure_ray(1, local_cpus=workers + 1)
     config = make_config(
         RunConfig,
         {"data": "unused", "output": "unused", "num_workers": workers, "batch_size": 8 * workers},

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket
+from typing import Any
 
 import psutil
 import ray
@@ -19,19 +20,26 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 
 
+class _Started:
+    """node: of the Ray that `ensure_ray` has started last."""
+
+    node: Any = None
+
+
 def ensure_ray(min_cpus: int = 3, local_cpus: int = 0) -> None:
     """Connects to the environment's cluster (a submitted job, RAY_ADDRESS), else starts Ray here.
 
     Locally, Ray's CPUs are slots for processes, not cores. At least `min_cpus` and `local_cpus`
     are declared, so that training workers never take the slot that Ray Data reads with. A Ray that
-    an earlier command of this process has started with fewer is started anew.
+    an earlier call has started with fewer is started anew.
 
     Raises:
         ReneeError: the cluster has fewer than `min_cpus` CPUs.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     slots = max(min_cpus, local_cpus)
-    if started_here() and ray.cluster_resources().get("CPU", 0) < slots:
+    ours = _Started.node is not None and ray_compat.started_node() is _Started.node
+    if ours and ray.cluster_resources().get("CPU", 0) < slots:
         ray.shutdown()
     if not ray.is_initialized():
         with ray_compat.sigterm_left_alone():
@@ -99,6 +107,7 @@ def _start_local(num_cpus: int) -> None:
                     logging_level=logging.WARNING,
                     _system_config=ray_compat.SYSTEM_CONFIG,
                 )
+            _Started.node = ray_compat.started_node()
             return
         except Exception as error:
             ray.shutdown()

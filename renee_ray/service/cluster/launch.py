@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from typing import Any
 
@@ -99,21 +99,28 @@ def launch(
                 worker_runtime_env={"env_vars": worker_environment()},
             ),
         )
-        try:
+        with _ending(trainer):
             return interruptible(trainer.fit, on_stop, grace_s, check, stopping).return_value
-        except KeyboardInterrupt:
-            if not of_command():  # a notebook goes on, and its workers must not
-                trainer.here.cancel()
-                ray.shutdown()
-            raise
-        except LeaseLost:  # raised by `check`, in this process, and followed by Ray's shutdown
+
+
+@contextlib.contextmanager
+def _ending(trainer: _Trainer) -> Iterator[None]:
+    """Ends the workers where the command ends early, and raises a user's error as itself."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not of_command():  # a notebook goes on, and its workers must not
             trainer.here.cancel()
+            ray.shutdown()
+        raise
+    except LeaseLost:  # raised by `check`, in this process, and followed by Ray's shutdown
+        trainer.here.cancel()
+        raise
+    except Exception as error:
+        found = user_error(error)
+        if found is None or found is error:
             raise
-        except Exception as error:
-            found = user_error(error)
-            if found is None or found is error:
-                raise
-            raise found from error
+        raise found from error
 
 
 def _worker(

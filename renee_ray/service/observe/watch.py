@@ -105,6 +105,12 @@ class Watch:
         """
         if self._heard_s is None:
             self._heard_s = now
+        if now - self._heard_s > SILENT_S and self._group < 0:
+            self._heard_s = math.inf
+            return (
+                f"no worker has begun within {SILENT_S:.0f} s: they wait for room in the cluster "
+                f"(see `ray status`), or load the model"
+            )
         if now - self._heard_s > SILENT_S:
             self._heard_s = math.inf
             return (

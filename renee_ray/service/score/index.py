@@ -208,7 +208,9 @@ def _points(saved: Saved, path: str) -> Dataset:
         )
     points = Dataset.open(path)
     manifest, number = points.manifest, saved.facts["num_labels"]
-    if manifest.num_labels > number or manifest.vocabulary_hash != saved.facts["vocabulary_hash"]:
+    if manifest.num_labels > number or manifest.vocabulary_hash != saved.facts.get(
+        "vocabulary_hash", manifest.vocabulary_hash
+    ):
         raise ReneeError(
             f"{path} has {manifest.num_labels} labels and the tokenizer {manifest.tokenizer!r}, "
             f"which are not those of {saved.path} with its {number} labels; give points= its own "
