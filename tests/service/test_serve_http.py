@@ -302,7 +302,7 @@ def test_without_a_token_nothing_starts(
     assert TOKEN in error and error.count("\n") == 1
     monkeypatch.setenv(TOKEN, SECRET)
     assert main(["serve", "no-such-run"]) == 1
-    assert "no-such-run is not a run" in capsys.readouterr().err
+    assert "no-such-run is neither an export nor a run" in capsys.readouterr().err
 
 
 def test_a_request_fits_a_batch() -> None:
