@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -202,19 +202,27 @@ class Checkpoints:
         patiently(delete, f"deleting {path}")
 
 
+def place_of_best(found: Sequence[tuple[int, int, float | None, bool]]) -> int | None:
+    """Finds the best of (revision, step, metric if it has it, whether it is whole).
+
+    found: the newest first. Returns its place, as `Checkpoints.best` chooses, or None.
+    """
+    whole = [i for i, each in enumerate(found) if each[3] and each[0] == found[0][0]]
+    trained = [i for i in whole if found[i][1] > 0] or whole
+    scored = [(value, -found[i][1], i) for i in trained if (value := found[i][2]) is not None]
+    if scored:
+        return max(scored, key=lambda one: one[:2])[2]
+    return whole[0] if whole else None
+
+
 def _best(found: list[Found], metric: str) -> Checkpoint | None:
-    whole = [
-        each
+    facts = [
+        (each.revision, each.step, metrics.get(metric), not each.problem)
         for each in found
-        if each.revision == found[0].revision and each.checkpoint and not each.problem
+        for metrics in [each.checkpoint.manifest.metrics if each.checkpoint else {}]
     ]
-    trained = [each for each in whole if each.step > 0] or whole
-    scored = [
-        (each.checkpoint.manifest.metrics[metric], -each.step, each.checkpoint)
-        for each in trained
-        if each.checkpoint and metric in each.checkpoint.manifest.metrics
-    ]
-    return max(scored, key=lambda one: one[:2])[2] if scored else _usable(iter(found))
+    place = place_of_best(facts)
+    return _usable(iter(found)) if place is None else found[place].checkpoint
 
 
 def _usable(found: Iterator[Found], but: Collection[str] = ()) -> Checkpoint | None:

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.table import Column, Table
 from rich.text import Text
 
-from renee_ray.checkpoint.registry import Checkpoints, Found
+from renee_ray.checkpoint.registry import Checkpoints, Found, place_of_best
 from renee_ray.checkpoint.state import CheckpointError
 
 
@@ -48,20 +48,15 @@ def _described(found: Found, verify: bool) -> dict[str, Any]:
     }
 
 
-def best_of(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """Returns the row that `Checkpoints.best` takes, of rows as `list_checkpoints` gives them."""
-    newest = rows[0]["revision"] if rows else 0
-    whole = [row for row in rows if row["revision"] == newest and not row["problem"]]
-    trained = [row for row in whole if row["step"] > 0] or whole
-    scored = [row for row in trained if metric in row["metrics"]]
-    if scored:
-        return max(scored, key=lambda row: (row["metrics"][metric], -row["step"]))
-    return whole[0] if whole else None
-
-
 def checkpoint_table(rows: list[dict[str, Any]], metric: str, verified: bool) -> Table:
     """Shows the list for a terminal; the best by `metric` is marked."""
-    best = best_of(rows, metric)
+    place = place_of_best(
+        [
+            (row["revision"], row["step"], row.get("metrics", {}).get(metric), not row["problem"])
+            for row in rows
+        ]
+    )
+    best = None if place is None else rows[place]
     longest = max((len(row["name"]) for row in rows), default=0)
     numbers = (Column(name, justify="right") for name in ("size", "workers", "written", metric))
     table = Table(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import pyarrow as pa
@@ -31,17 +32,24 @@ def row_name(block: Block, row: int, origins: Origins) -> str:
     return f"{block.path}: row {row} of row group {block.group}"
 
 
+@contextlib.contextmanager
+def _reading(sentence: Callable[[str], str]) -> Iterator[None]:
+    """Raises SourceError with the sentence of a reason, where what is read is no whole Parquet."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
+        if is_transient(error):
+            raise
+        raise SourceError(sentence(reason(error))) from None
+
+
 def footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
     """Reads the footer of a file. Raises SourceError where it is not Parquet."""
     filesystem, root = filesystem_of(path)
-    with filesystem.open_input_file(root) as file:
-        try:
-            footer = pq.ParquetFile(file)
-            return footer.schema_arrow, footer.metadata
-        except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
-            if is_transient(error):
-                raise
-            raise SourceError(f"{path} is not Parquet ({reason(error)}); replace it") from None
+    told = _reading(lambda why: f"{path} is not Parquet ({why}); replace it")
+    with filesystem.open_input_file(root) as file, told:
+        footer = pq.ParquetFile(file)
+        return footer.schema_arrow, footer.metadata
 
 
 def read_block(block: Block, columns: list[str], origins: Origins | None = None) -> pa.Table:
@@ -56,20 +64,16 @@ def read_block(block: Block, columns: list[str], origins: Origins | None = None)
         with filesystem.open_input_file(root) as file:
             return read_row_groups(pq.ParquetFile(file), [block.group], columns)
 
-    try:
-        return patiently(read, f"reading {block.path}")
-    except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
-        if is_transient(error):
-            raise
+    def sentence(why: str) -> str:
         if origins and block.path in origins:
-            raise SourceError(
-                f"{row_name(block, 0, origins)} and below cannot be read ({reason(error):.200}) "
-                f"from the copy {block.path}; correct it, or convert again if it is right"
-            ) from None
-        raise SourceError(
-            f"{block.path} cannot be read ({reason(error):.200}) in row group {block.group}; "
-            f"replace it"
-        ) from None
+            return (
+                f"{row_name(block, 0, origins)} and below cannot be read ({why:.200}) from the "
+                f"copy {block.path}; correct it, or convert again if it is right"
+            )
+        return f"{block.path} cannot be read ({why:.200}) in row group {block.group}; replace it"
+
+    with _reading(sentence):
+        return patiently(read, f"reading {block.path}")
 
 
 def first_rows(path: str, columns: Collection[str] | None, number: int) -> pa.Table:
@@ -90,12 +94,8 @@ def first_rows(path: str, columns: Collection[str] | None, number: int) -> pa.Ta
             found = next((pa.Table.from_batches([each]) for each in batches if len(each)), None)
             return schema.empty_table() if found is None else found
 
-    try:
+    with _reading(lambda why: f"{path} cannot be read ({why:.200}); replace it"):
         rows = patiently(read, f"reading {path}")
-    except (OSError, ValueError, NotImplementedError) as error:  # pa.ArrowInvalid is one
-        if is_transient(error):
-            raise
-        raise SourceError(f"{path} cannot be read ({reason(error):.200}); replace it") from None
     there = dict(zip(rows.column_names, rows.columns, strict=True))
     made = [
         there[each.name] if each.name in there else pa.nulls(len(rows), each.type)
