@@ -21,10 +21,10 @@ from renee_ray.config.doctor import DoctorConfig
 from renee_ray.config.overrides import make_config, parse_overrides
 from renee_ray.errors import ConfigError
 from renee_ray.machine import output
-from renee_ray.service.cluster.environment import environment
 from renee_ray.service.doctor.doctor import rounds
 from renee_ray.service.doctor.findings import find
 from renee_ray.service.doctor.probes import examine_node
+from renee_ray.service.observe.versions import environment
 
 URL = "s3://bucket/runs"
 VERSIONS = {"python": "3.11.9", "renee_ray": "0.1.0 (12345678)", "torch": "2.13.0"}

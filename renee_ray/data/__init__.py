@@ -1,1 +1,1 @@
-"""Sources, storage, datasets and the order of their rows, without torch or Ray."""
+"""Sources, storage, datasets, what they hold and the order of their rows, without torch or Ray."""

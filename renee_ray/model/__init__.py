@@ -1,1 +1,1 @@
-"""The model of one rank: encoder with bag, its gradient over ranks, first weights, loss scale."""
+"""The model of one rank: encoder with bag, gradients over ranks, first weights and new labels'."""

@@ -1,1 +1,1 @@
-"""Scoring by loaded models, without Ray: top-k across shards, votes, index, metrics."""
+"""Scoring by loaded models, without Ray: top-k, parts of a score, votes, index, metrics."""

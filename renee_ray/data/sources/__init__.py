@@ -1,1 +1,1 @@
-"""Source folders as others wrote them, as tables of records: text files and Parquet."""
+"""Files as others wrote them, as tables of records: repository folders, tables, JSON, memmaps."""

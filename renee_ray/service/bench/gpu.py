@@ -24,7 +24,7 @@ import torch
 from renee_ray.benchmarks.sample import write_sample
 from renee_ray.checkpoint.registry import Checkpoints
 from renee_ray.errors import reason
-from renee_ray.service.cluster.environment import environment
+from renee_ray.service.observe.versions import environment
 from renee_ray.xfc.device import free_memory
 from renee_ray.xfc.weights.storages import STORAGES
 

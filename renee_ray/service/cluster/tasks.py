@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_MESSAGES = 1.0
 REFUSED = "refused.txt"
-"""File of a journal with the sentence that ends the conversion."""
+"""File of a journal with the sentence that ends the command."""
 
 
 class Interrupted(ReneeError):

@@ -31,11 +31,11 @@ from renee_ray.report.run import write_report
 from renee_ray.report.status import MOST_STARTS, STATUS_FILE, STATUS_VERSION
 from renee_ray.service.cluster.connect import node_name
 from renee_ray.service.cluster.driver_channel import DriverChannel
-from renee_ray.service.cluster.environment import environment
 from renee_ray.service.observe.exported import Exported
 from renee_ray.service.observe.logs import log_lines
 from renee_ray.service.observe.progress import evaluation_line, line
 from renee_ray.service.observe.sinks import Sinks
+from renee_ray.service.observe.versions import environment
 from renee_ray.service.observe.watch import Beat, Stragglers, Watch, beat_seconds
 from renee_ray.service.run.directory import HISTORY_FILE, RunDirectory
 from renee_ray.service.run.history import BackgroundWriter, History
