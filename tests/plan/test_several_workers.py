@@ -141,11 +141,15 @@ def test_the_rows_of_a_bag_are_those_that_a_gather_holds(
     )  # fmt: skip
     ids = torch.zeros(own.rows, 1, dtype=torch.int64)
     optimizer = BagOptimizer(bag, Ranks(0, num_workers))
-    bag(ids, ids).sum().backward()
-    peak = peak_bytes(optimizer.reduce, CPU)
+    peaks = []
+    for _ in range(3):  # the profiler misses some of it at times
+        bag.zero_grad()
+        bag(ids, ids).sum().backward()
+        peaks.append(peak_bytes(optimizer.reduce, CPU))
     memory = own.memory()["rows of the bag"]
-    assert peak < 1.05 * memory  # the profiler misses some of it at times
+    assert max(peaks) < 1.05 * memory
     if num_workers > 2:
+        assert 0.95 * memory < max(peaks)
         assert network_bytes(own)["gradient of the bag"] == max(sent)
     assert (network_bytes(own)["gradient of the bag"] > 0) == (num_workers > 1)
 

@@ -1,1 +1,1 @@
-"""What a run tells while it trains: status, progress, metrics, logs, versions, hung workers."""
+"""What a run tells in training: status, progress, metrics, logs, profiles, versions, hangs."""
