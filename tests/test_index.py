@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import renee_ray
-from renee_ray.config.score import ExportConfig, ScoreConfig
+from renee_ray.config.score import ExportConfig, IndexConfig, ScoreConfig
 from renee_ray.errors import ReneeError
 from renee_ray.rank.batch import Ragged
 from renee_ray.scoring.index import (
@@ -30,13 +31,14 @@ from renee_ray.scoring.index import (
 from renee_ray.scoring.index_building import (
     Survey,
     build,
+    check_size,
     default_candidates,
     default_factory,
     empty_index,
 )
 from renee_ray.scoring.index_quality import efforts_of, recall, swept
 from renee_ray.service.labels import add_labels, retire_labels
-from renee_ray.service.score.index import Plan
+from renee_ray.service.score.index import Plan, _pieces
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Pairs, Shard
 from renee_ray.xfc.weights.storages import Weights
@@ -231,7 +233,19 @@ def test_a_written_index_is_read_again(written: tuple[Path, Classifier]) -> None
 
 
 @pytest.mark.parametrize(
-    "harm", ["flip", "cut", "lost", "label", "json", "no range", "outside", "effort"]
+    "harm",
+    [
+        "flip",
+        "cut",
+        "lost",
+        "label",
+        "json",
+        "no range",
+        "outside",
+        "effort",
+        "candidates",
+        "centre",
+    ],
 )
 def test_a_damaged_index_is_refused(written: tuple[Path, Classifier], harm: str) -> None:
     path, classifier = written
@@ -251,6 +265,10 @@ def test_a_damaged_index_is_refused(written: tuple[Path, Classifier], harm: str)
         del facts["ranges"][1]
     elif harm == "effort":
         del facts["effort"]
+    elif harm == "candidates":
+        facts["candidates"] = 0
+    elif harm == "centre":
+        facts["ranges"][0]["centre"] = facts["ranges"][0]["centre"][1:]
     elif harm == "outside":
         facts["ranges"][0]["file"] = "../" + file.name
     manifest.write_text("{" if harm == "json" else json.dumps(facts))
@@ -278,6 +296,44 @@ def test_a_model_has_the_same_index_by_any_name(tmp_path: Path) -> None:
     assert index_of("s3://bucket/first/") == "s3://bucket/first-index"
 
 
+def test_more_centroids_than_labels_are_refused() -> None:
+    for factory, centroids in ("IVF64,Flat", 64), ("IVF2,PQ4", 256), ("IVF2,PQ4x4fs", 16):
+        index = empty_index(factory, 8)
+        check_size(index, factory, centroids)
+        with pytest.raises(ReneeError, match=f"{centroids} lists or codes, and a range only"):
+            check_size(index, factory, centroids - 1)
+    check_size(empty_index("Flat", 8), "Flat", 1)
+
+
+def test_labels_that_were_added_make_one_more_range(tmp_path: Path) -> None:
+    """A last range that is small grows; others keep their bounds and their factory strings."""
+
+    def cut(number: int, **settings: Any) -> list[tuple[int, int, str]]:
+        found = _pieces(str(tmp_path), number, 8, IndexConfig(**settings), workers=2)
+        return [(each.start, each.stop, each.factory) for each in found]
+
+    def build(pieces: list[tuple[int, int, str]]) -> None:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        for start, stop, factory in pieces:
+            content = json.dumps({"built_from": {"factory": factory}})
+            (tmp_path / f"labels-{start:012d}-{stop:012d}.json").write_text(content)
+
+    large = [(0, 100_000, "IVF1024,PQ8x4fs"), (100_000, 200_000, "IVF1024,PQ8x4fs")]
+    assert cut(200_000) == large
+    build(large)
+    assert cut(200_000) == large and cut(200_001) == [*large, (200_000, 200_001, "Flat")]
+    build([*large, (200_000, 200_001, "Flat")])
+    assert cut(200_010) == [*large, (200_000, 200_010, "Flat")]
+    assert [each[:2] for each in cut(200_010, ranges=1)] == [(0, 200_010)]
+    assert {each[2] for each in cut(200_010, factory="HNSW8,SQ8")} == {"HNSW8,SQ8"}
+    assert cut(150_000) == [(0, 75_000, large[0][2]), (75_000, 150_000, large[0][2])]
+    build([large[0], (100_001, 200_000, "Flat")])  # not all labels
+    assert cut(200_000) == large
+    build([(0, 3, ""), (3, 7, "Flat")])  # damaged
+    assert cut(7) == [(0, 3, "Flat"), (3, 7, "Flat")]
+
+
 def test_rows_of_added_and_retired_labels_are_indexed(tmp_path: Path) -> None:
     run, export, total = run_at(tmp_path), str(tmp_path / "export"), LABELS + len(NEW)
     add_labels(run.path, new_at(tmp_path), quiet)
@@ -287,7 +343,7 @@ def test_rows_of_added_and_retired_labels_are_indexed(tmp_path: Path) -> None:
     none = torch.zeros(DIM)
 
     def rows(model: str, checkpoint: str, tail: float, centre: Tensor = none) -> Tensor:
-        plan = Plan(model, checkpoint, "", total, DIM, tail, "", "Flat", 1, 1, centre)
+        plan = Plan(model, checkpoint, "", total, DIM, tail, "", (), 1, centre)
         return torch.cat(list(plan.rows(0, total)()))
 
     name = run.checkpoint("best").name

@@ -245,6 +245,8 @@ def check_search(settings: Searched, run: str, model: str, tail: float) -> dict[
         if facts["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format version is {facts['format_version']!r:.40}")
         facts |= {key: int(facts[key]) for key in ("effort", "candidates")}
+        if facts["candidates"] < 1:
+            raise ValueError(f"candidates are {facts['candidates']}")
         for key, wanted in (("model", model), ("tail", tail)):
             if facts[key] != wanted:
                 known = f"{key}={facts[key]!r:.80}"
@@ -284,6 +286,8 @@ def read_parts(path: str, ranges: Any, classifier: Classifier) -> list[Part]:
                     raise ValueError(f"{name} does not have the labels from {held} on")
                 held = stop
                 centre = np.asarray(each.get("centre", 0.0), np.float32)
+                if centre.shape not in ((), (classifier.shards[0].weights.dim,)):
+                    raise ValueError(f"{name} has a centre of {centre.size} numbers")
                 parts.append(Part(start, stop, float(each["greatest"]), index, centre))
         if held < classifier.stop:
             raise ValueError(f"it lacks label {held}")

@@ -76,6 +76,17 @@ def empty_index(factory: str, dim: int) -> Any:
     return index
 
 
+def check_size(index: Any, factory: str, labels: int) -> None:
+    """Raises ReneeError where k-means is to find more centroids than there are labels."""
+    codes = 2**index.pq.nbits if hasattr(index, "pq") else 0
+    centroids = max(codes, getattr(index, "nlist", 0))
+    if centroids > labels:
+        raise ReneeError(
+            f"factory={factory!r:.80} has {centroids:,} lists or codes, and a range only "
+            f"{labels:,} labels; give fewer of the former, or ranges=1"
+        )
+
+
 @dataclass(frozen=True)
 class Survey:
     """What one pass over a range's rows finds.

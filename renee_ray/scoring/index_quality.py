@@ -61,7 +61,7 @@ def swept(
     at = min(COMPARED, number)
     best, key = precisions(found[at], truth), f"recall@{at}"
     baseline = {**speeds(exact, embeddings, at), **best}
-    name, efforts = efforts_of(parts[0])
+    name, efforts = efforts_of(max(parts, key=lambda part: part.stop - part.start))
     sweep: list[dict[str, Any]] = []
     while True:
         reached: list[float] = []

@@ -129,6 +129,14 @@ def test_a_run_is_taught_by_the_predictions_of_another(
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert {name: rows[chosen][name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
 
+    assert main([*evaluate, "neighbours=0"]) == 0
+    plain = json.loads(capsys.readouterr().out)["metrics"]
+    assert plain != metrics
+    assert main(["export", student, str(tmp_path / "export")]) == 0
+    card = (tmp_path / "export/README.md").read_text()
+    assert all(f"| {name} | {value:.2f} |" in card for name, value in plain.items())
+    capsys.readouterr()
+
     compared = tmp_path / "compared"
     assert main(["compare", run, student, f"output={compared}", "num_workers=1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

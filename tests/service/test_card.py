@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from renee_ray.checkpoint.state import Manifest, State
 from renee_ray.config.schema import BagConfig, EncoderConfig, RunConfig
 from renee_ray.data import tokenizer
 from renee_ray.data.dataset import Dataset
@@ -85,11 +84,7 @@ def test_the_card_tells_of_the_run_and_of_no_machine(
     paths = {"data": str(tmp_path / "set"), "output": str(tmp_path / "run")}
     config = RunConfig(**paths, epochs=3, encoder=encoder)
 
-    class Found:
-        state = State(step=17)
-        manifest = Manifest(state, {"P@1": 41.25}, {}, 0.0)
-
-    text = export.model_card(config, dataset, Found())  # type: ignore[arg-type]
+    text = export.model_card(config, dataset, 17, {"P@1": 41.25})
     front = yaml.safe_load(text.split("---")[1])
     assert front["pipeline_tag"] == "text-classification"
     assert front.get("base_model") == (None if "name" in settings else EncoderConfig().name)

@@ -243,6 +243,8 @@ def test_hidden_labels_are_nowhere_and_ids_stay(tmp_path: Path) -> None:
         assert [each[:2] for each in old] == [each[:2] for each in whole if each.id not in gone[:3]]
         assert {each.text for each in found if each.id >= LABELS} == set(NEW)
         assert len(loaded.predict(["perl lamps"], k=4)[0]) == 4
+        with pytest.raises(ReneeError, match="k=0 asks for no label"):
+            loaded.predict(["perl lamps"], k=0)
 
 
 def test_lists_allow_and_deny(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from renee_ray.cli.main import main
+from renee_ray.data.dataset import Dataset
+from renee_ray.service.score.compare import Compared, _terms
 
 from ..data.tiny import write_tiny
 from .test_fuse import Rows, write
@@ -51,6 +53,19 @@ def test_a_better_model_is_told_with_examples_on_a_page(
     assert "b differs from a in" in page and not re.search(r"(src|href)=.?http|url\(", page)
     assert main(["compare", *paths, *given]) == 0
     assert "b differs from a in" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_one_model_has_retired_no_other_answers(models: tuple[str, list[str]]) -> None:
+    data, paths = models
+    hidden = np.array([0, 3, 4], np.int64)
+    given = [
+        Compared(name, path, {}, {}, retired)
+        for name, path, retired in zip("ab", paths, (hidden[:0], hidden), strict=True)
+    ]
+    _, best, true = _terms(given, Dataset.open(data), "validation")
+    assert len(true.values) and not np.isin(true.values, hidden).any()
+    for labels in best:
+        assert (labels >= 0).any() and not np.isin(labels, hidden).any()
 
 
 def test_the_order_of_labels_in_a_row_does_not_matter(

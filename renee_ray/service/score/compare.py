@@ -135,15 +135,15 @@ def _terms(
 ) -> tuple[list[Terms], list[NDArray[np.int64]], Ragged]:
     """Returns for each model its terms and its TOP best labels int64 [n, TOP]; true labels."""
     predicted = [Predicted(model.predictions) for model in models]
+    # As in `evaluate`; what one model hides no other is asked for, or may answer.
+    hidden = np.concatenate([model.retired for model in models])
     points: list[pa.Array] = []
     labels: list[list[NDArray[np.int64]]] = [[] for _ in models]
     for _, ids, scored in together(predicted):
         points.append(ids)
         for own, (found, _) in zip(labels, scored, strict=True):
-            own.append(padded(found, K))
+            own.append(padded(found.only(~np.isin(found.values, hidden)), K))
     true = true_labels(dataset, split, pa.chunked_array(points, pa.int64()), models[0].predictions)
-    # As in `evaluate`; what one hides no other is asked for.
-    hidden = np.concatenate([model.retired for model in models])
     true = true.only(~np.isin(true.values, hidden))
     number = dataset.manifest.num_labels
     every = LabelRange(0, number, number)

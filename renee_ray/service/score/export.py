@@ -37,12 +37,13 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import changed
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, LoraConfig, RunConfig
 from renee_ray.config.score import ExportConfig
-from renee_ray.data.dataset import Dataset
+from renee_ray.data.dataset import Dataset, Extended
 from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
 from renee_ray.model.bag import FACTORS
 from renee_ray.model.encoder import Encoder
+from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 from renee_ray.service.run.labels import opened, vocabulary_of
 from renee_ray.service.score.calibrate import calibration_of
 from renee_ray.service.score.trained import CPU, TRAINED, trained_encoder, trained_shard
@@ -114,7 +115,8 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
     no_votes = settings.evaluation.model_copy(update={"neighbours": 0})
     calibration = calibration_of(directory, checkpoint.name, no_votes)
     written = sentence_transformers_files(encoder, settings.encoder, length)
-    written[CARD] = model_card(settings, dataset, checkpoint).encode()
+    metrics = _metrics(directory, checkpoint)
+    written[CARD] = model_card(settings, dataset, checkpoint.state.step, metrics).encode()
     with tempfile.TemporaryDirectory(prefix="renee-ray-export-") as local:
         _save_encoder(Path(local), encoder, settings.encoder, dataset)
         saved = sorted(f"{file.parent.name}/{file.name}" for file in Path(local).glob("*/*"))
@@ -137,6 +139,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "model": checkpoint.hash,
         "num_labels": number,
         "vocabulary_hash": dataset.manifest.vocabulary_hash,
+        "labels_hash": None if isinstance(dataset, Extended) else dataset.manifest.labels_hash,
         "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
         "text_tokens": dataset.manifest.max_length,
@@ -235,10 +238,27 @@ def _is_path(value: str) -> bool:
     return "://" in value or os.path.isabs(value) or (os.sep in value and os.path.exists(value))
 
 
-def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> str:
+def _metrics(directory: RunDirectory, checkpoint: Checkpoint) -> dict[str, float]:
+    """Returns what the export as it is gets of the validation points, if that was measured.
+
+    Training measures without votes and with the `tail` that it was given. If it chose another, it
+    measured the best checkpoint again. Of labels that were added or retired since, it knew nothing.
+    """
+    tails = (directory.read(RUN_FILE) or {}).get("tails")
+    if checkpoint.revision:
+        return {}
+    if tails is None:
+        return checkpoint.manifest.metrics
+    found: dict[str, float] = tails.get("without_votes", {})
+    return found if tails["checkpoint"] == checkpoint.name else {}
+
+
+def model_card(config: RunConfig, dataset: Dataset, step: int, measured: dict[str, float]) -> str:
     """Returns the model card in Markdown, with front matter as the Hugging Face hub reads it.
 
     It leaves out paths, which tell of the machine that the run was trained on.
+
+    measured: metrics of the validation points, in percent.
     """
     files, manifest, name = resources.files(__package__), dataset.manifest, config.encoder.name
     alone, local = name == NO_TRANSFORMER, os.path.exists(name)
@@ -247,7 +267,7 @@ def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> s
         for key, value, _ in changed(config.model_dump(mode="json"))
         if not (isinstance(value, str) and _is_path(value))
     ]
-    metrics = [f"| {each} | {value:.2f} |" for each, value in checkpoint.manifest.metrics.items()]
+    metrics = [f"| {each} | {value:.2f} |" for each, value in measured.items()]
     head = ["Of the validation points, in percent:", "", "| metric | value |", "|---|---|"]
     points = [
         f"{manifest.num_points(each):,} {each} points" for each in ("train", "validation", "test")
@@ -255,7 +275,7 @@ def model_card(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> s
     return Template(files.joinpath("card.md").read_text("utf-8")).substitute(
         base="" if alone or local else f"base_model: {json.dumps(name)}\n",
         labels=f"{manifest.num_labels:,}",
-        step=f"{checkpoint.state.step:,}",
+        step=f"{step:,}",
         transformer="\n" if alone else files.joinpath("card_transformer.md").read_text("utf-8"),
         dataset=os.path.basename(dataset.path.rstrip("/")),
         points=", ".join(points),

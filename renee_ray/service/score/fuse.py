@@ -35,7 +35,8 @@ from renee_ray.xfc.labels import LabelRange
 def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, Any]:
     """Writes the fusion of predictions of the same points, in the format of `predict`.
 
-    Logits, which `predict` writes unless it is told otherwise, become probabilities by a sigmoid.
+    Logits, which `predict` writes unless it is told otherwise, become probabilities by a sigmoid;
+    those of a softmax are refused.
     The scores of other models must be probabilities. `scores` of the result are weighted sums
     of them, float32 in [0, 1].
 
@@ -63,7 +64,7 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
     weights = weights / weights.sum()
     if config.tune:
         weights, facts = _tuned(len(sources), config)
-    models = [Predicted(source) for source in sources]
+    models = [_opened(source) for source in sources]
     if config.overwrite:  # the earlier result stays unless the new one can be made
         for _ in together(models):
             pass
@@ -80,6 +81,16 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
     told = {"split": models[0].split, "scores": "probabilities", "step": None, "sources": sources}
     output.publish({**facts, **told})
     return facts
+
+
+def _opened(path: str) -> Predicted:
+    found = Predicted(path)
+    if found.logits and found.objective == "softmax":
+        raise ReneeError(
+            f"{path} has logits of a run trained by softmax, whose sigmoids are no probabilities; "
+            f"predict again with scores=calibrated"
+        )
+    return found
 
 
 def _write(path: str, points: pa.Array, labels: Ragged, scores: NDArray[np.float64]) -> None:
@@ -101,7 +112,7 @@ def _tuned(num_models: int, config: FuseConfig) -> tuple[NDArray[np.float64], di
             f"the {num_models} models, and data= their dataset"
         )
     dataset = Dataset.open(config.data)
-    validation = [Predicted(absolute(each)) for each in config.tune]
+    validation = [_opened(absolute(each)) for each in config.tune]
     blocks = [(first, ids, Pairs.of(scored)) for first, ids, scored in together(validation)]
     points = pa.chunked_array([ids for _, ids, _ in blocks], type=pa.int64())
     true = true_labels(dataset, "validation", points, config.tune[0])

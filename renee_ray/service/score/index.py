@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from renee_ray.config.score import IndexConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.models import quiet
-from renee_ray.data.storage import absolute, read_file, replace_file
+from renee_ray.data.storage import absolute, listing, read_file, replace_file
 from renee_ray.data.untrusted import object_or_empty
 from renee_ray.errors import ReneeError
 from renee_ray.rank.batch import ragged
@@ -41,8 +42,10 @@ from renee_ray.scoring.index import (
     read_parts,
 )
 from renee_ray.scoring.index_building import (
+    FLAT_BELOW,
     Survey,
     build,
+    check_size,
     default_candidates,
     default_factory,
     empty_index,
@@ -62,11 +65,26 @@ INDEX = Kind(
     "an index", MANIFEST, "_claim.json", frozenset({"format_version", "model", "ranges"}),
     FILES, (),
 )  # fmt: skip
+NAMES = re.compile(r"labels-(\d{12})-(\d{12})\.json")
 MOST_LABELS = 20_000_000
 """Labels of a range, unless fewer ranges are asked for."""
 BLOCK_BYTES = 1 << 26
 PIECES = 8
 """Places of a split that points are taken from."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of labels, and FAISS's factory string for it."""
+
+    start: int
+    stop: int
+    factory: str
+
+    @property
+    def name(self) -> str:
+        """The name of its files, without their endings."""
+        return f"labels-{self.start:012d}-{self.stop:012d}"
 
 
 @dataclass(frozen=True)
@@ -83,15 +101,9 @@ class Plan:
     dim: int
     tail: float
     output: str
-    factory: str
-    ranges: int
+    pieces: tuple[Piece, ...]
     threads: int
     centre: Tensor
-
-    def name(self, i: int) -> str:
-        """Returns the name of the files of range i, without their endings."""
-        start, stop = split_range(self.num_labels, self.ranges, i)
-        return f"labels-{start:012d}-{stop:012d}"
 
     def rows(self, start: int, stop: int) -> Callable[[], Iterator[Tensor]]:
         """Opens the model: what is returned reads blocks of centred [w_l, b_l], float32 [m, D + 1].
@@ -118,12 +130,13 @@ class Plan:
 def build_range(plan: Plan, i: int) -> dict[str, Any]:
     """Builds the index of range i, unless it is there and was built from the same rows."""
     began, cpu = time.perf_counter(), time.process_time()
-    start, stop = split_range(plan.num_labels, plan.ranges, i)
+    piece = plan.pieces[i]
+    start, stop = piece.start, piece.stop
     load_faiss().omp_set_num_threads(plan.threads)
-    index, rows = empty_index(plan.factory, plan.dim), plan.rows(start, stop)
+    index, rows = empty_index(piece.factory, plan.dim), plan.rows(start, stop)
     survey = Survey.of(rows, stop - start, training_rows(index))
-    path, facts = (f"{plan.output}/{plan.name(i)}.{ending}" for ending in ("faiss", "json"))
-    built_from = {"factory": plan.factory, "rows": survey.sha256, "start": start, "stop": stop}
+    path, facts = (f"{plan.output}/{piece.name}.{ending}" for ending in ("faiss", "json"))
+    built_from = {"factory": piece.factory, "rows": survey.sha256, "start": start, "stop": stop}
     known = object_or_empty(read_file(facts) or b"")
     there = hashlib.sha256(read_file(path) or b"").hexdigest()
     if (known.get("built_from"), known.get("sha256")) == (built_from, there):
@@ -132,7 +145,7 @@ def build_range(plan: Plan, i: int) -> dict[str, Any]:
     content = load_faiss().serialize_index(index).tobytes()
     replace_file(path, content)
     found = {
-        "start": start, "stop": stop, "file": f"{plan.name(i)}.faiss", "bytes": len(content),
+        "start": start, "stop": stop, "file": f"{piece.name}.faiss", "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(), "greatest": survey.greatest,
         "centre": plan.centre.tolist(),
         "seconds": round(time.perf_counter() - began, 2),
@@ -158,42 +171,79 @@ def index_model(
     points, workers = _points(saved, config.points), saved.config.max_workers
     loaded = Model(saved, CPU)
     number, dim, tail = loaded.num_labels, loaded.dim, loaded.facts["tail"]
-    ranges = config.ranges or min(number, workers * -(-number // MOST_LABELS))
-    if ranges > number:
-        raise ReneeError(f"ranges={ranges} exceeds the {number} labels; lower ranges")
-    factory = config.factory or default_factory(-(-number // ranges), width_of(dim))
-    empty_index(factory, dim)
     output = Destination(absolute(config.output or index_of(model)), INDEX, config.overwrite)
     output.check()
+    pieces = _pieces(output.path, number, dim, config, workers)
+    for piece in pieces:
+        check_size(empty_index(piece.factory, dim), piece.factory, piece.stop - piece.start)
     ensure_ray()
-    threads = max(1, (os.cpu_count() or 1) // ranges)
+    threads, largest = max(1, (os.cpu_count() or 1) // len(pieces)), max(pieces, key=_size)
     embeddings, truth = sample(loaded, points, config.sample)
     centre = embeddings.mean(0).half().float().cpu()  # the same again in a call that goes on
     plan = Plan(
-        model, saved.name, saved.facts["model"], number, dim, tail, output.path, factory, ranges,
+        model, saved.name, saved.facts["model"], number, dim, tail, output.path, tuple(pieces),
         threads, centre,
     )  # fmt: skip
     output.claim()
-    files = [f"{plan.name(i)}.{ending}" for i in range(ranges) for ending in ("faiss", "json")]
+    files = [f"{piece.name}.{ending}" for piece in pieces for ending in ("faiss", "json")]
     output.declare([*files, "recall.html"], keep=True)
-    reporter, built = Reporter("ranges", ranges, on_progress), []
-    for each in stream(build_range, plan, ranges):
+    reporter, built = Reporter("ranges", len(pieces), on_progress), []
+    for each in stream(build_range, plan, len(pieces)):
         built.append(each)
         reporter.one_more()
     on_progress("measuring recall and speed")
     built.sort(key=lambda each: each["start"])
     exact = loaded.classifier
     parts = read_parts(output.path, built, exact)
-    candidates = config.candidates or default_candidates(factory)
+    candidates = config.candidates or default_candidates(largest.factory)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "model": loaded.facts["model"], "tail": tail,
-        "num_labels": number, "dim": dim, "factory": factory,
+        "num_labels": number, "dim": dim, "factory": largest.factory,
         **swept(exact, parts, embeddings, truth, candidates, config.recall),
         "ranges": built,
     }  # fmt: skip
     write_sweep(f"{output.path}/recall.html", facts)
     output.publish(facts)
     return facts
+
+
+def _size(piece: Piece) -> int:
+    return piece.stop - piece.start
+
+
+def _pieces(path: str, number: int, dim: int, config: IndexConfig, workers: int) -> list[Piece]:
+    """Cuts the labels into ranges.
+
+    Those of an index that is there stay as they are, unless `ranges` is given, and labels that were
+    added since make one more range, with the last one if that is small.
+    """
+    width, pieces = width_of(dim), [] if config.ranges else _there(path, number)
+    if pieces and pieces[-1].stop < number:
+        start = pieces.pop().start if _size(pieces[-1]) < FLAT_BELOW else pieces[-1].stop
+        pieces.append(Piece(start, number, default_factory(number - start, width)))
+    if not pieces:
+        ranges = config.ranges or min(number, workers * -(-number // MOST_LABELS))
+        if ranges > number:
+            raise ReneeError(f"ranges={ranges} exceeds the {number} labels; lower ranges")
+        factory = default_factory(-(-number // ranges), width)
+        cuts = (split_range(number, ranges, i) for i in range(ranges))
+        pieces = [Piece(start, stop, factory) for start, stop in cuts]
+    return [replace(each, factory=config.factory or each.factory) for each in pieces]
+
+
+def _there(path: str, number: int) -> list[Piece]:
+    """Returns the ranges that files in a directory belong to; none if they do not fit together."""
+    found: list[Piece] = []
+    for info in listing(path):
+        if matched := NAMES.fullmatch(info.base_name):
+            facts = object_or_empty(read_file(f"{path}/{info.base_name}") or b"")
+            built_from = facts.get("built_from")
+            factory = built_from.get("factory") if isinstance(built_from, dict) else None
+            found.append(Piece(int(matched[1]), int(matched[2]), str(factory or "")))
+    found.sort(key=lambda piece: piece.start)
+    starts, stops = [each.start for each in found], [0, *(each.stop for each in found)]
+    fit = starts == stops[:-1] and stops[-1] <= number and all(each.factory for each in found)
+    return found if fit else []
 
 
 def _points(saved: Saved, path: str) -> Dataset:
@@ -208,13 +258,16 @@ def _points(saved: Saved, path: str) -> Dataset:
         )
     points = Dataset.open(path)
     manifest, number = points.manifest, saved.facts["num_labels"]
-    if manifest.num_labels > number or manifest.vocabulary_hash != saved.facts.get(
-        "vocabulary_hash", manifest.vocabulary_hash
+    own = {key: getattr(manifest, key) for key in ("vocabulary_hash", "labels_hash")}
+    if manifest.num_labels < number:  # the export's last ones were added to its dataset's
+        del own["labels_hash"]
+    if manifest.num_labels > number or any(
+        (saved.facts.get(key) or value) != value for key, value in own.items()
     ):
         raise ReneeError(
-            f"{path} has {manifest.num_labels} labels and the tokenizer {manifest.tokenizer!r}, "
-            f"which are not those of {saved.path} with its {number} labels; give points= its own "
-            f"dataset"
+            f"{path} has {manifest.num_labels} labels and the tokenizer {manifest.tokenizer!r}; "
+            f"these or their texts are not those of {saved.path} with its {number} labels; give "
+            f"points= its own dataset"
         )
     return points
 

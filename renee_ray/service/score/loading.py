@@ -82,8 +82,13 @@ class Model:
     ) -> list[list[Label]]:
         """Returns the k best labels of each text, best first; fewer where so many are not there.
 
-        calibrated: gives probabilities as scores. Raises ReneeError without a calibration.
+        calibrated: gives probabilities as scores.
+
+        Raises:
+            ReneeError: k is not positive, or `calibrated` without a calibration.
         """
+        if k < 1:
+            raise ReneeError(f"k={k} asks for no label; give 1 or more")
         k = min(k, self.num_labels)
         if calibrated and self._calibration is None:
             raise ReneeError(

@@ -72,7 +72,8 @@ def predict_run(
     job = replace(job, score=_bounded(job.score, job.labels.manifest.num_labels))
     calibration = _calibration(job, run)
     points, split = labels, str(score.split)
-    facts: dict[str, Any] = {"split": split, "scores": score.scores}
+    told = {"scores": score.scores, "objective": job.config.classifier.objective}
+    facts: dict[str, Any] = {"split": split, **told}
     signature = _signature(job, src if raw else None, calibration)
     if output.claim(signature):
         log.warning("going on with the predictions in %s that were cut off", destination)
@@ -82,7 +83,7 @@ def predict_run(
             ensure_ray(1, local_cpus=job.config.max_workers + 1)
             points, replaced = tokenise_texts(src, scratch, labels)
             split = TEXT_SPLIT
-            facts = {"source": src, "replaced_lines": replaced, "scores": score.scores}
+            facts = {"source": src, "replaced_lines": replaced, **told}
         layout = job.layout(points, split, job.score.k)
         files = layout.parts()
         found = job.run(

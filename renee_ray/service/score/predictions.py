@@ -190,8 +190,8 @@ class Predicted:
         if missing := sorted({*COLUMNS} - {*self._data.schema.names}):
             raise ReneeError(f"{path} has no column {missing[0]!r}; give predictions of points")
         manifest = parse_json(read_file(f"{path}/{PREDICTIONS.manifest}") or b"{}")
-        self._logits = bool(manifest) and manifest.get("scores", "logits") == "logits"
-        self.split = manifest.get("split")
+        self.logits = bool(manifest) and manifest.get("scores", "logits") == "logits"
+        self.split, self.objective = manifest.get("split"), manifest.get("objective", "bce")
         self.rows = self._data.count_rows()
 
     def blocks(self) -> Iterator[tuple[pa.Array, Ragged, NDArray[np.float64]]]:
@@ -223,7 +223,7 @@ class Predicted:
                 f"leave out what stands for no label"
             )
         labels, scores = _best_first(labels, scores)  # before sigmoids, which round to 1
-        if self._logits:
+        if self.logits:
             scores = 1 / (1 + np.exp(-scores))
         if not ((scores >= 0) & (scores <= 1)).all():
             wrong = int(np.argmin((scores >= 0) & (scores <= 1)))

@@ -255,10 +255,13 @@ def _choose_tail(trainer: Trainer, channel: DriverChannel) -> None:
     own = config.evaluation.tail
     tails = sorted({*config.evaluation.tails, own})
     table = [{"tail": tail, **trainer.scored(tail, voters).metrics()} for tail in tails]
+    chosen = best_tail(table, own)
+    exported = trainer.scored(chosen).metrics()  # an export has no votes
     if ranks.rank == 0:
-        saved, chosen = directory.read(RUN_FILE) or {}, best_tail(table, own)
+        saved = directory.read(RUN_FILE) or {}
         saved["config"]["evaluation"]["tail"] = chosen
-        directory.write(RUN_FILE, saved | {"tails": {"checkpoint": best.name, "table": table}})
+        facts = {"checkpoint": best.name, "table": table, "without_votes": exported}
+        directory.write(RUN_FILE, saved | {"tails": facts})
         channel.say(f"evaluation.tail={chosen}, the best for the validation points")
 
 
