@@ -75,15 +75,15 @@ def train(
     """
     if profile:
         overrides += ("observe.profile=true",)
-    alone = without_configuration(config, overrides)
+    alone, chosen = without_configuration(config, overrides), list[str]()
     if config is None or alone is not None:
-        made = call(automatic, parse_overrides(alone or []))
+        made, chosen = call(automatic, parse_overrides(alone or []))
     else:
         given = parse_overrides(overrides)
         made = checked(make_config(RunConfig, read_yaml(config), given, where=config), given)
     from renee_ray.service.train.train import train as run
 
-    found = call(lambda: run(made, say, force=force))
+    found = call(lambda: run(made, say, force=force, chosen=chosen))
     print_result(found, as_json, f"run {made.output}")
 
 
@@ -100,18 +100,32 @@ def without_configuration(config: str | None, overrides: Sequence[str]) -> list[
 
 
 def checked(config: RunConfig, given: Layer) -> RunConfig:
-    """Returns a configuration with `given`, in which no key of a bag may stand without one.
+    """Returns a configuration with `given`, in which no key of what is not trained may stand.
 
-    Those of a recipe may, beside an encoder.bag.dim=0.
+    Those of a recipe may, beside an encoder.bag.dim=0 or an encoder.frozen=true.
     """
-    keys = [key for key in given.places if re.match(r"encoder\.bag\.(?!dim$)", key)]
-    if keys and not config.encoder.bag.dim:
-        raise ConfigError(f"{keys[0]} has no effect without a bag; add encoder.bag.dim=512")
+    encoder, key = config.encoder, ""
+    if not encoder.bag.dim:
+        key, remedy = _first(given, r"encoder\.bag\.(?!dim$)"), "add encoder.bag.dim=512"
+        reason = "without a bag"
+    if not (key or encoder.trains_transformer or encoder.lora.rank or encoder.bottleneck):
+        key, remedy = _first(given, r"encoder\.(learning_rate|weight_decay)$"), "leave it out"
+        reason = "where of the encoder a bag alone is trained, by encoder.bag.learning_rate"
+    if key:
+        raise ConfigError(f"{key} has no effect {reason}; {remedy}")
     return config
 
 
-def automatic(given: Layer) -> RunConfig:
-    """Makes the configuration of a run of which nothing but the overrides is given."""
+def _first(given: Layer, pattern: str) -> str:
+    return next((key for key in given.places if re.match(pattern, key)), "")
+
+
+def automatic(given: Layer) -> tuple[RunConfig, list[str]]:
+    """Makes the configuration of a run of which nothing but the overrides is given.
+
+    Returns:
+        it, and a sentence for each choice, for people and for run.json.
+    """
     wanted = make_config(RunConfig, ANYTHING, given, where=COMMAND_LINE)  # what is missing is said
     from renee_ray.data.dataset import Dataset
     from renee_ray.plan.devices import usable_gpus
@@ -122,8 +136,9 @@ def automatic(given: Layer) -> RunConfig:
         given.add("evaluation.tails", [], given.places["evaluation.tail"])
     known = {key: value for key, value in dotted(wanted.model_dump()) if key in given.places}
     directory = RunDirectory(absolute(wanted.output))
-    if directory.read(RUN_FILE) is not None:  # it goes on with the settings that it has
-        return checked(make_config(RunConfig, directory.config().model_dump(), given), given)
+    if (saved := directory.read(RUN_FILE)) is not None:  # it goes on with its settings
+        made = make_config(RunConfig, directory.config().model_dump(), given)
+        return checked(made, given), saved.get("chosen", [])
     gpus, cores = usable_gpus() if wanted.use_gpu != "no" else 0, len(os.sched_getaffinity(0))
     machine = Dataset.open(wanted.data).manifest, gpus, cores, known
     if wanted.start:
@@ -133,7 +148,7 @@ def automatic(given: Layer) -> RunConfig:
         settings, lines = choose(*machine)
     for line in lines:
         say(line)
-    return checked(make_config(RunConfig, settings, given), given)
+    return checked(make_config(RunConfig, settings, given), given), lines
 
 
 @click.command()

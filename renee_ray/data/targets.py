@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from renee_ray.data.dataset import Dataset
+from renee_ray.data.dataset import Dataset, hash_of_labels
 from renee_ray.data.dataset.reader import overlapping_groups
 from renee_ray.data.storage import (
     absolute,
@@ -91,6 +91,12 @@ class Targets:
                 f"feed.targets={path} are no complete predictions for the {rows} training points "
                 f"of {dataset.path}: {MANIFEST} tells of split={told[0]!r:.20} with "
                 f"{told[1]!r:.20} points, in {len(parts)} parts; {REMEDY}"
+            )
+        own = hash_of_labels(dataset)
+        if own and found.get("labels_hash", own) not in (own, None):
+            raise ReneeError(
+                f"feed.targets={path} were predicted for other labels than those of "
+                f"{dataset.path}, or for the same in another order; {REMEDY}"
             )
         targets = cls(path, (*parts, rows), dataset.manifest.num_labels)
         for row in (0, rows - 1):

@@ -380,10 +380,18 @@ def max_positions(name: str) -> int | None:
 
 
 def described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """Returns (a model's configuration, the model without weights)."""
+    """Returns (a model's configuration, the model without weights).
+
+    Raises ReneeError where it needs a second text to decode.
+    """
     from transformers import AutoConfig, AutoModel
 
     settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ReneeError(
+            f"{directory} is an encoder-decoder ({settings.model_type}), which embeds no text by "
+            f"itself; give an encoder or a decoder"
+        )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(
             settings, attn_implementation=attention, trust_remote_code=False

@@ -37,8 +37,8 @@ ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
 """Validation points from which on `evaluation.tail` is chosen by them, and among which values."""
 
 NOT_FROZEN = (
-    "encoder.gradient_checkpointing", "encoder.internal_dropout", "encoder.lora.",
-    "encoder.weights", "feed.token_dropout",
+    "encoder.gradient_checkpointing", "encoder.internal_dropout", "encoder.learning_rate",
+    "encoder.lora.", "encoder.weight_decay", "encoder.weights", "feed.token_dropout",
 )  # fmt: skip
 """What keys begin with that encoder.frozen=true excludes."""
 KEPT = {

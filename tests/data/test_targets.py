@@ -136,13 +136,19 @@ def test_what_cannot_be_used_is_refused_when_opened(
 
 @pytest.mark.parametrize(
     ("facts", "words"),
-    [({"split": "test"}, "split='test'"), ({"points": 21}, "for the 20 training .* 21 points")],
+    [
+        ({"split": "test"}, "split='test'"),
+        ({"points": 21}, "for the 20 training .* 21 points"),
+        ({"labels_hash": "0" * 64}, "for other labels than those of"),
+    ],
 )
-def test_another_split_is_refused(
+def test_those_of_another_split_or_of_other_labels_are_refused(
     dataset: Dataset, tmp_path: Path, facts: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ReneeError, match=words):
         Targets.of(write(tmp_path / "p", predictions(dataset), **facts), dataset)
+    own = {"labels_hash": dataset.manifest.labels_hash}
+    assert Targets.of(write(tmp_path / "own", predictions(dataset), **own), dataset)
 
 
 def test_other_directories_are_refused(dataset: Dataset, tmp_path: Path) -> None:

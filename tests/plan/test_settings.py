@@ -139,15 +139,18 @@ def test_the_last_weights_are_kept_unless_the_user_says_when_to_validate(dataset
 
 def test_a_bag_alone_is_chosen_with_its_recipe(dataset: Dataset) -> None:
     given = [f"data={dataset.path}", "output=o", "encoder.name=none", "encoder.bag.dim=64"]
-    made = automatic(parse_overrides(given))
+    made, lines = automatic(parse_overrides(given))
     assert (made.recipe, made.encoder.name, made.encoder.bag.dim) == ("perl-bag", "none", 64)
+    assert lines[0].startswith("settings of the recipe perl-bag, for ")
 
 
 def test_a_run_that_began_by_itself_goes_on_with_the_settings_it_has(dataset: Dataset) -> None:
     given = parse_overrides([f"data={dataset.path}", f"output={dataset.path}-run", "seed=3"])
-    first = automatic(given)
-    RunDirectory(first.output).write(RUN_FILE, {"config": first.model_dump(), "dataset": {}})
-    again = automatic(parse_overrides([f"data={dataset.path}", f"output={first.output}"]))
+    first, _ = automatic(given)
+    saved = {"config": first.model_dump(), "dataset": {}, "chosen": ["why"]}
+    RunDirectory(first.output).write(RUN_FILE, saved)
+    again, lines = automatic(parse_overrides([f"data={dataset.path}", f"output={first.output}"]))
+    assert lines == ["why"]
     assert again == first and again.evaluation.every == 0 and again.seed == 3
 
 
@@ -199,6 +202,15 @@ def test_a_transformer_is_not_frozen_where_a_given_key_excludes_it(
                     {"encoder": {"frozen": True}})  # fmt: skip
 
 
+def test_a_transformer_whose_rate_is_given_is_trained(dataset: Dataset) -> None:
+    places = f"data={dataset.path}", "output=o", f"encoder.name={MINILM}"
+    given = [*places, "encoder.learning_rate=5e-5"]
+    made, lines = automatic(parse_overrides(given))
+    assert not made.encoder.frozen and "encoder.learning_rate is given" in " ".join(lines)
+    with pytest.raises(ConfigError, match=r"encoder.learning_rate has no effect where"):
+        automatic(parse_overrides([*given, "encoder.frozen=true"]))
+
+
 def test_keys_of_a_bag_need_one(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     places = "data=d", "output=o"
     for command in "train", "plan":
@@ -208,6 +220,11 @@ def test_keys_of_a_bag_need_one(dataset: Dataset, capsys: pytest.CaptureFixture[
             capsys.readouterr().err
         )
         assert main([*given, "encoder.bag.dim=512"]) == 1
+        assert "not a renee_ray dataset" in capsys.readouterr().err
+        given = [command, "lf-debian-40k", *places, "encoder.learning_rate=5e-5"]
+        assert main(given) == 1
+        assert "encoder.learning_rate has no effect where" in capsys.readouterr().err
+        assert main([*given, "encoder.bottleneck=64"]) == 1
         assert "not a renee_ray dataset" in capsys.readouterr().err
     layer = parse_overrides([*places, "encoder.bag.dim=0"])
     recipe = checked(make_config(RunConfig, read_yaml("lf-debian-40k"), layer), layer)
@@ -239,7 +256,7 @@ def test_a_run_that_begins_from_another_has_its_settings(
     dataset: Dataset, first: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [f"data={dataset.path}", f"output={dataset.path}-2", f"start={first.path}", "epochs=2"]
-    made, before = automatic(parse_overrides(given)), first.config()
+    (made, _), before = automatic(parse_overrides(given)), first.config()
     said = capsys.readouterr().err
     assert f"settings of {first.path}, with whose weights it begins" in said
     assert made.encoder == before.encoder and made.classifier == before.classifier
@@ -247,7 +264,7 @@ def test_a_run_that_begins_from_another_has_its_settings(
     assert (made.epochs, made.recipe, made.seed, made.start) == (2, "", 0, first.path)
     assert made.num_workers in (1, 2) and made.checkpoint.every_steps == SAVED
     assert made.evaluation.tails == () and "evaluation.tails=[]: too few" in said
-    tail = automatic(parse_overrides([*given, "evaluation.tail=0.3"]))
+    tail, _ = automatic(parse_overrides([*given, "evaluation.tail=0.3"]))
     assert (tail.evaluation.tail, tail.evaluation.tails) == (0.3, ())
     assert "evaluation.tails" not in capsys.readouterr().err
 

@@ -89,13 +89,18 @@ def test_rows_are_weighted_sums(
     assert pads.dataset(parts).to_table().to_pylist() == found
 
 
-def test_logits_of_a_softmax_are_refused(
+def test_logits_of_a_softmax_and_other_labels_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [write(tmp_path / name, predictions(1, 3), 1, logits=True) for name in "ab"]
     (tmp_path / "b/_predictions.json").write_text(json.dumps({"k": 9, "objective": "softmax"}))
     assert main(["fuse", *paths, str(tmp_path / "c")]) == 1
     assert f"{paths[1]} has logits of a run trained by softmax" in capsys.readouterr().err
+    for name in "ab":
+        facts = {"k": 9, "labels_hash": name}
+        (tmp_path / name / "_predictions.json").write_text(json.dumps(facts))
+    assert main(["fuse", *paths, str(tmp_path / "c")]) == 1
+    assert f"{paths[0]} and {paths[1]} are predictions of different" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 
 

@@ -68,3 +68,11 @@ def test_positions(family: str, tmp_path: Path) -> None:
         with pytest.raises(ReneeError, match=rf"{limit} positions.*max_length=128.*=64"):
             check_positions(encoder, 64)
         check_positions(encoder.model_copy(update={"max_length": limit}), 64)
+
+
+def test_an_encoder_decoder_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    hf.T5Config(vocab_size=30, d_model=16, d_ff=24, num_layers=1, num_heads=2).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ReneeError, match=r"is an encoder-decoder \(t5\)"):
+        check_positions(EncoderConfig(name=str(tmp_path)), 64)

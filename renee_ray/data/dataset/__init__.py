@@ -9,7 +9,7 @@ A part is one Parquet file, the unit of shuffling; a large split has about a tho
 are small, so that reading a few rows decodes little more than these.
 """
 
-from renee_ray.data.dataset.extended import Extended
+from renee_ray.data.dataset.extended import Extended, hash_of_labels
 from renee_ray.data.dataset.manifest import (
     DATASET,
     FORMAT_VERSION,

@@ -12,6 +12,12 @@ from renee_ray.data.dataset.reader import Dataset
 from renee_ray.data.dataset.schema import LABELS
 
 
+def hash_of_labels(dataset: Dataset) -> str | None:
+    """Returns the hash of a dataset's label texts; None where it has none, or some were added."""
+    known = not isinstance(dataset, Extended) and dataset.manifest.has_label_texts
+    return dataset.manifest.labels_hash if known else None
+
+
 class Extended(Dataset):
     """The dataset `base` with more labels, which no point of it has.
 

@@ -37,7 +37,7 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import changed
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, LoraConfig, RunConfig
 from renee_ray.config.score import ExportConfig
-from renee_ray.data.dataset import Dataset, Extended
+from renee_ray.data.dataset import Dataset, hash_of_labels
 from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
@@ -139,7 +139,7 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         "model": checkpoint.hash,
         "num_labels": number,
         "vocabulary_hash": dataset.manifest.vocabulary_hash,
-        "labels_hash": None if isinstance(dataset, Extended) else dataset.manifest.labels_hash,
+        "labels_hash": hash_of_labels(dataset),
         "retired": checkpoint.state.retired.tolist(),
         "dim": encoder.dim,
         "text_tokens": dataset.manifest.max_length,

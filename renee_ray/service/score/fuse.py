@@ -65,6 +65,12 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
     if config.tune:
         weights, facts = _tuned(len(sources), config)
     models = [_opened(source) for source in sources]
+    labels = {model.labels_hash: model.path for model in models if model.labels_hash}
+    if len(labels) > 1:
+        raise ReneeError(
+            f"{' and '.join(labels.values())} are predictions of different labels, or of the same "
+            f"in another order; fuse predictions of models of one dataset"
+        )
     if config.overwrite:  # the earlier result stays unless the new one can be made
         for _ in together(models):
             pass
@@ -78,7 +84,10 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
         output.abandon()
         raise
     facts |= {"weights": weights.tolist(), "points": models[0].rows, "k": config.k}
-    told = {"split": models[0].split, "scores": "probabilities", "step": None, "sources": sources}
+    told = {
+        "split": models[0].split, "scores": "probabilities", "step": None, "sources": sources,
+        "labels_hash": next(iter(labels), None),
+    }  # fmt: skip
     output.publish({**facts, **told})
     return facts
 

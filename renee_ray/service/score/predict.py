@@ -13,7 +13,7 @@ import torch
 
 from renee_ray import __version__
 from renee_ray.config.score import ScoreConfig
-from renee_ray.data.dataset import Dataset, has_manifest
+from renee_ray.data.dataset import Dataset, has_manifest, hash_of_labels
 from renee_ray.data.destination import Destination, refuse_overlap
 from renee_ray.data.storage import absolute, filesystem_of, make_directory
 from renee_ray.errors import Progress, ReneeError, silent
@@ -72,7 +72,10 @@ def predict_run(
     job = replace(job, score=_bounded(job.score, job.labels.manifest.num_labels))
     calibration = _calibration(job, run)
     points, split = labels, str(score.split)
-    told = {"scores": score.scores, "objective": job.config.classifier.objective}
+    told = {
+        "scores": score.scores, "objective": job.config.classifier.objective,
+        "labels_hash": hash_of_labels(job.labels),
+    }  # fmt: skip
     facts: dict[str, Any] = {"split": split, **told}
     signature = _signature(job, src if raw else None, calibration)
     if output.claim(signature):

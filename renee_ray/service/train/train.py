@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ def train(
     *,
     force: bool = False,
     stopping: Callable[[], bool] = lambda: False,
+    chosen: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains, or resumes what is at `config.output`; of a finished run it only tells.
 
     force: trains even if the plan says that this machine lacks the memory.
     stopping: is asked several times a second whether the run shall end, as at a signal.
+    chosen: sentences on the settings that were chosen, for run.json.
 
     Returns:
         the metrics of the last evaluation, with "step", "skipped" and "best".
@@ -76,7 +78,7 @@ def train(
         config = resumed(config, directory, dataset, on_progress=lambda text: None)
         start = start_of(config, dataset, directory.checkpoints().newest())
         try:
-            return _train(config, dataset, plan, start, lease, on_progress, stopping)
+            return _train(config, dataset, plan, start, lease, on_progress, stopping, chosen)
         except LeaseLost:
             ray.shutdown()  # and with it the workers
             raise
@@ -84,13 +86,16 @@ def train(
 
 def _train(
     config: RunConfig, dataset: Dataset, plan: Plan | None, start: str, lease: Lease,
-    on_progress: Callable[[str], None], stopping: Callable[[], bool],
+    on_progress: Callable[[str], None], stopping: Callable[[], bool], chosen: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
     ensure_ray(1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
     known = identity(dataset)
-    content = {"config": config.model_dump(), "dataset": known, "plan": plan and asdict(plan)}
+    content = {
+        "config": config.model_dump(), "dataset": known, "plan": plan and asdict(plan),
+        "chosen": list(chosen),
+    }  # fmt: skip
     RunDirectory(config.output).write(RUN_FILE, content)
     if not dataset.manifest.has_label_texts:
         on_progress(
