@@ -330,6 +330,11 @@ def test_labels_that_were_added_make_one_more_range(tmp_path: Path) -> None:
     assert cut(150_000) == [(0, 75_000, large[0][2]), (75_000, 150_000, large[0][2])]
     build([large[0], (100_001, 200_000, "Flat")])  # not all labels
     assert cut(200_000) == large
+    build(large[:1])  # cut off
+    assert cut(200_000) == large
+    build([(0, 60_000, "IVF512,SQ8"), (60_000, 120_000, "IVF512,SQ8")])
+    assert cut(180_000)[2:] == [(120_000, 180_000, "IVF512,SQ8")]
+    assert len(cut(250_000)) == 2, "most labels are new"
     build([(0, 3, ""), (3, 7, "Flat")])  # damaged
     assert cut(7) == [(0, 3, "Flat"), (3, 7, "Flat")]
 

@@ -124,7 +124,7 @@ def automatic(given: Layer) -> tuple[RunConfig, list[str]]:
     """Makes the configuration of a run of which nothing but the overrides is given.
 
     Returns:
-        it, and a sentence for each choice, for people and for run.json.
+        it, and a sentence for each choice, for run.json; none where a run goes on.
     """
     wanted = make_config(RunConfig, ANYTHING, given, where=COMMAND_LINE)  # what is missing is said
     from renee_ray.data.dataset import Dataset
@@ -136,9 +136,8 @@ def automatic(given: Layer) -> tuple[RunConfig, list[str]]:
         given.add("evaluation.tails", [], given.places["evaluation.tail"])
     known = {key: value for key, value in dotted(wanted.model_dump()) if key in given.places}
     directory = RunDirectory(absolute(wanted.output))
-    if (saved := directory.read(RUN_FILE)) is not None:  # it goes on with its settings
-        made = make_config(RunConfig, directory.config().model_dump(), given)
-        return checked(made, given), saved.get("chosen", [])
+    if directory.read(RUN_FILE) is not None:  # it goes on with the settings that it has
+        return checked(make_config(RunConfig, directory.config().model_dump(), given), given), []
     gpus, cores = usable_gpus() if wanted.use_gpu != "no" else 0, len(os.sched_getaffinity(0))
     machine = Dataset.open(wanted.data).manifest, gpus, cores, known
     if wanted.start:

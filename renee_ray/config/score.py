@@ -85,10 +85,11 @@ class IndexConfig(Chosen):
     of MODEL are followed."""
     factory: str = ""
     """FAISS factory string of a range, as IVF1024,SQ8: a flat, HNSW or IVF index; empty: chosen by
-    the number of labels of a range."""
+    the number of labels of a range, or that of an index which is there."""
     ranges: int = Field(0, ge=0)
-    """Label ranges, each with a file of its own and built by a task of its own; 0: as many as a
-    run has workers, or more so that none has more than 20,000,000 labels."""
+    """Label ranges, each with a file of its own and built by a task of its own; 0: those of an
+    index which is there, and one for labels that were added since; else as many as a run has
+    workers, or more so that none has more than 20,000,000 labels."""
     candidates: int = Field(0, ge=0)
     """Labels of each range that are scored again with the true weights, for each one asked for, and
     at least for 10; raised where no effort finds enough. 0: 30, or 1 of `Flat`, which is exact."""

@@ -389,8 +389,8 @@ def described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrai
     settings = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if getattr(settings, "is_encoder_decoder", False):
         raise ReneeError(
-            f"{directory} is an encoder-decoder ({settings.model_type}), which embeds no text by "
-            f"itself; give an encoder or a decoder"
+            f"encoder.name leads to an encoder-decoder ({settings.model_type}), which embeds no "
+            f"text by itself; give an encoder or a decoder, or encoder.name=none"
         )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(

@@ -37,10 +37,12 @@ ENOUGH, TAILS = 100, [tenths / 10 for tenths in range(9)]
 """Validation points from which on `evaluation.tail` is chosen by them, and among which values."""
 
 NOT_FROZEN = (
-    "encoder.gradient_checkpointing", "encoder.internal_dropout", "encoder.learning_rate",
-    "encoder.lora.", "encoder.weight_decay", "encoder.weights", "feed.token_dropout",
+    "encoder.gradient_checkpointing", "encoder.internal_dropout", "encoder.lora.",
+    "encoder.weights", "feed.token_dropout",
 )  # fmt: skip
 """What keys begin with that encoder.frozen=true excludes."""
+RATES = "encoder.learning_rate", "encoder.weight_decay"
+"""What has no effect beside it, whatever the value."""
 KEPT = {
     "batch_size", "epochs", "warmup", "loss_every", "encoder", "classifier", "feed", "evaluation",
 }  # fmt: skip
@@ -129,7 +131,8 @@ def _fitted(
         if (pooling := _pooling(encoder)) != "mean":
             yield "encoder.pooling", pooling, "the model's own"
     if "frozen" in recipe["encoder"]:
-        for key in [key for key, *_ in changed(given) if key.startswith(NOT_FROZEN)][:1]:
+        excluded = [key for key, *_ in changed(given) if key.startswith(NOT_FROZEN)]
+        for key in [*(key for key in RATES if key in given), *excluded][:1]:
             yield "encoder.frozen", False, f"{key} is given"
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
     if points >= LARGE:

@@ -83,7 +83,7 @@ def check_size(index: Any, factory: str, labels: int) -> None:
     if centroids > labels:
         raise ReneeError(
             f"factory={factory!r:.80} has {centroids:,} lists or codes, and a range only "
-            f"{labels:,} labels; give fewer of the former, or ranges=1"
+            f"{labels:,} labels; give fewer of the former or fewer ranges"
         )
 
 

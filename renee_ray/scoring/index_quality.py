@@ -61,7 +61,8 @@ def swept(
     at = min(COMPARED, number)
     best, key = precisions(found[at], truth), f"recall@{at}"
     baseline = {**speeds(exact, embeddings, at), **best}
-    name, efforts = efforts_of(max(parts, key=lambda part: part.stop - part.start))
+    # A flat range has no effort, and may be the largest.
+    name, efforts = max((efforts_of(part) for part in parts), key=lambda found: len(found[1]))
     sweep: list[dict[str, Any]] = []
     while True:
         reached: list[float] = []

@@ -139,7 +139,7 @@ def test_what_cannot_be_used_is_refused_when_opened(
     [
         ({"split": "test"}, "split='test'"),
         ({"points": 21}, "for the 20 training .* 21 points"),
-        ({"labels_hash": "0" * 64}, "for other labels than those of"),
+        ({"num_labels": LABELS, "labels_hash": "0" * 64}, "for other labels than those of"),
     ],
 )
 def test_those_of_another_split_or_of_other_labels_are_refused(
@@ -147,8 +147,10 @@ def test_those_of_another_split_or_of_other_labels_are_refused(
 ) -> None:
     with pytest.raises(ReneeError, match=words):
         Targets.of(write(tmp_path / "p", predictions(dataset), **facts), dataset)
-    own = {"labels_hash": dataset.manifest.labels_hash}
-    assert Targets.of(write(tmp_path / "own", predictions(dataset), **own), dataset)
+    own = {"num_labels": LABELS, "labels_hash": dataset.manifest.labels_hash}
+    fewer = {"num_labels": LABELS - 1, "labels_hash": "0" * 64}
+    for i, allowed in enumerate((own, fewer)):
+        assert Targets.of(write(tmp_path / str(i), predictions(dataset), **allowed), dataset)
 
 
 def test_other_directories_are_refused(dataset: Dataset, tmp_path: Path) -> None:

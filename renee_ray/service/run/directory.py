@@ -1,6 +1,6 @@
 """The directory of a run: its configuration, its dataset and its checkpoints.
 
-run.json            configuration, dataset and plan of the last start
+run.json            configuration, and why it was chosen, dataset and plan of the last start
 history.json        losses and evaluations (service/run/history.py)
 status.json         its state (renee_ray/report/status.py); report.html: it as a page
 lease.json          the driver that trains it now (service/run/lease.py)

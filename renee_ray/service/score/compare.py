@@ -76,10 +76,12 @@ def compare_runs(
     first = next(filter(None, runs), None)
     dataset = first.dataset() if first and not config.data else Dataset.open(absolute(config.data))
     names = _names(paths)
+    checkpoints = [run.checkpoint(config.checkpoint) for run in runs if run]
+    hidden = np.unique(np.concatenate([[], *(each.state.retired for each in checkpoints)]))
     models = [
         Compared(name, path, {}, {}, np.empty(0, np.int64))
         if run is None
-        else _predicted(run, name, dataset, config, on_progress)
+        else _predicted(run, name, dataset, config, K + len(hidden), on_progress)
         for run, path, name in zip(runs, paths, names, strict=True)
     ]
     on_progress("comparing")
@@ -116,12 +118,13 @@ def _predicted(
     name: str,
     dataset: Dataset,
     config: CompareConfig,
+    k: int,
     say: Callable[[str], None],
 ) -> Compared:
     say(f"predicting the {config.split} points by {name}")
     destination = os.path.join(config.output, "predictions", name.replace("/", "-"))
     score = ScoreConfig(
-        k=min(K, dataset.manifest.num_labels), split=config.split, checkpoint=config.checkpoint,
+        k=min(k, dataset.manifest.num_labels), split=config.split, checkpoint=config.checkpoint,
         num_workers=config.num_workers, overwrite=True,
     )  # fmt: skip
     predict_run(run.path, dataset.path, destination, score, say)

@@ -250,7 +250,8 @@ def _metrics(directory: RunDirectory, checkpoint: Checkpoint) -> dict[str, float
     if tails is None:
         return checkpoint.manifest.metrics
     found: dict[str, float] = tails.get("without_votes", {})
-    return found if tails["checkpoint"] == checkpoint.name else {}
+    own = tails["checkpoint"] == checkpoint.name
+    return {name: value for name, value in found.items() if own and name != "tail"}
 
 
 def model_card(config: RunConfig, dataset: Dataset, step: int, measured: dict[str, float]) -> str:

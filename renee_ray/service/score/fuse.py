@@ -62,15 +62,10 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
             f"give a positive number for each"
         )
     weights = weights / weights.sum()
+    models = [_opened(source) for source in sources]
+    _check_labels(models)
     if config.tune:
         weights, facts = _tuned(len(sources), config)
-    models = [_opened(source) for source in sources]
-    labels = {model.labels_hash: model.path for model in models if model.labels_hash}
-    if len(labels) > 1:
-        raise ReneeError(
-            f"{' and '.join(labels.values())} are predictions of different labels, or of the same "
-            f"in another order; fuse predictions of models of one dataset"
-        )
     if config.overwrite:  # the earlier result stays unless the new one can be made
         for _ in together(models):
             pass
@@ -84,9 +79,10 @@ def fuse(sources: list[str], destination: str, config: FuseConfig) -> dict[str, 
         output.abandon()
         raise
     facts |= {"weights": weights.tolist(), "points": models[0].rows, "k": config.k}
+    number, labels = models[0].labels
     told = {
         "split": models[0].split, "scores": "probabilities", "step": None, "sources": sources,
-        "labels_hash": next(iter(labels), None),
+        "num_labels": number, "labels_hash": labels,
     }  # fmt: skip
     output.publish({**facts, **told})
     return facts
@@ -100,6 +96,20 @@ def _opened(path: str) -> Predicted:
             f"predict again with scores=calibrated"
         )
     return found
+
+
+def _check_labels(models: list[Predicted]) -> None:
+    """Refuses predictions of other labels; of more labels, the first ones may be the same."""
+    known: dict[Any, tuple[Any, str]] = {}
+    for model in models:
+        number, labels = model.labels
+        if labels is not None:
+            before = known.setdefault(number, (labels, model.path))
+            if before[0] != labels:
+                raise ReneeError(
+                    f"{before[1]} and {model.path} are predictions of different labels, or of the "
+                    f"same in another order; fuse predictions of models of one dataset"
+                )
 
 
 def _write(path: str, points: pa.Array, labels: Ragged, scores: NDArray[np.float64]) -> None:
@@ -122,6 +132,7 @@ def _tuned(num_models: int, config: FuseConfig) -> tuple[NDArray[np.float64], di
         )
     dataset = Dataset.open(config.data)
     validation = [_opened(absolute(each)) for each in config.tune]
+    _check_labels(validation)
     blocks = [(first, ids, Pairs.of(scored)) for first, ids, scored in together(validation)]
     points = pa.chunked_array([ids for _, ids, _ in blocks], type=pa.int64())
     true = true_labels(dataset, "validation", points, config.tune[0])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from renee_ray.config.score import IndexConfig
-from renee_ray.data.dataset import Dataset
+from renee_ray.data.dataset import Dataset, hash_of_labels
 from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.models import quiet
 from renee_ray.data.storage import absolute, listing, read_file, replace_file
@@ -80,6 +80,14 @@ class Piece:
     start: int
     stop: int
     factory: str
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.start, self.stop
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
     @property
     def name(self) -> str:
@@ -175,9 +183,9 @@ def index_model(
     output.check()
     pieces = _pieces(output.path, number, dim, config, workers)
     for piece in pieces:
-        check_size(empty_index(piece.factory, dim), piece.factory, piece.stop - piece.start)
+        check_size(empty_index(piece.factory, dim), piece.factory, piece.size)
     ensure_ray()
-    threads, largest = max(1, (os.cpu_count() or 1) // len(pieces)), max(pieces, key=_size)
+    threads = max(1, (os.cpu_count() or 1) // len(pieces))
     embeddings, truth = sample(loaded, points, config.sample)
     centre = embeddings.mean(0).half().float().cpu()  # the same again in a call that goes on
     plan = Plan(
@@ -195,7 +203,8 @@ def index_model(
     built.sort(key=lambda each: each["start"])
     exact = loaded.classifier
     parts = read_parts(output.path, built, exact)
-    candidates = config.candidates or default_candidates(largest.factory)
+    candidates = config.candidates or max(default_candidates(each.factory) for each in pieces)
+    largest = max(pieces, key=lambda piece: piece.size)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "model": loaded.facts["model"], "tail": tail,
         "num_labels": number, "dim": dim, "factory": largest.factory,
@@ -207,27 +216,28 @@ def index_model(
     return facts
 
 
-def _size(piece: Piece) -> int:
-    return piece.stop - piece.start
-
-
 def _pieces(path: str, number: int, dim: int, config: IndexConfig, workers: int) -> list[Piece]:
     """Cuts the labels into ranges.
 
     Those of an index that is there stay as they are, unless `ranges` is given, and labels that were
-    added since make one more range, with the last one if that is small.
+    added since make one more range, with the last one if that is small. An index of fewer than half
+    of the labels is not added to.
     """
-    width, pieces = width_of(dim), [] if config.ranges else _there(path, number)
-    if pieces and pieces[-1].stop < number:
-        start = pieces.pop().start if _size(pieces[-1]) < FLAT_BELOW else pieces[-1].stop
-        pieces.append(Piece(start, number, default_factory(number - start, width)))
-    if not pieces:
-        ranges = config.ranges or min(number, workers * -(-number // MOST_LABELS))
-        if ranges > number:
-            raise ReneeError(f"ranges={ranges} exceeds the {number} labels; lower ranges")
-        factory = default_factory(-(-number // ranges), width)
-        cuts = (split_range(number, ranges, i) for i in range(ranges))
-        pieces = [Piece(start, stop, factory) for start, stop in cuts]
+    ranges, width = config.ranges or min(number, workers * -(-number // MOST_LABELS)), width_of(dim)
+    if ranges > number:
+        raise ReneeError(f"ranges={ranges} exceeds the {number} labels; lower ranges")
+    factory = default_factory(-(-number // ranges), width)
+    cuts = (split_range(number, ranges, i) for i in range(ranges))
+    pieces, there = [Piece(*cut, factory) for cut in cuts], _there(path, number)
+    begun = {each.bounds for each in there} <= {each.bounds for each in pieces}  # and cut off
+    if there and not (config.ranges or begun or 2 * there[-1].stop < number):
+        pieces, last = there, there[-1]
+        if last.stop < number:
+            start = pieces.pop().start if last.size < FLAT_BELOW else last.stop
+            factory = default_factory(number - start, width)
+            if "Flat" not in (factory, last.factory):
+                factory = last.factory
+            pieces.append(Piece(start, number, factory))
     return [replace(each, factory=config.factory or each.factory) for each in pieces]
 
 
@@ -258,11 +268,11 @@ def _points(saved: Saved, path: str) -> Dataset:
         )
     points = Dataset.open(path)
     manifest, number = points.manifest, saved.facts["num_labels"]
-    own = {key: getattr(manifest, key) for key in ("vocabulary_hash", "labels_hash")}
-    if manifest.num_labels < number:  # the export's last ones were added to its dataset's
-        del own["labels_hash"]
+    own = {"vocabulary_hash": manifest.vocabulary_hash}
+    if manifest.num_labels == number:  # else the export's last ones were added to its dataset's
+        own["labels_hash"] = hash_of_labels(points) or ""
     if manifest.num_labels > number or any(
-        (saved.facts.get(key) or value) != value for key, value in own.items()
+        value and (saved.facts.get(key) or value) != value for key, value in own.items()
     ):
         raise ReneeError(
             f"{path} has {manifest.num_labels} labels and the tokenizer {manifest.tokenizer!r}; "

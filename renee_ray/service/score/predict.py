@@ -74,7 +74,7 @@ def predict_run(
     points, split = labels, str(score.split)
     told = {
         "scores": score.scores, "objective": job.config.classifier.objective,
-        "labels_hash": hash_of_labels(job.labels),
+        "num_labels": job.labels.manifest.num_labels, "labels_hash": hash_of_labels(job.labels),
     }  # fmt: skip
     facts: dict[str, Any] = {"split": split, **told}
     signature = _signature(job, src if raw else None, calibration)

@@ -192,7 +192,7 @@ class Predicted:
         manifest = parse_json(read_file(f"{path}/{PREDICTIONS.manifest}") or b"{}")
         self.logits = bool(manifest) and manifest.get("scores", "logits") == "logits"
         self.split, self.objective = manifest.get("split"), manifest.get("objective", "bce")
-        self.labels_hash = manifest.get("labels_hash")
+        self.labels = manifest.get("num_labels"), manifest.get("labels_hash")
         self.rows = self._data.count_rows()
 
     def blocks(self) -> Iterator[tuple[pa.Array, Ragged, NDArray[np.float64]]]:

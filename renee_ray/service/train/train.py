@@ -91,12 +91,12 @@ def _train(
     """Trains as the holder of the run's lease, a new run from the checkpoint `start`."""
     ensure_ray(1, local_cpus=config.max_workers + 1)
     use_gpu = decide_gpu(config.use_gpu, config.min_workers)
-    known = identity(dataset)
+    known, directory = identity(dataset), RunDirectory(config.output)
     content = {
         "config": config.model_dump(), "dataset": known, "plan": plan and asdict(plan),
-        "chosen": list(chosen),
+        "chosen": list(chosen) or (directory.read(RUN_FILE) or {}).get("chosen", []),
     }  # fmt: skip
-    RunDirectory(config.output).write(RUN_FILE, content)
+    directory.write(RUN_FILE, content)
     if not dataset.manifest.has_label_texts:
         on_progress(
             f"{dataset.path} has no label texts: feed.augment has no effect, and "

@@ -256,7 +256,9 @@ def _choose_tail(trainer: Trainer, channel: DriverChannel) -> None:
     tails = sorted({*config.evaluation.tails, own})
     table = [{"tail": tail, **trainer.scored(tail, voters).metrics()} for tail in tails]
     chosen = best_tail(table, own)
-    exported = trainer.scored(chosen).metrics()  # an export has no votes
+    exported = next(row for row in table if row["tail"] == chosen)
+    if voters is not None:  # which an export has not
+        exported = trainer.scored(chosen).metrics()
     if ranks.rank == 0:
         saved = directory.read(RUN_FILE) or {}
         saved["config"]["evaluation"]["tail"] = chosen
