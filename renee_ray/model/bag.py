@@ -6,9 +6,10 @@ With tf(g) how often the n-gram g stands in a row, and b(g) its bucket of P:
     e    = norm * sum of u(g) table[b(g)]  /  sqrt(sum of u(g)^2)
 
 The table begins as N(0, 1/D), so the divisor is the expected norm of the sum. idf[b] = log(N / n_b)
-if n-grams of bucket b stand in n_b of the N training points, and 0 if in none: nothing would train
-such a vector. A run that begins with the weights of another keeps the idf of that one, which its
-vectors were trained with, and computes those that were 0 from its own points.
+if n-grams of bucket b stand in n_b of the N training points; log N if in none of these but in a
+label's text; and 0 if in neither, since nothing would train such a vector. A run that begins with
+the weights of another keeps the idf of that one, which its vectors were trained with, and computes
+those that were 0 from its own points and texts.
 
 Ledger, on rank r of R, whose rows have n-grams of u_r buckets, and the global batch of u:
 
@@ -89,16 +90,31 @@ class Bag(nn.Module):
         return pairs // self.buckets, pairs.remainder(self.buckets), counts
 
     @torch.no_grad()
-    def weigh(self, points: Iterable[Batch], num_points: int, rounds: Rounds) -> None:
-        """Computes idf where it is 0, from all training points, of which each rank has its own."""
+    def weigh(
+        self,
+        points: Iterable[Batch],
+        num_points: int,
+        rounds: Rounds,
+        texts: Iterable[tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        """Computes idf where it is 0, from all training points and label texts.
+
+        points, texts: those of this rank, the latter as ids and mask; num_points: of all ranks.
+        """
         seen = torch.zeros_like(self.idf, dtype=torch.int64)
+        named = torch.zeros_like(seen)
         for batch in points:
             if len(batch):
                 ids, mask, *_ = batch.tokens(seen.device)
                 seen += self.ngrams(ids, mask)[1].bincount(minlength=self.buckets)
             rounds.add(len(batch))
+        for ids, mask in texts:
+            named[self.ngrams(ids, mask)[1]] = 1
+            rounds.add(len(ids))
         rounds.finish()
-        all_sum(rounds.ranks, seen)
+        for counts in seen, named:
+            all_sum(rounds.ranks, counts)
+        seen = torch.maximum(seen, named.clamp(max=1))
         new = (num_points / seen).log().masked_fill(seen == 0, 0.0)
         self.idf.copy_(torch.where(self.idf > 0, self.idf, new))
 

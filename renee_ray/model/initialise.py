@@ -25,7 +25,7 @@ Ledger, on rank r of R, which owns n of L labels, D dimensions:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -80,7 +80,7 @@ def initialise_classifier(
     settings = config.classifier
     recorder = recorder or Recorder()
     num_points = dataset.manifest.num_points("train")
-    weigh_ngrams(model.encoder, num_points, points, ranks, recorder, say)
+    weigh_ngrams(model, config, dataset, points, ranks, recorder, say)
     if settings.init == "normal":
         model.shard.initialise_normal(settings.init_std, config.seed)
         return
@@ -105,8 +105,9 @@ def initialise_classifier(
 
 
 def weigh_ngrams(
-    encoder: Encoder,
-    num_points: int,
+    model: Model,
+    config: RunConfig,
+    dataset: Dataset,
     points: Callable[[], Iterable[Batch]],
     ranks: Ranks,
     recorder: Recorder,
@@ -114,11 +115,24 @@ def weigh_ngrams(
 ) -> None:
     """Gives weights to the n-grams of a bag that have none; does nothing without a bag.
 
-    num_points: of all ranks; points, recorder, say: as `initialise_classifier` takes them.
+    Its arguments are those of `initialise_classifier`.
     """
-    if encoder.bag is not None:
-        counted = Rounds(ranks, "first weights: n-grams", num_points, recorder, say)
-        encoder.bag.weigh(points(), num_points, counted)
+    bag, owned, manifest = model.encoder.bag, model.shard.owned, dataset.manifest
+    if bag is None:
+        return
+    num_points = manifest.num_points("train")
+    num_texts = num_points + manifest.num_labels * manifest.has_label_texts
+    rounds = Rounds(ranks, "first weights: n-grams", num_texts, recorder, say)
+
+    def texts() -> Iterator[tuple[Tensor, Tensor]]:
+        pad_id, longest = manifest.pad_id, config.encoder.max_length
+        for first in range(owned.start, owned.stop, TEXT_BLOCK):
+            stop = min(first + TEXT_BLOCK, owned.stop)
+            tokens = ragged(dataset.read_rows("labels", first, stop, ["input_ids"])["input_ids"])
+            for _, ids, mask in text_batches(tokens, longest, pad_id, bag.idf.device):
+                yield ids, mask
+
+    bag.weigh(points(), num_points, rounds, texts() if manifest.has_label_texts else ())
 
 
 @dataclass
@@ -276,15 +290,23 @@ def embed_texts(
     longest: tokens that a text is cut to.
     on_batch: is called with the number of texts of each embedded batch.
     """
-    tokens, device = truncate(tokens, longest), encoder.constant.device
+    device = encoder.constant.device
     out = torch.empty(len(tokens), encoder.dim, device=device)
+    for rows, ids, mask in text_batches(tokens, longest, pad_id, device):
+        out[torch.from_numpy(rows).to(device)] = encoder(ids, mask)
+        on_batch(len(rows))
+    return out
+
+
+def text_batches(
+    tokens: Ragged, longest: int, pad_id: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Yields (numbers of the rows, ids, mask) of texts cut to `longest`, the shortest first."""
+    tokens = truncate(tokens, longest)
     order = np.argsort(tokens.lengths, kind="stable")
     for start in range(0, len(order), TEXT_BATCH):
         rows = order[start : start + TEXT_BATCH]
-        embedded = encoder(*padded_tokens(tokens.take(rows), pad_id, device))
-        out[torch.from_numpy(rows).to(device)] = embedded
-        on_batch(len(rows))
-    return out
+        yield rows, *padded_tokens(tokens.take(rows), pad_id, device)
 
 
 def unit(rows: Tensor) -> Tensor:

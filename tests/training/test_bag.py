@@ -40,6 +40,7 @@ from tests.training.gloo import on_ranks
 CPU = torch.device("cpu")
 BUCKETS, DIM, LABELS, VOCABULARY, STEPS, BATCH, SEED = 61, 6, 11, 15, 12, 7, 3
 NORM, RATE, CLIP = 2.0, 0.05, 6.0
+LABEL_TEXTS = torch.tensor([2, 3, 4, 5]), torch.tensor([6, 7, 8]), torch.tensor([2, 3])
 RULE = SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
@@ -326,6 +327,33 @@ def test_other_points_weigh_only_the_ngrams_without_a_weight() -> None:
     assert (after > before).sum() > 3 and not torch.equal(alone[known], before[known])
     for each in whole[1:]:
         assert all(map(torch.equal, each, whole[0])), "replicas would drift apart"
+
+
+def weighed_with_texts(ranks: Ranks) -> torch.Tensor:
+    """idf of one batch, and of label texts that the last rank has."""
+    bag = build_encoder(config_of().encoder, CPU, SEED).bag
+    assert bag is not None
+    texts = [(ids[None], torch.ones_like(ids)[None]) for ids in LABEL_TEXTS]
+    own = texts if ranks.rank == ranks.num_ranks - 1 else []
+    bag.weigh([batch_of(ranks, 0)], BATCH, Rounds(ranks, "n-grams"), own)
+    return bag.idf.clone()
+
+
+def test_ngrams_of_label_texts_alone_weigh_as_much_as_those_of_one_point() -> None:
+    bag = build_encoder(config_of().encoder, CPU, SEED).bag
+    assert bag is not None
+    bag.weigh([batch_of(Ranks(), 0)], BATCH, Rounds(Ranks(), "n-grams"))
+    wanted = bag.idf.clone()
+    named = torch.zeros(BUCKETS, dtype=torch.bool)
+    for ids in LABEL_TEXTS:
+        named[bag.ngrams(ids[None], torch.ones_like(ids)[None])[1]] = True
+    in_points = torch.zeros(BUCKETS, dtype=torch.bool)
+    tokens = batch_of(Ranks(), 0).tokens(CPU)
+    in_points[bag.ngrams(tokens[0], tokens[1])[1]] = True
+    assert (named & ~in_points).sum() > 3 and (named & in_points).any()
+    wanted[named & ~in_points] = math.log(BATCH)
+    for found in (weighed_with_texts(Ranks()), *on_ranks(3, weighed_with_texts)):
+        assert torch.equal(found, wanted)
 
 
 def test_a_gradient_whose_square_underflows_makes_no_step() -> None:

@@ -119,7 +119,7 @@ def prepared(
         if checkpoint or start:
             set_moments(model.encoder, trainer.optimizer, moments)
             if not checkpoint:  # the other run's points may lack n-grams of these
-                weigh_ngrams(model.encoder, num_points, points, ranks, *told)
+                weigh_ngrams(model, config, share.dataset, points, ranks, *told)
         else:
             initialise_classifier(model, config, share.dataset, points, ranks, *told)
         writer.reserve(model.encoder, model.shard)  # in place of the centroids of first weights
