@@ -126,13 +126,9 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         output.declare(files)
         for file in saved:
             write_file(f"{output.path}/{file}", Path(local, file).read_bytes())
+    written[HEAD] = save(_head(encoder))
     for file, bytes_of in written.items():
         write_file(f"{output.path}/{file}", bytes_of)
-    write_file(f"{output.path}/{HEAD}", save(_head(encoder)))
-    ranges = [
-        _write_range(output.path, index, each, checkpoint, dataset)
-        for index, each in enumerate(owned)
-    ]
     content = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
@@ -152,7 +148,9 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         ).model_dump(),
         "score": _score(encoder, settings.encoder),
         "calibration": calibration and calibration.to_json(),
-        "ranges": ranges,
+        "ranges": [
+            _write_range(output.path, i, each, checkpoint, dataset) for i, each in enumerate(owned)
+        ],
     }
     output.publish(content)
     return content

@@ -72,11 +72,7 @@ def predict_run(
     job = replace(job, score=_bounded(job.score, job.labels.manifest.num_labels))
     calibration = _calibration(job, run)
     points, split = labels, str(score.split)
-    told = {
-        "scores": score.scores, "objective": job.config.classifier.objective,
-        "num_labels": job.labels.manifest.num_labels, "labels_hash": hash_of_labels(job.labels),
-    }  # fmt: skip
-    facts: dict[str, Any] = {"split": split, **told}
+    facts = {"split": split, **_facts(job)}
     signature = _signature(job, src if raw else None, calibration)
     if output.claim(signature):
         log.warning("going on with the predictions in %s that were cut off", destination)
@@ -86,7 +82,7 @@ def predict_run(
             ensure_ray(1, local_cpus=job.config.max_workers + 1)
             points, replaced = tokenise_texts(src, scratch, labels)
             split = TEXT_SPLIT
-            facts = {"source": src, "replaced_lines": replaced, **told}
+            facts = {"source": src, "replaced_lines": replaced, **_facts(job)}
         layout = job.layout(points, split, job.score.k)
         files = layout.parts()
         found = job.run(
@@ -101,6 +97,16 @@ def predict_run(
     found = {**facts, **found}
     output.publish(found)
     return found
+
+
+def _facts(job: ScoringJob) -> dict[str, Any]:
+    """Returns what the manifest says of the scores and of the labels that they are for."""
+    return {
+        "scores": job.score.scores,
+        "objective": job.config.classifier.objective,
+        "num_labels": job.labels.manifest.num_labels,
+        "labels_hash": hash_of_labels(job.labels),
+    }
 
 
 def _clean_up(output: Destination) -> None:
