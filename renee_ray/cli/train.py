@@ -129,7 +129,7 @@ def automatic(given: Layer) -> tuple[RunConfig, list[str]]:
     wanted = make_config(RunConfig, ANYTHING, given, where=COMMAND_LINE)  # what is missing is said
     from renee_ray.data.dataset import Dataset
     from renee_ray.plan.devices import usable_gpus
-    from renee_ray.plan.settings import choose, choose_from
+    from renee_ray.plan.settings import add_norm, choose, choose_from
     from renee_ray.service.run.directory import RUN_FILE, RunDirectory
 
     if "evaluation.tail" in given.places and "evaluation.tails" not in given.places:
@@ -139,12 +139,15 @@ def automatic(given: Layer) -> tuple[RunConfig, list[str]]:
     if directory.read(RUN_FILE) is not None:  # it goes on with the settings that it has
         return checked(make_config(RunConfig, directory.config().model_dump(), given), given), []
     gpus, cores = usable_gpus() if wanted.use_gpu != "no" else 0, len(os.sched_getaffinity(0))
-    machine = Dataset.open(wanted.data).manifest, gpus, cores, known
+    dataset = Dataset.open(wanted.data)
+    machine = dataset.manifest, gpus, cores, known
     if wanted.start:
         start = RunDirectory(absolute(wanted.start)).config()
         settings, lines = choose_from(start, *machine)
     else:
         settings, lines = choose(*machine)
+        made = checked(make_config(RunConfig, settings, given), given)
+        lines += add_norm(settings, made, dataset, known)
     for line in lines:
         say(line)
     return checked(make_config(RunConfig, settings, given), given), lines

@@ -21,9 +21,11 @@ from typing import Any
 from renee_ray.config.grammar import Layer
 from renee_ray.config.overrides import changed, dotted, read_yaml
 from renee_ray.config.schema import NO_TRANSFORMER, RunConfig
+from renee_ray.data.dataset import Dataset
 from renee_ray.data.dataset.manifest import Manifest
 from renee_ray.data.models import read_settings, resolve_model
 from renee_ray.errors import ReneeError
+from renee_ray.plan.norm import fitted_norm
 
 SMALL, LARGE = 10_000, 1_000_000
 """Training points from which on a dataset is no longer small, and points or labels from which on
@@ -104,6 +106,17 @@ def choose_from(
         fitted.append(("evaluation.tails", [], "too few validation points to choose by"))
     line = f"settings of {path}, with whose weights it begins"
     return settings, [line, *_added(settings, fitted, given, path)]
+
+
+def add_norm(
+    settings: Layer, config: RunConfig, dataset: Dataset, given: Mapping[str, Any]
+) -> list[str]:
+    """Adds to chosen settings what a transformer of another norm needs; returns lines on it.
+
+    config: what the settings make so far; given: as `choose` takes it.
+    """
+    found = () if "encoder.scale" in given else fitted_norm(config.encoder, dataset)
+    return _added(settings, found, given, config.encoder.name)
 
 
 def _added(
