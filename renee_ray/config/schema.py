@@ -78,7 +78,7 @@ class BagConfig(Config):
     buckets: int = Field(2**18, ge=2, le=2**31)
     """Vectors, which n-grams are hashed to. Each worker holds all of them: 4 * dim bytes each."""
     norm: float = Field(1.0, gt=0)
-    """Expected norm of the bag's part of an embedding before training."""
+    """Expected norm of the bag's part of an embedding before training, and before `scale`."""
     learning_rate: float = Field(3e-3, ge=0)
     """Peak learning rate of row-wise Adagrad."""
     decay: float = Field(1.0, gt=0, le=1)

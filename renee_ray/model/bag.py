@@ -7,9 +7,9 @@ With tf(g) how often the n-gram g stands in a row, and b(g) its bucket of P:
 
 The table begins as N(0, 1/D), so the divisor is the expected norm of the sum. idf[b] = log(N / n_b)
 if n-grams of bucket b stand in n_b of the N training points; log N if in none of these but in a
-label's text; and 0 if in neither, since nothing would train such a vector. A run that begins with
-the weights of another keeps the idf of that one, which its vectors were trained with, and computes
-those that were 0 from its own points and texts.
+label's text that is used; and 0 if in neither: nothing would train such a vector. A run that begins
+with the weights of another keeps the idf of that one, which its vectors were trained with, and
+computes those that were 0 from its own points and texts.
 
 Ledger, on rank r of R, whose rows have n-grams of u_r buckets, and the global batch of u:
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from renee_ray.config.schema import BagConfig
 from renee_ray.rank.batch import Batch
-from renee_ray.rank.collectives import Ranks, all_sum, gather_rows, row_counts
+from renee_ray.rank.collectives import Ranks, all_max, all_sum, gather_rows, row_counts
 from renee_ray.rank.rounds import Rounds
 
 FACTORS = -0x61C8864680B583EB, -0x4B47D0C5A0F5A6D3
@@ -102,7 +102,7 @@ class Bag(nn.Module):
         points, texts: those of this rank, the latter as ids and mask; num_points: of all ranks.
         """
         seen = torch.zeros_like(self.idf, dtype=torch.int64)
-        named = torch.zeros_like(seen)
+        named = torch.zeros_like(seen, dtype=torch.uint8)
         for batch in points:
             if len(batch):
                 ids, mask, *_ = batch.tokens(seen.device)
@@ -112,9 +112,7 @@ class Bag(nn.Module):
             named[self.ngrams(ids, mask)[1]] = 1
             rounds.add(len(ids))
         rounds.finish()
-        for counts in seen, named:
-            all_sum(rounds.ranks, counts)
-        seen = torch.maximum(seen, named.clamp(max=1))
+        seen = torch.maximum(all_sum(rounds.ranks, seen), all_max(rounds.ranks, named))
         new = (num_points / seen).log().masked_fill(seen == 0, 0.0)
         self.idf.copy_(torch.where(self.idf > 0, self.idf, new))
 

@@ -120,8 +120,10 @@ def weigh_ngrams(
     bag, owned, manifest = model.encoder.bag, model.shard.owned, dataset.manifest
     if bag is None:
         return
+    first_weights = config.classifier.init == "label_text" and not config.start
+    used = manifest.has_label_texts and (config.feed.augment > 0 or first_weights)
     num_points = manifest.num_points("train")
-    num_texts = num_points + manifest.num_labels * manifest.has_label_texts
+    num_texts = num_points + manifest.num_labels * used
     rounds = Rounds(ranks, "first weights: n-grams", num_texts, recorder, say)
 
     def texts() -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,7 +134,7 @@ def weigh_ngrams(
             for _, ids, mask in text_batches(tokens, longest, pad_id, bag.idf.device):
                 yield ids, mask
 
-    bag.weigh(points(), num_points, rounds, texts() if manifest.has_label_texts else ())
+    bag.weigh(points(), num_points, rounds, texts() if used else ())
 
 
 @dataclass

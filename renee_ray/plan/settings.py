@@ -115,7 +115,8 @@ def add_norm(
 
     config: what the settings make so far; given: as `choose` takes it.
     """
-    found = () if "encoder.scale" in given else fitted_norm(config.encoder, dataset)
+    ruled = {"encoder.scale", "encoder.bag.norm"} & given.keys()  # by the user
+    found = () if ruled else fitted_norm(config.encoder, dataset)
     return _added(settings, found, given, config.encoder.name)
 
 

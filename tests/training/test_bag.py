@@ -20,14 +20,17 @@ from renee_ray.checkpoint.resume import resume
 from renee_ray.checkpoint.state import State, set_moments
 from renee_ray.checkpoint.writer import CheckpointWriter
 from renee_ray.config.overrides import make_config
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import ClassifierConfig, RunConfig
+from renee_ray.data.dataset import Dataset
 from renee_ray.model.bag import BagOptimizer
 from renee_ray.model.dropout import dropout_mask
 from renee_ray.model.encoder import Encoder, adamw, build_encoder, data_parallel
+from renee_ray.model.initialise import weigh_ngrams
 from renee_ray.model.model import Model
 from renee_ray.model.token_gradient import TokenGradient
 from renee_ray.rank.batch import Batch, Position, Ragged, row_keys
 from renee_ray.rank.collectives import Ranks
+from renee_ray.rank.recorder import Recorder
 from renee_ray.rank.rounds import Rounds
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
@@ -35,12 +38,12 @@ from renee_ray.training.step import Step
 from renee_ray.xfc.labels import LabelRange, split_range
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import SGD, Weights
+from tests.data.tiny import write_tiny
 from tests.training.gloo import on_ranks
 
 CPU = torch.device("cpu")
 BUCKETS, DIM, LABELS, VOCABULARY, STEPS, BATCH, SEED = 61, 6, 11, 15, 12, 7, 3
 NORM, RATE, CLIP = 2.0, 0.05, 6.0
-LABEL_TEXTS = torch.tensor([2, 3, 4, 5]), torch.tensor([6, 7, 8]), torch.tensor([2, 3])
 RULE = SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
@@ -329,31 +332,44 @@ def test_other_points_weigh_only_the_ngrams_without_a_weight() -> None:
         assert all(map(torch.equal, each, whole[0])), "replicas would drift apart"
 
 
-def weighed_with_texts(ranks: Ranks) -> torch.Tensor:
-    """idf of one batch, and of label texts that the last rank has."""
-    bag = build_encoder(config_of().encoder, CPU, SEED).bag
-    assert bag is not None
-    texts = [(ids[None], torch.ones_like(ids)[None]) for ids in LABEL_TEXTS]
-    own = texts if ranks.rank == ranks.num_ranks - 1 else []
-    bag.weigh([batch_of(ranks, 0)], BATCH, Rounds(ranks, "n-grams"), own)
-    return bag.idf.clone()
+def weighed_by(ranks: Ranks, path: str, used: bool) -> torch.Tensor:
+    """idf as a run's start makes it."""
+    dataset, config = Dataset.open(path), config_of(max_length=6)
+    classifier = {"init": "label_text" if used else "normal"}
+    config = config.model_copy(update={"classifier": ClassifierConfig.model_validate(classifier)})
+    owned = LabelRange.of_rank(dataset.manifest.num_labels, ranks.num_ranks, ranks.rank)
+    encoder = build_encoder(config.encoder, CPU, SEED)
+    model = Model(encoder, Shard(owned, Weights("fp32", len(owned), DIM, False, CPU), chunk=3))
+    points = [batch_of(ranks, 0)]
+    weigh_ngrams(model, config, dataset, lambda: points, ranks, Recorder(), print)
+    assert encoder.bag is not None
+    return encoder.bag.idf.clone()
 
 
-def test_ngrams_of_label_texts_alone_weigh_as_much_as_those_of_one_point() -> None:
+@pytest.mark.parametrize("used", [True, False])
+def test_ngrams_of_label_texts_alone_weigh_as_those_of_one_point_if_these_are_used(
+    tmp_path: Path, used: bool
+) -> None:
+    dataset = write_tiny(tmp_path / "set", train=(BATCH,), labels=(7, 4), vocabulary=200)
     bag = build_encoder(config_of().encoder, CPU, SEED).bag
     assert bag is not None
-    bag.weigh([batch_of(Ranks(), 0)], BATCH, Rounds(Ranks(), "n-grams"))
-    wanted = bag.idf.clone()
-    named = torch.zeros(BUCKETS, dtype=torch.bool)
-    for ids in LABEL_TEXTS:
-        named[bag.ngrams(ids[None], torch.ones_like(ids)[None])[1]] = True
-    in_points = torch.zeros(BUCKETS, dtype=torch.bool)
-    tokens = batch_of(Ranks(), 0).tokens(CPU)
-    in_points[bag.ngrams(tokens[0], tokens[1])[1]] = True
-    assert (named & ~in_points).sum() > 3 and (named & in_points).any()
-    wanted[named & ~in_points] = math.log(BATCH)
-    for found in (weighed_with_texts(Ranks()), *on_ranks(3, weighed_with_texts)):
-        assert torch.equal(found, wanted)
+
+    def buckets(ids: list[int]) -> set[int]:
+        row = torch.tensor([ids])
+        return set(bag.ngrams(row, torch.ones_like(row))[1].tolist())
+
+    texts = dataset.read_rows("labels", 0, 11, ["input_ids"])["input_ids"].to_pylist()
+    assert any(len(ids) > 6 for ids in texts), "what is cut does not count"
+    named = set().union(*(buckets(ids[:5] + ids[-1:] if len(ids) > 6 else ids) for ids in texts))
+    rows = [buckets(ids) for ids in rows_of(0)[0]]
+    wanted = torch.zeros(BUCKETS)
+    for bucket in range(BUCKETS):
+        seen = sum(bucket in row for row in rows) or (used and bucket in named)
+        wanted[bucket] = math.log(BATCH / seen) if seen else 0
+    assert len(named - set().union(*rows)) > 3
+    path = dataset.path
+    for found in (weighed_by(Ranks(), path, used), *on_ranks(3, weighed_by, path, used)):
+        assert torch.allclose(found, wanted)
 
 
 def test_a_gradient_whose_square_underflows_makes_no_step() -> None:

@@ -126,9 +126,9 @@ def export_run(run: str, destination: str, config: ExportConfig) -> dict[str, An
         output.declare(files)
         for file in saved:
             write_file(f"{output.path}/{file}", Path(local, file).read_bytes())
-    written[HEAD] = save(_head(encoder))
     for file, bytes_of in written.items():
         write_file(f"{output.path}/{file}", bytes_of)
+    write_file(f"{output.path}/{HEAD}", save(_head(encoder)))
     content = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.state.step,
