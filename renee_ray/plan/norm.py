@@ -40,12 +40,12 @@ def fitted_norm(config: EncoderConfig, dataset: Dataset) -> Iterator[tuple[str, 
         why = f"no model of over {LARGEST:,} weights is measured; set it to {NORM:.3g} / its norm"
         yield "encoder.scale", 1.0, why
         return
-    wanted, why = NORM, f"so that embeddings have the norm {NORM:.3g}, as in the recipe"
-    other = norm > 0 and not wanted / CLOSE < norm < wanted * CLOSE
+    why = f"so that embeddings have the norm {NORM:.3g}, as in the recipe"
+    other = norm > 0 and not NORM / CLOSE < norm < NORM * CLOSE
     if config.normalise:  # all columns together
-        yield "encoder.scale", round(wanted * 2**0.5, 2) if config.bag.dim else wanted, why
+        yield "encoder.scale", round(NORM * 2**0.5, 2) if config.bag.dim else NORM, why
     elif other:
-        yield "encoder.scale", float(f"{wanted / norm:.3g}"), why
+        yield "encoder.scale", float(f"{NORM / norm:.3g}"), why
     if other and config.bag.dim:
         yield "encoder.bag.norm", float(f"{norm:.3g}"), "that of the transformer's columns"
 
