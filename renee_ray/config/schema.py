@@ -6,6 +6,7 @@ where it stands and the remedy.
 
 from __future__ import annotations
 
+from json import dumps
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -175,8 +176,10 @@ class EncoderConfig(Config):
             ),
         ):
             for key in keys.split():
-                if applies and getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"{key} {reason}; leave {key} out")
+                usual = type(self).model_fields[key].default
+                if applies and getattr(self, key) != usual:
+                    off = "" if key == "lora" else f" or set it to {dumps(usual)}"
+                    raise ValueError(f"{key} {reason}; leave it out{off}")
         return self
 
     @property

@@ -25,7 +25,7 @@ def add_adapters(model: nn.Module, config: EncoderConfig) -> Any:
     """Freezes a transformer and gives its linear layers adapters; returns peft's model of it.
 
     Raises:
-        ReneeError: peft is not installed, or no layer has a name in `encoder.lora.targets`.
+        ReneeError: peft is not installed, or no layer has one of `encoder.lora.targets`.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -33,12 +33,15 @@ def add_adapters(model: nn.Module, config: EncoderConfig) -> Any:
         raise ReneeError(
             f"encoder.lora.rank={config.lora.rank} needs the package peft; install renee_ray[lora]"
         ) from None
-    given = config.lora
+    given, names = config.lora, ["." + name for name, _ in model.named_modules()]
     targets = "all-linear" if given.targets == "auto" else list(given.targets)
     settings = LoraConfig(
         r=given.rank, lora_alpha=given.alpha, lora_dropout=given.dropout, target_modules=targets
     )
     try:
+        for target in given.targets if given.targets != "auto" else ():
+            if not any(name.endswith("." + target) for name in names):
+                raise ValueError(f"no layer has the name {target}")
         adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise ReneeError(

@@ -382,7 +382,7 @@ def max_positions(name: str) -> int | None:
 def described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrainedModel]:
     """Returns (a model's configuration, the model without weights).
 
-    Raises ReneeError where it needs a second text to decode.
+    Raises ReneeError where it needs a second text to decode, or embeds more than texts.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -391,6 +391,12 @@ def described(directory: str, attention: str) -> tuple[PretrainedConfig, PreTrai
         raise ReneeError(
             f"encoder.name leads to an encoder-decoder ({settings.model_type}), which embeds no "
             f"text by itself; give an encoder or a decoder, or encoder.name=none"
+        )
+    hidden = getattr(settings, "hidden_size", None)
+    if not isinstance(hidden, int) or getattr(settings, "word_embed_proj_dim", hidden) != hidden:
+        raise ReneeError(
+            f"encoder.name leads to a model ({settings.model_type}) that has no one width of its "
+            f"texts (hidden_size); give a model of texts alone, or encoder.name=none"
         )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(

@@ -30,7 +30,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from renee_ray.config.schema import RunConfig
@@ -130,7 +133,8 @@ def weigh_ngrams(
         pad_id, longest = manifest.pad_id, config.encoder.max_length
         for first in range(owned.start, owned.stop, TEXT_BLOCK):
             stop = min(first + TEXT_BLOCK, owned.stop)
-            tokens = ragged(dataset.read_rows("labels", first, stop, ["input_ids"])["input_ids"])
+            table, empty = _read_texts(dataset, first, stop, "input_ids")
+            tokens = ragged(table["input_ids"]).take(np.flatnonzero(~empty))
             for _, ids, mask in text_batches(tokens, longest, pad_id, bag.idf.device):
                 yield ids, mask
 
@@ -230,6 +234,22 @@ def _add_constant(encoder: Encoder, survey: Survey, norm: float) -> Tensor:
     return (u / float(survey.mean.float() @ u)).to(survey.sample)
 
 
+def _read_texts(
+    dataset: Dataset, first: int, stop: int, *columns: str
+) -> tuple[pa.Table, NDArray[np.bool_]]:
+    """Reads labels [first, stop); returns a table, and whose text is empty, bool [stop - first].
+
+    An empty text says nothing about its label. It is that of all without texts in the dataset.
+    """
+    manifest = dataset.manifest
+    some = bool(manifest.statistics.get("labels", {}).get("empty_texts"))
+    table = dataset.read_rows("labels", first, stop, [*columns, *["text"] * some])
+    empty = np.full(len(table), not manifest.has_label_texts)
+    if some:
+        empty |= pc.equal(pc.utf8_trim_whitespace(table["text"]), "").to_numpy()
+    return table, empty
+
+
 def _write_rows(
     model: Model,
     config: RunConfig,
@@ -245,11 +265,11 @@ def _write_rows(
     scale = settings.init_scale / survey.norm
     for first in range(owned.start, owned.stop, TEXT_BLOCK):
         stop = min(first + TEXT_BLOCK, owned.stop)
-        table = dataset.read_rows("labels", first, stop, ["input_ids", "train_count"])
+        table, empty = _read_texts(dataset, first, stop, "input_ids", "train_count")
         tokens, counts = ragged(table["input_ids"]), table["train_count"].to_numpy()
         texts = embed_texts(model.encoder, tokens, longest, manifest.pad_id, rounds.add)
-        # Without texts every label has the same empty text, which says nothing about it.
-        rows = unit(texts - model.encoder.constant) * manifest.has_label_texts
+        rows = unit(texts - model.encoder.constant)
+        rows[torch.from_numpy(empty).to(device)] = 0
         if survey.centroids is not None:
             near = unit(survey.centroids[first - owned.start : stop - owned.start])
             rows = unit(rows + settings.init_centroid * near)

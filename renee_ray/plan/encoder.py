@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 from renee_ray.config.recipes import EncoderShape
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig
 from renee_ray.data.models import resolve_model
-from renee_ray.errors import ReneeError
+from renee_ray.errors import SHOWN, ReneeError, reason
 from renee_ray.model.adapters import add_adapters
 from renee_ray.model.dropout import draw_fast
 from renee_ray.model.encoder import described, dropout_keys
+
+log = logging.getLogger(__name__)
 
 COUNTED_ROWS = 4, 12
 """Rows that are counted: what is kept is linear in them, weights in a narrow dtype being fixed."""
@@ -52,11 +56,15 @@ class Transformer:
         """
         if self.settings is None or not rows:
             return 0
-        text = self.settings.to_json_string(use_diff=False)
-        model = cast(Hashable, type(self.settings))
-        few, many = (
-            _kept(text, model, some, tokens, attention, autocast, kind) for some in COUNTED_ROWS
-        )
+        given = tokens, attention, autocast, kind
+        try:
+            few, many = _kept_of(self.settings, *given)
+        except _NeedsData as error:
+            log.warning(
+                "%s models do not run without data (%s): activations are counted as those of a "
+                "BERT of the same size", self.settings.model_type, reason(error),
+            )  # fmt: skip
+            few, many = _kept_of(_bert(self.settings, tokens), *given)
         each = (many - few) / (COUNTED_ROWS[1] - COUNTED_ROWS[0])
         kept = int(few + (rows - COUNTED_ROWS[0]) * each)
         if not layered:
@@ -77,17 +85,29 @@ def find_transformer(config: EncoderConfig, shape: EncoderShape | None) -> Trans
     except ReneeError:
         if shape is None:
             raise
-        from transformers import BertConfig  # seconds, as for every encoder
-
-        settings = BertConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, intermediate_size=4 * shape.hidden,
-            max_position_embeddings=max(512, config.max_length),
+        size = SimpleNamespace(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
         )  # fmt: skip
+        settings = _bert(size, config.max_length)
     if config.internal_dropout is not None:
         for key in dropout_keys(settings):
             setattr(settings, key, config.internal_dropout)
     return _facts(settings, config)
+
+
+def _bert(settings: Any, tokens: int) -> Any:
+    """Returns the configuration of a BERT of another model's size."""
+    from transformers import BertConfig  # seconds, as for every encoder
+
+    hidden = settings.hidden_size
+    return BertConfig(
+        vocab_size=settings.vocab_size, hidden_size=hidden,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=getattr(settings, "intermediate_size", 4 * hidden),
+        max_position_embeddings=max(512, tokens),
+    )  # fmt: skip
 
 
 def _facts(settings: Any, config: EncoderConfig) -> Transformer:
@@ -116,6 +136,17 @@ def build(settings: Any, attention: str) -> Any:
     return model.train()
 
 
+def _kept_of(settings: Any, *given: Any) -> tuple[int, int]:
+    """Returns what `_kept` finds for each of COUNTED_ROWS."""
+    text, kind = settings.to_json_string(use_diff=False), cast(Hashable, type(settings))
+    few, many = (_kept(text, kind, rows, *given) for rows in COUNTED_ROWS)
+    return few, many
+
+
+class _NeedsData(Exception):
+    """A model does not run without data."""
+
+
 class _Masked(nn.Dropout):
     """Keeps what dropout on a GPU keeps: a byte for each number."""
 
@@ -128,8 +159,17 @@ def _kept(
     text: str, kind: type, rows: int, tokens: int, attention: str, autocast: torch.dtype | None,
     device_type: str,
 ) -> int:  # fmt: skip
-    """Sums the distinct tensors that a forward without memory keeps, parameters left out."""
+    """Sums the distinct tensors that a forward without memory keeps, parameters left out.
+
+    Raises:
+        _NeedsData: the forward fails without data.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
 
     settings = kind.from_dict(json.loads(text))  # type: ignore[attr-defined]
     on_gpu, dropped = device_type == "cuda", False
@@ -138,7 +178,8 @@ def _kept(
         setattr(settings, key, 0.0)
     seen: dict[int, tuple[int, Any]] = {}
     with FakeTensorMode():
-        model = build(settings, attention)
+        with no_init_weights():
+            model = build(settings, attention)
         for parent in list(model.modules()) if dropped else ():
             for name, child in parent.named_children():
                 if isinstance(child, nn.Dropout):
@@ -157,5 +198,8 @@ def _kept(
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", autocast, enabled=autocast is not None),
         ):
-            model(input_ids=torch.zeros(rows, tokens, dtype=torch.int64), attention_mask=None)
+            try:
+                model(input_ids=torch.zeros(rows, tokens, dtype=torch.int64), attention_mask=None)
+            except Exception as error:  # the model's own code may look at numbers, for one
+                raise _NeedsData(f"{reason(error):.{SHOWN}}") from error
     return sum(size for size, _ in seen.values())

@@ -44,7 +44,7 @@ NOT_FROZEN = (
 )  # fmt: skip
 """What keys begin with that encoder.frozen=true excludes."""
 RATES = "encoder.learning_rate", "encoder.weight_decay"
-"""What has no effect beside it, whatever the value."""
+"""What has no effect beside it without a bottleneck, whatever the value."""
 KEPT = {
     "batch_size", "epochs", "warmup", "loss_every", "encoder", "classifier", "feed", "evaluation",
 }  # fmt: skip
@@ -70,7 +70,7 @@ def choose(
     embeds = _has_transformer(encoder)
     if not embeds:
         name = "perl-bag" if points < SMALL else "debian-bag"
-    elif gpus and points >= LARGE:
+    elif gpus and points >= LARGE and not given.get("encoder.frozen"):
         name = "lf-debian-40k-minilm"
     else:
         name = "quickstart" if points < SMALL else "lf-debian-40k"
@@ -146,7 +146,8 @@ def _fitted(
             yield "encoder.pooling", pooling, "the model's own"
     if "frozen" in recipe["encoder"]:
         excluded = [key for key, *_ in changed(given) if key.startswith(NOT_FROZEN)]
-        for key in [*(key for key in RATES if key in given), *excluded][:1]:
+        rates = () if given.get("encoder.bottleneck") else RATES
+        for key in [*(key for key in rates if key in given), *excluded][:1]:
             yield "encoder.frozen", False, f"{key} is given"
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
     if points >= LARGE:
@@ -174,9 +175,12 @@ def _sized(
     elif labels >= LARGE:
         share = min(float(settings["feed"]["augment"]), points / labels)
         yield "feed.augment", share, "an epoch has no more label texts than points, about"
-    if "evaluation.every" not in given:
-        why = "checkpoints, from which a stopped run goes on"
-        yield "checkpoint.every_steps", SAVED if points < LARGE else points // LARGE_BATCH, why
+    if given.get("evaluation.every"):
+        yield "checkpoint.every_steps", 0, "each validation writes a checkpoint"
+    else:
+        batch = int(given.get("batch_size", settings["batch_size"]))  # with what is yielded above
+        steps = SAVED if points < LARGE else max(1, points // batch)
+        yield "checkpoint.every_steps", steps, "checkpoints, from which a stopped run goes on"
 
 
 def _has_transformer(name: str) -> bool:

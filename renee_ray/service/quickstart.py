@@ -2,7 +2,7 @@
 
     OUTPUT/raw           the archive of renee_ray/examples/, unpacked
     OUTPUT/dataset       the converted dataset, 2% of its training points held out
-    OUTPUT/run           the run, trained by the recipe `quickstart`
+    OUTPUT/run           the run, by the recipe `quickstart`; with encoder.name=none `perl-bag`
     OUTPUT/predictions   predictions for the test points
     OUTPUT/report.html   metrics beside baselines, curves, examples
 
@@ -137,8 +137,10 @@ def configuration(overrides: Mapping[str, Any]) -> tuple[Path, RunConfig]:
     if "://" in output or not output:
         raise ConfigError(f"output={output!r} is no local directory; quickstart writes to one")
     root = Path(output).expanduser().resolve()
+    encoder = overrides.get("encoder")
+    alone = isinstance(encoder, Mapping) and encoder.get("name") == NO_TRANSFORMER
     layers = (
-        read_yaml(str(recipe_path("quickstart"))),
+        read_yaml(str(recipe_path("perl-bag" if alone else "quickstart"))),
         overrides,
         {"data": str(root / "dataset"), "output": str(root / "run")},
     )

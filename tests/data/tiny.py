@@ -31,8 +31,10 @@ def write_tiny(
     vocabulary: int = 30,
     longest: int = 9,
     seed: int = 0,
+    empty: tuple[int, ...] = (),
 ) -> Dataset:
-    """Parts of these numbers of rows; tokens in [1, vocabulary), up to three labels a point."""
+    """Parts of so many rows; tokens in [1, vocabulary), up to three labels a point, texts but of
+    the labels `empty`."""
     rng = np.random.default_rng(seed)
     num_labels = sum(labels)
     make_splits(str(path))
@@ -45,11 +47,12 @@ def write_tiny(
             for row in rows:
                 counts[row["labels"]] += 1
         splits[split] = _write(str(path), split, sizes, pa.Table.from_pylist(rows, layout.POINTS))
+    drawn = [_tokens(rng, vocabulary, longest) for _ in range(num_labels)]
     texts = [
         {
             "label_id": label,
-            "text": f"label {label}",
-            "input_ids": _tokens(rng, vocabulary, longest),
+            "text": "" if label in empty else f"label {label}",
+            "input_ids": [1, 2] if label in empty else drawn[label],
             "train_count": int(counts[label]),
             "is_point": label % 3 == 0,
         }
@@ -71,7 +74,7 @@ def write_tiny(
             propensity_b=1.5,
             splits=splits,
             other_texts=_other_texts(splits["labels"]),
-            statistics={},
+            statistics={"labels": {"empty_texts": len(empty)}},
             labels_hash=layout.hash_labels(0, table["text"]),
         ),
     )

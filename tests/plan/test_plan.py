@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from renee_ray.benchmarks.problem import make_problem
 from renee_ray.cli.main import main
 from renee_ray.config.overrides import make_config, read_recipe
-from renee_ray.config.schema import RunConfig
+from renee_ray.config.schema import EncoderConfig, RunConfig
 from renee_ray.data.dataset import Dataset
 from renee_ray.data.models import resolve_model
 from renee_ray.machine import V1, V2, limit_bytes
@@ -189,6 +190,20 @@ def test_activations_are_those_that_a_forward_keeps(
         rows + 1, tokens, "eager", planned.autocast, "cpu", False
     )
     assert more > most * found, "the tolerance tells rows apart"
+
+
+@pytest.mark.parametrize("family", [hf.ModernBertConfig, hf.LongformerConfig])
+def test_activations_of_what_does_not_run_without_data(
+    family: type[hf.PretrainedConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both look at numbers: the first where it draws its weights, the second in its forward."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    family(vocab_size=30, intermediate_size=24, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+           **size).save_pretrained(tmp_path)  # fmt: skip
+    found = find_transformer(EncoderConfig(name=str(tmp_path)), None)
+    few, many = (found.activations(rows, 16, "eager", None, "cpu", False) for rows in (4, 8))
+    assert 4 * 16 * 16 * 4 < few < many
+    assert ("as those of a BERT" in caplog.text) == (family is hf.LongformerConfig)
 
 
 def test_centroids_are_counted_beyond_what_comes_after_them(sample: str) -> None:

@@ -134,7 +134,29 @@ def test_the_last_weights_are_kept_unless_the_user_says_when_to_validate(dataset
     chosen, _ = choose(dataset.manifest, 0, 2)
     assert (chosen["evaluation"]["every"], chosen["checkpoint"]["every_steps"]) == (0, SAVED)
     kept, _ = choose(dataset.manifest, 0, 2, {"evaluation.every": 1.0})
-    assert int(kept["evaluation"]["every"]) == 4 and "checkpoint" not in kept
+    assert (int(kept["evaluation"]["every"]), kept["checkpoint"]["every_steps"]) == (4, 0)
+    large = sized(dataset, LARGE, 4)
+    for given, steps in (
+        ({}, LARGE // 1024), ({"batch_size": 8192}, LARGE // 8192), ({"evaluation.every": 1.0}, 0)
+    ):  # fmt: skip
+        chosen, _ = choose(replace(large, tokenizer=MINILM), 2, 2, given)
+        assert chosen["recipe"] == "lf-debian-40k-minilm"
+        assert chosen["checkpoint"]["every_steps"] == steps
+
+
+def test_a_frozen_transformer_on_gpus_has_the_recipe_of_one(dataset: Dataset) -> None:
+    manifest = replace(sized(dataset, LARGE, 4), tokenizer=MINILM)
+    chosen, _ = choose(manifest, 2, 2, {"encoder.frozen": True})
+    made = make_config(RunConfig, chosen, {"data": "d", "output": "o"})
+    assert made.encoder.frozen and made.recipe == "lf-debian-40k"
+
+
+def test_a_rate_for_a_bottleneck_leaves_the_transformer_frozen(dataset: Dataset) -> None:
+    manifest = replace(dataset.manifest, tokenizer=MINILM)
+    rate = {"encoder.learning_rate": 1e-3}
+    for given, frozen in (rate, False), ({**rate, "encoder.bottleneck": 64}, True):
+        chosen, _ = choose(manifest, 0, 2, given)
+        assert make_config(RunConfig, chosen, {"data": "d", "output": "o"}).encoder.frozen == frozen
 
 
 def test_a_bag_alone_is_chosen_with_its_recipe(dataset: Dataset) -> None:
@@ -279,7 +301,7 @@ def test_size_and_machine_do_not_alter_the_model_of_the_start(
     made = make_config(RunConfig, settings, {"data": "d", "output": "o", "start": first.path})
     assert made.encoder == before.encoder and made.classifier == before.classifier
     assert (made.num_workers, made.batch_size, made.feed.augment) == (4, 32, 0.5)
-    assert made.checkpoint.every_steps == 2 * LARGE // 1024
+    assert made.checkpoint.every_steps == 2 * LARGE // 32
     assert made.evaluation.tails == before.evaluation.tails
     bare, _ = choose_from(before, replace(manifest, has_label_texts=False), 0, 1,
                           {"start": first.path})  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import AutoTokenizer
 
 from renee_ray.config.schema import BagConfig, EncoderConfig, RunConfig
 from renee_ray.data import tokenizer
@@ -33,6 +36,29 @@ ENCODERS: list[dict[str, Any]] = [
     {"pooling": "cls", "prompt": "query:", "normalise": True, "scale": 3.0},
     {"pooling": "last", "bottleneck": 7, "bag": BagConfig(dim=5, buckets=11), "normalise": True},
 ]
+
+
+def test_a_tokenizer_without_padding_is_exported_as_it_is(tmp_path: Path) -> None:
+    """Its class makes another normaliser of it, and sentence_transformers needs a padding token."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    steps = [normalizers.Prepend("_"), normalizers.Replace(" ", "_")]
+    made.normalizer = normalizers.Sequence(steps)
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"])
+    made.train_from_iterator(TEXTS, trainer)
+    model, exported = tmp_path / "model", tmp_path / "exported"
+    model.mkdir()
+    made.save(str(model / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    described = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **special}
+    write_file(str(model / "tokenizer_config.json"), json.dumps(described).encode())
+    manifest = replace(write_tiny(tmp_path / "set").manifest, tokenizer=str(model))
+    own = tokenizer.load(str(model)).serialised
+    export.save_tokenizer(exported, manifest, own)
+    found = tokenizer.load(str(exported)).serialised
+    for text in (" perl", "a  perl text", *TEXTS):
+        assert tokenizer.encode(found, [text], 64) == tokenizer.encode(own, [text], 64)
+    rows = AutoTokenizer.from_pretrained(exported)(["perl", "a text"], padding=True)["input_ids"]
+    assert len({len(row) for row in rows}) == 1
 
 
 @pytest.mark.parametrize("settings", ENCODERS)

@@ -30,6 +30,8 @@ def test_everything_goes_below_output(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (config.data, config.output) == (str(root / "dataset"), str(root / "run"))
     assert (config.epochs, config.encoder.dropout, config.encoder.name) == (7, 0.5, MINILM)
     assert quickstart.configuration({"output": "here"})[0] == tmp_path / "here"
+    _, alone = quickstart.configuration({"encoder": {"name": "none"}})
+    assert (alone.encoder.name, alone.classifier.init_scale) == ("none", 15), "as in perl-bag"
 
 
 def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:

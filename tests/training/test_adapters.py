@@ -218,6 +218,8 @@ def test_what_does_not_fit_is_refused_before_training(
     check_positions(config_of(name).encoder, 32)
     with pytest.raises(ReneeError, match=r"encoder\.lora\.targets.*nowhere"):
         check_positions(config_of(name, targets=["nowhere"]).encoder, 32)
+    with pytest.raises(ReneeError, match=r"encoder\.lora\.targets.*the name q_prj"):
+        check_positions(config_of(name, targets=["v_proj", "q_prj"]).encoder, 32)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ReneeError, match=r"renee_ray\[lora\]"):
         check_positions(config_of(name).encoder, 32)

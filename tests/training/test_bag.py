@@ -350,7 +350,9 @@ def weighed_by(ranks: Ranks, path: str, used: bool) -> torch.Tensor:
 def test_ngrams_of_label_texts_alone_weigh_as_those_of_one_point_if_these_are_used(
     tmp_path: Path, used: bool
 ) -> None:
-    dataset = write_tiny(tmp_path / "set", train=(BATCH,), labels=(7, 4), vocabulary=200)
+    dataset = write_tiny(
+        tmp_path / "set", train=(BATCH,), labels=(7, 4), vocabulary=200, empty=(3,)
+    )
     bag = build_encoder(config_of().encoder, CPU, SEED).bag
     assert bag is not None
 
@@ -359,6 +361,7 @@ def test_ngrams_of_label_texts_alone_weigh_as_those_of_one_point_if_these_are_us
         return set(bag.ngrams(row, torch.ones_like(row))[1].tolist())
 
     texts = dataset.read_rows("labels", 0, 11, ["input_ids"])["input_ids"].to_pylist()
+    assert buckets(texts.pop(3)) - set().union(*map(buckets, texts)), "an empty text does not count"
     assert any(len(ids) > 6 for ids in texts), "what is cut does not count"
     named = set().union(*(buckets(ids[:5] + ids[-1:] if len(ids) > 6 else ids) for ids in texts))
     rows = [buckets(ids) for ids in rows_of(0)[0]]

@@ -30,6 +30,8 @@ from tests.training.gloo import on_ranks
 CPU = torch.device("cpu")
 DIM, VOCABULARY, BATCH = 6, 30, 8
 SCALE, CENTROID, CONSTANT = 7.0, 0.5, 2.0
+EMPTY = 2, 9
+"""Labels with an empty text, which says nothing about them."""
 
 
 class Bag(nn.Module):
@@ -108,8 +110,9 @@ Runs = dict[int, list[dict[str, dict[str, torch.Tensor]]]]
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_tiny(
-        tmp_path_factory.mktemp("tiny"), train=(30, 11), labels=(7, 4), vocabulary=VOCABULARY
-    )
+        tmp_path_factory.mktemp("tiny"), train=(30, 11), labels=(7, 4), vocabulary=VOCABULARY,
+        empty=EMPTY,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,7 @@ def dense(dataset: Dataset, centroid: float = CENTROID) -> dict[str, torch.Tenso
     b = torch.linalg.solve(second + ridge * torch.eye(DIM, dtype=torch.float64), mu)
     u = b / b.norm()
     v = unit(embed(texts))
+    v[list(EMPTY)] = 0
     if centroid:
         has = torch.zeros(manifest.num_labels, len(rows), dtype=torch.float64)
         for i, row in enumerate(rows):

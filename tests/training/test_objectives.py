@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from tests.xfc.test_softmax import SPACING, UNIT, dense_loss, error
 ENCODER = EncoderConfig(learning_rate=1e-2, weight_decay=0.1)
 CPU, BATCH, SHARE = torch.device("cpu"), 7, 0.3
 RULE = SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
+LARGE = replace(RULE, lr=1.0)
+"""Its updates are about as large as the weights, and not lost in the rounding of fp8."""
 CASES = pairwise(STORAGES, ["softmax", "bce"], [False, True], [11, 2])
 """Storage, objective, whether there is a teacher, labels: of two, a rank of three has none."""
 
@@ -101,14 +104,14 @@ class Worker:
         config = run_config(ENCODER, classifier={"objective": objective})
         self.step = Step(config, encoder, self.shard, self.optimizer, ranks, CPU)
 
-    def train(self, first: int, stop: int, taught: bool) -> dict[str, Tensor]:
+    def train(self, first: int, stop: int, taught: bool, rule: SGD = RULE) -> dict[str, Tensor]:
         """Makes these steps; of the last, `gradient` is this rank's part of a matrix's gradient."""
         own: list[Tensor] = []
         self.encoder.out.weight.register_hook(lambda gradient: own.append(gradient.clone()))
         losses = []
         for number in range(first, stop):
             batch = batch_of(self.ranks, number, self.labels, taught)
-            losses.append(self.step(batch, number, RULE, with_loss=True).loss)
+            losses.append(self.step(batch, number, rule, with_loss=True).loss)
         self.step.settle()
         encoder = {f"encoder {n}": p.detach().clone() for n, p in self.encoder.named_parameters()}
         weight = self.shard.weights.read(0, len(self.shard.owned)).clone()
@@ -121,7 +124,7 @@ def everything(ranks: Ranks) -> dict[str, Any]:
     for precision, objective, taught, labels in CASES:
         worker = Worker(ranks, precision, objective, labels)
         stored = worker.shard.weights.read(0, len(worker.shard.owned)).clone()
-        found["one"].append({**worker.train(0, 1, taught), "stored": stored})
+        found["one"].append({**worker.train(0, 1, taught, LARGE), "stored": stored})
     for taught in (False, True):
         found["six"].append(Worker(ranks, "fp32", "softmax", 11).train(0, 6, taught))
     return found
@@ -143,9 +146,11 @@ def whole(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {**parts[0], **summed, **joined}
 
 
-def oracle(weight: Tensor, objective: str, labels: int, steps: int, taught: bool) -> dict[str, Any]:
+def oracle(
+    weight: Tensor, objective: str, labels: int, steps: int, taught: bool, rule: SGD = RULE
+) -> dict[str, Any]:
     encoder, own = Bag().double(), weight.double().requires_grad_()
-    classifier, optimizer = dense_optimizers(encoder, own, ENCODER, RULE)
+    classifier, optimizer = dense_optimizers(encoder, own, ENCODER, rule)
     losses = []
     for number in range(steps):
         of = global_batch(number, labels)
@@ -169,20 +174,22 @@ def test_a_step_in_every_storage(runs: dict[int, list[dict[str, Any]]], num_rank
     """Loss, gradient of E (seen in the encoder's) and update of W, from the weights as stored."""
     for number, (precision, objective, taught, labels) in enumerate(CASES):
         found = whole([rank["one"][number] for rank in runs[num_ranks]])
-        wanted = oracle(found["stored"], objective, labels, 1, taught)
+        wanted = oracle(found["stored"], objective, labels, 1, taught, LARGE)
+        for each in (found, wanted):
+            each["weight"] = each["weight"] - found["stored"]
         unit = UNIT[STORAGES[precision].compute]
         errors = {name: error(found[name], wanted[name]) for name in ("loss", "gradient", "weight")}
         print(num_ranks, precision, objective, taught, labels, errors)
         assert max(errors["loss"], errors["gradient"]) < 4 * unit
-        assert errors["weight"] < 4 * unit + SPACING.get(precision, 0.0)
-        # The other objective, and targets without the teacher, are far outside the tolerance.
+        assert errors["weight"] < 4 * unit + 2 * SPACING.get(precision, 0.0)
+        # The other objective, and targets without the teacher, are far from what is found.
         other = oracle(
             found["stored"], *(("bce", labels, 1, taught) if objective == "softmax" else
             ("softmax", labels, 1, taught)),
         )  # fmt: skip
         untaught = oracle(found["stored"], objective, labels, 1, not taught)
         for wrong in (other, untaught):
-            assert error(found["gradient"], wrong["gradient"]) > 0.02
+            assert error(found["gradient"], wrong["gradient"]) > max(0.02, 4 * errors["gradient"])
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

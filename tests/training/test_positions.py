@@ -76,3 +76,14 @@ def test_an_encoder_decoder_is_refused_before_anything_is_loaded(tmp_path: Path)
     )
     with pytest.raises(ReneeError, match=r"encoder-decoder \(t5\), which embeds no"):
         check_positions(EncoderConfig(name=str(tmp_path)), 64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [hf.CLIPConfig(), hf.OPTConfig(**{**SMALL, "ffn_dim": 24}, word_embed_proj_dim=8)],
+    ids=["clip", "opt"],
+)
+def test_a_model_without_one_width_is_refused(config: hf.PretrainedConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ReneeError, match=r"no one width of its texts"):
+        check_positions(EncoderConfig(name=str(tmp_path)), 64)

@@ -16,7 +16,8 @@ from tests.xfc.memory import Fresh, Largest
 
 CPU = torch.device("cpu")
 LABELS, DIM, BATCH = 47, 6, 9
-RULE = SGD(0.1, 0.9, 0.02)
+RULE = SGD(2.0, 0.9, 0.02)
+"""Its updates are about as large as the weights, and not lost in the rounding of fp8."""
 UNIT = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SPACING = {"bf16_sr": 2.0**-7, "fp8_sr": 2.0**-3}
 """Of stored numbers, where rounding is stochastic."""
@@ -52,7 +53,7 @@ def dense_loss(logits: Tensor, y: Tensor, objective: str) -> Tensor:
 
 
 def dense(weight: Tensor, inputs: Tensor, y: Tensor, objective: str) -> list[Tensor]:
-    """[loss, dE, W after one step], float64, by autograd and torch.optim.SGD."""
+    """[loss, dE, change of W in one step], float64, by autograd and torch.optim.SGD."""
     own, rows = (each.clone().double().requires_grad_() for each in (weight, inputs))
     optimizer = torch.optim.SGD(
         [own], RULE.lr, momentum=RULE.momentum, weight_decay=RULE.weight_decay
@@ -61,7 +62,7 @@ def dense(weight: Tensor, inputs: Tensor, y: Tensor, objective: str) -> list[Ten
     loss.backward()
     optimizer.step()
     assert rows.grad is not None
-    return [loss.detach(), rows.grad, own.detach()]
+    return [loss.detach(), rows.grad, own.detach() - weight]
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -71,7 +72,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def step(
     kind: str, objective: str, precision: str, compute: torch.dtype, chunk: int = 5
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(loss, dE and W after a step of a shard; those that the oracle has for its weights)."""
+    """(loss, dE and change of W in a step of a shard; those of the oracle for its weights)."""
     owned = LabelRange(0, LABELS, LABELS)
     shard = Shard(owned, Weights(precision, LABELS, DIM, True, CPU, compute), chunk)
     shard.write(0, normal(LABELS, DIM, seed=1))
@@ -83,7 +84,7 @@ def step(
     softmax = Reductions() if objective == "softmax" else None
     loss = shard.step(inputs, pairs, RULE, with_loss=True, on_gradient=seen.append, softmax=softmax)
     assert (loss.dtype, seen[0].dtype) == (torch.float64, torch.float32)
-    found = [loss, seen[0], shard.weights.read(0, LABELS).clone()]
+    found = [loss, seen[0], shard.weights.read(0, LABELS) - stored]
     return found, dense(stored, inputs, target(kind), objective)
 
 
@@ -121,7 +122,7 @@ def test_every_storage_gives_the_gradient_of_its_own_weights(
     print(stored, objective, kind, *map(error, found, wanted))
     assert error(found[0], wanted[0]) < 3 * unit
     assert error(found[1], wanted[1]) < 3 * unit
-    assert error(found[2], wanted[2]) < 3 * unit + SPACING.get(stored[0], 0.0)
+    assert error(found[2], wanted[2]) < 3 * unit + 2 * SPACING.get(stored[0], 0.0)
 
 
 @pytest.mark.parametrize("large", [200.0, -200.0])

@@ -37,7 +37,7 @@ from renee_ray.checkpoint.state import Checkpoint
 from renee_ray.config.overrides import changed
 from renee_ray.config.schema import NO_TRANSFORMER, EncoderConfig, LoraConfig, RunConfig
 from renee_ray.config.score import ExportConfig
-from renee_ray.data.dataset import Dataset, hash_of_labels
+from renee_ray.data.dataset import Dataset, Manifest, hash_of_labels
 from renee_ray.data.destination import Destination, Kind
 from renee_ray.data.models import quiet, resolve_model
 from renee_ray.data.storage import absolute, write_file
@@ -180,9 +180,7 @@ def _save_encoder(local: Path, encoder: Encoder, settings: EncoderConfig, datase
     Raises:
         ReneeError: the tokenizer, which goes along, is not the dataset's any more.
     """
-    from transformers import AutoTokenizer
-
-    vocabulary_of(dataset)
+    vocabulary = vocabulary_of(dataset)
     backbone: Any = encoder.backbone
     if settings.lora.rank:
         backbone.save_pretrained(local / ADAPTER, save_embedding_layers=False)
@@ -190,9 +188,21 @@ def _save_encoder(local: Path, encoder: Encoder, settings: EncoderConfig, datase
         backbone = backbone.merge_and_unload()
     if backbone is not None:
         backbone.save_pretrained(local / ENCODER)
-    AutoTokenizer.from_pretrained(
-        resolve_model(dataset.manifest.tokenizer), trust_remote_code=False, local_files_only=True
-    ).save_pretrained(local / ENCODER)
+    save_tokenizer(local / ENCODER, dataset.manifest, vocabulary)
+
+
+def save_tokenizer(directory: Path, manifest: Manifest, vocabulary: str) -> None:
+    """Writes a dataset's tokenizer, `vocabulary`, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_model(manifest.tokenizer), trust_remote_code=False, local_files_only=True
+    )
+    if tokenizer.pad_token is None:  # without one, sentence_transformers embeds nothing
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(manifest.pad_id)
+    tokenizer.save_pretrained(directory)
+    # transformers makes some anew, by their class; a run has the tokens of the file.
+    (directory / "tokenizer.json").write_text(vocabulary, "utf-8")
 
 
 def _head(encoder: Encoder) -> dict[str, Tensor]:
