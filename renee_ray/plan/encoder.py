@@ -56,15 +56,9 @@ class Transformer:
         """
         if self.settings is None or not rows:
             return 0
-        given = tokens, attention, autocast, kind
-        try:
-            few, many = _kept_of(self.settings, *given)
-        except _NeedsData as error:
-            log.warning(
-                "%s models do not run without data (%s): activations are counted as those of a "
-                "BERT of the same size", self.settings.model_type, reason(error),
-            )  # fmt: skip
-            few, many = _kept_of(_bert(self.settings, tokens), *given)
+        text = self.settings.to_json_string(use_diff=False)
+        model = cast(Hashable, type(self.settings))
+        few, many = _counted(text, model, tokens, attention, autocast, kind)
         each = (many - few) / (COUNTED_ROWS[1] - COUNTED_ROWS[0])
         kept = int(few + (rows - COUNTED_ROWS[0]) * each)
         if not layered:
@@ -136,10 +130,23 @@ def build(settings: Any, attention: str) -> Any:
     return model.train()
 
 
-def _kept_of(settings: Any, *given: Any) -> tuple[int, int]:
-    """Returns what `_kept` finds for each of COUNTED_ROWS."""
-    text, kind = settings.to_json_string(use_diff=False), cast(Hashable, type(settings))
-    few, many = (_kept(text, kind, rows, *given) for rows in COUNTED_ROWS)
+@functools.lru_cache(64)
+def _counted(text: str, kind: type, tokens: int, *given: Any) -> tuple[int, int]:
+    """Returns what `_kept` finds for each of COUNTED_ROWS, with a stand-in where it finds nothing.
+
+    It is asked again and again for one plan, and a model that needs data is told of once.
+    """
+    try:
+        few, many = (_kept(text, kind, rows, tokens, *given) for rows in COUNTED_ROWS)
+    except _NeedsData as error:
+        settings = kind.from_dict(json.loads(text))  # type: ignore[attr-defined]
+        log.warning(
+            "%s models do not run without data (%s): activations are counted as those of a "
+            "BERT of the same size", settings.model_type, reason(error),
+        )  # fmt: skip
+        bert = _bert(settings, tokens)
+        text, kind = bert.to_json_string(use_diff=False), type(bert)
+        few, many = (_kept(text, kind, rows, tokens, *given) for rows in COUNTED_ROWS)
     return few, many
 
 
@@ -154,7 +161,6 @@ class _Masked(nn.Dropout):
         return input * torch.ones_like(input, dtype=torch.bool)
 
 
-@functools.lru_cache(64)
 def _kept(
     text: str, kind: type, rows: int, tokens: int, attention: str, autocast: torch.dtype | None,
     device_type: str,

@@ -73,7 +73,7 @@ class Manifest:
     other_texts: tuple[Count, ...]
     """For each part of labels, the number of its labels that are not `is_point`."""
     statistics: dict[str, Any]
-    """Counts of the conversion, for people."""
+    """Counts of the conversion, for people, plans and first weights."""
     labels_hash: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """`hash_labels` of all labels."""
 
