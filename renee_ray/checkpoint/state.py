@@ -3,7 +3,7 @@
     RUN/checkpoints/step-000000400-1b9f03c2/
         classifier-START-STOP.safetensors     the rows of labels [START, STOP): one file a writer
         encoder.safetensors                   parameters that are trained, by name
-        optimizer.safetensors                 AdamW's moments, by parameter name
+        optimizer.safetensors                 AdamW's moments and averages, by parameter name
         manifest.json                         state, metrics, sizes and checksums; written last
         manifest-0001.json                    the same after `renee-ray labels`, which adds files
                                               and changes none: its revision 1
@@ -244,16 +244,19 @@ class Checkpoint:
         """Reads AdamW's moments as `moments_of` returned them, for `set_moments`."""
         return self._open(OPTIMIZER, TensorFile.tensors)
 
-    def load_shard(self, shard: Shard, *, momentum: bool = True) -> None:
+    def load_shard(self, shard: Shard, *, momentum: bool = True, average: bool = True) -> None:
         """Fills a shard with the rows of the labels it owns, whoever wrote them.
+
+        momentum, average: whether to fill these too, where the shard has them.
 
         Raises:
             CheckpointError: another storage or dimension, or rows that no file holds.
         """
+        left = [name for name, want in (("momentum", momentum), ("average", average)) if not want]
         wanted = {
             name: tensor
             for name, tensor in shard.weights.tensors().items()
-            if momentum or not name.startswith("momentum")
+            if not name.startswith(tuple(left))
         }
         filled = 0
         for name, start, stop in self.manifest.shards():
@@ -333,7 +336,7 @@ def _read_rows(file: TensorFile, parts: dict[str, Tensor], first: int, rows: int
         if shapes.get(name) != (out.dtype, [rows, out.shape[1]]):
             raise _DoesNotFit(
                 f"has no {name} of {rows} x {out.shape[1]} {out.dtype}; it was written with "
-                f"another precision, momentum or dimension"
+                f"another precision, momentum, average or dimension"
             )
         file.read_into(name, out, first * out.shape[1] * out.element_size())
 

@@ -85,6 +85,7 @@ class CheckpointWriter:
     background: whether to write beside training.
     on_written: is called after each checkpoint, in the thread that writes.
     before_commit: is called there before each commit, on rank 0.
+    averages: of the encoder's weights, saved beside the moments (training/averages.py).
     """
 
     checkpoints: Checkpoints
@@ -94,6 +95,7 @@ class CheckpointWriter:
     background: bool = True
     on_written: Callable[[Written], None] = lambda written: None
     before_commit: Callable[[], None] = lambda: None
+    averages: Mapping[str, Tensor] = field(default_factory=dict)
     _copies: dict[str, Copy] = field(default_factory=dict)
     _reserved: bool = False
     _thread: threading.Thread | None = None
@@ -123,6 +125,7 @@ class CheckpointWriter:
         alone: list[Tensor] = []
         if self.ranks.rank == 0:
             alone = [*trained_state(encoder).values(), *len(MOMENTS) * dense_parameters(encoder)]
+            alone += self.averages.values()
         self.background = self._all_have(
             sum(map(Copy.bytes_like, tensors.values())), sum(map(Copy.bytes_like, alone))
         )
@@ -187,7 +190,7 @@ class CheckpointWriter:
             files[shard_name(shard.owned.start, shard.owned.stop)] = shard.weights.tensors()
         if self.ranks.rank == 0:
             files[ENCODER] = {key: t.contiguous() for key, t in trained_state(encoder).items()}
-            files[OPTIMIZER] = moments_of(encoder, optimizer)
+            files[OPTIMIZER] = moments_of(encoder, optimizer) | self.averages
         return files
 
     def _copy(self, key: str, tensor: Tensor) -> Copy:

@@ -352,6 +352,9 @@ class RunConfig(Placed):
     The model must be the same; without a CONFIG, all settings are those of that run."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
+    average: float = Field(0.0, ge=0, lt=1)
+    """Share of all steps, at the end, whose weights are averaged: the mean is the result. The
+    learning rates stay as they are at its begin. 0: the last weights."""
     loss_every: int = Field(20, ge=0)
     """Steps between two computations of the loss; 0: never."""
     timeout_s: int = Field(120, ge=5)

@@ -48,5 +48,6 @@ def build_model(
     # All ranks use rank 0's choice, whatever devices they have: a checkpoint has one precision.
     chosen = precision or choose_precision(config.classifier.precision, *native_narrow(device))
     precision = gather_bytes(ranks, chosen.encode())[0].decode()
-    weights = Weights(precision, len(owned), encoder.dim, momentum, device)
+    averaged = config.average > 0
+    weights = Weights(precision, len(owned), encoder.dim, momentum, device, averaged=averaged)
     return Model(encoder, Shard(owned, weights, config.classifier.chunk))

@@ -4,6 +4,7 @@ Ledger, for a global batch of B rows, of which a worker has b, T tokens, and a w
 labels of dimension D:
 
     weights, momentum    [n, D]        xfc/weights/storages.py
+    averages             [n, D], and fp32 of what is trained of the encoder (training/averages.py)
     encoder              parameters, gradients and two moments of AdamW, fp32, of what is trained:
                          the transformer, or the adapters of one that is frozen; the bottleneck
     frozen parameters    fp32, of a transformer that is not trained itself
@@ -57,8 +58,8 @@ and multiplied by the rates (model/bag.py)."""
 GATHERED_ROWS, RANK_ROWS = 3, 2
 """Arrays while they are gathered, on one rank and for each: own, times the scale, padded; received,
 and put together (BagOptimizer.reduce). With several ranks these are more."""
-COPIED = ("weights", "momentum", "encoder parameters", "encoder moments", "bag")
-"""Components that the first worker saves; of the others, each saves weights and momentum alone."""
+COPIED = ("weights", "momentum", "averages", "encoder parameters", "encoder moments", "bag")
+"""Components that the first worker saves; the others save what the classifier has of them."""
 STATES = (*COPIED, "encoder gradients", "frozen parameters")
 """Components that are there whatever a batch is like."""
 
@@ -171,9 +172,11 @@ class Worker:
         """Returns the bytes of each component. Some, such as momentum, may be 0."""
         weight, velocity = stored_bytes(self.precision)
         numbers, encoder, kind = self.labels * self.dim, self.config.encoder, self.device.kind
+        averaged = self.parameters + encoder.bag.dim * encoder.bag.buckets
         states = {
             "weights": weight * numbers,
             "momentum": velocity * numbers if self.config.classifier.momentum else 0,
+            "averages": (velocity * numbers + 4 * averaged) * (self.config.average > 0),
             "encoder parameters": 4 * self.parameters,
             "encoder gradients": 4 * self.parameters,
             "encoder moments": 8 * self.parameters,

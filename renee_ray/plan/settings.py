@@ -46,7 +46,8 @@ NOT_FROZEN = (
 RATES = "encoder.learning_rate", "encoder.weight_decay"
 """What has no effect beside it without a bottleneck, whatever the value."""
 KEPT = {
-    "batch_size", "epochs", "warmup", "loss_every", "encoder", "classifier", "feed", "evaluation",
+    "batch_size", "epochs", "warmup", "average", "loss_every", "encoder", "classifier", "feed",
+    "evaluation",
 }  # fmt: skip
 """Settings that a run takes from the one with whose weights it begins."""
 NOT_KEPT: dict[str, Any] = {"encoder": {"weights"}, "feed": {"targets", "targets_weight"}}

@@ -33,6 +33,7 @@ from renee_ray.rank.threads import one_ahead
 from renee_ray.scoring.metrics import MetricSums
 from renee_ray.scoring.neighbours import Neighbours
 from renee_ray.scoring.scorer import Propensities, Scorer, evaluate
+from renee_ray.training.averages import Averages
 from renee_ray.training.schedule import Schedule, warmup_cosine
 from renee_ray.training.step import Step, StepResult
 from renee_ray.xfc.weights.storages import SGD
@@ -87,7 +88,9 @@ class Trainer:
     _last: StepResult | None = None
 
     def __post_init__(self) -> None:
-        self.optimizer = adamw(self.model.encoder, self.config.encoder)
+        config = self.config
+        self.optimizer = adamw(self.model.encoder, config.encoder)
+        self.averages = Averages(self.model, self.schedule.total, config.average, config.seed)
         if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
             self.state.loss_scale = LossScale.start()
         # A resumed run goes on counting if all of its steps were skipped.
@@ -115,6 +118,7 @@ class Trainer:
             batch = next(ready)
             result, sampled = self.train_on(batch)
             rows += result.rows
+            self.averages.add(state.step)
             evaluates = state.step in evaluations
             saves = evaluates or result.wishes or (every and state.step % every == 0)
             if sampled or saves:
@@ -144,7 +148,7 @@ class Trainer:
             what it did; whether its loss was computed.
         """
         config, state = self.config, self.state
-        factor = warmup_cosine(state.step, self.schedule.total, config.warmup)
+        factor = self._rate(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.encoder.learning_rate * factor
         if self._step.bag is not None:
@@ -170,6 +174,10 @@ class Trainer:
             Position(done.epoch + 1, 0) if last else Position(done.epoch, done.batch + 1)
         )
         return result, sampled
+
+    def _rate(self, step: int) -> float:
+        """Returns the factor of the peak learning rates."""
+        return warmup_cosine(step, self.schedule.total, self.config.warmup, self.config.average)
 
     @cached_property
     def _step(self) -> Step:
@@ -234,7 +242,7 @@ class Trainer:
         pace = max(self.recorder.paces[self.ranks.rank].step, 1e-9)
         loss = float(all_sum(self.ranks, result.loss.clone())) / max(1, result.rows)
         step, total = self.state.step, self.schedule.total
-        factor = warmup_cosine(step - 1, total, self.config.warmup)
+        factor = self._rate(step - 1)
         record = {
             "step": step,
             "total_steps": total,

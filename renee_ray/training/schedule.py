@@ -48,13 +48,15 @@ class Schedule:
         return steps + (round(part * self.batches[whole]) if part else 0)
 
 
-def warmup_cosine(step: int, total: int, warmup: float) -> float:
+def warmup_cosine(step: int, total: int, warmup: float, held: float = 0.0) -> float:
     """Returns the factor of the peak learning rate at `step` of `total`, counted from 0.
 
     It rises linearly over the first `warmup` share of the steps, then follows half a cosine
-    down to 0 (the schedule of Renée, on encoder and classifier alike).
+    down to 0 (the schedule of Renée, on encoder and classifier alike). Over the last share `held`
+    it stays as it is at its begin.
     """
     rising = math.ceil(warmup * total)
     if step < rising:
         return (step + 1) / rising
+    step = min(step, max(rising, total - round(held * total)))
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))

@@ -41,7 +41,7 @@ from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.lanes import lane_count, run
 from renee_ray.xfc.softmax import Normalised, Positives, Reductions, RowSums
 from renee_ray.xfc.weights.normal import normal_rows
-from renee_ray.xfc.weights.rounding import scaled_e4m3
+from renee_ray.xfc.weights.rounding import Noise, scaled_e4m3
 from renee_ray.xfc.weights.storages import SGD, Weights
 
 HOST = torch.device("cpu")
@@ -49,6 +49,8 @@ GRADIENT_BYTES = 10
 """Memory of one number of dE in a lane: its sum, and a chunk's part of it as bf16 and as fp32."""
 Chunks = list[tuple[int, int]]
 """Ranges [start, stop) of local labels; those of a range are worked on at once."""
+AVERAGE = 2
+"""Stream of noise of the mean; 0 and 1 are those of weights and velocities."""
 INIT_NUMBERS = 1 << 20
 """First weights that are made at once, of some 50 bytes of working memory each."""
 
@@ -203,6 +205,27 @@ class Shard:
         for first in range(self.owned.start, self.owned.stop, at_once):
             stop = min(first + at_once, self.owned.stop)
             self.write(first, normal_rows(seed, first, stop, dim, device) * std)
+
+    def add_to_average(self, number: int, seed: int, step: int) -> None:
+        """Makes the mean of `number` - 1 steps' weights that of `number`, with those of `step`."""
+        weights, mean = self.weights, self.weights.average
+        assert mean is not None
+        noise = None
+        if mean.dropped:
+            given = mean.dropped, weights.dim, self.owned.start, weights.scratch
+            noise = Noise(seed, step, AVERAGE, *given)
+        for start, stop in self.chunks(1):
+            rows = weights.read(start, stop)
+            out = None if mean.aliased else weights.scratch("average", stop - start, weights.dim)
+            mean.store(start, stop, mean.read(start, stop, out).lerp_(rows, 1 / number), noise)
+
+    def take_average(self) -> None:
+        """Sets the weights to their mean, rounded to the nearest that the storage has."""
+        weights, mean = self.weights, self.weights.average
+        assert mean is not None
+        for start, stop in self.chunks(1):
+            out = None if mean.aliased else weights.scratch("average", stop - start, weights.dim)
+            weights.weight.write(start, stop, mean.read(start, stop, out))
 
     def write(self, first: int, rows: Tensor) -> None:
         """Sets the weights of labels [first, first + len(rows)), given as float32."""

@@ -25,3 +25,13 @@ def test_rises_linearly_then_falls_along_half_a_cosine(total: int, warmup: float
 def test_the_end_is_zero() -> None:
     assert warmup_cosine(100, 100, 0.1) == pytest.approx(0, abs=1e-12)
     assert warmup_cosine(0, 0, 0.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "held"), [(100, 0.05, 0.33), (7, 0.5, 0.9), (1, 0, 0.5)]
+)
+def test_rates_are_held_over_the_last_share(total: int, warmup: float, held: float) -> None:
+    plain = [warmup_cosine(step, total, warmup) for step in range(total + 1)]
+    begin = max(math.ceil(warmup * total), total - round(held * total))
+    wanted = plain[:begin] + [plain[begin]] * (total - begin)
+    assert [warmup_cosine(step, total, warmup, held) for step in range(total)] == wanted

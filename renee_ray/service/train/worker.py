@@ -101,7 +101,7 @@ def prepared(
     model, checkpoint, moments = resume(directory.checkpoints(), ranks, build)
     if start and not checkpoint:
         start.load_encoder(model.encoder)
-        start.load_shard(model.shard)
+        start.load_shard(model.shard, average=False)
         moments = start.moments()
     state = checkpoint.state if checkpoint else State(facts=share.facts(model, start))
     history = History.read(directory, state) if ranks.rank == 0 else None
@@ -111,6 +111,7 @@ def prepared(
     ) as observer:
         writer = share.writer(model, observer)
         trainer = share.trainer(model, state, writer, observer)
+        writer.averages = trainer.averages.tensors
         points, told = partial(share.scoring, "train"), (observer.recorder, share.channel.say)
         num_points = share.dataset.manifest.num_points("train")
         if model.encoder.remembered is not None:
@@ -118,7 +119,9 @@ def prepared(
             model.encoder.remembered.embed_all(points(), share.device, rounds)
         if checkpoint or start:
             set_moments(model.encoder, trainer.optimizer, moments)
-            if not checkpoint:  # the other run's points may lack n-grams of these
+            if checkpoint:
+                trainer.averages.load(moments)
+            else:  # the other run's points may lack n-grams of these
                 weigh_ngrams(model, config, share.dataset, points, ranks, *told)
         else:
             initialise_classifier(model, config, share.dataset, points, ranks, *told)
@@ -246,7 +249,7 @@ def _choose_tail(trainer: Trainer, channel: DriverChannel) -> None:
     directory, voters = RunDirectory(config.output), None
     best = directory.checkpoint("best")
     best.load_encoder(model.encoder)
-    best.load_shard(model.shard, momentum=False)
+    best.load_shard(model.shard, momentum=False, average=False)
     if config.evaluation.neighbours:
         voters = embed_voters(
             config, Dataset.without_check(config.data), model.encoder, ranks, trainer.device,

@@ -55,7 +55,7 @@ STORAGES: dict[str, Storage] = {
 
 
 def stored_bytes(precision: str) -> tuple[int, int]:
-    """Returns the bytes of one weight and of its velocity."""
+    """Returns the bytes of one weight, and of its velocity or mean."""
     storage = STORAGES[precision]
     weight, velocity = storage.weight.stored.values(), storage.velocity.stored.values()
     return sum(each.itemsize for each in weight), sum(each.itemsize for each in velocity)
@@ -70,6 +70,7 @@ class Weights:
         dim: D.
         momentum: whether a velocity buffer is kept.
         compute: dtype of the matmuls: the storage's own or fp32; None: what suits the device.
+        averaged: whether a buffer for the mean of several steps' weights is kept.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Weights:
         momentum: bool,
         device: torch.device,
         compute: torch.dtype | None = None,
+        *,
+        averaged: bool = False,
     ) -> None:
         self.precision = choose_precision(precision, *native_narrow(device))
         storage = STORAGES[self.precision]
@@ -89,6 +92,8 @@ class Weights:
         self.scratch = Scratch(device)
         self.weight = storage.weight(rows, dim, device, self.scratch)
         self.velocity = storage.velocity(rows, dim, device, self.scratch) if momentum else None
+        # As a velocity is stored: a mean in e4m3 would not move by a share of a weight.
+        self.average = storage.velocity(rows, dim, device, self.scratch) if averaged else None
 
     @classmethod
     def of(cls, rows: Tensor) -> Weights:
@@ -125,6 +130,8 @@ class Weights:
         named = {f"weight{suffix}": t for suffix, t in self.weight.tensors().items()}
         if self.velocity is not None:
             named |= {f"momentum{suffix}": t for suffix, t in self.velocity.tensors().items()}
+        if self.average is not None:
+            named |= {f"average{suffix}": t for suffix, t in self.average.tensors().items()}
         return named
 
     def nbytes(self) -> int:

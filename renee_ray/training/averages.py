@@ -1,0 +1,63 @@
+"""Averaged weights: the mean of those after some of the last steps is the result of a run.
+
+With learning rates that do not fall to 0, weights go on moving around what they would reach, and
+their mean is nearer to it than any of them (Polyak and Juditsky, SIAM J. Control Optim. 1992).
+
+Ledger, on a rank that owns n labels, D dimensions:
+
+    shard.weights.average   [n, D]    as a velocity is stored    of the classifier's rows
+    tensors                 by name   float32, the same on all   of the encoder's trained parameters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from renee_ray.model.model import Model
+
+SAMPLES = 32
+"""Weights that a mean is made of, about."""
+SUFFIX = ".average"
+
+
+def number_of(step: int, total: int, share: float) -> int:
+    """Returns which of the averaged weights those after `step` steps are, from 1; 0: none."""
+    span = round(share * total)
+    spacing = max(1, span // SAMPLES)
+    left, between = divmod(total - step, spacing)
+    return 0 if between or total - step >= span else (span - 1) // spacing + 1 - left
+
+
+class Averages:
+    """The mean of a model's weights over the last `share` of `total` steps.
+
+    tensors: the encoder's, by name of the parameter, for checkpoints.
+    """
+
+    def __init__(self, model: Model, total: int, share: float, seed: int) -> None:
+        self._model, self._total, self._share, self._seed = model, total, share, seed
+        named = model.encoder.named_parameters() if share else ()
+        self._parameters = {f"{n}{SUFFIX}": p for n, p in named if p.requires_grad}
+        self.tensors = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes the tensors of a checkpoint, among others."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(saved[name])
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Adds the weights after `step` steps, if they count; the mean replaces the last ones."""
+        number = number_of(step, self._total, self._share)
+        if not number:
+            return
+        for name, parameter in self._parameters.items():
+            self.tensors[name].lerp_(parameter, 1 / number)
+        self._model.shard.add_to_average(number, self._seed, step)
+        if step == self._total:
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self.tensors[name])
+            self._model.shard.take_average()
