@@ -58,7 +58,10 @@ and multiplied by the rates (model/bag.py)."""
 GATHERED_ROWS, RANK_ROWS = 3, 2
 """Arrays while they are gathered, on one rank and for each: own, times the scale, padded; received,
 and put together (BagOptimizer.reduce). With several ranks these are more."""
-COPIED = ("weights", "momentum", "averages", "encoder parameters", "encoder moments", "bag")
+COPIED = (
+    "weights", "momentum", "averages", "encoder parameters", "encoder moments", "encoder averages",
+    "bag",
+)  # fmt: skip
 """Components that the first worker saves; the others save what the classifier has of them."""
 STATES = (*COPIED, "encoder gradients", "frozen parameters")
 """Components that are there whatever a batch is like."""
@@ -176,7 +179,8 @@ class Worker:
         states = {
             "weights": weight * numbers,
             "momentum": velocity * numbers if self.config.classifier.momentum else 0,
-            "averages": (velocity * numbers + 4 * averaged) * (self.config.average > 0),
+            "averages": velocity * numbers * (self.config.average > 0),
+            "encoder averages": 4 * averaged * (self.config.average > 0),
             "encoder parameters": 4 * self.parameters,
             "encoder gradients": 4 * self.parameters,
             "encoder moments": 8 * self.parameters,

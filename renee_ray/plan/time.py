@@ -124,7 +124,7 @@ def steps_of_epoch(worker: Worker) -> int | None:
 def checkpoint_bytes(worker: Worker) -> int:
     """Returns the bytes of a checkpoint, all workers' files together."""
     memory = worker.memory()
-    sharded = memory["weights"] + memory["momentum"]
+    sharded = memory["weights"] + memory["momentum"] + memory["averages"]
     return sum(memory[name] for name in COPIED) + (worker.num_workers - 1) * sharded
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from renee_ray.model.model import Model
 
 SAMPLES = 32
-"""Weights that a mean is made of, about."""
+"""Weights that a mean is made of at least, if the share has so many, and less than twice."""
 SUFFIX = ".average"
 
 
@@ -41,7 +41,10 @@ class Averages:
         self._model, self._total, self._share, self._seed = model, total, share, seed
         named = model.encoder.named_parameters() if share else ()
         self._parameters = {f"{n}{SUFFIX}": p for n, p in named if p.requires_grad}
-        self.tensors = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        self.tensors = {
+            name: torch.zeros_like(p, memory_format=torch.contiguous_format)
+            for name, p in self._parameters.items()
+        }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Takes the tensors of a checkpoint, among others."""

@@ -51,6 +51,8 @@ Chunks = list[tuple[int, int]]
 """Ranges [start, stop) of local labels; those of a range are worked on at once."""
 AVERAGE = 2
 """Stream of noise of the mean; 0 and 1 are those of weights and velocities."""
+MEAN_BYTES = 20
+"""Working memory of a number of the mean: itself and the weight as fp32, noise, and a copy."""
 INIT_NUMBERS = 1 << 20
 """First weights that are made at once, of some 50 bytes of working memory each."""
 
@@ -214,7 +216,7 @@ class Shard:
         if mean.dropped:
             given = mean.dropped, weights.dim, self.owned.start, weights.scratch
             noise = Noise(seed, step, AVERAGE, *given)
-        for start, stop in self.chunks(1):
+        for start, stop in self._mean_chunks():
             rows = weights.read(start, stop)
             out = None if mean.aliased else weights.scratch("average", stop - start, weights.dim)
             mean.store(start, stop, mean.read(start, stop, out).lerp_(rows, 1 / number), noise)
@@ -223,9 +225,13 @@ class Shard:
         """Sets the weights to their mean, rounded to the nearest that the storage has."""
         weights, mean = self.weights, self.weights.average
         assert mean is not None
-        for start, stop in self.chunks(1):
+        for start, stop in self._mean_chunks():
             out = None if mean.aliased else weights.scratch("average", stop - start, weights.dim)
             weights.weight.write(start, stop, mean.read(start, stop, out))
+
+    def _mean_chunks(self) -> Chunks:
+        lanes = self.lanes(1, MEAN_BYTES * self.weights.dim, gradient=False)
+        return [chunk for lane in lanes for chunk in lane]
 
     def write(self, first: int, rows: Tensor) -> None:
         """Sets the weights of labels [first, first + len(rows)), given as float32."""

@@ -387,7 +387,7 @@ def test_another_precision_or_dimension_is_refused(
     tmp_path: Path, precision: str, dim: int
 ) -> None:
     write(tmp_path)
-    with pytest.raises(CheckpointError, match="another precision, momentum or dimension"):
+    with pytest.raises(CheckpointError, match="another precision, momentum, average or dimension"):
         load_all(tmp_path, precision, dim)
 
 

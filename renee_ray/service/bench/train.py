@@ -85,7 +85,7 @@ def _job(recipe: dict[str, Any], overrides: dict[str, Any], steps: int) -> Job:
         raise ReneeError("bench train starts and stops Ray on this machine; unset RAY_ADDRESS")
     if "output" in overrides:
         raise ReneeError("bench train leaves no run behind; leave out output")
-    fixed = {"output": "unused", "classifier": {"init": "normal"}}
+    fixed = {"output": "unused", "average": 0, "classifier": {"init": "normal"}}
     config = make_config(RunConfig, recipe, overrides, fixed, where="bench train")
     if not config.encoder.trains_transformer or config.feed.targets:
         raise ReneeError(

@@ -123,6 +123,7 @@ def prepared(
                 trainer.averages.load(moments)
             else:  # the other run's points may lack n-grams of these
                 weigh_ngrams(model, config, share.dataset, points, ranks, *told)
+            moments.clear()  # what of them is in use, the optimizer has
         else:
             initialise_classifier(model, config, share.dataset, points, ranks, *told)
         writer.reserve(model.encoder, model.shard)  # in place of the centroids of first weights
