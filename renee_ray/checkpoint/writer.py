@@ -190,7 +190,7 @@ class CheckpointWriter:
             files[shard_name(shard.owned.start, shard.owned.stop)] = shard.weights.tensors()
         if self.ranks.rank == 0:
             files[ENCODER] = {key: t.contiguous() for key, t in trained_state(encoder).items()}
-            files[OPTIMIZER] = moments_of(encoder, optimizer) | self.averages
+            files[OPTIMIZER] = {**moments_of(encoder, optimizer), **self.averages}
         return files
 
     def _copy(self, key: str, tensor: Tensor) -> Copy:

@@ -28,7 +28,8 @@ from renee_ray.plan.time import (
 MOST_DEVICES = 4096
 CHANGES = (
     "classifier.precision=bf16_sr", "classifier.precision=fp8_sr", "classifier.momentum=0",
-    "encoder.micro_batch={rows}", "encoder.gradient_checkpointing=true", "num_workers={double}",
+    "average=0", "encoder.micro_batch={rows}", "encoder.gradient_checkpointing=true",
+    "num_workers={double}",
 )  # fmt: skip
 """What may save memory. None of them changes what the model is."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from renee_ray.model.model import Model
 
-SAMPLES = 32
+SAMPLES = 16
 """Weights that a mean is made of at least, if the share has so many, and less than twice."""
 SUFFIX = ".average"
 

@@ -70,19 +70,19 @@ def worker(sample: str, num_workers: int = 1, **changes: Any) -> Worker:
 
 
 @pytest.mark.parametrize(
-    ("precision", "momentum", "num_workers", "batch"),
-    pairwise(tuple(STORAGES), (0.0, 0.9), (1, 2, 3), (8, 96)),
+    ("precision", "momentum", "num_workers", "batch", "average"),
+    pairwise(tuple(STORAGES), (0.0, 0.9), (1, 2, 3), (8, 96), (0.0, 0.5)),
 )
 def test_states_and_buffers_are_those_that_are_allocated(
-    sample: str, precision: str, momentum: float, num_workers: int, batch: int
+    sample: str, precision: str, momentum: float, num_workers: int, batch: int, average: float
 ) -> None:
     settings = {"precision": precision, "momentum": momentum}
-    planned = worker(sample, num_workers, classifier=settings, batch_size=batch)
+    planned = worker(sample, num_workers, classifier=settings, batch_size=batch, average=average)
     memory = planned.memory()
     owned = LabelRange.of_rank(LABELS, num_workers, num_workers - 1)
-    weights = Weights(precision, len(owned), DIM, momentum > 0, CPU)
+    weights = Weights(precision, len(owned), DIM, momentum > 0, CPU, averaged=average > 0)
     shard = Shard(owned, weights)
-    assert memory["weights"] + memory["momentum"] == weights.nbytes()
+    assert sum(memory[name] for name in ("weights", "momentum", "averages")) == weights.nbytes()
     (lane,) = shard.lanes(batch)
     size = max(stop - start for start, stop in lane)
     each = buffer_bytes(batch, weights, shard.operations)
@@ -93,6 +93,7 @@ def test_states_and_buffers_are_those_that_are_allocated(
     held = sum(p.numel() for p in encoder.parameters())
     assert memory["encoder parameters"] == 4 * held
     assert sum(memory[f"encoder {what}"] for what in ("gradients", "moments")) == 12 * held
+    assert memory["encoder averages"] == 4 * held * (average > 0)
 
 
 def test_a_softmax_has_a_chunks_logits_in_fp32_besides(sample: str) -> None:
@@ -100,12 +101,8 @@ def test_a_softmax_has_a_chunks_logits_in_fp32_besides(sample: str) -> None:
     batch, chunk = 96, 512
     problem, scratch, on_gpu = make_problem(LABELS, DIM, batch, CPU), dict[str, int](), {}
     for objective, softmax in ("bce", None), ("softmax", Reductions()):
-        settings: dict[str, Any] = {
-            "objective": objective,
-            "chunk": chunk,
-            "precision": "fp32",
-            "momentum": 0,
-        }
+        settings: dict[str, Any] = {"objective": objective, "chunk": chunk, "momentum": 0}
+        settings["precision"] = "fp32"
         planned = worker(sample, classifier=settings, batch_size=batch)
         memory, shard = planned.memory(), problem.shard("fp32", 0, chunk)
         step = partial(shard.step, problem.embeddings, problem.positives(), SGD(0.1, 0))
@@ -256,6 +253,9 @@ def test_what_would_help_a_refused_run_lowers_what_refused_it(sample: str) -> No
         "classifier.precision=bf16_sr", "classifier.precision=fp8_sr", "classifier.momentum=0"
     }  # fmt: skip
     assert found["classifier.momentum=0"] == 2 * base.memory()["momentum"]
+    averaging = replace(base, config=configured(sample, classifier={"momentum": 0}, average=0.5))
+    averages = averaging.memory()["averages"] + averaging.memory()["encoder averages"]
+    assert ("average=0", 2 * averages) in {each[:2] for each in helpful(averaging, of_states)}
     least = worker(sample, 2, classifier={"precision": "fp8_sr", "momentum": 0})
     on_gpu = replace(least, device=GPUS["h100"], workload=base.workload)
     assert [name for name, *_ in helpful(on_gpu, of_states)] == ["num_workers=4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -146,16 +147,27 @@ def test_the_result_is_the_mean_of_the_last_weights(
                 assert not torch.allclose(own[-2], own[-1], atol=1e-7), key
 
 
+def resumed(ranks: Ranks, run: str) -> dict[str, torch.Tensor]:
+    trainer = trainer_of(ranks, Path(run))
+    assert trainer.state.step == 4
+    trainer.run(batches(trainer))
+    return weights_of(trainer.model)
+
+
 def test_a_run_that_is_cut_among_them_goes_on(tmp_path: Path) -> None:
     whole = trainer_of(Ranks(), tmp_path / "whole")
     whole.run(batches(whole))
+    wanted = weights_of(whole.model)
     first = trainer_of(Ranks(), tmp_path / "cut", at=4)
     first.wish = lambda: 3 if first.state.step == 3 else 0
     first.run(batches(first))
     assert first.state.step == 4
-    second = trainer_of(Ranks(), tmp_path / "cut")
-    assert second.state.step == 4
-    second.run(batches(second))
-    wanted = weights_of(whole.model)
-    for key, tensor in weights_of(second.model).items():
+    shutil.copytree(tmp_path / "cut", tmp_path / "shared")
+    for key, tensor in resumed(Ranks(), str(tmp_path / "cut")).items():
         assert torch.equal(tensor, wanted[key]), key
+    found = on_ranks(3, resumed, str(tmp_path / "shared"))
+    shards = torch.cat([each.pop("shard") for each in found])
+    assert torch.allclose(shards, wanted.pop("shard"), atol=1e-5)
+    for each in found:
+        for key, tensor in each.items():
+            assert torch.allclose(tensor, wanted[key], atol=1e-5), key
