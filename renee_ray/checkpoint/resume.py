@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 def resume(
     checkpoints: Checkpoints, ranks: Ranks, build: Callable[[Checkpoint | None], Model]
 ) -> tuple[Model, Checkpoint | None, dict[str, Tensor]]:
-    """Returns (model, the checkpoint that it was loaded from or None, the optimizer's moments).
+    """Returns (model, the checkpoint that it was loaded from or None, the optimizer's moments
+    and averages).
 
     All ranks leave out a checkpoint that some rank finds damaged, and take the one before it.
 

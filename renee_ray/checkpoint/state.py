@@ -13,6 +13,7 @@ Ledger of the tensors, for L labels, D dimensions and W writers:
     classifier rows    [L, D] in W files by label range    dtypes of the storage (xfc/weights)
     encoder            trained parameters and buffers      float32
     moments            exp_avg, exp_avg_sq and the step    float32
+    averages           means of what is trained            float32
 
 A manifest makes a directory a checkpoint; without one, it is what a killed run left. Part of a
 directory's name is drawn anew by each group of workers. So a group that was given up for dead and
@@ -241,22 +242,21 @@ class Checkpoint:
             ) from None
 
     def moments(self) -> dict[str, Tensor]:
-        """Reads AdamW's moments as `moments_of` returned them, for `set_moments`."""
+        """Reads AdamW's moments, for `set_moments`, and averages (training/averages.py)."""
         return self._open(OPTIMIZER, TensorFile.tensors)
 
-    def load_shard(self, shard: Shard, *, momentum: bool = True, average: bool = True) -> None:
+    def load_shard(self, shard: Shard, *, without: tuple[str, ...] = ()) -> None:
         """Fills a shard with the rows of the labels it owns, whoever wrote them.
 
-        momentum, average: whether to fill these too, where the shard has them.
+        without: which of momentum and average to leave as they are, where the shard has them.
 
         Raises:
             CheckpointError: another storage or dimension, or rows that no file holds.
         """
-        left = [name for name, want in (("momentum", momentum), ("average", average)) if not want]
         wanted = {
             name: tensor
             for name, tensor in shard.weights.tensors().items()
-            if not name.startswith(tuple(left))
+            if not name.startswith(without)
         }
         filled = 0
         for name, start, stop in self.manifest.shards():

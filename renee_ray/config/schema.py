@@ -351,10 +351,11 @@ class RunConfig(Placed):
     """Run with the labels of `data`, from whose best checkpoint a new run begins, with momentum.
     The model must be the same; without a CONFIG, all settings are those of that run."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps in which both learning rates rise linearly; a cosine to 0 follows."""
+    """Share of all steps in which both learning rates rise linearly; a cosine follows, to 0 without
+    `average`."""
     average: float = Field(0.0, ge=0, lt=1)
-    """Share of all steps, at the end, whose weights are averaged: the mean is the result. The
-    learning rates stay as they are at its begin. 0: the last weights."""
+    """Share of all steps, at the end, whose weights are averaged: the mean replaces the last ones.
+    The learning rates that the share begins with are kept. 0: none."""
     loss_every: int = Field(20, ge=0)
     """Steps between two computations of the loss; 0: never."""
     timeout_s: int = Field(120, ge=5)
@@ -381,6 +382,10 @@ class RunConfig(Placed):
             raise ValueError(
                 f"num_workers {self.num_workers} is neither a number from 1 on nor [fewest, most]; "
                 f"correct it"
+            )
+        if self.warmup + self.average > 1:
+            raise ValueError(
+                f"average {self.average} includes steps of the warmup {self.warmup}; lower one"
             )
         if self.start and self.encoder.weights:
             raise ValueError(f"start={self.start!r} has the encoder too; omit encoder.weights")

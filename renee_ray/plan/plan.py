@@ -189,7 +189,7 @@ def plan_or_refuse(
     config: RunConfig, dataset: Dataset, device: Device, whose: str,
     on_progress: Callable[[str], None], *, force: bool = False,
 ) -> Plan:  # fmt: skip
-    """Plans a run, or refuses one whose weights, momentum and encoder alone exceed `device`.
+    """Plans a run, or refuses one whose weights, momentum, averages and encoder exceed `device`.
 
     Activations and buffers, which are known less well, are in the table but refuse nothing.
 
@@ -214,7 +214,7 @@ def plan_or_refuse(
     for change, saved, _ in changes:
         on_progress(f"{change} saves {saved / GIB:.1f} GiB of them")
     raise ReneeError(
-        f"weights, momentum and encoder alone take {states / GIB:.1f} GiB and {whose} has "
-        f"{device.memory / GIB:.1f} GiB; take {'a change above, ' * bool(changes)}more machines, "
-        f"or --force"
+        f"weights, momentum, averages and encoder alone take {states / GIB:.1f} GiB and {whose} "
+        f"has {device.memory / GIB:.1f} GiB; take {'a change above, ' * bool(changes)}more "
+        f"machines, or --force"
     )

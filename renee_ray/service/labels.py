@@ -116,8 +116,7 @@ def add_labels(run: str, source: str, say: Callable[[str], None]) -> dict[str, A
         first, momentum = labels.manifest.num_labels, config.classifier.momentum > 0
         total = first + len(added)
         precision = checkpoint.state.facts["precision"]
-        averaged = config.average > 0
-        weights = Weights(precision, len(added), rows.shape[1], momentum, CPU, averaged=averaged)
+        weights = Weights(precision, len(added), rows.shape[1], momentum, CPU)
         Shard(LabelRange(first, total, total), weights).write(first, rows)
         names = torch.frombuffer(bytearray(json.dumps(added).encode()), dtype=torch.uint8)
         new = {shard_name(first, total): {**weights.tensors(), ADDED: names}}

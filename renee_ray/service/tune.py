@@ -289,7 +289,7 @@ def _run(
             ),
             tune_config=tune.TuneConfig(
                 search_alg=sampler(space, base, journal),
-                # At the same share of their epochs, since the learning rates fall to 0 over them.
+                # At the same share of their epochs, since the learning rates fall over them.
                 scheduler=Halving(
                     "progress", "value", "max", RUNGS[1], RUNGS[0], REDUCTION,
                     stop_last_trials=False,

@@ -19,7 +19,7 @@ from torch import Tensor
 from renee_ray.model.model import Model
 
 SAMPLES = 16
-"""Weights that a mean is made of at least, if the share has so many, and less than twice."""
+"""Fewest weights in a mean, or all of a shorter share; the most are twice as many less one."""
 SUFFIX = ".average"
 
 
@@ -32,13 +32,13 @@ def number_of(step: int, total: int, share: float) -> int:
 
 
 class Averages:
-    """The mean of a model's weights over the last `share` of `total` steps.
+    """The mean of weights of a model after some of the last `share` of all steps.
 
     tensors: the encoder's, by name of the parameter, for checkpoints.
     """
 
-    def __init__(self, model: Model, total: int, share: float, seed: int) -> None:
-        self._model, self._total, self._share, self._seed = model, total, share, seed
+    def __init__(self, model: Model, share: float, seed: int) -> None:
+        self._model, self._share, self._seed = model, share, seed
         named = model.encoder.named_parameters() if share else ()
         self._parameters = {f"{n}{SUFFIX}": p for n, p in named if p.requires_grad}
         self.tensors = {
@@ -52,15 +52,16 @@ class Averages:
             tensor.copy_(saved[name])
 
     @torch.no_grad()
-    def add(self, step: int) -> None:
-        """Adds the weights after `step` steps, if they count; the mean replaces the last ones."""
-        number = number_of(step, self._total, self._share)
+    def add(self, step: int, total: int) -> None:
+        """Adds the weights after `step` of `total` steps, if they count; the mean replaces the
+        last ones."""
+        number = number_of(step, total, self._share)
         if not number:
             return
         for name, parameter in self._parameters.items():
             self.tensors[name].lerp_(parameter, 1 / number)
         self._model.shard.add_to_average(number, self._seed, step)
-        if step == self._total:
+        if step == total:
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.tensors[name])
             self._model.shard.take_average()

@@ -90,7 +90,7 @@ class Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.optimizer = adamw(self.model.encoder, config.encoder)
-        self.averages = Averages(self.model, self.schedule.total, config.average, config.seed)
+        self.averages = Averages(self.model, config.average, config.seed)
         if self.model.encoder.autocast == torch.float16 and not self.state.loss_scale.dynamic:
             self.state.loss_scale = LossScale.start()
         # A resumed run goes on counting if all of its steps were skipped.
@@ -118,7 +118,7 @@ class Trainer:
             batch = next(ready)
             result, sampled = self.train_on(batch)
             rows += result.rows
-            self.averages.add(state.step)
+            self.averages.add(state.step, self.schedule.total)
             evaluates = state.step in evaluations
             saves = evaluates or result.wishes or (every and state.step % every == 0)
             if sampled or saves:

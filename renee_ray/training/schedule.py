@@ -52,8 +52,8 @@ def warmup_cosine(step: int, total: int, warmup: float, held: float = 0.0) -> fl
     """Returns the factor of the peak learning rate at `step` of `total`, counted from 0.
 
     It rises linearly over the first `warmup` share of the steps, then follows half a cosine
-    down to 0 (the schedule of Renée, on encoder and classifier alike). Over the last share `held`
-    it stays as it is at its begin.
+    down to 0 (the schedule of Renée, on encoder and classifier alike). The last share `held` of
+    the steps keeps the factor that it begins with.
     """
     rising = math.ceil(warmup * total)
     if step < rising:

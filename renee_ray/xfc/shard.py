@@ -51,10 +51,9 @@ Chunks = list[tuple[int, int]]
 """Ranges [start, stop) of local labels; those of a range are worked on at once."""
 AVERAGE = 2
 """Stream of noise of the mean; 0 and 1 are those of weights and velocities."""
-MEAN_BYTES = 20
-"""Working memory of a number of the mean: itself and the weight as fp32, noise, and a copy."""
-INIT_NUMBERS = 1 << 20
-"""First weights that are made at once, of some 50 bytes of working memory each."""
+NUMBERS = 1 << 20
+"""Numbers of the shard that are worked on at once outside of a step, of 20 to 50 bytes of working
+memory each."""
 
 
 class Pairs:
@@ -202,11 +201,11 @@ class Shard:
 
     def initialise_normal(self, std: float, seed: int) -> None:
         """W ~ N(0, std); the row of a label depends on (seed, label) only, not on the shards."""
-        dim, device = self.weights.dim, self.weights.device
-        at_once = max(1, INIT_NUMBERS // dim)
-        for first in range(self.owned.start, self.owned.stop, at_once):
-            stop = min(first + at_once, self.owned.stop)
-            self.write(first, normal_rows(seed, first, stop, dim, device) * std)
+        dim, device, first = self.weights.dim, self.weights.device, self.owned.start
+        for start, stop in self._parts():
+            self.write(
+                first + start, normal_rows(seed, first + start, first + stop, dim, device) * std
+            )
 
     def add_to_average(self, number: int, seed: int, step: int) -> None:
         """Makes the mean of `number` - 1 steps' weights that of `number`, with those of `step`."""
@@ -216,22 +215,18 @@ class Shard:
         if mean.dropped:
             given = mean.dropped, weights.dim, self.owned.start, weights.scratch
             noise = Noise(seed, step, AVERAGE, *given)
-        for start, stop in self._mean_chunks():
-            rows = weights.read(start, stop)
-            out = None if mean.aliased else weights.scratch("average", stop - start, weights.dim)
-            mean.store(start, stop, mean.read(start, stop, out).lerp_(rows, 1 / number), noise)
+        for start, stop in self._parts():
+            rows = weights.averages(start, stop).lerp_(weights.read(start, stop), 1 / number)
+            mean.store(start, stop, rows, noise)
 
     def take_average(self) -> None:
         """Sets the weights to their mean, rounded to the nearest that the storage has."""
-        weights, mean = self.weights, self.weights.average
-        assert mean is not None
-        for start, stop in self._mean_chunks():
-            out = None if mean.aliased else weights.scratch("average", stop - start, weights.dim)
-            weights.weight.write(start, stop, mean.read(start, stop, out))
+        for start, stop in self._parts():
+            self.weights.weight.write(start, stop, self.weights.averages(start, stop))
 
-    def _mean_chunks(self) -> Chunks:
-        lanes = self.lanes(1, MEAN_BYTES * self.weights.dim, gradient=False)
-        return [chunk for lane in lanes for chunk in lane]
+    def _parts(self) -> Chunks:
+        size, rows = max(1, NUMBERS // self.weights.dim), len(self.owned)
+        return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def write(self, first: int, rows: Tensor) -> None:
         """Sets the weights of labels [first, first + len(rows)), given as float32."""

@@ -165,7 +165,7 @@ def test_references_are_those_asked_for_and_memory_is_counted_for_these_alone(
 def test_weights_are_drawn_chunk_by_chunk_in_the_storages_dtype(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_module, "INIT_NUMBERS", 128 * 64)
+    monkeypatch.setattr(shard_module, "NUMBERS", 128 * 64)
     weights = make_problem(300, 64, 2, CPU).shard(precision, 0).weights
     drawn = weights.read(0, 300)
     assert float(drawn.std()) == pytest.approx(0.02, rel=0.02) and abs(float(drawn.mean())) < 1e-3

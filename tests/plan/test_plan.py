@@ -423,7 +423,7 @@ def test_what_exceeds_the_container_is_refused_before_ray(
     plant(tmp_path, own, {f"{mount}/a": (states - 1, 10, 0)})
     assert main(command) == 1
     told = capsys.readouterr().err
-    assert "weights, momentum and encoder alone take" in told and "--force" in told
+    assert "weights, momentum, averages and encoder alone take" in told and "--force" in told
     assert "encoder moments" in told and "GiB" in told
     assert "saves" not in told and "a change above" not in told, "none would help"
     assert not reached and not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -94,6 +95,25 @@ def test_the_export_of_a_bag_scores_as_predict_does(
         assert row["scores"] == pytest.approx([bag + other for bag, other in parts], abs=1e-5)
 
 
+def weights_at_the_end(run: str) -> dict[str, torch.Tensor]:
+    newest = max(Path(run, "checkpoints").glob("step-*"))
+    files = [load_file(file) for file in sorted(newest.glob("classifier-*"))]
+    table = load_file(newest / "encoder.safetensors")["bag.table"]
+    return {"table": table, "weight": torch.cat([file["weight"] for file in files])}
+
+
+def test_averages_outlast_a_lost_checkpoint(dataset: str, tmp_path: Path) -> None:
+    """Two workers go on from the checkpoint before, which is inside the averaged share."""
+    settings = {"epochs": 1, "average": 0.6, "evaluation": {"every": 0.25}}
+    settings["classifier"] = {**RECIPE["classifier"], "precision": "fp32"}
+    run, command = trained_bag(tmp_path, dataset, num_workers=1, **settings)
+    wanted = weights_at_the_end(run)
+    shutil.rmtree(max(Path(run, "checkpoints").glob("step-*")))
+    assert main([*command, "num_workers=2"]) == 0
+    for name, tensor in weights_at_the_end(run).items():
+        assert torch.allclose(tensor, wanted[name], atol=1e-4), name
+
+
 def test_a_run_is_taught_by_the_predictions_of_another(
     run: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +132,7 @@ def test_a_run_is_taught_by_the_predictions_of_another(
     classifier = {**RECIPE["classifier"], "objective": "softmax", "init": "normal"}
     evaluation = {"tails": [0, 0.4, 2], "neighbours": 5, "every": 0.5}
     settings = {"epochs": 1, "feed": feed, "classifier": classifier, "evaluation": evaluation}
+    settings["average"] = 0.3
     student, command = trained_bag(tmp_path, dataset, **settings)
     steps = json.loads((Path(student) / "history.json").read_text())["steps"]
     losses = [step["loss"] for step in steps]

@@ -115,7 +115,7 @@ def test_ngrams_that_the_first_run_lacked_are_weighed(tmp_path: Path) -> None:
                 {"P@1": 2.0})  # fmt: skip
     assert writer.wait()
     data = dataset_at(tmp_path / "second", [])
-    config = config_of(run, f"data={data.path}", "num_workers=2")
+    config = config_of(run, f"data={data.path}", "num_workers=2", "average=0.5")
     train(config)
     after = loaded(RunDirectory(config.output), "last", LABELS).encoder.bag
     assert after is not None

@@ -117,9 +117,9 @@ def recorded(ranks: Ranks, run: str, name: str) -> dict[str, Any]:
     trainer, steps = trainer_of(ranks, Path(run), name=name), []
     add = trainer.averages.add
 
-    def recording(step: int) -> None:
+    def recording(step: int, total: int) -> None:
         steps.append(weights_of(trainer.model))
-        add(step)
+        add(step, total)
 
     trainer.averages.add = recording  # type: ignore[method-assign]
     trainer.run(batches(trainer))

@@ -146,7 +146,7 @@ def test_without_momentum_only_the_weights_are_read(tmp_path: Path) -> None:
     wanted = filled_shard(2, 1, "bf16_split").weights.weight.read(0, len(shard.owned))
     assert torch.equal(shard.weights.weight.read(0, len(shard.owned)), wanted)
     kept = empty_shard(2, 1, "bf16_split")
-    checkpoint.load_shard(kept, momentum=False)
+    checkpoint.load_shard(kept, without=("momentum",))
     assert kept.weights.velocity is not None
     assert not kept.weights.velocity.read(0, len(kept.owned)).any()
 

@@ -4,6 +4,9 @@ import math
 
 import pytest
 
+from renee_ray.config.overrides import make_config
+from renee_ray.config.schema import RunConfig
+from renee_ray.errors import ReneeError
 from renee_ray.training.schedule import warmup_cosine
 
 
@@ -28,10 +31,17 @@ def test_the_end_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "warmup", "held"), [(100, 0.05, 0.33), (7, 0.5, 0.9), (1, 0, 0.5)]
+    ("total", "warmup", "held"), [(100, 0.05, 0.33), (7, 0.5, 0.5), (1, 0, 0.5)]
 )
 def test_rates_are_held_over_the_last_share(total: int, warmup: float, held: float) -> None:
     plain = [warmup_cosine(step, total, warmup) for step in range(total + 1)]
     begin = max(math.ceil(warmup * total), total - round(held * total))
     wanted = plain[:begin] + [plain[begin]] * (total - begin)
     assert [warmup_cosine(step, total, warmup, held) for step in range(total)] == wanted
+
+
+def test_steps_of_the_warmup_are_not_averaged() -> None:
+    own = {"data": "d", "output": "o", "warmup": 0.5}
+    make_config(RunConfig, {**own, "average": 0.5}, where="test")
+    with pytest.raises(ReneeError, match=r"average 0\.6 includes steps of the warmup 0\.5"):
+        make_config(RunConfig, {**own, "average": 0.6}, where="test")

@@ -39,7 +39,7 @@ def trained_shard(
     facts = checkpoint.state.facts
     weights = Weights(facts["precision"], len(owned), facts["dim"], False, device)
     shard = Shard(owned, weights, chunk)
-    checkpoint.load_shard(shard, momentum=False)
+    checkpoint.load_shard(shard)
     return shard
 
 

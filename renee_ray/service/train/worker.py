@@ -101,7 +101,7 @@ def prepared(
     model, checkpoint, moments = resume(directory.checkpoints(), ranks, build)
     if start and not checkpoint:
         start.load_encoder(model.encoder)
-        start.load_shard(model.shard, average=False)
+        start.load_shard(model.shard, without=("average",))
         moments = start.moments()
     state = checkpoint.state if checkpoint else State(facts=share.facts(model, start))
     history = History.read(directory, state) if ranks.rank == 0 else None
@@ -123,7 +123,7 @@ def prepared(
                 trainer.averages.load(moments)
             else:  # the other run's points may lack n-grams of these
                 weigh_ngrams(model, config, share.dataset, points, ranks, *told)
-            moments.clear()  # what of them is in use, the optimizer has
+            moments.clear()  # the optimizer keeps those in use
         else:
             initialise_classifier(model, config, share.dataset, points, ranks, *told)
         writer.reserve(model.encoder, model.shard)  # in place of the centroids of first weights
@@ -250,7 +250,7 @@ def _choose_tail(trainer: Trainer, channel: DriverChannel) -> None:
     directory, voters = RunDirectory(config.output), None
     best = directory.checkpoint("best")
     best.load_encoder(model.encoder)
-    best.load_shard(model.shard, momentum=False, average=False)
+    best.load_shard(model.shard, without=("momentum", "average"))
     if config.evaluation.neighbours:
         voters = embed_voters(
             config, Dataset.without_check(config.data), model.encoder, ranks, trainer.device,

@@ -125,6 +125,11 @@ class Weights:
         assert self.velocity is not None
         return self._expanded(self.velocity, "velocity", start, stop)
 
+    def averages(self, start: int, stop: int) -> Tensor:
+        """Returns means [start, stop) as float32, valid until the next call; may alias."""
+        assert self.average is not None
+        return self._expanded(self.average, "average", start, stop)
+
     def tensors(self) -> dict[str, Tensor]:
         """Returns all that is to be saved, by name: tensors [n, D] that alias the shard."""
         named = {f"weight{suffix}": t for suffix, t in self.weight.tensors().items()}
