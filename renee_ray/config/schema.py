@@ -385,7 +385,8 @@ class RunConfig(Placed):
             )
         if self.warmup + self.average > 1:
             raise ValueError(
-                f"average {self.average} includes steps of the warmup {self.warmup}; lower one"
+                f"average {self.average} includes steps of the warmup {self.warmup}; set "
+                f"average=0 or lower one"
             )
         if self.start and self.encoder.weights:
             raise ValueError(f"start={self.start!r} has the encoder too; omit encoder.weights")

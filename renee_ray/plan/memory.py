@@ -203,7 +203,8 @@ class Worker:
         background = self.config.checkpoint.background
         copied = background * sum(states[name] for name in COPIED)
         if encoder.frozen and kind == "cpu":
-            before = passing["activations"] - background * states["bag"]
+            copied_later = states["bag"] + states["encoder averages"]
+            before = passing["activations"] - background * copied_later
             passing["activations"] = max(0, before)
         heap = HEAP_SHARE * passing["activations"] * (kind == "cpu")
         later = {

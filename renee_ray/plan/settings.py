@@ -145,16 +145,22 @@ def _fitted(
         yield "encoder.name", encoder, "the model of the dataset's tokenizer"
         if (pooling := _pooling(encoder)) != "mean":
             yield "encoder.pooling", pooling, "the model's own"
+    trained = given.get("encoder.frozen") is False
     if "frozen" in recipe["encoder"]:
         excluded = [key for key, *_ in changed(given) if key.startswith(NOT_FROZEN)]
         rates = () if given.get("encoder.bottleneck") else RATES
         for key in [*(key for key in rates if key in given), *excluded][:1]:
             yield "encoder.frozen", False, f"{key} is given"
+            trained = True
     yield "encoder.max_length", min(manifest.max_length, LONGEST), "what the dataset keeps"
     if points >= LARGE:
         yield "batch_size", LARGE_BATCH, f"{LARGE:,} points and more"
     if max(points, labels) >= LARGE:
         yield "classifier.precision", "auto", "a large classifier"
+    if "average" in recipe and max(points, labels) >= LARGE:
+        yield "average", 0, "a mean takes as much memory as a momentum"
+    elif "average" in recipe and trained:
+        yield "average", 0, "the mean of a trained transformer was not measured"
     yield "evaluation.every", 0, "the last weights are kept"
     if manifest.num_points("validation") >= ENOUGH and "evaluation.tail" not in given:
         yield "evaluation.tails", TAILS, "the best is chosen by the validation points"

@@ -11,8 +11,6 @@ Ledger, on a rank that owns n labels, D dimensions:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -46,10 +44,10 @@ class Averages:
             for name, p in self._parameters.items()
         }
 
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Takes the tensors of a checkpoint, among others."""
+    def take(self, saved: dict[str, Tensor]) -> None:
+        """Takes the tensors of a checkpoint out of `saved`, which has others too."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(saved.pop(name))
 
     @torch.no_grad()
     def add(self, step: int, total: int) -> None:

@@ -113,6 +113,24 @@ def read(recipe: str, key: str) -> int:
     return int(read_yaml(recipe)[key])
 
 
+@pytest.mark.parametrize(
+    ("points", "labels", "given", "share"),
+    [
+        (SMALL, SMALL, {}, 0.33),
+        (SMALL, LARGE, {}, 0),
+        (LARGE, SMALL, {}, 0),
+        (SMALL, SMALL, {"encoder.frozen": False}, 0),
+        (SMALL, SMALL, {"encoder.lora.rank": 4}, 0),
+        (SMALL - 1, LARGE, {}, 0),
+    ],
+)
+def test_large_or_wholly_trained_models_are_not_averaged(
+    dataset: Dataset, points: int, labels: int, given: dict[str, Any], share: float
+) -> None:
+    chosen, _ = choose(sized(dataset, points, labels, tokenizer=MINILM), 0, 2, given)
+    assert float(chosen.get("average", 0)) == share
+
+
 def test_a_run_needs_data_and_output(capsys: pytest.CaptureFixture[str]) -> None:
     for given, missing in (["data=d"], "output"), (["output=o"], "data"), ([], "data"):
         assert main(["train", *given]) == 1

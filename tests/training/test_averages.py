@@ -23,6 +23,7 @@ from renee_ray.training import averages
 from renee_ray.training.averages import number_of
 from renee_ray.training.loop import Trainer
 from renee_ray.training.schedule import Schedule
+from renee_ray.xfc import shard as shard_module
 from renee_ray.xfc.labels import LabelRange
 from renee_ray.xfc.shard import Shard
 from renee_ray.xfc.weights.storages import STORAGES, Weights
@@ -50,17 +51,27 @@ def test_which_weights_count(total: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("precision", STORAGES)
-def test_the_mean_in_every_storage(precision: str) -> None:
+def test_the_mean_in_every_storage(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one shard, in parts of 70 labels, and of two; its rows are the same bits."""
+    monkeypatch.setattr(shard_module, "NUMBERS", 70 * 8)
     labels, dim, count, spacing = 300, 8, 32, {"bf16_sr": 2.0**-5, "fp8_sr": 2.0**-4}
-    owned = LabelRange(0, labels, labels)
-    shard = Shard(owned, Weights(precision, labels, dim, False, CPU, averaged=True), chunk=70)
+    whole, *shards = (
+        Shard(LabelRange(*own, labels), Weights(precision, own[1] - own[0], dim, False, CPU,
+              averaged=True))
+        for own in ((0, labels), (0, 130), (130, labels))
+    )  # fmt: skip
     total, around = torch.zeros(labels, dim, dtype=torch.float64), torch.randn(labels, dim)
     for number in range(1, count + 1):
-        shard.write(0, around + 0.3 * torch.randn(labels, dim))
-        total += shard.weights.read(0, labels)
-        shard.add_to_average(number, SEED, 100 + number)
-    shard.take_average()
-    errors = shard.weights.read(0, labels) - total / count
+        rows = around + 0.3 * torch.randn(labels, dim)
+        for shard in whole, *shards:
+            shard.write(shard.owned.start, rows[shard.owned.start : shard.owned.stop])
+            shard.add_to_average(number, SEED, 100 + number)
+        total += whole.weights.read(0, labels)
+    for shard in whole, *shards:
+        shard.take_average()
+    found = whole.weights.read(0, labels).clone()
+    assert torch.equal(torch.cat([each.weights.read(0, len(each.owned)) for each in shards]), found)
+    errors = found - total / count
     # Rounding a bf16 mean 32 times leaves an error of 1.4 units in the last place, and some have 5.
     tolerance = 2 * spacing.get(precision, 2.0**-20)
     assert (errors.abs() / (total / count).abs().clamp(min=0.1)).max() < tolerance
@@ -96,7 +107,7 @@ def trainer_of(ranks: Ranks, run: Path, at: int = 0, name: str = "none") -> Trai
     writer.averages = trainer.averages.tensors
     if checkpoint:
         set_moments(model.encoder, trainer.optimizer, moments)
-        trainer.averages.load(moments)
+        trainer.averages.take(moments)
     else:
         weighed(model.encoder, ranks)
     return trainer

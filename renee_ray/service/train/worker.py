@@ -112,6 +112,8 @@ def prepared(
         writer = share.writer(model, observer)
         trainer = share.trainer(model, state, writer, observer)
         writer.averages = trainer.averages.tensors
+        if checkpoint:
+            trainer.averages.take(moments)
         points, told = partial(share.scoring, "train"), (observer.recorder, share.channel.say)
         num_points = share.dataset.manifest.num_points("train")
         if model.encoder.remembered is not None:
@@ -119,9 +121,7 @@ def prepared(
             model.encoder.remembered.embed_all(points(), share.device, rounds)
         if checkpoint or start:
             set_moments(model.encoder, trainer.optimizer, moments)
-            if checkpoint:
-                trainer.averages.load(moments)
-            else:  # the other run's points may lack n-grams of these
+            if not checkpoint:  # the other run's points may lack n-grams of these
                 weigh_ngrams(model, config, share.dataset, points, ranks, *told)
             moments.clear()  # the optimizer keeps those in use
         else:
