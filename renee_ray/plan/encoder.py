@@ -145,8 +145,9 @@ def _counted(text: str, kind: type, tokens: int, *given: Any) -> tuple[int, int]
             "BERT of the same size", settings.model_type, reason(error),
         )  # fmt: skip
         bert = _bert(settings, tokens)
-        text, kind = bert.to_json_string(use_diff=False), type(bert)
-        few, many = (_kept(text, kind, rows, tokens, *given) for rows in COUNTED_ROWS)
+        return _counted(
+            bert.to_json_string(use_diff=False), cast(Hashable, type(bert)), tokens, *given
+        )
     return few, many
 
 
